@@ -1,0 +1,37 @@
+# The two commands: `make demo` and `make test`. Both build .venv first and touch nothing outside the checkout.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Caches of the libraries stay inside the checkout too.
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+
+.PHONY: demo test lint format setup clean
+
+demo: $(STAMP)
+	$(BIN)/qat-edge demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,10 @@
+"""One package per target. Nothing is imported here: the tables name what `qat_edge.export` and `verify` resolve."""
+
+EXPORTERS = {
+    "executorch": "qat_edge_exporters.executorch.export:export",
+    "onnx": "qat_edge_exporters.onnx.export:export",
+}
+READERS = {
+    "executorch": "qat_edge_exporters.executorch.reader:read",
+    "onnx": "qat_edge_exporters.onnx.reader:read",
+}

@@ -1,0 +1,39 @@
+"""What a reader finds in an exported artifact: the common shape that `verify` compares and `validate` sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ArtifactWeight:
+    """One quantized matrix as the file holds it, unpacked.
+
+    codes: int8, (out, in). scales: float32, (out, in // group_size); one column where per channel.
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    bits: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Everything read back out of one export folder.
+
+    weights: by module name of the frozen checkpoint ("model.layers.0.self_attn.q_proj", "lm_head", ...).
+    faults: what is wrong with the file itself (a constant whose bytes do not match their hash, a missing
+        method), one sentence each, naming the layer and the place where known.
+    metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
+    size_bytes: by part: linears, scales, embedding, head, graph, tokenizer; sums to the folder's files,
+        manifest and logs aside.
+    """
+
+    weights: dict[str, ArtifactWeight]
+    metadata: dict[str, Any]
+    size_bytes: dict[str, int]
+    faults: list[str] = field(default_factory=list)

@@ -1,0 +1,211 @@
+"""One frozen dataclass per verb: the only home of a default, its help text and its permitted values.
+
+`cli.py` makes its flags from these fields, `load` reads them from YAML, `save` writes them back resolved.
+The precedence is flag, then configuration file, then default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from qat_edge import run
+from qat_edge.errors import UsageError
+
+Options = TypeVar("Options")
+TARGETS = ("executorch", "onnx")
+GROUP_SIZES = (32, 64, 128)
+
+
+def option(
+    help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None
+) -> Any:
+    """A dataclass field that carries what its flag needs: help, permitted values, lower bound."""
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How to train. Steps are optimizer steps; lengths are tokens."""
+
+    model: str = option("Hub id, local folder or .gguf file of a causal language model.")
+    data: str = option("Training rows: a .jsonl file, or what datasets.load_dataset reads.")
+    eval_data: str | None = option("Rows never trained on, for validate and the loss curve.", None)
+    group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES)
+    lora_rank: int = option("Rank of the adapters.", 16, minimum=1)
+    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1)
+    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0)
+    target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",))
+    steps: int = option("Optimizer steps in all.", 200, minimum=1)
+    qat_start: float = option(
+        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.5, minimum=0
+    )
+    batch_size: int = option("Rows a device takes at once.", 8, minimum=1)
+    gradient_accumulation: int = option("Batches summed before a step.", 1, minimum=1)
+    gradient_checkpointing: bool = option("Recompute activations in the backward pass to save memory.", False)
+    learning_rate: float = option("Peak learning rate of AdamW.", 1e-3, minimum=0)
+    lr_schedule: str = option("Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"))
+    warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0)
+    weight_decay: float = option("AdamW weight decay on the adapters.", 0.0, minimum=0)
+    max_length: int = option("Longest row; what is cut is counted and reported.", 512, minimum=8)
+    eval_every: int = option(
+        "Steps between evaluations on --eval-data; 0 for the end of each phase only.", 0, minimum=0
+    )
+    save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
+    device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"))
+    precision: str = option(
+        "Autocast of the matrix products; weights and rounding stay float32.", "bf16", ("bf16", "fp32")
+    )
+    track: tuple[str, ...] = option("Experiment trackers, by the trainer's names.", ("tensorboard",))
+    seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0)
+    trust_remote_code: bool = option("Run Python code that comes with the model.", False)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write, and for how long a conversation."""
+
+    target: tuple[str, ...] = option("What to write.", TARGETS, TARGETS)
+    context_length: int = option("Tokens the KV cache holds, prompt and answer together.", 1024, minimum=16)
+    baseline: bool = option(
+        "Also export round-to-nearest of the FP32 fine-tune, to show what QAT gains.", True
+    )
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What to measure, and the limits that set the exit code."""
+
+    target: tuple[str, ...] = option("Artifacts to measure; all that exist where not given.", (), TARGETS)
+    eval_data: str | None = option("Evaluation rows, where not those of finetune.", None)
+    text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)
+    tokens: int = option("Tokens compared against the reference.", 2048, minimum=64)
+    window: int = option("Tokens of context in each compared sequence.", 128, minimum=16)
+    prompts: int = option(
+        "Evaluation rows answered by generation for exact match; 0 for none.", 64, minimum=0
+    )
+    max_new_tokens: int = option("Longest generated answer.", 96, minimum=1)
+    threads: int = option("CPU threads each runtime may use.", 2, minimum=1)
+    prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1)
+    decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2)
+    repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1)
+    max_kl: float | None = option(
+        "Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0
+    )
+    min_top1: float | None = option(
+        "Gate: least share of tokens with the reference's first choice, 0 to 1.", None, minimum=0
+    )
+    max_perplexity_ratio: float | None = option(
+        "Gate: largest perplexity over the reference's.", None, minimum=0
+    )
+    min_exact_match: float | None = option(
+        "Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0
+    )
+    max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
+    min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
+
+
+def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, Any]) -> Options:
+    """Options of one verb: `flags` (None where not given) over the file's `section` over the defaults.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value,
+            or a required option that nobody gave.
+    """
+    values = _section(section, path)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    for key in values:
+        if key not in fields:
+            raise UsageError(f"{path}: unknown key '{section}.{key}'.{_nearest(key, list(fields))}")
+    values.update({k: v for k, v in flags.items() if v is not None})
+    missing = [n for n, f in fields.items() if f.default is MISSING and values.get(n) is None]
+    if missing:
+        flag = flag_name(missing[0])
+        raise UsageError(
+            f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE."
+        )
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: _coerce(v, hints[k], fields[k], f"{section}.{k}") for k, v in values.items()})
+
+
+def flag_name(name: str) -> str:
+    """Spelling of a field on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """All sections of a configuration file.
+
+    Raises:
+        UsageError: the file is missing, is no YAML, or names a verb that takes no configuration.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path}: no such file.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}."
+        )
+    known = ["finetune", "export", "validate"]
+    for key, value in document.items():
+        if key not in known:
+            raise UsageError(f"{path}: unknown section '{key}'.{_nearest(str(key), known)}")
+        if value is not None and not isinstance(value, dict):
+            raise UsageError(f"{path}: section '{key}' must hold 'key: value' lines.")
+    return document
+
+
+def save(path: Path, section: str, options: Any) -> None:
+    """Write the resolved options of one verb into the run's config.yaml, keeping the other sections."""
+    document = read_sections(path) if path.is_file() else {}
+    document[section] = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()
+    }
+    run.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def _section(section: str, path: Path | None) -> dict[str, Any]:
+    return {} if path is None else dict(read_sections(path).get(section) or {})
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
+
+
+def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> Any:
+    """`value` as the field's type, checked against its choices and minimum."""
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else list(value)
+        return tuple(_coerce(v, typing.get_args(hint)[0], spec, name) for v in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if type(value) is not hint:
+        raise UsageError(f"{name}: expected {hint.__name__}, found {value!r}.")
+    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
+    if choices and value not in choices:
+        raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}.")
+    if minimum is not None and value < minimum:
+        raise UsageError(f"{name}: {value} is below the least permitted value, {minimum:g}.")
+    return value

@@ -1,0 +1,77 @@
+"""The only place that rounds. Training, freezing, exporting and checking all call these functions.
+
+Weights: symmetric, `bits` wide, one scale for `group_size` neighbours in a row:
+
+    s = bfloat16(max|w| / (2^(bits-1) - 1/2))        q = clamp(round(w * (1/s)), -2^(bits-1), 2^(bits-1) - 1)
+
+which is torchao's symmetric choose_qparams_affine and quantize_affine [1] with one difference: the scale is rounded to
+bfloat16 *before* it divides. XNNPACK and KleidiAI store group scales as bfloat16 [2]; rounding there, after
+the codes were chosen, would ship other weights than were trained. A bfloat16 number is a float32 number
+too, so every runtime dequantizes to the same float32 values.
+
+Activations: asymmetric int8 per token, chosen at run time, torchao's own primitives unchanged [3].
+
+[1] https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quant_primitives.py
+[2] https://github.com/pytorch/executorch/blob/v1.4.1/backends/xnnpack/operators/node_visitor.py
+[3] https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quantize_/workflows/intx/intx_unpacked_to_int8_tensor.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Least and greatest code of a signed integer of `bits`."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def choose_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """Group scales of `weight` (out, in), bfloat16-representable, in its dtype: (out, in // group_size)."""
+    low, high = code_range(bits)
+    largest = weight.unflatten(-1, (-1, group_size)).abs().amax(dim=-1)
+    smallest = torch.finfo(weight.dtype).eps
+    return (largest / ((high - low) / 2)).clamp(min=smallest).to(torch.bfloat16).to(weight.dtype)
+
+
+def quantize(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Codes of `weight` (out, in) under `scales` (out, in // group): int8, (out, in)."""
+    return _round(weight, scales, bits).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """Weights that the codes stand for, in the scales' dtype: (out, in)."""
+    groups = codes.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
+    return (groups * scales.unsqueeze(-1)).flatten(-2)
+
+
+def fake_quantize_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """`dequantize(quantize(weight))` under its own scales, without a gradient of its own."""
+    scales = choose_scales(weight, bits, group_size)
+    return dequantize(_round(weight, scales, bits), scales)
+
+
+def fake_quantize_activation(x: Tensor) -> Tensor:
+    """`x` (..., features) as int8 represents it, one asymmetric scale and zero point per token, in float32 or wider."""
+    x = x if x.dtype == torch.float64 else x.float()
+    block = [1] * (x.dim() - 1) + [x.shape[-1]]
+    low, high = code_range(8)
+    scale, zero_point = choose_qparams_affine(
+        x, MappingType.ASYMMETRIC, block, torch.int8, low, high, zero_point_dtype=torch.int8
+    )
+    codes = quantize_affine(x, block, scale, zero_point, torch.int8, low, high)
+    return dequantize_affine(codes, block, scale, zero_point, torch.int8, low, high, output_dtype=x.dtype)
+
+
+def _round(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    low, high = code_range(bits)
+    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    # Multiplied by the reciprocal, as torchao does: a division would round otherwise at some ties.
+    return (groups * (1.0 / scales).unsqueeze(-1)).round_().clamp_(low, high).flatten(-2)
