@@ -24,9 +24,7 @@ TARGETS = ("executorch", "onnx")
 GROUP_SIZES = (32, 64, 128)
 
 
-def option(
-    help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None
-) -> Any:
+def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
     """A dataclass field that carries what its flag needs: help, permitted values, lower bound."""
     return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
@@ -58,6 +56,7 @@ class FinetuneOptions:
     eval_every: int = option(
         "Steps between evaluations on --eval-data; 0 for the end of each phase only.", 0, minimum=0
     )
+    eval_rows: int = option("Rows of --eval-data in each of those evaluations.", 128, minimum=1)
     save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
     device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"))
     precision: str = option(
@@ -74,9 +73,7 @@ class ExportOptions:
 
     target: tuple[str, ...] = option("What to write.", TARGETS, TARGETS)
     context_length: int = option("Tokens the KV cache holds, prompt and answer together.", 1024, minimum=16)
-    baseline: bool = option(
-        "Also export round-to-nearest of the FP32 fine-tune, to show what QAT gains.", True
-    )
+    baseline: bool = option("Also export round-to-nearest of the FP32 fine-tune, to show what QAT gains.", True)
 
 
 @dataclass(frozen=True)
@@ -88,26 +85,18 @@ class ValidateOptions:
     text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)
     tokens: int = option("Tokens compared against the reference.", 2048, minimum=64)
     window: int = option("Tokens of context in each compared sequence.", 128, minimum=16)
-    prompts: int = option(
-        "Evaluation rows answered by generation for exact match; 0 for none.", 64, minimum=0
-    )
+    prompts: int = option("Evaluation rows answered by generation for exact match; 0 for none.", 64, minimum=0)
     max_new_tokens: int = option("Longest generated answer.", 96, minimum=1)
     threads: int = option("CPU threads each runtime may use.", 2, minimum=1)
     prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1)
     decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2)
     repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1)
-    max_kl: float | None = option(
-        "Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0
-    )
+    max_kl: float | None = option("Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0)
     min_top1: float | None = option(
         "Gate: least share of tokens with the reference's first choice, 0 to 1.", None, minimum=0
     )
-    max_perplexity_ratio: float | None = option(
-        "Gate: largest perplexity over the reference's.", None, minimum=0
-    )
-    min_exact_match: float | None = option(
-        "Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0
-    )
+    max_perplexity_ratio: float | None = option("Gate: largest perplexity over the reference's.", None, minimum=0)
+    min_exact_match: float | None = option("Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0)
     max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
     min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
 
@@ -128,9 +117,7 @@ def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, A
     missing = [n for n, f in fields.items() if f.default is MISSING and values.get(n) is None]
     if missing:
         flag = flag_name(missing[0])
-        raise UsageError(
-            f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE."
-        )
+        raise UsageError(f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE.")
     hints = typing.get_type_hints(cls)
     return cls(**{k: _coerce(v, hints[k], fields[k], f"{section}.{k}") for k, v in values.items()})
 
@@ -151,13 +138,9 @@ def read_sections(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}"
-        ) from error
+        raise UsageError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
-        raise UsageError(
-            f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}."
-        )
+        raise UsageError(f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}.")
     known = ["finetune", "export", "validate"]
     for key, value in document.items():
         if key not in known:
@@ -170,9 +153,7 @@ def read_sections(path: Path) -> dict[str, Any]:
 def save(path: Path, section: str, options: Any) -> None:
     """Write the resolved options of one verb into the run's config.yaml, keeping the other sections."""
     document = read_sections(path) if path.is_file() else {}
-    document[section] = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()
-    }
+    document[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
     run.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 

@@ -74,9 +74,7 @@ class Run(Variant):
         if not path.is_dir():
             raise RunError(f"{path}: no such run folder. `qat-edge finetune --out {path}` makes one.")
         if not run.config.is_file():
-            raise RunError(
-                f"{path}: not a run folder (it holds no config.yaml). Name the folder given to --out."
-            )
+            raise RunError(f"{path}: not a run folder (it holds no config.yaml). Name the folder given to --out.")
         for part in (run.adapter, run.quantized):
             if (part / MANIFEST).is_file():
                 read_manifest(part)
@@ -167,9 +165,7 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise RunError(
-            f"{target}: cannot be written ({os.strerror(error.errno)}). Nothing was left behind."
-        ) from error
+        raise RunError(f"{target}: cannot be written ({os.strerror(error.errno)}). Nothing was left behind.") from error
 
 
 def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
@@ -184,9 +180,7 @@ def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "git_revision": git_revision(),
         **facts,
-        "files": {
-            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
-        },
+        "files": {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
 

@@ -59,8 +59,8 @@ def fake_quantize_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def fake_quantize_activation(x: Tensor) -> Tensor:
-    """`x` (..., features) as int8 represents it, one asymmetric scale and zero point per token, in float32 or wider."""
-    x = x if x.dtype == torch.float64 else x.float()
+    """`x` (..., features) as int8 represents it, one asymmetric scale and zero point per token, in float32."""
+    x = x.float()
     block = [1] * (x.dim() - 1) + [x.shape[-1]]
     low, high = code_range(8)
     scale, zero_point = choose_qparams_affine(
@@ -75,3 +75,12 @@ def _round(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     groups = weight.unflatten(-1, (scales.shape[-1], -1))
     # Multiplied by the reciprocal, as torchao does: a division would round otherwise at some ties.
     return (groups * (1.0 / scales).unsqueeze(-1)).round_().clamp_(low, high).flatten(-2)
+
+
+def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """`W + s B A` in float32 or wider. weight: (out, in); lora_a: (rank, in); lora_b: (out, rank).
+
+    Every forward pass and the final merge call this one function, so both round the same numbers.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.add(weight.to(dtype), lora_b.to(dtype) @ lora_a.to(dtype), alpha=scaling)

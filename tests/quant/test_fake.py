@@ -1,0 +1,168 @@
+"""The merged forward, its gradients, and that what it computes is what gets frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qat_edge.quant import fake, frozen, numerics, scheme
+from qat_edge.quant.scheme import WeightScheme
+
+SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def adapted(folder: Path) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
+    """A tiny model with adapters that are not zero."""
+    model = load(folder)
+    plan = scheme.choose(model, 32)
+    switch = fake.insert(model, plan)
+    torch.manual_seed(0)
+    peft_model = fake.add_adapters(model, LORA)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return peft_model.eval(), switch, plan
+
+
+class StraightThrough(torch.autograd.Function):
+    """`rounded` forward, the gradient of `value` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def naive(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The same layer as an ordinary graph: autograd derives everything."""
+    merged = weight + scaling * (b @ a)
+    rounded_weight = StraightThrough.apply(merged, numerics.fake_quantize_weight(merged.detach(), 4, 32))
+    rounded_x = StraightThrough.apply(x, numerics.fake_quantize_activation(x.detach()).double())
+    return nn.functional.linear(rounded_x, rounded_weight, bias)
+
+
+def test_gradients_equal_the_naive_graph_in_float64() -> None:
+    torch.manual_seed(0)
+    shapes = {"x": (2, 5, 64), "weight": (48, 64), "bias": (48,), "a": (4, 64), "b": (48, 4)}
+    values = {k: torch.randn(s, dtype=torch.float64) for k, s in shapes.items()}
+    grads = []
+    for layer in ("naive", "ours"):
+        x, a, b = (values[k].clone().requires_grad_() for k in ("x", "a", "b"))
+        if layer == "naive":
+            output = naive(x, values["weight"], values["bias"], a, b, 0.5)
+        else:
+            output = fake.MergedFakeQuantLinear.apply(x, values["weight"], values["bias"], a, b, 0.5, SPEC)
+        output.pow(2).sum().backward()
+        grads.append((output.detach(), x.grad, a.grad, b.grad))
+    for ours, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_keeps_no_merged_weight_for_the_backward_pass() -> None:
+    weight, a, b = torch.randn(64, 64), torch.randn(4, 64, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), *t.shape)) or t, lambda t: t):
+        fake.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, 1.0, SPEC)
+    matrices = [pointer for pointer, *shape in kept if shape == [64, 64]]
+    assert matrices == [weight.data_ptr()]
+
+
+def test_switched_off_it_is_plain_lora(tiny_model_folder: Path) -> None:
+    model, switch, _ = adapted(tiny_model_folder)
+    ids = torch.arange(20).unsqueeze(0)
+    plain = load(tiny_model_folder)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=0)
+    assert not switch.enabled
+
+
+def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Fake-quantized training model -> merged -> frozen -> plain transformers: the same logits, bit for bit."""
+    model, switch, plan = adapted(tiny_model_folder)
+    ids = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
+    switch.enabled = True
+    with torch.no_grad():
+        trained = model(ids).logits
+    merged = fake.merge_adapters(model)
+    switch.enabled = False
+    frozen.freeze(merged, plan)
+    merged.save_pretrained(tmp_path / "quantized")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, trained, rtol=0, atol=0)
+
+
+def test_every_adapter_learns_under_fake_quantization(tiny_model_folder: Path) -> None:
+    model, switch, _ = adapted(tiny_model_folder)
+    switch.enabled = True
+    ids = torch.arange(24).unsqueeze(0)
+    model(ids, labels=ids).loss.backward()
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable.values())
+
+
+def test_a_tied_head_stays_tied(tiny_model_folder: Path) -> None:
+    model, _, plan = adapted(tiny_model_folder)
+    assert plan.tied
+    base = model.get_base_model()
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+
+
+def test_a_scaled_embedding_keeps_its_scale() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 8.0
+
+    model = nn.Sequential(Scaled(10, 32))
+    spec = WeightScheme(8, 32, quantize_input=False)
+    switch = fake.insert(model, scheme.Scheme(32, False, "0", "", {"0": spec}))
+    switch.enabled = True
+    expected = 8.0 * numerics.fake_quantize_weight(model[0].weight.detach(), 8, 32)
+    assert torch.equal(model(torch.arange(10)), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_masks_columns_of_a(tiny_model_folder: Path, training: bool) -> None:
+    model = load(tiny_model_folder)
+    switch = fake.insert(model, scheme.choose(model, 32))
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted_model = fake.add_adapters(model, config).train(training)
+    for name, parameter in adapted_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    switch.enabled = True
+    ids = torch.arange(16).unsqueeze(0)
+    with torch.no_grad():
+        same = torch.equal(adapted_model(ids).logits, adapted_model(ids).logits)
+    assert same is not training
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_cuda_codes_equal_those_frozen_on_cuda(tiny_model_folder: Path) -> None:
+    model, switch, plan = adapted(tiny_model_folder)
+    model = model.to("cuda")
+    switch.enabled = True
+    ids = torch.arange(24, device="cuda").unsqueeze(0)
+    with torch.no_grad():
+        trained = model(ids).logits
+    merged = fake.merge_adapters(model)
+    switch.enabled = False
+    frozen.freeze(merged, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-5, atol=1e-5)

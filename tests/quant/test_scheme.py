@@ -1,0 +1,66 @@
+"""Which weight gets how many bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from qat_edge.errors import ModelError, UsageError
+from qat_edge.quant import scheme
+
+
+def model(hidden: int, intermediate: int, tied: bool = True) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def test_linears_get_int4_embedding_and_head_int8() -> None:
+    plan = scheme.choose(model(64, 128), 32)
+    assert len(plan.linears) == 14 and {w.bits for w in plan.linears.values()} == {4}
+    assert (plan.embedding, plan.head) == ("model.embed_tokens", "lm_head")
+    assert plan.weights[plan.embedding] == scheme.WeightScheme(8, 64, quantize_input=False)
+    assert plan.weights[plan.head] == scheme.WeightScheme(8, 64, quantize_input=True)
+    assert plan.exceptions == {} and plan.tied
+    assert plan.summary() == "14 int4 (group 32), 2 int8 (per channel)"
+
+
+def test_untied_is_seen() -> None:
+    assert not scheme.choose(model(64, 128, tied=False), 32).tied
+
+
+def test_a_width_that_does_not_divide_is_listed_with_what_it_gets() -> None:
+    plan = scheme.choose(model(64, 128), 128)
+    down = plan.weights["model.layers.0.mlp.down_proj"]
+    up = plan.weights["model.layers.0.mlp.up_proj"]
+    assert (down.bits, down.group_size, down.reason) == (4, 128, "")
+    assert (up.bits, up.group_size) == (4, 64)
+    assert up.reason == "width 64 is no multiple of 128: int4 in groups of 64 instead"
+    assert set(plan.exceptions) == {n for n in plan.linears if "down_proj" not in n}
+
+
+def test_a_width_that_nothing_divides_gets_int8() -> None:
+    plan = scheme.choose(model(64, 80), 32)
+    down = plan.weights["model.layers.1.mlp.down_proj"]
+    assert (down.bits, down.group_size) == (8, 80)
+    assert "int8 per channel instead" in down.reason
+
+
+def test_a_group_size_that_divides_nothing_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"--group-size 128 divides no layer .*widths \[48, 80\]"):
+        scheme.choose(model(48, 80), 128)
+
+
+def test_a_model_without_a_head_is_an_error() -> None:
+    with torch.device("meta"):
+        bert = BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64))
+    with pytest.raises(ModelError, match="BertModel"):
+        scheme.choose(bert, 32)
+    with pytest.raises(ModelError):
+        bert.get_input_embeddings = lambda: nn.Linear(2, 2)
+        scheme.choose(bert, 32)

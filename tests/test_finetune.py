@@ -1,0 +1,167 @@
+"""Training a tiny model: phases, what is left behind, exact resume after a kill, errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qat_edge import config
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import RunError, UsageError
+from qat_edge.finetune import Finetuned, finetune, qat_start_step
+from qat_edge.quantize import merged_model, quantize
+from qat_edge.run import Run, read_manifest
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture
+def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return FinetuneOptions(
+        model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"),
+        steps=6, qat_start=0.5, batch_size=4, lora_rank=4, lora_dropout=0.1, save_every=2, track=(),
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in json.loads((run / "training.json").read_text())["curve"] if "loss" in row]
+
+
+def adapter(run: Path, part: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(run / part / "adapter_model.safetensors")
+
+
+def test_leaves_a_whole_run(options: FinetuneOptions, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = finetune(options, out, silent)
+    assert isinstance(result, Finetuned) and (result.steps, result.qat_start_step) == (6, 3)
+    assert config.load(FinetuneOptions, "finetune", out / "config.yaml", {}) == options
+    rows = json.loads((out / "training.json").read_text())["curve"]
+    assert [(r["step"], r["phase"]) for r in rows if "loss" in r] == [
+        (1, "lora"), (2, "lora"), (3, "lora"), (4, "qat"), (5, "qat"), (6, "qat"),
+    ]  # fmt: skip
+    assert [r["step"] for r in rows if "eval_loss" in r] == [3, 6]
+    for part in (out / "adapter", out / "reference"):
+        manifest = read_manifest(part)
+        assert set(manifest["files"]) >= {"adapter_model.safetensors", "adapter_config.json"}
+        assert manifest["model"]["source"] == options.model and manifest["seed"] == 0
+    assert any((adapter(out, "adapter")[k] != v).any() for k, v in adapter(out, "reference").items())
+
+
+def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(options, tmp_path / "run", silent)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "run" / "reference")).eval()
+    ours = merged_model(tmp_path / "run" / "reference", silent)[0]
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        # 2e-6 here: peft adds the adapter's product to the output, we add it to the weight.
+        torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(options, tmp_path / "whole", silent)
+    config.save(tmp_path / "options.yaml", "finetune", options)
+    command = [sys.executable, "-m", "qat_edge", "finetune", "--config", str(tmp_path / "options.yaml")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for late in sorted((tmp_path / "cut" / "checkpoints").glob("checkpoint-[!2]*")):
+        import shutil
+
+        shutil.rmtree(late)  # a fast machine may have gone further than the kill was meant to let it
+    finetune(options, tmp_path / "cut", silent, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = adapter(tmp_path / "whole", "adapter"), adapter(tmp_path / "cut", "adapter")
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match="nothing to resume"):
+        finetune(options, out, silent, resume=True)
+    finetune(options, out, silent)
+    with pytest.raises(UsageError, match="--learning-rate differ"):
+        finetune(replace(options, learning_rate=1.0), out, silent, resume=True)
+    Path(options.data).write_text(json.dumps({"text": "something else entirely"}) + "\n")
+    with pytest.raises(RunError, match="data changed"):
+        finetune(options, out, silent, resume=True)
+
+
+def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(RunError):
+            finetune(options, tmp_path / "mine", silent, force=force)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(("qat_start", "step"), [(0.0, 0), (0.25, 50), (0.5, 100), (1, 1), (30, 30), (500, 200)])
+def test_where_fake_quantization_starts(options: FinetuneOptions, qat_start: float, step: int) -> None:
+    assert qat_start_step(replace(options, steps=200, qat_start=float(qat_start))) == step
+
+
+def test_quantize_makes_it_once_and_refuses_another_adapter(options: FinetuneOptions, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    finetune(options, run.path, silent)
+    said: list[str] = []
+    quantize(run, run.adapter, said.append)
+    quantize(run, run.adapter, said.append)
+    assert len([line for line in said if line.startswith("Frozen")]) == 1
+    with pytest.raises(RunError, match="another adapter"):
+        quantize(run, run.reference, silent)
+    quantize(run, run.reference, silent, force=True)
+
+
+def test_another_base_model_is_refused(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
+    from conftest import make_model
+
+    folder = tmp_path / "base"
+    for seed in (0, 1):
+        make_model(tokenizer, seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if seed == 0:
+            finetune(replace(options, model=str(folder)), tmp_path / "run", silent)
+    with pytest.raises(RunError, match="not the model that was trained"):
+        merged_model(tmp_path / "run" / "adapter", silent)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_a_usage_error(options: FinetuneOptions, tmp_path: Path, device: str) -> None:
+    with pytest.raises(UsageError, match="no CUDA GPU"):
+        finetune(replace(options, device=device), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_trains_on_cuda(options: FinetuneOptions, tmp_path: Path) -> None:
+    said: list[str] = []
+    say: Callable[[str], None] = said.append
+    finetune(replace(options, device="auto"), tmp_path / "run", say)
+    assert torch.cuda.get_device_name() in said[0]

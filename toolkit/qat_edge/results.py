@@ -1,0 +1,140 @@
+"""What validate measured, as values: written to RUN/reports/DEVICE.json, read by report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat_edge.errors import RunError
+from qat_edge.run import write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models on the same token ids. kl_nats: mean KL(reference || candidate) per token, in nats;
+    top1: share of tokens with the same first choice; sqnr_db: of the logits."""
+
+    tokens: int
+    kl_nats: float
+    top1: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of repeated measurements, with the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """prefill and decode in tokens per second, first_token in ms (time to first token of the whole prompt)."""
+
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    prefill: Spread
+    decode: Spread
+    first_token_ms: Spread
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model as it ran.
+
+    name: "fp32 base", "fp32 fine-tuned", "qat" or "ptq (round-to-nearest)". target: "torch", "executorch", "onnx".
+    size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights).
+    exact_match: share of prompts answered exactly, None where none was asked. agreement: against the FP32
+    fine-tune; parity: against the frozen checkpoint in torch, which an exact runtime matches to the noise floor.
+    memory_bytes: peak resident memory; runtime_bytes: of which the runtime took before the artifact was loaded.
+    """
+
+    name: str
+    target: str
+    runtime: str
+    size_bytes: dict[str, int]
+    perplexity: float
+    agreement: Agreement | None = None
+    parity: Agreement | None = None
+    exact_match: float | None = None
+    prompts: int = 0
+    load_ms: float | None = None
+    speed: Speed | None = None
+    memory_bytes: int | None = None
+    runtime_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of everything the device needs."""
+        return sum(self.size_bytes.values())
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit that was set and what was found: `found` must be at most or at least `limit`."""
+
+    flag: str
+    limit: float
+    measured: str
+    found: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of one validate. noise_floor: the frozen model against itself, disturbed by one part in 10^7."""
+
+    created: str
+    device: str
+    machine: dict[str, Any]
+    options: dict[str, Any]
+    tokens: int
+    noise_floor: Agreement
+    measured: list[Measured]
+    gates: list[Gate]
+
+
+def save(report: Report, path: Path) -> None:
+    """Write the report as JSON."""
+    document = {"format": FORMAT, **dataclasses.asdict(report)}
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def load(path: Path) -> Report:
+    """Read what `save` wrote.
+
+    Raises:
+        RunError: no such file, damaged, or of another format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.pop("format") != FORMAT:
+            raise RunError(f"{path}: written by another version of qat-edge. Run validate again.")
+        measured = [_measured(row) for row in document.pop("measured")]
+        gates = [Gate(**row) for row in document.pop("gates")]
+        floor = Agreement(**document.pop("noise_floor"))
+        return Report(**document, noise_floor=floor, measured=measured, gates=gates)
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: no such report. `qat-edge validate` makes it.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({error}). Run validate again.") from error
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    for key in ("agreement", "parity"):
+        row[key] = row[key] and Agreement(**row[key])
+    if row["speed"]:
+        spreads = {k: Spread(**row["speed"].pop(k)) for k in ("prefill", "decode", "first_token_ms")}
+        row["speed"] = Speed(**row["speed"], **spreads)
+    row["notes"] = tuple(row["notes"])
+    return Measured(**row)

@@ -1,0 +1,147 @@
+"""Read every artifact back and compare it with the frozen checkpoint, matrix by matrix, code by code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from qat_edge_exporters import READERS
+from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+
+from qat_edge.errors import ArtifactError, RunError
+from qat_edge.quant import frozen
+from qat_edge.quant.frozen import FrozenWeight
+from qat_edge.quant.scheme import Scheme
+from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
+from qat_edge.tables import resolve
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What one artifact was found to hold. faults: one sentence each; none means equal in every code and scale."""
+
+    folder: Path
+    target: str
+    linears: int
+    linears_equal: int
+    embedding_equal: bool
+    head_equal: bool
+    faults: list[str]
+
+    def describe(self) -> str:
+        """The line that `qat-edge verify` prints."""
+        rest = [f"{name} {'equal' if equal else 'DIFFERS'}" for name, equal in self._tables()]
+        return f"{self.folder}: {self.linears_equal} of {self.linears} linear layers equal, {', '.join(rest)}"
+
+    def _tables(self) -> list[tuple[str, bool]]:
+        return [("embedding", self.embedding_equal), ("head", self.head_equal)]
+
+
+def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list[Verified]:
+    """Compare the run's artifacts, and its baseline's, with the checkpoints they were made of.
+
+    Raises:
+        RunError: nothing was exported, or a named target was not.
+        ArtifactError: an artifact cannot be read at all.
+    """
+    found = [(v, t) for v in (run, run.baseline) for t in v.targets() if not targets or t in targets]
+    missing = set(targets) - {t for _, t in found}
+    if missing or not found:
+        what = ", ".join(sorted(missing)) or "no artifact"
+        raise RunError(f"{run.exports}: {what} not exported yet. `qat-edge export {run.path}` does it.")
+    results = []
+    for variant, target in found:
+        say(f"Reading {variant.exports / target}")
+        results.append(verify_one(variant, target))
+    return results
+
+
+def verify_one(variant: Variant, target: str) -> Verified:
+    """Compare one artifact with its frozen checkpoint."""
+    return verify_folder(variant.exports / target, target, variant.quantized)
+
+
+def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
+    """Compare the artifact in `folder` with the frozen checkpoint in `quantized`."""
+    plan, expected = frozen.read_scheme(quantized), frozen.read_weights(quantized)
+    artifact: Artifact = resolve(READERS, target, "--target")(folder)
+    differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in plan.weights}
+    faults = [*artifact.faults, *(text for text in differing.values() if text)]
+    faults += _unexpected(plan, artifact) + _file_faults(folder, quantized)
+    return Verified(
+        folder=folder,
+        target=target,
+        linears=len(plan.linears),
+        linears_equal=sum(not differing[name] for name in plan.linears),
+        embedding_equal=not differing[plan.embedding],
+        head_equal=not differing[plan.head],
+        faults=faults,
+    )
+
+
+def require_equal(results: Sequence[Verified]) -> None:
+    """Raise what `verify` found as one error.
+
+    Raises:
+        ArtifactError: an artifact differs from its checkpoint.
+    """
+    faults = [f"{result.folder}: {fault}" for result in results for fault in result.faults]
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:20])
+        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ArtifactError(f"{len(faults)} faults found; export again, or restore the files:\n{shown}{more}")
+
+
+def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None) -> str:
+    """What is different about one matrix, empty where nothing is."""
+    if found is None:
+        return f"{name}: not in the artifact"
+    codes, scales = expected.codes.numpy(), expected.scales.float().numpy()
+    if found.bits != expected.bits or found.codes.shape != codes.shape:
+        return (
+            f"{name}: int{found.bits} {found.codes.shape} in the artifact, int{expected.bits} {codes.shape} was frozen"
+        )
+    places = np.argwhere(found.codes != codes)
+    if len(places):
+        row, column = places[0]
+        return (
+            f"{name}: {len(places)} of {codes.size} codes differ, first at row {row}, column {column}: "
+            f"{found.codes[row, column]} in the artifact, {codes[row, column]} was frozen"
+        )
+    # A runtime may want finer blocks; then a group's scale stands there several times.
+    finer = found.scales.shape[1] // scales.shape[1]
+    if found.scales.shape != (scales.shape[0], scales.shape[1] * finer):
+        return f"{name}: scales {found.scales.shape} in the artifact, {scales.shape} were frozen"
+    places = np.argwhere(found.scales != np.repeat(scales, finer, axis=1))
+    if len(places):
+        row, column = places[0]
+        return f"{name}: {len(places)} scales differ, first at row {row}, group {column}"
+    return ""
+
+
+def _unexpected(plan: Scheme, artifact: Artifact) -> list[str]:
+    extra = sorted(set(artifact.weights) - set(plan.weights))
+    return [f"{name}: in the artifact, but not in the checkpoint" for name in extra]
+
+
+def _file_faults(folder: Path, quantized: Path) -> list[str]:
+    """Tokenizer of the artifact against the checkpoint's, and every file against the manifest."""
+    faults = []
+    for name in TOKENIZER_FILES:
+        if not (quantized / name).is_file():
+            continue
+        if not (folder / name).is_file():
+            faults.append(f"{name}: missing; the app would have no tokenizer or template")
+        elif sha256(folder / name) != sha256(quantized / name):
+            faults.append(f"{name}: not the tokenizer the model was trained with")
+    if (folder / MANIFEST).is_file():
+        for name, facts in read_manifest(folder)["files"].items():
+            if not (folder / name).is_file():
+                faults.append(f"{name}: listed in {MANIFEST}, but missing")
+            elif sha256(folder / name) != facts["sha256"]:
+                faults.append(f"{name}: changed since it was exported (its sha256 is not the one in {MANIFEST})")
+    return faults
