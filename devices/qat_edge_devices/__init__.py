@@ -1,1 +1,57 @@
+"""Devices: a transport reaches the machine, a runtime runs one kind of artifact there. Nothing is imported here.
 
+with contextlib.closing(open_transport("local")) as transport:
+    runtime = open_runtime("executorch", transport, threads=2)
+    runtime.prepare(Path("runs/demo/exports/executorch"))
+    speed = runtime.speed(prefill=128, decode=64, repeats=5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qat_edge_devices.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from qat_edge_devices.runtime import Runtime
+    from qat_edge_devices.transport import Transport
+
+TRANSPORTS = {
+    "local": "qat_edge_devices.local:LocalTransport",
+}
+RUNTIMES = {
+    "executorch": "qat_edge_devices.runtimes.executorch:ExecuTorchRuntime",
+    "onnx": "qat_edge_devices.runtimes.onnx:OnnxRuntime",
+}
+
+
+def open_transport(device: str) -> Transport:
+    """The device that `device` names: a transport, and after a colon the address it needs ("local").
+
+    Raises:
+        UnknownNameError: no such transport; the message lists those there are.
+    """
+    name, _, address = device.partition(":")
+    transport: Transport = _resolve("transport", TRANSPORTS, name)(address)
+    return transport
+
+
+def open_runtime(
+    target: str, transport: Transport, threads: int, progress: Callable[[int, int], None] | None = None
+) -> Runtime:
+    """What runs artifacts of `target` on the device behind `transport`; `progress` is called as (done, total).
+
+    Raises:
+        UnknownNameError: nothing runs artifacts of that target; the message lists those that can be run.
+    """
+    runtime: Runtime = _resolve("runtime", RUNTIMES, target)(transport, threads, progress=progress)
+    return runtime
+
+
+def _resolve(kind: str, table: dict[str, str], name: str) -> Any:
+    if name not in table:
+        raise UnknownNameError(f"'{name}' is no {kind}. Known: {', '.join(sorted(table))}.")
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

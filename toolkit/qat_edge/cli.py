@@ -30,7 +30,7 @@ CONFIG = click.option(
 
 
 def options_of(cls: type) -> Callable[[Command], Command]:
-    """One flag per field of an options dataclass, None where not given, so that the file and the defaults can follow."""
+    """One flag per field of an options dataclass; None where not given, so that file and defaults can follow."""
 
     def decorate(command: Command) -> Command:
         for field in reversed(dataclasses.fields(cls)):
@@ -87,7 +87,7 @@ def main(verbose: bool) -> None:
 
     finetune -> export -> verify -> validate -> report, each reading and writing one run folder.
     """
-    from qat_edge.console import quiet_libraries
+    from qat_edge.logs import quiet_libraries
 
     quiet_libraries(verbose)
 
@@ -162,7 +162,8 @@ def validate(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     options = load_options(ValidateOptions, "validate", config_path, flags)
     opened = _open(run)
     from qat_edge.console import console, say
-    from qat_edge.validate import require_gates, summary_table
+    from qat_edge.gates import require_gates
+    from qat_edge.summary import summary_table
     from qat_edge.validate import validate as verb
 
     report = verb(opened, options, say, force=force)

@@ -6,6 +6,7 @@ The precedence is flag, then configuration file, then default.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -114,12 +115,13 @@ def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, A
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{section}.{key}'.{_nearest(key, list(fields))}")
     values.update({k: v for k, v in flags.items() if v is not None})
-    missing = [n for n, f in fields.items() if f.default is MISSING and values.get(n) is None]
+    hints = typing.get_type_hints(cls)
+    checked = {k: _coerce(v, hints[k], fields[k], f"{section}.{k}") for k, v in values.items()}
+    missing = [n for n, f in fields.items() if f.default is MISSING and n not in checked]
     if missing:
         flag = flag_name(missing[0])
         raise UsageError(f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE.")
-    hints = typing.get_type_hints(cls)
-    return cls(**{k: _coerce(v, hints[k], fields[k], f"{section}.{k}") for k, v in values.items()})
+    return cls(**checked)
 
 
 def flag_name(name: str) -> str:
@@ -178,10 +180,8 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if type(value) is not hint:
         raise UsageError(f"{name}: expected {hint.__name__}, found {value!r}.")
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,20 +24,6 @@ LINE_EVERY_S = 10.0  # where there is no terminal, a bar is a line now and then
 def say(text: str) -> None:
     """One line about what is being done."""
     console.print(text, markup=False, soft_wrap=True)
-
-
-def quiet_libraries(verbose: bool) -> None:
-    """Hide the libraries' logs, warnings and bars unless `verbose`; call before importing any of them."""
-    if verbose:
-        logging.basicConfig(level=logging.INFO)
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
 
 
 @dataclass

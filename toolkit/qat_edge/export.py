@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge_exporters import EXPORTERS
-
 from qat_edge import config
 from qat_edge.config import ExportOptions
 from qat_edge.errors import RunError
 from qat_edge.quantize import quantize
 from qat_edge.run import MANIFEST, Run, Variant, replace_folder, sha256, write_manifest
 from qat_edge.tables import resolve
+from qat_edge_exporters import EXPORTERS
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: 
         ExportError: a target cannot express the model.
     """
     exporters = {target: resolve(EXPORTERS, target, "--target") for target in options.target}
-    variants = [(run, run.adapter)]
+    variants: list[tuple[Variant, Path]] = [(run, run.adapter)]
     if options.baseline:
         variants.append((run.baseline, run.reference))
     for variant, _ in variants:

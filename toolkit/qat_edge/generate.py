@@ -62,7 +62,7 @@ def _torch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: 
 
 
 def _executorch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
-    import executorch.extension.llm.custom_ops  # noqa: F401  (registers the attention operators)
+    import executorch.extension.llm.custom_ops
     import executorch.kernels.quantized  # noqa: F401  (registers the embedding operators)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 

@@ -17,12 +17,12 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Agreement:
     """Two models on the same token ids. kl_nats: mean KL(reference || candidate) per token, in nats;
-    top1: share of tokens with the same first choice; sqnr_db: of the logits."""
+    top1: share of tokens with the same first choice; sqnr_db: of the logits, None where they are equal."""
 
     tokens: int
     kl_nats: float
     top1: float
-    sqnr_db: float
+    sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def _measured(row: dict[str, Any]) -> Measured:
     for key in ("agreement", "parity"):
         row[key] = row[key] and Agreement(**row[key])
     if row["speed"]:
-        spreads = {k: Spread(**row["speed"].pop(k)) for k in ("prefill", "decode", "first_token_ms")}
-        row["speed"] = Speed(**row["speed"], **spreads)
+        for key in ("prefill", "decode", "first_token_ms"):
+            row["speed"][key] = Spread(**row["speed"][key])
+        row["speed"] = Speed(**row["speed"])
     row["notes"] = tuple(row["notes"])
     return Measured(**row)

@@ -33,7 +33,7 @@ from qat_edge.errors import RunError
 FORMAT = 1  # of the run folder; raised when an older reader could not make sense of a newer folder
 MANIFEST = "manifest.json"
 LIBRARIES = (
-    "torch", "torchao", "executorch", "transformers", "peft", "trl", "accelerate",
+    "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",
 )  # fmt: skip
 

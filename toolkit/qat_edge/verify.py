@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from qat_edge_exporters import READERS
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.quant import frozen
@@ -16,6 +14,8 @@ from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
 from qat_edge.tables import resolve
+from qat_edge_exporters import READERS
+from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

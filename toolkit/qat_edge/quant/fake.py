@@ -54,9 +54,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
             rounded_weight = _rounded_weight(weight, lora_a, lora_b, scaling, spec).to(ctx.compute_dtype)
-            output = functional.linear(
-                rounded_x, rounded_weight, None if bias is None else bias.to(ctx.compute_dtype)
-            )
+            output = functional.linear(rounded_x, rounded_weight, None if bias is None else bias.to(ctx.compute_dtype))
         ctx.save_for_backward(rounded_x if lora_a is not None else None, weight, lora_a, lora_b)
         return output
 
@@ -116,9 +114,7 @@ class LoraFakeQuantLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         lora_a = lora_a * self.lora_dropout[ADAPTER](torch.ones_like(lora_a[:1]))
-        return MergedFakeQuantLinear.apply(
-            x, base.weight, base.bias, lora_a, lora_b, self.scaling[ADAPTER], base.spec
-        )
+        return MergedFakeQuantLinear.apply(x, base.weight, base.bias, lora_a, lora_b, self.scaling[ADAPTER], base.spec)
 
 
 def insert(model: nn.Module, scheme: Scheme) -> Switch:
@@ -130,9 +126,7 @@ def insert(model: nn.Module, scheme: Scheme) -> Switch:
         plain = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
         # A subclass (a scaled embedding, say) keeps its forward, whose super() now reaches ours.
         theirs = type(module)
-        module.__class__ = (
-            ours if theirs is plain else type(f"FakeQuant{theirs.__name__}", (theirs, ours), {})
-        )
+        module.__class__ = ours if theirs is plain else type(f"FakeQuant{theirs.__name__}", (theirs, ours), {})
         module.spec, module.switch = spec, switch  # type: ignore[assignment]
     return switch
 

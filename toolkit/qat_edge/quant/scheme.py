@@ -49,8 +49,7 @@ class Scheme:
     def summary(self) -> str:
         """One line for people: `210 int4 (group 32), 2 int8 (per channel)`."""
         kinds = Counter(
-            f"int{w.bits} ({'per channel' if w.bits == 8 else f'group {w.group_size}'})"
-            for w in self.weights.values()
+            f"int{w.bits} ({'per channel' if w.bits == 8 else f'group {w.group_size}'})" for w in self.weights.values()
         )
         return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
 

@@ -1,0 +1,206 @@
+"""This machine's half of the agent: send it and the artifact, write requests, read results."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qat_edge_devices.errors import (
+    KilledError,
+    MissingPackageError,
+    ProgramError,
+    RefusedError,
+    ResultError,
+    command_line,
+    tail,
+)
+from qat_edge_devices.results import Answer, Generated, LoadFigures, Scored, Speed
+from qat_edge_devices.transport import Completed, Transport
+
+AGENT = Path(__file__).parents[1] / "agent" / "agent.py"
+# Agreed with agent.py, which travels and so cannot share them; a test holds them equal.
+FORMAT = 1
+EXIT_REFUSED = 65
+EXIT_MISSING_PACKAGE = 69
+SCORE_BYTES = 512 * 1024**2  # logits lying on the device at once
+TIMEOUT_S = 3600.0
+
+Progress = Callable[[int, int], None]
+
+
+class AgentRuntime(ABC):
+    """One artifact on one device, run by the Python agent, a process a call.
+
+    threads: CPUs the process may use. timeout_s: of one process. progress: called as (done, total).
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        transport: Transport,
+        threads: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        progress: Progress | None = None,
+    ) -> None:
+        self.transport = transport
+        self.threads = threads
+        self.timeout_s = timeout_s
+        self.progress = progress
+
+    @abstractmethod
+    def files(self, artifact: Path) -> dict[str, Path]:
+        """What to send: name on the device -> file here."""
+
+    @abstractmethod
+    def entry(self) -> str:
+        """What the agent is told to load."""
+
+    def prepare(self, artifact: Path) -> None:
+        """Send the agent and the artifact: once, before anything is asked."""
+        for remote, local in {"agent.py": AGENT, **self.files(artifact)}.items():
+            self.transport.push(local, remote)
+
+    def score(self, sequences: Sequence[Sequence[int]], max_bytes: int = SCORE_BYTES) -> Iterator[Scored]:
+        """Logits of each sequence in turn; a file lives until the next is asked for.
+
+        One process scores as many sequences as `max_bytes` of logits hold (one at least), so that neither
+        disk nor memory grows with their number.
+        """
+        done = 0
+        while done < len(sequences):
+            rest = [list(ids) for ids in sequences[done:]]
+            task = {"task": "score", "sequences": rest, "max_bytes": max_bytes}
+            with tempfile.TemporaryDirectory(prefix="qat-edge-scores-") as name:
+                folder = Path(name) / "results"
+                answer = self._ask(task, folder, before=done)
+                with self._reading():
+                    scored, load = int(answer["scored"]), _load_figures(answer)
+                    files = [folder / f"logits-{i:05d}.npy" for i in range(scored)]
+                    if not files or not all(f.is_file() for f in files):
+                        raise ValueError(f"{scored} sequences scored and not all their logits came back")
+                for index, file in enumerate(files):
+                    yield Scored(done + index, file, load)
+                    file.unlink(missing_ok=True)
+            done += scored
+
+    def generate(self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int) -> Generated:
+        """Greedy continuations, each ended by one of `eos_ids` or by its length."""
+        task = {
+            "task": "generate",
+            "prompts": [list(ids) for ids in prompts],
+            "eos_ids": list(eos_ids),
+            "max_new_tokens": max_new_tokens,
+        }
+        answer = self._ask_for_figures(task)
+        with self._reading():
+            answers = tuple(Answer(tuple(a["ids"]), a["stopped"], a["ttft_ms"]) for a in answer["answers"])
+            return Generated(answers, _load_figures(answer))
+
+    def speed(self, prefill: int, decode: int, repeats: int) -> Speed:
+        """Timed repeats of a prompt of `prefill` tokens and `decode` steps after its first new token."""
+        task = {"task": "speed", "prefill": prefill, "decode": decode, "repeats": repeats}
+        answer = self._ask_for_figures(task)
+        with self._reading():
+            return Speed(
+                prefill_tokens_per_s=tuple(answer["prefill_tokens_per_s"]),
+                decode_tokens_per_s=tuple(answer["decode_tokens_per_s"]),
+                ttft_ms=tuple(answer["ttft_ms"]),
+                cores_busy=answer["cores_busy"],
+                load=_load_figures(answer),
+            )
+
+    def _ask_for_figures(self, task: dict[str, Any]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="qat-edge-results-") as name:
+            return self._ask(task, Path(name) / "results", before=0)
+
+    def _ask(self, task: dict[str, Any], folder: Path, *, before: int) -> dict[str, Any]:
+        """Run the agent on `task`, bring its results to `folder`, return result.json.
+
+        before: items finished by earlier processes, for the progress shown.
+        """
+        request = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
+        with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
+            path = Path(name) / "request.json"
+            path.write_text(json.dumps(request | task), encoding="utf-8")
+            self.transport.push(path, "request.json")
+        argv = (self.transport.python, "agent.py", "request.json", "results")
+        completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, before))
+        _check(self.transport.name, argv, completed)
+        self.transport.pull("results", folder)
+        with self._reading():
+            answer: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            if answer["format"] != FORMAT:
+                raise ValueError(f"format {answer['format']}, expected {FORMAT}")
+        return answer
+
+    def _show(self, line: str, before: int) -> None:
+        words = line.split()
+        if self.progress is not None and len(words) == 3 and words[0] == "progress":
+            self.progress(before + int(words[1]), before + int(words[2]))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say whose results they are where they cannot be read.
+
+        Raises:
+            ResultError: a file or a figure is missing, or is no JSON.
+        """
+        try:
+            yield
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ResultError(
+                f"{self.transport.name}: the agent ended well, but its results cannot be read "
+                f"({type(error).__name__}: {error}). Run again; if it stays so, its Python or disk is at fault."
+            ) from error
+
+
+def _load_figures(answer: dict[str, Any]) -> LoadFigures:
+    return LoadFigures(**answer["load"])
+
+
+def _check(device: str, argv: Sequence[str], completed: Completed) -> None:
+    """Turn the way the agent ended into an error that says what to do.
+
+    Raises:
+        ProgramError: it did not end with exit code 0.
+    """
+    code, last = completed.returncode, tail(completed.stderr)
+    if code == 0:
+        return
+    message = next((x for x in reversed(completed.stderr.splitlines()) if x.strip()), "")
+    if code == EXIT_REFUSED:
+        raise RefusedError(f"{device}: {message}")
+    if code == EXIT_MISSING_PACKAGE:
+        raise MissingPackageError(
+            f"{device}: {argv[0]} there lacks the package {message}. Install it on the device: "
+            f"`{argv[0]} -m pip install {message}`."
+        )
+    if completed.signal is not None:
+        raise KilledError(
+            f"{device}: `{command_line(argv)}` was ended by {_signal_name(completed.signal)}. {_advice(completed)} "
+            f"Last lines of its stderr:{last}"
+        )
+    raise ProgramError(
+        f"{device}: `{command_line(argv)}` failed with exit code {code}. Last lines of its stderr:{last}"
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _advice(completed: Completed) -> str:
+    if completed.signal == signal.SIGKILL:
+        return "The system does so when memory runs out: free some, or export with a shorter context."
+    return "The runtime crashed: check that its version is the one the artifact was exported for."

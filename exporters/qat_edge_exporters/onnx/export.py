@@ -1,0 +1,139 @@
+"""Frozen checkpoint -> ONNX folder for onnxruntime-genai, through its own model builder. Nothing is rounded here.
+
+The builder knows each architecture's graph; it is given the codes and scales in a layout it copies
+(layout.py), and its known faults are put right afterwards (repair.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from qat_edge.errors import ExportError
+from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
+from qat_edge.quant.scheme import Scheme
+from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.layout import write_layout
+from qat_edge_exporters.onnx.repair import repair
+
+ACCURACY_LEVEL = 4  # int8 activations, as trained; 8-bit nodes at any other level run about 100 times slower
+BUILDER_OPTIONS = (f"accuracy_level={ACCURACY_LEVEL}", "fuse_qkv=false", "hf_token=false")
+LOG_LINES = 5  # of a failed builder, that the error quotes
+
+
+def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None]) -> None:
+    """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer into the empty folder `out`.
+
+    context_length: tokens of prompt and answer together; onnxruntime-genai allocates its KV cache for as many.
+    say: told about each stage.
+
+    Raises:
+        ExportError: the builder cannot express this model, or failed.
+    """
+    config: dict[str, Any] = json.loads((frozen / "config.json").read_text(encoding="utf-8"))
+    scheme, weights = read_scheme(frozen), read_weights(frozen)
+    _check(config, scheme, context_length)
+    shared = scheme.tied and _equal(weights[names.EMBEDDING], weights[names.HEAD])
+    with TemporaryDirectory(prefix=".building-", dir=out) as scratch:
+        layout, built = Path(scratch) / "layout", Path(scratch) / "built"
+        layout.mkdir()
+        say(f"Packing {len(weights)} matrices for the builder")
+        write_layout(frozen, layout, config | {"tie_word_embeddings": shared}, scheme.group_size, weights)
+        _copy_tokenizer(frozen, layout)
+        say("Building the graph with onnxruntime-genai's builder")
+        run_builder(layout, built)
+        shutil.rmtree(layout)
+        say("Repairing the graph")
+        repair(built, out, weights, shared, context_length)
+        genai = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
+    genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
+    genai["model"]["eos_token_id"] = end_tokens(frozen)
+    (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+    _copy_tokenizer(frozen, out)
+
+
+def run_builder(layout: Path, built: Path) -> None:
+    """Run the model builder on a layout folder, in a process of its own: it prints, and it holds all weights twice.
+
+    Raises:
+        ExportError: it does not know the architecture, or failed; its last lines are quoted.
+    """
+    command = [
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(layout), "--output", str(built),
+        "--precision", "int4", "--execution_provider", "cpu", "--cache_dir", str(layout / "cache"),
+        "--extra_options", *BUILDER_OPTIONS,
+    ]  # fmt: skip
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode == 0 and (built / names.MODEL_FILE).is_file():
+        return
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if any("NotImplementedError" in line and "not currently supported" in line for line in lines):
+        architecture = json.loads((layout / "config.json").read_text(encoding="utf-8"))["architectures"]
+        raise ExportError(
+            f"onnx: onnxruntime-genai's builder does not know the architecture {architecture}. "
+            "Leave this target out with --target executorch."
+        )
+    ending = " | ".join(lines[-LOG_LINES:])
+    raise ExportError(f"onnx: onnxruntime-genai's builder failed with exit code {done.returncode}: {ending}")
+
+
+def end_tokens(frozen: Path) -> list[int]:
+    """Every token that ends an answer: generation_config.json's first, then config.json's, then the tokenizer's."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = frozen / name
+        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    found += _tokenizer_end(frozen)
+    if not found:
+        raise ExportError(f"{frozen}: no end token in its configuration or tokenizer, so no answer would ever end.")
+    return list(dict.fromkeys(found))
+
+
+def _tokenizer_end(frozen: Path) -> list[int]:
+    """Id of the tokenizer's own eos_token, read from its files."""
+    settings, vocabulary = frozen / "tokenizer_config.json", frozen / "tokenizer.json"
+    if not settings.is_file() or not vocabulary.is_file():
+        return []
+    token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+    token = token["content"] if isinstance(token, dict) else token
+    added = json.loads(vocabulary.read_text(encoding="utf-8")).get("added_tokens", [])
+    return [entry["id"] for entry in added if entry["content"] == token]
+
+
+def _check(config: dict[str, Any], scheme: Scheme, context_length: int) -> None:
+    longest = config.get("max_position_embeddings")
+    if longest is not None and context_length > longest:
+        raise ExportError(
+            f"onnx: --context-length {context_length} is more than the {longest} positions the model was trained for. "
+            f"Give at most {longest}."
+        )
+    unknown = [name for name in scheme.weights if not names.is_known(name)]
+    if unknown:
+        raise ExportError(
+            f"onnx: {config.get('architectures')} has layers this target cannot name: {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}. Leave it out with --target executorch."
+        )
+
+
+def _equal(one: FrozenWeight, other: FrozenWeight) -> bool:
+    return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
+
+
+def _copy_tokenizer(frozen: Path, folder: Path) -> None:
+    """Byte for byte, so that every target's tokenizer is the model's."""
+    for name in names.TOKENIZER_FILES:
+        if (frozen / name).is_file():
+            shutil.copyfile(frozen / name, folder / name)

@@ -1,0 +1,90 @@
+"""An ONNX graph whose tensors lie in one data file beside it, read without ONNX Runtime and without copying."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnx import external_data_helper, helper
+
+from qat_edge.errors import ArtifactError
+from qat_edge_exporters.onnx import names
+
+ALIGNMENT = 64  # bytes, the widest vector register
+AGAIN = "Export again, or copy the folder again if it was copied."
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph alone, its tensors left in the data file.
+
+    Raises:
+        ArtifactError: missing or no ONNX file.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing. {AGAIN}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ArtifactError(f"{path}: no readable ONNX graph ({error}). {AGAIN}") from error
+    if not model.graph.node:
+        raise ArtifactError(f"{path}: the graph is empty. {AGAIN}")
+    return model
+
+
+def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
+    """An initializer's values; those in a data file are mapped, not read.
+
+    Raises:
+        ArtifactError: the data file is missing, or ends before the tensor does.
+    """
+    shape = tuple(initializer.dims)
+    try:
+        if not external_data_helper.uses_external_data(initializer):
+            return onnx.numpy_helper.to_array(initializer)
+        info = external_data_helper.ExternalDataInfo(initializer)
+        path, offset = folder / Path(info.location).name, int(info.offset or 0)
+        dtype = helper.tensor_dtype_to_np_dtype(initializer.data_type)
+        size = math.prod(shape) * dtype.itemsize
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: tensor '{initializer.name}' is garbled ({error}). {AGAIN}") from error
+    found = path.stat().st_size if path.is_file() else 0
+    if size < 0 or offset < 0 or offset + size > found:
+        raise ArtifactError(
+            f"{path}: tensor '{initializer.name}' should lie at bytes {offset} to {offset + size}, but the file has "
+            f"{found}. {AGAIN}"
+        )
+    return np.memmap(path, dtype, "r", offset, shape) if size else np.zeros(shape, dtype)
+
+
+def save(model: onnx.ModelProto, tensors: Mapping[str, NDArray[Any]], source: Path, folder: Path) -> None:
+    """Write the graph and its data file into `folder`.
+
+    tensors: new values by initializer name; all others are taken over from `source` as they are.
+    """
+    with (folder / names.DATA_FILE).open("wb") as file:
+        for initializer in model.graph.initializer:
+            values = tensors.get(initializer.name)
+            if values is None:
+                values = tensor(initializer, source)
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            _point(initializer, values, file.tell())
+            np.ascontiguousarray(values).tofile(file)
+    (folder / names.MODEL_FILE).write_bytes(model.SerializeToString())
+
+
+def _point(initializer: onnx.TensorProto, values: NDArray[Any], offset: int) -> None:
+    """Make `initializer` describe `values` at `offset` of the data file."""
+    name = initializer.name
+    initializer.Clear()
+    initializer.name = name
+    initializer.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+    initializer.dims.extend(values.shape)
+    initializer.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", names.DATA_FILE), ("offset", offset), ("length", values.nbytes)):
+        initializer.external_data.add(key=key, value=str(value))

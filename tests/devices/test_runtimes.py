@@ -1,0 +1,280 @@
+"""Artifacts run by the agent in a process of its own, and what is said when that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from summing import CONTEXT, PEAK, VOCABULARY, Summing, genai_config, greedy, summing_graph, sums
+
+from qat_edge_devices import open_runtime
+from qat_edge_devices.agent import agent
+from qat_edge_devices.errors import (
+    KilledError,
+    MissingPackageError,
+    ProgramError,
+    RefusedError,
+    ResultError,
+    TransportError,
+)
+from qat_edge_devices.local import LocalTransport
+from qat_edge_devices.mock import MockTransport
+from qat_edge_devices.runtime import Runtime
+from qat_edge_devices.runtimes import agent as runtime_side
+from qat_edge_devices.runtimes.executorch import ExecuTorchRuntime
+from qat_edge_devices.transport import Completed
+
+LOAD = {
+    "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
+    "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[LocalTransport]:
+    transport = LocalTransport(root=tmp_path)
+    yield transport
+    transport.close()
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The summing decoder as an ONNX folder that onnxruntime and onnxruntime-genai both read."""
+    folder = tmp_path_factory.mktemp("summing") / "onnx"
+    folder.mkdir()
+    onnx.save(summing_graph(), folder / "model.onnx")
+    (folder / "genai_config.json").write_text(json.dumps(genai_config()))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The summing decoder as a .pte, a tokenizer beside it."""
+    from executorch.exir import to_edge
+
+    length = torch.export.Dim("length", min=1, max=CONTEXT - 1)
+    inputs = (torch.tensor([[1, 2, 3]]), torch.tensor([0]))
+    program = torch.export.export(Summing(), inputs, dynamic_shapes=({1: length}, None))
+    constants = {
+        "get_max_seq_len": CONTEXT // 2,
+        "get_max_context_len": CONTEXT,
+        "enable_dynamic_shape": True,
+    }
+    folder = tmp_path_factory.mktemp("summing") / "executorch"
+    folder.mkdir()
+    with (folder / "model.pte").open("wb") as file:
+        to_edge(program, constant_methods=constants).to_executorch().write_to_file(file)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(params=["executorch", "onnx"])
+def runtime(request: pytest.FixtureRequest, local: LocalTransport) -> Runtime:
+    """The summing decoder on this machine, as either kind of artifact."""
+    folder = request.getfixturevalue({"executorch": "pte_folder", "onnx": "onnx_folder"}[request.param])
+    runtime = open_runtime(request.param, local, threads=1)
+    runtime.prepare(folder)
+    return runtime
+
+
+def test_score_gives_the_logits_after_every_token(runtime: Runtime) -> None:
+    # 300 tokens: more than the agent takes through the graph at once
+    sequences = [[5], [1, 2, 3, 4], [i % VOCABULARY for i in range(300)], [12, 12]]
+    for scored, ids in zip(runtime.score(sequences), sequences, strict=True):
+        logits = np.load(scored.logits)
+        expected = np.zeros((len(ids), VOCABULARY), np.float32)
+        expected[range(len(ids)), sums(ids)] = PEAK
+        np.testing.assert_array_equal(logits, expected, strict=True)
+
+
+def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: LocalTransport) -> None:
+    shown: list[tuple[int, int]] = []
+    runtime = ExecuTorchRuntime(local, 1, progress=lambda done, total: shown.append((done, total)))
+    runtime.prepare(pte_folder)
+    sequences = [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
+    two = 2 * 2 * VOCABULARY * 4  # bytes of two sequences
+    past: list[Path] = []
+    for scored in runtime.score(sequences, max_bytes=two):
+        assert not any(path.exists() for path in past)
+        assert len(list(local.folder.glob("results/*.npy"))) <= 2
+        assert np.load(scored.logits).argmax(1).tolist() == sums(sequences[scored.index])
+        past.append(scored.logits)
+    assert len(past) == len(sequences)
+    assert not any(path.parent.exists() for path in past)
+    assert shown == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+
+
+def test_generate_is_greedy_and_stops_where_it_should(runtime: Runtime) -> None:
+    # The second prompt is prefilled with the first one's cache still there; the third fills the context.
+    long = [3] * (CONTEXT - 5)
+    prompts = [[1, 2], [12, 2], long]
+    generated = runtime.generate(prompts, eos_ids=[11], max_new_tokens=6)
+    assert greedy([1, 2], 4) == [3, 6, 12, 11]
+    assert [(a.ids, a.stopped) for a in generated.answers] == [
+        ((3, 6, 12), "eos"),
+        (tuple(greedy([12, 2], 6)), "length"),
+        (tuple(greedy(long, 5)), "context"),
+    ]
+    assert all(a.ttft_ms > 0 for a in generated.answers)
+    assert generated.load.context_length == CONTEXT
+
+
+def test_generate_without_end_tokens_runs_to_the_length(runtime: Runtime) -> None:
+    (answer,) = runtime.generate([[1, 0]], eos_ids=[], max_new_tokens=8).answers  # 1 ends answers by configuration
+    assert answer.ids == tuple(greedy([1, 0], 8))
+    assert answer.stopped == "length"
+
+
+def test_speed_measures_every_repeat_and_the_loading(runtime: Runtime) -> None:
+    speed = runtime.speed(prefill=32, decode=16, repeats=3)
+    for figures in (speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.ttft_ms):
+        assert len(figures) == 3
+        assert min(figures) > 0
+    for rate, milliseconds in zip(speed.prefill_tokens_per_s, speed.ttft_ms, strict=True):
+        assert rate == pytest.approx(32 / (milliseconds / 1e3))
+    assert speed.load.threads == speed.load.pool_threads == 1
+    assert speed.cores_busy < 1.3  # one CPU is all the process was given
+    assert speed.load.load_ms > 0
+    assert speed.load.artifact_rss_bytes == speed.load.peak_rss_bytes - speed.load.baseline_rss_bytes > 0
+
+
+def test_onnx_is_scored_by_onnxruntime_and_timed_by_genai(onnx_folder: Path, local: LocalTransport) -> None:
+    runtime = open_runtime("onnx", local, threads=1)
+    runtime.prepare(onnx_folder)
+    assert [s.load.runtime for s in runtime.score([[1]])] == ["onnxruntime"]
+    assert runtime.speed(4, 2, 1).load.runtime == "onnxruntime-genai"
+
+
+def test_without_genai_plain_onnxruntime_generates_the_same(
+    onnx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    request = {"backend": "onnx", "task": "generate", "prompts": [[1, 2], [1]], "eos_ids": [11], "max_new_tokens": 6}
+    model = agent.choose_backend(request)
+    assert model.runtime == "onnxruntime"
+    model.load(onnx_folder, request, 1)
+    answers = agent.generate(model, request, tmp_path)["answers"]
+    assert [a["ids"] for a in answers] == [[3, 6, 12], greedy([1], 6)]
+
+
+def test_only_what_the_runtime_reads_is_sent(onnx_folder: Path, pte_folder: Path) -> None:
+    mock = MockTransport(lambda argv, files: Completed(0, "", ""))
+    open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
+    assert sorted(mock.files) == ["agent.py", "artifact/genai_config.json", "artifact/model.onnx"]
+    mock.close()
+    open_runtime("executorch", mock, threads=1).prepare(pte_folder)
+    assert sorted(mock.files) == ["agent.py", "artifact/model.pte"]
+
+
+def test_what_does_not_fit_the_context_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(RefusedError, match=rf"local: sequence 0 takes {CONTEXT + 1} tokens .* holds {CONTEXT}"):
+        list(runtime.score([[1] * (CONTEXT + 1)]))
+    with pytest.raises(RefusedError, match="the prompt and the decode steps takes"):
+        runtime.speed(prefill=CONTEXT, decode=1, repeats=1)
+
+
+def test_nothing_is_predicted_from_nothing(runtime: Runtime) -> None:
+    with pytest.raises(RefusedError, match="sequence 1: no token ids were given"):
+        list(runtime.score([[1], []]))
+    with pytest.raises(RefusedError, match="prompt 0 and a first token: no token ids were given"):
+        runtime.generate([[]], eos_ids=[11], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(("target", "name"), [("executorch", "model.pte"), ("onnx", "model.onnx")])
+def test_a_damaged_artifact_is_named(target: str, name: str, local: LocalTransport, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x08\x01 not what it should be" * 9)
+    runtime = open_runtime(target, local, threads=1)
+    runtime.prepare(tmp_path)
+    with pytest.raises(RefusedError, match=f"local: {name} cannot be loaded: "):
+        list(runtime.score([[1, 2]]))
+
+
+def test_an_export_without_its_artifact_is_told_before_anything_runs(local: LocalTransport, tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match=r"expected one \.pte there, found 0"):
+        open_runtime("executorch", local, threads=1).prepare(tmp_path)
+    with pytest.raises(TransportError, match=r"no model\.onnx there"):
+        open_runtime("onnx", local, threads=1).prepare(tmp_path)
+
+
+def test_a_missing_package_is_named_as_pip_knows_it(pte_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare-python"  # no site-packages: what a device has before anything is installed
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    transport = LocalTransport(python=str(bare), root=tmp_path)
+    runtime = open_runtime("executorch", transport, threads=1)
+    runtime.prepare(pte_folder)
+    with pytest.raises(MissingPackageError, match=r"lacks the package torch\. .*bare-python -m pip install torch"):
+        runtime.speed(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        (-signal.SIGKILL, KilledError, r"ended by SIGKILL\. .*memory runs out.*\n  the last words"),
+        (128 + signal.SIGSEGV, KilledError, r"ended by SIGSEGV\. .*crashed"),
+        (agent.EXIT_REFUSED, RefusedError, "mock: the last words"),
+        (agent.EXIT_MISSING_PACKAGE, MissingPackageError, "pip install the last words"),
+        (1, ProgramError, r"failed with exit code 1\. .*\n  first\n  the last words"),
+    ],
+)
+def test_the_way_the_agent_ends_says_what_to_do(code: int, error: type[Exception], words: str) -> None:
+    mock = MockTransport(lambda argv, files: Completed(code, "", "first\nthe last words\n"))
+    with pytest.raises(error, match=f"(?s){words}") as caught:
+        open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
+    assert type(caught.value) is error
+    assert mock.calls[-1] == ("run", "python3", "agent.py", "request.json", "results")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "load": {}}), json.dumps({"format": 1, "load": LOAD})],
+)
+def test_results_that_cannot_be_read_are_an_error(text: str) -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+        files["results/result.json"] = text.encode()
+        return Completed(0, "", "")
+
+    with pytest.raises(ResultError, match="mock: the agent ended well, but its results cannot be read"):
+        open_runtime("onnx", MockTransport(handler), threads=1).speed(1, 1, 1)
+    with pytest.raises(ResultError):
+        list(open_runtime("onnx", MockTransport(handler), threads=1).score([[1]]))
+
+
+def test_logits_that_did_not_come_back_are_an_error() -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, "scored": 1}).encode()
+        return Completed(0, "", "")
+
+    with pytest.raises(ResultError, match="not all their logits came back"):
+        list(open_runtime("onnx", MockTransport(handler), threads=1).score([[1]]))
+
+
+def test_both_halves_agree_on_the_numbers_between_them() -> None:
+    for name in ("FORMAT", "EXIT_REFUSED", "EXIT_MISSING_PACKAGE"):
+        assert getattr(agent, name) == getattr(runtime_side, name)
+
+
+def test_the_agent_travels_alone(tmp_path: Path) -> None:
+    copy = tmp_path / "agent.py"
+    shutil.copyfile(runtime_side.AGENT, copy)
+    assert "qat_edge" not in copy.read_text()
+
+
+def test_memory_is_the_kernels_figure() -> None:
+    assert agent.forget_peak()
+    before = agent.peak_bytes()
+    block: Any = np.ones(40_000_000, np.uint8)
+    assert agent.peak_bytes() - before > 0.9 * block.nbytes
+    del block
+    assert agent.forget_peak()
+    assert agent.peak_bytes() - before < 20_000_000

@@ -1,0 +1,137 @@
+"""The command line: instant help, one home per default, one paragraph per error."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from qat_edge import cli, config
+from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.errors import UsageError
+
+VERBS: dict[str, Any] = {"finetune": FinetuneOptions, "export": ExportOptions, "validate": ValidateOptions}
+COMMANDS = ["finetune", "export", "verify", "validate", "report", "generate", "demo"]
+HEAVY = ("torch", "transformers", "torchao", "executorch", "onnx", "onnxruntime", "peft", "datasets", "numpy", "rich")
+REQUIRED = {"model": "m", "data": "d"}
+FIELDS = [(section, field) for section, cls in VERBS.items() for field in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys; from qat_edge.cli import main\n"
+        f"try: main({[*command, '--help']!r})\n"
+        "except SystemExit: pass\n"
+        f"loaded = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith("Usage:")
+
+
+def test_commands_are_listed_in_the_order_of_the_work() -> None:
+    assert list(cli.main.commands) == COMMANDS
+
+
+def other(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], Any]:
+    """Arguments and value that differ from the default of `field`."""
+    name, choices = config.flag_name(field.name), field.metadata["choices"]
+    if hint is bool:
+        return ([f"--no-{name[2:]}"], False) if field.default else ([name], True)
+    if choices:
+        value = next(c for c in reversed(choices) if c != field.default and (c,) != field.default)
+        return [name, str(value)], (value,) if isinstance(field.default, tuple) else value
+    if isinstance(field.default, tuple):
+        return [name, "a", name, "b"], ("a", "b")
+    if "int" in str(hint):
+        return [name, "97"], 97
+    if "float" in str(hint):
+        return [name, "0.875"], 0.875
+    return [name, "other"], "other"
+
+
+@pytest.mark.parametrize(("section", "field"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_every_flag_changes_its_field(section: str, field: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typing
+
+    cls = VERBS[section]
+    arguments, expected = other(field, typing.get_type_hints(cls)[field.name])
+    seen: list[Any] = []
+
+    class Stop(UsageError):
+        pass
+
+    def capture(*given: Any) -> Any:
+        seen.append(config.load(given[0], given[1], given[2], {k: None if v == () else v for k, v in given[3].items()}))
+        raise Stop("seen")
+
+    monkeypatch.setattr(cli, "load_options", capture)
+    required = [a for k, v in REQUIRED.items() if k != field.name and section == "finetune" for a in (f"--{k}", v)]
+    position = ["--out", "x"] if section == "finetune" else ["run"]
+    CliRunner().invoke(cli.main, [section, *position, *required, *arguments])
+    assert getattr(seen[0], field.name) == expected
+    assert getattr(seen[0], field.name) != field.default
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("finetune: {model: m, data: d, steps: 7, learning_rate: 1e-3, target_modules: q_proj}\n")
+    options = config.load(FinetuneOptions, "finetune", path, {"steps": 9, "seed": 0, "model": None})
+    assert (options.model, options.steps, options.seed) == ("m", 9, 0)
+    assert options.learning_rate == 1e-3 and options.target_modules == ("q_proj",)
+    config.save(tmp_path / "saved.yaml", "finetune", options)
+    config.save(tmp_path / "saved.yaml", "export", ExportOptions())
+    assert config.load(FinetuneOptions, "finetune", tmp_path / "saved.yaml", {}) == options
+    assert config.load(ExportOptions, "export", tmp_path / "saved.yaml", {}) == ExportOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("finetune: {lora_rnk: 4}", r"unknown key 'finetune.lora_rnk'. Did you mean 'lora_rank'\?"),
+        ("finetun: {}", r"unknown section 'finetun'. Did you mean 'finetune'\?"),
+        ("finetune: {steps: many}", r"finetune.steps: expected int, found 'many'"),
+        ("finetune: {steps: 0}", r"finetune.steps: 0 is below the least permitted value, 1"),
+        ("finetune: {group_size: 48}", r"finetune.group_size: 48 is not one of 32, 64, 128"),
+        ("finetune: {gradient_checkpointing: 1}", r"expected bool, found 1"),
+        ("finetune: 3", r"section 'finetune' must hold"),
+        ("- a", r"expected sections such as 'finetune:'"),
+        ("a: [", r"cannot be read as YAML"),
+        ("export: {}", r"--model is missing"),
+    ],
+)
+def test_bad_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        config.load(FinetuneOptions, "finetune", path, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["finetune", "--out", "x"], 2, "--model is missing"),
+        (["finetune", "--out", "x", "--config", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+        (["export", "nowhere"], 1, "nowhere: no such run folder"),
+        (["export", "nowhere", "--target", "tflite"], 2, "'tflite' is not one of"),
+        (["verify", "nowhere"], 1, "no such run folder"),
+        (["validate", "nowhere"], 1, "no such run folder"),
+        (["report", "nowhere"], 1, "no such run folder"),
+        (["generate", "nowhere", "hello"], 1, "no such run folder"),
+    ],
+)
+def test_errors_are_one_paragraph(
+    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == code
+    assert message in result.output and "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []

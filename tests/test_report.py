@@ -1,0 +1,379 @@
+"""The report page: every figure it shows is one of the JSON, nothing in it is executed or fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from qat_edge import config, results
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import RunError
+from qat_edge.report import report
+from qat_edge.report.charts import linear_ticks, log_ticks, thin
+from qat_edge.report.figures import number, percent, whole_percent
+from qat_edge.report.tables import COLUMNS
+from qat_edge.report.verdict import verdict
+from qat_edge.results import Agreement, Gate, Measured, Report, Speed, Spread
+from qat_edge.run import Run, write_manifest
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"
+SIZES = {"linears": 53_084_160, "scales": 6_635_520, "embedding": 28_508_160, "head": 28_508_160, "graph": 512_000}
+
+
+def agreement(kl_nats: float) -> Agreement:
+    return Agreement(tokens=2048, kl_nats=kl_nats, top1=1 - kl_nats, sqnr_db=21.7)
+
+
+def spread(median: float) -> Spread:
+    return Spread(median, median * 0.97, median * 1.02)
+
+
+def quantized(name: str, target: str, exact_match: float, kl_nats: float, decode: float) -> Measured:
+    return Measured(
+        name=name,
+        target=target,
+        runtime=f"{target} 1.0",
+        size_bytes=SIZES if target == "executorch" else {**SIZES, "head": 0},
+        perplexity=18 + 10 * kl_nats,
+        agreement=agreement(kl_nats),
+        parity=agreement(0.0221),
+        exact_match=exact_match,
+        prompts=64,
+        load_ms=402.5,
+        speed=Speed(2, 128, 64, 5, spread(decode * 6.5), spread(decode), spread(124.25)),
+        memory_bytes=344_000_000,
+        runtime_bytes=104_000_000,
+    )
+
+
+def example() -> Report:
+    float_bytes = {"float": 538_060_032}
+    return Report(
+        created="2026-01-02 03:04",
+        device="local",
+        machine={"cpu": "x86", "memory_bytes": 16_400_000_000},
+        options={"tokens": 2048, "max_kl": 0.1},
+        tokens=2048,
+        noise_floor=agreement(0.0233),
+        measured=[
+            Measured("fp32 base", "torch", "torch 2.13", float_bytes, 21.9, agreement(0.9), None, 0.0156, 64),
+            Measured("fp32 fine-tuned", "torch", "torch 2.13", float_bytes, 17.3, None, None, 0.8594, 64),
+            quantized("ptq (round-to-nearest)", "executorch", 0.5469, 0.412, 164.2),
+            quantized("ptq (round-to-nearest)", "onnx", 0.5313, 0.409, 118.9),
+            quantized("qat", "executorch", 0.8438, 0.0672, 165.0),
+            replace(quantized("qat", "onnx", 0.8281, 0.0668, 120.4), notes=("int8 activations on x86",)),
+        ],
+        gates=[
+            Gate("--max-kl", 0.1, "qat executorch", 0.0672, True),
+            Gate("--min-exact-match", 0.9, "qat onnx", 0.8281, False),
+        ],
+    )
+
+
+def curve(steps: int, start: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        phase = "lora" if step <= start else "qat"
+        rows.append({"step": step, "loss": 3 * math.exp(-step / 10) + 0.1, "learning_rate": 1e-3, "phase": phase})
+        if step in (start, steps):
+            rows.append({"step": step, "eval_loss": 0.25, "phase": phase})
+    return rows
+
+
+def make_run(folder: Path, *reports: Report, whole: bool = True) -> Run:
+    """A run folder; `whole` with the training log and manifests, otherwise the reports alone."""
+    run = Run(folder)
+    config.save(run.config, "finetune", FinetuneOptions(model="org/tiny-model", data="rows.jsonl"))
+    for index, one in enumerate(reports):
+        results.save(one, run.reports / f"{index}.json")
+    if whole:
+        log = {"run": str(folder), "steps": 40, "qat_start_step": 20, "wall_s": 542.1, "truncated_rows": 3}
+        log |= {"peak_memory_bytes": 2_310_000_000, "device": "CPU (2 threads)", "curve": curve(40, 20)}
+        (folder / "training.json").write_text(json.dumps(log))
+        run.quantized.mkdir()
+        write_manifest(run.quantized, "quantized", model={"name": "org/tiny-model"}, seed=0)
+        for variant in (run, run.baseline):
+            artifact = variant.exports / "onnx"
+            artifact.mkdir(parents=True)
+            (artifact / "model.onnx").write_bytes(b"x")
+            write_manifest(artifact, "export", target="onnx", options={"context_length": 256}, wall_s=3.5)
+    return run
+
+
+def write(run: Run) -> str:
+    return report(run, lambda text: None).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, visible text, and (value, text) of each <data>."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.data: list[tuple[float, str]] = []
+        self._value: float | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "data" and (value := dict(attrs).get("value")) is not None:
+            self._value = float(value)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+        if self._value is not None:
+            self.data.append((self._value, data))
+            self._value = None
+
+
+def numbers_in(document: Any) -> set[float]:
+    if isinstance(document, dict):
+        return set().union(*map(numbers_in, document.values())) if document else set()
+    if isinstance(document, list):
+        return set().union(*map(numbers_in, document)) if document else set()
+    return {float(document)} if isinstance(document, int | float) and not isinstance(document, bool) else set()
+
+
+def svgs(html: str) -> list[ET.Element]:
+    return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    return write(make_run(tmp_path, example()))
+
+
+def test_every_number_is_one_of_the_json(page: str, tmp_path: Path) -> None:
+    shown = Page(page).data
+    document = json.loads((tmp_path / "report.json").read_text())
+    known = numbers_in(document)
+    for row in example().measured:  # sums, differences and ratios the tables show
+        known |= {float(row.total_bytes), 344_000_000.0 - 104_000_000.0, 0.0221 / 0.0233, 1.0}
+    known |= {1.0}  # files in an artifact, the floor over itself
+    assert len(shown) > 150
+    assert {value for value, _ in shown} <= known
+
+
+def test_shown_text_is_the_value_rounded(page: str) -> None:
+    for value, text in Page(page).data:
+        digits = text.replace(",", "").split()[0].removesuffix("%")
+        half_a_digit = 0.5 * 10.0 ** -len(digits.partition(".")[2]) * 1.0001
+        ways = (value, value * 100, value / 1e6)
+        assert any(abs(float(digits) - way) <= half_a_digit for way in ways), (value, text)
+
+
+def test_summary_has_each_figure_of_each_model(page: str) -> None:
+    shown = {value for value, _ in Page(page).data}
+    for row in example().measured:
+        for column in COLUMNS:
+            value = column.value(row)
+            assert value is None or value in shown
+
+
+def test_json_holds_the_reports_and_the_verdict(page: str, tmp_path: Path) -> None:
+    document = json.loads((tmp_path / "report.json").read_text())
+    saved = json.loads((tmp_path / "reports" / "0.json").read_text())
+    device = document["devices"][0]
+    assert {key: device[key] for key in saved if key != "format"} == {k: v for k, v in saved.items() if k != "format"}
+    assert device["verdict"]["headline"] in page
+    assert document["training"]["curve"] == curve(40, 20)
+    assert str(tmp_path) not in page
+
+
+def test_nothing_is_fetched_or_executed(page: str) -> None:
+    for tag, attributes in Page(page).tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base", "form")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "default-src 'none'" in page
+    assert len(page.encode()) < 300_000
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    base = example()
+    rows = [replace(row, notes=(HOSTILE,), runtime=HOSTILE) for row in base.measured]
+    rows[0] = replace(rows[0], name=HOSTILE, target=HOSTILE)
+    rows[2] = replace(rows[2], size_bytes={HOSTILE: 5_000_000})
+    gates = [Gate(HOSTILE, 0.1, HOSTILE, 0.2, False)]
+    hostile = replace(base, device=HOSTILE, created=HOSTILE, measured=rows, gates=gates)
+    hostile = replace(hostile, machine={HOSTILE: HOSTILE}, options={"a": [HOSTILE]})
+    run = make_run(tmp_path, hostile)
+    config.save(run.config, "finetune", FinetuneOptions(model=HOSTILE, data=HOSTILE))
+    log = {"device": HOSTILE, "curve": [{"step": HOSTILE, "phase": HOSTILE, "loss": HOSTILE}, HOSTILE]}
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    shutil.rmtree(run.quantized)
+    html = write(run)
+    test_nothing_is_fetched_or_executed(html)
+    parsed = Page(html)
+    assert not [tag for tag, _ in parsed.tags if tag in ("img", "script")]
+    assert "<script>alert(1)</script>" in parsed.words
+    assert "\x00" not in html
+    assert len(svgs(html)) == 3
+
+
+def test_plots_are_well_formed_and_described(page: str) -> None:
+    found = svgs(page)
+    assert len(found) == 4
+    names = [element.get("id") for svg in found for element in svg.iter() if element.get("id")]
+    assert len(names) == len(set(names)) == 8
+    for svg in found:
+        parts = {child.get("id"): child.text for child in svg if child.tag in ("title", "desc")}
+        assert (svg.get("aria-labelledby") or "").split() == list(parts)
+        assert all(parts.values())
+        _, _, width, height = map(float, (svg.get("viewBox") or "").split())
+        for element in svg.iter("text"):
+            assert 0 <= float(element.get("x") or -1) <= width
+            assert 0 < float(element.get("y") or -1) < height
+
+
+def test_each_device_has_its_own_plots(tmp_path: Path) -> None:
+    phone = replace(example(), device="adb:R5", gates=[], measured=example().measured[1:5:3])
+    html = write(make_run(tmp_path, phone, example()))
+    assert html.index("Measured on local") < html.index("Measured on adb:R5")
+    names = [element.get("id") for svg in svgs(html) for element in svg.iter() if element.get("id")]
+    assert len(svgs(html)) == 7
+    assert len(names) == len(set(names))
+
+
+def test_missing_pieces_are_named(tmp_path: Path) -> None:
+    bare = [
+        Measured(row.name, row.target, row.runtime, row.size_bytes, row.perplexity, prompts=row.prompts)
+        for row in example().measured
+    ]
+    said: list[str] = []
+    run = make_run(tmp_path, replace(example(), measured=bare, gates=[], machine={}), whole=False)
+    html = report(run, said.append).read_text(encoding="utf-8")
+    words = Page(html).words
+    assert "Not measured: training.json is missing" in words
+    assert "Not measured: no artifact was compared with its frozen checkpoint" in words
+    assert "None were set." in words
+    assert "not measured" in words
+    assert any("training.json is missing" in line for line in said)
+    assert any("quantized" in line for line in said)
+    assert "times the perplexity" in words
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_few_models_do_not_crash(tmp_path: Path, kept: int) -> None:
+    html = write(make_run(tmp_path, replace(example(), measured=example().measured[:kept]), whole=False))
+    assert "No QAT artifact was measured" in html
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"curve": 3}', '{"curve": []}', '{"curve": [{"step": 1}, 7]}'])
+def test_odd_training_log_is_named(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path, example())
+    (tmp_path / "training.json").write_text(text)
+    assert "Not measured: " in write(run)
+
+
+def test_figures_that_are_not_finite(tmp_path: Path) -> None:
+    rows = [replace(row, perplexity=math.inf, agreement=agreement(math.nan)) for row in example().measured]
+    assert "not finite" in write(make_run(tmp_path, replace(example(), measured=rows)))
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_no_report_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="qat-edge validate"):
+        report(make_run(tmp_path), print)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_damaged_report_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path, example())
+    (run.reports / "0.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged"):
+        report(run, print)
+
+
+def test_verdict_says_what_qat_keeps() -> None:
+    judged = verdict(example())
+    assert judged.headline == (
+        "QAT keeps 96% to 98% of the exact match of the FP32 fine-tune at 16% to 22% of its size; "
+        "round-to-nearest keeps 62% to 64%."
+    )
+    assert judged.notes == []
+    assert judged.figures["qat_exact_match_kept"] == [0.8438 / 0.8594, 0.8281 / 0.8594]
+
+
+def with_exact_match(qat: float, onnx: float | None = None, tuned: float = 0.8594) -> Report:
+    by_target = {"executorch": qat, "onnx": qat if onnx is None else onnx}
+    rows = [
+        replace(row, exact_match=by_target[row.target]) if row.name == "qat"
+        else replace(row, exact_match=tuned) if row.name == "fp32 fine-tuned" else row
+        for row in example().measured
+    ]  # fmt: skip
+    return replace(example(), measured=rows)
+
+
+def test_verdict_is_honest_where_qat_is_worse() -> None:
+    assert verdict(with_exact_match(0.2)).headline.startswith("QAT gains nothing here")
+    assert "depends on the target" in verdict(with_exact_match(0.8, onnx=0.2)).headline
+    assert "reaches" in verdict(with_exact_match(0.9)).headline
+    assert "cannot tell" in verdict(with_exact_match(0.56)).notes[0]
+    unanswered = verdict(with_exact_match(0.0, tuned=0.0))
+    assert "times the perplexity" in unanswered.headline
+    assert "none of the prompts" in unanswered.notes[0]
+
+
+def test_numbers_as_written() -> None:
+    written = [number(v) for v in (0, 0.03124, 17.34, 165.4, 1053.2, 999.9, 538_060, 2.4e-7, -0.5, math.nan)]
+    assert written == ["0", "0.0312", "17.3", "165", "1,053", "1,000", "538,060", "2.4×10⁻⁷", "-0.500", "not finite"]
+    assert [percent(v) for v in (0, 0.8438, 0.99999, 1)] == ["0%", "84.4%", "99.99%", "100%"]
+    assert [whole_percent(v) for v in (0.184, 0.996, 1.03)] == ["18%", "99%", "103%"]
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert linear_ticks(0, 1250, 5) == [0, 250, 500, 750, 1000, 1250]
+    assert linear_ticks(0, 0.3, 5) == [0, 0.1, 0.2, 0.3]
+    assert log_ticks(0.05, 4, 7) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert log_ticks(1, 1e9, 4)[0] == 1
+
+
+def test_thinning_keeps_the_extremes() -> None:
+    points = [(float(step), math.sin(step)) for step in range(50_000)]
+    points[777] = (777.0, 9.0)
+    kept = thin(points)
+    assert len(kept) <= 400
+    assert (777.0, 9.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_long_training_stays_small(tmp_path: Path) -> None:
+    run = make_run(tmp_path, example())
+    (tmp_path / "training.json").write_text(json.dumps({"curve": curve(20_000, 10_000)}))
+    assert len(write(run).encode()) < 300_000
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1100, 500])
+def test_it_renders_in_a_browser(tmp_path: Path, width: int) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+    write(make_run(tmp_path / "run", example()))
+    picture = tmp_path / "page.png"
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={picture}",
+            (tmp_path / "run" / "report.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert len(picture.read_bytes()) > 20_000

@@ -1,0 +1,94 @@
+"""The run folder: whole or not at all, and a manifest that says what made it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from qat_edge.errors import RunError
+from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with replace_folder(target, force=False) as work:
+        (work / "file").write_text("new")
+        assert not target.exists()
+    assert (target / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failure_leaves_what_was_there(tmp_path: Path, before: bool) -> None:
+    target = tmp_path / "made"
+    if before:
+        target.mkdir()
+        (target / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError), replace_folder(target, force=True) as work:
+        (work / "file").write_text("half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == (["made"] if before else [])
+    assert not before or (target / "file").read_text() == "old"
+
+
+def test_replacing_needs_force(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    with pytest.raises(RunError, match="--force"), replace_folder(tmp_path / "made", force=False):
+        pass
+    with replace_folder(tmp_path / "made", force=True) as work:
+        (work / "file").write_text("new")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "made"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=r"made: cannot be written \(No space left on device\)"),
+        replace_folder(tmp_path / "made", force=False) as work,
+    ):
+        (work / "file").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_text_replaces_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_the_manifest_names_every_file_and_library(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "weights").write_bytes(b"abc")
+    write_manifest(tmp_path, "test", seed=3)
+    manifest = read_manifest(tmp_path)
+    digest = sha256(tmp_path / "sub" / "weights")
+    assert manifest["files"] == {"sub/weights": {"bytes": 3, "sha256": digest}}
+    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert manifest["kind"] == "test" and manifest["seed"] == 3
+    assert manifest["libraries"]["torch"].startswith("2.13")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_manifest_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(RunError, match="damaged"):
+        read_manifest(tmp_path)
+
+
+def test_a_run_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    write_text(run.config, "finetune: {}\n")
+    write_text(run.adapter / MANIFEST, json.dumps({"format": 99, "qat_edge": "9.0"}))
+    with pytest.raises(RunError, match=r"format 99, written by qat-edge 9\.0"):
+        Run.open(tmp_path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such run folder"):
+        Run.open(tmp_path / "nothing")
+    with pytest.raises(RunError, match="not a run folder"):
+        Run.open(tmp_path)

@@ -1,0 +1,153 @@
+"""What the figures say, in sentences: computed, never chosen, and plain where QAT gains nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qat_edge.report.figures import number, percent, role, span, whole_percent
+from qat_edge.results import Measured, Report
+
+Z_95 = 1.96  # two-sided 95% of a normal distribution
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """headline: the comparison. context: what fine-tuning itself did. notes: what to keep in mind.
+
+    figures: the numbers in the headline, by name.
+    """
+
+    headline: str
+    notes: list[str]
+    figures: dict[str, list[float]]
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Rows of one report that the sentences are about; `ptq` holds only targets that `qat` has too."""
+
+    tuned: Measured
+    qat: list[Measured]
+    ptq: list[Measured]
+
+
+def verdict(report: Report) -> Verdict:
+    """Compare QAT with the FP32 fine-tune and with round-to-nearest, on this report's figures."""
+    tuned = next((row for row in report.measured if role(row) == "tuned"), None)
+    qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
+    if not qat:
+        return Verdict("No QAT artifact was measured, so there is nothing to judge yet.", [], {})
+    if tuned is None:
+        return Verdict("The FP32 fine-tune was not measured, so QAT has nothing to be held against.", [], {})
+    if ptq:
+        targets = {row.target for row in qat} & {row.target for row in ptq}
+        ptq = [row for row in ptq if row.target in targets]
+    compared = _Compared(tuned, qat, ptq)
+    asked = all(row.exact_match is not None for row in (tuned, *qat))
+    judged = _by_exact_match(compared) if asked and tuned.exact_match else _by_perplexity(compared, asked)
+    return replace(judged, context=_fine_tuning(report, tuned))
+
+
+def shipped(report: Report, wanted: str) -> list[Measured]:
+    """Rows of one role as they ship: in a device runtime, or in torch where nothing else was measured."""
+    rows = [row for row in report.measured if role(row) == wanted]
+    return [row for row in rows if row.target != "torch"] or rows
+
+
+def _by_exact_match(compared: _Compared) -> Verdict:
+    tuned = compared.tuned.exact_match or 0.0
+    kept = _ratios(compared.qat, lambda row: _exact(row) / tuned)
+    sizes = _ratios(compared.qat, lambda row: row.total_bytes / max(compared.tuned.total_bytes, 1))
+    figures = {"qat_exact_match_kept": kept, "qat_size_share": sizes}
+    verb = "reaches" if min(kept) >= 1 else "keeps"
+    text = f"QAT {verb} {_shares(kept)} of the exact match of the FP32 fine-tune at {_shares(sizes)} of its size"
+    rounded = [row for row in compared.ptq if row.exact_match is not None]
+    if not rounded:
+        return Verdict(f"{text}. Round-to-nearest was not measured beside it.", _notes(compared), figures)
+    figures["ptq_exact_match_kept"] = [_exact(row) / tuned for row in rounded]
+    gains = [_exact(_same_target(row, compared.qat)) - _exact(row) for row in rounded]
+    figures["qat_gain_exact_match"] = gains
+    theirs = _shares(figures["ptq_exact_match_kept"])
+    if min(gains) > 0:
+        text = f"{text}; round-to-nearest keeps {theirs}."
+    elif max(gains) <= 0:
+        text = f"QAT gains nothing here: {text}, while round-to-nearest keeps {theirs}."
+    else:
+        text = f"{text}; round-to-nearest keeps {theirs}, and which is better depends on the target."
+    return Verdict(text, [*_chance(rounded, compared.qat), *_notes(compared)], figures)
+
+
+def _by_perplexity(compared: _Compared, asked: bool) -> Verdict:
+    """Where no prompts were asked, or the fine-tune itself answers none of them."""
+    ratios = _ratios(compared.qat, lambda row: row.perplexity / compared.tuned.perplexity)
+    sizes = _ratios(compared.qat, lambda row: row.total_bytes / max(compared.tuned.total_bytes, 1))
+    figures = {"qat_perplexity_ratio": ratios, "qat_size_share": sizes}
+    text = f"QAT has {span(ratios, number)} times the perplexity of the FP32 fine-tune at {_shares(sizes)} of its size"
+    if compared.ptq:
+        theirs = [row.perplexity / compared.tuned.perplexity for row in compared.ptq]
+        figures["ptq_perplexity_ratio"] = theirs
+        gains = [row.perplexity - _same_target(row, compared.qat).perplexity for row in compared.ptq]
+        text += f"; round-to-nearest has {span(theirs, number)} times"
+        text = f"QAT gains nothing here: {text}" if max(gains) <= 0 else text
+    reason = (
+        "The FP32 fine-tune answers none of the prompts exactly, so perplexity is compared instead."
+        if asked
+        else "Exact match was not measured for every model, so perplexity is compared."
+    )
+    return Verdict(f"{text}.", [reason, *_notes(compared)], figures)
+
+
+def _fine_tuning(report: Report, tuned: Measured) -> str:
+    """What the training gained before anything was quantized."""
+    base = next((row for row in report.measured if role(row) == "base"), None)
+    if base is None:
+        return ""
+    words = [f"perplexity from {number(base.perplexity)} to {number(tuned.perplexity)}"]
+    if base.exact_match is not None and tuned.exact_match is not None:
+        words.insert(0, f"exact match from {percent(base.exact_match)} to {percent(tuned.exact_match)}")
+    return f"Fine-tuning itself, in floats, took {' and '.join(words)}."
+
+
+def _notes(compared: _Compared) -> list[str]:
+    """What the figures themselves do not say."""
+    notes = []
+    worse = [row for row in (*compared.qat, *compared.ptq) if not math.isfinite(row.perplexity)]
+    if worse:
+        notes.append("A perplexity is not finite: that model's output is unusable.")
+    if all(row.target == "torch" for row in compared.qat):
+        notes.append("The quantized model was measured in torch only, not in a runtime that ships.")
+    return notes
+
+
+def _chance(ptq: list[Measured], qat: list[Measured]) -> list[str]:
+    """Say so where the difference in exact match is no larger than so few prompts can show."""
+    for row in ptq:
+        mine = _same_target(row, qat)
+        asked = min(row.prompts, mine.prompts)
+        if asked and abs(_exact(mine) - _exact(row)) <= Z_95 * math.sqrt(
+            sum(_exact(one) * (1 - _exact(one)) / asked for one in (mine, row))
+        ):
+            return [
+                f"{asked} prompts cannot tell QAT's exact match from round-to-nearest's with 95% certainty; "
+                "ask more with --prompts."
+            ]
+    return []
+
+
+def _exact(row: Measured) -> float:
+    return row.exact_match or 0.0
+
+
+def _same_target(row: Measured, rows: list[Measured]) -> Measured:
+    return next(other for other in rows if other.target == row.target)
+
+
+def _ratios(rows: list[Measured], ratio: Callable[[Measured], float]) -> list[float]:
+    return [ratio(row) for row in rows]
+
+
+def _shares(values: list[float]) -> str:
+    return span(values, whole_percent)
