@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format docs setup clean
 
 demo: $(STAMP)
 	$(BIN)/qat-edge demo
@@ -24,6 +24,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python tests/readme.py
 
 setup: $(STAMP)
 

@@ -155,8 +155,13 @@ def read_sections(path: Path) -> dict[str, Any]:
 def save(path: Path, section: str, options: Any) -> None:
     """Write the resolved options of one verb into the run's config.yaml, keeping the other sections."""
     document = read_sections(path) if path.is_file() else {}
-    document[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
+    document[section] = plain(options)
     run.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """Options as YAML and JSON hold them: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
 
 
 def _section(section: str, path: Path | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def _export_one(
             work,
             "export",
             target=target,
-            options=dataclasses.asdict(options),
+            options=config.plain(options),
             quantized_sha256=sha256(variant.quantized / MANIFEST),
             wall_s=wall_s,
         )

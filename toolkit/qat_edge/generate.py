@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import AutoTokenizer
 
@@ -62,18 +63,31 @@ def _torch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: 
 
 
 def _executorch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
-    import executorch.extension.llm.custom_ops
+    special = set(tokenizer.all_special_tokens)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        try:
+            with _native_output_into(log) as past:
+                _run_llm_runner(
+                    folder, text, lambda piece: None if piece in special else past(emit, piece), max_new_tokens
+                )
+        except RuntimeError as error:
+            log.seek(0)
+            last = [line.strip() for line in log if line.startswith("E ")][-1:] or [str(error)]
+            raise ArtifactError(
+                f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {last[0]}. Export it again, with the "
+                "installed versions."
+            ) from error
+
+
+def _run_llm_runner(folder: Path, text: str, on_piece: Emit, max_new_tokens: int) -> None:
+    """ExecuTorch's own LLM runner, the one inside its phone apps. It prints while it is imported already."""
     import executorch.kernels.quantized  # noqa: F401  (registers the embedding operators)
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the attention operators)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    special = set(tokenizer.all_special_tokens)
+    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
     config = GenerationConfig(echo=False, max_new_tokens=max_new_tokens, temperature=0.0)
-    try:
-        with _native_output_hidden() as hidden:
-            runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
-            runner.generate(text, config, lambda piece: None if piece in special else hidden(emit, piece))
-    except RuntimeError as error:
-        raise ArtifactError(f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {error}") from error
+    runner.generate(text, config, on_piece)
 
 
 def _onnx(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
@@ -98,11 +112,10 @@ def _onnx(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: i
 
 
 @contextmanager
-def _native_output_hidden() -> Iterator[Callable[[Emit, str], None]]:
-    """Keep what C++ prints to stdout and stderr out of the answer; the yielded function emits past it."""
+def _native_output_into(log: IO[str]) -> Iterator[Callable[[Emit, str], None]]:
+    """Send what C++ prints to stdout and stderr into `log`; the yielded function emits past that."""
     sys.stdout.flush()
     saved = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
 
     def point(out: int, err: int) -> None:
         os.dup2(out, 1)
@@ -114,12 +127,12 @@ def _native_output_hidden() -> Iterator[Callable[[Emit, str], None]]:
             emit(piece)
             sys.stdout.flush()
         finally:
-            point(nowhere, nowhere)
+            point(log.fileno(), log.fileno())
 
-    point(nowhere, nowhere)
+    point(log.fileno(), log.fileno())
     try:
         yield emit_past
     finally:
         point(*saved)
-        for descriptor in (*saved, nowhere):
-            os.close(descriptor)
+        os.close(saved[0])
+        os.close(saved[1])

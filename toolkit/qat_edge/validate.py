@@ -90,7 +90,7 @@ def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) 
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device=DEVICE,
         machine=machine,
-        options=dataclasses.asdict(options),
+        options=config.plain(options),
         tokens=material.tokens,
         noise_floor=floor,
         measured=measured,

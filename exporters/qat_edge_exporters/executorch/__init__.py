@@ -1,0 +1,10 @@
+"""A quantized causal language model as a .pte that ExecuTorch's own LLM runner loads, and back from it.
+
+attention.py   key-value cache in mutable buffers, ExecuTorch's attention operators behind transformers' own seam
+tracing.py     frozen weights as the operators XNNPACK knows; the model as one exported program
+lowering.py    exported program -> XNNPACK delegates -> .pte
+contract.py    constant methods that the LLM runner reads, and end tokens
+export.py      frozen checkpoint -> folder
+delegates.py   bytes of a .pte -> which constants each fully connected node uses
+reader.py      folder -> codes, scales, metadata, faults
+"""

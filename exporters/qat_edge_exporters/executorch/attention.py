@@ -1,0 +1,129 @@
+"""Key-value cache and attention as ExecuTorch's LLM operators, behind transformers' AttentionInterface.
+
+The cache lives in buffers that `llama.update_cache` mutates; `llama.custom_sdpa` reads them causally from the
+position it is given, so no mask is built. Both take (batch, position, head, channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from qat_edge.errors import ExportError
+
+NAME = "qat_edge_executorch"  # of the attention function while a model is traced; transformers builds no mask for it
+
+
+class KeyValueCache(nn.Module):
+    """Static cache of every layer, `length` tokens long.
+
+    The first call for a layer only makes its buffers, of the shapes its attention really has.
+    """
+
+    start: Any = 0  # position of the first new token: an int, or a symbol while tracing
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.layers: set[int] = set()
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **extras: Any,  # transformers passes whatever the architecture has
+    ) -> tuple[Tensor, None]:
+        """Append `key` and `value` (batch, head, position, channel) to the layer's cache and attend to all of it."""
+        _refuse(module, attention_mask, extras, self.length)
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if layer not in self.layers:
+            self._make_buffers(layer, key, value)
+            return torch.zeros_like(query.transpose(1, 2)), None
+        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
+        torch.ops.llama.update_cache(key.transpose(1, 2), keys, self.start)
+        torch.ops.llama.update_cache(value.transpose(1, 2), values, self.start)
+        answer = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, self.start, None, 0.0, True, scaling)
+        return answer, None
+
+    def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for name, new in (("keys", key), ("values", value)):
+            batch, heads, _, width = new.shape
+            empty = torch.zeros(batch, self.length, heads, width)
+            self.register_buffer(f"{name}_{layer}", empty, persistent=False)
+        self.layers.add(layer)
+
+
+@contextmanager
+def attention_through(cache: KeyValueCache, config: Any) -> Iterator[None]:
+    """Within the block, models of `config` attend through `cache`."""
+    before = config._attn_implementation
+    AttentionInterface.register(NAME, cache.attend)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del AttentionInterface._global_mapping[NAME]
+
+
+def check_length(config: Any, context_length: int) -> None:
+    """Refuse a context that the model's positions do not reach.
+
+    Raises:
+        ExportError: more positions were asked for than the model has.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and context_length > most:
+        raise ExportError(
+            f"--context-length {context_length}: {config.model_type} has positions for {most} tokens at most. "
+            f"Give {most} or less."
+        )
+
+
+def settle_rotary(model: nn.Module, context_length: int) -> None:
+    """Fix rotary frequencies that would change with the length of the text; a graph holds one set of them.
+
+    Raises:
+        ExportError: the context is longer than the length up to which they stay the same.
+    """
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        kind = getattr(module, "rope_type", None)
+        if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+            continue
+        parameters = getattr(module.config, "rope_parameters", None) or {}
+        fallback = module.config.max_position_embeddings
+        fixed = parameters.get("original_max_position_embeddings", fallback)
+        if context_length > fixed:
+            raise ExportError(
+                f"--context-length {context_length}: {kind} rotary embeddings change beyond {fixed} tokens, "
+                f"and a static graph cannot follow. Give {fixed} or less."
+            )
+        module.rope_type = "default"  # what it computes up to that length, without looking at the positions
+
+
+def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any], length: int) -> None:
+    window = extras.get("sliding_window")
+    if window is not None and length > window:
+        raise ExportError(
+            f"--context-length {length}: {type(module).__name__} looks back {window} tokens only, and ExecuTorch's "
+            f"attention operator always looks at all. Give {window} or less, where the two are the same."
+        )
+    for name in ("softcap", "s_aux"):
+        if extras.get(name) is not None:
+            raise ExportError(
+                f"{type(module).__name__} uses {name}, which ExecuTorch's attention operator cannot compute; "
+                "this architecture cannot be exported to executorch."
+            )
+    if mask is not None:
+        raise ExportError(f"{type(module).__name__} makes an attention mask of its own; only causal ones export.")

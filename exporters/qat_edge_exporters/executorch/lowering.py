@@ -1,0 +1,191 @@
+"""Exported program -> XNNPACK delegates -> .pte."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack._passes import XNNPACKPassManager
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.backend.canonical_partitioners.config_partitioner import is_constant_data
+from executorch.exir.delegate import executorch_call_delegate
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.passes.infra.partitioner import Partition
+
+from qat_edge.errors import ExportError
+
+# A pass of XNNPACK's, and the operators without which it changes nothing.
+ACTS_ON = {
+    "XNNPACKRemoveCloneOpsTransform": ("clone",),
+    "DimOrderOpsRevertPass": ("dim_order",),
+    "ConvertToUpsampleBilinear2d": ("index", "upsample"),
+    "ConvertToLinearPass": (".mm.", ".addmm.", ".bmm."),
+    "PropagateCustomMetaPass": (),  # tags for constants in a file of their own; there are none
+    "ConvertToSDPAPass": ("softmax",),
+    "ConstPropPass": (),  # nothing is left to fold once torch.export has lifted the constants
+    "FuseBatchNormPass": ("batch_norm",),
+    "DecomposeBatchNorm": ("batch_norm",),
+    "FuseActivationPass": ("relu", "hardtanh"),
+    "DecomposeConcatenate": (".cat.",),
+    "RemoveGetItemPass": (".max",),
+    "InsertPadQDQPass": ("pad",),
+    "Conv1dUnsqueezePass": ("convolution",),
+    "PReLUReshapePass": ("prelu",),
+    "ChannelsLastTaggedReshapePass": ("convolution", "upsample", "mean", "max", "pool", "prelu"),
+    "RemoveRedundantCopyPass": ("_to_copy",),
+}
+# Computed once a token, and better by the portable kernels: XNNPACK's are approximations for small angles.
+NOT_DELEGATED = ("SinConfig", "CosConfig")
+
+
+def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str], None]) -> EdgeProgramManager:
+    """`program` with what XNNPACK can compute in delegates, and `methods` as its constant methods.
+
+    Raises:
+        ExportError: ExecuTorch's compiler failed.
+    """
+    configs = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ not in NOT_DELEGATED]
+    partitioner = Partitioner(configs=configs)
+    with _passes_that_act(partitioner, say), _quiet():
+        try:
+            return to_edge_transform_and_lower(
+                program,
+                partitioner=[partitioner],
+                constant_methods=methods,
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            )
+        except (RuntimeError, AssertionError, KeyError) as error:
+            raise ExportError(f"ExecuTorch cannot lower this model: {str(error).splitlines()[0]}") from error
+
+
+def emit(edge: EdgeProgramManager) -> ExecutorchProgramManager:
+    """The program as it is written into a .pte, delegates in segments of their own."""
+    with _quiet():
+        return edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
+
+
+def linear_order(edge: EdgeProgramManager) -> list[str]:
+    """Buffers that hold linear layers' codes, in the order in which delegates and their nodes compute them."""
+    found = []
+    graph_module = edge.exported_program().graph_module
+    for call in graph_module.graph.nodes:
+        if call.target is not executorch_call_delegate:
+            continue
+        inner = getattr(graph_module, call.args[0].target).original_module
+        buffers = inner.graph_signature.inputs_to_buffers
+        for node in inner.graph.nodes:
+            if "aten.linear" not in getattr(node.target, "__name__", ""):
+                continue
+            source = node.args[1].all_input_nodes
+            if source and source[0].name in buffers:
+                found.append(buffers[source[0].name])
+    return found
+
+
+class Partitioner(XnnpackPartitioner):
+    """XNNPACK's own, remembering how many delegates it cut."""
+
+    count = 0
+
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[Any], None]:
+        """Linear layers stay whole, all of them: without a condition on each, one tracing of three is not needed."""
+        return [torch.ops.aten.linear.default], None
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """As few delegates as can be: what XNNPACK takes, cut only where a value leaves and comes back.
+
+        The library's way merges greedily, pair by pair, and splits layers whose inputs are rounded once for all.
+        """
+        taken = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
+        taken = {node for node in taken if node.op != "placeholder"}
+        members: dict[int, dict[Node, None]] = {}
+        for node, level in _latest_levels(ep.graph_module.graph, taken).items():
+            if node in taken:
+                members.setdefault(level, {})[node] = None
+        owned: set[Node] = set()
+        for nodes in members.values():
+            constants = [c for node in nodes for c in node.all_input_nodes if is_constant_data(ep, c)]
+            nodes.update(dict.fromkeys(c for c in constants if c not in owned))
+            owned.update(constants)
+        return [Partition(id=i, nodes=members[level]) for i, level in enumerate(sorted(members))]
+
+    def partition(self, exported_program: ExportedProgram) -> Any:
+        result = super().partition(exported_program)
+        self.count = len(result.partition_tags)
+        return result
+
+
+def _latest_levels(graph: Graph, taken: set[Node]) -> dict[Node, int]:
+    """How many delegates come before each node at the latest, itself included.
+
+    A level ends where a value goes from outside `taken` into it, so no path leaves a level's nodes and returns:
+    together they can be one delegate.
+    """
+
+    def step(source: Node, user: Node) -> int:
+        return int(source not in taken and user in taken)
+
+    earliest: dict[Node, int] = {}
+    for node in graph.nodes:
+        earliest[node] = max((earliest[i] + step(i, node) for i in node.all_input_nodes), default=0)
+    last = max(earliest.values())
+    latest: dict[Node, int] = {}
+    for node in reversed(graph.nodes):
+        latest[node] = min((latest[user] - step(node, user) for user in node.users), default=last)
+    return latest
+
+
+@contextmanager
+def _passes_that_act(partitioner: Partitioner, say: Callable[[str], None]) -> Iterator[None]:
+    """Run XNNPACK's passes only where they have something to act on.
+
+    Each of the 17 traces the delegate's graph anew, whatever it holds: four fifths of the time of an export.
+    """
+
+    class Selective(XNNPACKPassManager):
+        done = 0
+
+        def transform(self) -> ExportedProgram:
+            type(self).done += 1
+            say(f"lowering partition {self.done} of {partitioner.count}")
+            program = self.exported_program
+            for step in self.passes:
+                if _acts(step, program):
+                    program = XNNPACKPassManager(program, [step]).transform()
+            return program
+
+    xnnpack_preprocess.XNNPACKPassManager = Selective
+    try:
+        yield
+    finally:
+        xnnpack_preprocess.XNNPACKPassManager = XNNPACKPassManager
+
+
+def _acts(step: type, program: ExportedProgram) -> bool:
+    if step.__name__ not in ACTS_ON:
+        return True  # a pass that this version of ours does not know
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    names = {f".{target.__name__}." for target in calls if target is not operator.getitem}
+    return any(part in name for part in ACTS_ON[step.__name__] for name in names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The compiler warns about its own calls, not about the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,238 @@
+"""The frozen model as one exported program: weights as XNNPACK's operators, idioms rewritten into ones it takes.
+
+A part of the graph that XNNPACK does not take ends a delegate, and each delegate costs time in lowering and at
+every token. Rewritten while tracing, each to the same function but for float rounding (tests hold them equal):
+
+    x.mean(-1, keepdim=True)    x @ (1/D, ..., 1/D)          RMSNorm would end five delegates a layer
+    rotate_half(x)              x @ R, of zeros and ±1        slices of a dynamic shape are not taken
+    x.view(1, S, heads, -1)     x.view(1, -1, heads, width)   nor is a shape with a symbol in it
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import executorch.kernels.quantized  # noqa: F401  registers embedding_byte
+import torch
+import torch.ao.quantization.fx._decomposed
+from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  embedding_byte for tracing
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from qat_edge.errors import ExportError
+from qat_edge_exporters.executorch.attention import KeyValueCache, attention_through
+
+OPS = torch.ops.quantized_decomposed
+INT8 = (-128, 127)
+INT4 = (-8, 7)
+
+
+class RoundedInput:
+    """The int8 form of a linear layer's input, made once for the neighbours that read the same tensor."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None  # what was rounded, and its rounded form
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.last is None or self.last[0] is not x:
+            scale, zero = OPS.choose_qparams_per_token_asymmetric(x, torch.int8)
+            codes = OPS.quantize_per_token(x, scale, zero, *INT8, torch.int8)
+            rounded = OPS.dequantize_per_token(codes, scale, zero, *INT8, torch.int8, torch.float32)
+            self.last = (x, rounded)
+        return self.last[1]
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer as quantized_decomposed operators, which unlike torchao's trace as one node each.
+
+    XNNPACK reads the pattern, rounds inputs per token by its own kernel and multiplies integers.
+    """
+
+    def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, rounded: RoundedInput) -> None:
+        super().__init__()
+        self.rounded = rounded
+        self.bits = int(str(weight.target_dtype).removeprefix("torch.int"))
+        self.group_size = int(weight.block_size[1])
+        scales = weight.scale if self.bits == 4 else weight.scale.flatten()
+        self.bias: Tensor | None
+        self.register_buffer("codes", weight.qdata)  # (out, in)
+        self.register_buffer("scales", scales)  # (out, in // group), or (out,) where per channel
+        self.register_buffer("zeros", torch.zeros_like(scales, dtype=torch.int8))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == 4:
+            weight = OPS.dequantize_per_channel_group(
+                self.codes, self.scales, self.zeros, *INT4, torch.int8, self.group_size, torch.float32
+            )
+        else:
+            weight = OPS.dequantize_per_channel(self.codes, self.scales, self.zeros, 0, *INT8, torch.int8)
+        return nn.functional.linear(self.rounded(x), weight, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """A frozen embedding as the one operator that ExecuTorch's quantized kernels have for it."""
+
+    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.qdata)  # (tokens, width)
+        self.register_buffer("scales", weight.scale.flatten())  # (tokens,)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return OPS.embedding_byte(self.codes, self.scales, None, *INT8, tokens)
+
+
+class Decoder(nn.Module):
+    """What the runner calls: tokens (1, S) and the first one's position (1,) -> logits of the last token (1, 1, V)."""
+
+    def __init__(self, model: Any, context_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = KeyValueCache(context_length)
+        self.constants = nn.ParameterDict()  # of the rewritten idioms, filled by the first run
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        start: Any = input_pos[0].item()
+        torch._check(start >= 0)
+        torch._check(start + tokens.shape[1] <= self.cache.length)
+        self.cache.start = start
+        positions = (input_pos + torch.arange(tokens.shape[1])).unsqueeze(0)
+        with Idioms(self.constants), _rotations(self.model, self.constants):
+            return self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1).logits
+
+
+class Idioms(TorchFunctionMode):
+    """Calls rewritten while a model is traced; `constants` holds the matrices that this needs."""
+
+    def __init__(self, constants: nn.ParameterDict) -> None:
+        super().__init__()
+        self.constants = constants
+        self.unsqueezed: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.mean, torch.mean) and _is_row_mean(args, kwargs):
+            width = args[0].shape[-1]
+            return nn.functional.linear(args[0], self._constant(f"mean_{width}", _mean_row, width))
+        if func in (torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
+            return func(args[0], _without_symbol(args[0].shape, args[1:]))
+        if func is torch.Tensor.unsqueeze and not kwargs:  # the same cosines and sines in every layer
+            key = (id(args[0]), args[1])
+            if key not in self.unsqueezed:
+                self.unsqueezed[key] = (args[0], _unsqueeze(*args))
+            return self.unsqueezed[key][1]
+        return func(*args, **kwargs)
+
+    def _constant(self, name: str, make: Callable[[int], Tensor], width: int) -> Tensor:
+        if name not in self.constants:
+            self.constants[name] = nn.Parameter(make(width), requires_grad=False)
+        return self.constants[name]
+
+
+def quantize_modules(model: nn.Module) -> dict[str, str]:
+    """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order.
+
+    Raises:
+        ExportError: no weight is frozen.
+    """
+    found = {}
+    rounded = RoundedInput()
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, IntxUnpackedToInt8Tensor):
+            continue
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(name, QuantizedEmbedding(weight))
+        else:
+            model.set_submodule(name, QuantizedLinear(weight, module.bias, rounded))
+        found[f"model.{name}.codes"] = name
+    if not found:
+        raise ExportError("This checkpoint holds no frozen weight. `qat-edge export` freezes a run first.")
+    return found
+
+
+def trace(model: Any, context_length: int) -> ExportedProgram:
+    """The exported program of `model`, whose weights `quantize_modules` has replaced.
+
+    Raises:
+        ExportError: attention that cannot be put through ExecuTorch's, or code that cannot be traced.
+    """
+    decoder = Decoder(model, context_length).eval()
+    tokens, start = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with attention_through(decoder.cache, model.config), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the operators' own use of torch's deprecated calls
+        try:
+            decoder(tokens[:, :1], start)  # makes the cache's buffers and the constants before they are traced
+            if len(decoder.cache.layers) != model.config.num_hidden_layers:
+                raise ExportError(
+                    f"{type(model).__name__}: {len(decoder.cache.layers)} of {model.config.num_hidden_layers} layers "
+                    "attend through transformers' AttentionInterface; executorch export needs all of them to."
+                )
+            lengths = {1: Dim("length", min=1, max=context_length)}
+            return torch.export.export(decoder, (tokens, start), dynamic_shapes=(lengths, None), strict=False)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ExportError(
+                f"{type(model).__name__} cannot be traced for executorch: {str(error).splitlines()[0]}"
+            ) from error
+
+
+@contextmanager
+def _rotations(model: nn.Module, constants: nn.ParameterDict) -> Iterator[None]:
+    """Within the block, `rotate_half` of the model's own source file is a product with its matrix."""
+    file = sys.modules[type(model).__module__]
+    original = getattr(file, "rotate_half", None)
+    if original is None:
+        yield
+        return
+
+    def rotate(x: Tensor) -> Tensor:
+        name = f"rotate_{x.shape[-1]}"
+        if name not in constants:
+            rows = original(torch.eye(x.shape[-1]))
+            constants[name] = nn.Parameter(rows.T.contiguous(), requires_grad=False)
+        return nn.functional.linear(x, constants[name])
+
+    file.rotate_half = rotate  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        file.rotate_half = original  # type: ignore[attr-defined]
+
+
+def _unsqueeze(x: Tensor, dim: int) -> Tensor:
+    """As a view, which XNNPACK takes where one length is not known."""
+    if dim < 0 or x.dtype != torch.float32 or sum(not isinstance(d, int) for d in x.shape) != 1:
+        return x.unsqueeze(dim)
+    shape = [d if isinstance(d, int) else -1 for d in x.shape]
+    return x.view([*shape[:dim], 1, *shape[dim:]])
+
+
+def _mean_row(width: int) -> Tensor:
+    return torch.full((1, width), 1 / width)
+
+
+def _is_row_mean(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    if not args:
+        return False
+    named = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | kwargs
+    wanted = named.get("dim") in (-1, [-1], (-1,)) and named.get("keepdim") is True
+    return wanted and set(named) == {"input", "dim", "keepdim"} and isinstance(args[0].shape[-1], int)
+
+
+def _without_symbol(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    """A shape for view or reshape that says -1 where it said a symbol; as it was where more than one is unknown."""
+    if len(new) == 1 and isinstance(new[0], tuple | list):
+        new = new[0]
+    symbols = [d for d in new if not isinstance(d, int)]
+    if len(symbols) != 1 or [d for d in old if not isinstance(d, int)] != symbols:
+        return list(new)
+    known = prod(d for d in old if isinstance(d, int))
+    rest = prod(d for d in new if isinstance(d, int) and d != -1)
+    return [-1 if not isinstance(d, int) else known // rest if d == -1 else d for d in new]

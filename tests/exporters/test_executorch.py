@@ -1,0 +1,355 @@
+"""The ExecuTorch exporter and its reader: tiny models through the runtime and the LLM runner that phones use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import executorch.kernels.quantized  # noqa: F401  operators of the .pte
+import numpy as np
+import pytest
+import torch
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  operators of the .pte
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+from executorch.extension.pybindings.portable_lib import _load_for_executorch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from conftest import make_tokenizer
+from qat_edge.errors import ArtifactError, ExportError
+from qat_edge.quant import frozen, scheme
+from qat_edge_exporters.executorch import contract, delegates
+from qat_edge_exporters.executorch.export import export
+from qat_edge_exporters.executorch.reader import read
+
+CONTEXT = 64
+LENGTHS = (1, 2, 7, 33)  # tokens of prompts
+STEPS = 3  # tokens decoded after each
+SHAPE: dict[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
+MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
+    "llama": (llama, 32),
+    "llama_biases_untied": (lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False), 64),
+    "qwen2": (lambda: Qwen2Config(**SHAPE), 32),
+    "qwen3": (lambda: Qwen3Config(**SHAPE, head_dim=32), 32),
+    # down_proj int4 in groups of 32 where the others have 64, then layers 72 wide: int8 per channel.
+    "mixed_groups": (lambda: llama(intermediate_size=96), 64),
+    "int8_layers": (lambda: llama(intermediate_size=72), 32),
+    "mistral_short": (lambda: MistralConfig(**SHAPE, sliding_window=CONTEXT), 32),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tiny model: frozen checkpoint, export folder, and what the exporter said."""
+
+    frozen: Path
+    folder: Path
+    said: list[str]
+    prompt: str = ""
+    answer: tuple[int, ...] = ()  # greedily, to `prompt`; its last token is an end token
+
+    @property
+    def pte(self) -> Path:
+        return self.folder / "model.pte"
+
+
+def freeze(config: PretrainedConfig, group_size: int, folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    frozen.freeze(model, scheme.choose(model, group_size))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return frozen.load(folder)
+
+
+def export_into(checkpoint: Path, folder: Path) -> Exported:
+    said: list[str] = []
+    folder.mkdir()
+    export(checkpoint, folder, CONTEXT, said.append)
+    return Exported(checkpoint, folder, said)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A tied llama whose generation_config names a second end token: one that it really says."""
+    root = tmp_path_factory.mktemp("executorch")
+    model = freeze(llama(), 32, root / "frozen")
+    prompt, answer = next(pair for pair in map(partial(spoken, model), ascii_lowercase) if pair is not None)
+    config = json.loads((root / "frozen/generation_config.json").read_text())
+    config["eos_token_id"] = [2, answer[-1]]
+    (root / "frozen/generation_config.json").write_text(json.dumps(config))
+    made = export_into(root / "frozen", root / "export")
+    return replace(made, prompt=prompt, answer=answer)
+
+
+@pytest.fixture
+def copied(exported: Exported, tmp_path: Path) -> Exported:
+    """A copy to damage."""
+    shutil.copytree(exported.folder, tmp_path / "copy")
+    return Exported(exported.frozen, tmp_path / "copy", [])
+
+
+def spoken(model: Any, prompt: str) -> tuple[str, tuple[int, ...]] | None:
+    """`prompt` and three tokens said to it, where they differ and are text: the runner's callback takes no other."""
+    tokenizer = make_tokenizer()
+    tokens = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        for _ in range(3):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    answer = tokens[-3:]
+    good = len(set(answer)) == 3 and 2 not in answer and tokenizer.decode(answer).isascii()
+    return (prompt, tuple(answer)) if good else None
+
+
+def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Signal to noise in dB."""
+    noise = (reference.double() - other.double()).square().sum().clamp(min=1e-30)
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
+    config, group_size = MODELS[name]
+    reference = freeze(config(), group_size, tmp_path / "frozen")
+    pte = export_into(tmp_path / "frozen", tmp_path / "export").pte
+    torch.manual_seed(1)
+    agreement = []
+    for length in LENGTHS:
+        program = _load_for_executorch(str(pte))
+        tokens = torch.randint(3, 288, (1, length + STEPS))
+        with torch.no_grad():
+            wanted = reference(tokens).logits[0]
+        for begin, end in [(0, length), *((i, i + 1) for i in range(length, length + STEPS))]:
+            (logits,) = program.forward((tokens[:, begin:end].contiguous(), torch.tensor([begin])))
+            assert logits.shape == (1, 1, 288)
+            agreement.append(sqnr(wanted[end - 1], logits[0, 0]))
+    # Float rounding, but where it moves an activation across a rounding boundary of its int8 form (then 40 to 60 dB).
+    assert statistics.median(agreement) > 100, agreement
+    assert min(agreement) > 25, agreement
+
+
+def test_prefill_in_two_parts_is_prefill_in_one(exported: Exported) -> None:
+    torch.manual_seed(2)
+    tokens = torch.randint(3, 288, (1, 12))
+    at_once, in_parts = _load_for_executorch(str(exported.pte)), _load_for_executorch(str(exported.pte))
+    (wanted,) = at_once.forward((tokens, torch.tensor([0])))
+    in_parts.forward((tokens[:, :5].contiguous(), torch.tensor([0])))
+    (found,) = in_parts.forward((tokens[:, 5:].contiguous(), torch.tensor([5])))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_whole_context_can_be_used(exported: Exported) -> None:
+    torch.manual_seed(3)
+    tokens = torch.randint(3, 288, (1, CONTEXT))
+    at_once, last_alone = _load_for_executorch(str(exported.pte)), _load_for_executorch(str(exported.pte))
+    (wanted,) = at_once.forward((tokens, torch.tensor([0])))
+    last_alone.forward((tokens[:, :-1].contiguous(), torch.tensor([0])))
+    (found,) = last_alone.forward((tokens[:, -1:].contiguous(), torch.tensor([CONTEXT - 1])))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_folder_and_contract(exported: Exported) -> None:
+    names = {p.name for p in exported.folder.iterdir()}
+    assert {"model.pte", "layers.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert read(exported.folder).metadata == {
+        "get_max_seq_len": CONTEXT, "get_max_context_len": CONTEXT, "enable_dynamic_shape": True,
+        "use_kv_cache": True, "use_sdpa_with_kv_cache": True, "get_eos_ids": [2, exported.answer[-1]], "get_eos_id": 2,
+        "get_bos_id": 1, "get_vocab_size": 288, "get_n_layers": 2,
+    }  # fmt: skip
+
+
+def test_says_what_it_is_doing(exported: Exported) -> None:
+    # One delegate a layer, and one each for positions, before the first attention and for the head.
+    assert "lowering partition 5 of 5" in exported.said
+    assert exported.said[0] == "loading the frozen checkpoint"
+
+
+def test_the_runner_of_phones_generates_and_stops(exported: Exported) -> None:
+    runner = TextLLMRunner(str(exported.pte), str(exported.folder / "tokenizer.json"))
+    pieces: list[str] = []
+    stats: list[Any] = []
+    config = GenerationConfig(max_new_tokens=20, temperature=0.0, echo=False)
+    runner.generate(exported.prompt, config, token_callback=pieces.append, stats_callback=stats.append)
+    # The third token is an end token of generation_config.json that the tokenizer does not know as one.
+    assert stats[0].num_generated_tokens <= 3
+    assert "".join(pieces).startswith(make_tokenizer().decode(exported.answer[:2]))
+
+
+def test_reads_back_what_was_frozen(exported: Exported) -> None:
+    artifact, wanted = read(exported.folder), frozen.read_weights(exported.frozen)
+    assert artifact.faults == []
+    assert artifact.weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(artifact.weights[name].codes, weight.codes.numpy())
+        np.testing.assert_array_equal(artifact.weights[name].scales, weight.scales.numpy())
+        assert artifact.weights[name].bits == weight.bits
+    sizes = artifact.size_bytes
+    assert sum(sizes.values()) == sum(p.stat().st_size for p in exported.folder.iterdir())
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # codes
+    assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
+    assert sizes["head"] == sizes["embedding"] == 288 * (64 + 4)
+
+
+@pytest.mark.parametrize("name", ["mixed_groups", "int8_layers"])
+def test_reads_back_exceptions(name: str, tmp_path: Path) -> None:
+    config, group_size = MODELS[name]
+    freeze(config(), group_size, tmp_path / "frozen")
+    artifact = read(export_into(tmp_path / "frozen", tmp_path / "export").folder)
+    for layer, weight in frozen.read_weights(tmp_path / "frozen").items():
+        np.testing.assert_array_equal(artifact.weights[layer].codes, weight.codes.numpy())
+        np.testing.assert_array_equal(artifact.weights[layer].scales, weight.scales.numpy())
+
+
+def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
+    """Key and bytes of a layer's codes."""
+    pte = delegates.open_pte(folder / "model.pte")
+    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
+    order = json.loads((folder / "layers.json").read_text())["linears"]
+    key = delegates.products(pte, plan)[order.index(layer)].codes_key
+    return key, delegates.constants(pte)[key]
+
+
+def test_one_flipped_nibble_is_named(copied: Exported) -> None:
+    layer = "model.layers.1.mlp.up_proj"
+    _, codes = named_constant(copied.folder, layer)
+    data = bytearray(copied.pte.read_bytes())
+    data[data.index(codes) + 17] ^= 0x20
+    copied.pte.write_bytes(data)
+    artifact = read(copied.folder)
+    assert len(artifact.faults) == 1
+    assert artifact.faults[0].startswith(f"{layer}: its codes")
+    differing = artifact.weights[layer].codes != frozen.read_weights(copied.frozen)[layer].codes.numpy()
+    assert np.argwhere(differing).tolist() == [[0, 35]]  # the high nibble of byte 17
+
+
+def test_layers_swapped_inside_the_file_differ(copied: Exported) -> None:
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
+    first, second = (named_constant(copied.folder, name)[0].encode() for name in names)
+    data = copied.pte.read_bytes()
+    begin = int.from_bytes(data[data.index(b"eh00") + 8 :][:8], "little")  # where the program ends and delegates begin
+    swapped = data[begin:].replace(first, b"*" * 64).replace(second, first).replace(b"*" * 64, second)
+    copied.pte.write_bytes(data[:begin] + swapped)
+    artifact, wanted = read(copied.folder), frozen.read_weights(copied.frozen)
+    assert artifact.faults == []
+    for name, other in (names, names[::-1]):
+        np.testing.assert_array_equal(artifact.weights[name].codes, wanted[other].codes.numpy())
+
+
+def test_missing_method_is_a_fault(copied: Exported) -> None:
+    copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_eos_ids", b"got_eos_ids"))
+    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners ask for."]
+
+
+def test_count_of_layers_is_checked(copied: Exported) -> None:
+    layers = json.loads((copied.folder / "layers.json").read_text())
+    layers["linears"].pop()
+    (copied.folder / "layers.json").write_text(json.dumps(layers))
+    assert "computes 15 quantized linear layers, layers.json names 14" in read(copied.folder).faults[0]
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.5, 0.01, 0.0])
+def test_cut_file(copied: Exported, keep: float) -> None:
+    data = copied.pte.read_bytes()
+    copied.pte.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ArtifactError, match=r"model\.pte: .*Export again"):
+        read(copied.folder)
+
+
+@pytest.mark.parametrize("offset", [0, 40, 200, 2000])
+def test_garbled_file_is_an_error_or_a_fault(copied: Exported, offset: int) -> None:
+    data = bytearray(copied.pte.read_bytes())
+    data[offset : offset + 64] = bytes(range(128, 192))
+    copied.pte.write_bytes(data)
+    try:
+        artifact = read(copied.folder)
+    except ArtifactError as error:
+        assert "model.pte" in str(error)
+    else:
+        assert artifact.faults
+
+
+@pytest.mark.parametrize("name", ["model.pte", "layers.json"])
+def test_missing_file(copied: Exported, name: str) -> None:
+    (copied.folder / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}: not there"):
+        read(copied.folder)
+
+
+def refused(config: PretrainedConfig, tmp_path: Path, context_length: int, tokenizer: bool = True) -> str:
+    freeze(config, 32, tmp_path / "frozen")
+    if not tokenizer:
+        (tmp_path / "frozen/tokenizer.json").unlink()
+    (tmp_path / "export").mkdir()
+    with pytest.raises(ExportError) as caught:
+        export(tmp_path / "frozen", tmp_path / "export", context_length, lambda text: None)
+    assert list((tmp_path / "export").iterdir()) == []
+    return str(caught.value)
+
+
+def test_refuses_more_positions_than_the_model_has(tmp_path: Path) -> None:
+    assert "positions for 128 tokens at most" in refused(llama(), tmp_path, 129)
+
+
+def test_refuses_beyond_a_sliding_window(tmp_path: Path) -> None:
+    assert "looks back 32 tokens" in refused(MistralConfig(**SHAPE, sliding_window=32), tmp_path, 33)
+
+
+def test_refuses_attention_it_cannot_compute(tmp_path: Path) -> None:
+    assert "softcap" in refused(Gemma2Config(**SHAPE, head_dim=16, sliding_window=128), tmp_path, 64)
+
+
+def test_refuses_rotary_embeddings_that_change(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+            "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}  # fmt: skip
+    assert "change beyond 32 tokens" in refused(llama(rope_parameters=rope), tmp_path, 64)
+
+
+def test_refuses_without_a_tokenizer(tmp_path: Path) -> None:
+    assert "no tokenizer.json" in refused(llama(), tmp_path, 64, tokenizer=False)
+
+
+def test_end_tokens_are_united(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    assert contract.end_tokens(tmp_path, tokenizer) == [7, 2, 9]
+    tokenizer.eos_token = None
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ExportError, match="end token"):
+        contract.end_tokens(tmp_path, tokenizer)

@@ -1,0 +1,280 @@
+"""The whole line on a tiny model: finetune, export, verify, validate, report, generate, and what goes wrong there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from qat_edge import cli, results
+from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.errors import ArtifactError, RunError
+from qat_edge.export import export
+from qat_edge.finetune import finetune
+from qat_edge.quant import frozen
+from qat_edge.reference import disturbed, load_exact
+from qat_edge.run import MANIFEST, Run, read_manifest
+from qat_edge.tables import resolve
+from qat_edge.validate import validate
+from qat_edge.verify import require_equal, verify, verify_folder
+from qat_edge_exporters import READERS
+
+TARGETS = ("executorch", "onnx")
+LINEARS = 14  # seven in each of two layers
+ASKED = ValidateOptions(
+    tokens=64, window=64, prompts=3, max_new_tokens=6, threads=1, prefill=8, decode=4, repeats=2,
+    max_kl=100.0, min_exact_match=0.5,
+)  # fmt: skip
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run trained for a few steps and exported to both targets, with its baseline. Tests copy what they change."""
+    folder = tmp_path_factory.mktemp("line")
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
+        for i in range(40)
+    ]
+    for name in ("train", "eval"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = FinetuneOptions(
+        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
+        steps=4, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
+    )  # fmt: skip
+    made = Run(folder / "run")
+    finetune(options, made.path, silent)
+    export(made, ExportOptions(context_length=128), silent)
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(run: Run) -> results.Report:
+    return validate(run, ASKED, silent)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def copied(run: Run, target: str, tmp_path: Path) -> Iterator[Path]:
+    """An export folder that a test may damage; its manifest is left out, so that only contents can tell."""
+    folder = tmp_path / target
+    shutil.copytree(run.exports / target, folder)
+    (folder / MANIFEST).unlink()
+    yield folder
+
+
+def weights_file(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda p: p.stat().st_size)
+
+
+# --- export and verify -----------------------------------------------------------------------------------
+
+
+def test_every_matrix_is_equal_in_every_artifact(run: Run) -> None:
+    found = verify(run, (), silent)
+    assert [(v.folder.parent.parent.name, v.target) for v in found] == [
+        ("run", "executorch"), ("run", "onnx"), ("baseline", "executorch"), ("baseline", "onnx"),
+    ]  # fmt: skip
+    for one in found:
+        assert (one.linears_equal, one.linears, one.embedding_equal, one.head_equal) == (LINEARS, LINEARS, True, True)
+        assert one.faults == []
+        assert f"{LINEARS} of {LINEARS} linear layers equal" in one.describe()
+    require_equal(found)
+
+
+def test_both_targets_hold_the_same_codes(run: Run) -> None:
+    first, second = (resolve(READERS, t, "--target")(run.exports / t).weights for t in TARGETS)
+    assert set(first) == set(second)
+    assert all(np.array_equal(first[name].codes, second[name].codes) for name in first)
+
+
+def test_the_run_and_its_baseline_differ(run: Run, target: str) -> None:
+    found = verify_folder(run.baseline.exports / target, target, run.quantized)
+    assert found.linears_equal < LINEARS and found.faults != []
+
+
+def test_one_flipped_nibble_is_found_and_named(run: Run, target: str, copied: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    codes = frozen.read_weights(run.quantized)[name].codes.numpy()
+    packed = ((codes[:, 1::2] + 8) << 4 | (codes[:, ::2] + 8)).astype(np.uint8)  # low nibble first, value q + 8
+    path = weights_file(copied)
+    content = bytearray(path.read_bytes())
+    start = content.find(packed.tobytes())
+    assert start > 0, "the packed matrix stands in the file as it was frozen"
+    content[start + 5 * packed.shape[1] + 3] ^= 0x10  # row 5, column 7
+    path.write_bytes(content)
+    found = verify_folder(copied, target, run.quantized)
+    assert found.linears_equal == LINEARS - 1
+    assert any(f"{name}: 1 of {codes.size} codes differ, first at row 5, column 7" in fault for fault in found.faults)
+    with pytest.raises(ArtifactError, match=name):
+        require_equal([found])
+
+
+def test_a_truncated_file_is_an_error_that_names_it(run: Run, target: str, copied: Path) -> None:
+    path = weights_file(copied)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ArtifactError, match=path.name):
+        verify_folder(copied, target, run.quantized)
+
+
+def test_a_missing_constant_method_is_found(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(run.exports / "executorch", folder)
+    path = folder / "model.pte"
+    content = path.read_bytes()
+    assert content.count(b"get_max_seq_len\0") == 1
+    path.write_bytes(content.replace(b"get_max_seq_len\0", b"got_max_seq_len\0"))
+    assert any("get_max_seq_len" in fault for fault in verify_folder(folder, "executorch", run.quantized).faults)
+
+
+def test_a_wrong_tokenizer_is_found(run: Run, target: str, copied: Path) -> None:
+    path = copied / "tokenizer.json"
+    path.write_text(path.read_text().replace('"th"', '"ht"', 1))
+    faults = verify_folder(copied, target, run.quantized).faults
+    assert faults == ["tokenizer.json: not the tokenizer the model was trained with"]
+    path.unlink()
+    assert any("tokenizer.json: missing" in f for f in verify_folder(copied, target, run.quantized).faults)
+
+
+def test_a_file_changed_after_the_export_is_found(run: Run, target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(run.exports / target, folder)
+    with (folder / "tokenizer_config.json").open("a") as file:
+        file.write("\n")
+    assert any("changed since it was exported" in f for f in verify_folder(folder, target, run.quantized).faults)
+
+
+def test_manifests_say_what_was_exported(run: Run, target: str) -> None:
+    manifest = read_manifest(run.exports / target)
+    assert manifest["kind"] == "export" and manifest["target"] == target
+    assert manifest["options"]["context_length"] == 128
+    assert set(manifest["files"]) == {p.name for p in (run.exports / target).iterdir()} - {MANIFEST}
+
+
+def test_exporting_again_needs_force(run: Run) -> None:
+    with pytest.raises(RunError, match="--force"):
+        export(run, ExportOptions(context_length=128), silent)
+
+
+def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    shutil.rmtree(copy / "exports")
+    command = [sys.executable, "-m", "qat_edge", "export", str(copy), "--target", "executorch", "--no-baseline"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(copy.glob("exports/.executorch-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (copy / "exports" / "executorch").exists()
+    assert Run(copy).targets() == []
+
+
+# --- the frozen checkpoint and its stand-ins ---------------------------------------------------------------
+
+
+def test_the_fast_stand_in_is_the_frozen_model(run: Run) -> None:
+    ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    exact, plain = load_exact(run.quantized), AutoModelForCausalLM.from_pretrained(run.quantized)
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(exact(ids).logits, expected, rtol=0, atol=0)
+        with disturbed(exact):
+            noisy = exact(ids).logits
+        torch.testing.assert_close(exact(ids).logits, expected, rtol=0, atol=0)
+    assert not torch.equal(noisy, expected)
+
+
+# --- validate, report, generate ----------------------------------------------------------------------------
+
+
+def test_everything_is_measured(report: results.Report) -> None:
+    assert [(m.name, m.target) for m in report.measured] == [
+        ("fp32 base", "torch"), ("fp32 fine-tuned", "torch"), ("qat", "executorch"), ("qat", "onnx"),
+        ("ptq (round-to-nearest)", "executorch"), ("ptq (round-to-nearest)", "onnx"),
+    ]  # fmt: skip
+    assert report.tokens == ASKED.tokens == report.measured[0].agreement.tokens  # type: ignore[union-attr]
+    for m in report.measured[2:]:
+        assert m.agreement is not None and m.speed is not None and m.load_ms is not None
+        assert m.prompts == 3 and m.exact_match is not None and 0 <= m.exact_match <= 1
+        assert m.speed.decode.least <= m.speed.decode.median <= m.speed.decode.greatest
+        assert m.memory_bytes is not None and m.runtime_bytes is not None and m.memory_bytes >= m.runtime_bytes > 0
+        assert {"linears", "scales", "embedding", "head", "graph", "tokenizer"} <= set(m.size_bytes)
+
+
+def test_sizes_by_part_add_up_to_the_folder(run: Run, report: results.Report) -> None:
+    for m in report.measured[2:]:
+        variant = run if m.name == "qat" else run.baseline
+        files = sum(p.stat().st_size for p in (variant.exports / m.target).iterdir() if p.name != MANIFEST)
+        assert m.total_bytes == files
+
+
+def test_executorch_is_the_frozen_function_down_to_the_noise(report: results.Report) -> None:
+    qat = next(m for m in report.measured if (m.name, m.target) == ("qat", "executorch"))
+    assert qat.parity is not None and qat.parity.top1 == 1.0
+    # Two layers: 1e-12 measured; one flipped int8 activation costs about 1e-6.
+    assert qat.parity.kl_nats < 1e-4
+
+
+def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
+    assert results.load(run.reports / "local.json") == report
+
+
+def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
+    with pytest.raises(RunError, match="--force"):
+        validate(run, ASKED, silent)
+
+
+def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(g.flag, g.passed) for g in report.gates] == [("--max-kl", True), ("--min-exact-match", False)] * 2
+    monkeypatch.setattr("qat_edge.validate.validate", lambda *_, **__: report)
+    missed = CliRunner().invoke(cli.main, ["validate", str(run.path)])
+    assert missed.exit_code == 1 and "2 of 4 gates missed" in missed.output
+    assert "--min-exact-match 0.5, measured 0" in missed.output
+
+
+def test_the_report_is_written(run: Run, report: results.Report) -> None:
+    written = CliRunner().invoke(cli.main, ["report", str(run.path)])
+    assert written.exit_code == 0, written.output
+    assert "<html" in run.report_html.read_text() and (run.path / "report.json").is_file()
+
+
+@pytest.mark.parametrize("source", ["torch", *TARGETS])
+def test_every_form_of_the_model_answers(run: Run, source: str) -> None:
+    arguments = ["generate", str(run.path), "say 3", "--from", source, "--max-new-tokens", "4"]
+    answer = subprocess.run([sys.executable, "-m", "qat_edge", *arguments], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.endswith("\n")
+    assert "PyTorchObserver" not in answer.stdout  # what C++ logs is no part of the answer
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("exports", "not exported yet"), ("adapter", "has not come that far")],
+)
+def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message: str) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "baseline"))
+    for part in ("exports", "quantized", damage):
+        shutil.rmtree(copy.path / part, ignore_errors=True)
+    verbs: dict[str, Any] = {"exports": "verify", "adapter": "export"}
+    answer = CliRunner().invoke(cli.main, [verbs[damage], str(copy.path)])
+    assert answer.exit_code == 1 and message in answer.output, answer.output
