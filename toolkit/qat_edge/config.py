@@ -36,7 +36,9 @@ class FinetuneOptions:
 
     model: str = option("Hub id, local folder or .gguf file of a causal language model.")
     data: str = option("Training rows: a .jsonl file, or what datasets.load_dataset reads.")
-    eval_data: str | None = option("Rows never trained on, for validate and the loss curve.", None)
+    eval_data: str | None = option(
+        "Rows never trained on, for validate and the loss curve; NAME:PART picks a split.", None
+    )
     group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES)
     lora_rank: int = option("Rank of the adapters.", 16, minimum=1)
     lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import codecs
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from transformers import AutoTokenizer
 
+from qat_edge import llm_runner
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run
@@ -63,31 +64,54 @@ def _torch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: 
 
 
 def _executorch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
-    special = set(tokenizer.all_special_tokens)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        try:
-            with _native_output_into(log) as past:
-                _run_llm_runner(
-                    folder, text, lambda piece: None if piece in special else past(emit, piece), max_new_tokens
-                )
-        except RuntimeError as error:
+    command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
+    ):
+        if process.stdin is None or process.stdout is None:
+            raise AssertionError("both are pipes")
+        process.stdin.write(text.encode())
+        process.stdin.close()
+        for piece in _without_last_newlines(_answer(process.stdout, tokenizer.all_special_tokens)):
+            emit(piece)
+        if process.wait() != 0:
             log.seek(0)
-            last = [line.strip() for line in log if line.startswith("E ")][-1:] or [str(error)]
+            lines = [line.strip() for line in log if line.strip()]
+            reason = next((line for line in reversed(lines) if line.startswith("E ")), lines[-1] if lines else "")
             raise ArtifactError(
-                f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {last[0]}. Export it again, with the "
+                f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {reason}. Export it again, with the "
                 "installed versions."
-            ) from error
+            )
 
 
-def _run_llm_runner(folder: Path, text: str, on_piece: Emit, max_new_tokens: int) -> None:
-    """ExecuTorch's own LLM runner, the one inside its phone apps. It prints while it is imported already."""
-    import executorch.kernels.quantized  # noqa: F401  (registers the embedding operators)
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the attention operators)
-    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+def _answer(stream: IO[bytes], special: Sequence[str]) -> Iterator[str]:
+    """Text as the runner prints it, up to its statistics and without special tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pending = ""
+    for byte in iter(lambda: stream.read(1), b""):
+        pending += decoder.decode(byte)
+        for token in special:
+            pending = pending.replace(token, "")
+        if pending.startswith(llm_runner.STATISTICS):
+            stream.read()
+            return
+        # What may yet become a special token or the statistics is held back.
+        while pending and not any(mark.startswith(pending) for mark in (llm_runner.STATISTICS, *special)):
+            yield pending[0]
+            pending = pending[1:]
+    yield pending
 
-    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
-    config = GenerationConfig(echo=False, max_new_tokens=max_new_tokens, temperature=0.0)
-    runner.generate(text, config, on_piece)
+
+def _without_last_newlines(pieces: Iterable[str]) -> Iterator[str]:
+    """The runner ends an answer with a line feed of its own; one is shown only once something follows it."""
+    held = ""
+    for piece in pieces:
+        if piece == "\n":
+            held += piece
+            continue
+        yield held + piece
+        held = ""
 
 
 def _onnx(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
@@ -109,30 +133,3 @@ def _onnx(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: i
                 emit(stream.decode(token))
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: onnxruntime-genai refused it: {error}") from error
-
-
-@contextmanager
-def _native_output_into(log: IO[str]) -> Iterator[Callable[[Emit, str], None]]:
-    """Send what C++ prints to stdout and stderr into `log`; the yielded function emits past that."""
-    sys.stdout.flush()
-    saved = os.dup(1), os.dup(2)
-
-    def point(out: int, err: int) -> None:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-
-    def emit_past(emit: Emit, piece: str) -> None:
-        point(*saved)
-        try:
-            emit(piece)
-            sys.stdout.flush()
-        finally:
-            point(log.fileno(), log.fileno())
-
-    point(log.fileno(), log.fileno())
-    try:
-        yield emit_past
-    finally:
-        point(*saved)
-        os.close(saved[0])
-        os.close(saved[1])

@@ -1,0 +1,27 @@
+"""`python -m qat_edge.llm_runner FOLDER TOKENS < PROMPT`: ExecuTorch's own LLM runner, the one inside its phone apps.
+
+A process of its own because the runner prints the answer itself, byte by byte as it comes (its Python callback
+fails on a token that is no whole UTF-8), followed by a line of statistics that begins with STATISTICS.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+STATISTICS = "\nPyTorchObserver"
+
+
+def main() -> None:
+    """Answer the prompt on stdin, greedily."""
+    import executorch.kernels.quantized  # noqa: F401  (registers the embedding operators)
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the attention operators)
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
+    runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
+    runner.generate(sys.stdin.read(), GenerationConfig(echo=False, max_new_tokens=tokens, temperature=0.0))
+
+
+if __name__ == "__main__":
+    main()
