@@ -158,6 +158,12 @@ def test_cuda_without_a_gpu_is_a_usage_error(options: FinetuneOptions, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tracker_that_is_not_there_is_a_usage_error(options: FinetuneOptions, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--track wandbb"):
+        finetune(replace(options, track=("wandbb",)), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 def test_trains_on_cuda(options: FinetuneOptions, tmp_path: Path) -> None:

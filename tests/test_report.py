@@ -24,7 +24,7 @@ from qat_edge.report.figures import number, percent, whole_percent
 from qat_edge.report.tables import COLUMNS
 from qat_edge.report.verdict import verdict
 from qat_edge.results import Agreement, Gate, Measured, Report, Speed, Spread
-from qat_edge.run import Run, write_manifest
+from qat_edge.run import MANIFEST, Run, sha256, write_manifest
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"
 SIZES = {"linears": 53_084_160, "scales": 6_635_520, "embedding": 28_508_160, "head": 28_508_160, "graph": 512_000}
@@ -101,7 +101,8 @@ def make_run(folder: Path, *reports: Report, whole: bool = True) -> Run:
         log |= {"peak_memory_bytes": 2_310_000_000, "device": "CPU (2 threads)", "curve": curve(40, 20)}
         (folder / "training.json").write_text(json.dumps(log))
         run.quantized.mkdir()
-        write_manifest(run.quantized, "quantized", model={"name": "org/tiny-model"}, seed=0)
+        identity = {"kind": "hub", "name": "org/tiny-model"}
+        write_manifest(run.quantized, "quantized", model={"source": "x", "identity": identity}, seed=0)
         for variant in (run, run.baseline):
             artifact = variant.exports / "onnx"
             artifact.mkdir(parents=True)
@@ -377,3 +378,15 @@ def test_it_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
     assert len(picture.read_bytes()) > 20_000
+
+
+def test_what_verify_found_is_shown_while_the_artifact_is_the_same(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", example())
+    row = {"folder": "exports/onnx", "linears": 14, "linears_equal": 14, "embedding_equal": True, "head_equal": True}
+    row |= {"faults": [], "manifest_sha256": sha256(run.exports / "onnx" / MANIFEST)}
+    run.verified.write_text(json.dumps([row]))
+    assert "14 of 14 linear layers" in write(run)
+    (run.exports / "onnx" / MANIFEST).unlink()
+    write_manifest(run.exports / "onnx", "export", target="onnx", options={"context_length": 512}, wall_s=3.5)
+    page = write(run)
+    assert "14 of 14 linear layers" not in page and "exported again since" in page

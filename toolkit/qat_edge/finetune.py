@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from qat_edge import config, data, models
 from qat_edge.config import FinetuneOptions
@@ -101,6 +102,7 @@ class _Job:
 def _prepare(options: FinetuneOptions, say: Callable[[str], None]) -> _Job:
     """Load model and data, and say aloud what was found and chosen."""
     device = choose_device(options.device)
+    _check_trackers(options.track)
     say(f"Training on {describe_device(device)}, matrix products in {options.precision}, rounding in fp32")
     model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code)
     say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
@@ -151,6 +153,21 @@ def choose_device(asked: str) -> str:
     if asked == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA GPU here. Use --device auto or --device cpu.")
     return "cuda" if asked != "cpu" and available else "cpu"
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Before anything is loaded, not after.
+
+    Raises:
+        UsageError: a tracker that the trainer does not know, or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    unknown = [name for name in names if name not in (*available, "none")]
+    if unknown:
+        raise UsageError(
+            f"--track {unknown[0]}: not known to the trainer, or its package is not installed "
+            f"(`pip install {unknown[0]}`). Installed: {', '.join(available)}; 'none' logs nowhere."
+        )
 
 
 def describe_device(device: str) -> str:

@@ -101,6 +101,11 @@ class Run(Variant):
         return self.path / "reports"
 
     @property
+    def verified(self) -> Path:
+        """What verify found."""
+        return self.path / "verified.json"
+
+    @property
     def report_html(self) -> Path:
         return self.path / "report.html"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from qat_edge.errors import ArtifactError, RunError
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
+from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
 from qat_edge.tables import resolve
 from qat_edge_exporters import READERS
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
@@ -44,6 +47,8 @@ class Verified:
 def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list[Verified]:
     """Compare the run's artifacts, and its baseline's, with the checkpoints they were made of.
 
+    RUN/verified.json keeps what was found, for the report.
+
     Raises:
         RunError: nothing was exported, or a named target was not.
         ArtifactError: an artifact cannot be read at all.
@@ -56,13 +61,15 @@ def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list
     results = []
     for variant, target in found:
         say(f"Reading {variant.exports / target}")
-        results.append(verify_one(variant, target))
+        results.append(verify_folder(variant.exports / target, target, variant.quantized))
+    write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
     return results
 
 
-def verify_one(variant: Variant, target: str) -> Verified:
-    """Compare one artifact with its frozen checkpoint."""
-    return verify_folder(variant.exports / target, target, variant.quantized)
+def _record(run: Run, result: Verified) -> dict[str, Any]:
+    """What the report shows of one artifact; the manifest's hash tells which export it was."""
+    facts = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
+    return facts | {"manifest_sha256": sha256(result.folder / MANIFEST)}
 
 
 def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:

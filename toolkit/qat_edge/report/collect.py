@@ -12,7 +12,7 @@ from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
 from qat_edge.report.verdict import Verdict, verdict
 from qat_edge.results import Report, load
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest
+from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
 
 FORMAT = 1
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it at its end"
@@ -31,13 +31,18 @@ class Story:
     config: dict[str, Any]
     quantized: dict[str, Any]
     exports: dict[str, dict[str, Any]]
+    verified: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
         """Name of the base model; the last part of it where it is a path of some machine."""
-        identity = self.quantized.get("model") or {}
-        named = identity.get("name") or identity.get("source") or self.options("finetune").get("model")
+        recorded = self.quantized.get("model") or {}
+        named = (
+            (recorded.get("identity") or {}).get("name")
+            or recorded.get("source")
+            or self.options("finetune").get("model")
+        )
         name = str(named or "unnamed model")
         return Path(name).name if name.count("/") > 1 or name[:1] in "/.~" else name
 
@@ -59,6 +64,7 @@ class Story:
             "config": self.config,
             "quantized": self.quantized,
             "exports": self.exports,
+            "verified": self.verified,
             "missing": self.missing,
         }
         finite: dict[str, Any] = _finite(plain)
@@ -86,6 +92,7 @@ def collect(run: Run) -> Story:
         config=_config(run.config, missing),
         quantized=_manifest(run.quantized, "quantized", missing),
         exports=_exports(run, missing),
+        verified=_verified(run, missing),
         missing=missing,
     )
     # The page is shown to others: where this machine keeps the run is none of its content.
@@ -153,6 +160,26 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
             if (folder / MANIFEST).is_file() and (manifest := _manifest(folder, name, missing)):
                 found[name] = manifest
     return found
+
+
+def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
+    """What verify found of the artifacts that are still the ones it read."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(run.verified.read_text(encoding="utf-8"))
+        current = [row for row in rows if row["manifest_sha256"] == _manifest_sha256(run.path / row["folder"])]
+    except FileNotFoundError:
+        missing["verified"] = "verified.json is missing; `qat-edge verify` writes it"
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing["verified"] = f"verified.json cannot be read ({error})"
+        return []
+    if len(current) < len(rows):
+        missing["verified"] = "artifacts were exported again since `qat-edge verify` read them"
+    return current
+
+
+def _manifest_sha256(folder: Path) -> str | None:
+    return sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
 def _finite(value: Any) -> Any:

@@ -86,6 +86,7 @@ def render(story: Story) -> str:
         devices=devices,
         about=facts.about_run(story),
         artifacts=facts.artifacts(story),
+        verified=story.verified,
         missing=story.missing,
         words=facts.WORDS,
         version=story.quantized.get("qat_edge"),
