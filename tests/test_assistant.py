@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from qat_edge import assistant, config, data, python_reference
+from qat_edge import assistant, config, python_reference
 from qat_edge.assistant_intents import INTENTS
 from qat_edge.errors import UsageError
+from qat_edge.rows import Chat, Text, load_rows
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAIN = list(assistant.rows("train", 4000))
@@ -94,23 +95,23 @@ def test_impossible_requests_for_rows() -> None:
 
 def test_written_files_are_what_data_reads(tmp_path: Path) -> None:
     train, held_out = assistant.write(tmp_path)
-    assert len(data.load_rows(str(train))) == 4000
-    assert len(data.load_rows(str(held_out))) == 400
-    first = data.load_rows(str(held_out))[0]
-    assert isinstance(first, data.Chat) and first.messages == EVAL[0]["messages"]
+    assert len(load_rows(str(train))) == 4000
+    assert len(load_rows(str(held_out))) == 400
+    first = load_rows(str(held_out))[0]
+    assert isinstance(first, Chat) and first.messages == EVAL[0]["messages"]
 
 
 # --- the Python reference ----------------------------------------------------------------------------------
 
 
 def test_python_reference_holds_out_twelve_topics_without_a_shared_paragraph(tmp_path: Path) -> None:
-    train, held_out = (data.load_rows(str(path)) for path in python_reference.write(tmp_path))
+    train, held_out = (load_rows(str(path)) for path in python_reference.write(tmp_path))
     assert len(held_out) == 12
-    train_text, *_ = ["\n\n".join(row.text for row in train if isinstance(row, data.Text))]
+    train_text, *_ = ["\n\n".join(row.text for row in train if isinstance(row, Text))]
     assert len(train_text) > 250_000
     train_paragraphs = {p.strip() for p in train_text.split("\n\n")}
     for row in held_out:
-        assert isinstance(row, data.Text)
+        assert isinstance(row, Text)
         assert len(row.text) >= python_reference.MIN_CHARACTERS
         assert not train_paragraphs & {p.strip() for p in row.text.split("\n\n") if p.strip()}
     assert python_reference.split() == python_reference.split()

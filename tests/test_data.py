@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qat_edge import data
-from qat_edge.data import IGNORED, Chat, Collator, Completion, Text
+from qat_edge.data import IGNORED, Collator
 from qat_edge.errors import DataError
+from qat_edge.rows import Chat, Completion, Row, Text, load_rows
 
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},
@@ -53,7 +54,7 @@ def test_the_three_shapes(tmp_path: Path) -> None:
     source = write_lines(
         tmp_path / "rows.jsonl", {"messages": DIALOGUE}, {"prompt": "a", "completion": "b", "id": 7}, {"text": "c"}
     )
-    chat, completion, text = data.load_rows(source)
+    chat, completion, text = load_rows(source)
     assert chat == Chat(DIALOGUE, f"{source}:1")
     assert completion == Completion("a", "b", f"{source}:2")
     assert text == Text("c", f"{source}:3")
@@ -68,7 +69,7 @@ def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "rows.parquet")
     frame.save_to_disk(tmp_path / "saved")
     for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "saved"):
-        rows = data.load_rows(str(tmp_path / name))
+        rows = load_rows(str(tmp_path / name))
         found = [(row.prompt, row.completion) for row in rows if isinstance(row, Completion)]
         assert found == [("one, two", "three\nfour"), ("five", "six")], name
 
@@ -78,11 +79,11 @@ def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
     folder.mkdir()
     write_lines(folder / "train.jsonl", {"text": "learn"})
     write_lines(folder / "test.jsonl", {"text": "examine"})
-    assert data.load_rows(str(folder)) == [Text("learn", f"{folder}:train, row 1")]
-    assert data.load_rows(str(folder), "test") == data.load_rows(f"{folder}:test", "train")
-    assert data.load_rows(str(folder), "test") == [Text("examine", f"{folder}:test, row 1")]
+    assert load_rows(str(folder)) == [Text("learn", f"{folder}:train, row 1")]
+    assert load_rows(str(folder), "test") == load_rows(f"{folder}:test", "train")
+    assert load_rows(str(folder), "test") == [Text("examine", f"{folder}:test, row 1")]
     with pytest.raises(DataError, match="no data set with a part 'nonsense'"):
-        data.load_rows(str(folder), "nonsense")
+        load_rows(str(folder), "nonsense")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, complaint: str) -> None:
     source = write_lines(tmp_path / "rows.jsonl", {"text": "good"}, record)
     with pytest.raises(DataError) as caught:
-        data.load_rows(source)
+        load_rows(source)
     assert str(caught.value).startswith(f"{source}:2: ")
     assert complaint in str(caught.value)
 
@@ -112,39 +113,39 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, compla
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
     with pytest.raises(DataError, match=r"bad\.jsonl:3: is no JSON"):
-        data.load_rows(str(tmp_path / "bad.jsonl"))
+        load_rows(str(tmp_path / "bad.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(DataError, match="is no UTF-8 text"):
-        data.load_rows(str(tmp_path / "latin.jsonl"))
+        load_rows(str(tmp_path / "latin.jsonl"))
     (tmp_path / "object.json").write_text('{"text": "a"}')
     with pytest.raises(DataError, match="expected a JSON list of rows, found an object"):
-        data.load_rows(str(tmp_path / "object.json"))
+        load_rows(str(tmp_path / "object.json"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
-        data.load_rows(str(tmp_path / "rows.parquet"))
+        load_rows(str(tmp_path / "rows.parquet"))
     (tmp_path / "rows.xlsx").write_bytes(b"x")
     with pytest.raises(DataError, match=r"cannot read \.xlsx; use \.jsonl"):
-        data.load_rows(str(tmp_path / "rows.xlsx"))
+        load_rows(str(tmp_path / "rows.xlsx"))
 
 
 def test_a_csv_row_is_named_by_the_line_it_ends_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"two\nlines",b\nc\n')
     with pytest.raises(DataError, match=r"rows\.csv:4: keys found: 'prompt'"):
-        data.load_rows(str(path))
+        load_rows(str(path))
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.txt"])
 def test_empty_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("\n" if name == "empty.jsonl" else "")
     with pytest.raises(DataError, match="holds no rows"):
-        data.load_rows(str(tmp_path / name))
+        load_rows(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "somebody/no-such-data"])
 def test_missing_sources(name: str) -> None:
     with pytest.raises(DataError, match="no such file"):
-        data.load_rows(name)
+        load_rows(name)
 
 
 # --- where the loss lies -----------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def test_collator_pads_right_without_loss(tokenizer: Any) -> None:
 
 
 def test_a_model_is_compared_where_training_puts_loss(tokenizer: Any) -> None:
-    rows: list[data.Row] = [Chat(DIALOGUE, "1"), Completion("ab", "cd", "2")]
+    rows: list[Row] = [Chat(DIALOGUE, "1"), Completion("ab", "cd", "2")]
     trained = data.tokenize(rows, tokenizer, 64).rows
     for scored, row in zip(data.scored_ids(rows, tokenizer, 64, 1000), trained, strict=True):
         expected = [label for label in row["labels"][1:] if label != data.IGNORED]

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from qat_edge import assistant, data, models
-from qat_edge.data import Chat
 from qat_edge.metrics import LogitComparison
 from qat_edge.quant import frozen, scheme
 from qat_edge.reference import answer, disturbed, load_exact
+from qat_edge.rows import Chat, Row
 from qat_edge.run import write_manifest
 from qat_edge.tables import resolve
 from qat_edge.verify import verify_folder
@@ -73,7 +73,7 @@ def export(quantized: Path, folder: Path, target: str) -> Path:
     return folder
 
 
-def conversations(tokenizer: Any, count: int) -> list[data.Row]:
+def conversations(tokenizer: Any, count: int) -> list[Row]:
     return [Chat(row["messages"], str(i)) for i, row in enumerate(assistant.rows("eval", count))]
 
 

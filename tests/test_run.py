@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from qat_edge.errors import RunError
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
@@ -43,14 +44,26 @@ def test_replacing_needs_force(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "made"]
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
     with (
         pytest.raises(RunError, match=r"made: cannot be written \(No space left on device\)"),
         replace_folder(tmp_path / "made", force=False) as work,
     ):
         (work / "file").write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_about_something_else_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"), replace_folder(tmp_path / "made", force=False):
+        raise RuntimeError("shapes do not match")
 
 
 def test_write_text_replaces_at_once(tmp_path: Path) -> None:

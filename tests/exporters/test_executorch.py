@@ -341,15 +341,3 @@ def test_refuses_rotary_embeddings_that_change(tmp_path: Path) -> None:
 
 def test_refuses_without_a_tokenizer(tmp_path: Path) -> None:
     assert "no tokenizer.json" in refused(llama(), tmp_path, 64, tokenizer=False)
-
-
-def test_end_tokens_are_united(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
-    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
-    assert contract.end_tokens(tmp_path, tokenizer) == [7, 2, 9]
-    tokenizer.eos_token = None
-    for name in ("generation_config.json", "config.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(ExportError, match="end token"):
-        contract.end_tokens(tmp_path, tokenizer)

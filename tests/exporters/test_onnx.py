@@ -252,13 +252,6 @@ def test_genai_config_and_tokenizer(make: Callable[[str], Exported]) -> None:
     }  # fmt: skip
 
 
-def test_end_tokens_are_gathered_from_everywhere(tmp_path: Path) -> None:
-    make_tokenizer().save_pretrained(tmp_path)  # its own ends with 2
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
-    assert onnx_export.end_tokens(tmp_path) == [9, 7, 2]
-
-
 def test_sizes_by_part(make: Callable[[str], Exported]) -> None:
     tied, untied = read(make("llama_tied").folder), read(make("qwen2_untied").folder)
     linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # weights of q, o; k, v; gate, up, down

@@ -27,6 +27,7 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
 from qat_edge.quant import fake, scheme
+from qat_edge.rows import load_rows
 from qat_edge.run import Run, disk_errors, read_manifest, replace_folder, write_manifest, write_text
 from qat_edge.training import ShowProgress, TwoPhases, curve, peak_memory_bytes
 
@@ -202,7 +203,7 @@ def _check_folder(options: FinetuneOptions, out: Path, resume: bool, force: bool
 def _tokenize(
     source: str, split: str, options: FinetuneOptions, tokenizer: Any, say: Callable[[str], None]
 ) -> data.TokenizedRows:
-    rows = data.tokenize(data.load_rows(source, split), tokenizer, options.max_length)
+    rows = data.tokenize(load_rows(source, split), tokenizer, options.max_length)
     say(f"{split}: {rows.summary()}")
     return rows
 

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from transformers import AutoTokenizer
-
-from qat_edge import llm_runner
+from qat_edge import llm_runner, tokenizer
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run
@@ -34,22 +32,22 @@ def generate(
     folder = run.quantized if source == "torch" else run.exports / source
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    text = prompt if raw else chat_text(tokenizer, prompt, system)
+    words = tokenizer.load(folder)
+    text = prompt if raw else chat_text(words, prompt, system)
     answer = {"torch": _torch, "executorch": _executorch, "onnx": _onnx}[source]
-    answer(folder, tokenizer, text, emit, max_new_tokens)
+    answer(folder, words, text, emit, max_new_tokens)
 
 
-def chat_text(tokenizer: Any, prompt: str, system: str | None) -> str:
+def chat_text(words: Any, prompt: str, system: str | None) -> str:
     """The prompt as the model's chat template writes it, up to where the answer begins."""
-    if not tokenizer.chat_template:
+    if not words.chat_template:
         raise UsageError("This model's tokenizer has no chat template. Give --raw to continue the text as it is.")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _torch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
+def _torch(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
     import torch
     from transformers import TextStreamer
 
@@ -57,13 +55,13 @@ def _torch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             emit(text)
 
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-    streamer = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = torch.tensor([words.encode(text, add_special_tokens=False)])
+    streamer = Pieces(words, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad():
         frozen.load(folder).generate(ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-def _executorch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
+def _executorch(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
     command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
@@ -73,7 +71,7 @@ def _executorch(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tok
             raise AssertionError("both are pipes")
         process.stdin.write(text.encode())
         process.stdin.close()
-        for piece in _without_last_newlines(_answer(process.stdout, tokenizer.all_special_tokens)):
+        for piece in _without_last_newlines(_answer(process.stdout, words.all_special_tokens)):
             emit(piece)
         if process.wait() != 0:
             log.seek(0)
@@ -114,18 +112,18 @@ def _without_last_newlines(pieces: Iterable[str]) -> Iterator[str]:
         held = ""
 
 
-def _onnx(folder: Path, tokenizer: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
+def _onnx(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
     import onnxruntime_genai as genai
 
     try:
         model = genai.Model(str(folder))
         stream = genai.Tokenizer(model).create_stream()
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = words.encode(text, add_special_tokens=False)
         params = genai.GeneratorParams(model)
         params.set_search_options(do_sample=False, max_length=len(ids) + max_new_tokens)
         generator = genai.Generator(model, params)
         generator.append_tokens(ids)
-        special = set(tokenizer.all_special_ids)
+        special = set(words.all_special_ids)
         while not generator.is_done():
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from qat_edge import __version__
 from qat_edge.errors import RunError
@@ -160,17 +163,30 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Name the file and the cause where the operating system would only say errno.
+    """Name the file and the cause where the operating system would only say errno, and libraries not even that.
 
     Raises:
         RunError: no space, no permission, a read-only file system.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _storage_reason(error)
+        if reason is None:
             raise
-        raise RunError(f"{target}: cannot be written ({os.strerror(error.errno)}). Nothing was left behind.") from error
+        raise RunError(
+            f"{target}: cannot be written ({reason}). Make room or choose another place, then repeat."
+        ) from error
+
+
+def _storage_reason(error: Exception) -> str | None:
+    """Why writing failed, None where the error is about something else."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno is not None else None
+    found = re.search(r"os error (\d+)", str(error))  # safetensors, written in Rust
+    if found:
+        return os.strerror(int(found[1]))
+    return "the write failed" if "file write failed" in str(error) else None  # torch.save
 
 
 def write_manifest(folder: Path, kind: str, **facts: Any) -> None:

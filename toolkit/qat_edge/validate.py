@@ -8,7 +8,6 @@ an exact runtime matches down to the arithmetic noise floor (the checkpoint agai
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import tempfile
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from qat_edge import config, data, quantize, reference
+from qat_edge import config, data, quantize, reference, tokenizer
 from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.console import bar
 from qat_edge.errors import DataError, DeviceError, RunError
@@ -30,6 +28,7 @@ from qat_edge.gates import hold
 from qat_edge.metrics import LogitComparison, same_answer
 from qat_edge.reference import LogitStore
 from qat_edge.results import Agreement, Measured, Report, Speed, save
+from qat_edge.rows import load_rows
 from qat_edge.run import Run, Variant, disk_errors
 from qat_edge.tables import resolve
 from qat_edge_devices import open_runtime, open_transport
@@ -110,19 +109,17 @@ def _artifacts(run: Run, options: ValidateOptions) -> list[tuple[Variant, str]]:
 
 
 def _material(run: Run, options: ValidateOptions, say: Say) -> Material:
-    tokenizer = AutoTokenizer.from_pretrained(run.quantized, local_files_only=True)
+    words = tokenizer.load(run.quantized)
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.text or options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
-    sequences = data.scored_ids(data.load_rows(source, "eval"), tokenizer, options.window, options.tokens)
+    sequences = data.scored_ids(load_rows(source, "eval"), words, options.window, options.tokens)
     answered = options.eval_data or trained.eval_data
-    prompts = data.prompts(data.load_rows(answered, "eval"), tokenizer)[: options.prompts] if answered else []
-    facts = json.loads((run.quantized / "generation_config.json").read_text(encoding="utf-8"))
-    eos = facts.get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    material = Material(sequences, prompts, eos_ids, pad, tokenizer)
+    prompts = data.prompts(load_rows(answered, "eval"), words)[: options.prompts] if answered else []
+    eos_ids = tokenizer.end_tokens(run.quantized)
+    pad_id = eos_ids[0] if words.pad_token_id is None else words.pad_token_id
+    material = Material(sequences, prompts, eos_ids, pad_id, words)
     say(f"Comparing {material.tokens} tokens in {len(sequences)} sequences, and {len(prompts)} answers, from {source}")
     return material
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
@@ -19,8 +20,6 @@ from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
 from qat_edge.tables import resolve
 from qat_edge_exporters import READERS
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _unexpected(plan: Scheme, artifact: Artifact) -> list[str]:
 def _file_faults(folder: Path, quantized: Path) -> list[str]:
     """Tokenizer of the artifact against the checkpoint's, and every file against the manifest."""
     faults = []
-    for name in TOKENIZER_FILES:
+    for name in tokenizer.FILES:
         if not (quantized / name).is_file():
             continue
         if not (folder / name).is_file():

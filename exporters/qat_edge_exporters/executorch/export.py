@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from qat_edge import tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
@@ -30,11 +29,10 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     model = checkpoint.load(frozen)
     if not (frozen / "tokenizer.json").is_file():
         raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
-    tokenizer = AutoTokenizer.from_pretrained(frozen, local_files_only=True)
     attention.check_length(model.config, context_length)
     attention.settle_rotary(model, context_length)
     methods = contract.constant_methods(
-        model.config, context_length, contract.end_tokens(frozen, tokenizer), tokenizer.bos_token_id
+        model.config, context_length, tokenizer.end_tokens(frozen), tokenizer.load(frozen).bos_token_id
     )
     embedding, head = _ends(model)
     names = tracing.quantize_modules(model)
@@ -47,7 +45,8 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     with disk_errors(out), (out / MODEL).open("wb") as file:
         lowering.emit(edge).write_to_file(file)
     write_text(out / LAYERS, json.dumps({"embedding": embedding, "head": head, "linears": order}, indent=1) + "\n")
-    for name in (*contract.TOKENIZER_FILES, *contract.OTHER_FILES):
+    tokenizer.copy_files(frozen, out)
+    for name in contract.OTHER_FILES:
         if (frozen / name).is_file():
             with disk_errors(out):
                 shutil.copyfile(frozen / name, out / name)

@@ -17,6 +17,7 @@ import numpy as np
 from executorch.exir.schema import ExecutionPlan
 from numpy.typing import NDArray
 
+from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.executorch import contract, delegates
@@ -159,6 +160,6 @@ def _sizes(
                 parts["head" if name == layers.head else part] += len(named.get(key, b""))
                 counted.add(key)
     files = {p.name: p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".log"}
-    tokenizer = sum(size for name, size in files.items() if name in contract.TOKENIZER_FILES)
+    words = sum(size for name, size in files.items() if name in tokenizer.FILES)
     whole = sum(size for name, size in files.items() if name not in NOT_COUNTED)
-    return {**parts, "graph": whole - tokenizer - sum(parts.values()), "tokenizer": tokenizer}
+    return {**parts, "graph": whole - words - sum(parts.values()), "tokenizer": words}

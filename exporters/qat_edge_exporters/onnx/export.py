@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qat_edge import tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
 from qat_edge.quant.scheme import Scheme
@@ -48,7 +49,7 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
         layout.mkdir()
         say(f"Packing {len(weights)} matrices for the builder")
         write_layout(frozen, layout, config | {"tie_word_embeddings": shared}, scheme.group_size, weights)
-        _copy_tokenizer(frozen, layout)
+        tokenizer.copy_files(frozen, layout)
         say("Building the graph with onnxruntime-genai's builder")
         run_builder(layout, built)
         shutil.rmtree(layout)
@@ -56,9 +57,9 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
         repair(built, out, weights, shared, context_length)
         genai = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
     genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
-    genai["model"]["eos_token_id"] = end_tokens(frozen)
+    genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)
     (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-    _copy_tokenizer(frozen, out)
+    tokenizer.copy_files(frozen, out)
 
 
 def run_builder(layout: Path, built: Path) -> None:
@@ -89,30 +90,6 @@ def run_builder(layout: Path, built: Path) -> None:
     raise ExportError(f"onnx: onnxruntime-genai's builder failed with exit code {done.returncode}: {ending}")
 
 
-def end_tokens(frozen: Path) -> list[int]:
-    """Every token that ends an answer: generation_config.json's first, then config.json's, then the tokenizer's."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = frozen / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    found += _tokenizer_end(frozen)
-    if not found:
-        raise ExportError(f"{frozen}: no end token in its configuration or tokenizer, so no answer would ever end.")
-    return list(dict.fromkeys(found))
-
-
-def _tokenizer_end(frozen: Path) -> list[int]:
-    """Id of the tokenizer's own eos_token, read from its files."""
-    settings, vocabulary = frozen / "tokenizer_config.json", frozen / "tokenizer.json"
-    if not settings.is_file() or not vocabulary.is_file():
-        return []
-    token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    added = json.loads(vocabulary.read_text(encoding="utf-8")).get("added_tokens", [])
-    return [entry["id"] for entry in added if entry["content"] == token]
-
-
 def _check(config: dict[str, Any], scheme: Scheme, context_length: int) -> None:
     longest = config.get("max_position_embeddings")
     if longest is not None and context_length > longest:
@@ -130,10 +107,3 @@ def _check(config: dict[str, Any], scheme: Scheme, context_length: int) -> None:
 
 def _equal(one: FrozenWeight, other: FrozenWeight) -> bool:
     return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
-
-
-def _copy_tokenizer(frozen: Path, folder: Path) -> None:
-    """Byte for byte, so that every target's tokenizer is the model's."""
-    for name in names.TOKENIZER_FILES:
-        if (frozen / name).is_file():
-            shutil.copyfile(frozen / name, folder / name)

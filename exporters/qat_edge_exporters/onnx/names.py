@@ -10,10 +10,6 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
 ROTARY_TABLES = ("cos_cache", "sin_cache")  # initializers, (positions, head width / 2)
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-)  # fmt: skip
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _NODE = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+|lm_head)/MatMulNBits")

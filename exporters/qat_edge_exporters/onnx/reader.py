@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError
 from qat_edge.run import MANIFEST
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
@@ -206,7 +207,7 @@ def _sizes(folder: Path, found: _Found) -> dict[str, int]:
     for part, size in found.parts.values():
         sizes["head" if part == names.HEAD else part] += size
     files = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
-    sizes["tokenizer"] = sum(size for name, size in files.items() if name in names.TOKENIZER_FILES)
+    sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.FILES)
     sizes["graph"] = sum(files.values()) - sum(sizes.values())
     return sizes
 
