@@ -63,7 +63,7 @@ class FinetuneOptions:
     save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
     device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"))
     precision: str = option(
-        "Autocast of the matrix products; weights and rounding stay float32.", "bf16", ("bf16", "fp32")
+        "Autocast of the matrix products; weights and rounding stay float32.", "auto", ("auto", "bf16", "fp32")
     )
     track: tuple[str, ...] = option("Experiment trackers, by the trainer's names.", ("tensorboard",))
     seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0)

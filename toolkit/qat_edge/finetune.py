@@ -97,6 +97,7 @@ class _Job:
     rows: data.TokenizedRows
     eval_rows: data.TokenizedRows | None
     device: str
+    precision: str
     facts: dict[str, Any]
 
 
@@ -104,7 +105,8 @@ def _prepare(options: FinetuneOptions, say: Callable[[str], None]) -> _Job:
     """Load model and data, and say aloud what was found and chosen."""
     device = choose_device(options.device)
     _check_trackers(options.track)
-    say(f"Training on {describe_device(device)}, matrix products in {options.precision}, rounding in fp32")
+    precision = choose_precision(options.precision, device)
+    say(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code)
     say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     plan = scheme.choose(model, options.group_size)
@@ -122,13 +124,13 @@ def _prepare(options: FinetuneOptions, say: Callable[[str], None]) -> _Job:
         "device": device,
         "group_size": options.group_size,
     }
-    return _Job(model, tokenizer, plan, rows, eval_rows, device, facts)
+    return _Job(model, tokenizer, plan, rows, eval_rows, device, precision, facts)
 
 
 def _trainer(adapted: Any, job: _Job, options: FinetuneOptions, run: Run, phases: TwoPhases) -> Trainer:
     trainer = Trainer(
         model=adapted,
-        args=_arguments(options, run, job.device, evaluate=job.eval_rows is not None),
+        args=_arguments(options, run, job),
         data_collator=data.Collator(job.tokenizer),
         train_dataset=job.rows.rows,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
@@ -154,6 +156,20 @@ def choose_device(asked: str) -> str:
     if asked == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA GPU here. Use --device auto or --device cpu.")
     return "cuda" if asked != "cpu" and available else "cpu"
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """`bf16` or `fp32`.
+
+    Raises:
+        UsageError: bfloat16 was asked for and the GPU has none.
+    """
+    supported = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and not supported:
+        raise UsageError(
+            f"--precision bf16: {torch.cuda.get_device_name()} has no bfloat16. Use --precision auto or fp32."
+        )
+    return "bf16" if asked != "fp32" and supported else "fp32"
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -240,7 +256,7 @@ def _lora_config(options: FinetuneOptions) -> LoraConfig:
     )
 
 
-def _arguments(options: FinetuneOptions, run: Run, device: str, evaluate: bool) -> TrainingArguments:
+def _arguments(options: FinetuneOptions, run: Run, job: _Job) -> TrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "logs")
     return TrainingArguments(
         output_dir=str(run.checkpoints),
@@ -254,11 +270,11 @@ def _arguments(options: FinetuneOptions, run: Run, device: str, evaluate: bool) 
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(options.lr_schedule, options.lr_schedule),
         warmup_steps=options.warmup_steps,
         weight_decay=options.weight_decay,
-        bf16=options.precision == "bf16",
-        use_cpu=device == "cpu",
+        bf16=job.precision == "bf16",
+        use_cpu=job.device == "cpu",
         seed=options.seed,
         # Evaluation at the end of each phase is asked for by TwoPhases; "steps" only opens the door.
-        eval_strategy="steps" if evaluate else "no",
+        eval_strategy="no" if job.eval_rows is None else "steps",
         eval_steps=options.eval_every or options.steps + 1,
         prediction_loss_only=True,
         save_strategy="steps",
