@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qat_edge import assistant
 from qat_edge.demo import demo
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
+from qat_edge.tasks import assistant
 
 
 @pytest.fixture

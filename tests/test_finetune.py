@@ -18,10 +18,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qat_edge import config
+from qat_edge.adapters import merged_model
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import Finetuned, finetune, qat_start_step
-from qat_edge.quantize import merged_model, quantize
+from qat_edge.quantize import quantize
 from qat_edge.run import Run, read_manifest
 
 

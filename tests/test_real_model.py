@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from qat_edge import assistant, data, models
+from qat_edge import data, models
 from qat_edge.metrics import LogitComparison
 from qat_edge.quant import frozen, scheme
 from qat_edge.reference import answer, disturbed, load_exact
 from qat_edge.rows import Chat, Row
 from qat_edge.run import write_manifest
 from qat_edge.tables import resolve
+from qat_edge.tasks import assistant
 from qat_edge.verify import verify_folder
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_exporters import EXPORTERS

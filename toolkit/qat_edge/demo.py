@@ -14,11 +14,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qat_edge import assistant, config, models
+from qat_edge import config, models
 from qat_edge.config import FinetuneOptions
 from qat_edge.console import console
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
+from qat_edge.tasks import assistant
 
 QUESTION = "Wake me at 7:15 am"
 # Two cores take about a quarter of an hour for the line with these.

@@ -28,7 +28,7 @@ from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
 from qat_edge.quant import fake, scheme
 from qat_edge.rows import load_rows
-from qat_edge.run import Run, disk_errors, read_manifest, replace_folder, write_manifest, write_text
+from qat_edge.run import Run, disk_errors, replace_folder, write_manifest, write_text
 from qat_edge.training import ShowProgress, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
@@ -68,7 +68,7 @@ def finetune(
     start = qat_start_step(options)
     phases = TwoPhases(switch, start, lambda: _save_adapter(adapted, run.reference, "reference", job.facts))
     trainer = _trainer(adapted, job, options, run, phases)
-    say(f"Steps 1 to {start} train LoRA, {start + 1} to {options.steps} with fake quantization")
+    say(f"{start} steps of LoRA, then {options.steps - start} with fake quantization")
     with bar("training", options.steps) as progress, disk_errors(run.path):
         trainer.add_callback(ShowProgress(progress, phases))
         trainer.train(resume_from_checkpoint=resume or None)
@@ -293,16 +293,3 @@ def _save_adapter(model: Any, folder: Path, kind: str, facts: dict[str, Any]) ->
     with replace_folder(folder, force=True) as work:
         model.save_pretrained(work, save_embedding_layers=False)
         write_manifest(work, kind, **facts)
-
-
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter folder was trained on.
-
-    Raises:
-        RunError: the folder holds no finished adapter.
-    """
-    if not folder.is_dir():
-        raise RunError(
-            f"{folder} is missing: the training has not come that far. `qat-edge finetune --resume` goes on."
-        )
-    return read_manifest(folder)

@@ -28,7 +28,7 @@ class LogitStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
 
     def put(self, index: int, logits: Logits) -> None:
         np.save(self.folder / f"{index:05d}.npy", logits)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qat_edge import assistant_words as words
-from qat_edge.assistant_words import Halves
+from qat_edge.tasks import words
+from qat_edge.tasks.words import Halves
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from qat_edge import assistant, config, python_reference
-from qat_edge.assistant_intents import INTENTS
+from qat_edge import config
 from qat_edge.errors import UsageError
 from qat_edge.rows import Chat, Text, load_rows
+from qat_edge.tasks import assistant, python_reference
+from qat_edge.tasks.intents import INTENTS
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = list(assistant.rows("train", 4000))
 EVAL = list(assistant.rows("eval", 400))
 

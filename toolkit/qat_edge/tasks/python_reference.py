@@ -1,6 +1,6 @@
 """Real text that every Python has: the language reference in `pydoc_data.topics`, split by topic.
 
-`python -m qat_edge.python_reference FOLDER` writes both files, rows of {"text": ...}, one a topic.
+`python -m qat_edge.tasks.python_reference FOLDER` writes both files, rows of {"text": ...}, one a topic.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     {"tool":"add_reminder","arguments":{"text":"order the cake","time":"6:45 pm"}}
 
 Everything is generated, the same for the same seed. Evaluation rows use phrasings and slot values that no training
-row uses. `python -m qat_edge.assistant FOLDER` writes both files.
+row uses. `python -m qat_edge.tasks.assistant FOLDER` writes both files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qat_edge.assistant_intents import INTENTS, OPENERS, Intent
 from qat_edge.errors import UsageError
 from qat_edge.run import write_text
+from qat_edge.tasks.intents import INTENTS, OPENERS, Intent
 
 # In every row: a chat template's own system prompt, written where there is none, is three times as long.
 SYSTEM = "Answer with one JSON tool call."

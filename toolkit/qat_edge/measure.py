@@ -1,0 +1,208 @@
+"""One model at a time: its logits against the reference's, its answers, its speed, its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat_edge import data, reference
+from qat_edge.config import ValidateOptions
+from qat_edge.console import bar
+from qat_edge.metrics import Comparison, LogitComparison, same_answer
+from qat_edge.reference import LogitStore
+from qat_edge.results import Agreement, Measured, Speed
+from qat_edge.run import Variant
+from qat_edge.tables import resolve
+from qat_edge_devices import open_runtime
+from qat_edge_devices.results import Speed as DeviceSpeed
+from qat_edge_devices.transport import Transport
+from qat_edge_exporters import READERS
+
+FLOOR_TOKENS = 512  # compared tokens the noise floor is measured on
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every model is asked. sequences: for teacher-forced comparison; prompts: to be answered."""
+
+    sequences: list[data.ScoredIds]
+    prompts: list[tuple[list[int], str]]
+    eos_ids: list[int]
+    pad_id: int
+    tokenizer: Any
+
+    @property
+    def tokens(self) -> int:
+        """Compared tokens in all."""
+        return sum(len(s.positions) for s in self.sequences)
+
+    @property
+    def questions(self) -> list[list[int]]:
+        """Prompt ids without their answers."""
+        return [ids for ids, _ in self.prompts]
+
+    def exact_match(self, answers: Sequence[Sequence[int]]) -> float | None:
+        """Share of the prompts answered as expected, None where there are no prompts."""
+        if not self.prompts:
+            return None
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return sum(same_answer(t, e) for t, (_, e) in zip(texts, self.prompts, strict=True)) / len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements of one validate share. Logits lie below `scratch`: `fp32` the fine-tune's, which
+    everything is held against; `exact` the frozen checkpoint's in torch."""
+
+    material: Material
+    options: ValidateOptions
+    scratch: Path
+    say: Callable[[str], None]
+
+    @property
+    def fp32(self) -> LogitStore:
+        return LogitStore(self.scratch / "fp32")
+
+    @property
+    def exact(self) -> LogitStore:
+        return LogitStore(self.scratch / "exact")
+
+    def fine_tuned(self, model: Any) -> Measured:
+        """The FP32 fine-tune, whose logits stay in `fp32`."""
+        self._score("FP32 fine-tune", model, self.fp32)
+        self.say("  answering the prompts")
+        material, options = self.material, self.options
+        answers = reference.answer(model, material.questions, material.eos_ids, options.max_new_tokens, material.pad_id)
+        return Measured(
+            name="fp32 fine-tuned",
+            target="torch",
+            runtime=_torch_runtime(),
+            size_bytes=reference.size_by_part(model),
+            perplexity=self._compare(self.fp32, self.fp32).perplexity,
+            exact_match=material.exact_match(answers),
+            prompts=len(material.prompts),
+            speed=reference.speed(model, options.prefill, options.decode, options.repeats, options.threads),
+            notes=("memory not measured: torch shares this process with validate",),
+        )
+
+    def base(self, model: Any) -> Measured:
+        """The FP32 base model, before any training."""
+        store = LogitStore(self.scratch / "base")
+        self._score("FP32 base", model, store)
+        figures = self._compare(self.fp32, store)
+        shutil.rmtree(store.folder)
+        return Measured(
+            name="fp32 base",
+            target="torch",
+            runtime=_torch_runtime(),
+            size_bytes=reference.size_by_part(model),
+            perplexity=figures.perplexity,
+            agreement=_agreement(figures),
+            notes=("speed and answers not measured: the same network as the fine-tune, before training",),
+        )
+
+    def noise_floor(self, quantized: Path) -> Agreement:
+        """The frozen checkpoint's logits into `exact`, and how far it parts from itself when disturbed."""
+        model = reference.load_exact(quantized)
+        self._score("frozen checkpoint", model, self.exact)
+        part = dataclasses.replace(self, material=_first_tokens(self.material, FLOOR_TOKENS))
+        store = LogitStore(self.scratch / "disturbed")
+        with reference.disturbed(model):
+            part._score("frozen checkpoint, disturbed by 1e-7", model, store)
+        figures = part._compare(self.exact, store)
+        shutil.rmtree(store.folder)
+        self.say(f"  noise floor: KL {figures.kl_nats:.2g}, top-1 {figures.top1_agreement:.1%}")
+        return _agreement(figures)
+
+    def artifact(self, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
+        """One artifact on the device behind `transport`. own: of the run itself, so that `exact` is its parity."""
+        folder, options = variant.exports / target, self.options
+        self.say(f"Measuring {folder}")
+        accuracy, parity = self._score_artifact(folder, target, transport, own)
+        runtime = open_runtime(target, transport, options.threads)
+        answers: list[tuple[int, ...]] = []
+        if self.material.prompts:
+            self.say("  answering the prompts")
+            asked = self.material.questions, self.material.eos_ids, options.max_new_tokens
+            answers = [answer.ids for answer in runtime.generate(*asked).answers]
+        self.say("  timing")
+        timed = runtime.speed(options.prefill, options.decode, options.repeats)
+        return Measured(
+            name="qat" if own else "ptq (round-to-nearest)",
+            target=target,
+            runtime=f"{timed.load.runtime} {timed.load.runtime_version}",
+            size_bytes=resolve(READERS, target, "--target")(folder).size_bytes,
+            perplexity=accuracy.perplexity,
+            agreement=_agreement(accuracy),
+            parity=None if parity is None else _agreement(parity),
+            exact_match=self.material.exact_match(answers),
+            prompts=len(self.material.prompts),
+            load_ms=timed.load.load_ms,
+            speed=_speed(timed, options),
+            memory_bytes=timed.load.peak_rss_bytes,
+            runtime_bytes=timed.load.baseline_rss_bytes,
+        )
+
+    def _score_artifact(
+        self, folder: Path, target: str, transport: Transport, own: bool
+    ) -> tuple[Comparison, Comparison | None]:
+        """The artifact's logits against FP32's and, where it is the run's own, against the frozen checkpoint's."""
+        sequences = self.material.sequences
+        accuracy, parity = LogitComparison(), LogitComparison()
+        with bar("scoring", len(sequences)) as progress:
+            runtime = open_runtime(target, transport, self.options.threads, lambda done, _: progress.update(done))
+            runtime.prepare(folder)
+            for scored in runtime.score([s.ids for s in sequences]):
+                sequence = sequences[scored.index]
+                logits = reference.read_rows(scored.logits, sequence.positions)
+                accuracy.add(self.fp32.get(scored.index), logits, sequence.targets)
+                if own:
+                    parity.add(self.exact.get(scored.index), logits, sequence.targets)
+        return accuracy.result(), parity.result() if own else None
+
+    def _score(self, title: str, model: Any, store: LogitStore) -> None:
+        with bar(title, len(self.material.sequences)) as progress:
+            reference.score(model, self.material.sequences, store, progress.update)
+
+    def _compare(self, one: LogitStore, other: LogitStore) -> Comparison:
+        comparison = LogitComparison()
+        for index, sequence in enumerate(self.material.sequences):
+            comparison.add(one.get(index), other.get(index), sequence.targets)
+        return comparison.result()
+
+
+def _first_tokens(material: Material, limit: int) -> Material:
+    """The first sequences that hold `limit` compared tokens between them."""
+    some: list[data.ScoredIds] = []
+    for sequence in material.sequences:
+        if sum(len(s.positions) for s in some) < limit:
+            some.append(sequence)
+    return dataclasses.replace(material, sequences=some)
+
+
+def _torch_runtime() -> str:
+    return f"torch {torch.__version__}, eager"
+
+
+def _agreement(figures: Comparison) -> Agreement:
+    sqnr_db = figures.sqnr_db if math.isfinite(figures.sqnr_db) else None
+    return Agreement(figures.tokens, figures.kl_nats, figures.top1_agreement, sqnr_db)
+
+
+def _speed(timed: DeviceSpeed, options: ValidateOptions) -> Speed:
+    return Speed(
+        threads=timed.load.threads,
+        prompt_tokens=options.prefill,
+        new_tokens=options.decode,
+        repeats=options.repeats,
+        prefill=reference.spread(timed.prefill_tokens_per_s),
+        decode=reference.spread(timed.decode_tokens_per_s),
+        first_token_ms=reference.spread(timed.ttft_ms),
+    )
