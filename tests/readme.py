@@ -17,9 +17,10 @@ WIDTH = 110
 def reference() -> str:
     """Help of every command, as Markdown."""
     parts = []
-    for name, command in main.commands.items():
-        with click.Context(command, info_name=f"qat-edge {name}", terminal_width=WIDTH, max_content_width=WIDTH) as ctx:
-            parts.append(f"### {name}\n\n```\n{command.get_help(ctx)}\n```\n")
+    with main.make_context("qat-edge", ["verify"], terminal_width=WIDTH) as parent:
+        for name, command in main.commands.items():
+            with click.Context(command, parent, info_name=name, terminal_width=WIDTH) as context:
+                parts.append(f"### {name}\n\n```\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 
 
