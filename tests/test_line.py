@@ -266,6 +266,21 @@ def test_every_form_of_the_model_answers(run: Run, source: str) -> None:
     assert "PyTorchObserver" not in answer.stdout  # what C++ logs is no part of the answer
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_prompt_beyond_the_context_is_a_usage_error(run: Run, target: str) -> None:
+    answer = CliRunner().invoke(cli.main, ["generate", str(run.path), "long " * 200, "--from", target])
+    assert answer.exit_code == 2 and "holds 128 with its answer" in answer.output, answer.output
+
+
+def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    with (copy.quantized / MANIFEST).open("a") as file:
+        file.write("\n")
+    with pytest.raises(RunError, match="exported from an earlier"):
+        validate(copy, ASKED, silent, force=True)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [("exports", "not exported yet"), ("adapter", "has not come that far")],

@@ -13,7 +13,7 @@ from typing import IO, Any
 from qat_edge import llm_runner, tokenizer
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.quant import frozen
-from qat_edge.run import Run
+from qat_edge.run import Run, read_manifest
 
 Emit = Callable[[str], None]
 
@@ -27,13 +27,15 @@ def generate(
 
     Raises:
         RunError: nothing to generate with.
-        UsageError: a chat was asked for and the tokenizer has no template.
+        UsageError: a chat was asked for and the tokenizer has no template, or the prompt fills the context.
     """
     folder = run.quantized if source == "torch" else run.exports / source
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
     words = tokenizer.load(folder)
     text = prompt if raw else chat_text(words, prompt, system)
+    if source != "torch":
+        max_new_tokens = min(max_new_tokens, _room(folder, len(words.encode(text, add_special_tokens=False))))
     answer = {"torch": _torch, "executorch": _executorch, "onnx": _onnx}[source]
     answer(folder, words, text, emit, max_new_tokens)
 
@@ -45,6 +47,21 @@ def chat_text(words: Any, prompt: str, system: str | None) -> str:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     return str(words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _room(folder: Path, prompt_tokens: int) -> int:
+    """Tokens the artifact's context leaves for the answer.
+
+    Raises:
+        UsageError: none.
+    """
+    context_length: int = read_manifest(folder)["options"]["context_length"]
+    if prompt_tokens >= context_length:
+        raise UsageError(
+            f"The prompt is {prompt_tokens} tokens long and {folder} holds {context_length} with its answer. "
+            "Shorten it, or export with a longer --context-length."
+        )
+    return context_length - prompt_tokens
 
 
 def _torch(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens: int) -> None:
@@ -67,8 +84,7 @@ def _executorch(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens:
         tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
     ):
-        if process.stdin is None or process.stdout is None:
-            raise AssertionError("both are pipes")
+        assert process.stdin is not None and process.stdout is not None
         process.stdin.write(text.encode())
         process.stdin.close()
         for piece in _without_last_newlines(_answer(process.stdout, words.all_special_tokens)):
