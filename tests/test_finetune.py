@@ -159,6 +159,31 @@ def test_cuda_without_a_gpu_is_a_usage_error(options: FinetuneOptions, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_force_never_removes_its_own_input(options: FinetuneOptions, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finetune(options, out, silent)
+    (out / "mine.jsonl").write_text(Path(options.data).read_text())
+    with pytest.raises(UsageError, match=r"--data .* lies inside"):
+        finetune(replace(options, data=str(out / "mine.jsonl")), out, silent, force=True)
+    assert (out / "mine.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("nonsense_proj", "--target-modules: Target modules"), ("embed_tokens", "--target-modules: embed_tokens is a ")],
+)
+def test_target_modules_that_cannot_be(options: FinetuneOptions, tmp_path: Path, target: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune(replace(options, target_modules=(target,)), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_some_target_modules_and_the_rest_rounded_all_the_same(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(replace(options, target_modules=("q_proj", "lm_head")), tmp_path / "run", silent)
+    names = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter(tmp_path / "run", "adapter")}
+    assert names == {"q_proj", "lm_head"}
+
+
 def test_a_tracker_that_is_not_there_is_a_usage_error(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--track wandbb"):
         finetune(replace(options, track=("wandbb",)), tmp_path / "run", silent)

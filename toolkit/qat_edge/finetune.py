@@ -58,13 +58,14 @@ def finetune(
     run = _check_folder(options, out, resume, force)
     began = time.monotonic()
     job = _prepare(options, say)
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-        config.save(run.config, "finetune", options)
-    _same_inputs(run, job.facts, resume)
     switch = fake.insert(job.model, job.plan)
     torch.manual_seed(options.seed)
     adapted = fake.add_adapters(job.model, _lora_config(options))
+    if not resume:
+        # Not before: whatever was asked wrongly has been found by now, and has cost nobody a run.
+        shutil.rmtree(out, ignore_errors=True)
+        config.save(run.config, "finetune", options)
+    _same_inputs(run, job.facts, resume)
     start = qat_start_step(options)
     phases = TwoPhases(switch, start, lambda: _save_adapter(adapted, run.reference, "reference", job.facts))
     trainer = _trainer(adapted, job, options, run, phases)
@@ -213,6 +214,12 @@ def _check_folder(options: FinetuneOptions, out: Path, resume: bool, force: bool
         if not force:
             raise RunError(f"{out} exists already. Give --force to replace it, or --resume to go on with it.")
         Run.open(out)  # --force replaces a run folder, never a folder that is something else
+        for name in ("model", "data", "eval_data"):
+            if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
+                raise UsageError(
+                    f"{config.flag_name(name)} {getattr(options, name)} lies inside {out}, which --force would "
+                    "remove. Move it, or choose another --out."
+                )
     return run
 
 

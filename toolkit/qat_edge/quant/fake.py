@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qat_edge.errors import UsageError
 from qat_edge.quant import numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -132,8 +134,22 @@ def insert(model: nn.Module, scheme: Scheme) -> Switch:
 
 
 def add_adapters(model: Any, config: LoraConfig) -> PeftModel:
-    """peft adapters on a model prepared by `insert`, in float32, merged before rounding."""
-    return get_peft_model(model, register(config))
+    """peft adapters on a model prepared by `insert`, in float32, merged before rounding.
+
+    Raises:
+        UsageError: the target modules are not there, or are none that can be merged before they are rounded.
+    """
+    try:
+        adapted = get_peft_model(model, register(config))
+    except ValueError as error:
+        raise UsageError(f"--target-modules: {' '.join(str(error).split())}") from error
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraFakeQuantLinear):
+            raise UsageError(
+                f"--target-modules: {name.rpartition('.')[2]} is a {type(module.get_base_layer()).__name__}; only "
+                "adapters of linear layers are merged before they are rounded. Leave it out."
+            )
+    return adapted
 
 
 def register(config: LoraConfig) -> LoraConfig:
