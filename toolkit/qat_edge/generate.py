@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import subprocess
 import sys
 import tempfile
@@ -82,7 +83,9 @@ def _executorch(folder: Path, words: Any, text: str, emit: Emit, max_new_tokens:
     command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
+        subprocess.Popen(
+            command, env=os.environ | llm_runner.ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as process,
     ):
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(text.encode())

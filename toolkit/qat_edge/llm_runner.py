@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 STATISTICS = "\nPyTorchObserver"
+# The wheel's attention opens OpenMP threads beside ExecuTorch's own pool; they spin on its cores between tokens.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
