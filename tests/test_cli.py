@@ -119,6 +119,7 @@ def test_bad_configuration_is_named(tmp_path: Path, text: str, message: str) -> 
     [
         (["finetune", "--out", "x"], 2, "--model is missing"),
         (["finetune", "--out", "x", "--config", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+        (["finetune", "--out", "nowhere", "--resume"], 1, "nowhere: no such run folder"),
         (["export", "nowhere"], 1, "nowhere: no such run folder"),
         (["export", "nowhere", "--target", "tflite"], 2, "'tflite' is not one of"),
         (["verify", "nowhere"], 1, "no such run folder"),

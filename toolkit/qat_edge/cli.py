@@ -101,7 +101,7 @@ def main(verbose: bool) -> None:
 @JSON
 def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_json: bool, **flags: Any) -> None:
     """Train LoRA adapters, then go on with the deployed rounding in the forward pass."""
-    source = out / "config.yaml" if resume and config_path is None else config_path
+    source = _open(out).config if resume and config_path is None else config_path
     options = load_options(FinetuneOptions, "finetune", source, flags)
     from qat_edge.console import say
     from qat_edge.finetune import finetune as verb
