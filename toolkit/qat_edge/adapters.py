@@ -37,11 +37,10 @@ def merged_model(adapter: Path, say: Callable[[str], None]) -> tuple[Any, Any, s
     """
     facts = adapter_facts(adapter)
     model, tokenizer, plan = _base_model(facts)
-    switch = fake.insert(model, plan)
+    fake.insert(model, plan)
     config = fake.register(LoraConfig.from_pretrained(str(adapter)))
     device = _merge_device(facts["device"], say)
     adapted = PeftModel.from_pretrained(model, str(adapter), config=config).to(device)
-    switch.enabled = False
     return fake.merge_adapters(adapted).to("cpu").eval(), tokenizer, plan
 
 
