@@ -279,6 +279,17 @@ def test_a_model_is_compared_where_training_puts_loss(tokenizer: Any) -> None:
         assert scored.positions[-1] + 2 == len(scored.ids)  # nothing is fed that no comparison needs
 
 
+def test_rows_beyond_the_limit_are_not_tokenized(tokenizer: Any) -> None:
+    rows: list[Row] = [Completion("ab", "cd", "1"), Chat([{"role": "user", "content": "x"}], "2")]  # the second is bad
+    assert [len(scored.positions) for scored in data.scored_ids(rows, tokenizer, 64, 3)] == [3]
+    assert next(data.prompts(rows, tokenizer))[1] == "cd"
+
+
+def test_nothing_to_compare_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="None of 1 rows has anything to compare within 2 tokens"):
+        data.scored_ids([Completion("a long prompt", "x", "1")], tokenizer, 2, 10)
+
+
 def test_no_more_positions_than_the_limit(tokenizer: Any) -> None:
     found = data.scored_ids([Text("abcdefghijklmnopqrstuvwxyz" * 3, "row")], tokenizer, 16, 20)
     assert [len(scored.positions) for scored in found] == [15, 5]

@@ -5,7 +5,6 @@ Minutes, not seconds: `pytest -m model` selects these, `-m "not model"` leaves t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from qat_edge import data, models
-from qat_edge.metrics import LogitComparison
+from qat_edge.metrics import LogitComparison, first_divergence
 from qat_edge.quant import frozen, scheme
 from qat_edge.reference import answer, disturbed, load_exact
 from qat_edge.rows import Chat, Row
@@ -148,8 +147,7 @@ def test_greedy_answers_part_only_where_the_choice_is_within_the_noise(exported:
         runtime.prepare(exported.folders["executorch"])
         found = [a.ids for a in runtime.generate(exported.prompts, eos, NEW_TOKENS).answers]
     for prompt, ours, theirs in zip(exported.prompts, expected, found, strict=True):
-        pairs = itertools.zip_longest(ours, theirs, fillvalue=eos[0])
-        parting = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        parting = first_divergence(ours, theirs)
         if parting is None:
             continue
         prefix = [*prompt, *ours[:parting]]

@@ -73,17 +73,15 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> TokenizedR
     return TokenizedRows(done, truncated, cut, dropped, tokens, trained)
 
 
-def prompts(rows: Sequence[Row], tokenizer: Any) -> list[tuple[list[int], str]]:
+def prompts(rows: Sequence[Row], tokenizer: Any) -> Iterator[tuple[list[int], str]]:
     """Prompt ids and expected answer of each row's last assistant message or completion; texts have none."""
-    found = []
     for row in rows:
         if isinstance(row, Chat):
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             prompt = _render(row, tokenizer, last, add_generation_prompt=True)
-            found.append((_encode(prompt, tokenizer), row.messages[last]["content"]))
+            yield _encode(prompt, tokenizer), row.messages[last]["content"]
         elif isinstance(row, Completion):
-            found.append((leading_ids(tokenizer) + _encode(row.prompt, tokenizer), row.completion))
-    return found
+            yield leading_ids(tokenizer) + _encode(row.prompt, tokenizer), row.completion
 
 
 @dataclass(frozen=True)
@@ -100,15 +98,22 @@ class ScoredIds:
 
 
 def scored_ids(rows: Sequence[Row], tokenizer: Any, window: int, limit: int) -> list[ScoredIds]:
-    """Sequences of at most `window` tokens, compared where training puts loss, `limit` positions in all."""
+    """Sequences of at most `window` tokens, compared where training puts loss, `limit` positions in all.
+
+    Raises:
+        DataError: no row has anything to compare within the window.
+    """
     found: list[ScoredIds] = []
     left = limit
-    for row in tokenize(rows, tokenizer, window).rows:
-        positions = [i for i, label in enumerate(row["labels"][1:]) if label != IGNORED][:left]
-        found.append(ScoredIds(row["input_ids"][: positions[-1] + 2], positions))
-        left -= len(positions)
+    for ids, labels in _examples(rows, tokenizer, window):
+        positions = [i for i, label in enumerate(labels[1:window]) if label != IGNORED][:left]
+        if positions:
+            found.append(ScoredIds(ids[: positions[-1] + 2], positions))
+            left -= len(positions)
         if left == 0:
             break
+    if not found:
+        raise DataError(f"None of {len(rows)} rows has anything to compare within {window} tokens. Raise --window.")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from qat_edge.console import console
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
 from qat_edge.tasks import assistant
+from qat_edge.training import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
 # Two cores take about a quarter of an hour for the line with these.
@@ -80,11 +80,7 @@ def _station(arguments: list[str], say: Callable[[str], None]) -> Station:
     process.returncode = code
     if code != 0:
         raise QatEdgeError(f"The demo stops here: `qat-edge {arguments[0]}` ended with exit code {code}.")
-    return Station(arguments[0], time.monotonic() - began, _peak_bytes(usage))
-
-
-def _peak_bytes(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
+    return Station(arguments[0], time.monotonic() - began, peak_rss_bytes(usage))
 
 
 def _cache() -> Path:

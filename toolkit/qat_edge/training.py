@@ -79,8 +79,12 @@ def peak_memory_bytes() -> int:
     """Highest memory so far: of the GPU where one is in use, of this process otherwise."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak_rss_bytes(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def peak_rss_bytes(usage: resource.struct_rusage) -> int:
+    """Peak resident memory of what `usage` accounts for."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
 
 
 def curve(history: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from qat_edge import adapters, config, data, tokenizer
@@ -89,9 +90,12 @@ def _material(run: Run, options: ValidateOptions, say: Say) -> Material:
     source = options.text or options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
-    sequences = data.scored_ids(load_rows(source, "eval"), words, options.window, options.tokens)
+    rows = load_rows(source, "eval")
+    sequences = data.scored_ids(rows, words, options.window, options.tokens)
     answered = options.eval_data or trained.eval_data
-    prompts = data.prompts(load_rows(answered, "eval"), words)[: options.prompts] if answered else []
+    if answered and answered != source:
+        rows = load_rows(answered, "eval")
+    prompts = list(islice(data.prompts(rows, words), options.prompts)) if answered else []
     eos_ids = tokenizer.end_tokens(run.quantized)
     pad_id = eos_ids[0] if words.pad_token_id is None else words.pad_token_id
     material = Material(sequences, prompts, eos_ids, pad_id, words)

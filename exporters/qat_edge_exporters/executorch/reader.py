@@ -55,7 +55,7 @@ def read(folder: Path) -> Artifact:
         named = delegates.constants(pte)
     except delegates.DAMAGE as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
-    faults = [f"{MODEL} has no method {name}, which runners ask for." for name in _missing(plans)]
+    faults = [f"{MODEL} has no method {name}, which runners ask for." for name in contract.missing_methods(plans)]
     faults += _count_faults(products, layers, table)
     used = dict(zip(layers.linears, products, strict=False))
     faults += _hash_faults(named, used)
@@ -77,10 +77,6 @@ def _layers(path: Path) -> Layers:
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error}). {again}") from error
     return found
-
-
-def _missing(plans: dict[str, ExecutionPlan]) -> list[str]:
-    return contract.missing_methods(plans)
 
 
 def _constant(plan: ExecutionPlan) -> Any:
