@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,17 @@ class FrozenWeight:
     bits: int
 
 
-def freeze(model: Any, scheme: Scheme) -> None:
-    """Replace every weight of `scheme` in a merged float32 model by its codes and scales, in place."""
+def freeze(model: Any, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> None:
+    """Replace every weight of `scheme` in a merged float32 model by its codes and scales, in place.
+
+    scales_of: scales by module name (out, in // group), bfloat16-representable, of weights that were
+    trained or quantized under scales of their own; the others get those of their largest values.
+    """
     for name, spec in scheme.weights.items():
         module = model.get_submodule(name)
         weight = module.weight.detach()
-        scales = numerics.choose_scales(weight, spec.bits, spec.group_size)
+        given = (scales_of or {}).get(name)
+        scales = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
         module.weight = nn.Parameter(
             as_torchao(numerics.quantize(weight, scales, spec.bits), scales, spec), requires_grad=False
         )

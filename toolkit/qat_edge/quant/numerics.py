@@ -37,8 +37,12 @@ def choose_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
     """Group scales of `weight` (out, in), bfloat16-representable, in its dtype: (out, in // group_size)."""
     low, high = code_range(bits)
     largest = weight.unflatten(-1, (-1, group_size)).abs().amax(dim=-1)
-    smallest = torch.finfo(weight.dtype).eps
-    return (largest / ((high - low) / 2)).clamp(min=smallest).to(torch.bfloat16).to(weight.dtype)
+    return representable(largest / ((high - low) / 2))
+
+
+def representable(scales: Tensor) -> Tensor:
+    """Positive scales as every runtime can hold them: the nearest bfloat16 numbers, in the dtype given."""
+    return scales.clamp(min=torch.finfo(scales.dtype).eps).to(torch.bfloat16).to(scales.dtype)
 
 
 def quantize(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -52,10 +56,25 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return (groups * scales.unsqueeze(-1)).flatten(-2)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """`dequantize(quantize(weight))` under its own scales, without a gradient of its own."""
-    scales = choose_scales(weight, bits, group_size)
+def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, scales: Tensor | None = None) -> Tensor:
+    """`dequantize(quantize(weight))` under `scales`, or those it would choose itself; no gradient of its own."""
+    if scales is None:
+        scales = choose_scales(weight, bits, group_size)
     return dequantize(_round(weight, scales, bits), scales)
+
+
+def straight_through(weight: Tensor, scales: Tensor, bits: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `weight` (out, in) and `scales` (out, groups), given that of the dequantized weight (out, in).
+
+    Learned step size quantization (https://arxiv.org/abs/1902.08153): a weight that is clamped has no gradient
+    of its own and passes its code to the scale, any other passes q - w / s.
+    """
+    ratio = weight.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
+    codes = _round(weight, scales, bits).unflatten(-1, (scales.shape[-1], -1))
+    inside = (codes - ratio).abs() <= 0.5
+    by_group = grad.unflatten(-1, (scales.shape[-1], -1))
+    grad_scales = (by_group * torch.where(inside, codes - ratio, codes)).sum(dim=-1)
+    return (by_group * inside).flatten(-2), grad_scales
 
 
 def fake_quantize_activation(x: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""GPTAQ (https://arxiv.org/abs/2504.02692): GPTQ towards what the float model computes, not the rounded one.
+
+A layer deep in the model is given inputs X that rounding before it has changed from Xf. GPTQ makes the rounded
+weight reproduce W X, errors and all; here it is to reproduce W Xf. Both sums of squares differ by a constant from one
+around the least-squares weight
+
+    W* = W + (W Xf - W X) X^T (X X^T + damping)^-1        || W Xf - Q X ||^2 = || (W* - Q) X ||^2 + constant
+
+so it is GPTQ on W*. The layer whose output ends the block stands in for all that came before: its target is what is
+missing from the block's output, so that an error in the residual stream is made up for as well. Layers are taken in the
+order they run, each with inputs that went through those just rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qat_edge.quant.blocks import Batch, Block, tokens_of
+from qat_edge.quant.gptq import Compensator, inverse_factor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch through a block: inputs of some linear layers by name, and the hidden states after it."""
+
+    inputs: dict[str, Tensor]
+    output: Tensor
+
+
+@dataclass
+class Aligner(Compensator):
+    """GPTAQ on one block after another."""
+
+    def treat(self, block: Block) -> dict[str, Tensor]:
+        """Compensate every int4 weight of the block in place; its scales by name.
+
+        Raises:
+            DataError: the inputs say too little about the weights.
+        """
+        groups = [[n for n in names if block.specs[n].bits == 4] for names in block.shared_inputs()]
+        groups = [names for names in groups if names]
+        ending = bool(groups) and len(groups[-1]) == 1 and block.ends_with(groups[-1][0])
+        first = [names[0] for names in groups]
+        floats = [_pass(block, batch, first, batch.unrounded) for batch in block.batches]
+        scales: dict[str, Tensor] = {}
+        for names in groups:
+            last = ending and names is groups[-1]
+            with block.rounded(scales, only=list(scales)):
+                hessian, missing = _moments(block, names[0], floats, last)
+            with torch.autocast(hessian.device.type, enabled=False):
+                factor = inverse_factor(hessian, names[0])
+                for name in names:
+                    weight = block.linears[name].weight.detach().float()
+                    target = least_squares(weight, missing if last else weight @ missing, factor)
+                    scales[name] = self.layer(block, name, target, hessian, factor)
+        for batch, float_pass in zip(block.batches, floats, strict=True):
+            batch.unrounded = float_pass.output
+        return scales
+
+    def summary(self) -> list[str]:
+        """For people: how far the outputs of the layers are off, root mean square over layers."""
+        return [line.replace("GPTQ", "GPTAQ") for line in super().summary()]
+
+
+def least_squares(weight: Tensor, missing: Tensor, factor: Tensor) -> Tensor:
+    """The weight (out, in) that also gives what is missing: sum of missing output times x^T (out, in), over the inputs.
+
+    factor: upper Cholesky factor of the damped inverse of sum x x^T (in, in).
+    """
+    return weight + (missing @ factor.T) @ factor
+
+
+def _pass(block: Block, batch: Batch, names: list[str], hidden: Tensor) -> Pass:
+    inputs: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if name in names:
+            inputs[name] = x
+
+    return Pass(inputs, block.observe(batch, see, hidden))
+
+
+def _moments(block: Block, name: str, floats: list[Pass], last: bool) -> tuple[Tensor, Tensor]:
+    """Sum of x x^T (in, in), and of (xf - x) x^T (in, in) or, of the last layer, of what is missing from the
+    block's output, times x^T (out, in). x: inputs rounded as in deployment, xf: the float model's. float32."""
+    hessian = missing = torch.zeros(())
+    for batch, float_pass in zip(block.batches, floats, strict=True):
+        if last:
+            found = _pass(block, batch, [name], batch.hidden)
+            rows = tokens_of(found.inputs[name], batch.keep)
+            lacking = tokens_of(float_pass.output, batch.keep) - tokens_of(found.output, batch.keep)
+        else:
+            rows = tokens_of(block.input_of(batch, name), batch.keep)
+            lacking = tokens_of(float_pass.inputs[name], batch.keep) - rows
+        with torch.autocast(rows.device.type, enabled=False):
+            hessian = hessian.to(rows.device) + rows.T @ rows
+            missing = missing.to(rows.device) + lacking.T @ rows
+    return hessian, missing
