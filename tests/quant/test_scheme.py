@@ -51,6 +51,45 @@ def test_a_width_that_nothing_divides_gets_int8() -> None:
     assert "int8 per channel instead" in down.reason
 
 
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+def test_bits_given_by_name_override() -> None:
+    plan = scheme.choose(model(64, 128), 32, {UP: 8, DOWN: 4, "lm_head": 8})
+    assert plan.weights[UP] == scheme.WeightScheme(8, 64, quantize_input=True)
+    assert plan.weights[DOWN] == scheme.WeightScheme(4, 32, quantize_input=True)
+    assert plan.exceptions == {}
+    assert plan.summary() == "13 int4 (group 32), 3 int8 (per channel)"
+    assert scheme.choose(model(64, 128), 32, {}) == scheme.choose(model(64, 128), 32)
+
+
+def test_every_linear_may_be_int8() -> None:
+    every = dict.fromkeys(scheme.choose(model(64, 128), 32).linears, 8)
+    assert scheme.choose(model(64, 128), 32, every).summary() == "16 int8 (per channel)"
+
+
+def test_bits_that_could_not_be_given_are_an_exception_with_its_reason() -> None:
+    plan = scheme.choose(model(64, 80), 32, {DOWN: 4})
+    assert plan.weights[DOWN].bits == 8 and "width 80" in plan.exceptions[DOWN]
+    plan = scheme.choose(model(64, 80), 32, {DOWN: 8})
+    assert DOWN not in plan.exceptions
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ({"model.layers.0.mlp.up_prj": 8}, rf"'bits.model.layers.0.mlp.up_prj' names no weight .*Nearest: {UP}"),
+        ({"model.layers.0.input_layernorm": 8}, r"'bits.model.layers.0.input_layernorm' names no weight"),
+        ({"?": 8}, r"'bits.\?' names no weight of this model. Its weights are named like model.embed_tokens"),
+        ({UP: 5}, rf"'bits.{UP}' is 5; a weight can have 4 or 8 bits"),
+        ({"lm_head": 4}, r"'bits.lm_head' is 4, but embedding and head are exported as int8 only"),
+    ],
+)
+def test_bits_that_cannot_be_are_named(bits: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        scheme.choose(model(64, 128), 32, bits)
+
+
 def test_a_group_size_that_divides_nothing_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"--group-size 128 divides no layer .*widths \[48, 80\]"):
         scheme.choose(model(48, 80), 128)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 
 from qat_edge.config import GROUP_SIZES
 from qat_edge.errors import ModelError, UsageError
+
+WIDTHS = (4, 8)  # bits a weight may be given: int4 in groups, int8 per channel
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,16 @@ class Scheme:
         return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
 
 
-def choose(model: Any, group_size: int) -> Scheme:
+def choose(model: Any, group_size: int, bits: Mapping[str, int] | None = None) -> Scheme:
     """The scheme of a causal language model (a meta-device model will do).
 
     Linear layers get int4 groups, embedding and head int8 per channel. A layer whose width the group size does
     not divide gets the largest smaller group size that does, or int8 per channel where none does.
+    bits: module name -> 4 or 8, for weights that are to get other bits than these.
 
     Raises:
-        UsageError: the group size divides no layer at all.
+        UsageError: the group size divides no layer at all; `bits` names no weight of this model, or a width it
+            cannot have.
         ModelError: the model has no token embedding or no output head.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -71,6 +77,7 @@ def choose(model: Any, group_size: int) -> Scheme:
             "qat-edge quantizes causal language models that have both."
         )
     names = {id(module): name for name, module in model.named_modules()}
+    tables = names[id(embedding)], names[id(head)]
     weights = {}
     for name, module in model.named_modules():
         if module is embedding:
@@ -79,14 +86,28 @@ def choose(model: Any, group_size: int) -> Scheme:
             weights[name] = WeightScheme(8, module.in_features, quantize_input=True)
         elif isinstance(module, nn.Linear):
             weights[name] = _linear(module.in_features, group_size)
-    linears = [w for n, w in weights.items() if n not in (names[id(embedding)], names[id(head)])]
-    if not any(w.bits == 4 and w.group_size == group_size for w in linears):
+    if not any(w.bits == 4 and w.group_size == group_size for n, w in weights.items() if n not in tables):
         widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
         raise UsageError(
             f"--group-size {group_size} divides no layer of this model (widths {widths}). Try a smaller one."
         )
-    tied = embedding.weight is head.weight
-    return Scheme(group_size, tied, names[id(embedding)], names[id(head)], weights)
+    for name, width in (bits or {}).items():
+        _check_override(name, width, weights, tables)
+        if width == 8 and name not in tables:
+            weights[name] = WeightScheme(8, model.get_submodule(name).in_features, quantize_input=True)
+    return Scheme(group_size, embedding.weight is head.weight, *tables, weights)
+
+
+def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], tables: tuple[str, str]) -> None:
+    """Refuse what `choose` was given for one weight, where it cannot be."""
+    if name not in weights:
+        near = difflib.get_close_matches(name, weights, n=3)
+        hint = f"Nearest: {', '.join(near)}." if near else f"Its weights are named like {next(iter(weights))}."
+        raise UsageError(f"--bits: 'bits.{name}' names no weight of this model. {hint}")
+    if width not in WIDTHS:
+        raise UsageError(f"--bits: 'bits.{name}' is {width!r}; a weight can have {' or '.join(map(str, WIDTHS))} bits.")
+    if width == 4 and name in tables:
+        raise UsageError(f"--bits: 'bits.{name}' is 4, but embedding and head are exported as int8 only. Set it to 8.")
 
 
 def _linear(width: int, group_size: int) -> WeightScheme:

@@ -1,0 +1,408 @@
+"""What layers cost at 4 and 8 bits, the bits picked from that, the file that keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from torch.nn import functional
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from conftest import make_model, make_tokenizer
+from qat_edge import bits, cli, config, sensitivity
+from qat_edge.adapters import Merged
+from qat_edge.bits import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
+from qat_edge.config import FinetuneOptions, SensitivityOptions
+from qat_edge.errors import DataError, ModelError, RunError, UsageError
+from qat_edge.quant import frozen, probe, scheme
+from qat_edge.report.sensitivity import DECADES, SHADES, heat_map, render, shade, trade_off
+from qat_edge.run import Run, write_manifest
+
+GROUP = 32
+UP = "model.layers.1.mlp.up_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def ignore(name: str, width: int) -> None:
+    pass
+
+
+def tied_model() -> Any:
+    """Two layers whose weights are large enough for rounding to show."""
+    model = make_model(make_tokenizer())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def batch() -> probe.Batch:
+    """Two rows, the second padded, compared at some of their tokens."""
+    torch.manual_seed(2)
+    ids = torch.randint(3, 256, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    compared = torch.zeros_like(ids, dtype=torch.bool)
+    compared[0, 4:11], compared[1, 2:8] = True, True
+    return probe.Batch(ids, mask, compared)
+
+
+def frozen_logits(build: Callable[[], Any], plan: scheme.Scheme, given: probe.Batch) -> torch.Tensor:
+    """Logits of the compared tokens, of a model frozen under `plan`."""
+    model = build()
+    frozen.freeze(model, plan)
+    with torch.no_grad():
+        out = model(input_ids=given.input_ids, attention_mask=given.attention_mask, use_cache=False)
+    found: torch.Tensor = out.logits[given.compared]
+    return found
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Mean KL(p || q) of logits (tokens, vocabulary), by its definition in float64."""
+    log_p, log_q = (functional.log_softmax(x.double(), dim=-1) for x in (p, q))
+    return float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+
+
+def qwen() -> Any:
+    """Untied, with norms on queries and keys."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.1}
+    return Qwen3ForCausalLM(Qwen3Config(**shape, **heads, tie_word_embeddings=False)).eval()
+
+
+@pytest.mark.parametrize("build", [tied_model, qwen])
+def test_a_cost_is_what_freezing_that_weight_alone_does(build: Callable[[], Any]) -> None:
+    """Every weight at every width against a model in which torchao's tensors hold that one weight."""
+    plan, given = scheme.choose(build(), GROUP), batch()
+    schemes = probe.candidates(plan)
+    found = probe.probe(build(), schemes, [given], ignore)
+    with torch.no_grad():
+        reference = build()(input_ids=given.input_ids, attention_mask=given.attention_mask).logits[given.compared]
+    assert found.compared == 13
+    for name, by_bits in schemes.items():
+        for width, spec in by_bits.items():
+            columns = build().get_submodule(name).weight.shape[1]
+            full = dataclasses.replace(spec, group_size=columns) if width == 8 else spec
+            alone = dataclasses.replace(plan, weights={name: full})
+            wanted = divergence(reference, frozen_logits(build, alone, given))
+            # float32 sums of another order, and now and then an activation on a rounding boundary.
+            assert found.alone[name][width] == pytest.approx(wanted, rel=0.02, abs=1e-6), (name, width)
+    assert found.together[4] == pytest.approx(divergence(reference, frozen_logits(build, plan, given)), rel=0.02)
+
+
+def test_layers_before_the_weight_do_not_run_again() -> None:
+    model, given = qwen(), batch()
+    plan = scheme.choose(model, GROUP)
+    ran: list[int] = []
+    for index, layer in enumerate(probe.decoder_layers(model)):
+        layer.mlp.register_forward_hook(lambda module, args, out, index=index: ran.append(index))
+    head = {plan.head: {8: plan.weights[plan.head]}}
+    probe.probe(model, head, [given], ignore)
+    assert ran == [0, 1, 2, 0, 1, 2]  # the reference and all at once; none for the head alone
+    ran.clear()
+    probe.probe(model, {UP: {4: plan.weights[UP]}}, [given], ignore)
+    assert ran == [0, 1, 2, 1, 2, 0, 1, 2]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, given = tied_model(), batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(input_ids=given.input_ids).logits
+    probe.probe(model, probe.candidates(scheme.choose(model, GROUP)), [given], ignore)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=given.input_ids).logits, logits)
+
+
+def test_rounding_the_embedding_leaves_the_head_that_shares_its_table() -> None:
+    model = tied_model()
+    table = model.lm_head.weight.detach().clone()
+    plan = scheme.choose(model, GROUP)
+    with probe.rounded(model, {plan.embedding: plan.weights[plan.embedding]}):
+        assert not torch.equal(model.model.embed_tokens.weight, table)
+        assert torch.equal(model.lm_head.weight, table)
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    model = tied_model()
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ModelError, match="no list of 5 decoder layers"):
+        probe.decoder_layers(model)
+
+
+def made_up() -> Sensitivity:
+    """Four linears of one shape with costs that are easy to order, and tables that can only be int8."""
+    small, large = weight_bytes(64, 64, 4, 32), weight_bytes(64, 64, 8, 32)
+    kl = {
+        ("q_proj", 0): (0.4, 0.1),
+        ("up_proj", 0): (0.05, 0.01),
+        ("q_proj", 1): (0.2, 0.0),
+        ("up_proj", 1): (0.01, 0.02),
+    }
+    weights = {
+        f"model.layers.{layer}.{kind}": LayerCost(layer, kind, (64, 64), {4: Cost(four, small), 8: Cost(eight, large)})
+        for (kind, layer), (four, eight) in kl.items()
+    }
+    table = LayerCost(None, "embed", (288, 64), {8: Cost(0.001, weight_bytes(288, 64, 8, 64))})
+    weights |= {"model.embed": table, "lm_head": dataclasses.replace(table, kind="lm_head")}
+    return Sensitivity("tiny", 256, 200, 9, 0, 32, True, 1000, 3.5, {4: 0.7, 8: 0.14}, weights)
+
+
+def eights(choice: Choice) -> set[str]:
+    return {
+        name.removeprefix("model.layers.") for name, width in choice.bits.items() if width == 8 and "layers" in name
+    }
+
+
+def test_sizes_of_a_weight() -> None:
+    assert weight_bytes(576, 1536, 4, 32) == 576 * 1536 // 2 + 2 * 576 * 48
+    assert weight_bytes(576, 1536, 8, 32) == 576 * 1536 + 4 * 576
+
+
+def test_a_budget_raises_what_saves_most_first() -> None:
+    costs = made_up().costs
+    least = sum(min(c.size_bytes for c in by_bits.values()) for by_bits in costs.values()) + 1000
+    extra = weight_bytes(64, 64, 8, 32) - weight_bytes(64, 64, 4, 32)
+    for raised, names in enumerate([set(), {"0.q_proj"}, {"0.q_proj", "1.q_proj"}]):
+        choice = bits.within_budget(costs, 1000, (least + raised * extra + 5) / 1e6)
+        assert eights(choice) == names
+        assert choice.size_bytes == least + raised * extra
+    everything = bits.within_budget(costs, 1000, 100.0)
+    assert eights(everything) == {"0.q_proj", "1.q_proj", "0.up_proj"}  # 8 bits cost layer 1's up_proj more
+    assert everything.kl_nats == pytest.approx(0.1 + 0.01 + 0.0 + 0.01 + 2 * 0.001)
+    with pytest.raises(UsageError, match=r"--budget-mb 0.001: .* MB, the least possible"):
+        bits.within_budget(costs, 1000, 0.001)
+
+
+def test_the_budget_is_kept_by_the_least_size_that_is_named() -> None:
+    costs = made_up().costs
+    with pytest.raises(UsageError) as caught:
+        bits.within_budget(costs, 1000, 0.0)
+    named = float(re.findall(r"([\d.]+) MB", str(caught.value))[0])
+    assert not eights(bits.within_budget(costs, 1000, named))
+    assert named * 1e6 == pytest.approx(bits.within_budget(costs, 1000, named).size_bytes, rel=1e-3)
+
+
+def test_a_limit_on_kl_raises_no_more_than_it_must() -> None:
+    costs = made_up().costs
+    assert eights(bits.within_kl(costs, 1000, 0.7)) == set()
+    assert eights(bits.within_kl(costs, 1000, 0.4)) == {"0.q_proj"}
+    assert eights(bits.within_kl(costs, 1000, 0.2)) == {"0.q_proj", "1.q_proj"}
+    with pytest.raises(UsageError, match=r"--max-kl 0.1: 0.122 nats per token .* the least possible"):
+        bits.within_kl(costs, 1000, 0.1)
+    with pytest.raises(UsageError) as caught:
+        bits.within_kl(costs, 1000, 0.0)
+    named = float(re.findall(r"([\d.]+) nats", str(caught.value))[0])
+    assert bits.within_kl(costs, 1000, named).kl_nats <= named
+
+
+def test_the_frontier_falls_and_ends_where_everything_is_raised() -> None:
+    measured = made_up()
+    points = frontier(measured.costs, measured.float_bytes)
+    assert len(points) == 4
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(points))
+    last = bits.within_budget(measured.costs, measured.float_bytes, 100.0)
+    assert points[-1] == (last.size_bytes, pytest.approx(last.kl_nats))
+
+
+def test_the_file_gives_back_the_bits(tmp_path: Path) -> None:
+    choice = bits.within_kl(made_up().costs, 1000, 0.4)
+    bits.save_bits(tmp_path / "bits.yaml", choice)
+    assert load_bits(tmp_path / "bits.yaml") == choice.bits
+    document = yaml.safe_load((tmp_path / "bits.yaml").read_text())
+    assert document["prediction"]["kl_nats"] == pytest.approx(choice.kl_nats)
+    assert document["prediction"]["size_bytes"] == choice.size_bytes
+    assert document["asked"] == "--max-kl 0.4"
+    (tmp_path / "bits.json").write_text(json.dumps({"bits": {UP: 8}}))
+    assert load_bits(tmp_path / "bits.json") == {UP: 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits: [", "cannot be read as YAML"),
+        ("", "expected 'bits:' .* found NoneType"),
+        ("- a", "found list"),
+        ("weights: {a: 8}", "found the keys weights"),
+        ("bits: {}", "found no such line under it"),
+        ("bits: 8", "found no such line under it"),
+        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 4 or 8 bits"),
+        ("bits: {a.b: true}", r"'bits.a.b' is True"),
+        ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
+        ("bits: {3: 8}", r"'bits.3'"),
+        ("bits:\n  a.b: 8\n  a.b: 4\n", "'a.b' stands there twice"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "b.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_bits(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere.yaml: no such file. `qat-edge sensitivity"):
+        load_bits(tmp_path / "nowhere.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_bits(tmp_path)
+
+
+def test_shades_fall_by_the_logarithm() -> None:
+    assert shade(1.0, 1.0) == SHADES and shade(0.9, 1.0) == SHADES
+    assert shade(10**-DECADES, 1.0) == shade(1e-9, 1.0) == shade(0.0, 1.0) == 1
+    assert 1 < shade(10 ** (-DECADES / 2), 1.0) < SHADES
+
+
+def test_the_plots_hold_every_layer_and_the_choice() -> None:
+    measured = made_up()
+    cells = [e for e in ET.fromstring(heat_map("h", measured, 4)).iter() if "heat" in e.get("class", "")]
+    assert len(cells) == 4
+    assert "layer 0, q_proj: 0.400 nats per token at 4 bits" in {title.text for e in cells for title in e}
+    assert "chosen:" in trade_off("t", measured, bits.within_kl(measured.costs, 1000, 0.4))
+    assert "chosen:" not in trade_off("t", measured, None)
+
+
+def test_the_page_is_self_contained_and_escaped() -> None:
+    hostile = dataclasses.replace(made_up(), model="<script>alert(1)</script>")
+    page = render(hostile, bits.within_kl(hostile.costs, 1000, 0.4))
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert all(name in page for name in hostile.weights)
+    assert "1 of 4 weights get 8 bits" in page
+
+
+def test_a_model_with_fewer_layers_of_one_kind_still_has_its_page() -> None:
+    measured = made_up()
+    tables = {name: weight for name, weight in measured.weights.items() if weight.layer is None}
+    page = render(dataclasses.replace(measured, weights=tables, together={8: 0.002}), None)
+    assert "all at 8 bits" in page and "<svg" not in page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1100, 500])
+def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+    measured, picture = made_up(), tmp_path / "page.png"
+    (tmp_path / "page.html").write_text(render(measured, bits.within_kl(measured.costs, 1000, 0.4)))
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={picture}",
+            (tmp_path / "page.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert len(picture.read_bytes()) > 20_000
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run folder whose FP32 fine-tune is a random model, so that nothing has to be trained."""
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Run(tmp_path / "run")
+    made.reference.mkdir(parents=True)
+    options = FinetuneOptions(model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), group_size=GROUP)
+    config.save(made.config, "finetune", options)
+    write_manifest(made.reference, "reference", model={"identity": {"name": "tiny"}})
+    calls: list[Path] = []
+
+    def merged(adapter: Path, *args: Any) -> Merged:
+        calls.append(adapter)
+        model = tied_model()
+        plan = scheme.choose(model, GROUP)
+        return Merged(model=model, tokenizer=make_tokenizer(), scheme=plan, scales={})
+
+    monkeypatch.setattr(sensitivity, "merged_model", merged)
+    yield made
+    assert set(calls) <= {made.reference}
+
+
+def call(run: Run, *arguments: str) -> Any:
+    return CliRunner().invoke(cli.main, ["sensitivity", str(run.path), *arguments])
+
+
+def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = call(run, "--tokens", "128")
+    assert first.exit_code == 0, first.output
+    folder = run.path / "sensitivity"
+    assert {p.name for p in folder.iterdir()} == {"sensitivity.json", "sensitivity.html", "manifest.json"}
+    measured = bits.read_measured(folder)
+    assert measured.tokens == 128 and len(measured.weights) == 16
+    assert measured.weights[DOWN].shape == (64, 128) and set(measured.weights[DOWN].costs) == {4, 8}
+    assert set(measured.weights["lm_head"].costs) == {8}
+    assert measured.float_bytes == 4 * 64 * 5  # two norms a layer and the last
+    monkeypatch.setattr(sensitivity, "merged_model", None)  # nothing is loaded again
+    limit = (measured.predicted(4) + measured.predicted(8)) / 2
+    second = call(run, "--max-kl", str(limit), "--json")
+    assert second.exit_code == 0, second.output
+    chosen = load_bits(folder / "bits.yaml")
+    assert chosen.keys() == measured.weights.keys() and {4, 8} == set(chosen.values())
+    kl = sum(measured.costs[name][width].kl_nats for name, width in chosen.items())
+    assert kl <= limit
+    assert "get 8 bits" in (folder / "sensitivity.html").read_text()
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(listed) == {"sensitivity.json", "sensitivity.html", "bits.yaml"}
+    scheme.choose(tied_model(), GROUP, chosen)
+
+
+def test_what_is_there_is_kept_unless_forced(run: Run) -> None:
+    assert call(run, "--tokens", "64").exit_code == 0
+    again = call(run, "--tokens", "96")
+    assert again.exit_code == 1 and "exists already" in again.output and "--budget-mb" in again.output
+    assert call(run, "--tokens", "96", "--force").exit_code == 0
+    assert bits.read_measured(run.path / "sensitivity").tokens == 96
+
+
+def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
+    both = call(run, "--tokens", "64", "--max-kl", "1", "--budget-mb", "1")
+    assert both.exit_code == 2 and "--budget-mb and --max-kl" in both.output
+    assert not (run.path / "sensitivity").exists()
+    little = call(run, "--tokens", "64", "--budget-mb", "0.01")
+    assert little.exit_code == 2 and "the least possible" in little.output
+    assert bits.read_measured(run.path / "sensitivity").tokens == 64  # minutes of measuring are not thrown away
+
+
+def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:
+    sensitivity.sensitivity(run, SensitivityOptions(tokens=64), silent)
+    path = run.path / "sensitivity/sensitivity.json"
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(RunError, match=r"sensitivity.json: missing or damaged .*--force"):
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0), silent)
+    path.write_text(whole)
+    write_manifest(run.reference, "reference", model={"identity": {"name": "other"}})
+    with pytest.raises(RunError, match="another fine-tune"):
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0), silent)
+
+
+def test_too_little_data(run: Run) -> None:
+    with pytest.raises(DataError, match=r"train.jsonl: 40 rows hold \d+ tokens, \d+ fewer than --tokens 50000"):
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=50_000), silent)
+    assert not (run.path / "sensitivity").exists()
