@@ -32,6 +32,8 @@ from transformers import (
 from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
 from qat_edge.quant import frozen, scheme
+from qat_edge.run import write_manifest
+from qat_edge.verify import verify_folder
 from qat_edge_exporters.executorch import contract, delegates
 from qat_edge_exporters.executorch.export import export
 from qat_edge_exporters.executorch.reader import read
@@ -66,7 +68,16 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     # down_proj int4 in groups of 32 where the others have 64, then layers 72 wide: int8 per channel.
     "mixed_groups": (lambda: llama(intermediate_size=96), 64),
     "int8_layers": (lambda: llama(intermediate_size=72), 32),
+    "mixed_bits": (llama, 32),  # chosen layer by layer, see MIXED
     "mistral_short": (lambda: MistralConfig(**SHAPE, sliding_window=CONTEXT), 32),
+}
+MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
+    "model.layers.0.self_attn.k_proj": 8,
+    "model.layers.1.self_attn.o_proj": 8,
+    "model.layers.0.mlp.gate_proj": 8,
+    "model.layers.0.mlp.up_proj": 8,
+    "model.layers.1.mlp.up_proj": 8,
+    "model.layers.1.mlp.down_proj": 8,
 }
 
 
@@ -85,15 +96,17 @@ class Exported:
         return self.folder / "model.pte"
 
 
-def freeze(config: PretrainedConfig, group_size: int, folder: Path) -> Any:
+def freeze(config: PretrainedConfig, group_size: int, folder: Path, bits: dict[str, int] | None = None) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-    frozen.freeze(model, scheme.choose(model, group_size))
+    plan = scheme.choose(model, group_size, bits)
+    frozen.freeze(model, plan)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
     return frozen.load(folder)
 
 
@@ -145,7 +158,7 @@ def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     config, group_size = MODELS[name]
-    reference = freeze(config(), group_size, tmp_path / "frozen")
+    reference = freeze(config(), group_size, tmp_path / "frozen", MIXED if name == "mixed_bits" else None)
     pte = export_into(tmp_path / "frozen", tmp_path / "export").pte
     torch.manual_seed(1)
     agreement = []
@@ -233,6 +246,22 @@ def test_reads_back_exceptions(name: str, tmp_path: Path) -> None:
     for layer, weight in frozen.read_weights(tmp_path / "frozen").items():
         np.testing.assert_array_equal(artifact.weights[layer].codes, weight.codes.numpy())
         np.testing.assert_array_equal(artifact.weights[layer].scales, weight.scales.numpy())
+
+
+def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "frozen", MIXED)
+    made = export_into(tmp_path / "frozen", tmp_path / "export")
+    assert {name: w.bits for name, w in read(made.folder).weights.items() if name in MIXED} == MIXED
+    result = verify_folder(made.folder, "executorch", made.frozen)
+    assert result.faults == [] and result.linears_equal == result.linears == 14
+    layer, row, column = "model.layers.1.mlp.down_proj", 7, 100
+    _, codes = named_constant(made.folder, layer)
+    data = bytearray(made.pte.read_bytes())
+    data[data.index(codes) + row * 128 + column] ^= 0x01
+    made.pte.write_bytes(data)
+    result = verify_folder(made.folder, "executorch", made.frozen)
+    assert result.linears_equal == 13
+    assert [f for f in result.faults if f.startswith(f"{layer}: 1 of") and f"row {row}, column {column}" in f]
 
 
 def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:

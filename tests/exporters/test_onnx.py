@@ -30,6 +30,7 @@ from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
 from qat_edge.quant import frozen, numerics, scheme
 from qat_edge.run import write_manifest
+from qat_edge.verify import verify_folder
 from qat_edge_exporters.onnx import export as onnx_export
 from qat_edge_exporters.onnx.reader import read, unpack
 
@@ -74,17 +75,29 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     # down_proj in groups of 32 where the others have 64; then rows of 72, int8 per channel, whose last block is padded.
     "mixed_groups": (lambda: llama(intermediate_size=96), 64),
     "padded_blocks": (lambda: llama(**ODD), 64),
+    # Chosen layer by layer, see MIXED; rows of 192 with one scale become three blocks that repeat it.
+    "mixed_bits": (lambda: llama(intermediate_size=192), 32),
+}
+MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
+    "model.layers.0.self_attn.k_proj": 8,
+    "model.layers.1.self_attn.o_proj": 8,
+    "model.layers.0.mlp.gate_proj": 8,
+    "model.layers.0.mlp.up_proj": 8,
+    "model.layers.1.mlp.up_proj": 8,
+    "model.layers.1.mlp.down_proj": 8,
 }
 
 
-def freeze(config: PretrainedConfig, group_size: int, folder: Path) -> tuple[Any, scheme.Scheme]:
+def freeze(
+    config: PretrainedConfig, group_size: int, folder: Path, bits: dict[str, int] | None = None
+) -> tuple[Any, scheme.Scheme]:
     """Write a frozen checkpoint of random weights; the float model that holds its dequantized weights."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    plan = scheme.choose(model, group_size)
+    plan = scheme.choose(model, group_size, bits)
     plain = AutoModelForCausalLM.from_config(config).eval()
     plain.load_state_dict(model.state_dict())
     for name, spec in plan.weights.items():
@@ -106,7 +119,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             config, group_size = MODELS[name]
-            plain, plan = freeze(config(), group_size, root / "frozen")
+            plain, plan = freeze(config(), group_size, root / "frozen", MIXED if name == "mixed_bits" else None)
             (root / "onnx").mkdir()
             onnx_export.export(root / "frozen", root / "onnx", CONTEXT, lambda text: None)
             made[name] = Exported(root / "frozen", root / "onnx", plain, plan)
@@ -202,6 +215,20 @@ def test_the_mixed_models_are_mixed(make: Callable[[str], Exported]) -> None:
     padded = {(w.bits, w.group_size) for w in make("padded_blocks").scheme.linears.values()}
     assert mixed == {(4, 64), (4, 32)}
     assert padded == {(4, 64), (8, 72)}
+
+
+def test_bits_chosen_by_layer_are_verified(make: Callable[[str], Exported], tmp_path: Path) -> None:
+    exported = make("mixed_bits")
+    assert {name for name, spec in exported.scheme.linears.items() if spec.bits == 8} == set(MIXED)
+    assert {name: w.bits for name, w in read(exported.folder).weights.items() if name in MIXED} == MIXED
+    result = verify_folder(exported.folder, "onnx", exported.frozen)
+    assert result.faults == [] and result.linears_equal == result.linears == 14
+    folder, row, column = copy(exported, tmp_path), 7, 130
+    place = place_of(folder, "model.layers.1.mlp.down_proj.MatMulNBits.qweight") + row * 192 + column
+    flip(folder / "model.onnx.data", place, 0x01)
+    result = verify_folder(folder, "onnx", exported.frozen)
+    assert result.linears_equal == 13
+    assert [fault for fault in result.faults if "down_proj: 1 of" in fault and f"row {row}, column {column}" in fault]
 
 
 def test_without_activation_rounding_it_is_torchs_function(exported: Exported) -> None:

@@ -1,4 +1,4 @@
-"""Frozen checkpoint -> folder with model.pte and all that the LLM runner needs beside it."""
+"""Checkpoint, frozen or float -> folder with model.pte and all that the LLM runner needs beside it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
 from qat_edge import tokenizer
-from qat_edge.errors import ExportError
+from qat_edge.errors import ExportError, RunError
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
+from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.executorch import attention, contract, lowering, tracing
 
 MODEL = "model.pte"
-LAYERS = "layers.json"  # module names, those of linear layers in the order the .pte computes them
+LAYERS = "layers.json"  # module names, those of rounded linear layers in the order the .pte computes them
 
 
 def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None]) -> None:
-    """Write the frozen checkpoint into the empty folder `out` as a .pte for conversations of `context_length` tokens.
+    """Write a checkpoint into the empty folder `out` as a .pte for conversations of `context_length` tokens.
+
+    frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
 
     Raises:
         ExportError: the architecture or the context length is beyond what ExecuTorch computes.
-        RunError: no frozen checkpoint, or no space to write.
+        RunError: no checkpoint, or no space to write.
     """
-    say("loading the frozen checkpoint")
-    model = checkpoint.load(frozen)
+    model, adapters = _load(frozen, say)
     if not (frozen / "tokenizer.json").is_file():
         raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
     attention.check_length(model.config, context_length)
@@ -35,7 +40,8 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
         model.config, context_length, tokenizer.end_tokens(frozen), tokenizer.load(frozen).bos_token_id
     )
     embedding, head = _ends(model)
-    names = tracing.quantize_modules(model)
+    floats = _float_bytes(model, adapters)
+    names = tracing.prepare(model, adapters)
     say("exporting the graph")
     program = tracing.trace(model, context_length)
     say("preparing the graph for XNNPACK")
@@ -44,12 +50,34 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     say("writing model.pte")
     with disk_errors(out), (out / MODEL).open("wb") as file:
         lowering.emit(edge).write_to_file(file)
-    write_text(out / LAYERS, json.dumps({"embedding": embedding, "head": head, "linears": order}, indent=1) + "\n")
+    layers = {"embedding": embedding, "head": head, "linears": order, "float_bytes": floats}
+    write_text(out / LAYERS, json.dumps(layers, indent=1) + "\n")
     tokenizer.copy_files(frozen, out)
     for name in contract.OTHER_FILES:
         if (frozen / name).is_file():
             with disk_errors(out):
                 shutil.copyfile(frozen / name, out / name)
+
+
+def _load(folder: Path, say: Callable[[str], None]) -> tuple[Any, dict[str, Adapter]]:
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{folder}: no checkpoint here. `qat-edge export` makes one.")
+    say(f"loading the {'frozen' if is_frozen(folder) else 'float'} checkpoint")
+    return checkpoint.load(folder), read_adapters(folder)
+
+
+def _float_bytes(model: Any, adapters: dict[str, Adapter]) -> dict[str, int]:
+    """Bytes of matrices that the .pte will hold in float, by part; XNNPACK keeps a tied table twice."""
+    if any(isinstance(m.weight, IntxUnpackedToInt8Tensor) for m in model.modules() if isinstance(m, nn.Linear)):
+        sizes = {}
+    else:
+        ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+        linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
+        sizes = {part: module.weight.nbytes for part, module in ends.items()}
+        sizes["linears"] = linears - sizes["head"]
+    if adapters:
+        sizes["adapters"] = sum(adapter.size_bytes for adapter in adapters.values())
+    return sizes
 
 
 def _ends(model: Any) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The frozen model as one exported program: weights as XNNPACK's operators, idioms rewritten into ones it takes.
+"""A model as one exported program: frozen weights as XNNPACK's operators, idioms rewritten into ones it takes.
 
 A part of the graph that XNNPACK does not take ends a delegate, and each delegate costs time in lowering and at
 every token. Rewritten while tracing, each to the same function but for float rounding (tests hold them equal):
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.errors import ExportError
+from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.executorch.attention import KeyValueCache, attention_through
 
 OPS = torch.ops.quantized_decomposed
@@ -89,6 +90,21 @@ class QuantizedEmbedding(nn.Module):
         return OPS.embedding_byte(self.codes, self.scales, None, *INT8, tokens)
 
 
+class LowRank(nn.Module):
+    """An adapter that was not merged: x (..., in) -> s B (A x) (..., out), in float."""
+
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.register_buffer("down", adapter.down)
+        self.register_buffer("up", adapter.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
 class Decoder(nn.Module):
     """What the runner calls: tokens (1, S) and the first one's position (1,) -> logits of the last token (1, 1, V)."""
 
@@ -136,12 +152,44 @@ class Idioms(TorchFunctionMode):
         return self.constants[name]
 
 
-def quantize_modules(model: nn.Module) -> dict[str, str]:
-    """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order.
+def prepare(model: Any, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Make `model` exportable in place, its adapters beside its weights.
 
-    Raises:
-        ExportError: no weight is frozen.
+    Returns names of frozen weights: the buffer's -> the module's, in order; none where the model is float.
     """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is head.weight:  # one delegate owns the head's, and the embedding lies outside of it
+        embedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    names = quantize_modules(model)
+    for name, adapter in adapters.items():
+        module = _adapted(model, name, adapter)
+        module.add_module("adapter", LowRank(adapter))
+        module.register_forward_hook(_plus_adapter)
+    return names
+
+
+def _adapted(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
+    """The layer that an adapter belongs to."""
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError as error:
+        raise ExportError(f"An adapter belongs to {name}, a layer that this model does not have.") from error
+    if not isinstance(module, nn.Linear | QuantizedLinear):
+        raise ExportError(f"An adapter belongs to {name}, which is no linear layer.")
+    weight: Tensor = module.get_buffer("codes") if isinstance(module, QuantizedLinear) else module.weight
+    shape = tuple(weight.shape)
+    if shape != (adapter.up.shape[0], adapter.down.shape[1]):
+        raise ExportError(f"The adapter of {name} is for another shape than its weight's, {shape}.")
+    return module
+
+
+def _plus_adapter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    added: Tensor = module.get_submodule("adapter")(args[0])
+    return output + added
+
+
+def quantize_modules(model: nn.Module) -> dict[str, str]:
+    """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order."""
     found = {}
     rounded = RoundedInput()
     for name, module in list(model.named_modules()):
@@ -153,13 +201,11 @@ def quantize_modules(model: nn.Module) -> dict[str, str]:
         else:
             model.set_submodule(name, QuantizedLinear(weight, module.bias, rounded))
         found[f"model.{name}.codes"] = name
-    if not found:
-        raise ExportError("This checkpoint holds no frozen weight. `qat-edge export` freezes a run first.")
     return found
 
 
 def trace(model: Any, context_length: int) -> ExportedProgram:
-    """The exported program of `model`, whose weights `quantize_modules` has replaced.
+    """The exported program of `model`, which `prepare` has made exportable.
 
     Raises:
         ExportError: attention that cannot be put through ExecuTorch's, or code that cannot be traced.

@@ -1,7 +1,7 @@
-"""Frozen checkpoint -> ONNX folder for onnxruntime-genai, through its own model builder. Nothing is rounded here.
+"""Checkpoint -> ONNX folder for onnxruntime-genai, through its own model builder. Nothing is rounded here.
 
 The builder knows each architecture's graph; it is given the codes and scales in a layout it copies
-(layout.py), and its known faults are put right afterwards (repair.py).
+(layout.py), or a float checkpoint as it is, and its known faults are put right afterwards (repair.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from qat_edge import tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
-from qat_edge.quant.scheme import Scheme
+from qat_edge_exporters.checkpoint import is_frozen, read_adapters
 from qat_edge_exporters.onnx import names
 from qat_edge_exporters.onnx.layout import write_layout
 from qat_edge_exporters.onnx.repair import repair
@@ -34,6 +34,7 @@ LOG_LINES = 5  # of a failed builder, that the error quotes
 def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None]) -> None:
     """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer into the empty folder `out`.
 
+    frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
     context_length: tokens of prompt and answer together; onnxruntime-genai allocates its KV cache for as many.
     say: told about each stage.
 
@@ -41,20 +42,22 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
         ExportError: the builder cannot express this model, or failed.
     """
     config: dict[str, Any] = json.loads((frozen / "config.json").read_text(encoding="utf-8"))
-    scheme, weights = read_scheme(frozen), read_weights(frozen)
-    _check(config, scheme, context_length)
-    shared = scheme.tied and _equal(weights[names.EMBEDDING], weights[names.HEAD])
+    adapters = read_adapters(frozen)
     with TemporaryDirectory(prefix=".building-", dir=out) as scratch:
-        layout, built = Path(scratch) / "layout", Path(scratch) / "built"
-        layout.mkdir()
-        say(f"Packing {len(weights)} matrices for the builder")
-        write_layout(frozen, layout, config | {"tie_word_embeddings": shared}, scheme.group_size, weights)
-        tokenizer.copy_files(frozen, layout)
-        say("Building the graph with onnxruntime-genai's builder")
-        run_builder(layout, built)
-        shutil.rmtree(layout)
+        built = Path(scratch) / "built"
+        if is_frozen(frozen):
+            scheme, weights = read_scheme(frozen), read_weights(frozen)
+            _check(config, scheme.weights, context_length)
+            shared = scheme.tied and _equal(weights[names.EMBEDDING], weights[names.HEAD])
+            say(f"Packing {len(weights)} matrices for the builder")
+            _build_frozen(frozen, Path(scratch) / "layout", built, config | {"tie_word_embeddings": shared}, say)
+        else:
+            _check(config, adapters, context_length)
+            weights, shared = {}, True
+            say("Building the graph with onnxruntime-genai's builder")
+            run_builder(frozen, built, "fp32", Path(scratch) / "cache")
         say("Repairing the graph")
-        repair(built, out, weights, shared, context_length)
+        repair(built, out, weights, adapters, shared, context_length)
         genai = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
     genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
     genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)
@@ -62,15 +65,26 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     tokenizer.copy_files(frozen, out)
 
 
-def run_builder(layout: Path, built: Path) -> None:
-    """Run the model builder on a layout folder, in a process of its own: it prints, and it holds all weights twice.
+def _build_frozen(frozen: Path, layout: Path, built: Path, config: dict[str, Any], say: Callable[[str], None]) -> None:
+    layout.mkdir()
+    write_layout(frozen, layout, config, read_scheme(frozen).group_size, read_weights(frozen))
+    tokenizer.copy_files(frozen, layout)
+    say("Building the graph with onnxruntime-genai's builder")
+    run_builder(layout, built, "int4", layout / "cache")
+    shutil.rmtree(layout)
+
+
+def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
+    """Run the model builder on a folder, in a process of its own: it prints, and it holds all weights twice.
+
+    precision: "int4" for a layout folder, "fp32" for a float checkpoint.
 
     Raises:
         ExportError: it does not know the architecture, or failed; its last lines are quoted.
     """
     command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(layout), "--output", str(built),
-        "--precision", "int4", "--execution_provider", "cpu", "--cache_dir", str(layout / "cache"),
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "--input", str(source), "--output", str(built),
+        "--precision", precision, "--execution_provider", "cpu", "--cache_dir", str(cache),
         "--extra_options", *BUILDER_OPTIONS,
     ]  # fmt: skip
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -81,7 +95,7 @@ def run_builder(layout: Path, built: Path) -> None:
         return
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if any("NotImplementedError" in line and "not currently supported" in line for line in lines):
-        architecture = json.loads((layout / "config.json").read_text(encoding="utf-8"))["architectures"]
+        architecture = json.loads((source / "config.json").read_text(encoding="utf-8"))["architectures"]
         raise ExportError(
             f"onnx: onnxruntime-genai's builder does not know the architecture {architecture}. "
             "Leave this target out with --target executorch."
@@ -90,14 +104,14 @@ def run_builder(layout: Path, built: Path) -> None:
     raise ExportError(f"onnx: onnxruntime-genai's builder failed with exit code {done.returncode}: {ending}")
 
 
-def _check(config: dict[str, Any], scheme: Scheme, context_length: int) -> None:
+def _check(config: dict[str, Any], modules: Iterable[str], context_length: int) -> None:
     longest = config.get("max_position_embeddings")
     if longest is not None and context_length > longest:
         raise ExportError(
             f"onnx: --context-length {context_length} is more than the {longest} positions the model was trained for. "
             f"Give at most {longest}."
         )
-    unknown = [name for name in scheme.weights if not names.is_known(name)]
+    unknown = [name for name in modules if not names.is_known(name)]
     if unknown:
         raise ExportError(
             f"onnx: {config.get('architectures')} has layers this target cannot name: {', '.join(unknown[:3])}"

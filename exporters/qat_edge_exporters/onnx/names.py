@@ -12,7 +12,7 @@ GENAI_CONFIG = "genai_config.json"
 ROTARY_TABLES = ("cos_cache", "sin_cache")  # initializers, (positions, head width / 2)
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-_NODE = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+|lm_head)/MatMulNBits")
+_NODE = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+|lm_head)/MatMul(?:NBits)?")
 
 
 def is_known(module: str) -> bool:
@@ -21,7 +21,7 @@ def is_known(module: str) -> bool:
 
 
 def module_of_node(node: str) -> str | None:
-    """Module whose matrix a MatMulNBits node multiplies by, None for a name the builder does not give."""
+    """Module whose matrix a MatMulNBits or MatMul node multiplies by, None for a name the builder does not give."""
     found = _NODE.fullmatch(node)
     if found is None:
         return None

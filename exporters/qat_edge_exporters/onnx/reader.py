@@ -77,8 +77,8 @@ def read(folder: Path) -> Artifact:
             _read_linear(graph, node, found)
         elif node.op_type == "GatherBlockQuantized":
             _read_embedding(graph, node, genai["model"]["decoder"]["hidden_size"], found)
-        elif node.op_type in ("MatMul", "Gemm", "Gather"):
-            _expect_no_weight(graph, node, found)
+        elif node.op_type in ("MatMul", "Gemm", "Gather", "Transpose"):
+            _float_matrix(graph, node, found)
     found.faults += _missing(found.weights, genai) + _config_faults(folder, graph, genai)
     return Artifact(found.weights, _metadata(graph, genai), _sizes(folder, found), found.faults)
 
@@ -155,11 +155,19 @@ def _read_matrix(
     found.parts.setdefault(scales_name, ("scales" if part == "linears" else part, scales_bytes))
 
 
-def _expect_no_weight(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
-    """A matrix in float would work, and would not be what was frozen."""
+def _float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
+    """A matrix in float would work, and would not be what was frozen: its size counts, and it is named."""
     for name in node.input:
-        if name in graph.initializers and len(graph.initializers[name].dims) == 2:
-            found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
+        if name not in graph.initializers or len(graph.initializers[name].dims) != 2:
+            continue
+        if "/lora_" in node.name:
+            part = "adapters"
+        elif node.op_type in ("Gather", "Transpose"):  # a head's table is turned where the embedding shares it
+            part = "embedding"
+        else:
+            part = names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
+        found.parts.setdefault(name, (part, storage.tensor(graph.initializers[name], graph.path.parent).nbytes))
+        found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
 
 
 def _missing(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:
@@ -205,7 +213,8 @@ def _sizes(folder: Path, found: _Found) -> dict[str, int]:
     """Bytes by part. graph: nodes, norms, biases, rotary tables, padding and configuration."""
     sizes = dict.fromkeys(("linears", "scales", "embedding", "head", "graph", "tokenizer"), 0)
     for part, size in found.parts.values():
-        sizes["head" if part == names.HEAD else part] += size
+        part = "head" if part == names.HEAD else part
+        sizes[part] = sizes.get(part, 0) + size
     files = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
     sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.FILES)
     sizes["graph"] = sum(files.values()) - sum(sizes.values())

@@ -4,6 +4,7 @@
   GatherBlockQuantized wants them as (vocabulary, blocks).
 - An embedding of its own would be a float table: it becomes GatherBlockQuantized over the frozen codes.
 - A row whose width no block divides counts its padding in K.
+- Adapters that are to stay beside their layers have no place yet.
 - The rotary tables cover the longest context the model knows; what lies past the context length goes.
 """
 
@@ -20,16 +21,25 @@ from onnx import helper
 
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
+from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.onnx import names, storage
+from qat_edge_exporters.onnx.adapters import add_adapters
 from qat_edge_exporters.onnx.layout import block_scales, block_size, packed_codes
 
 EMBEDDING_GATHER = "/model/embed_tokens/Gather"
 
 
-def repair(built: Path, out: Path, weights: Mapping[str, FrozenWeight], shared: bool, context_length: int) -> None:
+def repair(
+    built: Path,
+    out: Path,
+    weights: Mapping[str, FrozenWeight],
+    adapters: Mapping[str, Adapter],
+    shared: bool,
+    context_length: int,
+) -> None:
     """Write the repaired graph and its data file of the builder's folder `built` into `out`.
 
-    shared: the embedding is to read the head's table.
+    weights: none for a float model. shared: the embedding reads the head's table, or is float as the builder left it.
 
     Raises:
         ExportError: the builder left a frozen matrix out, or stored it otherwise than asked.
@@ -43,6 +53,7 @@ def repair(built: Path, out: Path, weights: Mapping[str, FrozenWeight], shared: 
             next(a for a in node.attribute if a.name == "K").i = width
     if not shared:
         tensors |= _quantized_embedding(model, weights[names.EMBEDDING])
+    tensors |= add_adapters(model, adapters)
     storage.save(model, tensors, built, out)
 
 

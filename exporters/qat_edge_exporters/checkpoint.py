@@ -1,0 +1,79 @@
+"""What an exporter is given: a Hugging Face folder, frozen or float, with LoRA adapters in it or none.
+
+Adapters lie in its folder `adapter/` as peft saves them, and are not merged: the artifact computes
+W x + s B (A x), with W rounded or in float, and A, B in float.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qat_edge.errors import ExportError
+
+ADAPTER = "adapter"
+PREFIX = "base_model.model."  # of every tensor that peft saves
+# Settings of peft under which its layer computes something else than W x + s B (A x).
+OTHER_FORMS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One layer's adapter in float32. down: A, (rank, in); up: s B, (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Of both matrices."""
+        return self.down.nbytes + self.up.nbytes
+
+
+def is_frozen(checkpoint: Path) -> bool:
+    """Whether the folder's weights are codes and scales."""
+    document = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return document.get("quantization_config") is not None
+
+
+def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
+    """Adapters by module name; empty where the folder holds none.
+
+    Raises:
+        ExportError: adapters of a form that is not W x + s B (A x).
+    """
+    folder = checkpoint / ADAPTER
+    if not folder.is_dir():
+        return {}
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    scaling = _scaling(folder, settings)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+    found = {}
+    for module in sorted(modules):
+        down = tensors.pop(f"{PREFIX}{module}.lora_A.weight", None)
+        up = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
+        if down is None or up is None:
+            raise ExportError(f"{folder}: {module or 'a tensor'} has no pair of matrices A and B of a linear layer.")
+        found[module] = Adapter(down.float(), up.float() * scaling)
+    if tensors:
+        raise ExportError(f"{folder}: {next(iter(tensors))} is no part of an adapter that can be exported unmerged.")
+    return found
+
+
+def _scaling(folder: Path, settings: dict[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling (https://arxiv.org/abs/2312.03732)."""
+    other = [name for name in OTHER_FORMS if settings.get(name)]
+    if settings.get("peft_type") != "LORA" or other:
+        raise ExportError(
+            f"{folder}: adapters with {', '.join(other) or settings.get('peft_type')} cannot be exported unmerged; "
+            "merge them first."
+        )
+    rank = settings["r"]
+    return float(settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank))
