@@ -1,0 +1,83 @@
+"""What 4 bits cost and QAT-LoRA wins back: `python -m benchmarks.accuracy` measures it and writes docs/accuracy.md.
+
+Each finished cell is a JSON file in the work folder; a run that was stopped goes on where it was, and a changed
+setting is measured as another cell. `settings.py` holds recipes and amounts; `plan.py` lists the cells, `lab.py`
+trains and measures with the product's own commands, `document.py` writes the report from the JSON alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import settings
+from benchmarks.settings import PARTS, SETTINGS
+from qat_edge.errors import QatEdgeError, UsageError
+from qat_edge.logs import quiet_libraries
+
+if TYPE_CHECKING:
+    from benchmarks.lab import Lab
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Run the benchmark and write the report."""
+    given = _parser().parse_args()
+    quiet_libraries(verbose=False)
+    from benchmarks import document, plan  # they import torch
+
+    try:
+        settings.check_recipes()
+        lab = _lab(given)
+        if not given.document:
+            plan.run(lab, plan.plan(lab, given.only or PARTS, given.seeds))
+        # Of all parts, whatever was run now: what is missing stands there as not measured.
+        path = document.write(lab, plan.plan(lab, PARTS, given.seeds), given.seeds, given.out)
+        lab.say(f"Wrote {path}")
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: what is finished is kept. Run it again to go on.") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=main.__doc__)
+    parser.add_argument("--setting", choices=SETTINGS, help="how much is run; reduced on a CPU, full on CUDA")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part to run; all where not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds, 0 1 2 by default")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument("--model", help="base model; SmolLM2-135M-Instruct where not given")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "accuracy", help="work folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "accuracy.md", help="report to write")
+    parser.add_argument("--document", action="store_true", help="measure nothing, write the report of what is there")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints and artifacts, about 20 GB")
+    return parser
+
+
+def _lab(given: argparse.Namespace) -> Lab:
+    """The lab that the flags ask for.
+
+    Raises:
+        UsageError: a seed twice, or below zero.
+    """
+    if len(set(given.seeds)) != len(given.seeds) or min(given.seeds) < 0:
+        raise UsageError(f"--seeds {' '.join(map(str, given.seeds))}: give each once, from 0 on.")
+    from benchmarks.lab import Lab
+    from qat_edge import models
+    from qat_edge.console import say
+    from qat_edge.finetune import choose_device
+
+    device = choose_device(given.device)
+    setting = SETTINGS[given.setting or ("full" if device == "cuda" else "reduced")]
+    model = given.model or models.demo_model(ROOT / ".cache" / "qat-edge", say)
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    say(f"Setting {setting.name} on {device}: {setting.steps} steps, seeds {' '.join(map(str, given.seeds))}")
+    return Lab(given.work, model, device, setting, say, keep=given.keep)
+
+
+if __name__ == "__main__":
+    main()

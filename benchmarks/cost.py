@@ -1,0 +1,87 @@
+"""Step time and peak memory of a training scheme, measured in a process of its own.
+
+`python -m benchmarks.cost CONFIG OUT RESULT` trains a few steps and writes {"step_s": ..., "peak_bytes": ...}. The
+steps of phase 1 and the first of what follows are left out of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from qat_edge import config
+from qat_edge.config import FinetuneOptions
+from qat_edge.console import say
+from qat_edge.errors import QatEdgeError
+from qat_edge.finetune import finetune
+from qat_edge.logs import quiet_libraries
+from qat_edge.run import write_text
+from qat_edge.training import peak_memory_bytes
+
+PHASE_ONE = 2  # steps; distillation needs an adapter to learn from
+WARM_UP = 1
+
+
+def measure(options: FinetuneOptions, out: Path) -> dict[str, float]:
+    """Train `options` into `out`. step_s: median from step to step; peak_bytes: of the GPU, else of the process."""
+    starts: list[float] = []
+    original = Trainer.training_step
+
+    def timed(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        starts.append(time.perf_counter())
+        return original(trainer, *args, **kwargs)
+
+    Trainer.training_step = timed
+    try:
+        finetune(options, out, say, force=out.exists())
+    finally:
+        Trainer.training_step = original
+    counted = starts[PHASE_ONE + WARM_UP :]
+    steps = [later - earlier for earlier, later in pairwise(counted)]
+    return {"step_s": median(steps), "peak_bytes": float(peak_bytes())}
+
+
+def steps_for(timed: int) -> int:
+    """Optimizer steps in all, so that `timed` of them are timed."""
+    return PHASE_ONE + WARM_UP + timed + 1
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process alone.
+
+    Linux: from /proc, as the resource usage of a new process begins with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if torch.cuda.is_available() or not status.is_file():
+        return peak_memory_bytes()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii", errors="replace"))
+    return int(found[1]) * 1024 if found else peak_memory_bytes()
+
+
+def main() -> None:
+    """Measure the finetune section of a configuration file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=main.__doc__)
+    for name in ("config", "out", "result"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    quiet_libraries(verbose=False)
+    try:
+        options = config.load(FinetuneOptions, "finetune", given.config, {})
+        write_text(given.result, json.dumps(measure(options, given.out)))
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Other tools' forward passes for QAT with LoRA, trained by the same trainer, to show what they lose on deployment.
+
+Whatever is trained, what ships is Q(W + s B A): the adapters are merged and the sum is rounded. With fq(X) for the
+int8 input, the forward passes are
+
+    merged     fq(X) fq(W + s B A)^T                       ours: what is trained is what ships
+    split      fq(X) fq(W)^T + s X A^T B^T                 torchtune's QAT-LoRA: adapters never rounded
+    separate   fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T     unsloth's: each adapter matrix rounded by itself
+
+All use the same rounding (quant.numerics), also for embedding and head, and a straight-through estimator. A and B get
+int4 in the groups of their layer; where a width is no multiple of it, one group a row.
+`python -m benchmarks.formulations NAME CONFIG OUT` trains one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from torch.nn import functional
+
+from qat_edge import adapters, config, models
+from qat_edge.config import FinetuneOptions
+from qat_edge.console import say
+from qat_edge.errors import QatEdgeError, UsageError
+from qat_edge.finetune import finetune
+from qat_edge.logs import quiet_libraries
+from qat_edge.quant import fake, numerics, scheme
+from qat_edge.quant.fake import ADAPTER, LoraFakeQuantLinear
+from qat_edge.quant.scheme import WeightScheme
+
+ADAPTER_BITS = 4
+
+
+class StraightThrough(torch.autograd.Function):
+    """`rounded` in the forward pass, the gradient of `value` as it comes in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        """value and rounded: of one shape."""
+        ctx.dtype = value.dtype
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        """The gradient, unchanged."""
+        return grads[0].to(ctx.dtype), None
+
+
+class SplitLinear(LoraFakeQuantLinear):
+    """`fq(X) fq(W)^T + s X A^T B^T`: the base is rounded, the adapters are not."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if not base.switch.enabled or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        rounded_x = StraightThrough.apply(x, numerics.fake_quantize_activation(x.detach()))
+        rounded_weight = numerics.fake_quantize_weight(base.weight.detach(), base.spec.bits, base.spec.group_size)
+        output = functional.linear(rounded_x, rounded_weight, base.bias)
+        return output + self.scaling[ADAPTER] * self.low_rank(x, rounded_x, base.spec)
+
+    def low_rank(self, x: Tensor, rounded_x: Tensor, spec: WeightScheme) -> Tensor:
+        """The adapters' share, unscaled. x and rounded_x: (..., in) -> (..., out)."""
+        dropped = self.lora_dropout[ADAPTER](x)
+        return functional.linear(
+            functional.linear(dropped, self.lora_A[ADAPTER].weight.to(dropped.dtype)),
+            self.lora_B[ADAPTER].weight.to(dropped.dtype),
+        )
+
+
+class SeparateLinear(SplitLinear):
+    """`fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T`: base and both adapter matrices are rounded, each by itself."""
+
+    def low_rank(self, x: Tensor, rounded_x: Tensor, spec: WeightScheme) -> Tensor:
+        """The adapters' share, unscaled. x and rounded_x: (..., in) -> (..., out)."""
+        dropped = self.lora_dropout[ADAPTER](rounded_x)
+        lora_a = _rounded(self.lora_A[ADAPTER].weight, spec.group_size)
+        lora_b = _rounded(self.lora_B[ADAPTER].weight, spec.group_size)
+        return functional.linear(functional.linear(dropped, lora_a), lora_b)
+
+
+FORMULATIONS: Mapping[str, type[LoraFakeQuantLinear]] = {
+    "merged": LoraFakeQuantLinear,
+    "split": SplitLinear,
+    "separate": SeparateLinear,
+}
+
+
+def convert(model: Any, name: str) -> Any:
+    """Give every adapted layer of a model the forward of one formulation. In place; parameters stay.
+
+    Raises:
+        UsageError: an unknown formulation.
+    """
+    if name not in FORMULATIONS:
+        raise UsageError(f"formulation {name!r}: not known. There are {', '.join(FORMULATIONS)}.")
+    for module in model.modules():
+        if isinstance(module, LoraFakeQuantLinear):
+            module.__class__ = FORMULATIONS[name]
+    return model
+
+
+def train(
+    name: str,
+    options: FinetuneOptions,
+    out: Path,
+    say: Callable[[str], None],
+    resume: bool = False,
+    force: bool = False,
+) -> None:
+    """`finetune` with another forward pass and nothing else changed."""
+    with _adapters_of(name):
+        finetune(options, out, say, resume=resume, force=force)
+
+
+def own_forward(adapter: Path, name: str) -> Any:
+    """The model of an adapter folder as it was trained: unmerged, with the forward of its formulation, rounding."""
+    facts = adapters.adapter_facts(adapter)
+    model, _, _ = models.load_model(facts["model"]["source"], facts["model"]["trust_remote_code"])
+    switch = fake.insert(model, scheme.choose(model, facts["group_size"]))
+    lora = fake.register(LoraConfig.from_pretrained(str(adapter)))
+    adapted = convert(PeftModel.from_pretrained(model, str(adapter), config=lora), name).eval()
+    switch.enabled = True
+    return adapted
+
+
+@contextmanager
+def _adapters_of(name: str) -> Iterator[None]:
+    """While it lasts, `fake.add_adapters`, which finetune calls, makes layers of one formulation.
+
+    The product has no option for it on purpose: nobody should train what cannot be deployed.
+    """
+    original = fake.add_adapters
+
+    def add_adapters(model: Any, config: LoraConfig) -> PeftModel:
+        return convert(original(model, config), name)
+
+    fake.add_adapters = add_adapters
+    try:
+        yield
+    finally:
+        fake.add_adapters = original
+
+
+def _rounded(weight: Tensor, group_size: int) -> Tensor:
+    """An adapter matrix (out, in) in int4 with a straight-through gradient."""
+    group = group_size if weight.shape[1] % group_size == 0 else weight.shape[1]
+    return StraightThrough.apply(weight, numerics.fake_quantize_weight(weight.detach(), ADAPTER_BITS, group))
+
+
+def main() -> None:
+    """Train one formulation from a configuration file's finetune section."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.formulations", description=main.__doc__)
+    parser.add_argument("name", choices=FORMULATIONS)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--force", action="store_true")
+    given = parser.parse_args()
+    quiet_libraries(verbose=False)
+    try:
+        options = config.load(FinetuneOptions, "finetune", given.config, {})
+        train(given.name, options, given.out, say, resume=given.resume, force=given.force)
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The accuracy benchmark: cells and resume, recovery, tables with holes, recipes, one tiny end-to-end part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import document, formulations, plan, settings
+from benchmarks.cells import Cell, CellStore
+from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
+from benchmarks.lab import Lab, Training
+from benchmarks.remaining import PARTS, partly_rounded
+from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
+from qat_edge import config
+from qat_edge.adapters import merged_model
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import RunError, UsageError
+from qat_edge.finetune import finetune
+from qat_edge.reference import load_exact
+
+CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
+TINY = replace(SETTINGS["reduced"], steps=3, tokens=32, factors=(), side_tasks=("python-reference",))
+
+
+def silent(text: str) -> None:
+    pass
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_setting_is_another_cell() -> None:
+    others = [
+        replace(CELL, seed=1),
+        replace(CELL, name="rtn"),
+        replace(CELL, settings={**CELL.settings, "tokens": 65}),
+        replace(CELL, settings={**CELL.settings, "trained": {"qat": {"lora_rank": 8}}}),
+    ]
+    assert len({cell.file_name for cell in (CELL, *others)}) == 5
+    reordered = replace(CELL, settings=dict(reversed(CELL.settings.items())))
+    assert reordered.file_name == CELL.file_name
+
+
+def test_a_finished_cell_is_not_measured_again(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    counted: list[int] = []
+
+    def measure() -> dict[str, Any]:
+        counted.append(1)
+        return {"perplexity": 2.5, "rows": [{"target": "onnx"}]}
+
+    first = lab.measured(CELL, measure)
+    assert lab.measured(CELL, measure) == first == {"perplexity": 2.5, "rows": [{"target": "onnx"}]}
+    assert len(counted) == 1
+    lab.measured(replace(CELL, seed=1), measure)
+    assert len(counted) == 2
+
+
+def test_a_failed_cell_leaves_nothing(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    with pytest.raises(ZeroDivisionError):
+        lab.measured(CELL, lambda: {"perplexity": 1 / 0})
+    assert lab.store.get(CELL) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}'])
+def test_a_damaged_cell_is_named(tmp_path: Path, content: str) -> None:
+    store = CellStore(tmp_path)
+    (tmp_path / CELL.file_name).write_text(content)
+    with pytest.raises(RunError, match=CELL.digest):
+        store.get(CELL)
+
+
+# --- recovery and tables -------------------------------------------------------------------------------------------
+
+
+def test_recovery_by_hand() -> None:
+    # PTQ loses 23 - 17 = 6 of which QAT keeps 23 - 18.5 = 4.5; against the worse baseline it would be more.
+    assert recovery(17.0, 18.5, [24.0, 23.0]) == pytest.approx(0.75)
+    assert recovery(17.0, 16.0, [23.0, 24.0]) == pytest.approx(7 / 6)
+    assert recovery(17.0, 24.0, [23.0, 24.0]) == pytest.approx(-1 / 6)
+    assert recovery(17.0, 18.5, [23.0, None]) is None
+    assert recovery(None, 18.5, [23.0]) is None and recovery(17.0, None, [23.0]) is None
+    assert recovery(17.0, 18.5, []) is None
+    assert math.isnan(recovery(17.0, 18.5, [16.9, 18.0]) or 0.0)
+
+
+def test_spread_counts_what_was_measured() -> None:
+    assert spread([1.0, 3.0, None]) == "2.00 (1.00 to 3.00; 2 seeds)"
+    assert spread([None, 3.0]) == "3.00 (1 seed)"
+    assert spread([None]) == MISSING and spread([math.nan]) == NO_LOSS
+
+
+def made(kind: str, seed: int, name: str, figures: dict[str, Any], steps: int = 40) -> dict[str, Any]:
+    """A finished cell as the store gives it back."""
+    return {
+        "cell": {"kind": kind, "task": "assistant", "seed": seed, "name": name, "settings": {"steps": steps}},
+        "figures": figures, "wall_s": 60.0, "created": "2026-01-02T03:04:05+00:00", "machine": "x86_64, 2 cores",
+        "python": "3.11.7", "libraries": {"torch": "2.13.0", "peft": None}, "git_revision": "abc",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records() -> Records:
+    """Two seeds in torch, artifacts of the first alone, one formulation, one round of cost."""
+    documents = []
+    for seed, qat in enumerate((18.5, 17.6)):
+        for name, value in (("fp32", 17.0), ("rtn", 23.0), ("hqq", 24.0), ("qat", qat)):
+            documents.append(made("emulated", seed, name, {"perplexity": value, "kl_nats": 0.25}))
+    rows = [
+        {"model": "fp32", "target": "torch", "perplexity": 17.0, "kl_nats": None, "exact_match": 0.9},
+        {"model": "rtn", "target": "onnx", "perplexity": 27.0, "kl_nats": 0.5, "exact_match": 0.7},
+        {"model": "qat", "target": "onnx", "perplexity": 18.0, "kl_nats": 0.125, "exact_match": 0.85},
+    ]
+    documents.append(made("artifacts", 0, "qat", {"rows": rows, "methods": ["rtn"]}))
+    trained = {"trained": {"perplexity": 18.0}, "deployed": {"perplexity": 20.0}}
+    documents.append(made("formulation", 0, "split", trained))
+    times = {name: {"step_s": 2.0 + i, "peak_bytes": 1e9 * (1 + i)} for i, name in enumerate(settings.COSTS)}
+    documents.append(made("cost", 0, "round", times, steps=7))
+    return Records(documents, replace(SETTINGS["reduced"], side_tasks=("assistant",)), (0, 1))
+
+
+def row(page: str, *starts: str) -> list[str]:
+    """Cells of the only table row that starts with these."""
+    found = [line for line in page.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
+    assert len(found) == 1, found
+    return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+
+def test_recovery_of_each_seed_then_the_mean(records: Records) -> None:
+    assert [records.recovered("torch", "assistant", seed) for seed in (0, 1)] == pytest.approx([0.75, 0.9])
+    assert records.recovered("onnx", "assistant", 0) == pytest.approx(0.9)
+    assert records.recovered("onnx", "assistant", 1) is None and records.recovered("executorch", "assistant", 0) is None
+    page = document.render(records)
+    assert row(page, "assistant", "torch, exact emulation")[2] == "82.5% (75% to 90%; 2 seeds)"
+    assert row(page, "assistant", "ONNX folder")[2:] == ["90% (1 seed)", "18.0 (1 seed)"]
+
+
+def test_what_is_missing_reads_so(records: Records) -> None:
+    page = document.render(records)
+    assert row(page, "assistant", "`.pte`")[2:] == [MISSING, MISSING]
+    assert row(page, "python-reference", "torch, exact emulation")[2:] == [MISSING, MISSING]
+    by_seed = row(page, "assistant", "0", "ONNX folder")
+    assert by_seed[3:] == ["17.0", "27.0", MISSING, MISSING, MISSING, "18.0", "90%"]
+    assert row(page, "assistant", "80 (2 N)")[2:] == [MISSING] * 4
+    assert set(row(page, "assistant", "QAT", MISSING)[2:]) == {MISSING}
+    empty = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
+    assert "Nothing has been measured yet" in empty and "%" not in empty.split("## With more training")[0]
+
+
+def test_the_mismatch_is_shown(records: Records) -> None:
+    cells = row(document.render(records), "assistant", "torchtune's QAT-LoRA", "`fq(W) x + s B A x`")
+    assert cells[3:] == ["18.0 (1 seed)", "20.0 (1 seed)", "2.00 (1 seed)", "50% (1 seed)"]
+
+
+def test_cost_is_a_ratio_to_plain_lora(records: Records) -> None:
+    page = document.render(records)
+    assert row(page, "QAT")[1:] == ["1.50 (1.50 to 1.50; 1 round)", "2.00 (2.00 to 2.00; 1 round)"]
+    assert "One step of plain LoRA: 2.00 s, 1.00 GB." in page
+
+
+def test_exact_match_of_the_fine_tune_is_that_in_torch(records: Records) -> None:
+    page = document.render(records)
+    assert row(page, "assistant", "FP32 fine-tune")[-1] == "90% (1 seed)"
+    assert row(page, "assistant", "QAT", "0.250 (0.250 to 0.250; 2 seeds)")[-2:] == [MISSING, "85% (1 seed)"]
+
+
+def test_the_committed_report_has_the_shape_of_this_version() -> None:
+    page = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    path = Path(document.__file__).parents[1] / "docs" / "accuracy.md"
+    if not path.is_file():
+        pytest.skip("the benchmark has not been run yet")
+    assert [line for line in path.read_text().splitlines() if line.startswith("#")] == headings
+
+
+# --- recipes and the plan --------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_one_that_finetune_takes() -> None:
+    settings.check_recipes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"scale": "learned"}, r"TABLE 'x': finetune has no option 'scale'. It has .*scales"),
+        ({"scales": "guessed"}, r"TABLE 'x': finetune.scales: 'guessed' is not one of"),
+        ({"ptq_start": "gptq", "scales": "absmax"}, r"TABLE 'x': --ptq-start gptq and --scales absmax"),
+    ],
+)
+def test_a_recipe_that_cannot_be_says_which(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        settings.check_overrides("TABLE 'x'", overrides)
+
+
+def test_rows_that_change_nothing_are_left_out() -> None:
+    rows = settings.ablation_rows(len(settings.ABLATION))
+    assert 0 < len(rows) <= len(settings.ABLATION)
+    for name in rows:
+        over = settings.ABLATION[name]
+        assert FinetuneOptions("m", "d") != FinetuneOptions("m", "d", **over)
+
+
+def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for setting in SETTINGS.values():
+        lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting, silent)
+        jobs = plan.plan(lab, settings.PARTS, (0, 1, 2))
+        kinds = {job.cell.kind for job in jobs}
+        assert kinds == {"emulated", "artifacts", "formulation", "remaining", "cost"}
+        artifacts = {(job.cell.task, job.cell.seed) for job in jobs if job.cell.kind == "artifacts"}
+        assert artifacts == {(task, seed) for task in TASKS for seed in (0, 1, 2)}
+        assert len({job.cell.file_name for job in jobs}) == len(jobs)
+
+
+def test_the_reduced_setting_ends_within_two_hours_by_its_own_estimate(tiny_model_folder: Path, tmp_path: Path) -> None:
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"], silent)
+    assert plan.estimate_s(lab, plan.plan(lab, settings.PARTS, (0, 1, 2))) < 7200
+
+
+def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
+    before = lab.identity(tuned), lab.identity(qat)
+    recipe = settings.recipe
+    monkeypatch.setattr(settings, "recipe", lambda name, steps: {**recipe(name, steps), "scale_learning_rate": 0.5})
+    assert lab.identity(tuned) == before[0] and lab.identity(qat) != before[1]
+    assert lab.options(tuned).qat_start == 3 and "data" in before[0] and str(tmp_path) not in str(before)
+
+
+def test_tidying_spares_what_can_be_resumed(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    runs = {name: tmp_path / "runs" / f"assistant-{name}-seed0-3-abc" for name in ("fp32", "qat")}
+    for folder in runs.values():
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "adapter").mkdir()
+    (runs["fp32"] / "training.json").write_text("{}")
+    closed: list[bool] = []
+    lab._yardstick = Training("assistant", 0, 3, FP32), SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    lab.tidy()
+    assert closed == [True] and lab._yardstick is None
+    assert (runs["qat"] / "checkpoints").is_dir() and not (runs["fp32"] / "checkpoints").exists()
+    assert all((folder / "adapter").is_dir() for folder in runs.values())
+
+
+# --- end to end on a tiny model ------------------------------------------------------------------------------------
+
+
+class InThisProcess(Lab):
+    """A lab whose commands are calls: a process of its own takes seconds to import the libraries."""
+
+    commands = 0
+
+    def command(self, arguments: Sequence[str], log: str) -> None:
+        self.commands += 1
+        path, out = Path(arguments[3]), Path(arguments[-1])
+        if arguments[0] == "benchmarks.formulations":
+            options = config.load(FinetuneOptions, "finetune", Path(arguments[2]), {})
+            formulations.train(arguments[1], options, out, silent)
+        else:
+            finetune(config.load(FinetuneOptions, "finetune", path, {}), out, silent)
+
+
+def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path: Path) -> None:
+    lab = InThisProcess(tmp_path, str(tiny_model_folder), "cpu", TINY, silent, keep=True)
+    jobs = [job for job in plan.plan(lab, ("formulations",), (0,)) if job.cell.name in (FP32, "rtn", "split")]
+    plan.run(lab, jobs)
+    figures = {job.cell.name: lab.store.get(job.cell) for job in jobs}
+    assert figures[FP32] is not None and figures[FP32]["kl_nats"] == 0
+    assert figures["rtn"] is not None and figures["rtn"]["kl_nats"] > 0
+    assert figures["split"] is not None and figures["split"]["trained"] != figures["split"]["deployed"]
+    plan.run(lab, jobs)
+    assert lab.commands == 2
+
+    run = lab.train(Training("python-reference", 0, 3, FP32))
+    ids, quantized = torch.arange(20).unsqueeze(0), lab.post_training(run, "rtn")
+    with torch.no_grad():
+        exact = load_exact(quantized)(ids).logits
+        whole = merged_model(run.reference, silent).model(ids).logits
+        assert torch.equal(partly_rounded(run.reference, quantized, (), silent)(ids).logits, exact)
+        assert torch.equal(partly_rounded(run.reference, quantized, PARTS, silent)(ids).logits, whole)
+        one = partly_rounded(run.reference, quantized, ("activations",), silent)(ids).logits
+    assert not torch.equal(one, exact) and not torch.equal(one, whole)
