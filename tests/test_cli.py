@@ -12,11 +12,36 @@ import pytest
 from click.testing import CliRunner
 
 from qat_edge import cli, config
-from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.config import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.errors import UsageError
 
-VERBS: dict[str, Any] = {"finetune": FinetuneOptions, "export": ExportOptions, "validate": ValidateOptions}
-COMMANDS = ["finetune", "export", "verify", "validate", "report", "generate", "demo"]
+VERBS: dict[str, Any] = {
+    "finetune": FinetuneOptions,
+    "sensitivity": SensitivityOptions,
+    "quantize": QuantizeOptions,
+    "export": ExportOptions,
+    "validate": ValidateOptions,
+    "compare": CompareOptions,
+}
+COMMANDS = [
+    "finetune",
+    "sensitivity",
+    "quantize",
+    "export",
+    "verify",
+    "validate",
+    "compare",
+    "report",
+    "generate",
+    "demo",
+]
 HEAVY = ("torch", "transformers", "torchao", "executorch", "onnx", "onnxruntime", "peft", "datasets", "numpy", "rich")
 REQUIRED = {"model": "m", "data": "d"}
 FIELDS = [(section, field) for section, cls in VERBS.items() for field in dataclasses.fields(cls)]
@@ -122,6 +147,7 @@ def test_bad_configuration_is_named(tmp_path: Path, text: str, message: str) -> 
         (["finetune", "--out", "nowhere", "--resume"], 1, "nowhere: no such run folder"),
         (["export", "nowhere"], 1, "nowhere: no such run folder"),
         (["export", "nowhere", "--target", "tflite"], 2, "'tflite' is not one of"),
+        (["sensitivity", "nowhere"], 1, "nowhere: no such run folder"),
         (["verify", "nowhere"], 1, "no such run folder"),
         (["validate", "nowhere"], 1, "no such run folder"),
         (["report", "nowhere"], 1, "no such run folder"),

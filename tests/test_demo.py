@@ -22,7 +22,7 @@ def configuration(tiny_model_folder: Path, tmp_path: Path) -> Path:
             "model": str(tiny_model_folder), "data": str(train), "eval_data": str(held_out), "steps": 2,
             "batch_size": 2, "eval_rows": 2, "track": ["none"],
         },
-        "export": {"target": "executorch", "context_length": 256, "baseline": False},
+        "export": {"target": "executorch", "context_length": 256, "ptq": []},
         "validate": {"tokens": 64, "prompts": 1, "max_new_tokens": 4, "prefill": 4, "decode": 2, "repeats": 1},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(sections))

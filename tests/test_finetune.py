@@ -22,8 +22,7 @@ from qat_edge.adapters import merged_model
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import Finetuned, finetune, qat_start_step
-from qat_edge.quantize import quantize
-from qat_edge.run import Run, read_manifest
+from qat_edge.run import read_manifest
 
 
 def silent(text: str) -> None:
@@ -72,7 +71,7 @@ def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path
     finetune(options, tmp_path / "run", silent)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(tmp_path / "run" / "reference")).eval()
-    ours = merged_model(tmp_path / "run" / "reference", silent)[0]
+    ours = merged_model(tmp_path / "run" / "reference", silent).model
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         # 2e-6 here: peft adds the adapter's product to the output, we add it to the weight.
@@ -124,18 +123,6 @@ def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_pat
 @pytest.mark.parametrize(("qat_start", "step"), [(0.0, 0), (0.25, 50), (0.5, 100), (1, 1), (30, 30), (500, 200)])
 def test_where_fake_quantization_starts(options: FinetuneOptions, qat_start: float, step: int) -> None:
     assert qat_start_step(replace(options, steps=200, qat_start=float(qat_start))) == step
-
-
-def test_quantize_makes_it_once_and_refuses_another_adapter(options: FinetuneOptions, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    finetune(options, run.path, silent)
-    said: list[str] = []
-    quantize(run, run.adapter, said.append)
-    quantize(run, run.adapter, said.append)
-    assert len([line for line in said if line.startswith("Frozen")]) == 1
-    with pytest.raises(RunError, match="another adapter"):
-        quantize(run, run.reference, silent)
-    quantize(run, run.reference, silent, force=True)
 
 
 def test_another_base_model_is_refused(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:

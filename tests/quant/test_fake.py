@@ -65,7 +65,7 @@ def test_gradients_equal_the_naive_graph_in_float64() -> None:
         if layer == "naive":
             output = naive(x, values["weight"], values["bias"], a, b, 0.5)
         else:
-            output = fake.MergedFakeQuantLinear.apply(x, values["weight"], values["bias"], a, b, 0.5, SPEC)
+            output = fake.MergedFakeQuantLinear.apply(x, values["weight"], values["bias"], a, b, None, 0.5, SPEC)
         output.pow(2).sum().backward()
         grads.append((output.detach(), x.grad, a.grad, b.grad))
     for ours, expected in zip(grads[1], grads[0], strict=True):
@@ -76,7 +76,7 @@ def test_keeps_no_merged_weight_for_the_backward_pass() -> None:
     weight, a, b = torch.randn(64, 64), torch.randn(4, 64, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), *t.shape)) or t, lambda t: t):
-        fake.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, 1.0, SPEC)
+        fake.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, None, 1.0, SPEC)
     matrices = [pointer for pointer, *shape in kept if shape == [64, 64]]
     assert matrices == [weight.data_ptr()]
 
@@ -97,7 +97,7 @@ def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tm
     switch.enabled = True
     with torch.no_grad():
         trained = model(ids).logits
-    merged = fake.merge_adapters(model)
+    merged, _ = fake.merge_adapters(model)
     switch.enabled = False
     frozen.freeze(merged, plan)
     merged.save_pretrained(tmp_path / "quantized")
@@ -161,7 +161,7 @@ def test_cuda_codes_equal_those_frozen_on_cuda(tiny_model_folder: Path) -> None:
     ids = torch.arange(24, device="cuda").unsqueeze(0)
     with torch.no_grad():
         trained = model(ids).logits
-    merged = fake.merge_adapters(model)
+    merged, _ = fake.merge_adapters(model)
     switch.enabled = False
     frozen.freeze(merged, plan)
     with torch.no_grad():

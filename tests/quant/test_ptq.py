@@ -260,9 +260,9 @@ def test_gptaq_aims_at_the_least_squares_weight() -> None:
     torch.manual_seed(0)
     x, given, w = torch.randn(400, 64), torch.randn(400, 64), weight(16, 64)
     hessian = given.T @ given
-    factor = gptq.inverse_factor(hessian, "layer")
+    factor = gptq.inverse_factor(hessian, "layer", gptaq.TARGET_DAMPING)
     target = gptaq.least_squares(w, w @ (x - given).T @ given, factor)
-    ridge = gptq.DAMPING * hessian.diagonal().mean()
+    ridge = gptaq.TARGET_DAMPING * hessian.diagonal().mean()
     expected = w + torch.linalg.solve(hessian + ridge * torch.eye(64), given.T @ (x - given) @ w.T).T
     torch.testing.assert_close(target, expected, rtol=1e-3, atol=1e-4)
 
@@ -326,6 +326,19 @@ def test_under_autocast_statistics_are_still_float32(tiny_model_folder: Path) ->
         walk(model, plan, batches(), treat, "test")
         scales = ptq.apply(model, plan, "gptq", batches(), silent)
     assert {h.dtype for h in found.values()} == {torch.float32} == {s.dtype for s in scales.values()}
+
+
+@pytest.mark.parametrize("method", ptq.CALIBRATED)
+def test_autocast_sees_every_change_of_a_weight(tiny_model_folder: Path, method: str) -> None:
+    """Autocast keeps the casts of parameters that may be trained; a weight rounded in between would go unseen."""
+    found = []
+    for trainable in (False, True):
+        model, plan = load(tiny_model_folder)
+        model.requires_grad_(trainable)
+        with torch.autocast("cpu", torch.bfloat16):
+            scales = ptq.apply(model, plan, method, batches(), silent)
+        found.append({**scales, **{name: model.get_submodule(name).weight.detach() for name in plan.linears}})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_int8_layers_keep_the_scales_of_their_largest_weights(tiny_model_folder: Path) -> None:

@@ -14,8 +14,15 @@ from typing import Any
 import click
 
 from qat_edge import __version__, config
-from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
-from qat_edge.errors import QatEdgeError
+from qat_edge.config import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
+from qat_edge.errors import QatEdgeError, UsageError
 
 Command = Callable[..., Any]
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -114,6 +121,47 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
 
 @main.command()
 @RUN
+@options_of(SensitivityOptions)
+@CONFIG
+@FORCE
+@JSON
+def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
+    """Measure what each layer costs at 4 and at 8 bits, and pick bits within a size or a KL divergence."""
+    options = load_options(SensitivityOptions, "sensitivity", config_path, flags)
+    opened = _open(run)
+    from qat_edge.console import console, say
+    from qat_edge.sensitivity import sensitivity as verb
+    from qat_edge.summary import sensitivity_table
+
+    result = verb(opened, options, say, force=force)
+    if as_json:
+        _print_json(result)
+    console.print(sensitivity_table(result.measured, result.choice))
+    say(result.describe())
+
+
+@main.command()
+@RUN
+@options_of(QuantizeOptions)
+@CONFIG
+@FORCE
+@JSON
+def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
+    """Freeze the trained weights (export does it too), or quantize the FP32 fine-tune without training."""
+    options = load_options(QuantizeOptions, "quantize", config_path, flags)
+    opened = _open(run)
+    from qat_edge.console import say
+    from qat_edge.quantize import quantize as verb
+
+    result = verb(opened, options, say, force=force)
+    if as_json:
+        _print_json(result)
+    ptq = "" if options.method == "qat" else f" --ptq {options.method}"
+    say(f"Wrote {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
+
+
+@main.command()
+@RUN
 @options_of(ExportOptions)
 @CONFIG
 @FORCE
@@ -172,6 +220,40 @@ def validate(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     console.print(summary_table(report))
     say(f"Wrote {opened.reports / report.device}.json. Next: qat-edge report {run}")
     require_gates(report)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@options_of(CompareOptions)
+@CONFIG
+@click.option("--out", type=click.Path(path_type=Path), help="Train first, into this new run folder.")
+@FORCE
+@JSON
+def compare(
+    run: Path | None, config_path: Path | None, out: Path | None, force: bool, as_json: bool, **flags: Any
+) -> None:
+    """Ship one fine-tune in every way (base, LoRA unmerged, naive PTQ, merged, merged PTQ, QAT) and compare them."""
+    options = load_options(CompareOptions, "compare", config_path, flags)
+    given = [config.flag_name(k) for k in ("model", "data", "eval_data") if getattr(options, k) is not None]
+    if run is not None and (out is not None or given):
+        raise UsageError(f"RUN and {'--out' if out else given[0]}: give a finished run, or what to train first.")
+    if run is None and out is None:
+        raise UsageError("Nothing to compare: give a finished RUN, or --model, --data and --out to train one first.")
+    opened: Any = None if run is None else _open(run)
+    from qat_edge.compare import compare as verb
+    from qat_edge.compare import train
+    from qat_edge.console import console, say
+    from qat_edge.deployments import document
+    from qat_edge.summary import deployment_table
+
+    if out is not None:
+        opened = train(options, out, config_path, say, force=force)
+    table = verb(opened, options, config_path, say, force=force)
+    if as_json:
+        click.echo(json.dumps(document(table), indent=1, default=str))
+    for target in table.targets:
+        console.print(deployment_table(table, target))
+    say(f"Wrote {opened.path / 'compare' / 'compare.html'} and compare.json beside it")
 
 
 @main.command()

@@ -23,6 +23,9 @@ from qat_edge.errors import UsageError
 Options = TypeVar("Options")
 TARGETS = ("executorch", "onnx")
 GROUP_SIZES = (32, 64, 128)
+BASES = ("fp32", "nf4", "int8")
+DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
+PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "awq")
 
 
 def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
@@ -40,6 +43,14 @@ class FinetuneOptions:
         "Rows never trained on, for validate and the loss curve; NAME:PART picks a split.", None
     )
     group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES)
+    bits: str | None = option("Bits by layer: a file that `qat-edge sensitivity` wrote.", None)
+    method: str = option("Train adapters, or the weights themselves.", "lora", ("lora", "full"))
+    base: str = option("How the frozen weights under the adapters are held while they train.", "fp32", BASES)
+    keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1)
+    prune: str = option(
+        "Which layers --keep-layers keeps: the first, or those whose lack costs most.",
+        "least-harmful", ("least-harmful", "first"),
+    )  # fmt: skip
     lora_rank: int = option("Rank of the adapters.", 16, minimum=1)
     lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1)
     lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0)
@@ -48,10 +59,33 @@ class FinetuneOptions:
     qat_start: float = option(
         "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.5, minimum=0
     )
+    ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "gptaq", PTQ_STARTS)
+    calibration_tokens: int | None = option(
+        "Tokens of the training rows that the start looks at; 24576 or all there are by default.",
+        None, minimum=1,
+    )  # fmt: skip
+    scales: str = option(
+        "Group scales from then on: of the largest weight at each step, as --ptq-start left them, or learned.",
+        "learned", ("absmax", "fixed", "learned"),
+    )  # fmt: skip
+    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 5e-3, minimum=0)
+    distill_weight: float = option(
+        "Share of the loss that is divergence from the model at the end of plain LoRA, 0 to 1.", 0.0, minimum=0
+    )
+    distill_temperature: float = option("Temperature of that divergence.", 1.0, minimum=0.01)
+    distill_top_k: int = option(
+        "Tokens of that model's answer kept beforehand for every row; 0 to ask it at every step.", 0, minimum=0
+    )
     batch_size: int = option("Rows a device takes at once.", 8, minimum=1)
     gradient_accumulation: int = option("Batches summed before a step.", 1, minimum=1)
     gradient_checkpointing: bool = option("Recompute activations in the backward pass to save memory.", False)
-    learning_rate: float = option("Peak learning rate of AdamW.", 1e-3, minimum=0)
+    learning_rate: float = option(
+        "Peak learning rate of AdamW; --method full wants about a twentieth of the default.", 1e-3, minimum=0
+    )
+    qat_learning_rate: float | None = option(
+        "Peak learning rate of the adapters after --qat-start, where another.", None, minimum=0
+    )
+    lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", False)
     lr_schedule: str = option("Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"))
     warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0)
     weight_decay: float = option("AdamW weight decay on the adapters.", 0.0, minimum=0)
@@ -71,12 +105,31 @@ class FinetuneOptions:
 
 
 @dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantize, how, and what to calibrate on."""
+
+    method: str = option(
+        "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training.",
+        "qat",
+        ("qat", *run.PTQ_METHODS),
+    )
+    bits: str | None = option("Bits by layer, where not those of finetune; not with --method qat.", None)
+    calibration_data: str | None = option("Rows that gptq, gptaq and awq look at, where not those of finetune.", None)
+    calibration_tokens: int | None = option("Tokens of those rows; 24576 or all there are by default.", None, minimum=1)
+    seed: int = option("Seed of the choice of rows.", 0, minimum=0)
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """What to write, and for how long a conversation."""
 
     target: tuple[str, ...] = option("What to write.", TARGETS, TARGETS)
     context_length: int = option("Tokens the KV cache holds, prompt and answer together.", 1024, minimum=16)
-    baseline: bool = option("Also export round-to-nearest of the FP32 fine-tune, to show what QAT gains.", True)
+    ptq: tuple[str, ...] = option(
+        "Post-training quantization of the FP32 fine-tune to export beside it, to show what QAT gains; none for none.",
+        ("rtn",),
+        (*run.PTQ_METHODS, "none"),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +155,32 @@ class ValidateOptions:
     min_exact_match: float | None = option("Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0)
     max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
     min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Which ways of shipping to compare. How to measure them is validate's section of --config, or of the run."""
+
+    model: str | None = option("Train first, with --out: the base model, as finetune takes it.", None)
+    data: str | None = option("Train first: training rows, as finetune takes them.", None)
+    eval_data: str | None = option("Train first: rows never trained on, as finetune takes them.", None)
+    target: tuple[str, ...] = option("Runtimes to compare in.", TARGETS, TARGETS)
+    deployment: tuple[str, ...] = option("Rows of the table.", DEPLOYMENTS, DEPLOYMENTS)
+    method: tuple[str, ...] = option("Methods of the merged PTQ rows.", tuple(run.PTQ_METHODS), tuple(run.PTQ_METHODS))
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """What to measure each layer on, and what to pick its bits by."""
+
+    tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16)
+    seed: int = option("Seed of the choice of rows.", 0, minimum=0)
+    budget_mb: float | None = option(
+        "Pick bits: most KL saved while the weights stay within this, in megabytes (10^6 bytes).", None, minimum=0
+    )
+    max_kl: float | None = option(
+        "Pick bits: least size with a predicted KL within this, nats per token.", None, minimum=0
+    )
 
 
 def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, Any]) -> Options:
@@ -145,7 +224,7 @@ def read_sections(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UsageError(f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}.")
-    known = ["finetune", "export", "validate"]
+    known = ["finetune", "quantize", "export", "validate", "sensitivity", "compare"]
     for key, value in document.items():
         if key not in known:
             raise UsageError(f"{path}: unknown section '{key}'.{_nearest(str(key), known)}")

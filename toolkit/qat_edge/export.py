@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qat_edge import config
 from qat_edge.config import ExportOptions
-from qat_edge.errors import RunError
-from qat_edge.quantize import quantize
-from qat_edge.run import MANIFEST, Run, Variant, replace_folder, sha256, write_manifest
+from qat_edge.errors import RunError, UsageError
+from qat_edge.quantize import QAT, place, quantize_if_missing
+from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 from qat_edge.tables import resolve
 from qat_edge_exporters import EXPORTERS
 
@@ -27,42 +27,69 @@ class Exported:
 
 
 def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: bool = False) -> list[Exported]:
-    """Write every target of the run, and of its round-to-nearest baseline where `options.baseline` asks.
+    """Write every target of the run, and of the FP32 fine-tune quantized by each method of `options.ptq`.
+
+    An artifact that is there already, of the same checkpoint and context length, is kept unless `force` is set, so
+    that methods can be added to a run.
 
     Raises:
-        UsageError: an unknown target.
-        RunError: an artifact exists and `force` is not set.
+        UsageError: an unknown target; methods together with none.
+        RunError: all artifacts exist, or one of another checkpoint or length does, and `force` is not set.
         ExportError: a target cannot express the model.
     """
     exporters = {target: resolve(EXPORTERS, target, "--target") for target in options.target}
-    variants: list[tuple[Variant, Path]] = [(run, run.adapter)]
-    if options.baseline:
-        variants.append((run.baseline, run.reference))
-    for variant, _ in variants:
-        for target in exporters:
-            _refuse_existing(variant.exports / target, force)
+    methods = [QAT, *_methods(options)]
+    folders = {place(run, m)[0].exports / t: (m, t) for m in methods for t in exporters}
+    pending = list(folders) if force else _pending(list(folders), options)
+    variants = {m: quantize_if_missing(run, m, say, force) for m in methods}
     written = []
-    for variant, adapter in variants:
-        quantize(variant, adapter, say, force)
-        for target, exporter in exporters.items():
-            written.append(_export_one(variant, target, exporter, options, say))
+    for folder, (method, target) in folders.items():
+        if folder in pending:
+            written.append(export_one(variants[method], target, exporters[target], options, say))
+        else:
+            say(f"Kept {folder}: exported before from the same checkpoint")
     config.save(run.config, "export", options)
     return written
 
 
-def _refuse_existing(folder: Path, force: bool) -> None:
-    """Fail before the first minute of work, not after the last."""
-    if folder.exists() and not force:
-        raise RunError(f"{folder} exists already. Give --force to replace it.")
+def _pending(folders: list[Path], options: ExportOptions) -> list[Path]:
+    """Those still to be written. Fails before the first minute of work, not after the last.
+
+    Raises:
+        RunError: nothing is left to do, or an artifact is of another checkpoint or context length.
+    """
+    missing = [folder for folder in folders if not folder.exists()]
+    for folder in folders:
+        if folder.exists() and not (missing and _is_current(folder, options)):
+            raise RunError(f"{folder} exists already. Give --force to replace it.")
+    return missing
 
 
-def _export_one(
+def _is_current(folder: Path, options: ExportOptions) -> bool:
+    """Whether an artifact is what exporting it again would make."""
+    checkpoint = folder.parent.parent / "quantized" / MANIFEST
+    if not (folder / MANIFEST).is_file() or not checkpoint.is_file():
+        return False
+    manifest = read_manifest(folder)
+    same_length = manifest["options"]["context_length"] == options.context_length
+    return same_length and manifest["quantized_sha256"] == sha256(checkpoint)
+
+
+def _methods(options: ExportOptions) -> list[str]:
+    """Methods to export beside the run itself, each once."""
+    if "none" in options.ptq and len(set(options.ptq)) > 1:
+        raise UsageError(f"--ptq none cannot be combined with --ptq {next(m for m in options.ptq if m != 'none')}.")
+    return [method for method in dict.fromkeys(options.ptq) if method != "none"]
+
+
+def export_one(
     variant: Variant,
     target: str,
     exporter: Callable[..., None],
     options: ExportOptions,
     say: Callable[[str], None],
 ) -> Exported:
+    """Write one artifact of one variant into its exports, replacing what is there."""
     folder = variant.exports / target
     began = time.monotonic()
     say(f"Exporting {folder}")

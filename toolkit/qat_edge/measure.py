@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qat_edge import data, reference
-from qat_edge.config import ValidateOptions
+from qat_edge import config, data, reference, tokenizer
+from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.console import bar
+from qat_edge.errors import DataError, DeviceError
 from qat_edge.metrics import Comparison, LogitComparison, same_answer
 from qat_edge.reference import LogitStore
 from qat_edge.results import Agreement, Measured, Speed
-from qat_edge.run import Variant
+from qat_edge.rows import load_rows
+from qat_edge.run import Run, Variant, disk_errors
 from qat_edge.tables import resolve
 from qat_edge_devices import open_runtime
+from qat_edge_devices.errors import DeviceError as TransportLevelError
 from qat_edge_devices.results import Speed as DeviceSpeed
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters import READERS
@@ -135,7 +141,7 @@ class Bench:
         self.say("  timing")
         timed = runtime.speed(options.prefill, options.decode, options.repeats)
         return Measured(
-            name="qat" if own else "ptq (round-to-nearest)",
+            name=variant.name,
             target=target,
             runtime=f"{timed.load.runtime} {timed.load.runtime_version}",
             size_bytes=resolve(READERS, target, "--target")(folder).size_bytes,
@@ -176,6 +182,46 @@ class Bench:
         for index, sequence in enumerate(self.material.sequences):
             comparison.add(one.get(index), other.get(index), sequence.targets)
         return comparison.result()
+
+
+def gather_material(run: Run, options: ValidateOptions, say: Callable[[str], None]) -> Material:
+    """What the run's models are asked: rows that `options` name, or those of finetune's --eval-data.
+
+    Raises:
+        DataError: there are none.
+    """
+    words = tokenizer.load(run.quantized)
+    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    source = options.text or options.eval_data or trained.eval_data
+    if source is None:
+        raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
+    rows = load_rows(source, "eval")
+    sequences = data.scored_ids(rows, words, options.window, options.tokens)
+    answered = options.eval_data or trained.eval_data
+    if answered and answered != source:
+        rows = load_rows(answered, "eval")
+    prompts = list(islice(data.prompts(rows, words), options.prompts)) if answered else []
+    eos_ids = tokenizer.end_tokens(run.quantized)
+    pad_id = eos_ids[0] if words.pad_token_id is None else words.pad_token_id
+    material = Material(sequences, prompts, eos_ids, pad_id, words)
+    say(f"Comparing {material.tokens} tokens in {len(sequences)} sequences, and {len(prompts)} answers, from {source}")
+    return material
+
+
+@contextmanager
+def scratch_folder(run: Run) -> Iterator[Path]:
+    """A folder for logits on the run's own disk, gone at the end."""
+    with disk_errors(run.path), tempfile.TemporaryDirectory(prefix=".validate-", dir=run.path) as name:
+        yield Path(name)
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """The devices package knows nothing of ours: translate the root of its error tree."""
+    try:
+        yield
+    except TransportLevelError as error:
+        raise DeviceError(str(error)) from error
 
 
 def _first_tokens(material: Material, limit: int) -> Material:

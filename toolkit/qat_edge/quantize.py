@@ -1,35 +1,154 @@
-"""Merge the adapters and freeze the codes: the one moment at which a trained weight is rounded for good."""
+"""Freeze the codes: of the trained adapters, or of the FP32 fine-tune by post-training quantization.
+
+The one moment at which a weight is rounded for good; exporters pack what is written here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from qat_edge.adapters import adapter_facts, merged_model
-from qat_edge.errors import RunError
-from qat_edge.quant import frozen, scheme
-from qat_edge.run import MANIFEST, Variant, read_manifest, replace_folder, sha256, write_manifest
+from torch import Tensor
+
+from qat_edge import calibration, config, data
+from qat_edge.adapters import WHOLE_MODEL, Merged, adapter_facts, merged_model
+from qat_edge.bits import load_bits
+from qat_edge.config import FinetuneOptions, QuantizeOptions
+from qat_edge.errors import RunError, UsageError
+from qat_edge.quant import frozen, ptq, scheme
+from qat_edge.rows import load_rows
+from qat_edge.run import Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+QAT = "qat"
 
 
-def quantize(variant: Variant, adapter: Path, say: Callable[[str], None], force: bool = False) -> scheme.Scheme:
-    """Freeze `adapter` into `variant.quantized`, unless the checkpoint there was made of the same adapter.
+@dataclass(frozen=True)
+class Quantized:
+    """One frozen checkpoint. weights: how many got which bits. calibration: what was looked at, None for nothing."""
+
+    method: str
+    folder: Path
+    weights: str
+    calibration: dict[str, Any] | None
+    wall_s: float
+
+
+def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], force: bool = False) -> Quantized:
+    """Freeze the run's model into RUN/quantized, or one of post-training quantization into RUN/ptq/METHOD/quantized.
+
+    A checkpoint that was made of the same adapter with the same options stays as it is.
+
+    force: make it in any case, and merge although libraries have other versions than in training.
 
     Raises:
-        RunError: the checkpoint there was made of another adapter, and `force` is not set.
+        UsageError: --bits for what was trained under other bits; a file of bits that does not fit the model.
+        RunError: another checkpoint is there (without `force`), or there is no adapter to make one of.
+        DataError: too little calibration data.
+        ModelError: a model that the method cannot go through.
     """
-    made_of = sha256(adapter / ADAPTER_WEIGHTS) if (adapter / ADAPTER_WEIGHTS).is_file() else None
-    if (variant.quantized / MANIFEST).is_file() and not force:
-        if read_manifest(variant.quantized)["adapter_sha256"] != made_of:
-            raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
-        return frozen.read_scheme(variant.quantized)
-    model, tokenizer, plan = merged_model(adapter, say)
-    frozen.freeze(model, plan)
+    began = time.monotonic()
+    if options.method == QAT and options.bits is not None:
+        raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
+    variant, adapter = place(run, options.method)
+    if variant.quantized.exists() and not force:
+        return _made_before(variant, adapter, options, say)
+    merged = merged_model(adapter, say, force)
+    if options.bits is not None:
+        plan = scheme.choose(merged.model, merged.scheme.group_size, load_bits(Path(options.bits)))
+        merged = replace(merged, scheme=plan)
+    scales, calibrated = _scales(run, merged, options, say)
+    frozen.freeze(merged.model, merged.scheme, scales)
     with replace_folder(variant.quantized, force=True) as work:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        facts = {k: v for k, v in adapter_facts(adapter).items() if k in ("model", "data", "seed", "device")}
-        write_manifest(work, "quantized", adapter_sha256=made_of, scheme=frozen.scheme_facts(plan), **facts)
-    say(f"Frozen: {plan.summary()} -> {variant.quantized}")
-    return plan
+        merged.model.save_pretrained(work)
+        merged.tokenizer.save_pretrained(work)
+        write_manifest(
+            work,
+            "quantized",
+            method=options.method,
+            options=config.plain(options),
+            calibration=calibrated,
+            adapter_sha256=_weights_sha256(adapter),
+            scheme=frozen.scheme_facts(merged.scheme),
+            **{k: v for k, v in adapter_facts(adapter).items() if k in ("model", "data", "seed", "device")},
+        )
+    say(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
+    wall_s = time.monotonic() - began
+    return Quantized(options.method, variant.quantized, merged.scheme.summary(), calibrated, wall_s)
+
+
+def quantize_if_missing(run: Run, method: str, say: Callable[[str], None], force: bool = False) -> Variant:
+    """The variant of one method, frozen with the default options unless that was done with whatever options.
+
+    force: freeze again where the checkpoint there was made of another adapter.
+
+    Raises:
+        RunError: it was made of another adapter, and `force` is not set.
+    """
+    variant, adapter = place(run, method)
+    if not variant.quantized.exists() or (force and not _is_of(variant, adapter)):
+        quantize(run, QuantizeOptions(method=method), say, force=force)
+    elif not _is_of(variant, adapter):
+        raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
+    return variant
+
+
+def place(run: Run, method: str) -> tuple[Variant, Path]:
+    """Where a method's checkpoint and exports lie, and the adapter that it is made of."""
+    return (run, run.adapter) if method == QAT else (run.ptq(method), run.reference)
+
+
+def _made_before(variant: Variant, adapter: Path, options: QuantizeOptions, say: Callable[[str], None]) -> Quantized:
+    """The checkpoint that is there.
+
+    Raises:
+        RunError: it is not what was asked for.
+    """
+    facts = read_manifest(variant.quantized)
+    if not _is_of(variant, adapter):
+        raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
+    if facts["options"] != config.plain(options):
+        before = ", ".join(f"{config.flag_name(k)} {v}" for k, v in facts["options"].items())
+        raise RunError(f"{variant.quantized} was made with other options ({before}). Give --force to make it again.")
+    say(f"{variant.quantized} is there already, of the same adapter and options")
+    summary = frozen.read_scheme(variant.quantized).summary()
+    return Quantized(options.method, variant.quantized, summary, facts["calibration"], 0.0)
+
+
+def _is_of(variant: Variant, adapter: Path) -> bool:
+    return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
+
+
+def _scales(
+    run: Run, merged: Merged, options: QuantizeOptions, say: Callable[[str], None]
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """Group scales of the merged weights, which GPTQ and AWQ change as well, and what was calibrated on."""
+    if options.method == QAT:
+        return merged.scales, None
+    if options.method not in ptq.CALIBRATED:
+        return ptq.apply(merged.model, merged.scheme, options.method, [], say), None
+    batches, facts = _calibration(run, merged.tokenizer, options, say)
+    return ptq.apply(merged.model, merged.scheme, options.method, batches, say), facts
+
+
+def _calibration(
+    run: Run, tokenizer: Any, options: QuantizeOptions, say: Callable[[str], None]
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Batches for `ptq.apply`, tokenized as for training, and what the manifest records of them."""
+    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    source = options.calibration_data or trained.data
+    rows = data.tokenize(load_rows(source, "train"), tokenizer, trained.max_length).rows
+    tokens = calibration.tokens_to_take(options.calibration_tokens, rows, say)
+    chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
+    say(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
+    facts = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
+    return calibration.batches(chosen, tokenizer), facts
+
+
+def _weights_sha256(adapter: Path) -> str | None:
+    """Of the adapters or the whole model; None where there is neither: what is asked of it next says so."""
+    found = [path for name in (ADAPTER_WEIGHTS, WHOLE_MODEL) if (path := adapter / name).is_file()]
+    return sha256(found[0]) if found else None

@@ -120,17 +120,18 @@ def load(path: Path) -> Report:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("format") != FORMAT:
             raise RunError(f"{path}: written by another version of qat-edge. Run validate again.")
-        measured = [_measured(row) for row in document.pop("measured")]
+        found = [measured(row) for row in document.pop("measured")]
         gates = [Gate(**row) for row in document.pop("gates")]
         floor = Agreement(**document.pop("noise_floor"))
-        return Report(**document, noise_floor=floor, measured=measured, gates=gates)
+        return Report(**document, noise_floor=floor, measured=found, gates=gates)
     except FileNotFoundError as error:
         raise RunError(f"{path}: no such report. `qat-edge validate` makes it.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}). Run validate again.") from error
 
 
-def _measured(row: dict[str, Any]) -> Measured:
+def measured(row: dict[str, Any]) -> Measured:
+    """One model out of plain values, as `dataclasses.asdict` makes them."""
     for key in ("agreement", "parity"):
         row[key] = row[key] and Agreement(**row[key])
     if row["speed"]:

@@ -4,9 +4,10 @@ RUN/config.yaml            resolved options, one section a verb
 RUN/checkpoints/           the trainer's own, for --resume
 RUN/adapter/               peft adapter at the end of training
 RUN/reference/             peft adapter at the end of phase 1: the FP32 fine-tune
+RUN/start/                 weights and scales that phase 2 began from, where a PTQ method or learned scales need it
 RUN/quantized/             frozen checkpoint: codes and scales
 RUN/exports/TARGET/        artifacts of the quantized model
-RUN/baseline/              round-to-nearest of the reference: quantized/, exports/TARGET/
+RUN/ptq/METHOD/            post-training quantization of the reference: quantized/, exports/TARGET/
 RUN/reports/               what validate measured, one JSON file a device
 RUN/report.html
 """
@@ -33,8 +34,10 @@ from safetensors import SafetensorError
 from qat_edge import __version__
 from qat_edge.errors import RunError
 
-FORMAT = 1  # of the run folder; raised when an older reader could not make sense of a newer folder
+FORMAT = 2  # of the run folder; raised when an older reader could not make sense of a newer folder
 MANIFEST = "manifest.json"
+# And what reports call them.
+PTQ_METHODS = {"rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ", "awq": "AWQ"}
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",
@@ -43,9 +46,14 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantized model and what was exported from it: the run's own, or its baseline."""
+    """One quantized model and what was exported from it: the run's own, or one of post-training quantization."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """What reports call it: "ptq (GPTQ)"."""
+        return f"ptq ({PTQ_METHODS.get(self.path.name, self.path.name)})"
 
     @property
     def quantized(self) -> Path:
@@ -96,6 +104,11 @@ class Run(Variant):
         return self.path / "reference"
 
     @property
+    def start(self) -> Path:
+        """What a PTQ method prepared for the quantization-aware phase: weights and scales."""
+        return self.path / "start"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -113,9 +126,21 @@ class Run(Variant):
         return self.path / "report.html"
 
     @property
-    def baseline(self) -> Variant:
-        """Round-to-nearest of the FP32 fine-tune, exported like the run itself."""
-        return Variant(self.path / "baseline")
+    def name(self) -> str:
+        """What reports call it."""
+        return "qat"
+
+    @property
+    def ptq_folder(self) -> Path:
+        return self.path / "ptq"
+
+    def ptq(self, method: str) -> Variant:
+        """The FP32 fine-tune quantized by `method` without training, exported like the run itself."""
+        return Variant(self.ptq_folder / method)
+
+    def variants(self) -> list[Variant]:
+        """The run itself, then every post-training quantization of it that was made."""
+        return [self, *(v for v in map(self.ptq, PTQ_METHODS) if v.path.is_dir())]
 
 
 @contextmanager

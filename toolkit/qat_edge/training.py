@@ -1,54 +1,144 @@
-"""What qat-edge adds to the Hugging Face trainer: the two phases, the bar, and the loss curve it leaves."""
+"""What qat-edge adds to the Hugging Face trainer: two phases, their learning rates, a teacher, the bar, the curve."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qat_edge.config import FinetuneOptions
 from qat_edge.console import Bar
-from qat_edge.quant.fake import Switch
+from qat_edge.distill import Batch, Teacher
+from qat_edge.quant.fake import SCALE_FACTOR, Switch
+
+
+class Border(Protocol):
+    """What is done once between plain LoRA and fake quantization."""
+
+    def cross(self) -> None:
+        """Leave phase 1 for phase 2."""
+
+    def restore(self) -> None:
+        """Bring a resumed training to where `cross` left it."""
 
 
 class TwoPhases(TrainerCallback):
-    """Plain LoRA up to `start`, then fake quantization; `snapshot` keeps the adapters as they are at the border.
+    """Plain LoRA up to `start`, then fake quantization; the border between is crossed once.
 
     Works across a resume: which phase it is depends on the step alone.
     """
 
-    def __init__(self, switch: Switch, start: int, snapshot: Callable[[], None]) -> None:
-        self.switch, self.start, self.snapshot = switch, start, snapshot
+    def __init__(self, switch: Switch, start: int, border: Border) -> None:
+        self.switch, self.start, self.border = switch, start, border
+        self.crossed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.switch.enabled = state.global_step >= self.start
-        if self.start == 0 and state.global_step == 0:
-            self.snapshot()
+        if state.global_step > self.start:
+            self.border.restore()
+            self.crossed = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in (self.start, state.max_steps) and args.eval_strategy != "no":
             control.should_evaluate = True
-        if state.global_step == self.start:
-            self.snapshot()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Here and not at the border's end: the evaluation between belongs to the phase that it ends.
-        self.switch.enabled = state.global_step >= self.start
+        if state.global_step >= self.start and not self.crossed:
+            self.border.cross()
+            self.crossed = True
+        self.switch.enabled = self.crossed
+
+
+class QatTrainer(Trainer):
+    """The trainer with a learning rate for each phase and for the scales, and with a teacher in phase 2.
+
+    teacher: set when phase 2 begins, where `options` ask for one.
+    """
+
+    teacher: Teacher | None = None
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Add the teacher's divergence to the loss from now on."""
+        self.teacher = teacher
+
+    def configure(self, options: FinetuneOptions, start: int) -> None:
+        """Make optimizer and schedule; phase 2 begins at step `start`."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        weights = [p for n, p in named if SCALE_FACTOR not in n]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "lr": options.learning_rate, "weight_decay": options.weight_decay}
+        ]
+        factors = [learning_rate_factor(options, start)]
+        scales = [p for n, p in named if SCALE_FACTOR in n]
+        if scales:
+            groups.append({"params": scales, "lr": options.scale_learning_rate, "weight_decay": 0.0})
+            factors.append(learning_rate_factor(options, start, of_scales=True))
+        self.optimizer = torch.optim.AdamW(groups)
+        self.lr_scheduler = LambdaLR(self.optimizer, factors)
+        self.distill_weight = options.distill_weight
+        self.distill_temperature = options.distill_temperature
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, and in phase 2 what a teacher adds to it."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch: Batch = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        tokens = (batch["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        divergence = self.teacher.divergence(batch, outputs.logits) / tokens
+        loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distill_temperature**2 * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool = False) -> Callable[[int], float]:
+    """What a step's learning rate is of its group's peak. `start`: first step of phase 2."""
+    ratio = 1.0
+    if not of_scales and options.qat_learning_rate is not None and options.learning_rate > 0:
+        ratio = options.qat_learning_rate / options.learning_rate
+
+    def factor(step: int) -> float:
+        second = step >= start
+        if not options.lr_restart:
+            return scheduled(step, options.steps, options) * (ratio if second else 1.0)
+        begun, length = (start, options.steps - start) if second else (0, start)
+        return scheduled(step - begun, length, options) * (ratio if second else 1.0)
+
+    return factor
+
+
+def scheduled(step: int, steps: int, options: FinetuneOptions) -> float:
+    """Share of the peak learning rate at `step` of `steps`: linear warm-up, then the schedule, 0 at the end."""
+    warmup = min(options.warmup_steps, steps // 2)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if options.lr_schedule == "constant":
+        return 1.0
+    return 1 - done if options.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
 class ShowProgress(TrainerCallback):
-    """Feeds the bar: phase, loss, tokens per second, memory."""
+    """Feeds the bar: phase, loss, tokens per second, memory. plainly: what the first phase is called."""
 
-    def __init__(self, bar: Bar, phases: TwoPhases) -> None:
-        self.bar, self.phases = bar, phases
+    def __init__(self, bar: Bar, phases: TwoPhases, plainly: str) -> None:
+        self.bar, self.phases, self.plainly = bar, phases, plainly
         self.began, self.began_tokens, self.evaluating = 0.0, 0, ""
 
     def on_train_begin(
@@ -69,7 +159,7 @@ class ShowProgress(TrainerCallback):
             self.evaluating = f", eval {logs['eval_loss']:.3f}"
         if not logs or "loss" not in logs:
             return
-        phase = "QAT" if self.phases.switch.enabled else "LoRA"
+        phase = "QAT" if self.phases.switch.enabled else self.plainly
         speed = (state.num_input_tokens_seen - self.began_tokens) / (time.monotonic() - self.began)
         note = f"{phase} loss {logs['loss']:.3f}{self.evaluating}  {speed:.0f} tok/s  {_in_gb(peak_memory_bytes())}"
         self.bar.update(state.global_step, note)

@@ -44,7 +44,7 @@ class Verified:
 
 
 def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list[Verified]:
-    """Compare the run's artifacts, and its baseline's, with the checkpoints they were made of.
+    """Compare the run's artifacts, and those of its post-training quantizations, with their checkpoints.
 
     RUN/verified.json keeps what was found, for the report.
 
@@ -52,7 +52,7 @@ def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list
         RunError: nothing was exported, or a named target was not.
         ArtifactError: an artifact cannot be read at all.
     """
-    found = [(v, t) for v in (run, run.baseline) for t in v.targets() if not targets or t in targets]
+    found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = ", ".join(sorted(missing)) or "no artifact"

@@ -150,8 +150,31 @@ def walk(
         ModelError: no repeated blocks are found.
         DataError: no calibration data.
     """
+    # Weights change from pass to pass: a cast that autocast kept of an earlier one would be used instead.
+    with _no_kept_casts():
+        return _walk(model, scheme, calibration, treat, title)
+
+
+@contextmanager
+def _no_kept_casts() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _walk(
+    model: Any,
+    scheme: Scheme,
+    calibration: Sequence[Calibration],
+    treat: Callable[[Block], dict[str, Tensor]],
+    title: str,
+) -> dict[str, Tensor]:
     if not calibration:
-        raise DataError("No calibration data: GPTQ and AWQ look at what the layers are given. Give some rows.")
+        raise DataError("No calibration data: GPTQ, GPTAQ and AWQ look at what the layers are given. Give some rows.")
     prefix = find_blocks(scheme, model)
     modules = list(model.get_submodule(prefix))
     batches = [_enter(model, scheme, modules, batch) for batch in calibration]
@@ -184,7 +207,7 @@ def find_blocks(scheme: Scheme, model: Any) -> str:
     best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
     if not counts[best]:
         raise ModelError(
-            f"{type(model).__name__}: no list of decoder blocks found, which GPTQ and AWQ go through one by one. "
+            f"{type(model).__name__}: no list of decoder blocks found, which GPTQ, GPTAQ and AWQ go through. "
             "Use rtn or hqq."
         )
     return best

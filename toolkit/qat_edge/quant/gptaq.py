@@ -21,6 +21,10 @@ from torch import Tensor
 from qat_edge.quant.blocks import Batch, Block, tokens_of
 from qat_edge.quant.gptq import Compensator, inverse_factor
 
+# Of the Hessian's mean diagonal, when the target is solved for. Perplexity of SmolLM2 on held-out text after 12288
+# tokens of calibration: 16.07 with GPTQ's 0.01, 15.94 with 0.1 (float 15.23).
+TARGET_DAMPING = 0.1
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -52,9 +56,10 @@ class Aligner(Compensator):
                 hessian, missing = _moments(block, names[0], floats, last)
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
+                strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
                 for name in names:
                     weight = block.linears[name].weight.detach().float()
-                    target = least_squares(weight, missing if last else weight @ missing, factor)
+                    target = least_squares(weight, missing if last else weight @ missing, strict)
                     scales[name] = self.layer(block, name, target, hessian, factor)
         for batch, float_pass in zip(block.batches, floats, strict=True):
             batch.unrounded = float_pass.output

@@ -86,15 +86,17 @@ def accumulate(block: Block, names: list[str]) -> dict[str, Tensor]:
     return sums
 
 
-def inverse_factor(hessian: Tensor, name: str) -> Tensor:
+def inverse_factor(hessian: Tensor, name: str, damping: float = DAMPING) -> Tensor:
     """Upper Cholesky factor U of the damped Hessian's inverse, U^T U = (H + damping)^-1: (in, in), float32.
+
+    damping: of the Hessian's mean diagonal.
 
     Raises:
         DataError: the Hessian is not positive definite even so.
     """
     # float64: squared inputs span ten orders of magnitude in models with outlier channels.
     damped = hessian.double()
-    damped.diagonal().add_(DAMPING * hessian.diagonal().double().mean())
+    damped.diagonal().add_(damping * hessian.diagonal().double().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

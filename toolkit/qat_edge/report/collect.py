@@ -12,7 +12,7 @@ from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
 from qat_edge.report.verdict import Verdict, verdict
 from qat_edge.results import Report, load
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
+from qat_edge.run import MANIFEST, Run, read_manifest, sha256
 
 FORMAT = 1
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it at its end"
@@ -150,8 +150,8 @@ def _by_kind(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
     found = {}
-    variants: tuple[tuple[str, Variant], ...] = (("", run), ("baseline/", run.baseline))
-    for prefix, variant in variants:
+    for variant in run.variants():
+        prefix = "" if variant is run else f"{variant.path.relative_to(run.path)}/"
         if not variant.exports.is_dir():
             missing[f"{prefix}exports"] = f"{variant.exports} is missing; `qat-edge export` writes it"
             continue

@@ -27,7 +27,11 @@ WORDS = (
         "Quantization-aware training: phase 2 trains on with the deployed rounding in the forward pass. "
         "The codes and scales it ends with are the ones that ship.",
     ),
-    ("PTQ", "Post-training quantization: the FP32 fine-tune rounded to nearest, without further training."),
+    (
+        "PTQ: RTN, HQQ, GPTQ, AWQ",
+        "Post-training quantization: the FP32 fine-tune quantized without further training. RTN (round-to-nearest) "
+        "and HQQ look at the weights alone, GPTQ and AWQ also at some training rows.",
+    ),
     ("Exact match", "Share of evaluation prompts whose generated answer equals the expected one."),
     (
         "Perplexity",
@@ -104,7 +108,7 @@ def artifacts(story: Story) -> Table | None:
         rows.append(
             Row(
                 name,
-                "ptq" if name.startswith("baseline/") else "qat",
+                "ptq" if name.startswith("ptq/") else "qat",
                 [
                     _number_cell(options.get("context_length")),
                     _number_cell(manifest.get("wall_s")),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from qat_edge.results import Measured
+from qat_edge.run import PTQ_METHODS
 
 ROLES = {
     "base": "FP32 base",
@@ -17,6 +18,7 @@ ROLES = {
 TARGETS = {"torch": "torch", "executorch": "ExecuTorch", "onnx": "ONNX"}
 PARTS = ("linears", "scales", "embedding", "head", "graph", "tokenizer", "float")
 _NAMES = {"fp32 base": "base", "fp32 fine-tuned": "tuned", "qat": "qat"}
+_SHORT = {f"ptq ({words})": method.upper() for method, words in PTQ_METHODS.items()}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -32,8 +34,10 @@ def quantized(row: Measured) -> bool:
 
 
 def label(row: Measured) -> str:
-    """`QAT · ONNX`; a float model's name alone, as it only runs in torch."""
+    """`QAT · ONNX`, `RTN · ONNX`; a float model's name alone, as it only runs in torch."""
     name = ROLES.get(role(row), plain(row.name))
+    if role(row) == "ptq":
+        name = _SHORT.get(row.name, plain(row.name))
     if role(row) in ("base", "tuned") and row.target == "torch":
         return name
     return f"{name} · {TARGETS.get(row.target, plain(row.target))}"

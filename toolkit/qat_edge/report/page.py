@@ -68,9 +68,9 @@ class Device:
     facts: list[facts.Facts]
 
 
-def render(story: Story) -> str:
-    """The whole page as one text."""
-    environment = Environment(
+def environment() -> Environment:
+    """Templates beside this file, with everything they are given escaped."""
+    return Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -78,18 +78,31 @@ def render(story: Story) -> str:
         lstrip_blocks=True,
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
+
+
+def style() -> Markup:
+    """The style sheet, to stand inside a page."""
+    return Markup((HERE / "style.css").read_text(encoding="utf-8"))
+
+
+def render(story: Story) -> str:
+    """The whole page as one text."""
     devices = [_device(story, index) for index in range(len(story.reports))]
-    return environment.get_template("page.html").render(
-        model=story.model,
-        subtitle=_subtitle(story),
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        devices=devices,
-        about=facts.about_run(story),
-        artifacts=facts.artifacts(story),
-        verified=story.verified,
-        missing=story.missing,
-        words=facts.WORDS,
-        version=story.quantized.get("qat_edge"),
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            model=story.model,
+            subtitle=_subtitle(story),
+            style=style(),
+            devices=devices,
+            about=facts.about_run(story),
+            artifacts=facts.artifacts(story),
+            verified=story.verified,
+            missing=story.missing,
+            words=facts.WORDS,
+            version=story.quantized.get("qat_edge"),
+        )
     )
 
 
@@ -121,7 +134,7 @@ def _subtitle(story: Story) -> list[str]:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    """QAT's own figures, each with those of the fine-tune and of round-to-nearest."""
+    """QAT's own figures, each with those of the fine-tune and of post-training quantization."""
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     tuned = [row for row in report.measured if role(row) == "tuned"]
     tiles = []

@@ -36,7 +36,7 @@ LOG_FROM = 12.0  # ratio of largest to smallest size from which a logarithm is e
 LEFT = 42.0
 ROW = 30.0
 TALL_ROW = 40.0
-LABELS = 116.0  # width kept for the names beside bars
+LABELS = 124.0  # width kept for the names beside bars
 PHASES = {"lora": "LoRA, float", "qat": "QAT"}
 
 
@@ -219,7 +219,7 @@ def _quality_words(row: Measured, exact: bool) -> str:
 
 
 def _gains(root: ET.Element, rows: Sequence[Measured], places: Points) -> None:
-    """A line from each round-to-nearest artifact to the QAT one of the same target: what QAT changes."""
+    """A line from each post-training artifact to the QAT one of the same target: what QAT changes."""
     for row, place in zip(rows, places, strict=True):
         for other, end in zip(rows, places, strict=True):
             if role(row) == "ptq" and role(other) == "qat" and row.target == other.target:

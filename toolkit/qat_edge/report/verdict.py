@@ -27,15 +27,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Rows of one report that the sentences are about; `ptq` holds only targets that `qat` has too."""
+    """Rows of one report that the sentences are about; `ptq` holds only targets that `qat` has too.
+
+    rival: what the sentences call the method of `ptq`, the best of those measured.
+    """
 
     tuned: Measured
     qat: list[Measured]
     ptq: list[Measured]
+    rival: str
 
 
 def verdict(report: Report) -> Verdict:
-    """Compare QAT with the FP32 fine-tune and with round-to-nearest, on this report's figures."""
+    """Compare QAT with the FP32 fine-tune and with the best post-training method, on this report's figures."""
     tuned = next((row for row in report.measured if role(row) == "tuned"), None)
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     if not qat:
@@ -45,10 +49,31 @@ def verdict(report: Report) -> Verdict:
     if ptq:
         targets = {row.target for row in qat} & {row.target for row in ptq}
         ptq = [row for row in ptq if row.target in targets]
-    compared = _Compared(tuned, qat, ptq)
+    compared = _Compared(tuned, qat, *_best_method(ptq))
     asked = all(row.exact_match is not None for row in (tuned, *qat))
     judged = _by_exact_match(compared) if asked and tuned.exact_match else _by_perplexity(compared, asked)
     return replace(judged, context=_fine_tuning(report, tuned))
+
+
+def _best_method(rows: list[Measured]) -> tuple[list[Measured], str]:
+    """Rows of the method with the most exact answers on average, or the least perplexity, and its name."""
+    methods: dict[str, list[Measured]] = {}
+    for row in rows:
+        methods.setdefault(row.name, []).append(row)
+    others = len(methods) > 1
+    # A method that lacks a target that others have could win by that alone.
+    most = max((len(found) for found in methods.values()), default=0)
+    methods = {name: found for name, found in methods.items() if len(found) == most}
+    asked = all(row.exact_match is not None for row in rows)
+
+    def merit(name: str) -> tuple[float, float]:
+        found = methods[name]
+        exact = sum(_exact(row) for row in found) / len(found) if asked else 0.0
+        return exact, -sum(row.perplexity for row in found) / len(found)
+
+    best = max(methods, key=merit, default="")
+    words = best.removeprefix("ptq (").removesuffix(")") or "round-to-nearest"
+    return methods.get(best, []), f"{words}, the best of the post-training methods measured," if others else words
 
 
 def shipped(report: Report, wanted: str) -> list[Measured]:
@@ -66,18 +91,18 @@ def _by_exact_match(compared: _Compared) -> Verdict:
     text = f"QAT {verb} {_shares(kept)} of the exact match of the FP32 fine-tune at {_shares(sizes)} of its size"
     rounded = [row for row in compared.ptq if row.exact_match is not None]
     if not rounded:
-        return Verdict(f"{text}. Round-to-nearest was not measured beside it.", _notes(compared), figures)
+        return Verdict(f"{text}. No post-training method was measured beside it.", _notes(compared), figures)
     figures["ptq_exact_match_kept"] = [_exact(row) / tuned for row in rounded]
     gains = [_exact(_same_target(row, compared.qat)) - _exact(row) for row in rounded]
     figures["qat_gain_exact_match"] = gains
     theirs = _shares(figures["ptq_exact_match_kept"])
     if min(gains) > 0:
-        text = f"{text}; round-to-nearest keeps {theirs}."
+        text = f"{text}; {compared.rival} keeps {theirs}."
     elif max(gains) <= 0:
-        text = f"QAT gains nothing here: {text}, while round-to-nearest keeps {theirs}."
+        text = f"QAT gains nothing here: {text}, while {compared.rival} keeps {theirs}."
     else:
-        text = f"{text}; round-to-nearest keeps {theirs}, and which is better depends on the target."
-    return Verdict(text, [*_chance(rounded, compared.qat), *_notes(compared)], figures)
+        text = f"{text}; {compared.rival} keeps {theirs}, and which is better depends on the target."
+    return Verdict(text, [*_chance(rounded, compared), *_notes(compared)], figures)
 
 
 def _by_perplexity(compared: _Compared, asked: bool) -> Verdict:
@@ -90,7 +115,7 @@ def _by_perplexity(compared: _Compared, asked: bool) -> Verdict:
         theirs = [row.perplexity / compared.tuned.perplexity for row in compared.ptq]
         figures["ptq_perplexity_ratio"] = theirs
         gains = [row.perplexity - _same_target(row, compared.qat).perplexity for row in compared.ptq]
-        text += f"; round-to-nearest has {span(theirs, number)} times"
+        text += f"; {compared.rival} has {span(theirs, number)} times"
         text = f"QAT gains nothing here: {text}" if max(gains) <= 0 else text
     reason = (
         "The FP32 fine-tune answers none of the prompts exactly, so perplexity is compared instead."
@@ -122,17 +147,17 @@ def _notes(compared: _Compared) -> list[str]:
     return notes
 
 
-def _chance(ptq: list[Measured], qat: list[Measured]) -> list[str]:
+def _chance(ptq: list[Measured], compared: _Compared) -> list[str]:
     """Say so where the difference in exact match is no larger than so few prompts can show."""
     for row in ptq:
-        mine = _same_target(row, qat)
+        mine = _same_target(row, compared.qat)
         asked = min(row.prompts, mine.prompts)
         if asked and abs(_exact(mine) - _exact(row)) <= Z_95 * math.sqrt(
             sum(_exact(one) * (1 - _exact(one)) / asked for one in (mine, row))
         ):
             return [
-                f"{asked} prompts cannot tell QAT's exact match from round-to-nearest's with 95% certainty; "
-                "ask more with --prompts."
+                f"{asked} prompts cannot tell the exact match of QAT from that of {compared.rival.partition(',')[0]} "
+                "with 95% certainty; ask more with --prompts."
             ]
     return []
 

@@ -1,0 +1,270 @@
+"""The four-deployment table of a tiny run: every row made, run and measured; what cannot be is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from qat_edge import adapters, cli, compare, config, deployments
+from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.deployments import Deployment, DeploymentTable
+from qat_edge.errors import ExportError, RunError
+from qat_edge.finetune import finetune
+from qat_edge.quant import frozen
+from qat_edge.report.comparison import render, verdict
+from qat_edge.results import Agreement, Measured, Speed, Spread
+from qat_edge.run import Run, read_manifest
+
+ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
+ASKED = CompareOptions(target=("executorch",), method=("rtn", "hqq"))
+MEASURED = ValidateOptions(
+    tokens=64, window=64, prompts=2, max_new_tokens=4, threads=1, prefill=4, decode=3, repeats=1
+)  # fmt: skip
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
+        for i in range(40)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run trained for a few steps, nothing exported; its configuration says how to measure."""
+    made = Run(tmp_path_factory.mktemp("compare") / "run")
+    options = FinetuneOptions(
+        model=str(tiny_model_folder), data=str(data), eval_data=str(data), steps=8, batch_size=4, lora_rank=4,
+        learning_rate=2e-2, track=(),
+    )  # fmt: skip
+    finetune(options, made.path, silent)
+    config.save(made.config, "validate", MEASURED)
+    config.save(made.config, "export", ExportOptions(context_length=128))
+    return made
+
+
+@pytest.fixture(scope="module")
+def table(run: Run) -> DeploymentTable:
+    return compare.compare(run, ASKED, None, silent)
+
+
+def test_every_row_is_there_and_measured(table: DeploymentTable) -> None:
+    assert table.steps == {"reference": 4, "qat": 8}
+    assert [(row.name, row.target) for row in table.deployments] == [(name, "executorch") for name in ROWS]
+    for row in table.deployments:
+        m = row.measured
+        assert (
+            m is not None
+            and row.reason == ""
+            and m.name == (row.title if row.name[:3] not in ("ptq", "qat") else m.name)
+        )
+        assert m.agreement is not None and m.agreement.tokens == table.tokens == MEASURED.tokens
+        assert m.prompts == 2 and m.exact_match is not None and m.load_ms is not None
+        assert m.speed is not None and row.ms_per_token == pytest.approx(1e3 / m.speed.decode.median)
+        assert row.memory_bytes is not None and row.memory_bytes > 0
+
+
+def test_float_rows_are_the_fine_tune_and_the_base(table: DeploymentTable) -> None:
+    found = {row.name: row.measured for row in table.deployments}
+    merged, lora, base = (found[name] for name in ("merged", "lora", "base"))
+    assert merged and lora and base and merged.agreement and lora.agreement and base.agreement
+    # Float rounding: another order of sums, and the adapters' product not formed.
+    assert merged.agreement.kl_nats < 1e-8 and lora.agreement.kl_nats < 1e-8
+    assert base.agreement.kl_nats > 1e-3
+    assert merged.perplexity == pytest.approx(table.reference.perplexity, rel=1e-5)
+    assert lora.size_bytes["adapters"] > 0 and "adapters" not in merged.size_bytes
+
+
+def test_the_rounded_rows_are_smaller_and_differ(table: DeploymentTable) -> None:
+    found = {row.name: row.measured for row in table.deployments if row.measured}
+    for name in ("naive", "ptq-rtn", "ptq-hqq", "qat"):
+        assert found[name].size_bytes["linears"] * 8 == found["merged"].size_bytes["linears"]
+        agreement = found[name].agreement
+        assert agreement is not None and agreement.kl_nats > 1e-6
+    assert found["naive"].size_bytes["adapters"] == found["lora"].size_bytes["adapters"]
+
+
+def test_checkpoints_are_what_their_rows_say(run: Run, table: DeploymentTable) -> None:
+    base, merged = (frozen.load(run.path / "compare" / n / "checkpoint").state_dict() for n in ("base", "merged"))
+    trained = adapters.base_model(run.reference).state_dict()
+    assert base.keys() == merged.keys() == trained.keys()
+    assert all(torch.equal(base[name], trained[name]) for name in trained)
+    naive = run.path / "compare" / "naive" / "checkpoint"
+    assert read_manifest(naive)["scheme"] == read_manifest(run.quantized)["scheme"]
+    name = "model.layers.0.mlp.up_proj"
+    weight = frozen.read_weights(naive)[name]
+    error = weight.codes * weight.scales.repeat_interleave(32, 1) - trained[f"{name}.weight"]
+    assert (error.abs() <= 0.51 * weight.scales.repeat_interleave(32, 1)).float().mean() > 0.98
+    shared = [run.path / "compare" / n / "checkpoint" / "model.safetensors" for n in ("base", "lora")]
+    assert shared[0].samefile(shared[1])
+
+
+def test_nothing_is_measured_twice(run: Run, table: DeploymentTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("was made or measured before")
+
+    for name in ("_measure_row", "export_one", "_write_checkpoint"):
+        monkeypatch.setattr(compare, name, refuse)
+    again = compare.compare(run, ASKED, None, silent)
+    assert again.deployments == table.deployments and again.reference == table.reference
+
+
+def test_other_tokens_are_measured_again(run: Run, table: DeploymentTable, tmp_path: Path) -> None:
+    path = tmp_path / "measure.yaml"
+    sections = {"validate": {**config.plain(MEASURED), "tokens": 80}, "export": {"context_length": 128}}
+    path.write_text(yaml.safe_dump(sections))
+    options = dataclasses.replace(ASKED, deployment=("qat",))
+    again = compare.compare(run, options, path, silent)
+    (row,) = again.deployments
+    assert row.measured and row.measured.agreement and row.measured.agreement.tokens == 80
+
+
+def test_what_cannot_be_expressed_is_said(run: Run, table: DeploymentTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(variant: Any, target: str, *_: Any) -> None:
+        raise ExportError("no place for adapters")
+
+    shutil.rmtree(run.path / "compare" / "lora" / "exports")
+    monkeypatch.setattr(compare, "export_one", refuse)
+    said: list[str] = []
+    again = compare.compare(run, ASKED, None, said.append)
+    assert [row.name for row in again.deployments] == ROWS
+    (row,) = [row for row in again.deployments if row.measured is None]
+    assert (row.name, row.reason) == ("lora", "not expressible: no place for adapters")
+    assert any("LoRA unmerged" in line for line in said)
+    assert "no place for adapters" in (run.path / "compare" / "compare.html").read_text()
+    assert deployments.load(run.path / "compare" / "compare.json") == again
+
+
+def test_too_little_calibration_data_is_a_row_with_a_reason(run: Run, table: DeploymentTable) -> None:
+    found = compare.compare(run, dataclasses.replace(ASKED, deployment=("ptq",), method=("gptq",)), None, silent)
+    (row,) = found.deployments
+    assert row.measured is None and "are missing" in row.reason and "--calibration-tokens" in row.reason
+
+
+def test_an_artifact_of_another_length_needs_force(run: Run, table: DeploymentTable, tmp_path: Path) -> None:
+    path = tmp_path / "longer.yaml"
+    path.write_text(yaml.safe_dump({"export": {"context_length": 256}, "validate": config.plain(MEASURED)}))
+    with pytest.raises(RunError, match="--force"):
+        compare.compare(run, dataclasses.replace(ASKED, deployment=("qat",)), path, silent)
+
+
+def test_the_command_trains_first(tiny_model_folder: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    sections = {
+        "finetune": {"steps": 2, "batch_size": 2, "eval_rows": 2, "track": ["none"]},
+        "validate": config.plain(MEASURED),
+        "export": {"context_length": 128},
+        "compare": {"target": "executorch", "deployment": ["base"], "method": ["rtn"]},
+    }
+    path.write_text(yaml.safe_dump(sections))
+    arguments = ["compare", "--model", str(tiny_model_folder), "--data", str(data), "--eval-data", str(data)]
+    arguments += ["--config", str(path), "--out", str(tmp_path / "run")]
+    answer = CliRunner().invoke(cli.main, [*arguments, "--json"])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert [row["title"] for row in found["deployments"]] == ["Base, FP32"]
+    again = CliRunner().invoke(cli.main, arguments)
+    assert again.exit_code == 1 and "exists already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a finished RUN"),
+        (["run", "--out", "x"], "RUN and --out"),
+        (["run", "--model", "m"], "RUN and --model"),
+        (["--out", "x"], "--model is missing"),
+        (["run", "--deployment", "best"], "'best' is not one of"),
+        (["run", "--method", "nf4"], "'nf4' is not one of"),
+    ],
+)
+def test_usage_errors(arguments: list[str], message: str) -> None:
+    answer = CliRunner().invoke(cli.main, ["compare", *arguments])
+    assert answer.exit_code == 2 and message in answer.output, answer.output
+
+
+# --- the table as values -----------------------------------------------------------------------------------
+
+
+def measured(perplexity: float, exact: float | None = None, decode: float = 50.0) -> Measured:
+    speed = Speed(1, 8, 4, 1, *(Spread(decode, decode, decode) for _ in range(3)))
+    return Measured(
+        name="x", target="onnx", runtime="r", size_bytes={"linears": 7_000_000, "graph": 1}, perplexity=perplexity,
+        agreement=Agreement(8, 0.1, 0.9, None), exact_match=exact, prompts=4, speed=speed, memory_bytes=30_000_000,
+        runtime_bytes=10_000_000,
+    )  # fmt: skip
+
+
+def made_table(*rows: Deployment) -> DeploymentTable:
+    steps = {"reference": 50, "qat": 120}
+    return DeploymentTable("now", "tiny", "local", {"cores": 2}, {}, 8, steps, measured(4.0, 0.8), list(rows))
+
+
+def test_gain_kept_is_a_share_of_the_fine_tunes_gain() -> None:
+    rows = [Deployment("base", "onnx", measured(16.0, 0.2)), Deployment("qat", "onnx", measured(8.0, 0.65))]
+    rows += [Deployment("naive", "onnx", measured(32.0, 0.2)), Deployment("lora", "onnx", reason="not expressible: x")]
+    table = made_table(*rows)
+    # log 16 - log 8 is one of the two doublings between 16 and 4
+    assert [table.kept_perplexity(row) for row in rows] == [0.0, pytest.approx(0.5), pytest.approx(-0.5), None]
+    assert [table.kept_exact_match(row) for row in rows] == [0.0, pytest.approx(0.75), 0.0, None]
+
+
+def test_no_gain_no_share() -> None:
+    worse = made_table(Deployment("base", "onnx", measured(3.0, 0.9)), row := Deployment("qat", "onnx", measured(4.0)))
+    assert worse.kept_perplexity(row) is None and worse.kept_exact_match(row) is None
+    alone = made_table(row)
+    assert alone.kept_perplexity(row) is None
+
+
+def test_further_training_is_told() -> None:
+    qat, base = Deployment("qat", "onnx", measured(3.0)), Deployment("base", "onnx", measured(8.0))
+    assert "the 70 further steps" in made_table(qat).further_training
+    assert "the 70 further steps" in render(made_table(qat))
+    assert made_table(base).further_training == ""
+    assert dataclasses.replace(made_table(qat), steps={"reference": 120, "qat": 120}).further_training == ""
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    table = made_table(Deployment("qat", "onnx", measured(5.0, 0.5)), Deployment("lora", "onnx", reason="why"))
+    deployments.save(table, tmp_path / "compare.json")
+    assert deployments.load(tmp_path / "compare.json") == table
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged"):
+        deployments.load(tmp_path / "compare.json")
+
+
+def test_the_page_shows_figures_and_reasons_and_escapes_them() -> None:
+    rows = [Deployment("base", "onnx", measured(16.0, 0.2)), Deployment("qat", "onnx", measured(8.0, 0.6, 80.0))]
+    rows += [
+        Deployment("merged", "onnx", measured(4.0, 0.8, 40.0)),
+        Deployment("lora", "onnx", reason="no <b>place</b>"),
+    ]
+    page = render(made_table(*rows))
+    assert "no &lt;b&gt;place&lt;/b&gt;" in page and "<b>place" not in page
+    assert 'value="12.5"' in page  # ms per token of 80 tokens per second
+    assert "http://" not in page and "https://" not in page
+    said = verdict(made_table(*rows), "onnx")
+    assert "25.0 to 12.5 ms per token" in said and "50% of the gain in log perplexity" in said
+    assert "67% of what fine-tuning gained" in said
+
+
+def test_rows_keep_the_order_of_the_table() -> None:
+    assert deployments.row_names(("qat", "ptq", "base"), ("awq", "rtn")) == ["base", "ptq-awq", "ptq-rtn", "qat"]
+    assert set(deployments.row_names(config.DEPLOYMENTS, ("rtn", "hqq", "gptq", "awq"))) == set(deployments.TITLES)

@@ -1,0 +1,175 @@
+"""Fine-tuning all weights instead of adapters, and what cannot be combined with it or with a stored base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qat_edge.adapters import base_model, merged_model
+from qat_edge.border import check_combination
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import RunError, UsageError
+from qat_edge.finetune import finetune
+from qat_edge.quant import fake, frozen, numerics, scheme
+from qat_edge.quant.start import Start
+from qat_edge.run import read_manifest
+
+DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_start
+IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture
+def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return FinetuneOptions(
+        model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), method="full", learning_rate=1e-4,
+        steps=6, qat_start=0.5, batch_size=4, save_every=2, track=(),
+    )  # fmt: skip
+
+
+def tensors(run: Path, part: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(run / part / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in json.loads((run / "training.json").read_text())["curve"] if "loss" in row]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tmp_path: Path, learned: bool) -> None:
+    """All weights trained for a step, then frozen: the same logits bit for bit, through plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    plan = scheme.choose(model, 32)
+    switch = fake.insert(model, plan, learned_scales=learned)
+    fake.train_weights(model, switch)
+    if learned:
+        scales = {n: numerics.choose_scales(model.get_submodule(n).weight.detach(), 4, 32) for n in plan.linears}
+        Start(scales, {}).apply(model)
+    switch.enabled = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    count = 2 * 9 + 2 + (2 * 7 if learned else 0)  # two blocks, table and norm; a factor for each linear layer
+    assert len(list(model.parameters())) == count
+    optimizer.step()
+    with torch.no_grad():
+        trained = model(IDS).logits
+    merged, own = fake.merge_adapters(model)
+    assert set(own) == (set(plan.linears) if learned else set())
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    frozen.freeze(merged, plan, own)
+    merged.save_pretrained(tmp_path / "quantized")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(IDS).logits, trained, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "schemes", [{}, {"ptq_start": "awq", "scales": "fixed"}, {"ptq_start": "none", "scales": "absmax"}]
+)
+def test_leaves_whole_models(options: FinetuneOptions, tmp_path: Path, schemes: dict[str, Any]) -> None:
+    out = tmp_path / "run"
+    finetune(replace(options, **schemes), out, silent)
+    for part in ("adapter", "reference"):
+        assert set(read_manifest(out / part)["files"]) == {"model.safetensors", "config.json"}
+    factors = {n for n in tensors(out) if "scale_factor" in n}
+    assert len(factors) == (0 if schemes else 2 * 7) and not any("scale_factor" in n for n in tensors(out, "reference"))
+    merged = merged_model(out / "adapter", silent)
+    state = merged.model.state_dict()
+    assert all(torch.equal(state[n], t) for n, t in tensors(out).items() if n not in factors)
+    assert set(merged.scales) == (set() if schemes.get("scales") == "absmax" else set(merged.scheme.linears))
+    plain = AutoModelForCausalLM.from_pretrained(out / "reference", dtype=torch.float32).eval()
+    base = base_model(out / "reference")
+    with torch.no_grad():
+        reference = merged_model(out / "reference", silent).model(IDS).logits
+        torch.testing.assert_close(plain(IDS).logits, reference, rtol=0, atol=0)
+        assert (base(IDS).logits != reference).any()
+
+
+def test_a_resumed_run_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(options, tmp_path / "whole", silent)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    finetune(options, tmp_path / "cut", silent, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+def test_a_cached_teacher_teaches_all_weights(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(replace(options, distill_weight=0.5, distill_top_k=8), tmp_path / "run", silent)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_weights_that_are_not_there_are_named(options: FinetuneOptions, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finetune(replace(options, steps=2), out, silent)
+    short = {name: tensor for name, tensor in tensors(out, "reference").items() if name != "model.norm.weight"}
+    save_file(short, out / "reference" / "model.safetensors")
+    with pytest.raises(RunError, match=r"another model \(model\.norm\.weight\)"):
+        merged_model(out / "reference", silent)
+    (out / "reference" / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"model\.safetensors is missing"):
+        merged_model(out / "reference", silent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"base": "nf4"}, ("--base nf4", f"--ptq-start {DEFAULT_START} (the default)", "Give --ptq-start hqq")),
+        ({"base": "int8", "ptq_start": "awq"}, ("--base int8", "--ptq-start awq")),
+        ({"base": "nf4", "ptq_start": "hqq", "method": "full"}, ("--base nf4", "--method full")),
+        ({"method": "full", "lora_rank": 4, "lora_dropout": 0.5}, ("--method full", "--lora-rank, --lora-dropout")),
+        ({"method": "full", "distill_weight": 0.5, "ptq_start": "hqq"}, ("--distill-weight", "--method full")),
+    ],
+)
+def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_combination(FinetuneOptions(model="m", data="d", **changes))
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("start", ["hqq", "none"])
+def test_trains_adapters_over_a_stored_base(options: FinetuneOptions, tmp_path: Path, base: str, start: str) -> None:
+    said: list[str] = []
+    out = tmp_path / "run"
+    finetune(replace(options, method="lora", base=base, ptq_start=start), out, said.append)
+    assert any(f"linear layers as {base}, " in line for line in said)
+    stored = base_model(out / "reference")
+    original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    changed = {n for n, p in stored.named_parameters() if not torch.equal(p, original.get_parameter(n))}
+    plan = scheme.choose(original, 32)
+    assert changed == {f"{name}.weight" for name in plan.linears}
+    merged = merged_model(out / "adapter", silent)
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    for name in plan.linears:
+        stem = f"base_model.model.{name}.lora_"
+        expected = numerics.merge(
+            stored.get_submodule(name).weight, saved[f"{stem}A.weight"], saved[f"{stem}B.weight"], 2.0
+        )
+        assert torch.equal(merged.model.get_submodule(name).weight, expected)
+
+
+def test_a_resumed_run_over_a_stored_base_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
+    options = replace(options, method="lora", base="nf4", ptq_start="hqq")
+    finetune(options, tmp_path / "whole", silent)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "cut" / "adapter")
+    finetune(options, tmp_path / "cut", silent, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -1,0 +1,212 @@
+"""Freezing: of the trained adapters, and of the FP32 fine-tune by each method, with calibration rows of the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from qat_edge import calibration, cli
+from qat_edge.adapters import merged_model
+from qat_edge.config import ExportOptions, FinetuneOptions, QuantizeOptions
+from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.export import export
+from qat_edge.finetune import finetune
+from qat_edge.quant import frozen, numerics, ptq
+from qat_edge.quantize import quantize, quantize_if_missing
+from qat_edge.run import MANIFEST, PTQ_METHODS, Run, read_manifest
+
+ROWS = 40
+TOKENS = 600
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("quantize")
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}, and {i * i} is its square"} for i in range(ROWS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = FinetuneOptions(
+        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), steps=4, batch_size=4, lora_rank=4,
+        learning_rate=1e-2, track=(), ptq_start="none", scales="absmax",
+    )  # fmt: skip
+    finetune(options, folder / "run", silent)
+    return Run(folder / "run")
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    return Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+
+
+def options(method: str, **changes: Any) -> QuantizeOptions:
+    return replace(QuantizeOptions(method=method, calibration_tokens=TOKENS), **changes)
+
+
+# --- calibration -------------------------------------------------------------------------------------------
+
+
+def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": [i + 1] * n, "labels": [i + 1] * n} for i, n in enumerate(lengths)]
+
+
+def test_rows_hold_as_many_tokens_as_asked() -> None:
+    chosen = calibration.choose_rows(rows([10, 20, 30, 40]), 55, 0, "file", "--tokens")
+    assert sum(len(row["input_ids"]) for row in chosen) == 55
+    assert chosen == calibration.choose_rows(rows([10, 20, 30, 40]), 55, 0, "file", "--tokens")
+    orders = [calibration.choose_rows(rows([9] * 9), 81, seed, "file", "--tokens") for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_too_few_rows_say_how_much_is_missing() -> None:
+    with pytest.raises(DataError, match=r"file: 2 rows hold 30 tokens, --tokens asks for 100: 70 are missing"):
+        calibration.choose_rows(rows([10, 20]), 100, 0, "file", "--tokens")
+
+
+def test_batches_hold_every_token_once_and_mark_the_padding(tokenizer: Any) -> None:
+    given = rows([5, 700, 9, 600, 400, 12])
+    batches = calibration.batches(given, tokenizer)
+    assert sum(int(b["attention_mask"].sum()) for b in batches) == sum(len(row["input_ids"]) for row in given)
+    assert all(b["input_ids"].numel() <= calibration.BATCH_TOKENS for b in batches)
+    assert all(set(b) == {"input_ids", "attention_mask"} for b in batches)
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+        assert bool((real[:, :-1] >= real[:, 1:]).all()), "padding is on the right"
+
+
+# --- quantize ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["qat", *PTQ_METHODS])
+def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run, method: str) -> None:
+    result = quantize(run, options(method), silent)
+    folder = run.quantized if method == "qat" else run.path / "ptq" / method / "quantized"
+    assert result.folder == folder and result.method == method and "14 int4" in result.weights
+    manifest = read_manifest(folder)
+    assert manifest["method"] == method
+    if method in ptq.CALIBRATED:
+        assert manifest["calibration"]["tokens"] == TOKENS and 0 < manifest["calibration"]["rows"] <= ROWS
+    else:
+        assert manifest["calibration"] is None
+    ids = torch.arange(3, 40).unsqueeze(0)
+    tuned = merged_model(run.adapter if method == "qat" else run.reference, silent).model
+    with torch.no_grad():
+        expected, logits = tuned(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert 0 < float((logits - expected).norm() / expected.norm()) < 0.3
+
+
+def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:
+    quantize(run, options("rtn"), silent)
+    model = merged_model(run.reference, silent).model
+    for name, found in frozen.read_weights(run.ptq("rtn").quantized).items():
+        weight = model.get_submodule(name).weight.detach()
+        group = weight.shape[1] // found.scales.shape[1]
+        scales = numerics.choose_scales(weight, found.bits, group)
+        assert torch.equal(found.scales, scales) and torch.equal(
+            found.codes, numerics.quantize(weight, scales, found.bits)
+        )
+
+
+def test_made_once_and_again_only_by_force(run: Run) -> None:
+    said: list[str] = []
+    quantize(run, options("gptq"), said.append)
+    again = quantize(run, options("gptq"), said.append)
+    assert again.calibration == read_manifest(again.folder)["calibration"]
+    assert len([line for line in said if line.startswith("Frozen")]) == 1
+    with pytest.raises(RunError, match=r"other options.*--seed 0"):
+        quantize(run, options("gptq", seed=1), silent)
+    quantize(run, options("gptq", seed=1), silent, force=True)
+    assert read_manifest(run.ptq("gptq").quantized)["options"]["seed"] == 1
+
+
+def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    (tmp_path / "bits.yaml").write_text(f"bits: {{{name}: 8}}\n")
+    asked = options("awq", bits=str(tmp_path / "bits.yaml"))
+    quantize(run, asked, silent)
+    bits = {n: w.bits for n, w in frozen.read_weights(run.ptq("awq").quantized).items()}
+    assert bits[name] == 8 and sum(b == 4 for b in bits.values()) == 13
+    with pytest.raises(UsageError, match="--bits and --method qat"):
+        quantize(run, replace(asked, method="qat"), silent)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
+    quantize(run, options("qat"), silent)
+    shutil.copy(run.reference / "adapter_model.safetensors", run.adapter)
+    for attempt in (lambda: quantize(run, options("qat"), silent), lambda: quantize_if_missing(run, "qat", silent)):
+        with pytest.raises(RunError, match="another adapter"):
+            attempt()
+    quantize_if_missing(run, "qat", silent, force=True)
+
+
+def test_too_little_calibration_data_is_said_by_the_command(run: Run, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"text": "only this"}) + "\n")
+    arguments = ["quantize", str(run.path), "--method", "awq", "--calibration-data", str(few)]
+    arguments += ["--calibration-tokens", "12288"]
+    answer = CliRunner().invoke(cli.main, arguments)
+    assert answer.exit_code == 1 and "--calibration-tokens asks for 12288" in answer.output
+    assert "are missing" in answer.output and not run.ptq("awq").quantized.exists()
+
+
+def test_the_command_prints_what_it_made(run: Run) -> None:
+    answer = CliRunner().invoke(cli.main, ["quantize", str(run.path), "--method", "hqq", "--json"])
+    assert answer.exit_code == 0, answer.output
+    made = json.loads(answer.stdout)
+    assert made["method"] == "hqq" and made["folder"] == str(run.ptq("hqq").quantized)
+
+
+# --- export of variants ------------------------------------------------------------------------------------
+
+
+def copying(quantized: Path, work: Path, context_length: int, say: Any) -> None:
+    (work / "model").write_text(f"{read_manifest(quantized)['method']} {context_length}")
+
+
+@pytest.fixture
+def quick_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_edge.export.resolve", lambda table, name, what: copying)
+
+
+@pytest.mark.usefixtures("quick_exporters")
+def test_methods_are_exported_beside_the_run_and_can_be_added(run: Run) -> None:
+    first = ExportOptions(target=("onnx",))
+    assert [e.folder for e in export(run, first, silent)] == [run.exports / "onnx", run.ptq("rtn").exports / "onnx"]
+    added = replace(first, ptq=("rtn", "hqq"))
+    assert [e.folder for e in export(run, added, silent)] == [run.ptq("hqq").exports / "onnx"]
+    assert (run.ptq("hqq").exports / "onnx" / "model").read_text() == "hqq 1024"
+    assert [v.name for v in run.variants()] == ["qat", "ptq (round-to-nearest)", "ptq (HQQ)"]
+    for asked in (added, replace(added, ptq=("rtn", "hqq", "gptq"), context_length=64)):
+        with pytest.raises(RunError, match="--force"):
+            export(run, asked, silent)
+    assert not run.ptq("gptq").path.exists(), "refused before anything was made"
+
+
+@pytest.mark.usefixtures("quick_exporters")
+def test_force_exports_again_from_the_checkpoint_that_is_there(run: Run) -> None:
+    quantize(run, options("gptq"), silent)
+    before = (run.ptq("gptq").quantized / MANIFEST).read_text()
+    asked = ExportOptions(target=("onnx",), ptq=("gptq",))
+    for _ in range(2):
+        assert len(export(run, asked, silent, force=True)) == 2
+    assert (run.ptq("gptq").quantized / MANIFEST).read_text() == before
+
+
+@pytest.mark.usefixtures("quick_exporters")
+@pytest.mark.parametrize("nothing", [(), ("none",)])
+def test_post_training_quantization_can_be_left_out(run: Run, nothing: tuple[str, ...]) -> None:
+    assert [e.folder for e in export(run, ExportOptions(ptq=nothing), silent)] == [
+        run.exports / "executorch", run.exports / "onnx",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="--ptq none cannot be combined with --ptq hqq"):
+        export(run, ExportOptions(ptq=("none", "hqq")), silent)

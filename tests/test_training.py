@@ -1,0 +1,134 @@
+"""Learning rates by phase, and the teacher of self-distillation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qat_edge.border import check_combination
+from qat_edge.config import FinetuneOptions
+from qat_edge.data import IGNORED
+from qat_edge.distill import CachedTeacher, LiveTeacher, write_cache
+from qat_edge.errors import UsageError
+from qat_edge.quant import fake, scheme
+from qat_edge.training import learning_rate_factor
+
+OPTIONS = FinetuneOptions(model="m", data="d", steps=100, warmup_steps=4, learning_rate=1e-3)
+ROWS = [
+    {"input_ids": list(range(10 * i, 10 * i + 12 - i)), "labels": list(range(10 * i, 10 * i + 12 - i))}
+    for i in range(4)
+]
+
+
+def test_one_schedule_spans_both_phases() -> None:
+    factor = learning_rate_factor(OPTIONS, start=50)
+    assert factor(0) < factor(2) < factor(4) == 1
+    assert factor(52) == pytest.approx(0.5)  # half way down the cosine of steps 4 to 100
+    assert 0 < factor(99) < 0.001
+
+
+def test_each_phase_has_its_own_schedule_where_asked() -> None:
+    factor = learning_rate_factor(replace(OPTIONS, lr_restart=True, qat_learning_rate=5e-4), start=50)
+    assert factor(49) < 0.01
+    assert factor(54) == pytest.approx(0.5)  # the second peak, of half the height
+    assert factor(99) < 0.01
+
+
+def test_scales_do_not_follow_the_adapters_second_peak() -> None:
+    options = replace(OPTIONS, lr_schedule="constant", qat_learning_rate=2e-3)
+    assert learning_rate_factor(options, 50)(60) == 2
+    assert learning_rate_factor(options, 50, of_scales=True)(60) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"ptq_start": "hqq", "scales": "absmax"}, ("--ptq-start hqq", "--scales absmax")),
+        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start gptaq")),
+        ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
+        ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
+        ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
+    ],
+)
+def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_combination(replace(OPTIONS, **changes))
+    assert all(name in str(caught.value) for name in names)
+
+
+def student(folder: Path) -> tuple[Any, fake.Switch]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    switch = fake.insert(model, scheme.choose(model, 32))
+    torch.manual_seed(0)
+    adapted = fake.add_adapters(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return adapted.eval(), switch
+
+
+def batch() -> dict[str, torch.Tensor]:
+    length = max(len(row["input_ids"]) for row in ROWS)
+    ids = [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in ROWS]
+    labels = [row["labels"] + [IGNORED] * (length - len(row["labels"])) for row in ROWS]
+    mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in ROWS]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+
+def test_the_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_folder: Path) -> None:
+    model, switch = student(tiny_model_folder)
+    inputs = batch()
+    with torch.no_grad():
+        before = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    teacher = LiveTeacher(model, switch, temperature=1.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.01)
+    switch.enabled = True
+    changed = {n: p.clone() for n, p in model.named_parameters()}
+    torch.testing.assert_close(teacher.logits(inputs), before, rtol=0, atol=0)
+    assert switch.enabled and all(torch.equal(p, changed[n]) for n, p in model.named_parameters())
+    assert float(teacher.divergence(inputs, before)) == pytest.approx(0, abs=1e-4)
+
+
+def test_divergence_is_that_of_the_tokens_with_loss(tiny_model_folder: Path) -> None:
+    model, switch = student(tiny_model_folder)
+    inputs = batch()
+    teacher = LiveTeacher(model, switch, temperature=2.0)
+    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
+    p = (teacher.logits(inputs) / 2).softmax(-1)
+    q = (logits / 2).softmax(-1)
+    by_token = (p * (p / q).log()).sum(-1)[:, :-1]
+    expected = by_token[inputs["labels"][:, 1:] != IGNORED].sum()
+    torch.testing.assert_close(teacher.divergence(inputs, logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_choices_kept_are_the_live_teacher(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, switch = student(tiny_model_folder)
+    live, inputs, file = LiveTeacher(model, switch, 1.0), batch(), tmp_path / "teacher.safetensors"
+    write_cache(live, iter([inputs]), model.config.vocab_size, file, lambda done: None)
+    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
+    cached = CachedTeacher(ROWS, file, 1.0).divergence(inputs, logits)
+    torch.testing.assert_close(cached, live.divergence(inputs, logits), rtol=2e-3, atol=1e-2)  # float16 of log p
+
+
+def test_few_choices_are_a_lower_bound_and_know_their_rows(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Merging choices can only lower a divergence; rows come in another order than they were asked in."""
+    model, switch = student(tiny_model_folder)
+    live, inputs, file = LiveTeacher(model, switch, 1.0), batch(), tmp_path / "teacher.safetensors"
+    write_cache(live, iter([inputs]), 16, file, lambda done: None)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {name: tensor[order] for name, tensor in inputs.items()}
+    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
+    cached = CachedTeacher(ROWS, file, 1.0)
+    one, other = cached.divergence(inputs, logits), cached.divergence(shuffled, logits[order])
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    assert 0 < float(one) < float(live.divergence(inputs, logits))

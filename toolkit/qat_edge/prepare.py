@@ -1,0 +1,175 @@
+"""Everything before the first step: device, model, data, which weights get which bits, what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers.integrations import get_available_reporting_integrations
+
+from qat_edge import data, models, prune
+from qat_edge.bits import load_bits
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import UsageError
+from qat_edge.quant import fake, scheme, storage
+from qat_edge.rows import load_rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is loaded before training. facts: what the manifests record of it."""
+
+    model: Any
+    tokenizer: Any
+    plan: scheme.Scheme
+    rows: data.TokenizedRows
+    eval_rows: data.TokenizedRows | None
+    device: str
+    precision: str
+    facts: dict[str, Any]
+
+
+def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: list[int] | None = None) -> Job:
+    """Load model and data, and say aloud what was found and chosen.
+
+    kept_layers: those that a resumed run kept, where it was pruned.
+    """
+    device = choose_device(options.device)
+    _check_trackers(options.track)
+    precision = choose_precision(options.precision, device)
+    say(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code)
+    say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    bits = load_bits(Path(options.bits)) if options.bits else {}
+    rows = _tokenize(options.data, "train", options, tokenizer, say)
+    eval_rows = _tokenize(options.eval_data, "eval", options, tokenizer, say) if options.eval_data else None
+    if options.keep_layers is not None:
+        kept_layers = kept_layers or prune.choose_layers(
+            model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device, say
+        )
+        prune.keep(model, kept_layers)
+        say(f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    plan = scheme.choose(model, options.group_size, bits)
+    say(f"Quantization: {plan.summary()}{', embedding and head share a table' if plan.tied else ''}")
+    for name, reason in plan.exceptions.items():
+        say(f"  {name}: {reason}")
+    facts = _facts(options, identity, rows, eval_rows) | {"device": device, "bits": bits, "kept_layers": kept_layers}
+    return Job(model, tokenizer, plan, rows, eval_rows, device, precision, facts)
+
+
+def _facts(
+    options: FinetuneOptions,
+    identity: models.ModelIdentity,
+    rows: data.TokenizedRows,
+    eval_rows: data.TokenizedRows | None,
+) -> dict[str, Any]:
+    origin = {"source": options.model, "trust_remote_code": options.trust_remote_code}
+    return {
+        "model": {**origin, "identity": dataclasses.asdict(identity)},
+        "data": {"source": options.data, "sha256": _fingerprint(rows)},
+        "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
+        "seed": options.seed,
+        "group_size": options.group_size,
+        "method": options.method,
+        "base": options.base,
+        "learned_scales": False,
+        "start": None,
+    }
+
+
+def trainable(job: Job, options: FinetuneOptions, say: Callable[[str], None]) -> tuple[Any, fake.Switch]:
+    """The model ready to be trained, fake quantization inserted and off: with adapters, or all of it.
+
+    Raises:
+        UsageError: the target modules are none that adapters can be merged into before they are rounded.
+    """
+    if options.base != "fp32":
+        before, after = storage.store(job.model, job.plan.linears, options.base)
+        say(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
+    switch = fake.insert(job.model, job.plan, options.scales == "learned")
+    torch.manual_seed(options.seed)
+    if options.method == "full":
+        trained = sum(p.numel() for p in job.model.parameters()) / 1e6
+        say(f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters")
+        return fake.train_weights(job.model, switch), switch
+    return fake.add_adapters(job.model, _lora_config(options)), switch
+
+
+def choose_device(asked: str) -> str:
+    """`cuda` or `cpu`.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no CUDA GPU here. Use --device auto or --device cpu.")
+    return "cuda" if asked != "cpu" and available else "cpu"
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """`bf16` or `fp32`.
+
+    Raises:
+        UsageError: bfloat16 was asked for and the GPU has none.
+    """
+    supported = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and not supported:
+        raise UsageError(
+            f"--precision bf16: {torch.cuda.get_device_name()} has no bfloat16. Use --precision auto or fp32."
+        )
+    return "bf16" if asked != "fp32" and supported else "fp32"
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Before anything is loaded, not after.
+
+    Raises:
+        UsageError: a tracker that the trainer does not know, or whose package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    unknown = [name for name in names if name not in (*available, "none")]
+    if unknown:
+        raise UsageError(
+            f"--track {unknown[0]}: not known to the trainer, or its package is not installed "
+            f"(`pip install {unknown[0]}`). Installed: {', '.join(available)}; 'none' logs nowhere."
+        )
+
+
+def describe_device(device: str) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def _tokenize(
+    source: str, split: str, options: FinetuneOptions, tokenizer: Any, say: Callable[[str], None]
+) -> data.TokenizedRows:
+    rows = data.tokenize(load_rows(source, split), tokenizer, options.max_length)
+    say(f"{split}: {rows.summary()}")
+    return rows
+
+
+def _fingerprint(rows: data.TokenizedRows) -> str:
+    """sha256 of the token ids and labels: the same text under another tokenizer is other data."""
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        digest.update(json.dumps([list(row["input_ids"]), list(row["labels"])]).encode())
+    return digest.hexdigest()
+
+
+def _lora_config(options: FinetuneOptions) -> LoraConfig:
+    targets = list(options.target_modules)
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
