@@ -23,7 +23,7 @@ START_S = 15.0  # imports, model and data of one command
 LOAD_S = 6.0  # a model in this process
 SCORE_S = 0.006  # a compared token, emulated in torch
 METHOD_S = {"rtn": 5.0, "hqq": 15.0}
-CALIBRATED = ("gptq", "awq")
+CALIBRATED = ("gptq", "gptaq", "awq")
 EXPORT_S = 70.0  # one model to both targets
 SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.3  # a token, a token, an answered prompt
 

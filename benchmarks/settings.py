@@ -29,6 +29,7 @@ _TAUGHT: Overrides = {"distill_top_k": 64}
 # that is the default already is left out when the table is run.
 ABLATION: Mapping[str, Overrides] = {
     "no PTQ start": {"ptq_start": "none"},
+    "GPTQ start": {"ptq_start": "gptq"},
     "scales fixed at the start": {"scales": "fixed"},
     "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_start": "none"},
     "distillation, half the loss": {"distill_weight": 0.5, **_TAUGHT},
@@ -42,7 +43,6 @@ ABLATION: Mapping[str, Overrides] = {
     "learning rate of QAT 2e-3": {"qat_learning_rate": 2e-3},
     "learning rate of the scales 1e-3": {"scale_learning_rate": 1e-3},
     "learning rate of the scales 2e-2": {"scale_learning_rate": 2e-2},
-    "GPTQ start": {"ptq_start": "gptq"},
     "AWQ start": {"ptq_start": "awq"},
     "HQQ start": {"ptq_start": "hqq"},
     "no distillation": {"distill_weight": 0.0, "distill_top_k": 0},
@@ -62,7 +62,7 @@ COSTS: Mapping[str, Overrides] = {
 
 PARTS = ("main", "steps", "ablation", "formulations", "remaining", "cost")
 BASELINES = ("rtn", "hqq")  # recovery is counted against the better of these
-METHODS = (*BASELINES, "gptq", "awq")
+METHODS = (*BASELINES, "gptq", "gptaq", "awq")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Setting:
     """How much is run. steps: N, optimizer steps in all; factors: multiples of N beside it.
 
     tokens: compared in each model. prompts: answered for exact match. exported: PTQ methods beside QAT, "better"
-    for the better baseline of each seed. The main table has every task and seed; GPTQ, AWQ and the other parts have
-    side_tasks and the first side_seeds of the seeds.
+    for the better baseline of each seed. The main table has every task and seed; GPTQ, GPTAQ, AWQ and the other parts
+    have side_tasks and the first side_seeds of the seeds.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Setting:
     cost_steps: int
     lora_step_s: float  # of 1024 tokens; these three are for the estimate of time alone
     qat_step_s: float
-    calibrate_s: float  # GPTQ or AWQ of the whole model
+    calibrate_s: float  # GPTQ, GPTAQ or AWQ of the whole model
 
 
 BETTER = "better"
@@ -125,7 +125,7 @@ SETTINGS: Mapping[str, Setting] = {
     "reduced": Setting(
         name="reduced", steps=40, tokens=2048, prompts=64, exported=(BETTER,), factors=(1.5, 2.0),
         side_tasks=("python-reference",), side_seeds=1, ablation_rows=3, cost_rounds=2, cost_steps=3,
-        lora_step_s=2.0, qat_step_s=2.9, calibrate_s=75.0,
+        lora_step_s=2.0, qat_step_s=2.9, calibrate_s=120.0,
     ),
     "full": Setting(
         name="full", steps=200, tokens=8192, prompts=400, exported=BASELINES, factors=(1.5, 2.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,13 +91,46 @@ def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     for late in sorted((tmp_path / "cut" / "checkpoints").glob("checkpoint-[!2]*")):
-        import shutil
-
         shutil.rmtree(late)  # a fast machine may have gone further than the kill was meant to let it
     finetune(options, tmp_path / "cut", silent, resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = adapter(tmp_path / "whole", "adapter"), adapter(tmp_path / "cut", "adapter")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ptq_start": "awq", "scales": "fixed"},
+        {"ptq_start": "none", "distill_weight": 0.5, "distill_temperature": 2.0},
+        {"distill_weight": 1.0, "distill_top_k": 8},
+    ],
+)
+def test_a_run_resumed_past_the_border_ends_the_same(
+    options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    out, options = tmp_path / "run", replace(options, **changes)
+    finetune(options, out, silent)
+    whole, curve = adapter(out, "adapter"), losses(out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(out / "adapter")
+    finetune(options, out, silent, resume=True)
+    assert losses(out) == curve
+    again = adapter(out, "adapter")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(replace(options, qat_start=6), tmp_path / "run", silent)
+    facts = read_manifest(tmp_path / "run" / "adapter")
+    assert facts["start"]["method"] == "gptaq" and facts["learned_scales"]
+    merged = merged_model(tmp_path / "run" / "adapter", silent)
+    assert set(merged.scales) == set(merged.scheme.linears)
+    reference = merged_model(tmp_path / "run" / "reference", silent)
+    name = next(iter(merged.scales))
+    assert not reference.scales
+    assert not torch.equal(merged.model.get_submodule(name).weight, reference.model.get_submodule(name).weight)
 
 
 def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:
@@ -153,6 +187,19 @@ def test_force_never_removes_its_own_input(options: FinetuneOptions, tmp_path: P
     with pytest.raises(UsageError, match=r"--data .* lies inside"):
         finetune(replace(options, data=str(out / "mine.jsonl")), out, silent, force=True)
     assert (out / "mine.jsonl").is_file()
+
+
+def test_other_numerics_than_trained_are_refused_with_the_difference(options: FinetuneOptions, tmp_path: Path) -> None:
+    finetune(options, tmp_path / "run", silent)
+    path, said = tmp_path / "run" / "adapter" / "manifest.json", []
+    manifest = json.loads(path.read_text())
+    manifest["libraries"]["torchao"] = "0.1.0"
+    manifest["quantizer"] = "another"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"torchao 0\.18\.\S+ \(trained with 0\.1\.0\), quantizer .* --force"):
+        merged_model(tmp_path / "run" / "adapter", silent)
+    merged_model(tmp_path / "run" / "adapter", said.append, force=True)
+    assert "trained with 0.1.0" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -403,6 +403,8 @@ def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:
 
 
 def test_too_little_data(run: Run) -> None:
-    with pytest.raises(DataError, match=r"train.jsonl: 40 rows hold \d+ tokens, --tokens asks for 50000: \d+ are missing"):
+    with pytest.raises(
+        DataError, match=r"train.jsonl: 40 rows hold \d+ tokens, --tokens asks for 50000: \d+ are missing"
+    ):
         sensitivity.sensitivity(run, SensitivityOptions(tokens=50_000), silent)
     assert not (run.path / "sensitivity").exists()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat_edge import models, prune
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, scheme, storage
+from qat_edge.quant import fake, numerics, scheme, storage
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.start import Start
 from qat_edge.run import LIBRARIES, library_version, read_manifest, replace_folder, write_manifest
@@ -59,13 +59,13 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
 def merged_model(adapter: Path, say: Callable[[str], None], force: bool = False) -> Merged:
     """Base model with the adapters of one folder merged in float32.
 
-    force: merge although libraries have other versions than those the adapter was trained with.
+    force: merge although the quantizer or libraries have other versions than those of the training.
 
     Raises:
         RunError: no adapter there, or the base model, the start or a library is not the one of the training.
     """
     facts = adapter_facts(adapter)
-    _same_libraries(adapter, facts, say, force)
+    _same_numerics(adapter, facts, say, force)
     model, tokenizer, plan = _base_model(facts)
     switch = fake.insert(model, plan, facts["learned_scales"])
     if facts["start"]:
@@ -148,17 +148,14 @@ def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
     return model, tokenizer, plan
 
 
-def _same_libraries(adapter: Path, facts: dict[str, Any], say: Callable[[str], None], force: bool) -> None:
+def _same_numerics(adapter: Path, facts: dict[str, Any], say: Callable[[str], None], force: bool) -> None:
     """Refuse to merge under other numerics than were trained, unless forced."""
-    trained = facts["libraries"]
-    changed = [
-        f"{name} {library_version(name)} (trained with {trained[name]})"
-        for name in NUMERIC_LIBRARIES
-        if trained[name] != library_version(name)
-    ]
+    trained = facts["libraries"] | {"quantizer": facts["quantizer"]}
+    current = {name: library_version(name) for name in NUMERIC_LIBRARIES} | {"quantizer": numerics.QUANTIZER}
+    changed = [f"{name} {now} (trained with {trained[name]})" for name, now in current.items() if trained[name] != now]
     if not changed:
         return
-    told = f"{adapter} was trained under other libraries: {', '.join(changed)}. A code at a rounding tie may differ."
+    told = f"{adapter} was trained under other numerics: {', '.join(changed)}. A code at a rounding tie may differ."
     if not force:
         raise RunError(f"{told} Install those versions, train again, or give --force to go on.")
     say(f"--force: {told}")

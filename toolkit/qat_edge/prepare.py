@@ -18,7 +18,7 @@ from qat_edge import data, models, prune
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
-from qat_edge.quant import fake, scheme, storage
+from qat_edge.quant import fake, numerics, scheme, storage
 from qat_edge.rows import load_rows
 
 
@@ -76,6 +76,7 @@ def _facts(
         "data": {"source": options.data, "sha256": _fingerprint(rows)},
         "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
         "seed": options.seed,
+        "quantizer": numerics.QUANTIZER,
         "group_size": options.group_size,
         "method": options.method,
         "base": options.base,

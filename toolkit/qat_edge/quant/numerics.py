@@ -28,6 +28,9 @@ from torchao.quantization.quant_primitives import (
 )
 
 
+QUANTIZER = "8da4w symmetric, bfloat16 scales, 1"  # its name in manifests; changed with the formulas above
+
+
 def code_range(bits: int) -> tuple[int, int]:
     """Least and greatest code of a signed integer of `bits`."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
