@@ -57,7 +57,7 @@ class FinetuneOptions:
     target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",))
     steps: int = option("Optimizer steps in all.", 200, minimum=1)
     qat_start: float = option(
-        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.5, minimum=0
+        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.75, minimum=0
     )
     ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "gptaq", PTQ_STARTS)
     calibration_tokens: int | None = option(
@@ -68,7 +68,7 @@ class FinetuneOptions:
         "Group scales from then on: of the largest weight at each step, as --ptq-start left them, or learned.",
         "learned", ("absmax", "fixed", "learned"),
     )  # fmt: skip
-    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 5e-3, minimum=0)
+    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0)
     distill_weight: float = option(
         "Share of the loss that is divergence from the model at the end of plain LoRA, 0 to 1.", 0.0, minimum=0
     )
@@ -83,9 +83,10 @@ class FinetuneOptions:
         "Peak learning rate of AdamW; --method full wants about a twentieth of the default.", 1e-3, minimum=0
     )
     qat_learning_rate: float | None = option(
-        "Peak learning rate of the adapters after --qat-start, where another.", None, minimum=0
-    )
-    lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", False)
+        "Peak learning rate after --qat-start, of all but scales; by default 0.3 times --learning-rate if it restarts.",
+        None, minimum=0,
+    )  # fmt: skip
+    lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", True)
     lr_schedule: str = option("Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"))
     warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0)
     weight_decay: float = option("AdamW weight decay on the adapters.", 0.0, minimum=0)

@@ -18,6 +18,10 @@ from qat_edge.console import Bar
 from qat_edge.distill import Batch, Teacher
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 
+# Of the peak learning rate, in phase 2. SmolLM2 on held-out text, 48 + 12 steps from GPTAQ's 15.86: 15.71 with 0.3 and a
+# schedule of its own, 15.73 with 0.6, 15.84 at the end of one schedule over both.
+QAT_RATIO = 0.3
+
 
 class Border(Protocol):
     """What is done once between plain LoRA and fake quantization."""
@@ -109,9 +113,10 @@ class QatTrainer(Trainer):
 
 def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool = False) -> Callable[[int], float]:
     """What a step's learning rate is of its group's peak. `start`: first step of phase 2."""
-    ratio = 1.0
-    if not of_scales and options.qat_learning_rate is not None and options.learning_rate > 0:
+    ratio = QAT_RATIO if options.lr_restart else 1.0
+    if options.qat_learning_rate is not None and options.learning_rate > 0:
         ratio = options.qat_learning_rate / options.learning_rate
+    ratio = 1.0 if of_scales else ratio
 
     def factor(step: int) -> float:
         second = step >= start
@@ -125,7 +130,7 @@ def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool =
 
 def scheduled(step: int, steps: int, options: FinetuneOptions) -> float:
     """Share of the peak learning rate at `step` of `steps`: linear warm-up, then the schedule, 0 at the end."""
-    warmup = min(options.warmup_steps, steps // 2)
+    warmup = min(options.warmup_steps, steps // 5)  # a short phase has no time for more
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -27,7 +27,6 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-
 QUANTIZER = "8da4w symmetric, bfloat16 scales, 1"  # its name in manifests; changed with the formulas above
 
 
