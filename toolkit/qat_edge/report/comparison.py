@@ -14,7 +14,7 @@ from qat_edge.report.charts import LINE, WIDTH, Scale, canvas, nice_top, rect, t
 from qat_edge.report.facts import Facts, flatten
 from qat_edge.report.figures import TARGETS, megabytes, number, percent, plain
 from qat_edge.report.page import Plot, environment, style
-from qat_edge.report.tables import Cell, Row, Table
+from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
 from qat_edge.results import Measured, Speed, Spread
 
 CSS = {"base": "base", "lora": "lora", "naive": "other", "merged": "tuned", "qat": "qat"}
@@ -38,18 +38,6 @@ WORDS = (
         "match. Below 0 is worse than the base.",
     ),
 )
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure of a row. sign: 1 where more is better, -1 where less is. repeats: whose median it is."""
-
-    name: str
-    unit: str
-    value: Callable[[Deployment], float | None]
-    write: Callable[[float], str]
-    sign: int
-    repeats: Callable[[Deployment], Spread | None] = lambda row: None
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ def render(table: DeploymentTable) -> str:
     )  # fmt: skip
 
 
-def columns(table: DeploymentTable) -> list[Column]:
+def columns(table: DeploymentTable) -> list[Column[Deployment]]:
     """Every figure of the table, in the order of the page."""
     return [
         Column("Size", "MB", _of(lambda m: m.total_bytes), megabytes, -1),
@@ -162,7 +150,7 @@ def _repeats(pick: Callable[[Speed], Spread]) -> Callable[[Deployment], Spread |
     return lambda row: None if row.measured is None or row.measured.speed is None else pick(row.measured.speed)
 
 
-def _timed(name: str, pick: Callable[[Speed], Spread]) -> Column:
+def _timed(name: str, pick: Callable[[Speed], Spread]) -> Column[Deployment]:
     """A speed in tokens per second."""
     repeats = _repeats(pick)
 
@@ -189,7 +177,7 @@ def _figures(table: DeploymentTable, rows: Sequence[Deployment], name: str) -> T
     shown = [Row(row.title, css(row), []) for row in rows]
     used = [c for c in columns(table) if any(c.value(row) is not None for row in rows)]
     for column in used:
-        best = _best([row for row in rows if css(row) in ("other", "ptq", "qat")], column)
+        best = best_rows([row for row in rows if css(row) in ("other", "ptq", "qat")], column)
         for line, row in zip(shown, rows, strict=True):
             value = column.value(row)
             cell = Cell("–") if value is None else Cell(_written(column, value), value, row in best)
@@ -199,23 +187,8 @@ def _figures(table: DeploymentTable, rows: Sequence[Deployment], name: str) -> T
     return Table(f"Deployments in {name}", heads, shown, first="Deployment", notes=notes)
 
 
-def _written(column: Column, value: float) -> str:
+def _written(column: Column[Deployment], value: float) -> str:
     return column.write(value).removesuffix("%").replace("-", "−")
-
-
-def _best(rows: Sequence[Deployment], column: Column) -> list[Deployment]:
-    """The best row and those that read the same or whose repeats overlap with its own; none where all do."""
-    known = [(row, v) for row in rows if (v := column.value(row)) is not None and math.isfinite(v)]
-    if not known:
-        return []
-    first, top = max(known, key=lambda pair: column.sign * pair[1])
-    found = []
-    for row, value in known:
-        mine, its = column.repeats(first), column.repeats(row)
-        overlaps = mine is not None and its is not None and its.greatest >= mine.least and its.least <= mine.greatest
-        if overlaps or column.write(value) == column.write(top):
-            found.append(row)
-    return found if len(found) < len(known) else []
 
 
 def _plots(table: DeploymentTable, rows: Sequence[Deployment], index: int) -> list[Plot]:
@@ -237,7 +210,7 @@ def _plots(table: DeploymentTable, rows: Sequence[Deployment], index: int) -> li
     return plots
 
 
-def _bars(name: str, title: str, rows: Sequence[tuple[Deployment, float]], column: Column) -> str:
+def _bars(name: str, title: str, rows: Sequence[tuple[Deployment, float]], column: Column[Deployment]) -> str:
     """A bar a row, its name above it and its figure at its end."""
     scaled = {"MB": 1e6, "%": 0.01}.get(column.unit, 1.0)
     words = "; ".join(f"{row.title}: {column.write(value)}" for row, value in rows)

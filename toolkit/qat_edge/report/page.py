@@ -138,7 +138,7 @@ def _tiles(report: Report) -> list[Tile]:
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     tuned = [row for row in report.measured if role(row) == "tuned"]
     tiles = []
-    picks: tuple[tuple[tables.Column, str, Callable[[float], str]], ...] = (
+    picks: tuple[tuple[tables.Column[Measured], str, Callable[[float], str]], ...] = (
         (tables.COLUMNS[2], "%", lambda share: percent(share).removesuffix("%")),
         (tables.COLUMNS[1], "", number),
         (tables.COLUMNS[0], "MB", megabytes),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from qat_edge.report.figures import label, megabytes, number, percent, plain, quantized, role
 from qat_edge.report.plots import ordered_parts
 from qat_edge.results import Agreement, Gate, Measured, Report, Speed, Spread
 
+Shown = TypeVar("Shown")  # what a row of a table is about
 CURVE_ROWS = 40
 
 
@@ -49,18 +50,18 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One figure of a model. sign: 1 where more is better, -1 where less is. spread: of its repeats, if any."""
+class Column(Generic[Shown]):
+    """One figure of a row. sign: 1 where more is better, -1 where less is. spread: of its repeats, if any."""
 
     name: str
     unit: str
-    value: Callable[[Measured], float | None]
+    value: Callable[[Shown], float | None]
     write: Callable[[float], str]
     sign: int
-    spread: Callable[[Measured], Spread | None] = lambda row: None
+    spread: Callable[[Shown], Spread | None] = lambda row: None
 
 
-def _timed(name: str, unit: str, pick: Callable[[Speed], Spread], sign: int) -> Column:
+def _timed(name: str, unit: str, pick: Callable[[Speed], Spread], sign: int) -> Column[Measured]:
     """A column of medians, with the spread that says which of them differ."""
 
     def spread(row: Measured) -> Spread | None:
@@ -79,7 +80,7 @@ def above_runtime(row: Measured) -> float | None:
     return float(row.memory_bytes - row.runtime_bytes)
 
 
-COLUMNS = (
+COLUMNS: tuple[Column[Measured], ...] = (
     Column("Size", "MB", lambda row: float(row.total_bytes), megabytes, -1),
     Column("Perplexity", "", lambda row: row.perplexity, number, -1),
     Column("Exact match", "%", lambda row: row.exact_match, percent, 1),
@@ -91,7 +92,9 @@ COLUMNS = (
     Column("Load", "ms", lambda row: row.load_ms, number, -1),
     Column("Memory", "MB", above_runtime, megabytes, -1),
 )
-SQNR = Column("SQNR", "dB", lambda row: None if row.agreement is None else row.agreement.sqnr_db, number, 1)
+SQNR: Column[Measured] = Column(
+    "SQNR", "dB", lambda row: None if row.agreement is None else row.agreement.sqnr_db, number, 1
+)
 GATE_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "max-kl": (" nats", number),
     "min-top1": ("", percent),
@@ -106,7 +109,7 @@ def summary(report: Report) -> Table:
     """One row a model, the best of the quantized ones marked in every column."""
     rows = [Row(label(row), role(row), []) for row in report.measured]
     for column in COLUMNS:
-        best = _best([row for row in report.measured if quantized(row)], column)
+        best = best_rows([row for row in report.measured if quantized(row)], column)
         for shown, row in zip(rows, report.measured, strict=True):
             shown.cells.append(_cell(column, column.value(row), row, row in best))
     caption = f"Compared on {report.tokens:,} tokens; KL and top-1 against the FP32 fine-tune."
@@ -199,7 +202,7 @@ def losses(curve: Sequence[dict[str, Any]]) -> Table:
     return Table(f"Loss by step{whole}", heads, shown, first="Step")
 
 
-def _best(rows: Sequence[Measured], column: Column) -> list[Measured]:
+def best_rows(rows: Sequence[Shown], column: Column[Shown]) -> list[Shown]:
     """The best row and those that read the same or whose repeats overlap with its own; none where all do."""
     known = [(row, value) for row in rows if (value := column.value(row)) is not None and math.isfinite(value)]
     if not known:
@@ -214,7 +217,7 @@ def _best(rows: Sequence[Measured], column: Column) -> list[Measured]:
     return found if len(found) < len(known) else []
 
 
-def _cell(column: Column, value: float | None, row: Measured, best: bool) -> Cell:
+def _cell(column: Column[Measured], value: float | None, row: Measured, best: bool) -> Cell:
     if value is not None:
         return Cell(column.write(value).removesuffix("%"), value, best)
     is_reference = column.name in ("KL", "Top-1", "SQNR") and role(row) == "tuned"
