@@ -51,8 +51,8 @@ def run(tiny_model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFa
     """A run trained for a few steps, nothing exported; its configuration says how to measure."""
     made = Run(tmp_path_factory.mktemp("compare") / "run")
     options = FinetuneOptions(
-        model=str(tiny_model_folder), data=str(data), eval_data=str(data), steps=8, batch_size=4, lora_rank=4,
-        learning_rate=2e-2, track=(),
+        model=str(tiny_model_folder), data=str(data), eval_data=str(data), steps=8, qat_start=0.5, batch_size=4,
+        lora_rank=4, learning_rate=2e-2, track=(),
     )  # fmt: skip
     finetune(options, made.path, silent)
     config.save(made.config, "validate", MEASURED)
