@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from qat_edge import adapters, cli, compare, config, deployments
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.deployments import Deployment, DeploymentTable
-from qat_edge.errors import ExportError, RunError
+from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.finetune import finetune
 from qat_edge.quant import frozen
 from qat_edge.report.comparison import render, verdict
@@ -152,7 +152,17 @@ def test_what_cannot_be_expressed_is_said(run: Run, table: DeploymentTable, monk
     assert deployments.load(run.path / "compare" / "compare.json") == again
 
 
-def test_too_little_calibration_data_is_a_row_with_a_reason(run: Run, table: DeploymentTable) -> None:
+def test_a_method_that_cannot_be_is_a_row_with_a_reason(
+    run: Run, table: DeploymentTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compare.quantize_if_missing
+
+    def refuse(of: Run, method: str, say: Any) -> Any:
+        if method == "qat":
+            return made(of, method, say)
+        raise DataError("rows.jsonl: 12 tokens are missing. Give --calibration-tokens 5.")
+
+    monkeypatch.setattr(compare, "quantize_if_missing", refuse)
     found = compare.compare(run, dataclasses.replace(ASKED, deployment=("ptq",), method=("gptq",)), None, silent)
     (row,) = found.deployments
     assert row.measured is None and "are missing" in row.reason and "--calibration-tokens" in row.reason

@@ -128,9 +128,10 @@ def test_every_example_loads(path: Path) -> None:
         "export": config.ExportOptions,
         "validate": config.ValidateOptions,
     }
-    assert set(config.read_sections(path)) == set(sections)
-    for section, options in sections.items():
-        assert config.load(options, section, path, {})
+    found = set(config.read_sections(path))
+    assert "finetune" in found <= set(sections)
+    for section in found:
+        assert config.load(sections[section], section, path, {})
     assert path.name in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
