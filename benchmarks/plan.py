@@ -15,6 +15,7 @@ from benchmarks.remaining import SWITCHED_OFF, partly_rounded
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
+from qat_edge.quant import ptq
 from qat_edge.reference import load_exact
 from qat_edge.report.figures import duration
 
@@ -23,7 +24,6 @@ START_S = 15.0  # imports, model and data of one command
 LOAD_S = 6.0  # a model in this process
 SCORE_S = 0.006  # a compared token, emulated in torch
 METHOD_S = {"rtn": 5.0, "hqq": 15.0}
-CALIBRATED = ("gptq", "gptaq", "awq")
 EXPORT_S = 70.0  # one model to both targets
 SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.3  # a token, a token, an answered prompt
 
@@ -246,7 +246,7 @@ def _cell(
 
 
 def _method_s(lab: Lab, method: str) -> float:
-    return lab.setting.calibrate_s if method in CALIBRATED else METHOD_S.get(method, 5.0)
+    return lab.setting.calibrate_s if method in ptq.CALIBRATED else METHOD_S.get(method, 5.0)
 
 
 def _training_s(lab: Lab, training: Training) -> float:

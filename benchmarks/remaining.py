@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat_edge import adapters
 from qat_edge.errors import RunError
@@ -47,10 +46,5 @@ def partly_rounded(adapter: Path, quantized: Path, off: tuple[str, ...], say: Ca
             weight = numerics.dequantize(codes[name].codes, codes[name].scales.float())
             module.weight = nn.Parameter(weight, requires_grad=False)
         if spec.quantize_input and ("head" if part == "head" else "activations") not in off:
-            module.register_forward_pre_hook(_round_input)
+            module.register_forward_pre_hook(numerics.round_input)
     return model.eval()
-
-
-def _round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (numerics.fake_quantize_activation(args[0]), *args[1:])

@@ -15,7 +15,7 @@ from qat_edge.console import bar
 from qat_edge.data import TokenizedRows
 from qat_edge.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
 from qat_edge.errors import UsageError
-from qat_edge.quant import fake
+from qat_edge.quant import fake, ptq
 from qat_edge.quant import start as starts
 from qat_edge.quant.scheme import Scheme
 from qat_edge.quant.start import Start
@@ -95,7 +95,7 @@ class Crossing:
         method = METHOD_OF.get(self.options.ptq_start, self.options.ptq_start)
         seen: list[dict[str, Tensor]] = []
         facts: dict[str, Any] = {"method": method}
-        if method in starts.WEIGHT_METHODS:
+        if method in ptq.CALIBRATED:
             rows = self.rows.rows
             facts["calibration_tokens"] = tokens = calibration.tokens_to_take(
                 self.options.calibration_tokens, rows, self.say
@@ -143,7 +143,7 @@ def check_combination(options: FinetuneOptions) -> None:
 
 def _refused_schemes(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
     """What excludes each other in start, scales and teacher: whether it is so, and what to say then."""
-    changes_base = options.ptq_start in starts.WEIGHT_METHODS
+    changes_base = options.ptq_start in ptq.CALIBRATED
     return (
         (
             options.ptq_start != "none" and options.scales == "absmax",
@@ -183,7 +183,7 @@ def _refused_bases(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
             "Take --base fp32 or --method lora.",
         ),
         (
-            stored and options.ptq_start in starts.WEIGHT_METHODS,
+            stored and options.ptq_start in ptq.CALIBRATED,
             f"--base {options.base} and --ptq-start {options.ptq_start}"
             f"{' (the default)' if options.ptq_start == defaults['ptq_start'] else ''}: it would write into the base "
             f"weights, which are held as {options.base}. Give --ptq-start hqq, which only looks at them, or none.",

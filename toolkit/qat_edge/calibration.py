@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,11 +53,14 @@ def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, f
 def batches(rows: Sequence[TokenIds], tokenizer: Any) -> list[dict[str, Tensor]]:
     """Rows of similar length together: int64 "input_ids", "attention_mask" (rows, length), padded on the right."""
     collate = data.Collator(tokenizer)
+    tensors = map(collate, by_length(rows, BATCH_TOKENS))
+    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in tensors]
+
+
+def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[TokenIds]]:
+    """Rows of similar length together, the longest first, at most about `tokens` with their padding."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    found = []
     while ordered:
-        count = max(1, BATCH_TOKENS // len(ordered[-1]["input_ids"]))
-        tensors = collate(ordered[-count:])
+        count = max(1, tokens // len(ordered[-1]["input_ids"]))
+        yield ordered[-count:]
         del ordered[-count:]
-        found.append({key: tensors[key] for key in ("input_ids", "attention_mask")})
-    return found

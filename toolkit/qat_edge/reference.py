@@ -78,7 +78,7 @@ def load_exact(folder: Path) -> Any:
         if not isinstance(weight, IntxUnpackedToInt8Tensor):
             continue
         if weight.activation_quantization:
-            module.register_forward_pre_hook(_round_input)
+            module.register_forward_pre_hook(numerics.round_input)
         module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     return model
 
@@ -128,10 +128,6 @@ def size_by_part(model: Any) -> dict[str, int]:
         if parameter is not embedding and parameter is not head:
             sizes["linears" if id(parameter) in linears else "float"] += parameter.nbytes
     return sizes
-
-
-def _round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (numerics.fake_quantize_activation(args[0]), *args[1:])
 
 
 def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -29,7 +29,7 @@ from qat_edge.bits import (
     within_budget,
     within_kl,
 )
-from qat_edge.calibration import choose_rows
+from qat_edge.calibration import by_length, choose_rows
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
@@ -160,14 +160,7 @@ def pick(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
 
 
 def _batches(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Iterator[probe.Batch]:
-    """Rows of similar length together, at most about BATCH_TOKENS with their padding."""
-    collate = data.Collator(tokenizer)
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    while ordered:
-        longest = len(ordered[-1]["input_ids"])
-        count = max(1, BATCH_TOKENS // longest)
-        tensors = collate(ordered[-count:])
-        del ordered[-count:]
+    for tensors in map(data.Collator(tokenizer), by_length(rows, BATCH_TOKENS)):
         compared = torch.zeros_like(tensors["labels"], dtype=torch.bool)
         compared[:, :-1] = tensors["labels"][:, 1:] != data.IGNORED
         if compared.any():

@@ -111,7 +111,7 @@ class Block:
         with ExitStack() as stack:
             for name, module in self.linears.items():
                 if self.specs[name].quantize_input:
-                    stack.callback(module.register_forward_pre_hook(_round_input).remove)
+                    stack.callback(module.register_forward_pre_hook(numerics.round_input).remove)
             yield
 
     @contextmanager
@@ -250,10 +250,6 @@ def _observing(name: str, see: Callable[[str, Tensor], None]) -> Callable[[nn.Mo
         see(name, arguments[0])
 
     return hook
-
-
-def _round_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (numerics.fake_quantize_activation(arguments[0]), *arguments[1:])
 
 
 def _rounding_rows(spec: WeightScheme) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

@@ -18,8 +18,10 @@ Activations: asymmetric int8 per token, chosen at run time, torchao's own primit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.quantization.quant_primitives import (
     MappingType,
     choose_qparams_affine,
@@ -89,6 +91,11 @@ def fake_quantize_activation(x: Tensor) -> Tensor:
     )
     codes = quantize_affine(x, block, scale, zero_point, torch.int8, low, high)
     return dequantize_affine(codes, block, scale, zero_point, torch.int8, low, high, output_dtype=x.dtype)
+
+
+def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: the first argument (..., features) as int8 represents it."""
+    return (fake_quantize_activation(args[0]), *args[1:])
 
 
 def _round(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -121,17 +121,13 @@ def _rounded(module: Any, spec: WeightScheme) -> Iterator[None]:
     group_size = weight.shape[1] if spec.bits == 8 else spec.group_size
     values = numerics.fake_quantize_weight(weight.detach(), spec.bits, group_size)
     module.weight = nn.Parameter(values, requires_grad=False)
-    hook = module.register_forward_pre_hook(_round_input) if spec.quantize_input else None
+    hook = module.register_forward_pre_hook(numerics.round_input) if spec.quantize_input else None
     try:
         yield
     finally:
         module.weight = weight
         if hook is not None:
             hook.remove()
-
-
-def _round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (numerics.fake_quantize_activation(args[0]), *args[1:])
 
 
 @contextmanager

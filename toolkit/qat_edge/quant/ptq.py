@@ -36,7 +36,7 @@ from qat_edge.quant.gptq import Compensator
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import PTQ_METHODS
 
-CALIBRATED = ("gptq", "gptaq", "awq")  # methods that look at data
+CALIBRATED = ("gptq", "gptaq", "awq")  # methods that look at data, and change weights beside choosing scales
 Scales = Callable[[Tensor, int, int], Tensor]
 
 

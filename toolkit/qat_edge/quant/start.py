@@ -24,7 +24,6 @@ from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
 
 FILE = "start.safetensors"
 SCALES = ".scales"
-WEIGHT_METHODS = ("gptq", "gptaq", "awq")  # those that change weights, not only scales
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def make(
     base + s B A is what the method would round.
     """
     model = fake.base_of(trained)
-    if method not in WEIGHT_METHODS:  # it only looks, so that no weight changes by so much as a bit
+    if method not in ptq.CALIBRATED:  # it only looks, so that no weight changes by so much as a bit
         start = Start(ptq.apply(fake.MergedWeights(trained), scheme, method, calibration, say), {})
         start.apply(model)
         return start
