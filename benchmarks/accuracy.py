@@ -68,7 +68,7 @@ def _lab(given: argparse.Namespace) -> Lab:
     from benchmarks.lab import Lab
     from qat_edge import models
     from qat_edge.console import say
-    from qat_edge.prepare import choose_device
+    from qat_edge.train.prepare import choose_device
 
     device = choose_device(given.device)
     setting = SETTINGS[given.setting or ("full" if device == "cuda" else "reduced")]

@@ -25,7 +25,7 @@ from qat_edge.errors import QatEdgeError
 from qat_edge.finetune import finetune
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import write_text
-from qat_edge.training import peak_memory_bytes
+from qat_edge.train.trainer import peak_memory_bytes
 
 PHASE_ONE = 2  # steps; distillation needs an adapter to learn from
 WARM_UP = 1

@@ -32,14 +32,15 @@ from numpy.typing import NDArray
 from benchmarks import settings
 from benchmarks.cells import Cell, CellStore, digest, slug
 from benchmarks.settings import FP32, RECOMMENDED, Setting, Task
-from qat_edge import adapters, config, data, reference, results
+from qat_edge import adapters, config, data
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError
 from qat_edge.finetune import TRAINING_LOG
-from qat_edge.metrics import Comparison, LogitComparison
+from qat_edge.measure import reference, results
+from qat_edge.measure.metrics import Comparison, LogitComparison
+from qat_edge.measure.reference import LogitStore
+from qat_edge.measure.results import Measured
 from qat_edge.quantize import QAT, quantize_if_missing
-from qat_edge.reference import LogitStore
-from qat_edge.results import Measured
 from qat_edge.rows import load_rows
 from qat_edge.run import PTQ_METHODS, Run, replace_folder, sha256
 from qat_edge.tables import resolve

@@ -15,8 +15,8 @@ from benchmarks.remaining import SWITCHED_OFF, partly_rounded
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
+from qat_edge.measure.reference import load_exact
 from qat_edge.quant import ptq
-from qat_edge.reference import load_exact
 from qat_edge.report.figures import duration
 
 # Seconds on two cores, for the estimate alone; training is counted from Setting's seconds a step.

@@ -154,7 +154,7 @@ def check_overrides(where: str, overrides: Overrides) -> None:
     Raises:
         UsageError: as `check_recipes`; the message starts with `where`.
     """
-    from qat_edge.border import check_combination  # imports torch, which the command line does without
+    from qat_edge.train.border import check_combination  # imports torch, which the command line does without
 
     known = [field.name for field in dataclasses.fields(FinetuneOptions)]
     for name in overrides:

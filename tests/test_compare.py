@@ -13,14 +13,15 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from qat_edge import adapters, cli, compare, config, deployments
+from qat_edge import adapters, cli, compare, config
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
-from qat_edge.deployments import Deployment, DeploymentTable
 from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.finetune import finetune
+from qat_edge.measure import deployments
+from qat_edge.measure.deployments import Deployment, DeploymentTable
+from qat_edge.measure.results import Agreement, Measured, Speed, Spread
 from qat_edge.quant import frozen
 from qat_edge.report.comparison import render, verdict
-from qat_edge.results import Agreement, Measured, Speed, Spread
 from qat_edge.run import Run, read_manifest
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]

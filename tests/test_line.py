@@ -17,13 +17,14 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from qat_edge import cli, results
+from qat_edge import cli
 from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.export import export
 from qat_edge.finetune import finetune
+from qat_edge.measure import results
+from qat_edge.measure.reference import disturbed, load_exact
 from qat_edge.quant import frozen
-from qat_edge.reference import disturbed, load_exact
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.tables import resolve
 from qat_edge.validate import validate
@@ -215,6 +216,8 @@ def test_everything_is_measured(report: results.Report) -> None:
     for m in report.measured[2:]:
         assert m.agreement is not None and m.speed is not None and m.load_ms is not None
         assert m.prompts == 3 and m.exact_match is not None and 0 <= m.exact_match <= 1
+        assert m.same_answers in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+        assert (m.first_divergence is None) is (m.same_answers == 1)
         assert m.speed.decode.least <= m.speed.decode.median <= m.speed.decode.greatest
         assert m.memory_bytes is not None and m.runtime_bytes is not None and m.memory_bytes >= m.runtime_bytes > 0
         assert {"linears", "scales", "embedding", "head", "graph", "tokenizer"} <= set(m.size_bytes)

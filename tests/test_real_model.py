@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from qat_edge import data, models
-from qat_edge.metrics import LogitComparison, first_divergence
+from qat_edge.measure.metrics import LogitComparison, first_divergence
+from qat_edge.measure.reference import answer, disturbed, load_exact
 from qat_edge.quant import frozen, scheme
-from qat_edge.reference import answer, disturbed, load_exact
 from qat_edge.rows import Chat, Row
 from qat_edge.run import write_manifest
 from qat_edge.tables import resolve

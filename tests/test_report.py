@@ -15,15 +15,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from qat_edge import config, results
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError
+from qat_edge.measure import results
+from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
 from qat_edge.report import report
 from qat_edge.report.charts import linear_ticks, log_ticks, thin
 from qat_edge.report.figures import number, percent, whole_percent
 from qat_edge.report.tables import COLUMNS
 from qat_edge.report.verdict import verdict
-from qat_edge.results import Agreement, Gate, Measured, Report, Speed, Spread
 from qat_edge.run import MANIFEST, Run, sha256, write_manifest
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"
@@ -49,6 +50,8 @@ def quantized(name: str, target: str, exact_match: float, kl_nats: float, decode
         parity=agreement(0.0221),
         exact_match=exact_match,
         prompts=64,
+        same_answers=exact_match - 0.125,
+        first_divergence=11.5,
         load_ms=402.5,
         speed=Speed(2, 128, 64, 5, spread(decode * 6.5), spread(decode), spread(124.25)),
         memory_bytes=344_000_000,

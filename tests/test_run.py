@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import platform
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +46,50 @@ def test_replacing_needs_force(tmp_path: Path) -> None:
     with replace_folder(tmp_path / "made", force=True) as work:
         (work / "file").write_text("new")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "made"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qat_edge.run import replace_folder
+
+def kill(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with replace_folder(Path(sys.argv[1]), force=True) as work:
+    (work / "file").write_text("half")
+    if sys.argv[2] == "while replacing":
+        work.chmod(0o755)
+        rename = Path.rename
+        Path.rename = lambda self, other: kill() if self == work else rename(self, other)
+    else:
+        kill()
+"""
+
+
+@pytest.mark.parametrize("when", ["while writing", "while replacing"])
+def test_what_a_killed_process_left_goes_the_next_time(tmp_path: Path, when: str) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "file").write_text("old")
+    answer = subprocess.run([sys.executable, "-c", KILLED, str(target), when], check=False)
+    assert answer.returncode == -signal.SIGKILL
+    left = {p.name for p in tmp_path.iterdir()} - {"made"}
+    assert len(left) == (2 if when == "while replacing" else 1) and target.exists() is (when == "while writing")
+    with replace_folder(tmp_path / "other", force=False) as work:
+        assert {p.name for p in tmp_path.iterdir()} == {"made", work.name}
+    assert (target / "file").read_text() == "old"
+
+
+def test_what_is_in_use_or_foreign_stays(tmp_path: Path) -> None:
+    """Of a process that runs, of another machine, and of somebody else altogether."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    others = {f".made.{platform.node()}x-{dead.pid}-abcdefgh", f".made-{dead.pid}-abcdefgh", ".git"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    with replace_folder(tmp_path / "made", force=False) as one, replace_folder(tmp_path / "made", force=True) as two:
+        assert {p.name for p in tmp_path.iterdir()} == {*others, one.name, two.name}
 
 
 @pytest.mark.parametrize(

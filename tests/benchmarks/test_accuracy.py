@@ -23,7 +23,7 @@ from qat_edge.adapters import merged_model
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import finetune
-from qat_edge.reference import load_exact
+from qat_edge.measure.reference import load_exact
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
 TINY = replace(SETTINGS["reduced"], steps=3, tokens=32, factors=(), side_tasks=("python-reference",))

@@ -57,7 +57,8 @@ def test_gradients_of_weight_and_scales_equal_the_naive_graph_in_float64() -> No
     ratio = w / spread
     rounded = ratio + (ratio.round() - ratio).detach()
     (rounded.clamp(-8, 7) * spread * upstream).sum().backward()
-    found_weight, found_scales = numerics.straight_through(weight, scales, 4, upstream)
+    codes = numerics.round_codes(weight, scales, 4)
+    found_weight, found_scales = numerics.straight_through(weight, scales, codes, upstream)
     clamped = (weight / scales.repeat_interleave(32, dim=1)).round()
     assert ((clamped < -8) | (clamped > 7)).any()  # both branches are met
     torch.testing.assert_close(found_weight, w.grad, rtol=1e-12, atol=1e-12)
@@ -76,7 +77,8 @@ def test_layer_gradients_under_learned_scales() -> None:
     rounded_scales = numerics.representable(scales.detach())
     rounded_x = numerics.fake_quantize_activation(x)
     output = rounded_x @ numerics.fake_quantize_weight(merged, 4, 32, rounded_scales).T
-    by_weight, by_scales = numerics.straight_through(merged, rounded_scales, 4, (2 * output).T @ rounded_x)
+    codes = numerics.round_codes(merged, rounded_scales, 4)
+    by_weight, by_scales = numerics.straight_through(merged, rounded_scales, codes, (2 * output).T @ rounded_x)
     torch.testing.assert_close(scales.grad, by_scales, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(a.grad, 0.5 * b.detach().T @ by_weight, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(b.grad, 0.5 * by_weight @ a.detach().T, rtol=1e-4, atol=1e-3)

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat_edge import models, prune
+from qat_edge import models
 from qat_edge.errors import RunError
 from qat_edge.quant import fake, numerics, scheme, storage
 from qat_edge.quant.fake import SCALE_FACTOR
@@ -141,7 +141,7 @@ def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
             f"was trained on {trained[changed[0]]}. Restore that model, or run finetune again."
         )
     if facts["kept_layers"] is not None:
-        prune.keep(model, facts["kept_layers"])
+        models.keep_layers(model, facts["kept_layers"])
     plan = scheme.choose(model, facts["group_size"], facts["bits"])
     if facts["base"] != "fp32":
         storage.store(model, plan.linears, facts["base"])

@@ -210,7 +210,7 @@ def validate(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     options = load_options(ValidateOptions, "validate", config_path, flags)
     opened = _open(run)
     from qat_edge.console import console, say
-    from qat_edge.gates import require_gates
+    from qat_edge.measure.gates import require_gates
     from qat_edge.summary import summary_table
     from qat_edge.validate import validate as verb
 
@@ -243,7 +243,7 @@ def compare(
     from qat_edge.compare import compare as verb
     from qat_edge.compare import train
     from qat_edge.console import console, say
-    from qat_edge.deployments import document
+    from qat_edge.measure.deployments import document
     from qat_edge.summary import deployment_table
 
     if out is not None:

@@ -21,17 +21,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qat_edge import adapters, config, reference, results, tokenizer
+from qat_edge import adapters, config, tokenizer
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.console import bar
-from qat_edge.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.export import export_one
-from qat_edge.measure import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.measure import reference, results
+from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.measure.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
+from qat_edge.measure.results import Measured
 from qat_edge.quant import frozen
 from qat_edge.quantize import QAT, quantize_if_missing
 from qat_edge.report.comparison import render
-from qat_edge.results import Measured
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
 from qat_edge.tables import resolve
 from qat_edge.validate import DEVICE

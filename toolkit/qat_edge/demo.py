@@ -19,7 +19,7 @@ from qat_edge.console import console
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
 from qat_edge.tasks import assistant
-from qat_edge.training import peak_rss_bytes
+from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
 # Two cores take about a quarter of an hour for the line with these.

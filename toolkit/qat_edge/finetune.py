@@ -19,14 +19,14 @@ from typing import Any
 from transformers import PrinterCallback, TrainingArguments
 
 from qat_edge import adapters, config, data
-from qat_edge.border import Crossing, check_combination
 from qat_edge.config import FinetuneOptions
 from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
-from qat_edge.prepare import Job, describe_device, prepare, trainable
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
-from qat_edge.training import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
+from qat_edge.train.border import Crossing, check_combination
+from qat_edge.train.prepare import Job, describe_device, prepare, trainable
+from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
 INPUTS_FILE = "inputs.json"  # beside the checkpoints

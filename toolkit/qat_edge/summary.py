@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from qat_edge.bits import Choice, Sensitivity
-from qat_edge.deployments import Deployment, DeploymentTable
+from qat_edge.measure.deployments import Deployment, DeploymentTable
+from qat_edge.measure.results import Measured, Report, Spread
 from qat_edge.report.figures import number
-from qat_edge.results import Measured, Report, Spread
 from qat_edge.run import PTQ_METHODS
 
 # Short, so that the table fits a terminal of 80 columns.

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from qat_edge import adapters, config
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import RunError
-from qat_edge.gates import hold
-from qat_edge.measure import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.results import Report, save
+from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.measure.gates import hold
+from qat_edge.measure.results import Report, save
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport

@@ -73,7 +73,8 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         ctx.x_dtype, ctx.scaling, ctx.spec = x.dtype, scaling, spec
         with torch.autocast(x.device.type, enabled=False):
             rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
-            merged, rounded_scales = _merged(weight, lora_a, lora_b, scaling), _rounded(scales)
+            merged = _merged(weight, lora_a, lora_b, scaling)
+            rounded_scales = _rounded(scales, merged, spec)
             rounded_weight = numerics.fake_quantize_weight(merged, spec.bits, spec.group_size, rounded_scales)
             output = functional.linear(
                 rounded_x, rounded_weight.to(ctx.compute_dtype), None if bias is None else bias.to(ctx.compute_dtype)
@@ -93,17 +94,19 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         grad = grads[0].to(ctx.compute_dtype)
         found: list[Tensor | None] = [None] * 6
         with torch.autocast(grad.device.type, enabled=False):
-            merged, rounded_scales = _merged(weight, lora_a, lora_b, ctx.scaling), _rounded(scales)
+            merged = _merged(weight, lora_a, lora_b, ctx.scaling)
+            rounded_scales = _rounded(scales, merged, ctx.spec)
+            codes = numerics.round_codes(merged, rounded_scales, ctx.spec.bits)
             if needs_x:
-                rounded = numerics.fake_quantize_weight(merged, ctx.spec.bits, ctx.spec.group_size, rounded_scales)
+                rounded = numerics.dequantize(codes, rounded_scales)
                 found[0] = (grad @ rounded.to(ctx.compute_dtype)).to(ctx.x_dtype)
             rows = grad.flatten(0, -2)
             if needs_bias:
                 found[2] = rows.sum(0).float()
             if needs_weight or needs_scales:
                 by_weight = (rows.T @ rounded_x.flatten(0, -2)).to(merged.dtype)
-                if rounded_scales is not None:
-                    by_weight, found[5] = numerics.straight_through(merged, rounded_scales, ctx.spec.bits, by_weight)
+                if scales is not None:
+                    by_weight, found[5] = numerics.straight_through(merged, rounded_scales, codes, by_weight)
                 found[1] = by_weight if needs_weight else None
                 if lora_a is not None:
                     found[3] = (lora_b.T @ by_weight) * ctx.scaling
@@ -333,8 +336,11 @@ def _merged(held: Tensor | StoredWeight, lora_a: Tensor | None, lora_b: Tensor |
     return numerics.merge(weight, lora_a, lora_b, scaling)
 
 
-def _rounded(scales: Tensor | None) -> Tensor | None:
-    return None if scales is None else numerics.representable(scales)
+def _rounded(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tensor:
+    """A layer's own scales as runtimes hold them; without any, those of its largest merged weights."""
+    if scales is None:
+        return numerics.choose_scales(merged, spec.bits, spec.group_size)
+    return numerics.representable(scales)
 
 
 def _adapter_gradients(

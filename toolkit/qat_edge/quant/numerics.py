@@ -51,7 +51,15 @@ def representable(scales: Tensor) -> Tensor:
 
 def quantize(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Codes of `weight` (out, in) under `scales` (out, in // group): int8, (out, in)."""
-    return _round(weight, scales, bits).to(torch.int8)
+    return round_codes(weight, scales, bits).to(torch.int8)
+
+
+def round_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The codes as whole numbers in the dtype of `weight` (out, in), which `dequantize` takes too: (out, in)."""
+    low, high = code_range(bits)
+    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    # Multiplied by the reciprocal, as torchao does: a division would round otherwise at some ties.
+    return (groups * (1.0 / scales).unsqueeze(-1)).round_().clamp_(low, high).flatten(-2)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -64,20 +72,22 @@ def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, scales: Ten
     """`dequantize(quantize(weight))` under `scales`, or those it would choose itself; no gradient of its own."""
     if scales is None:
         scales = choose_scales(weight, bits, group_size)
-    return dequantize(_round(weight, scales, bits), scales)
+    return dequantize(round_codes(weight, scales, bits), scales)
 
 
-def straight_through(weight: Tensor, scales: Tensor, bits: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+def straight_through(weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` (out, in) and `scales` (out, groups), given that of the dequantized weight (out, in).
+
+    codes: `round_codes` of the weight under these scales.
 
     Learned step size quantization (https://arxiv.org/abs/1902.08153): a weight that is clamped has no gradient
     of its own and passes its code to the scale, any other passes q - w / s.
     """
     ratio = weight.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
-    codes = _round(weight, scales, bits).unflatten(-1, (scales.shape[-1], -1))
-    inside = (codes - ratio).abs() <= 0.5
+    by_code = codes.unflatten(-1, (scales.shape[-1], -1))
+    inside = (by_code - ratio).abs() <= 0.5
     by_group = grad.unflatten(-1, (scales.shape[-1], -1))
-    grad_scales = (by_group * torch.where(inside, codes - ratio, codes)).sum(dim=-1)
+    grad_scales = (by_group * torch.where(inside, by_code - ratio, by_code)).sum(dim=-1)
     return (by_group * inside).flatten(-2), grad_scales
 
 
@@ -96,13 +106,6 @@ def fake_quantize_activation(x: Tensor) -> Tensor:
 def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A forward pre-hook: the first argument (..., features) as int8 represents it."""
     return (fake_quantize_activation(args[0]), *args[1:])
-
-
-def _round(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    low, high = code_range(bits)
-    groups = weight.unflatten(-1, (scales.shape[-1], -1))
-    # Multiplied by the reciprocal, as torchao does: a division would round otherwise at some ties.
-    return (groups * (1.0 / scales).unsqueeze(-1)).round_().clamp_(low, high).flatten(-2)
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
+from qat_edge.measure.results import Report, load
 from qat_edge.report.verdict import Verdict, verdict
-from qat_edge.results import Report, load
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256
 
 FORMAT = 1

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qat_edge import __version__
-from qat_edge.deployments import PTQ, Deployment, DeploymentTable
+from qat_edge.measure.deployments import PTQ, Deployment, DeploymentTable
+from qat_edge.measure.results import Measured, Speed, Spread
 from qat_edge.report.charts import LINE, WIDTH, Scale, canvas, nice_top, rect, text, to_svg, x_axis
 from qat_edge.report.facts import Facts, flatten
 from qat_edge.report.figures import TARGETS, megabytes, number, percent, plain
 from qat_edge.report.page import Plot, environment, style
 from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
-from qat_edge.results import Measured, Speed, Spread
 
 CSS = {"base": "base", "lora": "lora", "naive": "other", "merged": "tuned", "qat": "qat"}
 COLOURS = {"base": "base", "other": "naive", "tuned": "FP32 fine-tune", "ptq": "merged PTQ", "qat": "QAT-LoRA"}

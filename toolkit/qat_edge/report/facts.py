@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qat_edge.measure.results import Measured, Report
 from qat_edge.report.collect import Story
 from qat_edge.report.figures import label, megabytes, number
 from qat_edge.report.tables import Cell, Row, Table
-from qat_edge.results import Measured, Report
 
 UNITS = {
     "_bytes": (1e6, "MB"),
@@ -44,6 +44,11 @@ WORDS = (
         "mean over tokens, in nats. 0 is the same distribution.",
     ),
     ("Top-1", "Share of tokens for which both models' first choice is the same."),
+    (
+        "Same answers, others part at",
+        "Share of evaluation prompts answered token for token as the FP32 fine-tune does, and in the other answers the "
+        "median place, counted from 0, of the first divergent token.",
+    ),
     ("SQNR", "Signal to quantization noise of the logits: 20 dB is an error of a tenth, 40 dB of a hundredth."),
     ("Parity", "An artifact against its own frozen checkpoint in torch: is it the function that was frozen?"),
     (

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from qat_edge.results import Measured
+from qat_edge.measure.results import Measured
 from qat_edge.run import PTQ_METHODS
 
 ROLES = {

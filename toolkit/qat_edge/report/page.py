@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qat_edge.measure.results import Measured, Report
 from qat_edge.report import facts, plots, tables
 from qat_edge.report.collect import Story
 from qat_edge.report.figures import (
@@ -27,7 +28,6 @@ from qat_edge.report.figures import (
 )
 from qat_edge.report.tables import Table
 from qat_edge.report.verdict import Verdict, shipped
-from qat_edge.results import Measured, Report
 
 HERE = Path(__file__).parent
 NOT_VALIDATED = "no row of the report holds this; `qat-edge validate` measures it"
@@ -142,7 +142,7 @@ def _tiles(report: Report) -> list[Tile]:
         (tables.COLUMNS[2], "%", lambda share: percent(share).removesuffix("%")),
         (tables.COLUMNS[1], "", number),
         (tables.COLUMNS[0], "MB", megabytes),
-        (tables.COLUMNS[5], "tokens/s", number),
+        (tables.COLUMNS[7], "tokens/s", number),
     )
     for column, unit, write in picks:
         known = {

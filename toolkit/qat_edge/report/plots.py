@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from qat_edge.measure.results import Measured, Spread
 from qat_edge.report.charts import (
     LINE,
     WIDTH,
@@ -29,7 +30,6 @@ from qat_edge.report.charts import (
 )
 from qat_edge.report.charts import path as polyline
 from qat_edge.report.figures import PARTS, ROLES, label, megabytes, number, percent, plain, quantized, role
-from qat_edge.results import Measured, Spread
 
 SHAPES = {"executorch": "circle", "onnx": "square"}
 LOG_FROM = 12.0  # ratio of largest to smallest size from which a logarithm is easier to read

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
 from qat_edge.report.figures import label, megabytes, number, percent, plain, quantized, role
 from qat_edge.report.plots import ordered_parts
-from qat_edge.results import Agreement, Gate, Measured, Report, Speed, Spread
 
 Shown = TypeVar("Shown")  # what a row of a table is about
 CURVE_ROWS = 40
@@ -86,6 +86,8 @@ COLUMNS: tuple[Column[Measured], ...] = (
     Column("Exact match", "%", lambda row: row.exact_match, percent, 1),
     Column("KL", "nats", lambda row: None if row.agreement is None else row.agreement.kl_nats, number, -1),
     Column("Top-1", "%", lambda row: None if row.agreement is None else row.agreement.top1, percent, 1),
+    Column("Same answers", "%", lambda row: row.same_answers, percent, 1),
+    Column("Others part at", "token", lambda row: row.first_divergence, number, 1),
     _timed("Decode", "tok/s", lambda speed: speed.decode, 1),
     _timed("Prefill", "tok/s", lambda speed: speed.prefill, 1),
     _timed("First token", "ms", lambda speed: speed.first_token_ms, -1),

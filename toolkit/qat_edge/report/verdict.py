@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from qat_edge.measure.results import Measured, Report
 from qat_edge.report.figures import number, percent, role, span, whole_percent
-from qat_edge.results import Measured, Report
 
 Z_95 = 1.96  # two-sided 95% of a normal distribution
 

@@ -9,7 +9,6 @@ output, which asks nothing of the logits.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +19,10 @@ from torch.nn import functional
 from qat_edge import calibration
 from qat_edge.console import bar
 from qat_edge.data import TokenizedRows
-from qat_edge.errors import ModelError, UsageError
+from qat_edge.errors import UsageError
 from qat_edge.quant.probe import LOGIT_ROWS, decoder_layers
 
 TOKENS = 2048  # of the training rows that harm is measured on, where there are as many
-INDEX_LISTS = ("mlp_only_layers",)  # of a configuration: they name layers; its other lists hold a value for each
 
 
 def choose_layers(
@@ -76,44 +74,6 @@ def harms(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
                     hook.remove()
                 progress.update(done * len(layers) + i + 1)
     return [total / tokens for total in sums]
-
-
-def keep(model: Any, kept: Sequence[int]) -> None:
-    """Take all other decoder layers out, in place: weights, configuration, each layer's place in the KV cache.
-
-    kept: indices among the layers there are, ascending.
-
-    Raises:
-        ModelError: the configuration cannot say what is left.
-    """
-    layers = decoder_layers(model)
-    config = model.config.get_text_config(decoder=True)
-    for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list | tuple):
-            if name in INDEX_LISTS:
-                setattr(config, name, [kept.index(i) for i in value if i in kept])
-            elif len(value) == len(layers):
-                setattr(config, name, type(value)(value[i] for i in kept))
-    config.num_hidden_layers = len(kept)
-    for place, i in enumerate(kept):
-        for module in layers[i].modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
-    model.base_model.layers = nn.ModuleList(layers[i] for i in kept)
-    _check_rebuilt(model)
-
-
-def _check_rebuilt(model: Any) -> None:
-    """Whoever loads the saved model builds it from its configuration: that has to give the same parameters."""
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
-    shapes, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, rebuilt))
-    wrong = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
-    if wrong:
-        raise ModelError(
-            f"--keep-layers: layers of {type(model).__name__} differ by their place ({wrong[0]} would be "
-            f"{expected.get(wrong[0])}, not {shapes.get(wrong[0])}). Try --prune first, or keep all layers."
-        )
 
 
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

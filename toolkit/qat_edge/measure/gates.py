@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import GateError
-from qat_edge.results import Gate, Measured, Report
+from qat_edge.measure.results import Gate, Measured, Report
 
 
 def hold(options: ValidateOptions, measured: Sequence[Measured]) -> list[Gate]:

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_edge import results
 from qat_edge.config import DEPLOYMENTS
-from qat_edge.errors import RunError
-from qat_edge.results import Measured
+from qat_edge.measure import results
+from qat_edge.measure.results import Measured
 from qat_edge.run import write_text
 
 FORMAT = 1
@@ -159,16 +158,12 @@ def load(path: Path) -> DeploymentTable:
     Raises:
         RunError: no such file, damaged, or of another format.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
-            raise RunError(f"{path}: written by another version of qat-edge. Run compare again.")
-        rows = [_row(row) for row in found.pop("deployments")]
-        return DeploymentTable(**found | {"reference": results.measured(found["reference"]), "deployments": rows})
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: no such table. `qat-edge compare` makes it.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}). Run compare again.") from error
+    return results.read_document(path, FORMAT, "table", "compare", _table)
+
+
+def _table(found: dict[str, Any]) -> DeploymentTable:
+    rows = [_row(row) for row in found.pop("deployments")]
+    return DeploymentTable(**found | {"reference": results.measured(found["reference"]), "deployments": rows})
 
 
 def _row(row: dict[str, Any]) -> Deployment:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from qat_edge import config, data, reference, tokenizer
+from qat_edge import config, data, tokenizer
 from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.console import bar
 from qat_edge.errors import DataError, DeviceError
-from qat_edge.metrics import Comparison, LogitComparison, same_answer
-from qat_edge.reference import LogitStore
-from qat_edge.results import Agreement, Measured, Speed
+from qat_edge.measure import reference
+from qat_edge.measure.metrics import Comparison, LogitComparison, first_divergence, same_answer
+from qat_edge.measure.reference import LogitStore
+from qat_edge.measure.results import Agreement, Measured, Speed
 from qat_edge.rows import load_rows
-from qat_edge.run import Run, Variant, disk_errors
+from qat_edge.run import Run, Variant, disk_errors, work_folder
 from qat_edge.tables import resolve
 from qat_edge_devices import open_runtime
 from qat_edge_devices.errors import DeviceError as TransportLevelError
@@ -65,7 +67,7 @@ class Material:
 @dataclass(frozen=True)
 class Bench:
     """What all measurements of one validate share. Logits lie below `scratch`: `fp32` the fine-tune's, which
-    everything is held against; `exact` the frozen checkpoint's in torch."""
+    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch."""
 
     material: Material
     options: ValidateOptions
@@ -80,12 +82,18 @@ class Bench:
     def exact(self) -> LogitStore:
         return LogitStore(self.scratch / "exact")
 
+    @property
+    def fp32_answers(self) -> Path:
+        """Token ids of the fine-tune's answers as JSON, one list a prompt."""
+        return self.scratch / "answers.json"
+
     def fine_tuned(self, model: Any) -> Measured:
-        """The FP32 fine-tune, whose logits stay in `fp32`."""
+        """The FP32 fine-tune, whose logits stay in `fp32` and its answers in `fp32_answers`."""
         self._score("FP32 fine-tune", model, self.fp32)
         self.say("  answering the prompts")
         material, options = self.material, self.options
         answers = reference.answer(model, material.questions, material.eos_ids, options.max_new_tokens, material.pad_id)
+        self.fp32_answers.write_text(json.dumps(answers), encoding="utf-8")
         return Measured(
             name="fp32 fine-tuned",
             target="torch",
@@ -138,6 +146,7 @@ class Bench:
             self.say("  answering the prompts")
             asked = self.material.questions, self.material.eos_ids, options.max_new_tokens
             answers = [answer.ids for answer in runtime.generate(*asked).answers]
+        same, parting = self.against_fp32(answers)
         self.say("  timing")
         timed = runtime.speed(options.prefill, options.decode, options.repeats)
         return Measured(
@@ -150,11 +159,22 @@ class Bench:
             parity=None if parity is None else _agreement(parity),
             exact_match=self.material.exact_match(answers),
             prompts=len(self.material.prompts),
+            same_answers=same,
+            first_divergence=parting,
             load_ms=timed.load.load_ms,
             speed=_speed(timed, options),
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
         )
+
+    def against_fp32(self, answers: Sequence[Sequence[int]]) -> tuple[float | None, float | None]:
+        """Share of answers equal to the fine-tune's, and the median place where the others part from it."""
+        if not answers or not self.fp32_answers.is_file():
+            return None, None
+        expected = json.loads(self.fp32_answers.read_text(encoding="utf-8"))
+        places = [first_divergence(ours, theirs) for ours, theirs in zip(answers, expected, strict=True)]
+        parted = [place for place in places if place is not None]
+        return 1 - len(parted) / len(places), median(parted) if parted else None
 
     def _score_artifact(
         self, folder: Path, target: str, transport: Transport, own: bool
@@ -211,8 +231,8 @@ def gather_material(run: Run, options: ValidateOptions, say: Callable[[str], Non
 @contextmanager
 def scratch_folder(run: Run) -> Iterator[Path]:
     """A folder for logits on the run's own disk, gone at the end."""
-    with disk_errors(run.path), tempfile.TemporaryDirectory(prefix=".validate-", dir=run.path) as name:
-        yield Path(name)
+    with disk_errors(run.path), work_folder(run.path, "validate") as folder:
+        yield folder
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qat_edge.config import FinetuneOptions
 from qat_edge.console import Bar
-from qat_edge.distill import Batch, Teacher
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
+from qat_edge.train.distill import Batch, Teacher
 
 # Of the peak learning rate, in phase 2. Perplexity of SmolLM2 on held-out text after 48 + 12 steps, 15.86 where phase 2
 # began: 15.71 with 0.3 and a schedule of its own, 15.73 with 0.6, 15.84 at the end of one schedule over both.

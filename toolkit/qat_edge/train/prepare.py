@@ -14,12 +14,13 @@ import torch
 from peft import LoraConfig
 from transformers.integrations import get_available_reporting_integrations
 
-from qat_edge import data, models, prune
+from qat_edge import data, models
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
 from qat_edge.quant import fake, numerics, scheme, storage
 from qat_edge.rows import load_rows
+from qat_edge.train import prune
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
         kept_layers = kept_layers or prune.choose_layers(
             model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device, say
         )
-        prune.keep(model, kept_layers)
+        models.keep_layers(model, kept_layers)
         say(f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     plan = scheme.choose(model, options.group_size, bits)
     say(f"Quantization: {plan.summary()}{', embedding and head share a table' if plan.tied else ''}")

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from qat_edge import metrics
-from qat_edge.metrics import LogitComparison
+from qat_edge.measure import metrics
+from qat_edge.measure.metrics import LogitComparison
 
 RNG = np.random.default_rng(0)
 

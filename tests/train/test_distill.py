@@ -1,8 +1,7 @@
-"""Learning rates by phase, and the teacher of self-distillation."""
+"""The teacher of self-distillation: asked anew, or beforehand."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,14 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qat_edge.border import check_combination
-from qat_edge.config import FinetuneOptions
 from qat_edge.data import IGNORED
-from qat_edge.distill import CachedTeacher, LiveTeacher, write_cache
-from qat_edge.errors import UsageError
 from qat_edge.quant import fake, scheme
-from qat_edge.training import learning_rate_factor
+from qat_edge.train.distill import CachedTeacher, LiveTeacher, write_cache
 
-OPTIONS = FinetuneOptions(model="m", data="d", steps=100, warmup_steps=4, learning_rate=1e-3)
 ROWS = [
     {"input_ids": list(range(10 * i, 10 * i + 12 - i)), "labels": list(range(10 * i, 10 * i + 12 - i))}
     for i in range(4)
 ]
-
-
-def test_one_schedule_spans_both_phases() -> None:
-    factor = learning_rate_factor(replace(OPTIONS, lr_restart=False), start=50)
-    assert factor(0) < factor(2) < factor(4) == 1
-    assert factor(52) == pytest.approx(0.5)  # half way down the cosine of steps 4 to 100
-    assert 0 < factor(99) < 0.001
-
-
-def test_each_phase_has_its_own_schedule() -> None:
-    factor = learning_rate_factor(replace(OPTIONS, qat_learning_rate=5e-4), start=50)
-    assert factor(49) < 0.01
-    assert factor(54) == pytest.approx(0.5)  # the second peak, of half the height
-    assert factor(99) < 0.01
-    assert learning_rate_factor(OPTIONS, start=50)(54) == pytest.approx(0.3)
-
-
-def test_scales_do_not_follow_the_adapters_second_peak() -> None:
-    options = replace(OPTIONS, lr_schedule="constant", qat_learning_rate=2e-3)
-    assert learning_rate_factor(options, 50)(60) == 2
-    assert learning_rate_factor(options, 50, of_scales=True)(60) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        ({"ptq_start": "hqq", "scales": "absmax"}, ("--ptq-start hqq", "--scales absmax")),
-        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start gptaq")),
-        ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
-        ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
-        ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
-    ],
-)
-def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], names: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError) as caught:
-        check_combination(replace(OPTIONS, **changes))
-    assert all(name in str(caught.value) for name in names)
 
 
 def student(folder: Path) -> tuple[Any, fake.Switch]:

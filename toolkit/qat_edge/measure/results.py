@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qat_edge.errors import RunError
 from qat_edge.run import write_text
 
 FORMAT = 1
+Document = TypeVar("Document")  # what a file is read as
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Measured:
     size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights).
     exact_match: share of prompts answered exactly, None where none was asked. agreement: against the FP32
     fine-tune; parity: against the frozen checkpoint in torch, which an exact runtime matches to the noise floor.
+    same_answers: share of prompts answered as the FP32 fine-tune does, token for token; first_divergence: median
+    index of the first other token over the rest of them, None where there is no rest.
     memory_bytes: peak resident memory; runtime_bytes: of which the runtime took before the artifact was loaded.
     """
 
@@ -71,6 +75,8 @@ class Measured:
     speed: Speed | None = None
     memory_bytes: int | None = None
     runtime_bytes: int | None = None
+    same_answers: float | None = None
+    first_divergence: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -116,18 +122,26 @@ def load(path: Path) -> Report:
     Raises:
         RunError: no such file, damaged, or of another format.
     """
+    return read_document(path, FORMAT, "report", "validate", _report)
+
+
+def read_document(
+    path: Path, file_format: int, noun: str, verb: str, build: Callable[[dict[str, Any]], Document]
+) -> Document:
+    """What `build` makes of the JSON object in a file. noun: what the file is; verb: the command that wrote it.
+
+    Raises:
+        RunError: no such file, damaged, or of another format than `file_format`.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document.pop("format") != FORMAT:
-            raise RunError(f"{path}: written by another version of qat-edge. Run validate again.")
-        found = [measured(row) for row in document.pop("measured")]
-        gates = [Gate(**row) for row in document.pop("gates")]
-        floor = Agreement(**document.pop("noise_floor"))
-        return Report(**document, noise_floor=floor, measured=found, gates=gates)
+        if document.pop("format") != file_format:
+            raise RunError(f"{path}: written by another version of qat-edge. Run {verb} again.")
+        return build(document)
     except FileNotFoundError as error:
-        raise RunError(f"{path}: no such report. `qat-edge validate` makes it.") from error
+        raise RunError(f"{path}: no such {noun}. `qat-edge {verb}` makes it.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}). Run validate again.") from error
+        raise RunError(f"{path}: damaged ({error}). Run {verb} again.") from error
 
 
 def measured(row: dict[str, Any]) -> Measured:
@@ -140,3 +154,10 @@ def measured(row: dict[str, Any]) -> Measured:
         row["speed"] = Speed(**row["speed"])
     row["notes"] = tuple(row["notes"])
     return Measured(**row)
+
+
+def _report(document: dict[str, Any]) -> Report:
+    found = [measured(row) for row in document.pop("measured")]
+    gates = [Gate(**row) for row in document.pop("gates")]
+    floor = Agreement(**document.pop("noise_floor"))
+    return Report(**document, noise_floor=floor, measured=found, gates=gates)

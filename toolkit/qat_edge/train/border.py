@@ -13,13 +13,13 @@ from qat_edge import calibration, data
 from qat_edge.config import FinetuneOptions, flag_name
 from qat_edge.console import bar
 from qat_edge.data import TokenizedRows
-from qat_edge.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
 from qat_edge.errors import UsageError
 from qat_edge.quant import fake, ptq
 from qat_edge.quant import start as starts
 from qat_edge.quant.scheme import Scheme
 from qat_edge.quant.start import Start
 from qat_edge.run import Run
+from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 METHOD_OF = {"none": "rtn"}  # --ptq-start none keeps the weights, and what learned scales begin from

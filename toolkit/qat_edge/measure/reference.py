@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.data import ScoredIds
+from qat_edge.measure.results import Speed, Spread
 from qat_edge.quant import frozen, numerics
-from qat_edge.results import Speed, Spread
 
 Logits = NDArray[np.float32]
 DISTURBANCE = 1e-7  # relative, about the last bit of a float32

@@ -1,0 +1,33 @@
+"""Learning rates by phase."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qat_edge.config import FinetuneOptions
+from qat_edge.train.trainer import learning_rate_factor
+
+OPTIONS = FinetuneOptions(model="m", data="d", steps=100, warmup_steps=4, learning_rate=1e-3)
+
+
+def test_one_schedule_spans_both_phases() -> None:
+    factor = learning_rate_factor(replace(OPTIONS, lr_restart=False), start=50)
+    assert factor(0) < factor(2) < factor(4) == 1
+    assert factor(52) == pytest.approx(0.5)  # half way down the cosine of steps 4 to 100
+    assert 0 < factor(99) < 0.001
+
+
+def test_each_phase_has_its_own_schedule() -> None:
+    factor = learning_rate_factor(replace(OPTIONS, qat_learning_rate=5e-4), start=50)
+    assert factor(49) < 0.01
+    assert factor(54) == pytest.approx(0.5)  # the second peak, of half the height
+    assert factor(99) < 0.01
+    assert learning_rate_factor(OPTIONS, start=50)(54) == pytest.approx(0.3)
+
+
+def test_scales_do_not_follow_the_adapters_second_peak() -> None:
+    options = replace(OPTIONS, lr_schedule="constant", qat_learning_rate=2e-3)
+    assert learning_rate_factor(options, 50)(60) == 2
+    assert learning_rate_factor(options, 50, of_scales=True)(60) == 1
