@@ -21,7 +21,7 @@ MISSING = "not measured"
 NO_LOSS = "PTQ loses nothing"
 NAMES = {
     "base": "base", FP32: "FP32 fine-tune", "rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ",
-    "awq": "AWQ",
+    "cd": "coordinate descent", "awq": "AWQ",
     RECOMMENDED: "QAT",
 }  # fmt: skip
 TORCH = "torch"
@@ -411,7 +411,7 @@ def _settings() -> str:
         row("answered prompts, assistant", lambda s: s.prompts),
         row("PTQ exported beside QAT", lambda s: ", ".join(NAMES.get(m, "the better baseline") for m in s.exported)),
         row(
-            "GPTQ, GPTAQ, AWQ, and parts after the first",
+            "calibrated PTQ methods, and parts after the first",
             lambda s: f"{_count(s.side_seeds, 'seed')}, {_list(s.side_tasks)}",
         ),
         row("recipes of the ablation", lambda s: f"the first {s.ablation_rows}" if s.name == "reduced" else "all"),

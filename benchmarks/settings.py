@@ -30,6 +30,7 @@ _TAUGHT: Overrides = {"distill_top_k": 64}
 ABLATION: Mapping[str, Overrides] = {
     "no PTQ start": {"ptq_start": "none"},
     "GPTQ start": {"ptq_start": "gptq"},
+    "GPTAQ start": {"ptq_start": "gptaq"},
     "scales fixed at the start": {"scales": "fixed"},
     "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_start": "none"},
     "distillation, half the loss": {"distill_weight": 0.5, **_TAUGHT},
@@ -62,7 +63,7 @@ COSTS: Mapping[str, Overrides] = {
 
 PARTS = ("main", "steps", "ablation", "formulations", "remaining", "cost")
 BASELINES = ("rtn", "hqq")  # recovery is counted against the better of these
-METHODS = (*BASELINES, "gptq", "gptaq", "awq")
+METHODS = (*BASELINES, "gptq", "gptaq", "cd", "awq")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Setting:
     """How much is run. steps: N, optimizer steps in all; factors: multiples of N beside it.
 
     tokens: compared in each model. prompts: answered for exact match. exported: PTQ methods beside QAT, "better"
-    for the better baseline of each seed. The main table has every task and seed; GPTQ, GPTAQ, AWQ and the other parts
+    for the better baseline of each seed. The main table has every task and seed; Calibrated methods and the other parts
     have side_tasks and the first side_seeds of the seeds.
     """
 
@@ -117,7 +118,7 @@ class Setting:
     cost_steps: int
     lora_step_s: float  # of 1024 tokens; these three are for the estimate of time alone
     qat_step_s: float
-    calibrate_s: float  # GPTQ, GPTAQ or AWQ of the whole model
+    calibrate_s: float  # a calibrated PTQ method on the whole model
 
 
 BETTER = "better"

@@ -124,7 +124,7 @@ def test_a_run_resumed_past_the_border_ends_the_same(
 def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, qat_start=6), tmp_path / "run", silent)
     facts = read_manifest(tmp_path / "run" / "adapter")
-    assert facts["start"]["method"] == "gptaq" and facts["learned_scales"]
+    assert facts["start"]["method"] == "cd" and facts["learned_scales"]
     merged = merged_model(tmp_path / "run" / "adapter", silent)
     assert set(merged.scales) == set(merged.scheme.linears)
     reference = merged_model(tmp_path / "run" / "reference", silent)

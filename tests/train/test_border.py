@@ -18,7 +18,7 @@ OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
     ("changes", "names"),
     [
         ({"ptq_start": "hqq", "scales": "absmax"}, ("--ptq-start hqq", "--scales absmax")),
-        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start gptaq")),
+        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start cd")),
         ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
         ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
         ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),

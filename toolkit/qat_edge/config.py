@@ -25,7 +25,7 @@ TARGETS = ("executorch", "onnx")
 GROUP_SIZES = (32, 64, 128)
 BASES = ("fp32", "nf4", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
-PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "awq")
+PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "cd", "awq")
 
 
 def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
@@ -59,7 +59,7 @@ class FinetuneOptions:
     qat_start: float = option(
         "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.75, minimum=0
     )
-    ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "gptaq", PTQ_STARTS)
+    ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "cd", PTQ_STARTS)
     calibration_tokens: int | None = option(
         "Tokens of the training rows that the start looks at; 24576 or all there are by default.",
         None, minimum=1,
@@ -115,7 +115,9 @@ class QuantizeOptions:
         ("qat", *run.PTQ_METHODS),
     )
     bits: str | None = option("Bits by layer, where not those of finetune; not with --method qat.", None)
-    calibration_data: str | None = option("Rows that gptq, gptaq and awq look at, where not those of finetune.", None)
+    calibration_data: str | None = option(
+        "Rows that gptq, gptaq, cd and awq look at, where not those of finetune.", None
+    )
     calibration_tokens: int | None = option("Tokens of those rows; 24576 or all there are by default.", None, minimum=1)
     seed: int = option("Seed of the choice of rows.", 0, minimum=0)
 

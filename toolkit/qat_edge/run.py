@@ -38,7 +38,9 @@ FORMAT = 2  # of the run folder; raised when an older reader could not make sens
 MANIFEST = "manifest.json"
 OLD = ".old"  # ends the name of a hidden folder that holds what is being replaced
 # And what reports call them.
-PTQ_METHODS = {"rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ", "awq": "AWQ"}
+PTQ_METHODS = {
+    "rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ", "cd": "coordinate descent", "awq": "AWQ",
+}  # fmt: skip
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",

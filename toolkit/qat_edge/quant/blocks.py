@@ -79,11 +79,19 @@ class Block:
 
     def ends_with(self, name: str) -> bool:
         """Whether a linear layer's output is added to the block's as it is, so that it can correct all of it."""
+        return self._adds(name, 1.0)
+
+    def adds_to_stream(self, name: str) -> bool:
+        """Whether a linear layer's output is added to the hidden states, whatever in the block reads them after."""
+        return self._adds(name, 1000.0)  # what a block adds to hidden states of any size is bounded by its norms
+
+    def _adds(self, name: str, size: float) -> bool:
+        """Whether the block's output moves with a shift of the layer's, of `size` standard deviations of the former."""
         batch, module = self.batches[0], self.linears[name]
         before = self.run(batch)
         if module.weight.shape[0] != before.shape[-1]:
             return False
-        shift = before.float().std(dim=(0, 1))
+        shift = size * before.float().std(dim=(0, 1))
         handle = module.register_forward_hook(lambda _, arguments, output: output + shift.to(output.dtype))
         try:
             moved = self.run(batch).float() - before.float()
@@ -174,7 +182,9 @@ def _walk(
     title: str,
 ) -> dict[str, Tensor]:
     if not calibration:
-        raise DataError("No calibration data: GPTQ, GPTAQ and AWQ look at what the layers are given. Give some rows.")
+        raise DataError(
+            "No calibration data: GPTQ, GPTAQ, CD and AWQ look at what the layers are given. Give some rows."
+        )
     prefix = find_blocks(scheme, model)
     modules = list(model.get_submodule(prefix))
     batches = [_enter(model, scheme, modules, batch) for batch in calibration]
@@ -207,7 +217,7 @@ def find_blocks(scheme: Scheme, model: Any) -> str:
     best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
     if not counts[best]:
         raise ModelError(
-            f"{type(model).__name__}: no list of decoder blocks found, which GPTQ, GPTAQ and AWQ go through. "
+            f"{type(model).__name__}: no list of decoder blocks found, which GPTQ, GPTAQ, CD and AWQ go through. "
             "Use rtn or hqq."
         )
     return best

@@ -14,6 +14,7 @@ order they run, each with inputs that went through those just rounded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Pass:
 class Aligner(Compensator):
     """GPTAQ on one block after another."""
 
+    name: ClassVar[str] = "GPTAQ"
+
     def treat(self, block: Block) -> dict[str, Tensor]:
         """Compensate every int4 weight of the block in place; its scales by name.
 
@@ -52,8 +55,9 @@ class Aligner(Compensator):
         scales: dict[str, Tensor] = {}
         for names in groups:
             last = ending and names is groups[-1]
+            relative = self.weigh(block, names[0])
             with block.rounded(scales, only=list(scales)):
-                hessian, missing = _moments(block, names[0], floats, last)
+                hessian, missing = _moments(block, names[0], floats, last, relative)
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
                 strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
@@ -65,9 +69,9 @@ class Aligner(Compensator):
             batch.unrounded = float_pass.output
         return scales
 
-    def summary(self) -> list[str]:
-        """For people: how far the outputs of the layers are off, root mean square over layers."""
-        return [line.replace("GPTQ", "GPTAQ") for line in super().summary()]
+    def weigh(self, block: Block, name: str) -> bool:
+        """Whether an error in the layer's output counts over the size of the hidden states; else all count alike."""
+        return False
 
 
 def least_squares(weight: Tensor, missing: Tensor, factor: Tensor) -> Tensor:
@@ -88,19 +92,24 @@ def _pass(block: Block, batch: Batch, names: list[str], hidden: Tensor) -> Pass:
     return Pass(inputs, block.observe(batch, see, hidden))
 
 
-def _moments(block: Block, name: str, floats: list[Pass], last: bool) -> tuple[Tensor, Tensor]:
+def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: bool) -> tuple[Tensor, Tensor]:
     """Sum of x x^T (in, in), and of (xf - x) x^T (in, in) or, of the last layer, of what is missing from the
-    block's output, times x^T (out, in). x: inputs rounded as in deployment, xf: the float model's. float32."""
+    block's output, times x^T (out, in). x: inputs rounded as in deployment, xf: the float model's. float32.
+
+    relative: each token counts over the mean square of its hidden states, as the norms that read them see it.
+    """
     hessian = missing = torch.zeros(())
     for batch, float_pass in zip(block.batches, floats, strict=True):
+        outputs = tokens_of(float_pass.output, batch.keep)
         if last:
             found = _pass(block, batch, [name], batch.hidden)
             rows = tokens_of(found.inputs[name], batch.keep)
-            lacking = tokens_of(float_pass.output, batch.keep) - tokens_of(found.output, batch.keep)
+            lacking = outputs - tokens_of(found.output, batch.keep)
         else:
             rows = tokens_of(block.input_of(batch, name), batch.keep)
             lacking = tokens_of(float_pass.inputs[name], batch.keep) - rows
+        weighed = rows / outputs.square().mean(dim=1, keepdim=True) if relative else rows
         with torch.autocast(rows.device.type, enabled=False):
-            hessian = hessian.to(rows.device) + rows.T @ rows
-            missing = missing.to(rows.device) + lacking.T @ rows
+            hessian = hessian.to(rows.device) + weighed.T @ rows
+            missing = missing.to(rows.device) + lacking.T @ weighed
     return hessian, missing

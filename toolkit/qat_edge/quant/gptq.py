@@ -12,6 +12,7 @@ deployment; a group's scales are chosen when the group is reached, from weights 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Compensator:
 
     errors: list[float] = field(default_factory=list)
     nearest: list[float] = field(default_factory=list)
+    name: ClassVar[str] = "GPTQ"
 
     def treat(self, block: Block) -> dict[str, Tensor]:
         """Compensate every int4 weight of the block in place; its scales by name.
@@ -55,18 +57,22 @@ class Compensator:
         """For people: how far the outputs of the layers are off, root mean square over layers."""
         count = len(self.errors)
         ours, theirs = ((sum(errors) / max(count, 1)) ** 0.5 for errors in (self.errors, self.nearest))
-        return [f"GPTQ: outputs of {count} layers are off by {ours:.1%}, rounded to nearest by {theirs:.1%}"]
+        return [f"{self.name}: outputs of {count} layers are off by {ours:.1%}, rounded to nearest by {theirs:.1%}"]
 
     def layer(self, block: Block, name: str, weight: Tensor, hessian: Tensor, factor: Tensor) -> Tensor:
         """Compensate towards `weight` (out, in), into the layer; its scales (out, in // group)."""
         spec = block.specs[name]
-        compensated, scales = compensate(weight, hessian, factor, spec)
+        compensated, scales = self.choose(weight, hessian, factor, spec)
         rounded = numerics.dequantize(numerics.quantize(compensated, scales, spec.bits), scales)
         self.errors.append(relative_error(weight, rounded, hessian))
         nearest = numerics.fake_quantize_weight(weight, spec.bits, spec.group_size)
         self.nearest.append(relative_error(weight, nearest, hessian))
         block.linears[name].weight.data.copy_(compensated)
         return scales
+
+    def choose(self, weight: Tensor, hessian: Tensor, factor: Tensor, spec: WeightScheme) -> tuple[Tensor, Tensor]:
+        """What rounds to the codes chosen for `weight` (out, in), and the scales (out, in // group)."""
+        return compensate(weight, hessian, factor, spec)
 
 
 def accumulate(block: Block, names: list[str]) -> dict[str, Tensor]:

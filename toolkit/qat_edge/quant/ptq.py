@@ -4,7 +4,8 @@
     hqq   the same, under scales of least squared weight error (torchao's scale-only HQQ [1])
     gptq  columns one after another, each rounding error made up for by the columns to come [2]
     gptaq the same towards the float model's outputs, so that errors of earlier layers are made up for too [3]
-    awq   columns whose inputs are large are scaled up before they are rounded, their inputs down [4]
+    cd    the codes and scales of that, each set to what is best while the others stay, over and over [4]
+    awq   columns whose inputs are large are scaled up before they are rounded, their inputs down [5]
 
 All end in the layout of `numerics`: symmetric codes under bfloat16 group scales. GPTQ and AWQ are our own because
 torchao 0.18's are not of that layout: its GPTQ needs CUDA and chooses zero points, its AWQ keeps the factors as a
@@ -15,7 +16,8 @@ int8 weights (embedding, head, layers that no group size divides) are rounded to
 [1] https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quant_primitives.py
 [2] https://arxiv.org/abs/2210.17323
 [3] https://arxiv.org/abs/2504.02692
-[4] https://arxiv.org/abs/2306.00978
+[4] https://arxiv.org/abs/2309.01885
+[5] https://arxiv.org/abs/2306.00978
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ from qat_edge.errors import UsageError
 from qat_edge.quant import numerics
 from qat_edge.quant.awq import Balancer
 from qat_edge.quant.blocks import Calibration, walk
+from qat_edge.quant.descent import Descender
 from qat_edge.quant.gptaq import Aligner
 from qat_edge.quant.gptq import Compensator
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import PTQ_METHODS
 
-CALIBRATED = ("gptq", "gptaq", "awq")  # methods that look at data, and change weights beside choosing scales
+CALIBRATED = ("gptq", "gptaq", "cd", "awq")  # methods that look at data, and change weights beside choosing scales
 Scales = Callable[[Tensor, int, int], Tensor]
 
 
@@ -61,7 +64,7 @@ def apply(
         raise UsageError(f"Quantization method '{method}' is not known. Known: {', '.join(PTQ_METHODS)}.")
     if method not in CALIBRATED:
         return _without_data(model, scheme, hqq_scales if method == "hqq" else numerics.choose_scales)
-    treatment = {"gptq": Compensator, "gptaq": Aligner, "awq": Balancer}[method]()
+    treatment = {"gptq": Compensator, "gptaq": Aligner, "cd": Descender, "awq": Balancer}[method]()
     training = model.training
     model.eval()
     try:
