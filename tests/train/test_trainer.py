@@ -19,9 +19,10 @@ def test_one_schedule_spans_both_phases() -> None:
     assert 0 < factor(99) < 0.001
 
 
-def test_each_phase_has_its_own_schedule() -> None:
+def test_the_second_phase_has_a_schedule_of_its_own() -> None:
     factor = learning_rate_factor(replace(OPTIONS, qat_learning_rate=5e-4), start=50)
-    assert factor(49) < 0.01
+    alone = learning_rate_factor(OPTIONS, start=100)
+    assert [factor(step) for step in range(50)] == [alone(step) for step in range(50)]
     assert factor(54) == pytest.approx(0.5)  # the second peak, of half the height
     assert factor(99) < 0.01
     assert learning_rate_factor(OPTIONS, start=50)(54) == pytest.approx(0.3)

@@ -50,6 +50,10 @@ class Block:
     specs: dict[str, WeightScheme]
     batches: list[Batch]
 
+    def weights(self, names: list[str]) -> Tensor:
+        """Weights of layers that share an input, their rows one below the other: (sum of out, in), float32."""
+        return torch.cat([self.linears[name].weight.detach().float() for name in names])
+
     def run(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Hidden states after the block, from `batch.hidden` or those given: (rows, length, width)."""
         arguments, keywords = batch.others[self.index]
@@ -117,9 +121,10 @@ class Block:
     def rounded_inputs(self) -> Iterator[None]:
         """Linear layers get their inputs as int8 represents them, where the scheme says so."""
         with ExitStack() as stack:
+            hook = _rounding_once()
             for name, module in self.linears.items():
                 if self.specs[name].quantize_input:
-                    stack.callback(module.register_forward_pre_hook(numerics.round_input).remove)
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
             yield
 
     @contextmanager
@@ -258,6 +263,20 @@ def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibrat
 def _observing(name: str, see: Callable[[str, Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         see(name, arguments[0])
+
+    return hook
+
+
+def _rounding_once() -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """`numerics.round_input` for layers of which several are given the very same tensor in turn."""
+    given: Tensor | None = None
+    rounded: Tensor | None = None
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal given, rounded
+        if arguments[0] is not given:
+            given, rounded = arguments[0], numerics.fake_quantize_activation(arguments[0])
+        return rounded, *arguments[1:]
 
     return hook
 

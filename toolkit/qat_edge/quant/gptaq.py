@@ -61,10 +61,9 @@ class Aligner(Compensator):
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
                 strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
-                for name in names:
-                    weight = block.linears[name].weight.detach().float()
-                    target = least_squares(weight, missing if last else weight @ missing, strict)
-                    scales[name] = self.layer(block, name, target, hessian, factor)
+                weight = block.weights(names)
+                target = least_squares(weight, missing if last else weight @ missing, strict)
+                scales |= self.settle(block, names, target, hessian, factor)
         for batch, float_pass in zip(block.batches, floats, strict=True):
             batch.unrounded = float_pass.output
         return scales

@@ -48,9 +48,7 @@ class Compensator:
             hessian = hessians.pop(names[0])
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
-                for name in names:
-                    weight = block.linears[name].weight.detach().float().clone()
-                    scales[name] = self.layer(block, name, weight, hessian, factor)
+                scales |= self.settle(block, names, block.weights(names), hessian, factor)
         return scales
 
     def summary(self) -> list[str]:
@@ -59,16 +57,23 @@ class Compensator:
         ours, theirs = ((sum(errors) / max(count, 1)) ** 0.5 for errors in (self.errors, self.nearest))
         return [f"{self.name}: outputs of {count} layers are off by {ours:.1%}, rounded to nearest by {theirs:.1%}"]
 
-    def layer(self, block: Block, name: str, weight: Tensor, hessian: Tensor, factor: Tensor) -> Tensor:
-        """Compensate towards `weight` (out, in), into the layer; its scales (out, in // group)."""
-        spec = block.specs[name]
+    def settle(
+        self, block: Block, names: list[str], weight: Tensor, hessian: Tensor, factor: Tensor
+    ) -> dict[str, Tensor]:
+        """Compensate layers that share an input towards `weight`, their rows one below the other; scales by name."""
+        spec = block.specs[names[0]]
         compensated, scales = self.choose(weight, hessian, factor, spec)
         rounded = numerics.dequantize(numerics.quantize(compensated, scales, spec.bits), scales)
-        self.errors.append(relative_error(weight, rounded, hessian))
         nearest = numerics.fake_quantize_weight(weight, spec.bits, spec.group_size)
-        self.nearest.append(relative_error(weight, nearest, hessian))
-        block.linears[name].weight.data.copy_(compensated)
-        return scales
+        sizes = [block.linears[name].weight.shape[0] for name in names]
+        parts = zip(*(rows.split(sizes) for rows in (weight, rounded, nearest, compensated, scales)), strict=True)
+        found: dict[str, Tensor] = {}
+        for name, (wanted, ours, theirs, kept, own) in zip(names, parts, strict=True):
+            self.errors.append(relative_error(wanted, ours, hessian))
+            self.nearest.append(relative_error(wanted, theirs, hessian))
+            block.linears[name].weight.data.copy_(kept)
+            found[name] = own
+        return found
 
     def choose(self, weight: Tensor, hessian: Tensor, factor: Tensor, spec: WeightScheme) -> tuple[Tensor, Tensor]:
         """What rounds to the codes chosen for `weight` (out, in), and the scales (out, in // group)."""

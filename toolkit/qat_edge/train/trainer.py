@@ -119,11 +119,10 @@ def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool =
     ratio = 1.0 if of_scales else ratio
 
     def factor(step: int) -> float:
-        second = step >= start
-        if not options.lr_restart:
-            return scheduled(step, options.steps, options) * (ratio if second else 1.0)
-        begun, length = (start, options.steps - start) if second else (0, start)
-        return scheduled(step - begun, length, options) * (ratio if second else 1.0)
+        if step < start:  # as if there were no second phase: a schedule cut short would learn less
+            return scheduled(step, options.steps, options)
+        begun = start if options.lr_restart else 0
+        return scheduled(step - begun, options.steps - begun, options) * ratio
 
     return factor
 
