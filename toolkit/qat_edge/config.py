@@ -57,7 +57,7 @@ class FinetuneOptions:
     target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",))
     steps: int = option("Optimizer steps in all.", 200, minimum=1)
     qat_start: float = option(
-        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.75, minimum=0
+        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.9, minimum=0
     )
     ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "cd", PTQ_STARTS)
     calibration_tokens: int | None = option(
