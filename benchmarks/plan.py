@@ -177,30 +177,27 @@ def _formulation(lab: Lab, task: str, seed: int, name: str) -> Job:
 def _remaining(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
     for task in lab.setting.side_tasks:
         for seed in seeds[: lab.setting.side_seeds]:
-            for model in (RECOMMENDED, "rtn"):
-                yield _switched_off(lab, task, seed, model)
+            yield _switched_off(lab, task, seed)
 
 
-def _switched_off(lab: Lab, task: str, seed: int, model: str) -> Job:
-    """Perplexity of one quantized model with each part of its rounding off."""
+def _switched_off(lab: Lab, task: str, seed: int) -> Job:
+    """Perplexity of the QAT model with parts of its rounding off."""
     steps = lab.setting.steps
     tuned, qat = Training(task, seed, steps, FP32), Training(task, seed, steps, RECOMMENDED)
-    trainings = (tuned,) if model == "rtn" else (tuned, qat)
-    identity = {training.recipe: lab.identity(training) for training in trainings}
+    identity: dict[str, Any] = {training.recipe: lab.identity(training) for training in (tuned, qat)}
+    identity["off"] = {name: list(off) for name, off in SWITCHED_OFF.items()}
 
     def measure() -> Figures:
-        run, stick = lab.train(trainings[-1]), lab.yardstick(task, seed, steps)
-        adapter, quantized = run.adapter, lab.frozen(run) if model == RECOMMENDED else lab.post_training(run, "rtn")
-        if model == "rtn":
-            adapter = run.reference
+        run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
+        quantized = lab.frozen(run)
         return {
-            name: stick.compare(partly_rounded(adapter, quantized, off, lab.quiet))
+            name: stick.compare(partly_rounded(run.adapter, quantized, off, lab.quiet))
             for name, off in SWITCHED_OFF.items()
         }
 
     seconds = len(SWITCHED_OFF) * (lab.setting.tokens * SCORE_S + LOAD_S)
-    cell = _cell(lab, "remaining", task, seed, model, steps, identity)
-    return Job(cell, measure, trainings, seconds)
+    cell = _cell(lab, "remaining", task, seed, RECOMMENDED, steps, identity)
+    return Job(cell, measure, (tuned, qat), seconds)
 
 
 def _cost(lab: Lab) -> Iterator[Job]:
