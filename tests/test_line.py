@@ -55,7 +55,7 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = FinetuneOptions(
         model=str(tiny_model_folder), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=4, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
+        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
     )  # fmt: skip
     made = Run(folder / "run")
     finetune(options, made.path, silent)

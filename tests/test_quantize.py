@@ -37,8 +37,8 @@ def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     rows = [{"prompt": f"say {i} ", "completion": f"it is {i}, and {i * i} is its square"} for i in range(ROWS)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = FinetuneOptions(
-        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), steps=4, batch_size=4, lora_rank=4,
-        learning_rate=1e-2, track=(), ptq_start="none", scales="absmax",
+        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), steps=4, qat_start=0.5, batch_size=4,
+        lora_rank=4, learning_rate=1e-2, track=(), ptq_start="none", scales="absmax",
     )  # fmt: skip
     finetune(options, folder / "run", silent)
     return Run(folder / "run")

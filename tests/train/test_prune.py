@@ -56,7 +56,7 @@ def options(folder: Path, tmp_path: Path) -> FinetuneOptions:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FinetuneOptions(
         model=str(folder), data=str(tmp_path / "train.jsonl"), keep_layers=2,
-        steps=6, batch_size=4, lora_rank=4, save_every=2, track=(),
+        steps=6, qat_start=0.5, batch_size=4, lora_rank=4, save_every=2, track=(),
     )  # fmt: skip
 
 
