@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from qat_edge import cli, config
 from qat_edge.config import (
     CompareOptions,
+    DoctorOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -27,6 +28,7 @@ VERBS: dict[str, Any] = {
     "sensitivity": SensitivityOptions,
     "quantize": QuantizeOptions,
     "export": ExportOptions,
+    "doctor": DoctorOptions,
     "validate": ValidateOptions,
     "compare": CompareOptions,
 }
@@ -36,6 +38,7 @@ COMMANDS = [
     "quantize",
     "export",
     "verify",
+    "doctor",
     "validate",
     "compare",
     "report",

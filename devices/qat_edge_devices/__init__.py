@@ -1,4 +1,6 @@
-"""Devices: a transport reaches the machine, a runtime runs one kind of artifact there. Nothing is imported here.
+"""Devices: a transport reaches the machine, a runtime runs one kind of artifact there.
+
+No implementation is imported here.
 
 with contextlib.closing(open_transport("local")) as transport:
     runtime = open_runtime("executorch", transport, threads=2)
@@ -13,13 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qat_edge_devices.errors import UnknownNameError
+from qat_edge_devices.transport import Access
 
 if TYPE_CHECKING:
     from qat_edge_devices.runtime import Runtime
     from qat_edge_devices.transport import Transport
 
 TRANSPORTS = {
-    "local": "qat_edge_devices.local:LocalTransport",
+    "local": "qat_edge_devices.local:open_local",
+    "ssh": "qat_edge_devices.ssh:open_ssh",
+    "adb": "qat_edge_devices.adb:open_adb",
 }
 RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.executorch:ExecuTorchRuntime",
@@ -27,14 +32,18 @@ RUNTIMES = {
 }
 
 
-def open_transport(device: str) -> Transport:
-    """The device that `device` names: a transport, and after a colon the address it needs ("local").
+def open_transport(device: str, access: Access | None = None) -> Transport:
+    """The device that `device` names, connected: a transport, and after a colon the address it needs.
+
+    "local"; "ssh:pi@kitchen", "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL",
+    "adb:192.168.1.20:5555".
 
     Raises:
         UnknownNameError: no such transport; the message lists those there are.
+        TransportError: the device cannot be reached or used.
     """
     name, _, address = device.partition(":")
-    transport: Transport = _resolve("transport", TRANSPORTS, name)(address)
+    transport: Transport = _resolve("transport", TRANSPORTS, name)(address, access or Access())
     return transport
 
 

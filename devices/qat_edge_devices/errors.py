@@ -3,7 +3,12 @@
 DeviceError                  names the device
 ├── UnknownNameError         a transport or runtime that no table lists
 ├── TransportError           a device that cannot be reached, a file that cannot be sent or brought back
+│   ├── ConnectionLostError  ... the connection ended in the middle; tried again before it is reported
+│   ├── RoomError            ... disk or memory of the device cannot hold what was to be sent
+│   └── IntegrityError       ... what lies on the device is not what was sent
+├── UnsuitableError          a device that no runtime of ours was built for
 ├── DeviceTimeoutError       a program ran past its time and was stopped
+├── CancelledError           somebody asked for the end, as Ctrl-C does
 ├── ProgramError             a program on the device failed: exit code, last lines it wrote
 │   ├── KilledError          ... ended by a signal, as when memory ran out
 │   ├── MissingPackageError  ... lacks a Python package, named as pip knows it
@@ -28,6 +33,26 @@ class UnknownNameError(DeviceError):
 
 class TransportError(DeviceError):
     """The device, a file on it or a program on it cannot be reached."""
+
+
+class ConnectionLostError(TransportError):
+    """The connection ended while something was under way."""
+
+
+class RoomError(TransportError):
+    """The device's disk or memory cannot hold what was to be sent."""
+
+
+class IntegrityError(TransportError):
+    """What lies on the device is not what was sent."""
+
+
+class UnsuitableError(DeviceError):
+    """The device's processor or system cannot run what was asked."""
+
+
+class CancelledError(DeviceError):
+    """The work was stopped from outside."""
 
 
 class DeviceTimeoutError(DeviceError):

@@ -8,11 +8,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from qat_edge_devices.errors import TransportError, UnknownNameError
-from qat_edge_devices.process import run_process
-from qat_edge_devices.transport import Completed, DeviceInfo
+from qat_edge_devices.process import Launcher
+from qat_edge_devices.transport import Access, Completed, DeviceInfo, inside, kilobytes
+
+
+def open_local(address: str, access: Access) -> LocalTransport:
+    """This machine, its work folder below `access.folder`."""
+    root = None if access.folder is None else Path(access.folder)
+    return LocalTransport(address, python=access.python or sys.executable, root=root)
 
 
 class LocalTransport:
@@ -23,14 +29,18 @@ class LocalTransport:
             raise UnknownNameError(f"local:{address}: this machine takes no address. Write `local`.")
         self.name = "local"
         self.python = python
+        self._launcher = Launcher(self.name)
         self.folder = Path(tempfile.mkdtemp(prefix="qat-edge-", dir=root)).resolve()
 
-    def push(self, local: Path, remote: str) -> None:
-        """Link `local` under `remote`; copied only where links are impossible."""
-        try:
-            _place(local, self._inside(remote))
-        except OSError as error:
-            raise TransportError(f"{self.name}: {local} cannot be sent to {self.folder} ({error.strerror}).") from error
+    def push(self, files: Mapping[str, Path], keep: bool = True) -> None:
+        """Link each file under its name; copied only where links are impossible. There is no cache."""
+        for remote, local in files.items():
+            try:
+                _place(local, self.folder / inside(self.name, remote))
+            except OSError as error:
+                raise TransportError(
+                    f"{self.name}: {local} cannot be sent to {self.folder} ({error.strerror})."
+                ) from error
 
     def run(
         self,
@@ -40,12 +50,12 @@ class LocalTransport:
         on_line: Callable[[str], None] | None = None,
     ) -> Completed:
         """Run a program in the work folder; see `Transport.run`."""
-        return run_process(self.name, argv, timeout_s, env=env, cwd=self.folder, on_line=on_line)
+        return self._launcher.run(argv, timeout_s, env=env, cwd=self.folder, on_line=on_line)
 
     def pull(self, remote: str, local: Path) -> None:
         """Link what is at `remote` to `local`; copied where it lies on another file system."""
         try:
-            _place(self._inside(remote), local)
+            _place(self.folder / inside(self.name, remote), local)
         except OSError as error:
             raise TransportError(
                 f"{self.name}: {remote} cannot be brought back to {local} ({error.strerror})."
@@ -59,17 +69,18 @@ class LocalTransport:
             cores=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             os=platform.platform(),
+            bits=64 if sys.maxsize > 2**32 else 32,
+            free_memory_bytes=kilobytes(_proc_value("/proc/meminfo", "MemAvailable") or ""),
+            free_disk_bytes=shutil.disk_usage(self.folder).free,
         )
+
+    def cancel(self) -> None:
+        """End what runs; see `Transport.cancel`."""
+        self._launcher.cancel()
 
     def close(self) -> None:
         """Remove the work folder; links go, what they point at stays."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _inside(self, remote: str) -> Path:
-        path = PurePosixPath(remote)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise TransportError(f"{self.name}: {remote!r} does not name a place in the work folder.")
-        return self.folder / path
 
 
 def _place(source: Path, target: Path) -> None:

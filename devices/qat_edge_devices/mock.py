@@ -15,7 +15,8 @@ class MockTransport:
     """Keeps pushed files in `files` (name on the device -> bytes) and answers `run` by `handler`.
 
     The handler is given argv and `files`, where it leaves what the program would have written. `calls` lists
-    what was asked, in order: ("push", name), ("run", *argv), ("pull", name), ("close",).
+    what was asked, in order: ("push", name), ("run", *argv), ("pull", name), ("cancel",), ("close",). `described`
+    is what `info` answers.
     """
 
     def __init__(self, handler: Handler, *, name: str = "mock", python: str = "python3") -> None:
@@ -23,15 +24,17 @@ class MockTransport:
         self.python = python
         self.files: dict[str, bytes] = {}
         self.calls: list[tuple[str, ...]] = []
+        self.described = DeviceInfo(machine="x86_64", cpu_model="none", cores=1, memory_bytes=0, os="none")
         self._handler = handler
 
-    def push(self, local: Path, remote: str) -> None:
-        """Read `local`, or every file below it, into `files`."""
-        self.calls.append(("push", remote))
-        sources = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else [local]
-        for source in sources:
-            below = source.relative_to(local).as_posix()
-            self.files[remote if below == "." else f"{remote}/{below}"] = source.read_bytes()
+    def push(self, files: Mapping[str, Path], keep: bool = True) -> None:
+        """Read each file, or every file below a folder, into `files`."""
+        for remote, local in files.items():
+            self.calls.append(("push", remote))
+            sources = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else [local]
+            for source in sources:
+                below = source.relative_to(local).as_posix()
+                self.files[remote if below == "." else f"{remote}/{below}"] = source.read_bytes()
 
     def run(
         self,
@@ -60,8 +63,12 @@ class MockTransport:
             target.write_bytes(content)
 
     def info(self) -> DeviceInfo:
-        """A machine that nobody owns."""
-        return DeviceInfo(machine="mock", cpu_model="none", cores=1, memory_bytes=0, os="none")
+        """What the test said, or a machine that nobody owns."""
+        return self.described
+
+    def cancel(self) -> None:
+        """Remember that it was asked."""
+        self.calls.append(("cancel",))
 
     def close(self) -> None:
         """Forget the files."""

@@ -6,6 +6,9 @@ gives another sum.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import torch
@@ -124,3 +127,31 @@ class Summing(torch.nn.Module):
         likeliest = torch.remainder(total, float(VOCABULARY))
         peak = (torch.arange(VOCABULARY) == likeliest).float() * PEAK
         return peak.reshape(1, 1, VOCABULARY)
+
+
+def write_onnx(folder: Path) -> Path:
+    """The summing decoder as an ONNX folder that onnxruntime and onnxruntime-genai both read."""
+    folder.mkdir()
+    onnx.save(summing_graph(), folder / "model.onnx")
+    (folder / "genai_config.json").write_text(json.dumps(genai_config()))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def write_pte(folder: Path) -> Path:
+    """The summing decoder as a .pte, a tokenizer beside it."""
+    from executorch.exir import to_edge
+
+    length = torch.export.Dim("length", min=1, max=CONTEXT - 1)
+    inputs = (torch.tensor([[1, 2, 3]]), torch.tensor([0]))
+    program = torch.export.export(Summing(), inputs, dynamic_shapes=({1: length}, None))
+    constants = {
+        "get_max_seq_len": CONTEXT // 2,
+        "get_max_context_len": CONTEXT,
+        "enable_dynamic_shape": True,
+    }
+    folder.mkdir()
+    with (folder / "model.pte").open("wb") as file:
+        to_edge(program, constant_methods=constants).to_executorch().write_to_file(file)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder

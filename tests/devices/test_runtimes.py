@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -11,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-import torch
-from summing import CONTEXT, PEAK, VOCABULARY, Summing, genai_config, greedy, summing_graph, sums
+from summing import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, write_pte
 
 from qat_edge_devices import open_runtime
 from qat_edge_devices.agent import agent
 from qat_edge_devices.errors import (
+    ConnectionLostError,
     KilledError,
     MissingPackageError,
     ProgramError,
     RefusedError,
     ResultError,
+    RoomError,
     TransportError,
+    UnsuitableError,
 )
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.mock import MockTransport
@@ -48,34 +50,12 @@ def local(tmp_path: Path) -> Iterator[LocalTransport]:
 
 @pytest.fixture(scope="session")
 def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The summing decoder as an ONNX folder that onnxruntime and onnxruntime-genai both read."""
-    folder = tmp_path_factory.mktemp("summing") / "onnx"
-    folder.mkdir()
-    onnx.save(summing_graph(), folder / "model.onnx")
-    (folder / "genai_config.json").write_text(json.dumps(genai_config()))
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    return write_onnx(tmp_path_factory.mktemp("summing") / "onnx")
 
 
 @pytest.fixture(scope="session")
 def pte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The summing decoder as a .pte, a tokenizer beside it."""
-    from executorch.exir import to_edge
-
-    length = torch.export.Dim("length", min=1, max=CONTEXT - 1)
-    inputs = (torch.tensor([[1, 2, 3]]), torch.tensor([0]))
-    program = torch.export.export(Summing(), inputs, dynamic_shapes=({1: length}, None))
-    constants = {
-        "get_max_seq_len": CONTEXT // 2,
-        "get_max_context_len": CONTEXT,
-        "enable_dynamic_shape": True,
-    }
-    folder = tmp_path_factory.mktemp("summing") / "executorch"
-    folder.mkdir()
-    with (folder / "model.pte").open("wb") as file:
-        to_edge(program, constant_methods=constants).to_executorch().write_to_file(file)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    return write_pte(tmp_path_factory.mktemp("summing") / "executorch")
 
 
 @pytest.fixture(params=["executorch", "onnx"])
@@ -174,6 +154,43 @@ def test_only_what_the_runtime_reads_is_sent(onnx_folder: Path, pte_folder: Path
     mock.close()
     open_runtime("executorch", mock, threads=1).prepare(pte_folder)
     assert sorted(mock.files) == ["agent.py", "artifact/model.pte"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"machine": "armv7l"}, UnsuitableError, r"its system is armv7l; .* 64-bit x86_64, amd64, aarch64, arm64"),
+        ({"machine": "aarch64", "bits": 32}, UnsuitableError, r"its system is aarch64, 32-bit programs"),
+        ({"free_memory_bytes": 1000}, RoomError, r"weights take 0 MB of memory and the device has 0 MB free"),
+    ],
+)
+def test_a_device_that_cannot_run_it_is_told_before_anything_is_sent(
+    changed: dict[str, Any], error: type[Exception], words: str, onnx_folder: Path
+) -> None:
+    mock = MockTransport(lambda argv, files: Completed(0, "", ""))
+    mock.described = dataclasses.replace(mock.described, **changed)
+    with pytest.raises(error, match=f"mock: .*{words}.*Nothing was sent"):
+        open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
+    assert mock.files == {}
+
+
+def test_a_lost_connection_is_asked_again_and_then_reported() -> None:
+    left = [2]
+
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionLostError("mock: the connection was lost.")
+        speed = {"prefill_tokens_per_s": [1], "decode_tokens_per_s": [2], "ttft_ms": [3], "cores_busy": 1.0}
+        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **speed}).encode()
+        return Completed(0, "", "")
+
+    mock = MockTransport(handler)
+    assert open_runtime("onnx", mock, threads=1).speed(1, 1, 1).decode_tokens_per_s == (2,)
+    assert [call[0] for call in mock.calls] == ["push", "run", "push", "run", "push", "run", "pull"]
+    left[0] = 3
+    with pytest.raises(ConnectionLostError, match=r"the connection was lost\. It was asked 3 times"):
+        open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
 
 
 def test_what_does_not_fit_the_context_is_refused(runtime: Runtime) -> None:

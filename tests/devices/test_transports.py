@@ -56,7 +56,7 @@ def child_of(transport: LocalTransport) -> int:
 def test_a_pushed_file_is_not_copied(local: LocalTransport, tmp_path: Path) -> None:
     artifact = tmp_path / "model.pte"
     artifact.write_bytes(b"weights")
-    local.push(artifact, "artifact/model.pte")
+    local.push({"artifact/model.pte": artifact})
     assert (local.folder / "artifact/model.pte").samefile(artifact)
 
 
@@ -68,17 +68,17 @@ def test_files_are_copied_where_they_cannot_be_linked(
 
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "model.pte").write_bytes(b"weights")
-    local.push(tmp_path / "model.pte", "model.pte")
+    local.push({"model.pte": tmp_path / "model.pte"})
     assert (local.folder / "model.pte").read_bytes() == b"weights"
 
 
 def test_pushing_over_a_name_leaves_what_was_linked_there_alone(local: LocalTransport, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
-        local.push(tmp_path / name, "model.pte")
+        local.push({"model.pte": tmp_path / name})
     assert (local.folder / "model.pte").read_text() == "two"
     assert (tmp_path / "one").read_text() == "one"
-    local.push(tmp_path / "two", "model.pte")
+    local.push({"model.pte": tmp_path / "two"})
     assert (local.folder / "model.pte").samefile(tmp_path / "two")
 
 
@@ -87,7 +87,7 @@ def test_a_folder_goes_and_comes_back(local: LocalTransport, tmp_path: Path) -> 
     (source / "inner").mkdir(parents=True)
     (source / "a").write_text("1")
     (source / "inner/b").write_text("2")
-    local.push(source, "sent")
+    local.push({"sent": source})
     local.pull("sent", tmp_path / "back")
     assert {p.relative_to(tmp_path / "back").as_posix() for p in (tmp_path / "back").rglob("*")} == {
         "a", "inner", "inner/b",
@@ -150,7 +150,7 @@ def test_close_removes_the_work_folder_and_nothing_else(tmp_path: Path) -> None:
     artifact.mkdir()
     (artifact / "model.onnx").write_bytes(b"graph")
     transport = LocalTransport(root=tmp_path)
-    transport.push(artifact, "artifact")
+    transport.push({"artifact": artifact})
     transport.close()
     transport.close()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["exports", "model.onnx"]
@@ -161,12 +161,12 @@ def test_close_removes_the_work_folder_and_nothing_else(tmp_path: Path) -> None:
 def test_names_outside_the_work_folder_are_refused(local: LocalTransport, tmp_path: Path, remote: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TransportError, match="does not name a place in the work folder"):
-        local.push(tmp_path / "file", remote)
+        local.push({remote: tmp_path / "file"})
 
 
 def test_missing_files_and_programs_are_named(local: LocalTransport, tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"local: .*absent cannot be sent .*No such file"):
-        local.push(tmp_path / "absent", "absent")
+        local.push({"absent": tmp_path / "absent"})
     with pytest.raises(TransportError, match=r"local: absent cannot be brought back .*No such file"):
         local.pull("absent", tmp_path / "back")
     with pytest.raises(TransportError, match=r"local: `no-such-python -V` cannot be started"):
@@ -187,7 +187,7 @@ def test_names_are_resolved_and_unknown_ones_listed() -> None:
     assert transport.name == "local"
     for target in RUNTIMES:
         open_runtime(target, transport, threads=1)
-    with pytest.raises(UnknownNameError, match=f"'lokal' is no transport. Known: {', '.join(TRANSPORTS)}"):
+    with pytest.raises(UnknownNameError, match=r"'lokal' is no transport\. Known: adb, local, ssh"):
         open_transport("lokal")
     with pytest.raises(UnknownNameError, match=r"'tflite' is no runtime\. Known: executorch, onnx"):
         open_runtime("tflite", transport, threads=1)
@@ -204,7 +204,7 @@ def test_the_mock_remembers_what_it_was_asked(tmp_path: Path) -> None:
     (tmp_path / "folder/a").write_bytes(b"1")
     seen: list[str] = []
     mock = MockTransport(handler)
-    mock.push(tmp_path / "folder", "in")
+    mock.push({"in": tmp_path / "folder"})
     mock.run(["copy"], 1, on_line=seen.append)
     mock.pull("out", tmp_path / "back")
     assert (tmp_path / "back/copy").read_bytes() == b"1"

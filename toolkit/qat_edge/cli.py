@@ -16,6 +16,7 @@ import click
 from qat_edge import __version__, config
 from qat_edge.config import (
     CompareOptions,
+    DoctorOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -200,6 +201,28 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("program", metavar="FILE", type=click.Path(path_type=Path))
+@options_of(DoctorOptions)
+@JSON
+def doctor(program: Path, as_json: bool, **flags: Any) -> None:
+    """Say where a .pte loads: operators, runner metadata, tokenizer, sizes; FILE may be its export folder.
+
+    Exits with 1 where something is wrong, or where a runtime named by --runtime lacks what the program needs.
+    """
+    options = load_options(DoctorOptions, "doctor", None, flags)
+    from qat_edge.console import say
+    from qat_edge.doctor import doctor as verb
+    from qat_edge.doctor import lines, require_loadable
+
+    diagnosis = verb(program, options, say)
+    if as_json:
+        _print_json(diagnosis)
+    for line in lines(diagnosis):
+        click.echo(line, err=as_json)
+    require_loadable(diagnosis, options)
+
+
+@main.command()
 @RUN
 @options_of(ValidateOptions)
 @CONFIG
@@ -209,17 +232,22 @@ def validate(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
     opened = _open(run)
+    from qat_edge import validate as verb
     from qat_edge.console import console, say
-    from qat_edge.measure.gates import require_gates
+    from qat_edge.measure.devices import report_paths
     from qat_edge.summary import summary_table
-    from qat_edge.validate import validate as verb
 
-    report = verb(opened, options, say, force=force)
+    if len(options.device) == 1:
+        done = verb.Validated([verb.validate(opened, options, say, force=force)], {})
+    else:
+        done = verb.validate_devices(opened, options, say, force=force)
     if as_json:
-        _print_json(report)
-    console.print(summary_table(report))
-    say(f"Wrote {opened.reports / report.device}.json. Next: qat-edge report {run}")
-    require_gates(report)
+        _print_json(done.reports if len(options.device) > 1 else done.reports[0])
+    paths = report_paths(opened.reports, [report.device for report in done.reports])
+    for report in done.reports:
+        console.print(summary_table(report))
+        say(f"Wrote {paths[report.device]}. Next: qat-edge report {run}")
+    verb.require_success(done)
 
 
 @main.command()

@@ -23,6 +23,7 @@ from qat_edge.errors import UsageError
 Options = TypeVar("Options")
 TARGETS = ("executorch", "onnx")
 GROUP_SIZES = (32, 64, 128)
+RUNTIMES = ("python-wheel", "android-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "cd", "awq")
@@ -133,12 +134,34 @@ class ExportOptions:
         ("rtn",),
         (*run.PTQ_METHODS, "none"),
     )
+    portable: bool = option(
+        "A .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized operators.", False
+    )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Which runtimes a program has to load in."""
+
+    runtime: tuple[str, ...] = option(
+        "Runtimes that must load it; without this all are looked at, and one must.", (), RUNTIMES
+    )
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What to measure, and the limits that set the exit code."""
+    """What to measure, where, and the limits that set the exit code."""
 
+    device: tuple[str, ...] = option(
+        "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several are measured side by side.", ("local",)
+    )
+    device_python: str | None = option(
+        "Python with numpy and the runtimes on devices reached by ssh or adb; python3 by default.", None
+    )
+    device_folder: str | None = option(
+        "Folder on those devices for artifacts and results; a cache folder of the user there by default.", None
+    )
+    ssh_config: str | None = option("OpenSSH configuration file in place of your own.", None)
     target: tuple[str, ...] = option("Artifacts to measure; all that exist where not given.", (), TARGETS)
     eval_data: str | None = option("Evaluation rows, where not those of finetune.", None)
     text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)

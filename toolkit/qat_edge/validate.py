@@ -3,64 +3,147 @@
 Everything is compared in token ids, teacher-forced, on the tokens that training would put loss on. Beside
 the comparison with FP32 stands `parity`: the same artifact against the frozen checkpoint in torch, which
 an exact runtime matches down to the arithmetic noise floor (the checkpoint against itself, disturbed).
+The torch side is computed here, once, whatever devices the artifacts run on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qat_edge import adapters, config
 from qat_edge.config import ValidateOptions
-from qat_edge.errors import RunError
+from qat_edge.errors import DeviceError, GateError, RunError, UsageError
 from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.measure.gates import hold
-from qat_edge.measure.results import Report, save
+from qat_edge.measure.devices import LOCAL, connect, report_paths, side_by_side
+from qat_edge.measure.gates import hold, require_gates
+from qat_edge.measure.results import Agreement, Measured, Report, save
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
-from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
 
 Say = Callable[[str], None]
-DEVICE = "local"
+DEVICE = LOCAL  # where nothing else is asked for
+NOT_THERE = "speed not given: torch ran on the machine that validates, not on this device"
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What became of every device. failures: why there is no report, by device."""
+
+    reports: list[Report]
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What torch said on this machine: the FP32 models, and how far the frozen checkpoint parts from itself."""
+
+    models: list[Measured]
+    noise_floor: Agreement
 
 
 def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Report:
-    """Measure the artifacts of the run and of its PTQ variants on this machine; write RUN/reports/local.json.
+    """Measure the artifacts of the run and of its PTQ variants on the one device of `options`.
+
+    The report is RUN/reports/DEVICE.json.
 
     Raises:
         RunError: nothing exported, or a report exists and `force` is not set.
         DataError: no evaluation rows.
-        DeviceError: a runtime failed.
+        DeviceError: the device cannot be reached, or a runtime failed there.
     """
-    path = run.reports / f"{DEVICE}.json"
-    if path.exists() and not force:
-        raise RunError(f"{path} exists already. Give --force to measure again.")
+    if len(options.device) != 1:
+        raise UsageError(f"--device: expected one device, found {len(options.device)}.")
+    validated = validate_devices(run, options, say, force=force)
+    for failure in validated.failures.values():
+        raise DeviceError(failure)
+    return validated.reports[0]
+
+
+def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Validated:
+    """The same on every device of `options`, side by side; a device that fails does not stop the others.
+
+    Raises:
+        UsageError: a device is named twice, or is of no known kind.
+        RunError, DataError: as `validate`.
+    """
+    paths = report_paths(run.reports, options.device)
+    for path in paths.values():
+        if path.exists() and not force:
+            raise RunError(f"{path} exists already. Give --force to measure again.")
     artifacts = _artifacts(run, options)
     material = gather_material(run, options, say)
-    with scratch_folder(run) as scratch, device_errors(), closing(open_transport(DEVICE)) as transport:
-        report = _measure(run, artifacts, transport, Bench(material, options, scratch, say))
-    save(report, path)
+    with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
+        transports, failures = connect(options, stack)
+        for device, reason in failures.items():
+            say(f"Left out {device}: {reason}")
+        if not transports:
+            return Validated([], failures)
+        bench = Bench(material, options, scratch, say)
+        torch = _torch(run, bench)
+
+        def measure(device: str, transport: Transport) -> Report:
+            beside = bench if len(transports) == 1 else bench.beside(device)
+            report = _measure(run, artifacts, device, transport, beside, torch)
+            save(report, paths[device])
+            return report
+
+        reports, broken = side_by_side(transports, measure)
     config.save(run.config, "validate", options)
-    return report
+    return Validated(list(reports.values()), failures | broken)
 
 
-def _measure(run: Run, artifacts: list[tuple[Variant, str]], transport: Transport, bench: Bench) -> Report:
+def require_success(validated: Validated) -> None:
+    """Raise where a device failed or a limit was missed on one.
+
+    Raises:
+        DeviceError, GateError: all of it, by device.
+    """
+    missed = []
+    for report in validated.reports:
+        try:
+            require_gates(report)
+        except GateError as error:
+            missed.append(f"{report.device}: {error}")
+    if validated.failures:
+        count = len(validated.failures)
+        failed = [f"{device}: {reason}" for device, reason in validated.failures.items()]
+        found = "\n".join([*failed, *missed])
+        raise DeviceError(f"{count} of {count + len(validated.reports)} devices failed.\n{found}")
+    if missed:
+        raise GateError("\n".join(missed))
+
+
+def _torch(run: Run, bench: Bench) -> Torch:
     tuned = bench.fine_tuned(adapters.merged_model(run.reference, bench.say).model)
-    measured = [bench.base(adapters.base_model(run.reference)), tuned]
-    floor = bench.noise_floor(run.quantized)
+    return Torch([bench.base(adapters.base_model(run.reference)), tuned], bench.noise_floor(run.quantized))
+
+
+def _measure(
+    run: Run, artifacts: list[tuple[Variant, str]], device: str, transport: Transport, bench: Bench, torch: Torch
+) -> Report:
+    measured = [model if device == LOCAL else _elsewhere(model) for model in torch.models]
     measured += [bench.artifact(variant, target, transport, own=variant is run) for variant, target in artifacts]
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        device=DEVICE,
+        device=device,
         machine=dataclasses.asdict(transport.info()),
         options=config.plain(bench.options),
         tokens=bench.material.tokens,
-        noise_floor=floor,
+        noise_floor=torch.noise_floor,
         measured=measured,
         gates=hold(bench.options, measured),
     )
+
+
+def _elsewhere(model: Measured) -> Measured:
+    """A torch model in the report of a device it did not run on."""
+    if model.speed is None:
+        return model
+    return dataclasses.replace(model, speed=None, notes=(*model.notes, NOT_THERE))
 
 
 def _artifacts(run: Run, options: ValidateOptions) -> list[tuple[Variant, str]]:

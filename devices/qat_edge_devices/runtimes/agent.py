@@ -6,22 +6,25 @@ import json
 import signal
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qat_edge_devices.errors import (
+    ConnectionLostError,
     KilledError,
     MissingPackageError,
     ProgramError,
     RefusedError,
     ResultError,
+    RoomError,
+    UnsuitableError,
     command_line,
     tail,
 )
 from qat_edge_devices.results import Answer, Generated, LoadFigures, Scored, Speed
-from qat_edge_devices.transport import Completed, Transport
+from qat_edge_devices.transport import Completed, DeviceInfo, Transport
 
 AGENT = Path(__file__).parents[1] / "agent" / "agent.py"
 # Agreed with agent.py, which travels and so cannot share them; a test holds them equal.
@@ -30,6 +33,9 @@ EXIT_REFUSED = 65
 EXIT_MISSING_PACKAGE = 69
 SCORE_BYTES = 512 * 1024**2  # logits lying on the device at once
 TIMEOUT_S = 3600.0
+TRIES = 3  # of one request, where the connection ends in the middle of it
+# Processors that ExecuTorch and onnxruntime are published for.
+MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +60,7 @@ class AgentRuntime(ABC):
         self.threads = threads
         self.timeout_s = timeout_s
         self.progress = progress
+        self._most_bytes = SCORE_BYTES
 
     @abstractmethod
     def files(self, artifact: Path) -> dict[str, Path]:
@@ -64,17 +71,26 @@ class AgentRuntime(ABC):
         """What the agent is told to load."""
 
     def prepare(self, artifact: Path) -> None:
-        """Send the agent and the artifact: once, before anything is asked."""
-        for remote, local in {"agent.py": AGENT, **self.files(artifact)}.items():
-            self.transport.push(local, remote)
+        """Send the agent and the artifact: once, before anything is asked.
+
+        Raises:
+            UnsuitableError, RoomError: the device cannot run it; nothing was sent.
+        """
+        files = {"agent.py": AGENT, **self.files(artifact)}
+        info = self.transport.info()
+        _require_processor(self.transport.name, info)
+        _require_memory(self.transport.name, info, files.values())
+        if info.free_disk_bytes is not None:
+            self._most_bytes = info.free_disk_bytes // 4
+        self.transport.push(files)
 
     def score(self, sequences: Sequence[Sequence[int]], max_bytes: int = SCORE_BYTES) -> Iterator[Scored]:
         """Logits of each sequence in turn; a file lives until the next is asked for.
 
         One process scores as many sequences as `max_bytes` of logits hold (one at least), so that neither
-        disk nor memory grows with their number.
+        disk nor memory grows with their number; a quarter of the device's free disk where that is less.
         """
-        done = 0
+        done, max_bytes = 0, min(max_bytes, self._most_bytes)
         while done < len(sequences):
             rest = [list(ids) for ids in sequences[done:]]
             task = {"task": "score", "sequences": rest, "max_bytes": max_bytes}
@@ -127,19 +143,29 @@ class AgentRuntime(ABC):
         before: items finished by earlier processes, for the progress shown.
         """
         request = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
-        with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
-            path = Path(name) / "request.json"
-            path.write_text(json.dumps(request | task), encoding="utf-8")
-            self.transport.push(path, "request.json")
-        argv = (self.transport.python, "agent.py", "request.json", "results")
-        completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, before))
-        _check(self.transport.name, argv, completed)
-        self.transport.pull("results", folder)
+        for attempt in range(1, TRIES + 1):
+            try:
+                self._round_trip(request | task, folder, before)
+                break
+            except ConnectionLostError as error:
+                # The agent begins with an empty results folder, so asking again is safe.
+                if attempt == TRIES:
+                    raise ConnectionLostError(f"{error} It was asked {TRIES} times.") from error
         with self._reading():
             answer: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             if answer["format"] != FORMAT:
                 raise ValueError(f"format {answer['format']}, expected {FORMAT}")
         return answer
+
+    def _round_trip(self, request: dict[str, Any], folder: Path, before: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
+            path = Path(name) / "request.json"
+            path.write_text(json.dumps(request), encoding="utf-8")
+            self.transport.push({"request.json": path}, keep=False)
+        argv = (self.transport.python, "agent.py", "request.json", "results")
+        completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, before))
+        _check(self.transport.name, argv, completed)
+        self.transport.pull("results", folder)
 
     def _show(self, line: str, before: int) -> None:
         words = line.split()
@@ -160,6 +186,25 @@ class AgentRuntime(ABC):
                 f"{self.transport.name}: the agent ended well, but its results cannot be read "
                 f"({type(error).__name__}: {error}). Run again; if it stays so, its Python or disk is at fault."
             ) from error
+
+
+def _require_processor(device: str, info: DeviceInfo) -> None:
+    if info.machine.lower() not in MACHINES or info.bits == 32:
+        system = f"{info.machine}, {info.bits}-bit programs" if info.bits else info.machine
+        raise UnsuitableError(
+            f"{device}: its system is {system}; ExecuTorch and onnxruntime for Python exist for 64-bit "
+            f"{', '.join(MACHINES)}. Install a 64-bit system on it, or choose another device. Nothing was sent."
+        )
+
+
+def _require_memory(device: str, info: DeviceInfo, files: Iterable[Path]) -> None:
+    """The least that running takes: the weights at once."""
+    needed = sum(path.stat().st_size for path in files if path.is_file())
+    if info.free_memory_bytes is not None and needed > info.free_memory_bytes:
+        raise RoomError(
+            f"{device}: the artifact's weights take {needed / 1e6:.0f} MB of memory and the device has "
+            f"{info.free_memory_bytes / 1e6:.0f} MB free. End other programs there. Nothing was sent."
+        )
 
 
 def _load_figures(answer: dict[str, Any]) -> LoadFigures:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from qat_edge import config, data, tokenizer
 from qat_edge.config import FinetuneOptions, ValidateOptions
-from qat_edge.console import bar
+from qat_edge.console import Bar, bar
 from qat_edge.errors import DataError, DeviceError
 from qat_edge.measure import reference
 from qat_edge.measure.metrics import Comparison, LogitComparison, first_divergence, same_answer
@@ -67,12 +67,19 @@ class Material:
 @dataclass(frozen=True)
 class Bench:
     """What all measurements of one validate share. Logits lie below `scratch`: `fp32` the fine-tune's, which
-    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch."""
+    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch. device: the one that is
+    measured, where others are at the same time."""
 
     material: Material
     options: ValidateOptions
     scratch: Path
     say: Callable[[str], None]
+    device: str | None = None
+
+    def beside(self, device: str) -> Bench:
+        """The same for one of several devices: whatever is said begins with its name."""
+        say = self.say
+        return dataclasses.replace(self, device=device, say=lambda text: say(f"{device}: {text.strip()}"))
 
     @property
     def fp32(self) -> LogitStore:
@@ -182,7 +189,7 @@ class Bench:
         """The artifact's logits against FP32's and, where it is the run's own, against the frozen checkpoint's."""
         sequences = self.material.sequences
         accuracy, parity = LogitComparison(), LogitComparison()
-        with bar("scoring", len(sequences)) as progress:
+        with self._bar("scoring", len(sequences)) as progress:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: progress.update(done))
             runtime.prepare(folder)
             for scored in runtime.score([s.ids for s in sequences]):
@@ -192,6 +199,10 @@ class Bench:
                 if own:
                     parity.add(self.exact.get(scored.index), logits, sequence.targets)
         return accuracy.result(), parity.result() if own else None
+
+    def _bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
+        # A terminal shows one moving bar at a time.
+        return bar(title, total) if self.device is None else nullcontext(Bar(f"{self.device}: {title}", total, None))
 
     def _score(self, title: str, model: Any, store: LogitStore) -> None:
         with bar(title, len(self.material.sequences)) as progress:
