@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,8 +36,9 @@ from qat_edge.errors import ArtifactError, ExportError
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import write_manifest
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import contract, delegates
+from qat_edge_exporters.executorch import attention, contract, delegates, tracing
 from qat_edge_exporters.executorch.export import export
+from qat_edge_exporters.executorch.portable import PortableCache
 from qat_edge_exporters.executorch.reader import read
 
 CONTEXT = 64
@@ -206,6 +209,70 @@ def test_folder_and_contract(exported: Exported) -> None:
     }  # fmt: skip
 
 
+WITHOUT_CUSTOM_OPERATORS = """
+import sys, numpy
+from executorch.extension.pybindings.portable_lib import _get_operator_names, _load_for_executorch
+import torch
+spaces = {name.partition("::")[0] for name in _get_operator_names()}
+assert not spaces & {"llama", "quantized_decomposed"}, spaces
+tokens = torch.from_numpy(numpy.load(sys.argv[2]))
+rows = []
+for length in map(int, sys.argv[4:]):
+    program = _load_for_executorch(sys.argv[1])
+    for begin, end in [(0, length), *((i, i + 1) for i in range(length, tokens.shape[1]))]:
+        rows.append(program.forward((tokens[:, begin:end].contiguous(), torch.tensor([begin])))[0][0, 0].numpy())
+numpy.save(sys.argv[3], numpy.stack(rows))
+"""
+
+
+def test_portable_computes_the_same_without_custom_operators(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "portable").mkdir()
+    export(exported.frozen, tmp_path / "portable", CONTEXT, lambda text: None, portable=True)
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 288, (1, max(LENGTHS) + STEPS))
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    files = [tmp_path / "portable" / "model.pte", tmp_path / "tokens.npy", tmp_path / "logits.npy"]
+    command = [sys.executable, "-c", WITHOUT_CUSTOM_OPERATORS, *map(str, [*files, *LENGTHS])]
+    subprocess.run(command, check=True, capture_output=True)
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    wanted = []
+    for length in LENGTHS:
+        program = _load_for_executorch(str(exported.pte))
+        for begin, end in [(0, length), *((i, i + 1) for i in range(length, tokens.shape[1]))]:
+            wanted.append(program.forward((tokens[:, begin:end].contiguous(), torch.tensor([begin])))[0][0, 0])
+    agreement = [sqnr(a, b) for a, b in zip(wanted, found, strict=True)]
+    assert statistics.median(agreement) > 100 and min(agreement) > 25, agreement
+    result = verify_folder(tmp_path / "portable", "executorch", exported.frozen)
+    assert result.faults == [] and result.linears_equal == result.linears == 14
+    assert result.embedding_equal and result.head_equal
+    plan = next(p for p in delegates.open_pte(files[0]).program.execution_plan if p.name == contract.FORWARD)
+    assert {operator.name.partition("::")[0] for operator in plan.operators} == {"aten"}
+    assert len(plan.delegates) == 5  # attention lies inside: no more delegates than with custom operators
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, sliding_window=8),
+        Gemma2Config(**SHAPE, head_dim=16, sliding_window=8, attn_logit_softcapping=2.0),
+        llama(num_key_value_heads=4),
+    ],
+    ids=["window", "window_and_softcap", "a_key_for_each_query"],
+)
+def test_portable_attention_is_the_models_own(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(3, 288, (1, 20))
+    decoder = tracing.Decoder(model, PortableCache(CONTEXT)).eval()
+    with torch.no_grad():
+        wanted = model(tokens).logits[0]
+        with attention.attention_through(decoder.cache, model.config):
+            decoder(tokens[:, :1], torch.tensor([0]))  # makes the cache's buffers
+            for begin, end in [(0, 13), (13, 14), (14, 20)]:
+                logits = decoder(tokens[:, begin:end], torch.tensor([begin]))
+                torch.testing.assert_close(logits[0, 0], wanted[end - 1], rtol=1e-4, atol=1e-5)
+
+
 def test_says_what_it_is_doing(exported: Exported) -> None:
     # One delegate a layer, and one each for positions, before the first attention and for the head.
     assert "lowering partition 5 of 5" in exported.said
@@ -352,14 +419,6 @@ def refused(config: PretrainedConfig, tmp_path: Path, context_length: int, token
 
 def test_refuses_more_positions_than_the_model_has(tmp_path: Path) -> None:
     assert "positions for 128 tokens at most" in refused(llama(), tmp_path, 129)
-
-
-def test_refuses_beyond_a_sliding_window(tmp_path: Path) -> None:
-    assert "looks back 32 tokens" in refused(MistralConfig(**SHAPE, sliding_window=32), tmp_path, 33)
-
-
-def test_refuses_attention_it_cannot_compute(tmp_path: Path) -> None:
-    assert "softcap" in refused(Gemma2Config(**SHAPE, head_dim=16, sliding_window=128), tmp_path, 64)
 
 
 def test_refuses_rotary_embeddings_that_change(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qat_edge import config
@@ -14,6 +15,8 @@ from qat_edge.quantize import QAT, place, quantize_if_missing
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 from qat_edge.tables import resolve
 from qat_edge_exporters import EXPORTERS
+
+PORTABLE = "executorch"  # the target that has programs without custom operators
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: 
     that methods can be added to a run.
 
     Raises:
-        UsageError: an unknown target; methods together with none.
+        UsageError: an unknown target; methods together with none; --portable without its target.
         RunError: all artifacts exist, or one of another checkpoint or length does, and `force` is not set.
         ExportError: a target cannot express the model.
     """
     exporters = {target: resolve(EXPORTERS, target, "--target") for target in options.target}
+    if options.portable and PORTABLE not in exporters:
+        raise UsageError(f"--portable is for --target {PORTABLE}, which is not asked for. Give both, or neither.")
     methods = [QAT, *_methods(options)]
     folders = {place(run, m)[0].exports / t: (m, t) for m in methods for t in exporters}
     pending = list(folders) if force else _pending(list(folders), options)
@@ -71,8 +76,11 @@ def _is_current(folder: Path, options: ExportOptions) -> bool:
     if not (folder / MANIFEST).is_file() or not checkpoint.is_file():
         return False
     manifest = read_manifest(folder)
-    same_length = manifest["options"]["context_length"] == options.context_length
-    return same_length and manifest["quantized_sha256"] == sha256(checkpoint)
+    made = manifest["options"]
+    same = made["context_length"] == options.context_length
+    if folder.name == PORTABLE:
+        same = same and made.get("portable", False) == options.portable
+    return same and manifest["quantized_sha256"] == sha256(checkpoint)
 
 
 def _methods(options: ExportOptions) -> list[str]:
@@ -94,6 +102,8 @@ def export_one(
     began = time.monotonic()
     say(f"Exporting {folder}")
     with replace_folder(folder, force=True) as work:
+        if options.portable and target == PORTABLE:
+            exporter = partial(exporter, portable=True)
         exporter(variant.quantized, work, options.context_length, say)
         wall_s = time.monotonic() - began
         write_manifest(

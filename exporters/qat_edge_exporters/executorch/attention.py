@@ -1,7 +1,8 @@
 """Key-value cache and attention as ExecuTorch's LLM operators, behind transformers' AttentionInterface.
 
 The cache lives in buffers that `llama.update_cache` mutates; `llama.custom_sdpa` reads them causally from the
-position it is given, so no mask is built. Both take (batch, position, head, channel).
+position it is given, so a mask is built only where a layer looks back over a window. Both take (batch, position,
+head, channel).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 
 from qat_edge.errors import ExportError
 
+MASKED = -1e9  # added to a score: exp() of it is 0, and a block of keys that are all masked leaves no NaN
 NAME = "qat_edge_executorch"  # of the attention function while a model is traced; transformers builds no mask for it
 
 
@@ -32,6 +34,12 @@ class KeyValueCache(nn.Module):
         super().__init__()
         self.length = length
         self.layers: set[int] = set()
+        self.positions: Tensor  # (S,) of the new tokens
+        self.windows: dict[int, Tensor] = {}  # masks by window, alike in many layers
+
+    def begin(self, start: Any, positions: Tensor) -> None:
+        """Take new tokens at `positions` (1, S), the first of them at `start`."""
+        self.start, self.positions, self.windows = start, positions[0], {}
 
     def attend(
         self,
@@ -44,7 +52,7 @@ class KeyValueCache(nn.Module):
         **extras: Any,  # transformers passes whatever the architecture has
     ) -> tuple[Tensor, None]:
         """Append `key` and `value` (batch, head, position, channel) to the layer's cache and attend to all of it."""
-        _refuse(module, attention_mask, extras, self.length)
+        _refuse(module, attention_mask, extras)
         layer: int = module.layer_idx  # type: ignore[assignment]
         if layer not in self.layers:
             self._make_buffers(layer, key, value)
@@ -52,8 +60,21 @@ class KeyValueCache(nn.Module):
         keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
         torch.ops.llama.update_cache(key.transpose(1, 2), keys, self.start)
         torch.ops.llama.update_cache(value.transpose(1, 2), values, self.start)
-        answer = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, self.start, None, 0.0, True, scaling)
+        mask = self._window(extras.get("sliding_window"))
+        answer = torch.ops.llama.custom_sdpa(
+            query.transpose(1, 2), keys, values, self.start, mask, 0.0, mask is None, scaling
+        )
         return answer, None
+
+    def _window(self, window: int | None) -> Tensor | None:
+        """Added to the scores, (S, length): 0 for the last `window` positions, MASKED elsewhere; None: all may look."""
+        if window is None or window >= self.length:
+            return None
+        if window not in self.windows:
+            back = self.positions.unsqueeze(1) - torch.arange(self.length).unsqueeze(0)
+            hidden = torch.logical_or(back < 0, back >= window)
+            self.windows[window] = hidden.to(torch.float32) * MASKED
+        return self.windows[window]
 
     def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
         for name, new in (("keys", key), ("values", value)):
@@ -112,13 +133,7 @@ def settle_rotary(model: nn.Module, context_length: int) -> None:
         module.rope_type = "default"  # what it computes up to that length, without looking at the positions
 
 
-def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any], length: int) -> None:
-    window = extras.get("sliding_window")
-    if window is not None and length > window:
-        raise ExportError(
-            f"--context-length {length}: {type(module).__name__} looks back {window} tokens only, and ExecuTorch's "
-            f"attention operator always looks at all. Give {window} or less, where the two are the same."
-        )
+def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux"):
         if extras.get(name) is not None:
             raise ExportError(

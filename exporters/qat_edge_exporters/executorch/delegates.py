@@ -18,6 +18,7 @@ import executorch.backends.xnnpack.serialization as xnnpack_schema
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir._serialize._flatbuffer import _run_flatc
 from executorch.exir._serialize._program import PTEFile, _get_extended_header, deserialize_pte_binary
+from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
 
 from qat_edge.errors import ArtifactError
@@ -28,7 +29,9 @@ DAMAGE = (
     struct.error, subprocess.SubprocessError, MemoryError,
 )  # fmt: skip
 BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint4": 4, "xnn_datatype_qcint8": 8}
+IDENTIFIER = b"ET12"  # of the program's format, in the file's bytes 4 to 7
 EMBEDDING = "quantized_decomposed::embedding_byte"
+PLAIN_EMBEDDING = "aten::embedding"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def open_pte(path: Path) -> PTEFile:
         raise ArtifactError(f"{path}: not there. {again}")
     data = path.read_bytes()
     try:
+        if data[4:6] == b"ET" and data[4:8] != IDENTIFIER:
+            raise ArtifactError(
+                f"{path}: an ExecuTorch program in format {data[4:8].decode('ascii', 'replace')}, and the installed "
+                f"executorch reads {IDENTIFIER.decode()}. Export again, or install the version that wrote it."
+            )
         header = _get_extended_header(data)
         if header is None or data[4:6] != b"ET":
             raise ArtifactError(f"{path}: no ExecuTorch program (its first bytes are {data[:8]!r}). {again}")
@@ -72,27 +80,38 @@ def constants(pte: PTEFile) -> dict[str, bytes]:
     return {key: pte.named_data.buffers[e.buffer_index] for key, e in pte.named_data.pte_data.items()}
 
 
-def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
-    """Every quantized matrix product, in the order in which the program computes them."""
+def graphs(pte: PTEFile, plan: ExecutionPlan) -> list[dict[str, Any]]:
+    """XNNPACK's graphs, in the order in which the program runs them."""
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
     used = [plan.delegates[c.delegate_index] for c in calls if isinstance(c, DelegateCall)]
-    blobs = [pte.program.backend_delegate_data[d.processed.index].data for d in used if "Xnnpack" in d.id]
-    return [product for graph in _graphs(blobs) for product in _products(graph)]
+    return list(_parsed([pte.program.backend_delegate_data[d.processed.index].data for d in used if "Xnnpack" in d.id]))
+
+
+def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
+    """Every quantized matrix product, in the order in which the program computes them."""
+    return [product for graph in graphs(pte, plan) for product in products_of(graph)]
 
 
 def embedding_constants(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[bytes, list[int]]]:
-    """Bytes and shape of the quantized embedding operator's codes and scales; empty where there is no such call."""
-    for chain in plan.chains:
-        for instruction in chain.instructions:
-            call = instruction.instr_args
-            if isinstance(call, KernelCall) and plan.operators[call.op_index].name == EMBEDDING:
-                tensors = [plan.values[index].val for index in call.args[:2]]
-                buffers = pte.program.constant_buffer
-                return [(bytes(buffers[t.data_buffer_idx].storage), list(t.sizes)) for t in tensors]
-    return []
+    """Bytes and shape of the quantized embedding's codes and scales; empty where there is none.
+
+    A portable program looks codes and scales up by one ATen operator each, others by one operator for both.
+    """
+    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
+    found: dict[str, list[Any]] = {EMBEDDING: [], PLAIN_EMBEDDING: []}
+    for call in calls:
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in found:
+            name = plan.operators[call.op_index].name
+            tables = call.args[: 2 if name == EMBEDDING else 1]
+            found[name] += [plan.values[index].val for index in tables]
+    tensors = found[EMBEDDING] or sorted(found[PLAIN_EMBEDDING], key=lambda t: t.scalar_type != ScalarType.CHAR)
+    if len(tensors) != 2 or tensors[0].scalar_type != ScalarType.CHAR:
+        return []
+    buffers = pte.program.constant_buffer
+    return [(bytes(buffers[t.data_buffer_idx].storage), list(t.sizes)) for t in tensors]
 
 
-def _graphs(blobs: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+def _parsed(blobs: Sequence[bytes]) -> Iterator[dict[str, Any]]:
     """XNNPACK's graphs as the JSON that flatc makes of them, all in one run of it."""
     schema = Path(str(xnnpack_schema.__path__[0])) / "schema.fbs"
     with tempfile.TemporaryDirectory() as name:
@@ -110,7 +129,8 @@ def _graphs(blobs: Sequence[bytes]) -> Iterator[dict[str, Any]]:
             yield json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _products(graph: dict[str, Any]) -> Iterator[Product]:
+def products_of(graph: dict[str, Any]) -> Iterator[Product]:
+    """Quantized matrix products of one of XNNPACK's graphs, in order."""
     values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     for value in graph["xvalues"]:
         body = value["xvalue_union"]

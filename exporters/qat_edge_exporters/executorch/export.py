@@ -16,16 +16,17 @@ from qat_edge.errors import ExportError, RunError
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
-from qat_edge_exporters.executorch import attention, contract, lowering, tracing
+from qat_edge_exporters.executorch import attention, contract, lowering, support, tracing
 
 MODEL = "model.pte"
 LAYERS = "layers.json"  # module names, those of rounded linear layers in the order the .pte computes them
 
 
-def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None]) -> None:
+def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None], *, portable: bool = False) -> None:
     """Write a checkpoint into the empty folder `out` as a .pte for conversations of `context_length` tokens.
 
     frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
+    portable: of ATen's operators only, for a runtime without ExecuTorch's quantized and LLM operators.
 
     Raises:
         ExportError: the architecture or the context length is beyond what ExecuTorch computes.
@@ -34,16 +35,20 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     model, adapters = _load(frozen, say)
     if not (frozen / "tokenizer.json").is_file():
         raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
+    lacking = support.missing(model.config)
+    if lacking:
+        raise ExportError(f"executorch: {lacking} Leave this target out with --target onnx.")
     attention.check_length(model.config, context_length)
     attention.settle_rotary(model, context_length)
     methods = contract.constant_methods(
         model.config, context_length, tokenizer.end_tokens(frozen), tokenizer.load(frozen).bos_token_id
     )
+    methods["use_sdpa_with_kv_cache"] = not portable
     embedding, head = _ends(model)
     floats = _float_bytes(model, adapters)
-    names = tracing.prepare(model, adapters)
+    names = tracing.prepare(model, adapters, portable)
     say("exporting the graph")
-    program = tracing.trace(model, context_length)
+    program = tracing.trace(model, context_length, portable)
     say("preparing the graph for XNNPACK")
     edge = lowering.lower(program, methods, say)
     order = [names[buffer] for buffer in lowering.linear_order(edge) if buffer in names]

@@ -73,9 +73,9 @@ def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str]
 
 
 def emit(edge: EdgeProgramManager) -> ExecutorchProgramManager:
-    """The program as it is written into a .pte, delegates in segments of their own."""
+    """The program as it is written into a .pte, delegates in segments of their own, a cache written in place."""
     with _quiet():
-        return edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
+        return edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True, run_reinplace_pass=True))
 
 
 def linear_order(edge: EdgeProgramManager) -> list[str]:
@@ -110,10 +110,14 @@ class Partitioner(XnnpackPartitioner):
 
         The library's way merges greedily, pair by pair, and splits layers whose inputs are rounded once for all.
         """
-        taken = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
-        taken = {node for node in taken if node.op != "placeholder"}
+        groups = self.get_matched_nodes_from_configs(ep)
+        taken = {node for group in groups for node in group if node.op != "placeholder"}
+        levels = _latest_levels(ep.graph_module.graph, taken)
+        for group in groups:  # a linear layer stays with the rounding of its input, though neighbours share that
+            earliest = min((levels[node] for node in group if node in taken), default=0)
+            levels.update((node, earliest) for node in group if node in taken)
         members: dict[int, dict[Node, None]] = {}
-        for node, level in _latest_levels(ep.graph_module.graph, taken).items():
+        for node, level in levels.items():
             if node in taken:
                 members.setdefault(level, {})[node] = None
         owned: set[Node] = set()

@@ -52,7 +52,7 @@ def read(folder: Path) -> Artifact:
     layers = _layers(folder / LAYERS)
     try:
         plans = {plan.name: plan for plan in pte.program.execution_plan}
-        metadata = {name: _constant(plan) for name, plan in plans.items() if name != contract.FORWARD}
+        metadata = {name: constant(plan) for name, plan in plans.items() if name != contract.FORWARD}
         forward = plans.get(contract.FORWARD)
         products = delegates.products(pte, forward) if forward else []
         table = delegates.embedding_constants(pte, forward) if forward else []
@@ -83,7 +83,7 @@ def _layers(path: Path) -> Layers:
     return found
 
 
-def _constant(plan: ExecutionPlan) -> Any:
+def constant(plan: ExecutionPlan) -> Any:
     """What a constant method returns: a list where the runner reads one."""
     values: list[Any] = []
     for index in plan.outputs:

@@ -6,6 +6,7 @@ every token. Rewritten while tracing, each to the same function but for float ro
     x.mean(-1, keepdim=True)    x @ (1/D, ..., 1/D)          RMSNorm would end five delegates a layer
     rotate_half(x)              x @ R, of zeros and ±1        slices of a dynamic shape are not taken
     x.view(1, S, heads, -1)     x.view(1, -1, heads, width)   nor is a shape with a symbol in it
+    gelu(x, "tanh")             0.5 x (1 + tanh(...))         XNNPACK takes it for the exact one, 5e-4 off
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from math import pi, prod, sqrt
 from typing import Any
 
 import executorch.kernels.quantized  # noqa: F401  registers embedding_byte
@@ -29,6 +30,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from qat_edge.errors import ExportError
 from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.executorch.attention import KeyValueCache, attention_through
+from qat_edge_exporters.executorch.portable import PortableCache
 
 OPS = torch.ops.quantized_decomposed
 INT8 = (-128, 127)
@@ -90,6 +92,18 @@ class QuantizedEmbedding(nn.Module):
         return OPS.embedding_byte(self.codes, self.scales, None, *INT8, tokens)
 
 
+class PlainEmbedding(QuantizedEmbedding):
+    """The same rows and numbers without the quantized kernels: codes looked up, then multiplied by their scale."""
+
+    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
+        super().__init__(weight)
+        self.register_buffer("scales", weight.scale)  # (tokens, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        codes = nn.functional.embedding(tokens, self.get_buffer("codes")).to(torch.float32)
+        return codes * nn.functional.embedding(tokens, self.get_buffer("scales"))
+
+
 class LowRank(nn.Module):
     """An adapter that was not merged: x (..., in) -> s B (A x) (..., out), in float."""
 
@@ -108,18 +122,18 @@ class LowRank(nn.Module):
 class Decoder(nn.Module):
     """What the runner calls: tokens (1, S) and the first one's position (1,) -> logits of the last token (1, 1, V)."""
 
-    def __init__(self, model: Any, context_length: int) -> None:
+    def __init__(self, model: Any, cache: KeyValueCache) -> None:
         super().__init__()
         self.model = model
-        self.cache = KeyValueCache(context_length)
+        self.cache = cache
         self.constants = nn.ParameterDict()  # of the rewritten idioms, filled by the first run
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         start: Any = input_pos[0].item()
         torch._check(start >= 0)
         torch._check(start + tokens.shape[1] <= self.cache.length)
-        self.cache.start = start
         positions = (input_pos + torch.arange(tokens.shape[1])).unsqueeze(0)
+        self.cache.begin(start, positions)
         with Idioms(self.constants), _rotations(self.model, self.constants):
             return self.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1).logits
 
@@ -137,6 +151,8 @@ class Idioms(TorchFunctionMode):
         if func in (torch.Tensor.mean, torch.mean) and _is_row_mean(args, kwargs):
             width = args[0].shape[-1]
             return nn.functional.linear(args[0], self._constant(f"mean_{width}", _mean_row, width))
+        if func is nn.functional.gelu and kwargs.get("approximate") == "tanh":
+            return _gelu_tanh(args[0])
         if func in (torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
             return func(args[0], _without_symbol(args[0].shape, args[1:]))
         if func is torch.Tensor.unsqueeze and not kwargs:  # the same cosines and sines in every layer
@@ -152,7 +168,7 @@ class Idioms(TorchFunctionMode):
         return self.constants[name]
 
 
-def prepare(model: Any, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+def prepare(model: Any, adapters: Mapping[str, Adapter], portable: bool = False) -> dict[str, str]:
     """Make `model` exportable in place, its adapters beside its weights.
 
     Returns names of frozen weights: the buffer's -> the module's, in order; none where the model is float.
@@ -160,7 +176,7 @@ def prepare(model: Any, adapters: Mapping[str, Adapter]) -> dict[str, str]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:  # one delegate owns the head's, and the embedding lies outside of it
         embedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    names = quantize_modules(model)
+    names = quantize_modules(model, portable)
     for name, adapter in adapters.items():
         module = _adapted(model, name, adapter)
         module.add_module("adapter", LowRank(adapter))
@@ -188,7 +204,7 @@ def _plus_adapter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     return output + added
 
 
-def quantize_modules(model: nn.Module) -> dict[str, str]:
+def quantize_modules(model: nn.Module, portable: bool = False) -> dict[str, str]:
     """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order."""
     found = {}
     rounded = RoundedInput()
@@ -197,20 +213,34 @@ def quantize_modules(model: nn.Module) -> dict[str, str]:
         if not isinstance(weight, IntxUnpackedToInt8Tensor):
             continue
         if isinstance(module, nn.Embedding):
-            model.set_submodule(name, QuantizedEmbedding(weight))
+            table = PlainEmbedding(weight) if portable else QuantizedEmbedding(weight)
+            table.register_forward_hook(_scaled(module))
+            model.set_submodule(name, table)
         else:
             model.set_submodule(name, QuantizedLinear(weight, module.bias, rounded))
         found[f"model.{name}.codes"] = name
     return found
 
 
-def trace(model: Any, context_length: int) -> ExportedProgram:
-    """The exported program of `model`, which `prepare` has made exportable.
+def _scaled(module: nn.Embedding) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """What a hook has to make of the rows that were looked up, as the model's own class does."""
+    scale = getattr(module, "scalar_embed_scale", None)
+    if scale is None and type(module).forward is not nn.Embedding.forward:
+        raise ExportError(
+            f"{type(module).__name__} does more than look up rows, and executorch export cannot tell what."
+        )
+    return lambda replaced, args, rows: rows if scale is None else rows * scale
+
+
+def trace(model: Any, context_length: int, portable: bool = False) -> ExportedProgram:
+    """The exported program of `model`, which `prepare` has made exportable; `portable`: of ATen's operators only.
 
     Raises:
         ExportError: attention that cannot be put through ExecuTorch's, or code that cannot be traced.
     """
-    decoder = Decoder(model, context_length).eval()
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None  # custom_sdpa cannot cap scores
+    cache = PortableCache(context_length) if portable or capped else KeyValueCache(context_length)
+    decoder = Decoder(model, cache).eval()
     tokens, start = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     with attention_through(decoder.cache, model.config), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the operators' own use of torch's deprecated calls
@@ -243,6 +273,9 @@ def _rotations(model: nn.Module, constants: nn.ParameterDict) -> Iterator[None]:
         if name not in constants:
             rows = original(torch.eye(x.shape[-1]))
             constants[name] = nn.Parameter(rows.T.contiguous(), requires_grad=False)
+        if x.dim() == 4 and isinstance(x.stride(1), int) and x.stride(1) != x.shape[-1]:
+            # Part of each head: laid out like x, or its product with x asks whether strides with S in them are equal.
+            return nn.functional.linear(x.transpose(1, 2), constants[name]).transpose(1, 2)
         return nn.functional.linear(x, constants[name])
 
     file.rotate_half = rotate  # type: ignore[attr-defined]
@@ -258,6 +291,12 @@ def _unsqueeze(x: Tensor, dim: int) -> Tensor:
         return x.unsqueeze(dim)
     shape = [d if isinstance(d, int) else -1 for d in x.shape]
     return x.view([*shape[:dim], 1, *shape[dim:]])
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """https://arxiv.org/abs/1606.08415, its approximation by tanh."""
+    inner = x * (x * x * 0.044715 + 1) * sqrt(2 / pi)
+    return x * 0.5 * (torch.tanh(inner) + 1)
 
 
 def _mean_row(width: int) -> Tensor:

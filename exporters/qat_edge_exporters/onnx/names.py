@@ -9,7 +9,15 @@ HEAD = "lm_head"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
-ROTARY_TABLES = ("cos_cache", "sin_cache")  # initializers, (positions, head width / 2)
+# Initializers (positions, rotated width / 2): name -> the layer type they belong to, and 0 for cosines, 1 for sines.
+ROTARY_TABLES = {
+    "cos_cache": ("", 0),
+    "sin_cache": ("", 1),
+    "cos_cache_global": ("full_attention", 0),
+    "sin_cache_global": ("full_attention", 1),
+    "cos_cache_local": ("sliding_attention", 0),
+    "sin_cache_local": ("sliding_attention", 1),
+}
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _NODE = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+|lm_head)/MatMul(?:NBits)?")

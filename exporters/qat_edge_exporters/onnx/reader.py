@@ -80,6 +80,7 @@ def read(folder: Path) -> Artifact:
         elif node.op_type in ("MatMul", "Gemm", "Gather", "Transpose"):
             _float_matrix(graph, node, found)
     found.faults += _missing(found.weights, genai) + _config_faults(folder, graph, genai)
+    _join_fused(model, found)
     return Artifact(found.weights, _metadata(graph, genai), _sizes(folder, found), found.faults)
 
 
@@ -168,6 +169,17 @@ def _float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
             part = names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
         found.parts.setdefault(name, (part, storage.tensor(graph.initializers[name], graph.path.parent).nbytes))
         found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
+
+
+def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
+    """Put projections together that the model has in one, by what the graph's metadata says of them."""
+    for entry in model.metadata_props:
+        fused = json.loads(entry.value) if entry.key == "fused" else {}
+        for name, parts in fused.items():
+            pieces = [found.weights.pop(part) for part in parts if part in found.weights]
+            if len(pieces) == len(parts):
+                codes, scales = (np.concatenate([getattr(p, what) for p in pieces]) for what in ("codes", "scales"))
+                found.weights[name] = ArtifactWeight(codes, scales, pieces[0].bits)
 
 
 def _missing(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:

@@ -5,12 +5,16 @@
 - An embedding of its own would be a float table: it becomes GatherBlockQuantized over the frozen codes.
 - A row whose width no block divides counts its padding in K.
 - Adapters that are to stay beside their layers have no place yet.
-- The rotary tables cover the longest context the model knows; what lies past the context length goes.
+- The rotary tables are plain ones for the longest context the model knows: the model's own, up to the context length,
+  take their place.
+- A layer whose queries and keys are not rotated (SmolLM3) is built as if they were.
+- The factor of scaled embeddings (Gemma) is rounded to two decimals.
+- Projections that the model has in one are built apart: the graph's metadata says so, for its reader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,12 @@ from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.onnx import names, storage
 from qat_edge_exporters.onnx.adapters import add_adapters
+from qat_edge_exporters.onnx.architecture import Architecture, metadata
 from qat_edge_exporters.onnx.layout import block_scales, block_size, packed_codes
 
 EMBEDDING_GATHER = "/model/embed_tokens/Gather"
+EMBEDDING_SCALE = "/model/embed_tokens/Mul"
+TABLE_INPUTS = (7, 8)  # of GroupQueryAttention: cosines and sines
 
 
 def repair(
@@ -35,7 +42,7 @@ def repair(
     weights: Mapping[str, FrozenWeight],
     adapters: Mapping[str, Adapter],
     shared: bool,
-    context_length: int,
+    architecture: Architecture,
 ) -> None:
     """Write the repaired graph and its data file of the builder's folder `built` into `out`.
 
@@ -46,7 +53,10 @@ def repair(
     """
     model = storage.load_graph(built / names.MODEL_FILE)
     _check_matrices(model, weights)
-    tensors = _shaped_scales(model, built) | _shorter_rotary_tables(model, built, context_length)
+    tensors = _shaped_scales(model, built) | _rotary_tables(model, architecture)
+    tensors |= _embedding_scale(model, architecture.embedding_scale)
+    _leave_unrotated(model, architecture.plain_layers)
+    helper.set_model_props(model, metadata(architecture.fused))
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             width = weights[_module(node)].codes.shape[1]
@@ -93,12 +103,40 @@ def _shaped_scales(model: onnx.ModelProto, built: Path) -> dict[str, NDArray[Any
     return shaped
 
 
-def _shorter_rotary_tables(model: onnx.ModelProto, built: Path, context_length: int) -> dict[str, NDArray[Any]]:
-    return {
-        i.name: storage.tensor(i, built)[:context_length]
-        for i in model.graph.initializer
-        if i.name in names.ROTARY_TABLES and i.dims[0] > context_length
-    }
+def _rotary_tables(model: onnx.ModelProto, architecture: Architecture) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {}
+    for initializer in model.graph.initializer:
+        kind, place = names.ROTARY_TABLES.get(initializer.name, (None, 0))
+        if kind not in architecture.rotary:
+            continue
+        table = architecture.rotary[kind][place]
+        if table.shape[1] != initializer.dims[1]:
+            found_width, width = 2 * initializer.dims[1], 2 * table.shape[1]
+            raise ExportError(f"onnx: the builder rotates {found_width} channels of a head, the model {width}.")
+        found[initializer.name] = table
+    return found
+
+
+def _leave_unrotated(model: onnx.ModelProto, layers: Sequence[int]) -> None:
+    attention = {f"/model/layers.{i}/attn/GroupQueryAttention" for i in layers}
+    for node in model.graph.node:
+        if node.name in attention:
+            next(a for a in node.attribute if a.name == "do_rotary").i = 0
+            for place in TABLE_INPUTS:
+                node.input[place] = ""
+
+
+def _embedding_scale(model: onnx.ModelProto, scale: float) -> dict[str, NDArray[Any]]:
+    """The exact factor in a constant of its own: the builder's may serve other nodes too."""
+    node = next((n for n in model.graph.node if n.name == EMBEDDING_SCALE), None)
+    if (scale != 1) != (node is not None):
+        raise ExportError(f"onnx: the model scales its embeddings by {scale:g}, the builder's graph otherwise.")
+    if node is None:
+        return {}
+    name = f"{names.EMBEDDING}.scale"
+    node.input[1] = name
+    model.graph.initializer.add(name=name)
+    return {name: np.array(scale, np.float32)}
 
 
 def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[str, NDArray[Any]]:

@@ -87,7 +87,12 @@ def load(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    embedding: Any = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):
+        # transformers takes a module with a torchao weight for initialized, and leaves this buffer as it was allocated.
+        embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+    return model
 
 
 def read_scheme(folder: Path) -> Scheme:

@@ -48,6 +48,8 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
     say(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code)
     say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    for target, why in models.export_gaps(model.config).items():
+        say(f"Warning: what is trained here cannot be exported to {target}: {why}")
     bits = load_bits(Path(options.bits)) if options.bits else {}
     rows = _tokenize(options.data, "train", options, tokenizer, say)
     eval_rows = _tokenize(options.eval_data, "eval", options, tokenizer, say) if options.eval_data else None

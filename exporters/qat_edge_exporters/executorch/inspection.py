@@ -1,0 +1,105 @@
+"""Bytes of a .pte -> what is in it: methods, constant methods, operators, delegates, sizes.
+
+Nothing is executed; `probe.py` loads the file for real.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from executorch.exir._serialize._program import PTEFile
+from executorch.exir.scalar_type import ScalarType
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from executorch.exir.schema import Tensor as TensorFact
+from executorch.exir.tensor import TensorShapeDynamism
+
+from qat_edge.errors import ArtifactError
+from qat_edge_exporters.executorch import delegates
+from qat_edge_exporters.executorch.delegates import Product
+from qat_edge_exporters.executorch.facts import Method, Port, Program
+from qat_edge_exporters.executorch.reader import constant
+
+DTYPES = {  # by torch's names, where they are not the schema's in lower case
+    ScalarType.BYTE: "uint8", ScalarType.CHAR: "int8", ScalarType.SHORT: "int16", ScalarType.INT: "int32",
+    ScalarType.LONG: "int64", ScalarType.HALF: "float16", ScalarType.FLOAT: "float32", ScalarType.DOUBLE: "float64",
+}  # fmt: skip
+
+
+def inspect(path: Path) -> Program:
+    """What the .pte at `path` says about itself.
+
+    Raises:
+        ArtifactError: missing, cut short, no .pte, one of another format, or damaged.
+    """
+    pte = delegates.open_pte(path)
+    try:
+        return _program(pte, path.stat().st_size)
+    except delegates.DAMAGE as error:
+        raise ArtifactError(
+            f"{path}: damaged, its graph cannot be parsed ({error}). Export or copy it again."
+        ) from error
+
+
+def _program(pte: PTEFile, size_bytes: int) -> Program:
+    computing, constants = [], {}
+    for plan in pte.program.execution_plan:
+        if plan.inputs or any(chain.instructions for chain in plan.chains):
+            computing.append(plan)
+        else:
+            constants[plan.name] = constant(plan)
+    graphs = [graph for plan in computing for graph in delegates.graphs(pte, plan)]
+    forward = next((plan for plan in computing if plan.name == "forward"), None)
+    table = [] if forward is None else delegates.embedding_constants(pte, forward)
+    products = [product for graph in graphs for product in delegates.products_of(graph)]
+    methods = [_method(plan) for plan in computing]
+    width = methods[0].outputs[0].shape[-1:] if methods and methods[0].outputs else ()
+    return Program(
+        methods=methods,
+        constants=constants,
+        operators=dict(Counter(name for plan in computing for name in _kernels(plan)).most_common()),
+        delegates=dict(Counter(name for plan in computing for name in _delegates(plan)).most_common()),
+        nodes=sum(len(graph["xnodes"]) for graph in graphs),
+        size_bytes=_sizes(pte, products, sum(len(data) for data, _ in table), width, size_bytes),
+        memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
+    )
+
+
+def _method(plan: ExecutionPlan) -> Method:
+    inputs, outputs = (tuple(_port(plan.values[i].val) for i in ports) for ports in (plan.inputs, plan.outputs))
+    return Method(plan.name, inputs, outputs)
+
+
+def _port(value: Any) -> Port:
+    if not isinstance(value, TensorFact):
+        return Port(type(value).__name__.lower())
+    dtype = DTYPES.get(value.scalar_type, value.scalar_type.name.lower())
+    return Port(dtype, tuple(value.sizes), value.shape_dynamism != TensorShapeDynamism.STATIC)
+
+
+def _kernels(plan: ExecutionPlan) -> list[str]:
+    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
+    used = [plan.operators[call.op_index] for call in calls if isinstance(call, KernelCall)]
+    return [f"{op.name}.{op.overload}" if op.overload else op.name for op in used]
+
+
+def _delegates(plan: ExecutionPlan) -> list[str]:
+    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
+    return [plan.delegates[call.delegate_index].id for call in calls if isinstance(call, DelegateCall)]
+
+
+def _sizes(pte: PTEFile, products: list[Product], embedding: int, width: tuple[int, ...], whole: int) -> dict[str, int]:
+    """Bytes by part. The head is the last matrix, where it has as many rows as the output is wide."""
+    named = delegates.constants(pte)
+    parts = {"embedding": embedding, "head": 0, "linears": 0, "scales": 0}
+    head = products[-1] if products and (products[-1].out,) == width else None
+    counted: set[str] = set()
+    for product in reversed(products):
+        for part, key in (("linears", product.codes_key), ("scales", product.scales_key)):
+            if key not in counted:
+                parts["head" if product is head else part] += len(named.get(key, b""))
+                counted.add(key)
+    parts["other constants"] = sum(len(data) for key, data in named.items() if key not in counted)
+    parts["other constants"] += sum(len(b.storage) for b in pte.program.constant_buffer) - embedding
+    return {**parts, "program": whole - sum(parts.values())}

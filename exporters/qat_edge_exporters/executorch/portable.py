@@ -1,0 +1,102 @@
+"""Key-value cache and attention in plain ATen operators, for a runtime without ExecuTorch's LLM operators.
+
+The same function as `attention.KeyValueCache`: softmax(q k^T / sqrt(d) + mask) v over the cache. Shapes are chosen so
+that XNNPACK takes all of it but the writes: one dimension, G S, is not known beforehand. Per layer, with N heads of
+keys and values, G = heads / N queries for each, S new tokens, L positions and D channels:
+
+    keys (N, D, L), values (N, L, D)   written in place by index_put_
+    queries (N, G S, D), mask (1, G S, L)
+
+All L positions are read at every step, so they must hold finite numbers before they are written: ExecuTorch's Module,
+its Python binding and executor_runner give a program zeroed memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_edge.errors import ExportError
+from qat_edge_exporters.executorch.attention import MASKED, KeyValueCache
+
+
+class PortableCache(KeyValueCache):
+    """Static cache of every layer, `length` tokens long, that needs no operator beyond ATen's."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.masks: dict[tuple[int, int | None], Tensor] = {}  # by queries per key and window, alike in many layers
+
+    def begin(self, start: Any, positions: Tensor) -> None:
+        """Take new tokens at `positions` (1, S), the first of them at `start`."""
+        super().begin(start, positions)
+        self.masks = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **extras: Any,  # transformers passes whatever the architecture has
+    ) -> tuple[Tensor, None]:
+        """Append `key` and `value` (1, N, S, D) to the layer's cache and attend to all of it; (1, S, heads, D)."""
+        _refuse(module, attention_mask, extras)
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if layer not in self.layers:
+            self._make_buffers(layer, key, value)
+            return torch.zeros_like(query.transpose(1, 2)), None
+        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
+        torch.ops.aten.index_put_(keys, [None, None, self.positions], _laid_out(_rows(key).transpose(1, 2)))
+        torch.ops.aten.index_put_(values, [None, self.positions], _rows(value))
+        heads, width = query.shape[1], query.shape[3]
+        shared = heads // key.shape[1]
+        rows = _rows(query).view(key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
+        scores = torch.bmm(rows, keys)
+        if extras.get("softcap") is not None:
+            scores = torch.tanh(scores / extras["softcap"]) * extras["softcap"]
+        weights = torch.softmax(scores + self._mask(shared, extras.get("sliding_window")), dim=-1)
+        answer = torch.bmm(weights, values).view(key.shape[1], shared, -1, values.shape[2])
+        return _laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2]), None
+
+    def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
+        heads = key.shape[1]
+        shapes = {"keys": (heads, key.shape[3], self.length), "values": (heads, self.length, value.shape[3])}
+        for name, shape in shapes.items():
+            self.register_buffer(f"{name}_{layer}", torch.zeros(shape), persistent=False)
+        self.layers.add(layer)
+
+    def _mask(self, shared: int, window: int | None) -> Tensor:
+        """Added to the scores, (1, G S, L): 0 where a token may look, MASKED elsewhere."""
+        if (shared, window) not in self.masks:
+            rows = self.positions.repeat(shared).unsqueeze(1)
+            columns = torch.arange(self.length).unsqueeze(0)
+            hidden = columns > rows
+            if window is not None and window < self.length:
+                hidden = hidden.logical_or(columns <= rows - window)
+            self.masks[shared, window] = (hidden.to(torch.float32) * MASKED).unsqueeze(0)
+        return self.masks[shared, window]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(1, heads, S, D) as (heads, S, D), laid out in that order."""
+    return _laid_out(x).view(x.shape[1], -1, x.shape[3])
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A contiguous copy; `contiguous()` would ask first whether one is needed, which depends on S."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any]) -> None:
+    if extras.get("s_aux") is not None:
+        raise ExportError(
+            f"{type(module).__name__} uses s_aux, attention sinks that are learned; "
+            "this architecture cannot be exported to executorch."
+        )
+    if mask is not None:
+        raise ExportError(f"{type(module).__name__} makes an attention mask of its own; only causal ones export.")

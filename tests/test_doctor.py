@@ -1,0 +1,294 @@
+"""doctor: which runtimes load a .pte, what the LLM runner lacks, and errors for files that are none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import executorch.kernels.portable
+import executorch.kernels.quantized
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from conftest import make_tokenizer
+from qat_edge import cli, doctor
+from qat_edge import export as exporting
+from qat_edge.config import RUNTIMES, DoctorOptions, ExportOptions
+from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.quant import frozen, scheme
+from qat_edge.run import Run, Variant, library_version, write_manifest
+from qat_edge_exporters.executorch import contract, probe, runtimes
+from qat_edge_exporters.executorch.export import export
+from qat_edge_exporters.executorch.facts import Method, Port, Program
+
+CONTEXT, VOCABULARY, WIDTH = 32, 288, 64
+CUSTOM = ["llama::custom_sdpa.out", "llama::update_cache.out", "quantized_decomposed::embedding_byte.out"]
+ALL = DoctorOptions()
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Export folders of one tiny model, with ExecuTorch's LLM operators and without."""
+    root = tmp_path_factory.mktemp("doctor")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=CONTEXT,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    plan = scheme.choose(model, 32)
+    frozen.freeze(model, plan)
+    model.save_pretrained(root / "frozen")
+    make_tokenizer().save_pretrained(root / "frozen")
+    write_manifest(root / "frozen", "quantized", scheme=frozen.scheme_facts(plan))
+    folders = {"custom": root / "custom", "portable": root / "portable"}
+    for name, folder in folders.items():
+        folder.mkdir()
+        export(root / "frozen", folder, CONTEXT, silent, portable=name == "portable")
+        write_manifest(folder, "export")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def answers(made: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What the installed runtime says of both, asked once."""
+    texts = {name: [*doctor.TEXTS, *doctor._special_texts(folder / doctor.TOKENIZER)] for name, folder in made.items()}
+    return {n: probe.ask(made[n] / doctor.MODEL, made[n] / doctor.TOKENIZER, texts[n]) for n in made}
+
+
+@pytest.fixture
+def folder(
+    made: dict[str, Path], answers: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of the program with custom operators to damage, with the runtime's answer about the whole one."""
+    shutil.copytree(made["custom"], tmp_path / "copy")
+    monkeypatch.setattr(probe, "ask", lambda *given: answers["custom"])
+    return tmp_path / "copy"
+
+
+def faults(path: Path) -> list[str]:
+    return doctor.doctor(path, ALL, silent).faults
+
+
+def test_the_installed_runtime_loads_both(answers: dict[str, dict[str, Any]]) -> None:
+    for answer in answers.values():
+        assert answer["error"] == "" and answer["tokenizer"]["error"] == ""
+        assert {"llama::custom_sdpa.out", "aten::index_put_"} <= set(answer["operators"])
+        assert "XnnpackBackend" in answer["backends"]
+
+
+def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Path) -> None:
+    found = doctor.doctor(folder, ALL, silent)
+    assert [check.runtime for check in found.runtimes if check.loads] == ["python-wheel", "android-app", "ios-app"]
+    assert found.runtimes[-1].missing_operators == CUSTOM
+    assert found.faults == [] and found.path == folder / "model.pte"
+    first = doctor.lines(found)[0]
+    assert first.endswith("loads in python-wheel, android-app, ios-app; not in minimal.")
+    doctor.require_loadable(found, ALL)
+    named = DoctorOptions(runtime=("minimal",))
+    with pytest.raises(ArtifactError, match=r"minimal cannot load it: it lacks llama.*--portable"):
+        doctor.require_loadable(doctor.doctor(folder, named, silent), named)
+
+
+def test_a_portable_program_loads_everywhere(
+    made: dict[str, Path], answers: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ask", lambda *given: answers["portable"])
+    named = DoctorOptions(runtime=RUNTIMES)
+    found = doctor.doctor(made["portable"] / "model.pte", named, silent)
+    doctor.require_loadable(found, named)
+    assert not [name for name in found.program.operators if not name.startswith("aten::")]
+    assert found.program.constants["use_sdpa_with_kv_cache"] is False
+
+
+def test_what_is_in_the_file(folder: Path) -> None:
+    program = doctor.doctor(folder, ALL, silent).program
+    assert str(program.forward) == f"forward(int64 [1, <={CONTEXT}], int64 [1]) -> float32 [1, 1, {VOCABULARY}]"
+    sizes = program.size_bytes
+    assert sum(sizes.values()) == (folder / "model.pte").stat().st_size
+    assert sizes["embedding"] == sizes["head"] == VOCABULARY * (WIDTH + 4)  # int8, a float32 scale a row
+    linears = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * WIDTH
+    assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
+    assert program.operators["llama::update_cache.out"] == 2
+    assert program.memory_bytes >= 2 * CONTEXT * (WIDTH // 2) * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("get_max_seq_len", "get_max_seq_len: missing: the runner refuses"),
+        ("enable_dynamic_shape", "enable_dynamic_shape: missing: prompts are computed token by token"),
+        ("get_eos_ids", "get_eos_ids: missing"),
+        ("forward", "There is no method forward"),
+    ],
+)
+def test_a_missing_method_is_named(folder: Path, name: str, wanted: str) -> None:
+    other = name[:-1] + "_"
+    data = (folder / "model.pte").read_bytes()
+    (folder / "model.pte").write_bytes(data.replace(b"\0" + name.encode() + b"\0", b"\0" + other.encode() + b"\0"))
+    assert [fault for fault in faults(folder) if fault.startswith(wanted)]
+
+
+def program(**constants: Any) -> Program:
+    """A language model for 8 tokens of a vocabulary of 10."""
+    tokens, start, logits = Port("int64", (1, 8), True), Port("int64", (1,)), Port("float32", (1, 1, 10))
+    good = {
+        "get_max_seq_len": 8, "get_max_context_len": 8, "enable_dynamic_shape": True, "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True, "get_eos_ids": [1, 2], "get_vocab_size": 10, "get_bos_id": 0,
+    }  # fmt: skip
+    method = Method("forward", (tokens, start), (logits,))
+    return Program([method], good | constants, {}, {"XnnpackBackend": 1}, 1, {"program": 1}, 0)
+
+
+def problems(program: Program) -> list[str]:
+    return [entry.name for entry in contract.entries(program) if entry.problem]
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"get_max_seq_len": 9}, {"get_max_seq_len": 0}, {"get_max_context_len": 7}, {"use_kv_cache": False},
+        {"get_eos_ids": []}, {"get_eos_ids": [10]}, {"get_eos_ids": 2}, {"get_vocab_size": 11}, {"get_bos_id": -1},
+        {"get_bos_id": [1]}, {"enable_dynamic_shape": "yes"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_cannot_be(constants: dict[str, Any]) -> None:
+    assert problems(program()) == []
+    assert set(constants) <= set(problems(program(**constants)))
+
+
+def test_inputs_that_the_runner_does_not_give() -> None:
+    whole = program()
+    assert contract.forward_problems(whole) == []
+    assert whole.forward is not None
+    static = replace(whole.forward, inputs=(Port("int64", (1, 8)), whole.forward.inputs[1]))
+    assert problems(replace(whole, methods=[static])) == ["enable_dynamic_shape"]
+    one = replace(whole.forward, inputs=whole.forward.inputs[:1])
+    assert problems(replace(whole, methods=[one])) == ["use_kv_cache"]
+    assert "two int64 inputs" in contract.forward_problems(replace(whole, methods=[one]))[0]
+    image = Method("forward", (Port("float32", (1, 3, 8, 8)),), (Port("float32", (1, 10)),))
+    assert not replace(whole, methods=[image], constants={}).is_language_model
+
+
+def test_a_backend_that_an_app_lacks() -> None:
+    other = replace(program(), delegates={"CoreMLBackend": 3})
+    checks = runtimes.check(other, ("android-app", "ios-app"), {})
+    assert [(check.loads, check.missing_backends) for check in checks] == [(False, ["CoreMLBackend"]), (True, [])]
+    assert doctor.reason(checks[0]) == "it lacks backend CoreMLBackend"
+
+
+def test_lists_of_operators_are_those_of_the_installed_version() -> None:
+    table = tomllib.loads(runtimes.TABLE.read_text(encoding="utf-8"))
+    assert set(table["runtimes"]) | {runtimes.WHEEL} == set(RUNTIMES)
+    assert table["version"] == library_version("executorch")
+    files = {
+        "portable": Path(executorch.kernels.portable.__path__[0]) / "functions.yaml",
+        "quantized": Path(executorch.kernels.quantized.__path__[0]) / "quantized.yaml",
+    }
+    for library, file in files.items():
+        listed = [entry.get("op") or entry["func"].partition("(")[0] for entry in yaml.safe_load(file.read_text())]
+        full = {name if "::" in name else f"aten::{name}" for name in listed}
+        assert set(table["libraries"][library]["operators"]) == full
+
+
+def test_without_a_tokenizer(folder: Path, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(probe, "ask", lambda *given: answers["custom"] | {"tokenizer": None})
+    assert [fault for fault in faults(folder) if "tokenizer.json is not beside the program" in fault]
+
+
+def test_an_end_token_that_the_program_does_not_know(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert "get_eos_ids is [2], and the model also ends with [7]: an answer would run on." in faults(folder)
+
+
+def test_a_tokenizer_that_splits_otherwise(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert [fault for fault in faults(folder) if "splits 'Set an alarm for seven.' otherwise" in fault]
+
+
+def test_versions(folder: Path) -> None:
+    line = doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+    assert f"executorch {library_version('executorch')}" in line and line.endswith("the same are installed")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["libraries"]["executorch"] = "0.9.9"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    line = doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+    assert "written by qat-edge" in line and "executorch 0.9.9" in line and "installed: executorch" in line
+    (folder / "manifest.json").unlink()
+    assert "not told by the file" in doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("text.pte", lambda data: b"hello", "no ExecuTorch program"),
+        ("cut.pte", lambda data: data[: len(data) // 2], "cut short: .* bytes. Export again, or copy"),
+        ("empty.pte", lambda data: b"", "no ExecuTorch program|damaged"),
+        ("old.pte", lambda data: data[:4] + b"ET11" + data[8:], "in format ET11, and the .* reads ET12"),
+        ("nowhere.pte", None, "nowhere.pte: not there"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_program(folder: Path, name: str, damage: Any, message: str) -> None:
+    if damage is not None:
+        (folder / name).write_bytes(damage((folder / "model.pte").read_bytes()))
+    result = CliRunner().invoke(cli.main, ["doctor", str(folder / name)])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert re.search(message, result.output), result.output
+
+
+def test_a_program_that_the_runtime_refuses(made: dict[str, Path], tmp_path: Path) -> None:
+    data = (made["custom"] / "model.pte").read_bytes()
+    assert data.count(b"XH00")
+    (tmp_path / "model.pte").write_bytes(data.replace(b"XH00", b"XH99"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    answer = probe.ask(tmp_path / "model.pte", tmp_path / "tokenizer.json", [])
+    assert "XNNPACK" in answer["error"]
+    assert answer["tokenizer"]["error"]
+
+
+def test_the_command(folder: Path) -> None:
+    result = CliRunner().invoke(cli.main, ["doctor", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [check["runtime"] for check in found["runtimes"]] == list(RUNTIMES)
+    assert found["program"]["constants"]["get_max_seq_len"] == CONTEXT
+    result = CliRunner().invoke(cli.main, ["doctor", str(folder), "--runtime", "minimal", "--runtime", "ios-app"])
+    assert result.exit_code == 1
+    assert "model.pte loads in ios-app; not in minimal" in result.stdout
+    assert "minimal cannot load it" in result.stderr
+    assert CliRunner().invoke(cli.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
+
+
+def test_portable_is_for_executorch(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--portable is for --target executorch"):
+        exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True), silent)
+    told: dict[str, dict[str, Any]] = {}
+
+    def exporter(checkpoint: Path, out: Path, context_length: int, say: Any, **extras: Any) -> None:
+        told[out.name.split(".")[1]] = extras
+
+    variant, options = Variant(tmp_path), ExportOptions(portable=True)
+    write_manifest(variant.quantized, "quantized")
+    for target in options.target:
+        exporting.export_one(variant, target, exporter, options, silent)
+    assert told == {"executorch": {"portable": True}, "onnx": {}}
+    for target, kept in (("executorch", False), ("onnx", True)):
+        assert exporting._is_current(variant.exports / target, options)
+        assert exporting._is_current(variant.exports / target, ExportOptions()) == kept
