@@ -16,7 +16,7 @@ from benchmarks import document, formulations, plan, settings
 from benchmarks.cells import Cell, CellStore
 from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
 from benchmarks.lab import Lab, Training
-from benchmarks.remaining import PARTS, SWITCHED_OFF, partly_rounded
+from benchmarks.remaining import PARTS, partly_rounded
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
 from qat_edge.adapters import merged_model
@@ -150,7 +150,7 @@ def test_what_is_missing_reads_so(records: Records) -> None:
     by_seed = row(page, "assistant", "0", "ONNX folder")
     assert by_seed[3:] == ["17.0", "27.0", *[MISSING] * (len(settings.METHODS) - 1), "18.0", "90%"]
     assert row(page, "assistant", "80 (2 N)")[2:] == [MISSING] * 4
-    assert row(page, "assistant", "QAT", MISSING)[2:] == [*[MISSING] * len(SWITCHED_OFF), "17.0 (1 seed)"]
+    assert set(row(page, "assistant", "QAT", MISSING)[2:]) == {MISSING}
     empty = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
     assert "Nothing has been measured yet" in empty and "%" not in empty.split("## With more training")[0]
 
