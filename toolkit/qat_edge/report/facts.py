@@ -45,7 +45,7 @@ WORDS = (
     ),
     ("Top-1", "Share of tokens for which both models' first choice is the same."),
     (
-        "Same answers, others part at",
+        "Same answers, first difference",
         "Share of evaluation prompts answered token for token as the FP32 fine-tune does, and in the other answers the "
         "median place, counted from 0, of the first divergent token.",
     ),

@@ -86,13 +86,13 @@ COLUMNS: tuple[Column[Measured], ...] = (
     Column("Exact match", "%", lambda row: row.exact_match, percent, 1),
     Column("KL", "nats", lambda row: None if row.agreement is None else row.agreement.kl_nats, number, -1),
     Column("Top-1", "%", lambda row: None if row.agreement is None else row.agreement.top1, percent, 1),
-    Column("Same answers", "%", lambda row: row.same_answers, percent, 1),
-    Column("Others part at", "token", lambda row: row.first_divergence, number, 1),
     _timed("Decode", "tok/s", lambda speed: speed.decode, 1),
     _timed("Prefill", "tok/s", lambda speed: speed.prefill, 1),
     _timed("First token", "ms", lambda speed: speed.first_token_ms, -1),
     Column("Load", "ms", lambda row: row.load_ms, number, -1),
     Column("Memory", "MB", above_runtime, megabytes, -1),
+    Column("Same answers", "%", lambda row: row.same_answers, percent, 1),
+    Column("First difference", "token", lambda row: row.first_divergence, number, 1),
 )
 SQNR: Column[Measured] = Column(
     "SQNR", "dB", lambda row: None if row.agreement is None else row.agreement.sqnr_db, number, 1
