@@ -102,7 +102,7 @@ class Setting:
     """How much is run. steps: N, optimizer steps in all; factors: multiples of N beside it.
 
     tokens: compared in each model. prompts: answered for exact match. exported: PTQ methods beside QAT, "better"
-    for the better baseline of each seed. The main table has every task and seed; Calibrated methods and the other parts
+    for the better baseline of each seed. The main table has every task and seed; calibrated methods and the other parts
     have side_tasks and the first side_seeds of the seeds.
     """
 

@@ -117,6 +117,11 @@ class Block:
         self.observe(self.batches[0], see)
         return [names for _, names in seen]
 
+    def compensated(self) -> list[list[str]]:
+        """`shared_inputs` of int4 weights alone: those that are rounded column by column."""
+        groups = ([n for n in names if self.specs[n].bits == 4] for names in self.shared_inputs())
+        return [names for names in groups if names]
+
     @contextmanager
     def rounded_inputs(self) -> Iterator[None]:
         """Linear layers get their inputs as int8 represents them, where the scheme says so."""

@@ -47,8 +47,7 @@ class Aligner(Compensator):
         Raises:
             DataError: the inputs say too little about the weights.
         """
-        groups = [[n for n in names if block.specs[n].bits == 4] for names in block.shared_inputs()]
-        groups = [names for names in groups if names]
+        groups = block.compensated()
         ending = bool(groups) and len(groups[-1]) == 1 and block.ends_with(groups[-1][0])
         first = [names[0] for names in groups]
         floats = [_pass(block, batch, first, batch.unrounded) for batch in block.batches]

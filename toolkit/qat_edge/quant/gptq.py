@@ -40,8 +40,7 @@ class Compensator:
         Raises:
             DataError: the inputs say too little about the weights.
         """
-        groups = [[n for n in names if block.specs[n].bits == 4] for names in block.shared_inputs()]
-        groups = [names for names in groups if names]
+        groups = block.compensated()
         hessians = accumulate(block, [names[0] for names in groups])
         scales: dict[str, Tensor] = {}
         for names in groups:
