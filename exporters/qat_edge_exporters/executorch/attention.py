@@ -52,19 +52,33 @@ class KeyValueCache(nn.Module):
         **extras: Any,  # transformers passes whatever the architecture has
     ) -> tuple[Tensor, None]:
         """Append `key` and `value` (batch, head, position, channel) to the layer's cache and attend to all of it."""
-        _refuse(module, attention_mask, extras)
+        self._check(module, attention_mask, extras)
         layer: int = module.layer_idx  # type: ignore[assignment]
         if layer not in self.layers:
             self._make_buffers(layer, key, value)
             return torch.zeros_like(query.transpose(1, 2)), None
         keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
+        return self._answer((query, key, value), (keys, values), scaling, extras), None
+
+    def _check(self, module: nn.Module, attention_mask: Tensor | None, extras: dict[str, Any]) -> None:
+        _refuse(module, attention_mask, extras)
+
+    def _answer(
+        self,
+        new: tuple[Tensor, Tensor, Tensor],
+        kept: tuple[Tensor, Tensor],
+        scaling: float | None,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        """Append the new keys and values to those kept, and what the new queries find in all: (1, S, heads, D)."""
+        (query, key, value), (keys, values) = new, kept
         torch.ops.llama.update_cache(key.transpose(1, 2), keys, self.start)
         torch.ops.llama.update_cache(value.transpose(1, 2), values, self.start)
         mask = self._window(extras.get("sliding_window"))
-        answer = torch.ops.llama.custom_sdpa(
+        answer: Tensor = torch.ops.llama.custom_sdpa(
             query.transpose(1, 2), keys, values, self.start, mask, 0.0, mask is None, scaling
         )
-        return answer, None
+        return answer
 
     def _window(self, window: int | None) -> Tensor | None:
         """Added to the scores, (S, length): 0 for the last `window` positions, MASKED elsewhere; None: all may look."""

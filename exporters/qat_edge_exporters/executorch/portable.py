@@ -34,23 +34,17 @@ class PortableCache(KeyValueCache):
         super().begin(start, positions)
         self.masks = {}
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **extras: Any,  # transformers passes whatever the architecture has
-    ) -> tuple[Tensor, None]:
-        """Append `key` and `value` (1, N, S, D) to the layer's cache and attend to all of it; (1, S, heads, D)."""
+    def _check(self, module: nn.Module, attention_mask: Tensor | None, extras: dict[str, Any]) -> None:
         _refuse(module, attention_mask, extras)
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        if layer not in self.layers:
-            self._make_buffers(layer, key, value)
-            return torch.zeros_like(query.transpose(1, 2)), None
-        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
+
+    def _answer(
+        self,
+        new: tuple[Tensor, Tensor, Tensor],
+        kept: tuple[Tensor, Tensor],
+        scaling: float | None,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        (query, key, value), (keys, values) = new, kept
         torch.ops.aten.index_put_(keys, [None, None, self.positions], _laid_out(_rows(key).transpose(1, 2)))
         torch.ops.aten.index_put_(values, [None, self.positions], _rows(value))
         heads, width = query.shape[1], query.shape[3]
@@ -61,7 +55,7 @@ class PortableCache(KeyValueCache):
             scores = torch.tanh(scores / extras["softcap"]) * extras["softcap"]
         weights = torch.softmax(scores + self._mask(shared, extras.get("sliding_window")), dim=-1)
         answer = torch.bmm(weights, values).view(key.shape[1], shared, -1, values.shape[2])
-        return _laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2]), None
+        return _laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2])
 
     def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
         heads = key.shape[1]
