@@ -88,7 +88,7 @@ def test_batches_hold_every_token_once_and_mark_the_padding(tokenizer: Any) -> N
 
 
 @pytest.mark.parametrize("method", ["qat", *PTQ_METHODS])
-def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run, method: str) -> None:
+def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run, method: str, tokenizer: Any) -> None:
     result = quantize(run, options(method), silent)
     folder = run.quantized if method == "qat" else run.path / "ptq" / method / "quantized"
     assert result.folder == folder and result.method == method and "14 int4" in result.weights
@@ -98,11 +98,13 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
         assert manifest["calibration"]["tokens"] == TOKENS and 0 < manifest["calibration"]["rows"] <= ROWS
     else:
         assert manifest["calibration"] is None
-    ids = torch.arange(3, 40).unsqueeze(0)
+    ids = tokenizer("say 7 it is 7, and 49 is its square", return_tensors="pt").input_ids
     tuned = merged_model(run.adapter if method == "qat" else run.reference, silent).model
     with torch.no_grad():
         expected, logits = tuned(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits
-    assert 0 < float((logits - expected).norm() / expected.norm()) < 0.3
+    error = float((logits - expected).norm() / expected.norm())
+    # On text like the calibration rows: 0.043 rounded to nearest, 0.008 to 0.035 by the methods that look at them.
+    assert 0 < error < (0.04 if method in ptq.CALIBRATED else 0.16)
 
 
 def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:
