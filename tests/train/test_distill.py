@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qat_edge.data import IGNORED
 from qat_edge.quant import fake, scheme
+from qat_edge.train import distill
 from qat_edge.train.distill import CachedTeacher, LiveTeacher, write_cache
 
 ROWS = [
@@ -57,16 +58,19 @@ def test_the_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_f
     assert float(teacher.divergence(inputs, before)) == pytest.approx(0, abs=1e-4)
 
 
-def test_divergence_is_that_of_the_tokens_with_loss(tiny_model_folder: Path) -> None:
+def test_divergence_is_that_of_the_tokens_with_loss(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "CHUNK", 7)
     model, switch = student(tiny_model_folder)
     inputs = batch()
     teacher = LiveTeacher(model, switch, temperature=2.0)
-    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
+    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size, requires_grad=True)
     p = (teacher.logits(inputs) / 2).softmax(-1)
     q = (logits / 2).softmax(-1)
     by_token = (p * (p / q).log()).sum(-1)[:, :-1]
     expected = by_token[inputs["labels"][:, 1:] != IGNORED].sum()
-    torch.testing.assert_close(teacher.divergence(inputs, logits), expected, rtol=1e-4, atol=1e-4)
+    found = teacher.divergence(inputs, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
 
 
 def test_all_choices_kept_are_the_live_teacher(tiny_model_folder: Path, tmp_path: Path) -> None:

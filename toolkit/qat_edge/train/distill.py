@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from qat_edge.data import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 
 Batch = Mapping[str, Tensor]
+CHUNK = 64  # tokens whose probabilities exist at once
 NEGLIGIBLE = 1e-9  # least probability of the choice that stands for all beyond the top k
 
 
@@ -56,9 +58,11 @@ class LiveTeacher:
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         wanted = batch["labels"][:, 1:] != IGNORED
-        teacher = self.logits(batch)[:, :-1][wanted].float() / self.temperature
-        student = logits[:, :-1][wanted].float() / self.temperature
-        return functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        rows = zip(self.logits(batch)[:, :-1], logits[:, :-1], wanted, strict=True)
+        chunks = [part for row in rows for part in zip(*(of_row.split(CHUNK) for of_row in row), strict=True)]
+        # Recomputed in the backward pass: probabilities of all tokens at once are larger than the rest of a step.
+        parts = [checkpoint(_divergence, *part, self.temperature, use_reentrant=False) for part in chunks]
+        return torch.stack(parts).sum()
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -122,6 +126,12 @@ def write_cache(
     save_file(
         {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}, file
     )
+
+
+def _divergence(teacher: Tensor, student: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Sum of KL(teacher || student) over the `wanted` (tokens,) of logits (tokens, vocabulary)."""
+    log_p, log_q = ((logits[wanted].float() / temperature).log_softmax(-1) for logits in (teacher, student))
+    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def _beyond(log_p: Tensor, log_q: Tensor) -> Tensor:
