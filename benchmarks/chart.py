@@ -1,61 +1,81 @@
-"""The plot of docs/accuracy.md: perplexity of every model, one mark a seed and runtime."""
+"""The plots of the benchmarks' reports: a panel each, a row each model or engine, a mark each measured value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-from qat_edge.report.charts import WIDTH, Scale, canvas, line, marker, rect, text, to_svg, x_axis
+from qat_edge.report.charts import WIDTH, Scale, canvas, line, marker, rect, text, text_width, to_svg, x_axis
 
-Points = Sequence[tuple[str, float]]  # (target, perplexity)
+Points = Sequence[tuple[str, float]]  # (kind of mark, value)
 
-SHAPES = {"torch": "circle", "executorch": "square", "onnx": "diamond"}
 LEFT, ROW, HEAD, FOOT = 122.0, 24.0, 44.0, 52.0
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#222}.name,.tick{fill:#555}.head{font-weight:600}"
     ".paper{fill:#fff}.axis{stroke:#888}.row{stroke:#e4e4e4}"
-    ".torch{fill:none;stroke:#1b5e9b;stroke-width:1.6}.executorch{fill:#c4501b}.onnx{fill:#2d8a4e}"
+    ".circle{fill:none;stroke:#1b5e9b;stroke-width:1.6}.square{fill:#c4501b}.diamond{fill:#2d8a4e}"
 )
 
 
-def perplexities(panels: Mapping[str, Mapping[str, Points]]) -> str:
-    """task -> model -> points, as SVG; empty where nothing was measured."""
-    drawn = {task: models for task, models in panels.items() if any(models.values())}
+@dataclass(frozen=True)
+class Dots:
+    """What a plot is about. marks: kind -> shape and its words in the legend; axis: name of the values."""
+
+    name: str
+    title: str
+    description: str
+    axis: str
+    marks: Mapping[str, tuple[str, str]]
+
+
+PERPLEXITIES = Dots(
+    "perplexity",
+    "Perplexity of the FP32 fine-tune and of what quantization makes of it",
+    "Lower is better; one mark a seed and runtime.",
+    "perplexity, lower is better",
+    {"torch": ("circle", "torch"), "executorch": ("square", ".pte"), "onnx": ("diamond", "ONNX")},
+)
+
+
+def dots(about: Dots, panels: Mapping[str, Mapping[str, Points]]) -> str:
+    """panel -> row -> points, as SVG; empty where nothing was measured."""
+    drawn = {title: rows for title, rows in panels.items() if any(rows.values())}
     if not drawn:
         return ""
-    heights = [HEAD + FOOT + ROW * len(models) for models in drawn.values()]
-    title = "Perplexity of the FP32 fine-tune and of what quantization makes of it"
-    root = canvas("perplexity", title, "Lower is better; one mark a seed and runtime.", sum(heights))
+    heights = [HEAD + FOOT + ROW * len(rows) for rows in drawn.values()]
+    root = canvas(about.name, about.title, about.description, sum(heights))
     root.set("xmlns", "http://www.w3.org/2000/svg")
     ET.SubElement(root, "style").text = STYLE
     rect(root, 0, 0, WIDTH, sum(heights), "paper")
     top = 0.0
-    for (task, models), height in zip(drawn.items(), heights, strict=True):
-        _panel(root, task, models, top)
+    for (title, rows), height in zip(drawn.items(), heights, strict=True):
+        _panel(root, about, title, rows, top)
         top += height
     return to_svg(root)
 
 
-def _panel(root: ET.Element, task: str, models: Mapping[str, Points], top: float) -> None:
-    values = [value for points in models.values() for _, value in points]
+def _panel(root: ET.Element, about: Dots, title: str, rows: Mapping[str, Points], top: float) -> None:
+    values = [value for points in rows.values() for _, value in points]
     pad = (max(values) - min(values)) * 0.06 or 1.0
     scale = Scale(min(values) - pad, max(values) + pad, LEFT, WIDTH - 14)
-    text(root, 8, top + 18, task, "head")
-    _legend(root, top + 18)
-    for index, (model, points) in enumerate(models.items()):
+    text(root, 8, top + 18, title, "head")
+    _legend(root, about, top + 18)
+    for index, (row, points) in enumerate(rows.items()):
         y = top + HEAD + ROW * (index + 0.5)
-        text(root, LEFT - 10, y + 4, model, "", "end")
+        text(root, LEFT - 10, y + 4, row, "", "end")
         line(root, (LEFT, y), (WIDTH - 14, y), "row")
-        for target, value in points:
-            marker(root, scale(value), y, SHAPES[target], target, f"{model}, {target}: {value:.4g}")
+        for kind, value in points:
+            shape, words = about.marks[kind]
+            marker(root, scale(value), y, shape, shape, f"{row}, {words}: {value:.4g}")
         if not points:
             text(root, LEFT + 4, y + 4, "not measured", "tick")
-    x_axis(root, scale, top + HEAD + ROW * len(models), "perplexity, lower is better")
+    x_axis(root, scale, top + HEAD + ROW * len(rows), about.axis)
 
 
-def _legend(root: ET.Element, y: float) -> None:
+def _legend(root: ET.Element, about: Dots, y: float) -> None:
     x = LEFT + 60
-    for target, words in (("torch", "torch"), ("executorch", ".pte"), ("onnx", "ONNX")):
-        marker(root, x, y - 4, SHAPES[target], target)
+    for shape, words in about.marks.values():
+        marker(root, x, y - 4, shape, shape)
         text(root, x + 10, y, words, "tick")
-        x += 72
+        x += 30 + text_width(words)

@@ -11,13 +11,13 @@ from typing import Any
 
 from benchmarks import chart, settings
 from benchmarks.lab import Figures, Lab
+from benchmarks.page import MISSING, provenance, table
 from benchmarks.plan import Job
 from benchmarks.remaining import SWITCHED_OFF
 from benchmarks.settings import BASELINES, FP32, METHODS, RECOMMENDED, SETTINGS, TASKS, Setting
-from qat_edge.report.figures import duration, number, percent
+from qat_edge.report.figures import number, percent
 from qat_edge.run import write_text
 
-MISSING = "not measured"
 NO_LOSS = "PTQ loses nothing"
 NAMES = {
     "base": "base", FP32: "FP32 fine-tune", "rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ",
@@ -99,8 +99,9 @@ def write(lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], path: Path) -> Pa
     """Write the report and its plot of the cells that are finished."""
     documents = [found for job in jobs if (found := lab.store.document(job.cell)) is not None]
     records = Records(documents, lab.setting, tuple(seeds))
-    svg = chart.perplexities(
-        {task: {NAMES[name]: _points(records, task, name) for name in (FP32, *METHODS, RECOMMENDED)} for task in TASKS}
+    svg = chart.dots(
+        chart.PERPLEXITIES,
+        {task: {NAMES[name]: _points(records, task, name) for name in (FP32, *METHODS, RECOMMENDED)} for task in TASKS},
     )
     if svg:
         write_text(path.with_suffix(".svg"), svg)
@@ -122,12 +123,6 @@ def render(records: Records, plot: str | None = None) -> str:
         "## Settings", _settings_words(), _settings(),
     ]  # fmt: skip
     return "\n\n".join(blocks) + "\n"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first words are aligned by the reader's renderer."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def spread(values: Sequence[float | None], write: Callable[[float], str] = number) -> str:
@@ -175,35 +170,13 @@ def _ran(records: Records) -> str:
     documents, setting = records.documents, records.setting
     if not documents:
         return f"Nothing has been measured yet (setting {setting.name})."
-    days = sorted({document["created"][:10] for document in documents})
-    libraries = _versions(documents)
     rows = [
         ("setting", f"{setting.name}: N = {setting.steps} steps, {setting.tokens} compared tokens"),
         ("seeds", ", ".join(map(str, records.seeds))),
         ("tasks", ", ".join(TASKS)),
-        ("cells", f"{len(documents)} in {duration(sum(d['wall_s'] for d in documents))}"),
-        ("dates", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"),
-        ("machines", "; ".join(sorted({document["machine"] for document in documents}))),
-        ("revisions", ", ".join(sorted({_revision(document["git_revision"]) for document in documents}))),
-        ("libraries", ", ".join(f"{name} {' or '.join(found)}" for name, found in libraries.items())),
+        *provenance(documents),
     ]
     return table(("", ""), rows)
-
-
-def _revision(described: str | None) -> str:
-    """The commit, shortened, and whether the checkout had changes of its own."""
-    if described is None:
-        return "unknown"
-    return described[:12] + (" with local changes" if described.endswith("-dirty") else "")
-
-
-def _versions(documents: Sequence[Figures]) -> dict[str, list[str]]:
-    found: dict[str, set[str]] = {}
-    for document in documents:
-        for name, version in {"Python": document["python"], **document["libraries"]}.items():
-            if version is not None:
-                found.setdefault(name, set()).add(version)
-    return {name: sorted(versions) for name, versions in found.items()}
 
 
 def _recovery_words() -> str:
@@ -237,7 +210,8 @@ def _remaining_words() -> str:
     return (
         "Perplexity above the FP32 fine-tune's with parts of the rounding switched off, in torch emulation: weights "
         "(int4, all linear layers but the head), activations (int8 inputs of those), embedding (int8), head (int8 "
-        "weight and input)."
+        "weight and input). What is off is as it was where plain LoRA ended; *all off* is that model, which has "
+        "trained for fewer steps than the FP32 fine-tune."
     )
 
 

@@ -1,0 +1,113 @@
+"""Time and peak memory of exporting to a .pte: `python -m benchmarks.export` measures them and writes docs/export.md.
+
+Synthetic Llama-like models of random weights, rounded to nearest: what they answer is no matter, and exporting takes as
+long. Sizes from 50 M to 1.5 B parameters show how memory grows with the weights, models of one width and 6 to 30
+layers how time grows with layers. Each export is a process of its own, and each finished one a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import Cell, CellStore, digest
+from benchmarks.export_step import CONTEXT, GROUP_SIZE, MODELS, VOCABULARY, Shape
+from qat_edge.errors import QatEdgeError
+from qat_edge.run import sha256, work_folder, write_text
+
+ROOT = Path(__file__).parents[1]
+RESULT = "export.json"
+
+
+def main() -> None:
+    """Export synthetic models of growing size, and write the report."""
+    given = _parser().parse_args()
+    from benchmarks import export_page
+    from qat_edge.console import say
+
+    try:
+        result = given.work / RESULT
+        if not given.document:
+            documents = measured(given.only or list(MODELS), given.work, say)
+            write_text(result, json.dumps(documents, indent=1) + "\n")
+        say(f"Wrote {export_page.write(result, given.out)}")
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: finished exports are kept. Run it again to go on.") from None
+
+
+def measured(names: Sequence[str], work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """What is known of every model by this exporter's code, those of `names` exported now where they are missing."""
+    store, found = CellStore(work / "cells"), {}
+    for name, shape in MODELS.items():
+        cell = _cell(shape)
+        if name in names and store.get(cell) is None:
+            say(f"Exporting {name}: {shape.parameters / 1e6:.0f} M parameters in {shape.layers} layers")
+            began = time.monotonic()
+            figures = exported(shape, work)
+            machine = f"{platform.machine()}, {os.cpu_count()} cores"
+            store.put(cell, figures, time.monotonic() - began, machine)
+        document = store.document(cell)
+        if document is not None:
+            found[name] = document
+    return found
+
+
+def exported(shape: Shape, work: Path) -> dict[str, Any]:
+    """Figures of one export; the model is made before in another process, and gone afterwards.
+
+    Raises:
+        QatEdgeError: a process failed; its last lines are quoted.
+    """
+    with work_folder(work, "export") as folder:
+        checkpoint, out, result = folder / "checkpoint", folder / "out", folder / "result.json"
+        for made in (checkpoint, out):
+            made.mkdir()
+        _step("make", str(shape.heads), str(shape.layers), str(checkpoint))
+        _step("measure", str(checkpoint), str(out), str(result))
+        figures: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return figures
+
+
+def _step(*arguments: str) -> None:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        command = [sys.executable, "-m", "benchmarks.export_step", *arguments]
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+        log.seek(0)
+        said = " | ".join(log.read().splitlines()[-4:])
+    if done.returncode != 0:
+        what = "more memory than this machine has free" if done.returncode == -9 else said
+        raise QatEdgeError(f"`export_step {' '.join(arguments[:3])}` ended with exit code {done.returncode}: {what}")
+
+
+def _cell(shape: Shape) -> Cell:
+    """What decides the figures: the model, and the code that exports it."""
+    sources = sorted((ROOT / "exporters" / "qat_edge_exporters" / "executorch").glob("*.py"))
+    settings = {
+        "heads": shape.heads, "layers": shape.layers, "vocabulary": VOCABULARY, "context": CONTEXT,
+        "group_size": GROUP_SIZE, "exporter": digest([sha256(source) for source in sources]),
+    }  # fmt: skip
+    return Cell("export", "", 0, f"{shape.parameters / 1e6:.0f}M", settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=main.__doc__)
+    parser.add_argument("--only", choices=list(MODELS), action="append", help="a model; all where not given")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "export", help="work folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "export.md", help="report to write")
+    parser.add_argument("--document", action="store_true", help="export nothing, write the report of what is there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""One synthetic model, made or exported, in a process of its own: `python -m benchmarks.export_step STEP ...`.
+
+make HEADS LAYERS FOLDER       a Llama of random weights, rounded to nearest, as a frozen checkpoint
+measure FOLDER OUT RESULT      its .pte in OUT; RESULT says how long each stage took and how much memory it held
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qat_edge.logs import quiet_libraries
+from qat_edge.run import write_manifest, write_text
+from qat_edge_devices.agent.agent import forget_peak, peak_bytes, resident_bytes
+
+HEAD_SIZE, VOCABULARY, GROUP_SIZE, CONTEXT = 64, 49152, 32, 1024
+PARTITIONS = "lowering partition"  # begins what the exporter says before each; together they are one stage
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model of SmolLM2's proportions: a third as many KV heads, an MLP 8/3 as wide, tied embeddings."""
+
+    heads: int
+    layers: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * HEAD_SIZE
+
+    @property
+    def parameters(self) -> int:
+        """Of the tied table, the projections and the norms."""
+        width, kv = self.width, self.width // 3
+        layer = 2 * width * width + 2 * width * kv + 3 * width * (width * 8 // 3) + 2 * width
+        return VOCABULARY * width + self.layers * layer + width
+
+    @property
+    def float_bytes(self) -> int:
+        """Of the weights in float32."""
+        return 4 * self.parameters
+
+    def config(self) -> Any:
+        """Its configuration in transformers."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=self.width, intermediate_size=self.width * 8 // 3,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads // 3,
+            max_position_embeddings=2 * CONTEXT, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+
+
+# The 135M is SmolLM2's own shape; those by layers have its width.
+SIZES = {
+    "50M": Shape(6, 20), "135M": Shape(9, 30), "360M": Shape(15, 32), "680M": Shape(21, 32), "1.0B": Shape(27, 29),
+    "1.5B": Shape(33, 29),
+}  # fmt: skip
+LAYERS = {f"{layers} layers": Shape(9, layers) for layers in (6, 12, 18, 24)} | {"30 layers": SIZES["135M"]}
+MODELS = SIZES | LAYERS
+
+
+def make(shape: Shape, folder: Path) -> None:
+    """Write a frozen checkpoint of random weights into an empty folder, with a tokenizer of bytes."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from qat_edge.quant import frozen, scheme
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(shape.config()).eval()
+    plan = scheme.choose(model, GROUP_SIZE)
+    frozen.freeze(model, plan)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+
+
+def measure(checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Export into an empty folder.
+
+    Returns seconds by the clock and of this process's CPU time, in all and by stage, and bytes: resident before
+    anything is loaded, at most in each stage and in all, and of the file.
+    """
+    from qat_edge_exporters.executorch.export import MODEL, export
+
+    stages = _Stages()
+    runtime = resident_bytes()
+    export(checkpoint, out, CONTEXT, stages.begin)
+    stages.end()
+    return {
+        "seconds": sum(stage.seconds for stage in stages.found),
+        "cpu_seconds": sum(stage.cpu_seconds for stage in stages.found),
+        "peak_bytes": max(stage.peak_bytes for stage in stages.found),
+        "runtime_bytes": runtime,
+        "file_bytes": (out / MODEL).stat().st_size,
+        "stages": [asdict(stage) for stage in stages.found],
+    }
+
+
+@dataclass
+class _Stage:
+    name: str
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class _Stages:
+    """What the exporter says begins a stage, which lasts until it speaks again."""
+
+    def __init__(self) -> None:
+        self.found: list[_Stage] = []
+        self._began = time.perf_counter(), time.process_time()
+
+    def begin(self, words: str) -> None:
+        self.end()
+        name = PARTITIONS if words.startswith(PARTITIONS) else words
+        if not self.found or self.found[-1].name != name:
+            self.found.append(_Stage(name))
+
+    def end(self) -> None:
+        now = time.perf_counter(), time.process_time()
+        if self.found:
+            stage = self.found[-1]
+            stage.seconds += now[0] - self._began[0]
+            stage.cpu_seconds += now[1] - self._began[1]
+            stage.peak_bytes = max(stage.peak_bytes, peak_bytes())
+        forget_peak()
+        self._began = now
+
+
+def _tokenizer() -> Any:
+    """256 bytes and two special tokens: exporting needs one to copy, and reads its end token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    backend = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def main(argv: list[str]) -> None:
+    """Do one step; the arguments are described above."""
+    quiet_libraries(verbose=False)
+    step, *rest = argv
+    if step == "make":
+        make(Shape(int(rest[0]), int(rest[1])), Path(rest[2]))
+    else:
+        write_text(Path(rest[2]), json.dumps(measure(Path(rest[0]), Path(rest[1]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,112 @@
+"""Speed of the exported files beside other engines': `python -m benchmarks.speed RUN` writes docs/speed.md.
+
+A round times every engine once, one after the other, with two threads and with one; the next round begins with
+another engine. Ratios are of one round's figures, so that what disturbs the machine for longer disturbs both sides.
+Each finished round is a JSON file in the work folder, and a run that was stopped goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from benchmarks import bandwidth
+from benchmarks.cells import Cell, CellStore
+from qat_edge.errors import QatEdgeError
+from qat_edge.logs import quiet_libraries
+from qat_edge.run import Run, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.engines import Amounts, Engine
+
+ROOT = Path(__file__).parents[1]
+RESULT = "speed.json"
+
+
+def main() -> None:
+    """Time the exports of a finished run beside llama.cpp and onnxruntime-genai, and write the report."""
+    given = _parser().parse_args()
+    quiet_libraries(verbose=False)
+    from benchmarks import engines, speed_page  # they import torch
+    from qat_edge.console import say
+
+    try:
+        result = given.work / RESULT
+        if not given.document:
+            amounts = engines.Amounts(given.prefill, given.decode, given.repeats)
+            ready, reasons = engines.gather(Run.open(given.run), given.work, say)
+            documents = rounds(ready, CellStore(given.work / "cells"), amounts, given.rounds, say)
+            found = {"engines": engines.facts(ready), "reasons": reasons, "rounds": documents}
+            write_text(result, json.dumps(found, indent=1) + "\n")
+        say(f"Wrote {speed_page.write(result, given.out)}")
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: finished rounds are kept. Run it again to go on.") from None
+
+
+def rounds(
+    engines: Sequence[Engine], store: CellStore, amounts: Amounts, count: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The finished rounds of these engines, those that are missing taken now."""
+    from dataclasses import asdict
+
+    what = {"amounts": asdict(amounts), "engines": {engine.name: asdict(engine.facts) for engine in engines}}
+    documents = []
+    for index in range(count):
+        cell = Cell("speed", "", index, "round", what)
+        if store.get(cell) is None:
+            say(f"Round {index + 1} of {count}")
+            began = time.monotonic()
+            store.put(cell, one_round(engines, index, amounts), time.monotonic() - began, machine())
+        documents.append(store.document(cell) or {})
+    return documents
+
+
+def one_round(engines: Sequence[Engine], index: int, amounts: Amounts) -> dict[str, Any]:
+    """Every engine timed once with each number of threads, beginning with another one each round."""
+    first = index % max(len(engines), 1)
+    order = [*engines[first:], *engines[:first]]
+    others = psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1)
+    rates: dict[str, float] = {}
+    rows: list[Mapping[str, Any]] = []
+    for threads in bandwidth.THREADS:
+        rates[str(threads)] = bandwidth.measured(threads)
+        rows += [engine.timed(threads, amounts) for engine in order]
+    return {"others_busy_cores": others, "bytes_per_s": rates, "rows": rows}
+
+
+def machine() -> str:
+    """The kind of machine, without its name."""
+    from contextlib import closing
+
+    from qat_edge_devices import open_transport
+
+    with closing(open_transport("local")) as transport:
+        model = transport.info().cpu_model
+    return f"{platform.machine()}, {os.cpu_count()} cores, {model}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="finished run with exports of both targets, such as runs/demo")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds, 7 by default")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats in each process, 5 by default")
+    parser.add_argument("--prefill", type=int, default=128, help="tokens of the prompt, 128 by default")
+    parser.add_argument("--decode", type=int, default=64, help="tokens that follow, 64 by default")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speed", help="peers, their models and rounds")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md", help="report to write")
+    parser.add_argument("--document", action="store_true", help="measure nothing, write the report of what is there")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

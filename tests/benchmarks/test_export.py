@@ -1,0 +1,121 @@
+"""The export benchmark: shapes counted by hand, fits, stages, resume, the page, one tiny export in processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks import export, export_page, export_step
+from benchmarks.export_step import LAYERS, MODELS, SIZES, Shape
+from benchmarks.page import MISSING
+from qat_edge.errors import QatEdgeError, RunError
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def made(seconds: float, peak: float) -> dict[str, Any]:
+    """A finished export as the store gives it back."""
+    stages = [
+        {"name": "tracing", "seconds": 2 * seconds, "cpu_seconds": 0.75 * seconds, "peak_bytes": peak / 2},
+        {"name": "lowering", "seconds": seconds, "cpu_seconds": 0.25 * seconds, "peak_bytes": peak},
+        {"name": "a word in between", "seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": peak},
+    ]
+    figures = {
+        "seconds": 3 * seconds, "cpu_seconds": seconds, "peak_bytes": peak, "runtime_bytes": 0.5e9,
+        "file_bytes": 4e6, "stages": stages,
+    }  # fmt: skip
+    return {
+        "figures": figures, "wall_s": 60.0, "created": "2026-01-02T03:04:05+00:00", "machine": "x86_64, 2 cores",
+        "python": "3.11.7", "libraries": {"torch": "2.13.0"}, "git_revision": "abc",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["50M", "1.5B"])
+def test_shapes_are_of_the_size_they_are_called(name: str) -> None:
+    shape = SIZES[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config())
+    assert shape.parameters == model.num_parameters()
+    assert shape.float_bytes == 4 * shape.parameters
+    wanted = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
+    assert shape.parameters == pytest.approx(wanted, rel=0.03)
+
+
+def test_layers_differ_in_nothing_else() -> None:
+    assert {shape.heads for shape in LAYERS.values()} == {SIZES["135M"].heads}
+    assert LAYERS["30 layers"] == SIZES["135M"] and len({shape.layers for shape in LAYERS.values()}) == len(LAYERS)
+
+
+def test_a_fit_says_how_far_from_a_line_it_is() -> None:
+    line = [(x, 3 + 2 * x) for x in (1.0, 2.0, 5.0)]
+    assert export_page.fit(line) == pytest.approx((3, 2, 0))
+    bent = export_page.fit([(x, x * x) for x in (1.0, 2.0, 3.0, 4.0)])
+    assert bent is not None and bent[2] > 0.2
+    assert export_page.fit(line[:2]) is None
+
+
+def test_a_stage_lasts_until_the_next_and_partitions_are_one() -> None:
+    stages = export_step._Stages()
+    for words in ("loading", "lowering partition 1 of 2", "lowering partition 2 of 2", "writing"):
+        stages.begin(words)
+        sum(range(200_000))
+    stages.end()
+    assert [stage.name for stage in stages.found] == ["loading", "lowering partition", "writing"]
+    loading, lowering, _ = stages.found
+    assert lowering.cpu_seconds > loading.cpu_seconds > 0 and lowering.peak_bytes > 0
+
+
+def test_the_page_counts_by_hand(tmp_path: Path) -> None:
+    # 2 s + 1 s a layer, and 0.5 GB of libraries + twice the weights.
+    done = {name: shape for name, shape in MODELS.items() if name != "1.5B"}
+    documents = {name: made(2.0 + shape.layers, 0.5e9 + 2 * shape.float_bytes) for name, shape in done.items()}
+    result = tmp_path / "export.json"
+    result.write_text(json.dumps(documents))
+    page = export_page.write(result, tmp_path / "export.md").read_text()
+    assert "CPU time = 2.00 s + 1.00 s a layer" in page and "peak = 0.500 GB + 2.00 times" in page
+    assert f"| 1.5B | 1,484 | 29 | {MISSING} | {MISSING} | 5.93 |" in page
+    # 1,009 M parameters take 4.03 GB; 0.5 + 2 * 4.03 = 8.57, and 8.57 / 4.03 = 2.12.
+    assert "| 1.0B | 1,009 | 29 | 93.0 | 31.0 | 4.03 | 8.57 | 0.500 | 2.12 | 2.00 | 4.00 |" in page
+    assert "| 12 | 42.0 | 14.0 | 1.00 |" in page
+    assert "| 135M | 24.0 s, 0.788 GB | 8.00 s, 1.58 GB |" in page and "a word in between" not in page
+    drawn = (tmp_path / "export.svg").read_text()
+    assert drawn.count("<polygon") == len(LAYERS) + len(SIZES) - 1
+    with pytest.raises(RunError, match="--document"):
+        export_page.write(tmp_path / "nothing.json", tmp_path / "export.md")
+
+
+def test_a_finished_export_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Shape] = []
+
+    def exported(shape: Shape, work: Path) -> dict[str, Any]:
+        done.append(shape)
+        return made(1.0, 1e9)["figures"]
+
+    monkeypatch.setattr(export, "exported", exported)
+    assert set(export.measured(["50M"], tmp_path, silent)) == {"50M"}
+    # 30 layers of SmolLM2's width are the 135M: one export, both names.
+    assert set(export.measured(["50M", "135M"], tmp_path, silent)) == {"50M", "135M", "30 layers"}
+    assert done == [SIZES["50M"], SIZES["135M"]]
+
+
+def test_a_process_that_fails_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(QatEdgeError, match=r"measure.*no checkpoint"):
+        export._step("measure", str(tmp_path), str(tmp_path), str(tmp_path / "result.json"))
+
+
+def test_a_tiny_model_is_exported_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(heads=3, layers=1)
+    figures = export.exported(shape, tmp_path)
+    assert {"exporting the graph", "lowering partition", "writing model.pte"} <= {s["name"] for s in figures["stages"]}
+    assert sum(stage["cpu_seconds"] for stage in figures["stages"]) == pytest.approx(figures["cpu_seconds"])
+    # An int8 table twice and int4 matrices: less than a third of what they take in float.
+    assert 2 * 49152 * shape.width < figures["file_bytes"] < shape.float_bytes * 0.7
+    assert figures["peak_bytes"] > figures["runtime_bytes"] > 0
+    assert not list(tmp_path.glob(".export*"))

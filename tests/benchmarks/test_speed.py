@@ -1,0 +1,214 @@
+"""The speed benchmark: rounds and resume, what a file's engine reads a token, peers that are missing, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper, numpy_helper
+
+from benchmarks import bandwidth, engines, speed, speed_page
+from benchmarks.cells import CellStore
+from benchmarks.engines import GENAI, LLAMA_CPP, ONNX, PTE, Amounts, Engine, Facts
+from benchmarks.page import MISSING
+from benchmarks.peers import PeerError, Workshop
+from benchmarks.speed_page import Timings
+from qat_edge.errors import RunError
+from qat_edge.run import Run
+
+AMOUNTS = Amounts(prefill=8, decode=4, repeats=3)
+FACTS = Facts("1.0", 2_000_000, "int8 per channel", "int4 by 32", 1_000_000, "abc", {"delegates": 3})
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def fake(name: str, decode: float, calls: list[str] | None = None) -> Engine:
+    """An engine whose repeats scatter around `decode`, with one that was disturbed."""
+
+    def time(threads: int, amounts: Amounts) -> dict[str, list[float]]:
+        if calls is not None:
+            calls.append(f"{name}{threads}")
+        return {"prefill": [10 * decode * threads] * 3, "decode": [decode * threads, 0.1, 2 * decode * threads]}
+
+    return Engine(name, replace(FACTS, sha256=name), time)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that reads 1 GB/s, 2 GB/s with two threads, and has nothing else to do."""
+    monkeypatch.setattr(bandwidth, "measured", lambda threads: threads * 1e9)
+    monkeypatch.setattr(speed.psutil, "cpu_percent", lambda interval: 0.0)
+
+
+# --- rounds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("memory")
+def test_each_round_begins_with_another_engine() -> None:
+    calls: list[str] = []
+    both = [fake("a", 50.0, calls), fake("b", 25.0, calls)]
+    for index in range(2):
+        figures = speed.one_round(both, index, AMOUNTS)
+    assert calls == ["a2", "b2", "a1", "b1", "b2", "a2", "b1", "a1"]
+    row = next(row for row in figures["rows"] if (row["engine"], row["threads"]) == ("a", 2))
+    assert (row["prefill"], row["decode"]) == (1000.0, 100.0)  # medians of the repeats
+
+
+@pytest.mark.usefixtures("memory")
+def test_finished_rounds_stay_and_another_model_is_measured_anew(tmp_path: Path) -> None:
+    calls: list[str] = []
+    store, engine = CellStore(tmp_path), fake("a", 50.0, calls)
+    assert len(speed.rounds([engine], store, AMOUNTS, 1, silent)) == 1
+    assert len(speed.rounds([engine], store, AMOUNTS, 2, silent)) == 2
+    assert calls == ["a2", "a1"] * 2
+    other = replace(engine, facts=replace(engine.facts, sha256="other"))
+    speed.rounds([other], store, AMOUNTS, 1, silent)
+    assert len(calls) == 6
+
+
+def test_reading_memory_leaves_the_process_as_it_was() -> None:
+    if hasattr(os, "sched_getaffinity"):
+        before = os.sched_getaffinity(0)
+        with bandwidth.pinned(1):
+            assert len(os.sched_getaffinity(0)) == 1
+        assert os.sched_getaffinity(0) == before
+    assert bandwidth.read_rate(1, buffer_bytes=1 << 20, passes=2) > 1e6
+
+
+# --- what is read a token ------------------------------------------------------------------------------------------
+
+
+def test_a_shared_table_is_read_once_and_its_precision_named() -> None:
+    codes = numpy_helper.from_array(np.zeros((64, 1, 32), np.uint8), "table")
+    scales = numpy_helper.from_array(np.zeros((64, 1), np.float32), "scales")
+    layer = numpy_helper.from_array(np.zeros((32, 1, 16), np.uint8), "layer")
+    nodes = [
+        helper.make_node("GatherBlockQuantized", ["table", "ids", "scales"], ["x"], bits=8, block_size=32),
+        helper.make_node("MatMulNBits", ["x", "layer"], ["y"], "/model/layers.0/mlp", bits=4, block_size=32),
+        helper.make_node("Reshape", ["scales", "shape"], ["turned"]),
+        helper.make_node("MatMulNBits", ["y", "table", "turned"], ["z"], "/lm_head/MatMul", bits=8, block_size=32),
+    ]
+    graph = helper.make_graph(nodes, "g", [], [], [codes, scales, layer])
+    embedding, head, read = engines.onnx_weights(helper.make_model(graph))
+    assert (embedding, head) == ("int8 by 32", "int8 by 32")
+    assert read == 64 * 32 + 64 * 4 + 32 * 16
+
+
+# --- peers ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_llama_cpp_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(PeerError, match="no C\\+\\+ compiler"):
+        Workshop(tmp_path, Run(tmp_path), silent).llama_bench()
+
+
+def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(threads: int, amounts: Amounts) -> dict[str, list[float]]:
+        raise PeerError("ended by SIGSEGV")
+
+    monkeypatch.setattr(engines, "_pte", lambda folder: fake(PTE, 50.0))
+    monkeypatch.setattr(engines, "_llama_cpp", lambda workshop: Engine(LLAMA_CPP, FACTS, crash))
+    monkeypatch.setattr(Workshop, "genai_int4", lambda self: tmp_path)
+    ready, reasons = engines.gather(Run(tmp_path), tmp_path, silent)
+    assert [engine.name for engine in ready] == [PTE]
+    assert reasons[LLAMA_CPP] == "ended by SIGSEGV"
+    assert set(reasons) == {ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
+
+
+def test_a_failed_step_is_quoted(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, Run(tmp_path), silent)
+    with pytest.raises(PeerError, match="no such source"):
+        shop._do([sys.executable, "-c", "raise SystemExit('no such source')"], "fetch")
+    assert "no such source" in (tmp_path / "logs" / "fetch.log").read_text()
+
+
+def test_llama_bench_decodes_behind_the_prompt(tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        "words = sys.argv[1:]\nasked = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith('-')}\n"
+        "rate = 900.0 if asked['-n'] == '0' else 100.0 + float(asked['-d'])\n"
+        "print(json.dumps([{'samples_ts': [rate] * int(asked['-r'])}]))\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    rates = engines._by_llama_bench(program, tmp_path / "m.gguf", 1, AMOUNTS)
+    assert rates == {"prefill": [900.0] * 3, "decode": [108.0] * 3}
+    program.write_text(f"#!{sys.executable}\nraise SystemExit('cannot load')\n")
+    with pytest.raises(PeerError, match=r"exit code 1.*cannot load"):
+        engines._by_llama_bench(program, tmp_path / "m.gguf", 1, AMOUNTS)
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def made(decodes: dict[str, float], disturbed: float = 1.0) -> dict[str, Any]:
+    """A finished round as the store gives it back."""
+    rows = [
+        {"engine": name, "threads": threads, "prefill": 8 * rate, "decode": rate * threads * disturbed}
+        for name, rate in decodes.items()
+        for threads in bandwidth.THREADS
+    ]
+    return {
+        "cell": {"settings": {"amounts": {"prefill": 128, "decode": 64, "repeats": 5}}},
+        "figures": {"others_busy_cores": 0.25, "bytes_per_s": {"2": 2e9, "1": 1e9}, "rows": rows},
+        "wall_s": 60.0, "created": "2026-01-02T03:04:05+00:00", "machine": "x86_64, 2 cores",
+        "python": "3.11.7", "libraries": {"torch": "2.13.0"}, "git_revision": "abc",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    """Three rounds of three engines, the second one disturbed; llama.cpp could not be built."""
+    found = {
+        "engines": {name: engines.facts([fake(name, 1.0)])[name] for name in (PTE, ONNX, GENAI)},
+        "reasons": {LLAMA_CPP: "no C++ compiler"},
+        "rounds": [
+            made({PTE: 120.0, ONNX: 100.0, GENAI: 80.0}),
+            made({PTE: 130.0, ONNX: 100.0, GENAI: 80.0}, disturbed=0.25),
+            made({PTE: 140.0, ONNX: 100.0, GENAI: 80.0}),
+        ],
+    }
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def row(page: str, *starts: str) -> list[str]:
+    """Cells of the last table row that starts with these."""
+    found = [line for line in page.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
+    return [cell.strip() for cell in found[-1].strip("|").split("|")]
+
+
+def test_ratios_are_taken_within_a_round(result: Path, tmp_path: Path) -> None:
+    timings = Timings(**json.loads(result.read_text()))
+    assert timings.ratios(ONNX, 1, "decode") == pytest.approx([1.2, 1.3, 1.4])  # the disturbed one hides nothing
+    assert timings.rates(ONNX, 1, "decode") == pytest.approx([100.0, 25.0, 100.0])
+    # 1 MB a token at a median of 120 tokens/s, where 1 GB/s can be read.
+    assert timings.share(PTE, 1) == pytest.approx(0.12) and timings.share(LLAMA_CPP, 1) is None
+    # What one thread reads, two read as well.
+    timings.figures[0]["bytes_per_s"]["1"] = 4e9
+    assert timings.limit(2) == timings.limit(1) == 4e9
+    page = speed_page.write(result, tmp_path / "speed.md").read_text()
+    assert row(page, ONNX)[1:] == [
+        "200 (50.0 to 200)", "100 (25.0 to 100)", "1.30 (1.20 to 1.40)", "1.30 (1.20 to 1.40)", "10%", "10%",
+    ]  # fmt: skip
+    assert "speed.svg" in page and (tmp_path / "speed.svg").read_text().count("<polygon") == 2 + 2 * 9
+
+
+def test_a_missing_engine_reads_so_with_the_reason(result: Path, tmp_path: Path) -> None:
+    page = speed_page.write(result, tmp_path / "speed.md").read_text()
+    assert f"- {LLAMA_CPP}: {MISSING}. no C++ compiler" in page
+    assert set(row(page, LLAMA_CPP)[1:]) == {MISSING}
+    with pytest.raises(RunError, match=r"nothing\.json"):
+        speed_page.write(tmp_path / "nothing.json", tmp_path / "speed.md")
