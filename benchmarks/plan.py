@@ -189,11 +189,11 @@ def _switched_off(lab: Lab, task: str, seed: int) -> Job:
 
     def measure() -> Figures:
         run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
-        quantized = lab.frozen(run)
-        return {
-            name: stick.compare(partly_rounded(run.adapter, quantized, off, lab.quiet))
-            for name, off in SWITCHED_OFF.items()
-        }
+        quantized, found = lab.frozen(run), {}
+        for name, off in SWITCHED_OFF.items():
+            with partly_rounded(run.reference, quantized, off, lab.quiet) as model:
+                found[name] = stick.compare(model)
+        return found
 
     seconds = len(SWITCHED_OFF) * (lab.setting.tokens * SCORE_S + LOAD_S)
     cell = _cell(lab, "remaining", task, seed, RECOMMENDED, steps, identity)

@@ -92,11 +92,11 @@ def test_the_installed_runtime_loads_both(answers: dict[str, dict[str, Any]]) ->
 
 def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Path) -> None:
     found = doctor.doctor(folder, ALL, silent)
-    assert [check.runtime for check in found.runtimes if check.loads] == ["python-wheel", "android-app", "ios-app"]
+    assert [check.runtime for check in found.runtimes if check.loads] == list(RUNTIMES[:-1])
     assert found.runtimes[-1].missing_operators == CUSTOM
     assert found.faults == [] and found.path == folder / "model.pte"
     first = doctor.lines(found)[0]
-    assert first.endswith("loads in python-wheel, android-app, ios-app; not in minimal.")
+    assert first.endswith("loads in python-wheel, android-app, android-vulkan-app, ios-app; not in minimal.")
     doctor.require_loadable(found, ALL)
     named = DoctorOptions(runtime=("minimal",))
     with pytest.raises(ArtifactError, match=r"minimal cannot load it: it lacks llama.*--portable"):

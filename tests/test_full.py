@@ -54,7 +54,7 @@ def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tm
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     plan = scheme.choose(model, 32)
     switch = fake.insert(model, plan, learned_scales=learned)
-    fake.train_weights(model, switch)
+    fake.train_weights(model)
     if learned:
         scales = {n: numerics.choose_scales(model.get_submodule(n).weight.detach(), 4, 32) for n in plan.linears}
         Start(scales, {}).apply(model)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,26 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from qat_edge import cli
+from qat_edge.adapters import merged_model
 from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.export import export
 from qat_edge.finetune import finetune
 from qat_edge.measure import results
-from qat_edge.measure.reference import disturbed, load_exact
+from qat_edge.measure.budget import (
+    FROZEN,
+    HOST,
+    PARTS,
+    TRAINED,
+    part_off,
+    rounded_without,
+)
+from qat_edge.measure.reference import disturbed, load_dequantized, load_exact
+from qat_edge.measure.rounding import BLOCKS, X86, Rounding, rounding_as
 from qat_edge.quant import frozen
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.tables import resolve
-from qat_edge.validate import validate
+from qat_edge.validate import Validated, validate
 from qat_edge.verify import require_equal, verify, verify_folder
 from qat_edge_exporters import READERS
 
@@ -35,7 +48,7 @@ TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
 ASKED = ValidateOptions(
     tokens=64, window=64, prompts=3, max_new_tokens=6, threads=1, prefill=8, decode=4, repeats=2,
-    max_kl=100.0, min_exact_match=0.5,
+    max_kl=100.0, min_exact_match=0.5, budget=True,
 )  # fmt: skip
 
 
@@ -238,6 +251,61 @@ def test_executorch_is_the_frozen_function_down_to_the_noise(report: results.Rep
     assert qat.parity.kl_nats < 1e-4
 
 
+def test_the_budget_says_what_each_step_costs(report: results.Report) -> None:
+    assert [budget.target for budget in report.budgets] == list(TARGETS)
+    for budget in report.budgets:
+        steps = {step.name: step for step in budget.steps}
+        blocks = [BLOCKS] if budget.target == "onnx" and platform.machine().lower() in X86 else []
+        assert list(steps) == ["FP32 base", "FP32 fine-tuned", TRAINED, FROZEN, *blocks, HOST]
+        # What was trained is what was frozen, bit for bit.
+        assert steps[FROZEN].change == results.Agreement(report.tokens, 0.0, 1.0, None) and budget.converted == ""
+        assert steps[FROZEN].perplexity == steps[TRAINED].perplexity
+        shipped = next(m for m in report.measured if (m.name, m.target) == ("qat", budget.target))
+        assert (steps[HOST].perplexity, steps[HOST].agreement) == (shipped.perplexity, shipped.agreement)
+        assert not blocks or steps[HOST].change.kl_nats < steps[BLOCKS].change.kl_nats  # type: ignore[union-attr]
+        assert len(budget.floor) == len(budget.floor_nats) == 3 and budget.floor[0] == report.noise_floor
+
+
+def test_both_runtimes_do_no_more_than_round_otherwise(report: results.Report) -> None:
+    assert [(b.target, b.judged.beyond, b.judged.where) for b in report.budgets] == [(t, False, "") for t in TARGETS]
+
+
+def test_all_parts_off_are_the_fine_tune(run: Run, report: results.Report) -> None:
+    plan = frozen.read_scheme(run.quantized)
+    model, names = load_dequantized(run.quantized)
+    tuned = merged_model(run.reference, silent).model
+    ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), ExitStack() as stack:
+        with rounding_as(model, names, Rounding()):
+            before = model(ids).logits
+        for part in PARTS:
+            stack.enter_context(part_off(model, tuned, plan, part))
+        torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=0, atol=0)
+        stack.close()
+        with rounding_as(model, names, Rounding()):
+            torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    assert rounded_without(names, plan, "head") == [name for name in names if name != plan.head]
+    assert rounded_without(names, plan, "activations") == [plan.head]
+    assert rounded_without(names, plan, "weights") == names
+    assert [part.name for part in report.budgets[0].parts] == list(PARTS)
+
+
+def test_a_doubled_scale_in_a_file_is_told_from_rounding_and_named(run: Run, tmp_path: Path) -> None:
+    name, copy = "model.layers.1.mlp.up_proj", Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "executorch", "logs"))
+    path = weights_file(copy.exports / "onnx")
+    scales = frozen.read_weights(run.quantized)[name].scales.float().numpy()
+    content = bytearray(path.read_bytes())
+    start = content.find(scales.tobytes())
+    assert start > 0, "the scales stand in the file as they were frozen"
+    scales[5, 1] *= 2
+    content[start : start + scales.nbytes] = scales.tobytes()
+    path.write_bytes(content)
+    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
+    assert found.judged.beyond and found.judged.position == 0
+    assert f"{name}: 1 scales differ, first at row 5, group 1" in found.judged.where
+
+
 def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
     assert results.load(run.reports / "local.json") == report
 
@@ -249,7 +317,7 @@ def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
 
 def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.flag, g.passed) for g in report.gates] == [("--max-kl", True), ("--min-exact-match", False)] * 2
-    monkeypatch.setattr("qat_edge.validate.validate", lambda *_, **__: report)
+    monkeypatch.setattr("qat_edge.validate.validate_devices", lambda *_, **__: Validated([report], {}))
     missed = CliRunner().invoke(cli.main, ["validate", str(run.path)])
     assert missed.exit_code == 1 and "2 of 4 gates missed" in missed.output
     assert "--min-exact-match 0.5, measured 0" in missed.output

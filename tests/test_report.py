@@ -19,7 +19,18 @@ from qat_edge import config
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError
 from qat_edge.measure import results
-from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
+from qat_edge.measure.results import (
+    Agreement,
+    Budget,
+    Gate,
+    Judgement,
+    Measured,
+    Part,
+    Report,
+    Speed,
+    Spread,
+    Step,
+)
 from qat_edge.report import report
 from qat_edge.report.charts import linear_ticks, log_ticks, thin
 from qat_edge.report.figures import number, percent, whole_percent
@@ -81,6 +92,30 @@ def example() -> Report:
             Gate("--min-exact-match", 0.9, "qat onnx", 0.8281, False),
         ],
     )
+
+
+def budget(target: str) -> Budget:
+    """Perplexities and KL of each step; the checkpoint is the trained forward, bit for bit."""
+    states = [
+        ("FP32 base", 21.9, 0.9, None),
+        ("FP32 fine-tuned", 17.3, None, 0.9),
+        ("trained forward, fake-quantized", 18.1, 0.065, 0.065),
+        ("frozen checkpoint", 18.1, 0.065, 0.0),
+        ("inputs rounded per block, as ONNX Runtime does on x86", 17.9, 0.061, 0.018),
+        ("artifact on this machine", 18.0, 0.063, 0.021),
+        ("artifact on the device", 18.05, 0.0631, 0.0221),
+    ]
+    steps = [
+        Step(
+            name, perplexity, kl and agreement(kl), None if change is None else replace(agreement(change), sqnr_db=None)
+        )
+        for name, perplexity, kl, change in states
+        if target == "onnx" or "block" not in name
+    ]
+    parts = [Part(name, 17.4 + kl, agreement(kl)) for name, kl in (("weights", 0.021), ("activations", 0.052))]
+    where = "The file is not what was frozen: lm_head" if target == "executorch" else ""
+    judged = Judgement(bool(where), 0.98 if where else 0.52, 0 if where else None, where)
+    return Budget(target, judged, "", steps, parts, [agreement(0.0233), agreement(0.0219)], [0.004, -0.006])
 
 
 def curve(steps: int, start: int) -> list[dict[str, Any]]:
@@ -244,6 +279,46 @@ def test_plots_are_well_formed_and_described(page: str) -> None:
             assert 0 < float(element.get("y") or -1) < height
 
 
+def with_budgets() -> Report:
+    return replace(example(), budgets=[budget("executorch"), budget("onnx")])
+
+
+def test_the_waterfalls_steps_add_up(tmp_path: Path) -> None:
+    page = write(make_run(tmp_path, with_budgets()))
+    found = svgs(page)[4:]
+    assert len(found) == 2
+    for svg, told in zip(found, with_budgets().budgets, strict=True):
+        drawn = {(e.get("class"), str(e[0].text).split(":")[0]): e for e in svg.iter("rect")}
+        steps = [e for (css, _), e in drawn.items() if css in ("bar c-more", "bar c-less")]
+        (whole,) = (e for (_, name), e in drawn.items() if name == "all of it")
+        assert len(steps) == len(told.steps) - 2
+        total = math.log(told.steps[-1].perplexity / told.steps[1].perplexity)
+        assert f"+{number(total)} nats" in str(whole[0].text)
+        signed = [float(e.get("width") or 0) * (1 if e.get("class") == "bar c-more" else -1) for e in steps]
+        drawn_nothing = sum(width == -1.5 for width in signed)  # freezing costs nothing, and shows as a line
+        assert drawn_nothing == 1
+        assert sum(signed) + 1.5 == pytest.approx(float(whole.get("width") or 0), abs=0.1)
+    words = Page(page).words
+    assert "The file is not what was frozen: lm_head" in words and words.count("no more than rounding apart") == 1
+    assert "equal" in words, "the checkpoint is the trained forward, and the table says so"
+
+
+def test_a_budget_survives_its_file_and_may_be_missing_from_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    results.save(with_budgets(), path)
+    assert results.load(path) == with_budgets()
+    document = json.loads(path.read_text())
+    del document["budgets"]
+    path.write_text(json.dumps(document))
+    assert results.load(path) == example()
+
+
+def test_a_budget_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    broken = budget("onnx")
+    broken = replace(broken, steps=[*broken.steps[:-1], replace(broken.steps[-1], perplexity=math.inf)])
+    assert "is not finite" in write(make_run(tmp_path, replace(example(), budgets=[broken])))
+
+
 def test_each_device_has_its_own_plots(tmp_path: Path) -> None:
     phone = replace(example(), device="adb:R5", gates=[], measured=example().measured[1:5:3])
     html = write(make_run(tmp_path, phone, example()))
@@ -379,16 +454,17 @@ def test_long_training_stays_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1100, 500])
-def test_it_renders_in_a_browser(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, False), (1200, True)])
+def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH")
-    write(make_run(tmp_path / "run", example()))
+    write(make_run(tmp_path / "run", with_budgets()))
     picture = tmp_path / "page.png"
     done = subprocess.run(
         [
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={picture}",
             (tmp_path / "run" / "report.html").as_uri(),
         ],

@@ -6,5 +6,7 @@ EXPORTERS = {
 }
 READERS = {
     "executorch": "qat_edge_exporters.executorch.reader:read",
+    "executorch-vulkan": "qat_edge_exporters.executorch.other_readers:read_vulkan",
+    "executorch-coreml": "qat_edge_exporters.executorch.other_readers:read_coreml",
     "onnx": "qat_edge_exporters.onnx.reader:read",
 }

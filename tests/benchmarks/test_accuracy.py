@@ -16,13 +16,14 @@ from benchmarks import document, formulations, plan, settings
 from benchmarks.cells import Cell, CellStore
 from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
 from benchmarks.lab import Lab, Training
-from benchmarks.remaining import PARTS, partly_rounded
+from benchmarks.remaining import partly_rounded
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
 from qat_edge.adapters import merged_model
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import finetune
+from qat_edge.measure.budget import PARTS
 from qat_edge.measure.reference import load_exact
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
@@ -286,7 +287,13 @@ def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path
     with torch.no_grad():
         exact = load_exact(quantized)(ids).logits
         whole = merged_model(run.reference, silent).model(ids).logits
-        assert torch.equal(partly_rounded(run.reference, quantized, (), silent)(ids).logits, exact)
-        assert torch.equal(partly_rounded(run.reference, quantized, PARTS, silent)(ids).logits, whole)
-        one = partly_rounded(run.reference, quantized, ("activations",), silent)(ids).logits
+
+    def logits(*off: str) -> torch.Tensor:
+        with torch.no_grad(), partly_rounded(run.reference, quantized, off, silent) as model:
+            found: torch.Tensor = model(ids).logits
+        return found
+
+    assert torch.equal(logits(), exact)
+    assert torch.equal(logits(*PARTS), whole)
+    one = logits("activations")
     assert not torch.equal(one, exact) and not torch.equal(one, whole)

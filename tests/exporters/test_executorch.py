@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
@@ -21,10 +21,10 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  operators of the .pte
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
+from tiny import CONTEXT, SHAPE, Exported, export_into, freeze, llama, sqnr
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -33,36 +33,15 @@ from transformers import (
 
 from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
-from qat_edge.quant import frozen, scheme
-from qat_edge.run import write_manifest
+from qat_edge.quant import frozen
 from qat_edge.verify import verify_folder
 from qat_edge_exporters.executorch import attention, contract, delegates, tracing
 from qat_edge_exporters.executorch.export import export
 from qat_edge_exporters.executorch.portable import PortableCache
 from qat_edge_exporters.executorch.reader import read
 
-CONTEXT = 64
 LENGTHS = (1, 2, 7, 33)  # tokens of prompts
 STEPS = 3  # tokens decoded after each
-SHAPE: dict[str, Any] = {
-    "vocab_size": 288,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-    "tie_word_embeddings": True,
-}
-
-
-def llama(**changes: Any) -> PretrainedConfig:
-    return LlamaConfig(**{**SHAPE, **changes})
-
-
 MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "llama": (llama, 32),
     "llama_biases_untied": (lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=False), 64),
@@ -73,7 +52,11 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "int8_layers": (lambda: llama(intermediate_size=72), 32),
     "mixed_bits": (llama, 32),  # chosen layer by layer, see MIXED
     "mistral_short": (lambda: MistralConfig(**SHAPE, sliding_window=CONTEXT), 32),
+    "int4_embedding": (llama, 32),
+    "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
+    "int4_tables": (llama, 32),
 }
+TABLES = {"int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4)}  # bits of embedding and head
 MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
     "model.layers.1.self_attn.o_proj": 8,
@@ -82,42 +65,6 @@ MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 
     "model.layers.1.mlp.up_proj": 8,
     "model.layers.1.mlp.down_proj": 8,
 }
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One tiny model: frozen checkpoint, export folder, and what the exporter said."""
-
-    frozen: Path
-    folder: Path
-    said: list[str]
-    prompt: str = ""
-    answer: tuple[int, ...] = ()  # greedily, to `prompt`; its last token is an end token
-
-    @property
-    def pte(self) -> Path:
-        return self.folder / "model.pte"
-
-
-def freeze(config: PretrainedConfig, group_size: int, folder: Path, bits: dict[str, int] | None = None) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-    plan = scheme.choose(model, group_size, bits)
-    frozen.freeze(model, plan)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
-    return frozen.load(folder)
-
-
-def export_into(checkpoint: Path, folder: Path) -> Exported:
-    said: list[str] = []
-    folder.mkdir()
-    export(checkpoint, folder, CONTEXT, said.append)
-    return Exported(checkpoint, folder, said)
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +99,13 @@ def spoken(model: Any, prompt: str) -> tuple[str, tuple[int, ...]] | None:
     return (prompt, tuple(answer)) if good else None
 
 
-def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Signal to noise in dB."""
-    noise = (reference.double() - other.double()).square().sum().clamp(min=1e-30)
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     config, group_size = MODELS[name]
-    reference = freeze(config(), group_size, tmp_path / "frozen", MIXED if name == "mixed_bits" else None)
-    pte = export_into(tmp_path / "frozen", tmp_path / "export").pte
+    bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
+    reference = freeze(config(), group_size, tmp_path / "frozen", bits, table_bits)
+    made = export_into(tmp_path / "frozen", tmp_path / "export")
+    pte = made.pte
     torch.manual_seed(1)
     agreement = []
     for length in LENGTHS:
@@ -177,6 +120,14 @@ def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     # Float rounding, but where it moves an activation across a rounding boundary of its int8 form (then 40 to 60 dB).
     assert statistics.median(agreement) > 100, agreement
     assert min(agreement) > 25, agreement
+    result, sizes = verify_folder(made.folder, "executorch", made.frozen), read(made.folder).size_bytes
+    assert result.faults == [] and result.embedding_equal and result.head_equal
+    assert sum(sizes.values()) == sum(p.stat().st_size for p in made.folder.iterdir() if p.name != "manifest.json")
+    table = {
+        8: 288 * (64 + 4),
+        4: 288 * (64 // 2 + 64 // group_size * 2),
+    }  # bytes: codes; float32, or bfloat16 by group
+    assert (sizes["embedding"], sizes["head"]) == (table[table_bits[0]], table[table_bits[1]])
 
 
 def test_prefill_in_two_parts_is_prefill_in_one(exported: Exported) -> None:
@@ -223,6 +174,18 @@ for length in map(int, sys.argv[4:]):
         rows.append(program.forward((tokens[:, begin:end].contiguous(), torch.tensor([begin])))[0][0, 0].numpy())
 numpy.save(sys.argv[3], numpy.stack(rows))
 """
+
+
+def test_a_portable_int4_embedding_looks_up_the_same_rows(tmp_path: Path) -> None:
+    model = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, 8))
+    embedding, tokens = model.get_input_embeddings(), torch.arange(288).unsqueeze(0)
+    torch.testing.assert_close(tracing.PlainEmbedding(embedding.weight)(tokens), embedding(tokens), rtol=0, atol=0)
+    made = export_into(tmp_path / "frozen", tmp_path / "export", portable=True)
+    result = verify_folder(made.folder, "executorch", made.frozen)
+    assert result.faults == [] and result.embedding_equal
+    (found,) = _load_for_executorch(str(made.pte)).forward((tokens[:, 5:30].contiguous(), torch.tensor([0])))
+    with torch.no_grad():
+        assert sqnr(model(tokens[:, 5:30]).logits[0, -1], found[0, 0]) > 25
 
 
 def test_portable_computes_the_same_without_custom_operators(exported: Exported, tmp_path: Path) -> None:

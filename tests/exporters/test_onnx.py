@@ -77,7 +77,14 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "padded_blocks": (lambda: llama(**ODD), 64),
     # Chosen layer by layer, see MIXED; rows of 192 with one scale become three blocks that repeat it.
     "mixed_bits": (lambda: llama(intermediate_size=192), 32),
+    "int4_embedding": (llama, 32),
+    "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
+    "int4_tables": (llama, 32),
+    "int4_tables_untied": (lambda: llama(tie_word_embeddings=False), 32),
 }
+TABLES = {  # bits of embedding and head
+    "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
+}  # fmt: skip
 MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
     "model.layers.1.self_attn.o_proj": 8,
@@ -89,7 +96,11 @@ MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 
 
 
 def freeze(
-    config: PretrainedConfig, group_size: int, folder: Path, bits: dict[str, int] | None = None
+    config: PretrainedConfig,
+    group_size: int,
+    folder: Path,
+    bits: dict[str, int] | None = None,
+    table_bits: tuple[int, int] = (8, 8),
 ) -> tuple[Any, scheme.Scheme]:
     """Write a frozen checkpoint of random weights; the float model that holds its dequantized weights."""
     torch.manual_seed(0)
@@ -97,9 +108,10 @@ def freeze(
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    plan = scheme.choose(model, group_size, bits)
+    plan = scheme.choose(model, group_size, bits, table_bits)
     plain = AutoModelForCausalLM.from_config(config).eval()
     plain.load_state_dict(model.state_dict())
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())  # rounded apart where bits differ
     for name, spec in plan.weights.items():
         weight = plain.get_submodule(name).weight
         weight.data = numerics.fake_quantize_weight(model.get_submodule(name).weight.data, spec.bits, spec.group_size)
@@ -119,7 +131,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             config, group_size = MODELS[name]
-            plain, plan = freeze(config(), group_size, root / "frozen", MIXED if name == "mixed_bits" else None)
+            bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
+            plain, plan = freeze(config(), group_size, root / "frozen", bits, table_bits)
             (root / "onnx").mkdir()
             onnx_export.export(root / "frozen", root / "onnx", CONTEXT, lambda text: None)
             made[name] = Exported(root / "frozen", root / "onnx", plain, plan)
@@ -287,6 +300,12 @@ def test_sizes_by_part(make: Callable[[str], Exported]) -> None:
     assert tied.size_bytes["scales"] == linears // 32 * 4
     assert (tied.size_bytes["embedding"], tied.size_bytes["head"]) == (table, 0)
     assert (untied.size_bytes["embedding"], untied.size_bytes["head"]) == (table, table)
+    small = 288 * 64 // 2 + 288 * 2 * 4  # bytes: codes, and two groups a row
+    for name, parts in {"int4_tables": (small, 0), "int4_tables_untied": (small, small)}.items():
+        sizes = read(make(name).folder).size_bytes
+        assert (sizes["embedding"], sizes["head"]) == parts
+    apart = read(make("int4_embedding").folder).size_bytes
+    assert (apart["embedding"], apart["head"]) == (small, table)
     for name, artifact in (("llama_tied", tied), ("qwen2_untied", untied)):
         files = [p for p in make(name).folder.iterdir() if p.name != "manifest.json"]
         assert sum(artifact.size_bytes.values()) == sum(p.stat().st_size for p in files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qat_edge.config import FinetuneOptions
+from qat_edge.finetune import finetune
 from qat_edge.quant import fake, frozen, numerics, scheme
 from qat_edge.quant.scheme import WeightScheme
+from qat_edge.quantize import quantize_if_missing
+from qat_edge.run import Run
 
 SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -22,10 +27,10 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def adapted(folder: Path) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
+def adapted(folder: Path, table_bits: tuple[int, int] = (8, 8)) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
     """A tiny model with adapters that are not zero."""
     model = load(folder)
-    plan = scheme.choose(model, 32)
+    plan = scheme.choose(model, 32, table_bits=table_bits)
     switch = fake.insert(model, plan)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, LORA)
@@ -90,9 +95,13 @@ def test_switched_off_it_is_plain_lora(tiny_model_folder: Path) -> None:
     assert not switch.enabled
 
 
-def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("table_bits", [(8, 8), (4, 8), (8, 4), (4, 4)])
+def test_the_function_trained_is_the_function_frozen(
+    tiny_model_folder: Path, tmp_path: Path, table_bits: tuple[int, int]
+) -> None:
     """Fake-quantized training model -> merged -> frozen -> plain transformers: the same logits, bit for bit."""
-    model, switch, plan = adapted(tiny_model_folder)
+    model, switch, plan = adapted(tiny_model_folder, table_bits)
+    assert plan.table_bits == table_bits
     ids = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
     switch.enabled = True
     with torch.no_grad():
@@ -114,6 +123,37 @@ def test_every_adapter_learns_under_fake_quantization(tiny_model_folder: Path) -
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_keeps_the_bits_of_its_tables(tiny_model_folder: Path, tmp_path: Path, method: str) -> None:
+    """From the options through both phases and the merge into the checkpoints of QAT and of PTQ."""
+    rows = [{"prompt": f"say {i}", "completion": f"{i}!"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = FinetuneOptions(
+        model=str(tiny_model_folder), data=str(tmp_path / "rows.jsonl"), method=method, embedding_bits=4, head_bits=4,
+        steps=4, qat_start=0.5, ptq_start="hqq", batch_size=2, track=(),
+    )  # fmt: skip
+    said: list[str] = []
+    finetune(options, tmp_path / "run", said.append)
+    assert [line for line in said if "embedding and head share a table: int4 (group 32)" in line]
+    for name in ("qat", "rtn"):
+        folder = quantize_if_missing(Run(tmp_path / "run"), name, said.append).quantized
+        plan, weights = frozen.read_scheme(folder), frozen.read_weights(folder)
+        assert plan.table_bits == (4, 4) and plan.tied
+        embedding, head = weights[plan.embedding], weights[plan.head]
+        assert torch.equal(embedding.codes, head.codes) and torch.equal(embedding.scales, head.scales)
+        assert embedding.bits == 4 and embedding.scales.shape == (embedding.codes.shape[0], 2)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_scales_of_an_int4_head_follow_its_weights(tiny_model_folder: Path, method: str) -> None:
+    model = load(tiny_model_folder)
+    plan = scheme.choose(model, 32, table_bits=(4, 4))
+    fake.insert(model, plan, learned_scales=True)
+    trained = fake.add_adapters(model, LORA) if method == "lora" else fake.train_weights(model)
+    factors = [name for name, _ in trained.named_parameters() if fake.SCALE_FACTOR in name]
+    assert len(factors) == len(plan.linears) and not any("lm_head" in name for name in factors)
 
 
 def test_a_tied_head_stays_tied(tiny_model_folder: Path) -> None:

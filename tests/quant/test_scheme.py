@@ -63,6 +63,30 @@ def test_bits_given_by_name_override() -> None:
     assert scheme.choose(model(64, 128), 32, {}) == scheme.choose(model(64, 128), 32)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("table_bits", [(8, 8), (4, 8), (8, 4), (4, 4)])
+def test_embedding_and_head_get_their_own_bits(tied: bool, table_bits: tuple[int, int]) -> None:
+    plan = scheme.choose(model(64, 128, tied), 32, {"lm_head": 8, UP: 8}, table_bits)
+    groups = [32 if bits == 4 else 64 for bits in table_bits]
+    assert plan.table_bits == table_bits
+    assert plan.weights[plan.embedding] == scheme.WeightScheme(table_bits[0], groups[0], quantize_input=False)
+    assert plan.weights[plan.head] == scheme.WeightScheme(table_bits[1], groups[1], quantize_input=True)
+    assert plan.linears == scheme.choose(model(64, 128), 32, {UP: 8}).linears
+    assert plan.tied == (tied and table_bits[0] == table_bits[1])  # of two widths, each is stored
+
+
+def test_tables_in_words() -> None:
+    assert scheme.choose(model(64, 128), 32).tables() == "embedding and head share a table: int8 (per channel)"
+    apart = scheme.choose(model(64, 128), 32, table_bits=(4, 8)).tables()
+    assert apart == "embedding int4 (group 32), head int8 (per channel)"
+
+
+def test_a_table_that_no_group_size_divides_gets_int8() -> None:
+    plan = scheme.choose(model(72, 128), 64, table_bits=(4, 4))
+    assert plan.table_bits == (8, 8) and plan.tied
+    assert "width 72" in plan.exceptions["lm_head"] and "width 72" in plan.exceptions["model.embed_tokens"]
+
+
 def test_every_linear_may_be_int8() -> None:
     every = dict.fromkeys(scheme.choose(model(64, 128), 32).linears, 8)
     assert scheme.choose(model(64, 128), 32, every).summary() == "16 int8 (per channel)"
@@ -82,7 +106,8 @@ def test_bits_that_could_not_be_given_are_an_exception_with_its_reason() -> None
         ({"model.layers.0.input_layernorm": 8}, r"'bits.model.layers.0.input_layernorm' names no weight"),
         ({"?": 8}, r"'bits.\?' names no weight of this model. Its weights are named like model.embed_tokens"),
         ({UP: 5}, rf"'bits.{UP}' is 5; a weight can have 4 or 8 bits"),
-        ({"lm_head": 4}, r"'bits.lm_head' is 4, but embedding and head are exported as int8 only"),
+        ({"lm_head": 4}, r"'bits.lm_head' is 4, and only finetune --head-bits 4 sets it"),
+        ({"model.embed_tokens": 4}, r"'bits.model.embed_tokens' is 4, and only finetune --embedding-bits 4 sets it"),
     ],
 )
 def test_bits_that_cannot_be_are_named(bits: dict[str, int], message: str) -> None:

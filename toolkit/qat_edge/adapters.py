@@ -66,19 +66,22 @@ def merged_model(adapter: Path, say: Callable[[str], None], force: bool = False)
     """
     facts = adapter_facts(adapter)
     _same_numerics(adapter, facts, say, force)
-    model, tokenizer, plan = _base_model(facts)
-    switch = fake.insert(model, plan, facts["learned_scales"])
-    if facts["start"]:
-        Start.load(adapter.parent / "start", facts["start"]["sha256"]).apply(model)
-    if facts["method"] == "full":
-        trained = _load_whole(fake.train_weights(model, switch), adapter)
-    else:
-        config = fake.register(LoraConfig.from_pretrained(str(adapter)))
-        trained = PeftModel.from_pretrained(model, str(adapter), config=config)
+    trained, _, tokenizer, plan = _trained(adapter, facts)
     # A stored base is dequantized on the device of the training, too.
     merged, scales = fake.merge_adapters(trained.to(_merge_device(facts["device"], say)))
     merged = merged.to("cpu").eval().requires_grad_(False)
     return Merged(merged, tokenizer, plan, {name: s.cpu() for name, s in scales.items()})
+
+
+def rounding_model(adapter: Path) -> Any:
+    """The model as it ended its training: adapters beside the base, rounded in every forward pass; float32.
+
+    Raises:
+        RunError: see `merged_model`.
+    """
+    trained, switch, _, _ = _trained(adapter, adapter_facts(adapter))
+    switch.enabled = True
+    return trained.eval().requires_grad_(False)
 
 
 def base_model(adapter: Path) -> Any:
@@ -109,6 +112,18 @@ def save(model: Any, folder: Path, kind: str, facts: dict[str, Any], scales: boo
             tensors = {name: state[name].contiguous() for name in own.values()}
             save_file(tensors, work / WHOLE_MODEL, metadata={"format": "pt"})
         write_manifest(work, kind, **facts)
+
+
+def _trained(adapter: Path, facts: dict[str, Any]) -> tuple[Any, fake.Switch, Any, scheme.Scheme]:
+    """Base model with what one folder adds to it, not merged; the switch of its rounding, tokenizer, scheme."""
+    model, tokenizer, plan = _base_model(facts)
+    switch = fake.insert(model, plan, facts["learned_scales"])
+    if facts["start"]:
+        Start.load(adapter.parent / "start", facts["start"]["sha256"]).apply(model)
+    if facts["method"] == "full":
+        return _load_whole(fake.train_weights(model), adapter), switch, tokenizer, plan
+    config = fake.register(LoraConfig.from_pretrained(str(adapter)))
+    return PeftModel.from_pretrained(model, str(adapter), config=config), switch, tokenizer, plan
 
 
 def _load_whole(model: Any, folder: Path) -> Any:
@@ -142,7 +157,7 @@ def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
         )
     if facts["kept_layers"] is not None:
         models.keep_layers(model, facts["kept_layers"])
-    plan = scheme.choose(model, facts["group_size"], facts["bits"])
+    plan = scheme.choose(model, facts["group_size"], facts["bits"], tuple(facts.get("table_bits", (8, 8))))
     if facts["base"] != "fp32":
         storage.store(model, plan.linears, facts["base"])
     return model, tokenizer, plan

@@ -182,7 +182,9 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 
 @main.command()
 @RUN
-@click.option("--target", multiple=True, type=click.Choice(config.TARGETS), help="Artifacts to check; all by default.")
+@click.option(
+    "--target", multiple=True, type=click.Choice(config.ARTIFACTS), help="Artifacts to check; all by default."
+)
 @JSON
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     """Read codes and scales back out of every artifact and compare them with the frozen checkpoint."""
@@ -226,22 +228,27 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
 @RUN
 @options_of(ValidateOptions)
 @CONFIG
+@click.option("--junit", type=click.Path(path_type=Path), help="Write what became of the limits as JUnit XML.")
 @FORCE
 @JSON
-def validate(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
+def validate(run: Path, config_path: Path | None, junit: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
     opened = _open(run)
     from qat_edge import validate as verb
     from qat_edge.console import console, say
+    from qat_edge.measure import gates
     from qat_edge.measure.devices import report_paths
+    from qat_edge.run import write_text
     from qat_edge.summary import summary_table
 
-    if len(options.device) == 1:
-        done = verb.Validated([verb.validate(opened, options, say, force=force)], {})
-    else:
-        done = verb.validate_devices(opened, options, say, force=force)
-    if as_json:
+    if junit is not None:
+        gates.require_limits(options)
+        junit.unlink(missing_ok=True)  # no earlier result may stand for this one
+    done = verb.validate_devices(opened, options, say, force=force)
+    if junit is not None:
+        write_text(junit, gates.junit(done.reports, done.failures))
+    if as_json and (done.reports or len(options.device) > 1):
         _print_json(done.reports if len(options.device) > 1 else done.reports[0])
     paths = report_paths(opened.reports, [report.device for report in done.reports])
     for report in done.reports:
@@ -306,7 +313,7 @@ def report(run: Path, open_it: bool) -> None:
     "--from",
     "source",
     default="torch",
-    type=click.Choice(["torch", *config.TARGETS]),
+    type=click.Choice(["torch", *config.ARTIFACTS]),
     show_default=True,
     help="What answers: the frozen model in torch, or an artifact in its own runtime.",
 )

@@ -119,7 +119,8 @@ def compare(
     """
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
-    job = Job(run, config.load(ExportOptions, "export", source, {}), say, force)
+    exporting = config.load(ExportOptions, "export", source, {"backend": config.BACKENDS[0]})  # others cannot run here
+    job = Job(run, exporting, say, force)
     quantize_if_missing(run, QAT, say)
     material = gather_material(run, measuring, say)
     made = {(n, t): _make(job, n, t) for n in row_names(options.deployment, options.method) for t in options.target}

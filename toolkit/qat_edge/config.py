@@ -19,13 +19,19 @@ import yaml
 
 from qat_edge import run
 from qat_edge.errors import UsageError
+from qat_edge.measure import profiles
 
 Options = TypeVar("Options")
 TARGETS = ("executorch", "onnx")
+BACKENDS = ("xnnpack", "vulkan", "coreml")  # of a .pte; artifacts for others than the first run on other machines only
+ARTIFACTS = (*TARGETS, *(f"executorch-{name}" for name in BACKENDS[1:]))
 GROUP_SIZES = (32, 64, 128)
-RUNTIMES = ("python-wheel", "android-app", "ios-app", "minimal")
+WIDTHS = (4, 8)  # bits a weight may be given: int4 in groups, int8 per channel
+RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
+KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
+PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
 PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "cd", "awq")
 
 
@@ -45,6 +51,8 @@ class FinetuneOptions:
     )
     group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES)
     bits: str | None = option("Bits by layer: a file that `qat-edge sensitivity` wrote.", None)
+    embedding_bits: int = option("Bits of the token embedding, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS)
+    head_bits: int = option("Bits of the output head, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS)
     method: str = option("Train adapters, or the weights themselves.", "lora", ("lora", "full"))
     base: str = option("How the frozen weights under the adapters are held while they train.", "fp32", BASES)
     keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1)
@@ -137,6 +145,13 @@ class ExportOptions:
     portable: bool = option(
         "A .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized operators.", False
     )
+    backend: str = option(
+        "What a .pte is lowered to; beside xnnpack, each has a folder of its own, exports/executorch-BACKEND.",
+        BACKENDS[0], BACKENDS,
+    )  # fmt: skip
+    kv_cache: str = option(
+        "How a .pte keeps keys and values; int8 takes about a quarter of the memory.", "float32", KV_CACHES
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,11 @@ class ValidateOptions:
         "Folder on those devices for artifacts and results; a cache folder of the user there by default.", None
     )
     ssh_config: str | None = option("OpenSSH configuration file in place of your own.", None)
-    target: tuple[str, ...] = option("Artifacts to measure; all that exist where not given.", (), TARGETS)
+    profile: str | None = option(
+        f"Limits and timing for a kind of device: {', '.join(PROFILES)}, or a FILE.toml; flags win over it.",
+        None,
+    )
+    target: tuple[str, ...] = option("Artifacts to measure; all that run here where not given.", (), ARTIFACTS)
     eval_data: str | None = option("Evaluation rows, where not those of finetune.", None)
     text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)
     tokens: int = option("Tokens compared against the reference.", 2048, minimum=64)
@@ -173,6 +192,9 @@ class ValidateOptions:
     prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1)
     decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2)
     repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1)
+    budget: bool = option(
+        "Tell what each step and each part of the rounding costs, and a fault from rounding; many more passes.", False
+    )
     max_kl: float | None = option("Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0)
     min_top1: float | None = option(
         "Gate: least share of tokens with the reference's first choice, 0 to 1.", None, minimum=0
@@ -180,6 +202,10 @@ class ValidateOptions:
     max_perplexity_ratio: float | None = option("Gate: largest perplexity over the reference's.", None, minimum=0)
     min_exact_match: float | None = option("Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0)
     max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
+    max_memory_mb: float | None = option(
+        "Gate: most memory above the runtime's own, in megabytes (10^6 bytes).", None, minimum=0
+    )
+    min_prefill: float | None = option("Gate: least speed of reading the prompt, tokens per second.", None, minimum=0)
     min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
 
 
@@ -210,7 +236,7 @@ class SensitivityOptions:
 
 
 def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, Any]) -> Options:
-    """Options of one verb: `flags` (None where not given) over the file's `section` over the defaults.
+    """Options of one verb: `flags` (None where not given) over the file's `section` over a profile over the defaults.
 
     Raises:
         UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value,
@@ -222,8 +248,10 @@ def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, A
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{section}.{key}'.{_nearest(key, list(fields))}")
     values.update({k: v for k, v in flags.items() if v is not None})
-    hints = typing.get_type_hints(cls)
-    checked = {k: _coerce(v, hints[k], fields[k], f"{section}.{k}") for k, v in values.items()}
+    checked = _checked(cls, values, f"{section}.")
+    resolved = all(n in checked for n in fields if profiles.permitted(n))  # as in a run's config.yaml
+    if checked.get("profile") is not None and not resolved:
+        checked = _of_profile(cls, checked["profile"]) | checked
     missing = [n for n, f in fields.items() if f.default is MISSING and n not in checked]
     if missing:
         flag = flag_name(missing[0])
@@ -271,6 +299,27 @@ def plain(options: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
 
 
+def _of_profile(cls: type, name: str) -> dict[str, Any]:
+    """Options that a device profile sets.
+
+    Raises:
+        UsageError: no such profile, or one with a key or a value that cannot be; names the file and the key.
+    """
+    path, values = profiles.read(name)
+    known = [f.name for f in dataclasses.fields(cls) if profiles.permitted(f.name)]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, known)}")
+    return _checked(cls, values, f"{path}: ")
+
+
+def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Values as the fields have them; prefix: what an error puts before the field's name."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    return {k: _coerce(v, hints[k], fields[k], f"{prefix}{k}") for k, v in values.items()}
+
+
 def _section(section: str, path: Path | None) -> dict[str, Any]:
     return {} if path is None else dict(read_sections(path).get(section) or {})
 
@@ -287,6 +336,8 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
             return None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is tuple:
+        if not isinstance(value, str | list | tuple):
+            raise UsageError(f"{name}: expected a list, found {value!r}.")
         items = [value] if isinstance(value, str) else list(value)
         return tuple(_coerce(v, typing.get_args(hint)[0], spec, name) for v in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

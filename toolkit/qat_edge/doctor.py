@@ -1,6 +1,6 @@
 """Will this .pte load in an app, and does it say all that ExecuTorch's LLM runner needs? From its bytes, and by trying.
 
-Four runtimes are known by name. The installed Python wheel is asked for real; those of apps are looked up in the table
+Runtimes are known by name. The installed Python wheel is asked for real; those of apps are looked up in the table
 that the exporter keeps. What a device does with its own memory and processor is for `validate` to find out.
 """
 
@@ -19,7 +19,7 @@ from qat_edge.config import RUNTIMES, DoctorOptions
 from qat_edge.errors import ArtifactError, ModelError
 from qat_edge.run import MANIFEST, library_version
 from qat_edge_exporters.executorch import contract, probe, runtimes
-from qat_edge_exporters.executorch.facts import Check, Entry, Program, Words
+from qat_edge_exporters.executorch.facts import Cache, Check, Entry, Program, Words
 from qat_edge_exporters.executorch.inspection import inspect
 
 MODEL, TOKENIZER = "model.pte", "tokenizer.json"
@@ -166,6 +166,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     rows += [("operators", ", ".join(f"{name} x{count}" for name, count in program.operators.items()))]
     rows += [("size", f"{sizes}; {_size(sum(program.size_bytes.values()))} in all")]
     rows += [("memory", f"{_size(program.memory_bytes)} planned for cache and activations, beside the weights")]
+    rows += [("cache", _cache_line(program.cache, program.constants))] if program.cache is not None else []
     rows += [("versions", _versions_line(diagnosis))]
     return [_headline(diagnosis), *(f"{name:<10} {text}" for name, text in rows)]
 
@@ -198,7 +199,15 @@ def _delegates_line(program: Program) -> str:
         f"{outside} of {program.nodes + outside} operators ({outside / max(program.nodes + outside, 1):.0%}) outside"
     )
     parts = ", ".join(f"{name} x{count}" for name, count in program.delegates.items()) or "none"
-    return f"{parts}; {share}" if set(program.delegates) <= {"XnnpackBackend"} else parts
+    return f"{parts}; {share}" if set(program.delegates) <= {"XnnpackBackend", "VulkanBackend"} else parts
+
+
+def _cache_line(cache: Cache, constants: dict[str, Any]) -> str:
+    tokens = constants.get("get_max_context_len")
+    each = ""
+    if isinstance(tokens, int) and tokens > 0:
+        each = f" for {tokens} tokens, {cache.size_bytes // tokens:,} bytes each"
+    return f"keys and values in {cache.dtype}: {_size(cache.size_bytes)}{each}"
 
 
 def _versions_line(diagnosis: Diagnosis) -> str:

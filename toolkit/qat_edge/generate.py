@@ -15,6 +15,7 @@ from qat_edge import llm_runner, tokenizer
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
+from qat_edge_exporters.executorch.backends import runs_elsewhere
 
 Emit = Callable[[str], None]
 
@@ -27,9 +28,12 @@ def generate(
     source: "torch" for the frozen checkpoint, or an exported target. raw: no chat template.
 
     Raises:
-        RunError: nothing to generate with.
+        RunError: nothing to generate with, or an artifact for another machine.
         UsageError: a chat was asked for and the tokenizer has no template, or the prompt fills the context.
     """
+    elsewhere = runs_elsewhere(source)
+    if elsewhere:
+        raise RunError(f"{elsewhere} Ask the same codes in another artifact, or the torch model.")
     folder = run.quantized if source == "torch" else run.exports / source
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")

@@ -59,7 +59,8 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
         return _made_before(variant, adapter, options, say)
     merged = merged_model(adapter, say, force)
     if options.bits is not None:
-        plan = scheme.choose(merged.model, merged.scheme.group_size, load_bits(Path(options.bits)))
+        asked, trained = load_bits(Path(options.bits)), merged.scheme
+        plan = scheme.choose(merged.model, trained.group_size, asked, trained.table_bits)
         merged = replace(merged, scheme=plan)
     scales, calibrated = _scales(run, merged, options, say)
     frozen.freeze(merged.model, merged.scheme, scales)

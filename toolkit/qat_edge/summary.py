@@ -78,7 +78,7 @@ def _deployment_cells(table: DeploymentTable, row: Deployment) -> list[str]:
 
 
 def _cells(m: Measured) -> list[str]:
-    artifact_memory = None if m.memory_bytes is None or m.runtime_bytes is None else m.memory_bytes - m.runtime_bytes
+    memory = m.above_runtime_bytes
     return [
         m.name if m.target == "torch" else f"{_short(m.name)} {m.target}",
         f"{m.total_bytes / 1e6:.1f}",
@@ -88,7 +88,7 @@ def _cells(m: Measured) -> list[str]:
         "-" if m.agreement is None else f"{m.agreement.top1:.1%}",
         _median(None if m.speed is None else m.speed.decode),
         _median(None if m.speed is None else m.speed.prefill),
-        "-" if artifact_memory is None else f"{artifact_memory / 1e6:.0f}",
+        "-" if memory is None else f"{memory / 1e6:.0f}",
     ]
 
 

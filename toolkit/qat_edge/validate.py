@@ -9,7 +9,7 @@ The torch side is computed here, once, whatever devices the artifacts run on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,11 +18,14 @@ from qat_edge import adapters, config
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
 from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.measure.budget import TorchSide, budget, judge, score_here, torch_side
 from qat_edge.measure.devices import LOCAL, connect, report_paths, side_by_side
 from qat_edge.measure.gates import hold, require_gates
-from qat_edge.measure.results import Agreement, Measured, Report, save
+from qat_edge.measure.results import Agreement, Budget, Measured, Report, save
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
+from qat_edge.verify import verify_folder
 from qat_edge_devices.transport import Transport
+from qat_edge_exporters.executorch.backends import runs_elsewhere
 
 Say = Callable[[str], None]
 DEVICE = LOCAL  # where nothing else is asked for
@@ -39,10 +42,12 @@ class Validated:
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch said on this machine: the FP32 models, and how far the frozen checkpoint parts from itself."""
+    """What torch said on this machine: the FP32 models, how far the frozen checkpoint parts from itself, and, where
+    it was asked for, the torch side of the error budget."""
 
     models: list[Measured]
     noise_floor: Agreement
+    budget: TorchSide | None
 
 
 def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Report:
@@ -58,8 +63,8 @@ def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) 
     if len(options.device) != 1:
         raise UsageError(f"--device: expected one device, found {len(options.device)}.")
     validated = validate_devices(run, options, say, force=force)
-    for failure in validated.failures.values():
-        raise DeviceError(failure)
+    if validated.failures:
+        require_success(validated)
     return validated.reports[0]
 
 
@@ -74,7 +79,7 @@ def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool =
     for path in paths.values():
         if path.exists() and not force:
             raise RunError(f"{path} exists already. Give --force to measure again.")
-    artifacts = _artifacts(run, options)
+    artifacts = _artifacts(run, options, say)
     material = gather_material(run, options, say)
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
@@ -83,7 +88,10 @@ def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool =
         if not transports:
             return Validated([], failures)
         bench = Bench(material, options, scratch, say)
-        torch = _torch(run, bench)
+        own = [target for variant, target in artifacts if variant is run]
+        torch = _torch(run, bench, own)
+        if options.budget and LOCAL not in transports:
+            score_here(run, bench, own)
 
         def measure(device: str, transport: Transport) -> Report:
             beside = bench if len(transports) == 1 else bench.beside(device)
@@ -109,6 +117,8 @@ def require_success(validated: Validated) -> None:
         except GateError as error:
             missed.append(f"{report.device}: {error}")
     if validated.failures:
+        if len(validated.failures) == 1 and not validated.reports:
+            raise DeviceError(*validated.failures.values())
         count = len(validated.failures)
         failed = [f"{device}: {reason}" for device, reason in validated.failures.items()]
         found = "\n".join([*failed, *missed])
@@ -117,9 +127,11 @@ def require_success(validated: Validated) -> None:
         raise GateError("\n".join(missed))
 
 
-def _torch(run: Run, bench: Bench) -> Torch:
+def _torch(run: Run, bench: Bench, own: Sequence[str]) -> Torch:
     tuned = bench.fine_tuned(adapters.merged_model(run.reference, bench.say).model)
-    return Torch([bench.base(adapters.base_model(run.reference)), tuned], bench.noise_floor(run.quantized))
+    models = [bench.base(adapters.base_model(run.reference)), tuned]
+    floor = bench.noise_floor(run.quantized)
+    return Torch(models, floor, torch_side(run, bench, models, own) if bench.options.budget else None)
 
 
 def _measure(
@@ -136,7 +148,30 @@ def _measure(
         noise_floor=torch.noise_floor,
         measured=measured,
         gates=hold(bench.options, measured),
+        budgets=[
+            _budget(run, target, transport, bench, torch.budget)
+            for variant, target in artifacts
+            if torch.budget is not None and variant is run
+        ],
     )
+
+
+def _budget(run: Run, target: str, transport: Transport, bench: Bench, torch: TorchSide) -> Budget:
+    """The error budget of one artifact, with the place of a fault where there is one."""
+    judged = judge(run, bench, torch, target, transport)
+    if judged.beyond:
+        judged = dataclasses.replace(judged, where=_fault(run, target, judged.position))
+        bench.say(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
+    return budget(bench, torch, target, transport.name, judged)
+
+
+def _fault(run: Run, target: str, position: int | None) -> str:
+    """What is known of the place of a fault: the file is read back, and position 0 has nothing to attend to."""
+    found = verify_folder(run.exports / target, target, run.quantized).faults
+    if found:
+        return f"The file is not what was frozen: {found[0]}"
+    what = "attention (rotary angles, mask or cache)" if position else "what the runtime makes of them"
+    return f"Its codes and scales are those that were frozen, and it parts at position {position} of a prompt: {what}"
 
 
 def _elsewhere(model: Measured) -> Measured:
@@ -146,8 +181,13 @@ def _elsewhere(model: Measured) -> Measured:
     return dataclasses.replace(model, speed=None, notes=(*model.notes, NOT_THERE))
 
 
-def _artifacts(run: Run, options: ValidateOptions) -> list[tuple[Variant, str]]:
-    wanted = options.target or run.targets()
+def _artifacts(run: Run, options: ValidateOptions, say: Say) -> list[tuple[Variant, str]]:
+    elsewhere = {t: reason for t in options.target or run.targets() if (reason := runs_elsewhere(t))}
+    for reason in elsewhere.values():
+        if options.target:
+            raise RunError(f"{reason} Leave it out of --target; verify reads its codes back.")
+        say(f"Left out {reason}")
+    wanted = [t for t in options.target or run.targets() if t not in elsewhere]
     missing = [t for t in wanted if t not in run.targets()]
     if missing or not wanted:
         raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Do `qat-edge export {run.path}`.")

@@ -8,6 +8,9 @@ export.py      frozen checkpoint -> folder
 delegates.py   bytes of a .pte -> which constants each fully connected node uses
 reader.py      folder -> codes, scales, metadata, faults
 
+backends.py    what a .pte can be lowered to beside XNNPACK: vulkan.py, coreml.py; affine.py has what both start from
+other_readers.py  their files -> codes and scales
+
 portable.py    cache and attention in ATen operators only
 inspection.py  .pte -> methods, operators, delegates, sizes; probe.py loads it in the installed runtime
 runtimes.py    what named runtimes can compute, from runtimes.toml; facts.py has what is found as values

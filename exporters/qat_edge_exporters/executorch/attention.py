@@ -2,16 +2,20 @@
 
 The cache lives in buffers that `llama.update_cache` mutates; `llama.custom_sdpa` reads them causally from the
 position it is given, so a mask is built only where a layer looks back over a window. Both take (batch, position,
-head, channel).
+head, channel). In int8, `llama.custom_quantized_sdpa` reads it: products of queries and keys are products of integers.
+https://github.com/pytorch/executorch/blob/v1.4.1/extension/llm/custom_ops/op_sdpa_impl.h
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import executorch.kernels.quantized  # noqa: F401  registers what int8 keys and values are rounded by
 import torch
+import torch.ao.quantization.fx._decomposed
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers torch.ops.llama
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -29,6 +33,8 @@ class KeyValueCache(nn.Module):
     """
 
     start: Any = 0  # position of the first new token: an int, or a symbol while tracing
+    parts: tuple[str, ...] = ("keys", "values")  # what it keeps of every layer
+    kind = "float32"
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -36,6 +42,16 @@ class KeyValueCache(nn.Module):
         self.layers: set[int] = set()
         self.positions: Tensor  # (S,) of the new tokens
         self.windows: dict[int, Tensor] = {}  # masks by window, alike in many layers
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all layers, as the first call has made them."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def describe(self) -> str:
+        """What it takes, in words."""
+        each = self.size_bytes // self.length
+        return f"KV cache in {self.kind}: {each:,} bytes a token, {self.size_bytes / 1e6:.1f} MB for {self.length}"
 
     def begin(self, start: Any, positions: Tensor) -> None:
         """Take new tokens at `positions` (1, S), the first of them at `start`."""
@@ -57,8 +73,8 @@ class KeyValueCache(nn.Module):
         if layer not in self.layers:
             self._make_buffers(layer, key, value)
             return torch.zeros_like(query.transpose(1, 2)), None
-        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
-        return self._answer((query, key, value), (keys, values), scaling, extras), None
+        kept = [self.get_buffer(f"{part}_{layer}") for part in self.parts]
+        return self._answer((query, key, value), kept, scaling, extras), None
 
     def _check(self, module: nn.Module, attention_mask: Tensor | None, extras: dict[str, Any]) -> None:
         _refuse(module, attention_mask, extras)
@@ -66,7 +82,7 @@ class KeyValueCache(nn.Module):
     def _answer(
         self,
         new: tuple[Tensor, Tensor, Tensor],
-        kept: tuple[Tensor, Tensor],
+        kept: Sequence[Tensor],
         scaling: float | None,
         extras: dict[str, Any],
     ) -> Tensor:
@@ -96,6 +112,51 @@ class KeyValueCache(nn.Module):
             empty = torch.zeros(batch, self.length, heads, width)
             self.register_buffer(f"{name}_{layer}", empty, persistent=False)
         self.layers.add(layer)
+
+
+class Int8Cache(KeyValueCache):
+    """Static cache in int8, one asymmetric scale and zero point for each token and head of keys and of values.
+
+    Keys and values are rounded before anything reads them, so that a prompt sees what the tokens after it will see.
+    Queries are rounded alike. Positions not yet written are zeros with a scale of zero.
+    """
+
+    parts = ("keys", "key_scales", "key_zeros", "values", "value_scales", "value_zeros")
+    kind = "int8"
+
+    def _answer(
+        self,
+        new: tuple[Tensor, Tensor, Tensor],
+        kept: Sequence[Tensor],
+        scaling: float | None,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        queries, *rounded = (_rounded(x.transpose(1, 2)) for x in new)
+        for tensor, cache in zip(itertools.chain(*rounded), kept, strict=True):
+            torch.ops.llama.update_cache(tensor, cache, self.start)
+        (codes, scales, zeros), mask = queries, self._window(extras.get("sliding_window"))
+        keys, key_scales, key_zeros, values, value_scales, value_zeros = kept
+        answer: Tensor = torch.ops.llama.custom_quantized_sdpa(
+            codes, keys, values, self.start, mask, 0.0, mask is None, scaling,
+            zeros, scales, key_zeros, key_scales, value_zeros, value_scales,
+        )  # fmt: skip
+        return answer
+
+    def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
+        widths = (key.shape[3], 1, 1, value.shape[3], 1, 1)
+        for part, width in zip(self.parts, widths, strict=True):
+            dtype = torch.float32 if part.endswith("scales") else torch.int8
+            empty = torch.zeros(key.shape[0], self.length, key.shape[1], width, dtype=dtype)
+            self.register_buffer(f"{part}_{layer}", empty, persistent=False)
+        self.layers.add(layer)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of (1, S, heads, D), and scales and zero points (1, S, heads, 1) as the attention operator reads them."""
+    operators = torch.ops.quantized_decomposed
+    scales, zeros = operators.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = operators.quantize_per_token(x, scales, zeros, -128, 127, torch.int8)
+    return codes, scales.to(torch.float32), zeros.to(torch.int8)
 
 
 @contextmanager

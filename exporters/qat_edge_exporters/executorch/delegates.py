@@ -1,4 +1,4 @@
-"""What the XNNPACK delegates inside a .pte say: which constants each quantized matrix product uses, in order.
+"""What XNNPACK's and Vulkan's delegates in a .pte say: which constants each quantized matrix product uses, in order.
 
 Reads the file with ExecuTorch's own deserializers and schema; nothing of our exporter takes part.
 """
@@ -30,8 +30,20 @@ DAMAGE = (
 )  # fmt: skip
 BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint4": 4, "xnn_datatype_qcint8": 8}
 IDENTIFIER = b"ET12"  # of the program's format, in the file's bytes 4 to 7
-EMBEDDING = "quantized_decomposed::embedding_byte"
-PLAIN_EMBEDDING = "aten::embedding"
+# Operators that look rows up, and how many tables they take.
+EMBEDDINGS = {
+    "quantized_decomposed::embedding_byte": 2,
+    "quantized_decomposed::embedding_4bit": 2,
+    "aten::embedding": 1,
+}
+CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # of an embedding: bits by type
+SWAPPED = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
+XNNPACK, VULKAN = "XnnpackBackend", "VulkanBackend"
+# Importing Vulkan's package would make the root logger tell everything, so its files are read beside XNNPACK's.
+BACKENDS = Path(str(xnnpack_schema.__path__[0])).parents[1]
+SCHEMAS = {XNNPACK: "xnnpack/serialization/schema.fbs", VULKAN: "vulkan/serialization/schema.fbs"}
+VULKAN_MAGIC = b"VH00"
+VULKAN_LINEAR = "et_vk.linear_dq8ca_q4gsw.default"  # input, its scales and zeros, codes, sums, scales, group, bias
 
 
 @dataclass(frozen=True)
@@ -81,10 +93,19 @@ def constants(pte: PTEFile) -> dict[str, bytes]:
 
 
 def graphs(pte: PTEFile, plan: ExecutionPlan) -> list[dict[str, Any]]:
-    """XNNPACK's graphs, in the order in which the program runs them."""
+    """XNNPACK's and Vulkan's graphs, in the order in which the program runs them; "xnodes" are their operators."""
+    found = blobs(pte, plan)
+    parsed = {
+        backend: iter(_parsed(backend, [b for name, b in found if name == backend])) for backend in (XNNPACK, VULKAN)
+    }
+    return [next(parsed[backend]) for backend, _ in found if backend in parsed]
+
+
+def blobs(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[str, bytes]]:
+    """Backend and bytes of every delegate, in the order in which the program runs them."""
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
     used = [plan.delegates[c.delegate_index] for c in calls if isinstance(c, DelegateCall)]
-    return list(_parsed([pte.program.backend_delegate_data[d.processed.index].data for d in used if "Xnnpack" in d.id]))
+    return [(d.id, bytes(pte.program.backend_delegate_data[d.processed.index].data)) for d in used]
 
 
 def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
@@ -92,45 +113,58 @@ def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
     return [product for graph in graphs(pte, plan) for product in products_of(graph)]
 
 
-def embedding_constants(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[bytes, list[int]]]:
-    """Bytes and shape of the quantized embedding's codes and scales; empty where there is none.
+def embedding_table(pte: PTEFile, plan: ExecutionPlan) -> tuple[Product, bytes, bytes] | None:
+    """The quantized embedding's shape, codes and scales as those of a product; None where there is none.
 
     A portable program looks codes and scales up by one ATen operator each, others by one operator for both.
     """
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    found: dict[str, list[Any]] = {EMBEDDING: [], PLAIN_EMBEDDING: []}
+    tensors: list[Any] = []
     for call in calls:
-        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in found:
-            name = plan.operators[call.op_index].name
-            tables = call.args[: 2 if name == EMBEDDING else 1]
-            found[name] += [plan.values[index].val for index in tables]
-    tensors = found[EMBEDDING] or sorted(found[PLAIN_EMBEDDING], key=lambda t: t.scalar_type != ScalarType.CHAR)
-    if len(tensors) != 2 or tensors[0].scalar_type != ScalarType.CHAR:
+        tables = EMBEDDINGS.get(plan.operators[call.op_index].name, 0) if isinstance(call, KernelCall) else 0
+        tensors += [plan.values[index].val for index in call.args[:tables]] if tables else []
+    tensors.sort(key=lambda t: t.scalar_type not in CODES)
+    if len(tensors) != 2 or tensors[0].scalar_type not in CODES:
+        return None
+    rows, columns = tensors[0].sizes
+    groups = tensors[1].sizes[1] if len(tensors[1].sizes) > 1 else 1
+    codes, scales = (bytes(pte.program.constant_buffer[t.data_buffer_idx].storage) for t in tensors)
+    bits = CODES[tensors[0].scalar_type]
+    if bits == 4:  # the only place in a .pte where the first of a pair lies in the high nibble
+        codes = codes.translate(SWAPPED)
+    return Product(rows, columns * 8 // bits, bits, groups, "", ""), codes, scales
+
+
+def _parsed(backend: str, found: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Graphs of one backend as the JSON that flatc makes of them, all in one run of it."""
+    if not found:
         return []
-    buffers = pte.program.constant_buffer
-    return [(bytes(buffers[t.data_buffer_idx].storage), list(t.sizes)) for t in tensors]
-
-
-def _parsed(blobs: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """XNNPACK's graphs as the JSON that flatc makes of them, all in one run of it."""
-    schema = Path(str(xnnpack_schema.__path__[0])) / "schema.fbs"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = []
-        for i, blob in enumerate(blobs):
-            header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
-            begin = header.flatbuffer_offset
-            files.append(folder / f"{i}.bin")
-            files[-1].write_bytes(blob[begin : begin + header.flatbuffer_size])
-        if files:
-            names = [str(file) for file in files]
-            _run_flatc(["--json", "--defaults-json", "--strict-json", "-o", name, str(schema), "--", *names])
-        for file in files:
-            yield json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        files = [Path(name) / f"{i}.bin" for i in range(len(found))]
+        for file, blob in zip(files, found, strict=True):
+            file.write_bytes(_graph_bytes(backend, blob))
+        options = ["--json", "--defaults-json", "--strict-json", "-o", name, str(BACKENDS / SCHEMAS[backend])]
+        _run_flatc([*options, "--", *map(str, files)])
+        read = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
+    return [{"xnodes": graph["chain"], **graph} if backend == VULKAN else graph for graph in read]
+
+
+def _graph_bytes(backend: str, blob: bytes) -> bytes:
+    """The graph in a delegate's bytes, behind a header that says where."""
+    if backend == XNNPACK:
+        header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
+        return blob[header.flatbuffer_offset :][: header.flatbuffer_size]
+    if blob[4:8] != VULKAN_MAGIC:
+        raise ValueError(f"a delegate of Vulkan's begins with {blob[:8]!r}")
+    begin, size = struct.unpack_from("<II", blob, 10)
+    return blob[begin:][:size]
 
 
 def products_of(graph: dict[str, Any]) -> Iterator[Product]:
-    """Quantized matrix products of one of XNNPACK's graphs, in order."""
+    """Quantized matrix products of one graph, in order."""
+    if "chain" in graph:
+        yield from _vulkan_products(graph)
+        return
     values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     for value in graph["xvalues"]:
         body = value["xvalue_union"]
@@ -150,4 +184,21 @@ def products_of(graph: dict[str, Any]) -> Iterator[Product]:
             groups=quantization["num_scales"] // out,
             codes_key=graph["constant_data"][tensor["constant_buffer_idx"]]["named_key"],
             scales_key=graph["constant_data"][quantization["scale_buffer_idx"]]["named_key"],
+        )
+
+
+def _vulkan_products(graph: dict[str, Any]) -> Iterator[Product]:
+    """Codes are stored (out, in // 2), scales (groups, out)."""
+    values, stored = [value["value"] for value in graph["values"]], graph["constants"]
+    for call in graph["chain"]:
+        if call["name"] != VULKAN_LINEAR:
+            continue
+        codes, scales = values[call["args"][3]], values[call["args"][5]]
+        yield Product(
+            out=codes["dims"][0],
+            width=codes["dims"][1] * 2,
+            bits=4,
+            groups=scales["dims"][0],
+            codes_key=stored[codes["constant_id"]]["named_key"],
+            scales_key=stored[scales["constant_id"]]["named_key"],
         )

@@ -16,29 +16,38 @@ from qat_edge.errors import ExportError, RunError
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
-from qat_edge_exporters.executorch import attention, contract, lowering, support, tracing
+from qat_edge_exporters.executorch import attention, backends, contract, lowering, support, tracing
 
 MODEL = "model.pte"
 LAYERS = "layers.json"  # module names, those of rounded linear layers in the order the .pte computes them
 
 
-def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None], *, portable: bool = False) -> None:
+def export(
+    frozen: Path,
+    out: Path,
+    context_length: int,
+    say: Callable[[str], None],
+    *,
+    portable: bool = False,
+    kv_cache: str = "float32",
+    backend: str = backends.XNNPACK,
+) -> None:
     """Write a checkpoint into the empty folder `out` as a .pte for conversations of `context_length` tokens.
 
     frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
     portable: of ATen's operators only, for a runtime without ExecuTorch's quantized and LLM operators.
+    kv_cache: how keys and values are kept, "float32" or "int8".
+    backend: what computes it; beside XNNPACK, of frozen checkpoints only, and with a cache of its own.
 
     Raises:
-        ExportError: the architecture or the context length is beyond what ExecuTorch computes.
+        ExportError: the architecture, its cache or the context length is beyond what ExecuTorch computes.
         RunError: no checkpoint, or no space to write.
     """
+    compiler = None if backend == backends.XNNPACK else backends.compiler(backend)
     model, adapters = _load(frozen, say)
-    if not (frozen / "tokenizer.json").is_file():
-        raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
-    lacking = support.missing(model.config)
-    if lacking:
-        raise ExportError(f"executorch: {lacking} Leave this target out with --target onnx.")
-    attention.check_length(model.config, context_length)
+    _require_expressible(model, frozen, context_length)
+    if compiler is not None and (adapters or not is_frozen(frozen)):
+        raise ExportError(f"--backend {backend} is for frozen checkpoints; {frozen} holds float weights or adapters.")
     attention.settle_rotary(model, context_length)
     methods = contract.constant_methods(
         model.config, context_length, tokenizer.end_tokens(frozen), tokenizer.load(frozen).bos_token_id
@@ -46,17 +55,39 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
     methods["use_sdpa_with_kv_cache"] = not portable
     embedding, head = _ends(model)
     floats = _float_bytes(model, adapters)
-    names = tracing.prepare(model, adapters, portable)
-    say("exporting the graph")
-    program = tracing.trace(model, context_length, portable)
-    say("preparing the graph for XNNPACK")
-    edge = lowering.lower(program, methods, say)
+    if compiler is None:
+        cache = tracing.choose_cache(model.config, context_length, portable, kv_cache)
+        names = tracing.prepare(model, adapters, portable)
+        say("exporting the graph")
+        program = tracing.trace(tracing.Decoder(model, cache))
+        say(cache.describe())
+        say("preparing the graph for XNNPACK")
+        edge = lowering.lower(program, methods, say)
+    else:
+        names = compiler.prepare(model)
+        say("exporting the graph")
+        edge = compiler.lower(compiler.trace(model, context_length), methods, say)
     order = [names[buffer] for buffer in lowering.linear_order(edge) if buffer in names]
     say("writing model.pte")
     with disk_errors(out), (out / MODEL).open("wb") as file:
         lowering.emit(edge).write_to_file(file)
     layers = {"embedding": embedding, "head": head, "linears": order, "float_bytes": floats}
     write_text(out / LAYERS, json.dumps(layers, indent=1) + "\n")
+    _copy_files(frozen, out)
+
+
+def _require_expressible(model: Any, frozen: Path, context_length: int) -> None:
+    """Refuse what no .pte can be made of."""
+    if not (frozen / "tokenizer.json").is_file():
+        raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
+    lacking = support.missing(model.config)
+    if lacking:
+        raise ExportError(f"executorch: {lacking} Leave this target out with --target onnx.")
+    attention.check_length(model.config, context_length)
+
+
+def _copy_files(frozen: Path, out: Path) -> None:
+    """What runners and readers want beside the program."""
     tokenizer.copy_files(frozen, out)
     for name in contract.OTHER_FILES:
         if (frozen / name).is_file():

@@ -33,12 +33,21 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What a program keeps of earlier tokens. dtype: of keys and values; size_bytes: with their scales, all layers."""
+
+    dtype: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Program:
     """What the bytes of a .pte say.
 
     constants: what each constant method returns. operators: calls outside delegates, by full name.
     delegates: calls by backend. nodes: operators inside XNNPACK's delegates.
     size_bytes: by part; sums to the file. memory_bytes: planned for activations and cache when it is loaded.
+    cache: None where none was found.
     """
 
     methods: list[Method]
@@ -48,6 +57,7 @@ class Program:
     nodes: int
     size_bytes: dict[str, int]
     memory_bytes: int
+    cache: Cache | None = None
 
     @property
     def forward(self) -> Method | None:

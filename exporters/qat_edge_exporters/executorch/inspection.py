@@ -6,9 +6,11 @@ Nothing is executed; `probe.py` loads the file for real.
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from executorch.exir._serialize._program import PTEFile
 from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
@@ -18,13 +20,14 @@ from executorch.exir.tensor import TensorShapeDynamism
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.executorch import delegates
 from qat_edge_exporters.executorch.delegates import Product
-from qat_edge_exporters.executorch.facts import Method, Port, Program
+from qat_edge_exporters.executorch.facts import Cache, Method, Port, Program
 from qat_edge_exporters.executorch.reader import constant
 
 DTYPES = {  # by torch's names, where they are not the schema's in lower case
     ScalarType.BYTE: "uint8", ScalarType.CHAR: "int8", ScalarType.SHORT: "int16", ScalarType.INT: "int32",
     ScalarType.LONG: "int64", ScalarType.HALF: "float16", ScalarType.FLOAT: "float32", ScalarType.DOUBLE: "float64",
 }  # fmt: skip
+WRITES = {"llama::update_cache": 1, "aten::index_put_": 0}  # which argument of an operator is the cache it writes into
 
 
 def inspect(path: Path) -> Program:
@@ -51,7 +54,7 @@ def _program(pte: PTEFile, size_bytes: int) -> Program:
             constants[plan.name] = constant(plan)
     graphs = [graph for plan in computing for graph in delegates.graphs(pte, plan)]
     forward = next((plan for plan in computing if plan.name == "forward"), None)
-    table = [] if forward is None else delegates.embedding_constants(pte, forward)
+    table = None if forward is None else delegates.embedding_table(pte, forward)
     products = [product for graph in graphs for product in delegates.products_of(graph)]
     methods = [_method(plan) for plan in computing]
     width = methods[0].outputs[0].shape[-1:] if methods and methods[0].outputs else ()
@@ -61,8 +64,9 @@ def _program(pte: PTEFile, size_bytes: int) -> Program:
         operators=dict(Counter(name for plan in computing for name in _kernels(plan)).most_common()),
         delegates=dict(Counter(name for plan in computing for name in _delegates(plan)).most_common()),
         nodes=sum(len(graph["xnodes"]) for graph in graphs),
-        size_bytes=_sizes(pte, products, sum(len(data) for data, _ in table), width, size_bytes),
+        size_bytes=_sizes(pte, products, len(table[1]) + len(table[2]) if table else 0, width, size_bytes),
         memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
+        cache=None if forward is None else _cache(forward),
     )
 
 
@@ -82,6 +86,22 @@ def _kernels(plan: ExecutionPlan) -> list[str]:
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
     used = [plan.operators[call.op_index] for call in calls if isinstance(call, KernelCall)]
     return [f"{op.name}.{op.overload}" if op.overload else op.name for op in used]
+
+
+def _cache(plan: ExecutionPlan) -> Cache | None:
+    """The tensors that keys and values are written into."""
+    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
+    written = {
+        call.args[WRITES[plan.operators[call.op_index].name]]
+        for call in calls
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in WRITES
+    }
+    tensors = [plan.values[index].val for index in written]
+    if not tensors:
+        return None
+    largest = max(tensors, key=lambda t: prod(t.sizes))
+    size_bytes = sum(prod(t.sizes) * getattr(torch, DTYPES[t.scalar_type]).itemsize for t in tensors)
+    return Cache(DTYPES[largest.scalar_type], size_bytes)
 
 
 def _delegates(plan: ExecutionPlan) -> list[str]:

@@ -48,6 +48,7 @@ ACTS_ON = {
     "ChannelsLastTaggedReshapePass": ("convolution", "upsample", "mean", "max", "pool", "prelu"),
     "RemoveRedundantCopyPass": ("_to_copy",),
 }
+PRODUCTS = {"aten.linear.default": 1, "aten.mm.default": 1, "aten.addmm.default": 2}  # which argument is the weight
 # Computed once a token, and better by the portable kernels: XNNPACK's are approximations for small angles.
 NOT_DELEGATED = ("SinConfig", "CosConfig")
 
@@ -60,16 +61,29 @@ def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str]
     """
     configs = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ not in NOT_DELEGATED]
     partitioner = Partitioner(configs=configs)
-    with _passes_that_act(partitioner, say), _quiet():
+    with _passes_that_act(partitioner, say):
+        return compile_for("XNNPACK", program, [partitioner], methods)
+
+
+def compile_for(
+    backend: str, program: ExportedProgram, partitioners: list[Any], methods: dict[str, Any]
+) -> EdgeProgramManager:
+    """`program` in delegates of the partitioners, the earlier ones first; backend: what a failure names.
+
+    Raises:
+        ExportError: ExecuTorch's compiler failed.
+    """
+    with _quiet():
         try:
             return to_edge_transform_and_lower(
                 program,
-                partitioner=[partitioner],
+                partitioner=partitioners,
                 constant_methods=methods,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
             )
-        except (RuntimeError, AssertionError, KeyError) as error:
-            raise ExportError(f"ExecuTorch cannot lower this model: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, AssertionError, KeyError, ValueError, NotImplementedError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ExportError(f"ExecuTorch cannot lower this model to {backend}: {reason}") from error
 
 
 def emit(edge: EdgeProgramManager) -> ExecutorchProgramManager:
@@ -88,12 +102,18 @@ def linear_order(edge: EdgeProgramManager) -> list[str]:
         inner = getattr(graph_module, call.args[0].target).original_module
         buffers = inner.graph_signature.inputs_to_buffers
         for node in inner.graph.nodes:
-            if "aten.linear" not in getattr(node.target, "__name__", ""):
-                continue
-            source = node.args[1].all_input_nodes
-            if source and source[0].name in buffers:
-                found.append(buffers[source[0].name])
+            weight = PRODUCTS.get(getattr(node.target, "__name__", ""))
+            source = None if weight is None else _undequantized(node.args[weight])
+            if source is not None and source.name in buffers:
+                found.append(buffers[source.name])
     return found
+
+
+def _undequantized(weight: Node) -> Node:
+    """The constant that a weight comes from."""
+    while any(part in getattr(weight.target, "__name__", "") for part in ("permute", "dequantize")):
+        weight = weight.all_input_nodes[0]
+    return weight
 
 
 class Partitioner(XnnpackPartitioner):

@@ -13,6 +13,7 @@ its Python binding and executor_runner give a program zeroed memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,21 +41,27 @@ class PortableCache(KeyValueCache):
     def _answer(
         self,
         new: tuple[Tensor, Tensor, Tensor],
-        kept: tuple[Tensor, Tensor],
+        kept: Sequence[Tensor],
         scaling: float | None,
         extras: dict[str, Any],
     ) -> Tensor:
         (query, key, value), (keys, values) = new, kept
-        torch.ops.aten.index_put_(keys, [None, None, self.positions], _laid_out(_rows(key).transpose(1, 2)))
-        torch.ops.aten.index_put_(values, [None, self.positions], _rows(value))
+        torch.ops.aten.index_put_(keys, [None, None, self.positions], _laid_out(rows_of(key).transpose(1, 2)))
+        torch.ops.aten.index_put_(values, [None, self.positions], rows_of(value))
+        return self._attend(query, keys, values, scaling, extras)
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, extras: dict[str, Any]
+    ) -> Tensor:
+        """Answer (1, S, heads, D) to queries (1, heads, S, D) over keys (N, D, L) and values (N, L, D)."""
         heads, width = query.shape[1], query.shape[3]
-        shared = heads // key.shape[1]
-        rows = _rows(query).view(key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
+        shared = heads // keys.shape[0]
+        rows = rows_of(query).view(keys.shape[0], -1, width) * (width**-0.5 if scaling is None else scaling)
         scores = torch.bmm(rows, keys)
         if extras.get("softcap") is not None:
             scores = torch.tanh(scores / extras["softcap"]) * extras["softcap"]
         weights = torch.softmax(scores + self._mask(shared, extras.get("sliding_window")), dim=-1)
-        answer = torch.bmm(weights, values).view(key.shape[1], shared, -1, values.shape[2])
+        answer = torch.bmm(weights, values).view(keys.shape[0], shared, -1, values.shape[2])
         return _laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2])
 
     def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -76,7 +83,7 @@ class PortableCache(KeyValueCache):
         return self.masks[shared, window]
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(1, heads, S, D) as (heads, S, D), laid out in that order."""
     return _laid_out(x).view(x.shape[1], -1, x.shape[3])
 

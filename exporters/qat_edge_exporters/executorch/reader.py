@@ -49,30 +49,34 @@ def read(folder: Path) -> Artifact:
     """
     path = folder / MODEL
     pte = delegates.open_pte(path)
-    layers = _layers(folder / LAYERS)
+    layers = read_layers(folder / LAYERS)
     try:
         plans = {plan.name: plan for plan in pte.program.execution_plan}
         metadata = {name: constant(plan) for name, plan in plans.items() if name != contract.FORWARD}
         forward = plans.get(contract.FORWARD)
         products = delegates.products(pte, forward) if forward else []
-        table = delegates.embedding_constants(pte, forward) if forward else []
+        table = delegates.embedding_table(pte, forward) if forward else None
         named = delegates.constants(pte)
     except delegates.DAMAGE as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
     faults = [f"{MODEL} has no method {name}, which runners ask for." for name in contract.missing_methods(plans)]
-    faults += _count_faults(products, layers, table)
+    faults += _count_faults(products, layers, table is not None)
     used = dict(zip(layers.linears, products, strict=False))
     faults += _hash_faults(named, used)
     weights, unreadable = _weights(used, named)
-    if table:
-        (codes, shape), (scales, _) = table
-        column = np.frombuffer(scales, np.float32).reshape(-1, 1)
-        weights[layers.embedding] = ArtifactWeight(np.frombuffer(codes, np.int8).reshape(shape), column, 8)
-    sizes = _sizes(folder, layers, used, named, sum(len(data) for data, _ in table))
+    if table is not None:
+        shape, codes, scales = table
+        weights[layers.embedding] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
+    sizes = sizes_by_part(folder, layers, used, named, len(table[1]) + len(table[2]) if table else 0)
     return Artifact(weights, metadata, sizes, faults + unreadable)
 
 
-def _layers(path: Path) -> Layers:
+def read_layers(path: Path) -> Layers:
+    """The names of the matrices in a .pte, in the order in which it uses them.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
     again = "Export again."
     if not path.is_file():
         raise ArtifactError(f"{path}: not there, so the matrices of {MODEL} have no names. {again}")
@@ -92,7 +96,7 @@ def constant(plan: ExecutionPlan) -> Any:
     return values if len(values) != 1 or plan.name in contract.LISTS else values[0]
 
 
-def _count_faults(products: list[Product], layers: Layers, table: list[Any]) -> list[str]:
+def _count_faults(products: list[Product], layers: Layers, table: bool) -> list[str]:
     faults = []
     if len(products) != len(layers.linears):
         faults.append(
@@ -148,7 +152,7 @@ def _unpack_scales(data: bytes, product: Product) -> NDArray[np.float32]:
     return wide.view(np.float32).reshape(product.out, product.groups)
 
 
-def _sizes(
+def sizes_by_part(
     folder: Path, layers: Layers, used: dict[str, Product], named: dict[str, bytes], embedding: int
 ) -> dict[str, int]:
     """Bytes by part; what the .pte holds beside the matrices, and the small files, are the graph."""

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from math import pi, prod, sqrt
 from typing import Any
 
-import executorch.kernels.quantized  # noqa: F401  registers embedding_byte
+import executorch.kernels.quantized  # noqa: F401  registers embedding_byte and embedding_4bit
 import torch
 import torch.ao.quantization.fx._decomposed
-from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  embedding_byte for tracing
+from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  the same, for tracing
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
@@ -29,7 +29,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.errors import ExportError
 from qat_edge_exporters.checkpoint import Adapter
-from qat_edge_exporters.executorch.attention import KeyValueCache, attention_through
+from qat_edge_exporters.executorch.attention import Int8Cache, KeyValueCache, attention_through
 from qat_edge_exporters.executorch.portable import PortableCache
 
 OPS = torch.ops.quantized_decomposed
@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: IntxUnpackedToInt8Tensor, bias: Tensor | None, rounded: RoundedInput) -> None:
         super().__init__()
         self.rounded = rounded
-        self.bits = int(str(weight.target_dtype).removeprefix("torch.int"))
+        self.bits = _bits(weight)
         self.group_size = int(weight.block_size[1])
         scales = weight.scale if self.bits == 4 else weight.scale.flatten()
         self.bias: Tensor | None
@@ -80,16 +80,32 @@ class QuantizedLinear(nn.Module):
         return nn.functional.linear(self.rounded(x), weight, self.bias)
 
 
+def _bits(weight: IntxUnpackedToInt8Tensor) -> int:
+    return int(str(weight.target_dtype).removeprefix("torch.int"))
+
+
 class QuantizedEmbedding(nn.Module):
-    """A frozen embedding as the one operator that ExecuTorch's quantized kernels have for it."""
+    """A frozen embedding as the one operator that ExecuTorch's quantized kernels have for it.
+
+    int4 codes lie in pairs, the first in the high nibble, each as code + 8.
+    https://github.com/pytorch/executorch/blob/v1.4.1/kernels/quantized/cpu/embeddingxb.cpp
+    """
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
         super().__init__()
-        self.register_buffer("codes", weight.qdata)  # (tokens, width)
-        self.register_buffer("scales", weight.scale.flatten())  # (tokens,)
+        self.bits = _bits(weight)
+        codes, scales = weight.qdata, weight.scale.flatten()
+        if self.bits == 4:
+            unsigned = (codes + 8).to(torch.uint8)
+            codes, scales = unsigned[:, 0::2] << 4 | unsigned[:, 1::2], weight.scale.to(torch.bfloat16)
+        self.register_buffer("codes", codes)  # (tokens, width), or half as wide in pairs
+        self.register_buffer("scales", scales)  # (tokens,), or (tokens, groups) in bfloat16
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return OPS.embedding_byte(self.codes, self.scales, None, *INT8, tokens)
+        codes, scales = self.get_buffer("codes"), self.get_buffer("scales")
+        if self.bits == 4:
+            return OPS.embedding_4bit.dtype(codes, scales, None, *INT4, tokens, dtype=torch.float32)
+        return OPS.embedding_byte(codes, scales, None, *INT8, tokens)
 
 
 class PlainEmbedding(QuantizedEmbedding):
@@ -97,11 +113,18 @@ class PlainEmbedding(QuantizedEmbedding):
 
     def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
         super().__init__(weight)
-        self.register_buffer("scales", weight.scale)  # (tokens, 1)
+        if self.bits == 8:
+            self.register_buffer("scales", weight.scale)  # (tokens, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        codes = nn.functional.embedding(tokens, self.get_buffer("codes")).to(torch.float32)
-        return codes * nn.functional.embedding(tokens, self.get_buffer("scales"))
+        codes, scales = (nn.functional.embedding(tokens, self.get_buffer(part)) for part in ("codes", "scales"))
+        codes, scales = codes.to(torch.float32), scales.to(torch.float32)
+        if self.bits == 8:
+            return codes * scales
+        first = torch.floor(codes / 16)
+        pairs = torch.stack((first, codes - first * 16), dim=-1) - 8
+        groups, width = scales.shape[-1], codes.shape[-1] * 2
+        return (pairs.view(1, -1, groups, width // groups) * scales.unsqueeze(-1)).view(1, -1, width)
 
 
 class LowRank(nn.Module):
@@ -214,7 +237,7 @@ def quantize_modules(model: nn.Module, portable: bool = False) -> dict[str, str]
             continue
         if isinstance(module, nn.Embedding):
             table = PlainEmbedding(weight) if portable else QuantizedEmbedding(weight)
-            table.register_forward_hook(_scaled(module))
+            table.register_forward_hook(scaled_rows(module))
             model.set_submodule(name, table)
         else:
             model.set_submodule(name, QuantizedLinear(weight, module.bias, rounded))
@@ -222,7 +245,7 @@ def quantize_modules(model: nn.Module, portable: bool = False) -> dict[str, str]
     return found
 
 
-def _scaled(module: nn.Embedding) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def scaled_rows(module: nn.Embedding) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """What a hook has to make of the rows that were looked up, as the model's own class does."""
     scale = getattr(module, "scalar_embed_scale", None)
     if scale is None and type(module).forward is not nn.Embedding.forward:
@@ -232,26 +255,42 @@ def _scaled(module: nn.Embedding) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     return lambda replaced, args, rows: rows if scale is None else rows * scale
 
 
-def trace(model: Any, context_length: int, portable: bool = False) -> ExportedProgram:
-    """The exported program of `model`, which `prepare` has made exportable; `portable`: of ATen's operators only.
+def choose_cache(config: Any, context_length: int, portable: bool = False, kind: str = "float32") -> KeyValueCache:
+    """The cache for a model of `config`, for as many tokens; portable: of ATen's operators only; kind: float32 or int8.
+
+    Raises:
+        ExportError: no operator computes this model's attention over an int8 cache.
+    """
+    capped = getattr(config, "attn_logit_softcapping", None) is not None  # custom_sdpa cannot cap scores
+    if kind == "float32":
+        return PortableCache(context_length) if portable or capped else KeyValueCache(context_length)
+    if portable or capped:
+        why = f"{config.model_type} caps its attention scores" if capped else "ATen has no such operator"
+        raise ExportError(
+            f"--kv-cache {kind}: {why}, and only ExecuTorch's attention operator, which cannot cap them, reads a cache "
+            "in int8. Leave the flag out."
+        )
+    return Int8Cache(context_length)
+
+
+def trace(decoder: Decoder) -> ExportedProgram:
+    """The exported program of a model that was made exportable, keys and values kept in its cache.
 
     Raises:
         ExportError: attention that cannot be put through ExecuTorch's, or code that cannot be traced.
     """
-    capped = getattr(model.config, "attn_logit_softcapping", None) is not None  # custom_sdpa cannot cap scores
-    cache = PortableCache(context_length) if portable or capped else KeyValueCache(context_length)
-    decoder = Decoder(model, cache).eval()
+    model, cache = decoder.eval().model, decoder.cache
     tokens, start = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with attention_through(decoder.cache, model.config), torch.no_grad(), warnings.catch_warnings():
+    with attention_through(cache, model.config), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the operators' own use of torch's deprecated calls
         try:
             decoder(tokens[:, :1], start)  # makes the cache's buffers and the constants before they are traced
-            if len(decoder.cache.layers) != model.config.num_hidden_layers:
+            if len(cache.layers) != model.config.num_hidden_layers:
                 raise ExportError(
-                    f"{type(model).__name__}: {len(decoder.cache.layers)} of {model.config.num_hidden_layers} layers "
-                    "attend through transformers' AttentionInterface; executorch export needs all of them to."
+                    f"{type(model).__name__}: {len(cache.layers)} of {model.config.num_hidden_layers} layers attend "
+                    "through transformers' AttentionInterface; executorch export needs all of them to."
                 )
-            lengths = {1: Dim("length", min=1, max=context_length)}
+            lengths = {1: Dim("length", min=1, max=cache.length)}
             return torch.export.export(decoder, (tokens, start), dynamic_shapes=(lengths, None), strict=False)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ExportError(

@@ -140,7 +140,7 @@ def _embedding_scale(model: onnx.ModelProto, scale: float) -> dict[str, NDArray[
 
 
 def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[str, NDArray[Any]]:
-    """Turn the float Gather into GatherBlockQuantized; a uint8 code stands for code - 128 there."""
+    """Turn the float Gather into GatherBlockQuantized; an unsigned code stands for code - 2^(bits - 1)."""
     gather = next((n for n in model.graph.node if n.name == EMBEDDING_GATHER), None)
     if gather is None:
         raise ExportError(f"onnx: the builder made no node '{EMBEDDING_GATHER}' for an embedding of its own.")
@@ -163,6 +163,6 @@ def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[st
     model.graph.initializer.add(name=f"{stem}.scales")
     width = table.codes.shape[1]
     return {
-        f"{stem}.qweight": np.ascontiguousarray(packed_codes(table)[:, :width].numpy()),
+        f"{stem}.qweight": np.ascontiguousarray(packed_codes(table)[:, : width * table.bits // 8].numpy()),
         f"{stem}.scales": block_scales(table).numpy(),
     }

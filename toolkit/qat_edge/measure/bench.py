@@ -21,8 +21,9 @@ from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.console import Bar, bar
 from qat_edge.errors import DataError, DeviceError
 from qat_edge.measure import reference
+from qat_edge.measure.devices import file_name
 from qat_edge.measure.metrics import Comparison, LogitComparison, first_divergence, same_answer
-from qat_edge.measure.reference import LogitStore
+from qat_edge.measure.reference import Logits, LogitStore
 from qat_edge.measure.results import Agreement, Measured, Speed
 from qat_edge.rows import load_rows
 from qat_edge.run import Run, Variant, disk_errors, work_folder
@@ -94,6 +95,10 @@ class Bench:
         """Token ids of the fine-tune's answers as JSON, one list a prompt."""
         return self.scratch / "answers.json"
 
+    def kept(self, device: str, target: str) -> LogitStore:
+        """The logits of the run's own artifact of one target on a device; there where a budget is asked for."""
+        return LogitStore(self.scratch / f"{target}-{file_name(device)}")
+
     def fine_tuned(self, model: Any) -> Measured:
         """The FP32 fine-tune, whose logits stay in `fp32` and its answers in `fp32_answers`."""
         self._score("FP32 fine-tune", model, self.fp32)
@@ -125,7 +130,7 @@ class Bench:
             runtime=_torch_runtime(),
             size_bytes=reference.size_by_part(model),
             perplexity=figures.perplexity,
-            agreement=_agreement(figures),
+            agreement=agreement(figures),
             notes=("speed and answers not measured: the same network as the fine-tune, before training",),
         )
 
@@ -133,14 +138,14 @@ class Bench:
         """The frozen checkpoint's logits into `exact`, and how far it parts from itself when disturbed."""
         model = reference.load_exact(quantized)
         self._score("frozen checkpoint", model, self.exact)
-        part = dataclasses.replace(self, material=_first_tokens(self.material, FLOOR_TOKENS))
+        part = self.first_tokens(FLOOR_TOKENS)
         store = LogitStore(self.scratch / "disturbed")
         with reference.disturbed(model):
             part._score("frozen checkpoint, disturbed by 1e-7", model, store)
         figures = part._compare(self.exact, store)
         shutil.rmtree(store.folder)
         self.say(f"  noise floor: KL {figures.kl_nats:.2g}, top-1 {figures.top1_agreement:.1%}")
-        return _agreement(figures)
+        return agreement(figures)
 
     def artifact(self, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
         """One artifact on the device behind `transport`. own: of the run itself, so that `exact` is its parity."""
@@ -162,8 +167,8 @@ class Bench:
             runtime=f"{timed.load.runtime} {timed.load.runtime_version}",
             size_bytes=resolve(READERS, target, "--target")(folder).size_bytes,
             perplexity=accuracy.perplexity,
-            agreement=_agreement(accuracy),
-            parity=None if parity is None else _agreement(parity),
+            agreement=agreement(accuracy),
+            parity=None if parity is None else agreement(parity),
             exact_match=self.material.exact_match(answers),
             prompts=len(self.material.prompts),
             same_answers=same,
@@ -173,6 +178,14 @@ class Bench:
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
         )
+
+    def first_tokens(self, limit: int) -> Bench:
+        """The same on the first sequences that hold `limit` compared tokens between them."""
+        some: list[data.ScoredIds] = []
+        for sequence in self.material.sequences:
+            if sum(len(s.positions) for s in some) < limit:
+                some.append(sequence)
+        return dataclasses.replace(self, material=dataclasses.replace(self.material, sequences=some))
 
     def against_fp32(self, answers: Sequence[Sequence[int]]) -> tuple[float | None, float | None]:
         """Share of answers equal to the fine-tune's, and the median place where the others part from it."""
@@ -187,18 +200,25 @@ class Bench:
         self, folder: Path, target: str, transport: Transport, own: bool
     ) -> tuple[Comparison, Comparison | None]:
         """The artifact's logits against FP32's and, where it is the run's own, against the frozen checkpoint's."""
-        sequences = self.material.sequences
         accuracy, parity = LogitComparison(), LogitComparison()
+        keep = self.kept(transport.name, target) if own and self.options.budget else None
+        for index, logits in self.artifact_rows(folder, target, transport):
+            targets = self.material.sequences[index].targets
+            accuracy.add(self.fp32.get(index), logits, targets)
+            if own:
+                parity.add(self.exact.get(index), logits, targets)
+            if keep is not None:
+                keep.put(index, logits)
+        return accuracy.result(), parity.result() if own else None
+
+    def artifact_rows(self, folder: Path, target: str, transport: Transport) -> Iterator[tuple[int, Logits]]:
+        """An artifact's logits on a device, at the compared positions of each sequence in turn."""
+        sequences = self.material.sequences
         with self._bar("scoring", len(sequences)) as progress:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: progress.update(done))
             runtime.prepare(folder)
             for scored in runtime.score([s.ids for s in sequences]):
-                sequence = sequences[scored.index]
-                logits = reference.read_rows(scored.logits, sequence.positions)
-                accuracy.add(self.fp32.get(scored.index), logits, sequence.targets)
-                if own:
-                    parity.add(self.exact.get(scored.index), logits, sequence.targets)
-        return accuracy.result(), parity.result() if own else None
+                yield scored.index, reference.read_rows(scored.logits, sequences[scored.index].positions)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
         # A terminal shows one moving bar at a time.
@@ -255,20 +275,12 @@ def device_errors() -> Iterator[None]:
         raise DeviceError(str(error)) from error
 
 
-def _first_tokens(material: Material, limit: int) -> Material:
-    """The first sequences that hold `limit` compared tokens between them."""
-    some: list[data.ScoredIds] = []
-    for sequence in material.sequences:
-        if sum(len(s.positions) for s in some) < limit:
-            some.append(sequence)
-    return dataclasses.replace(material, sequences=some)
-
-
 def _torch_runtime() -> str:
     return f"torch {torch.__version__}, eager"
 
 
-def _agreement(figures: Comparison) -> Agreement:
+def agreement(figures: Comparison) -> Agreement:
+    """The figures that reports keep."""
     sqnr_db = figures.sqnr_db if math.isfinite(figures.sqnr_db) else None
     return Agreement(figures.tokens, figures.kl_nats, figures.top1_agreement, sqnr_db)
 

@@ -66,10 +66,7 @@ class Deployment:
     @property
     def memory_bytes(self) -> int | None:
         """Peak memory above what the runtime took before it loaded the artifact."""
-        m = self.measured
-        if m is None or m.memory_bytes is None or m.runtime_bytes is None:
-            return None
-        return m.memory_bytes - m.runtime_bytes
+        return None if self.measured is None else self.measured.above_runtime_bytes
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,15 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
     Raises:
         UsageError: a device is named twice, or two have names that differ in punctuation only.
     """
-    paths = {device: folder / f"{re.sub(r'[^A-Za-z0-9@._-]+', '-', device).strip('-')}.json" for device in devices}
+    paths = {device: folder / f"{file_name(device)}.json" for device in devices}
     if len(set(paths.values())) != len(devices):
         raise UsageError(f"--device: {', '.join(devices)} name one device more than once. Name each once.")
     return paths
+
+
+def file_name(device: str) -> str:
+    """A device's name as files have it, without suffix."""
+    return re.sub(r"[^A-Za-z0-9@._-]+", "-", device).strip("-")
 
 
 def connect(options: ValidateOptions, stack: ExitStack) -> tuple[dict[str, Transport], dict[str, str]]:

@@ -39,11 +39,17 @@ class LogitStore:
 
 def score(model: Any, sequences: Sequence[ScoredIds], store: LogitStore, advance: Callable[[int], None]) -> None:
     """Put the model's logits at every compared position into `store`, in float32."""
-    for index, sequence in enumerate(sequences):
+    for index, logits in enumerate(rows(model, sequences)):
+        store.put(index, logits)
+        advance(index + 1)
+
+
+def rows(model: Any, sequences: Sequence[ScoredIds]) -> Iterator[Logits]:
+    """The model's logits at the compared positions of each sequence in turn: float32 (positions, vocabulary)."""
+    for sequence in sequences:
         with torch.no_grad():
             logits = model(torch.tensor([sequence.ids]), logits_to_keep=torch.tensor(sequence.positions)).logits[0]
-        store.put(index, logits.float().numpy())
-        advance(index + 1)
+        yield logits.float().numpy()
 
 
 def read_rows(path: Path, positions: Sequence[int]) -> Logits:
@@ -72,15 +78,24 @@ def answer(
 
 def load_exact(folder: Path) -> Any:
     """The frozen model with its weights dequantized once: the same numbers as `frozen.load`, several times faster."""
+    model, rounded = load_dequantized(folder)
+    for name in rounded:
+        model.get_submodule(name).register_forward_pre_hook(numerics.round_input)
+    return model
+
+
+def load_dequantized(folder: Path) -> tuple[Any, list[str]]:
+    """The frozen model with its weights dequantized and no input rounded, and the modules whose input is to be."""
     model = frozen.load(folder)
-    for module in model.modules():
+    rounded = []
+    for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, IntxUnpackedToInt8Tensor):
             continue
         if weight.activation_quantization:
-            module.register_forward_pre_hook(numerics.round_input)
+            rounded.append(name)
         module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-    return model
+    return model, rounded
 
 
 @contextmanager

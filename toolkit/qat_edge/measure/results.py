@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +84,13 @@ class Measured:
         """Size of everything the device needs."""
         return sum(self.size_bytes.values())
 
+    @property
+    def above_runtime_bytes(self) -> int | None:
+        """Peak memory without what the runtime took before it loaded the artifact; None where not measured."""
+        if self.memory_bytes is None or self.runtime_bytes is None:
+            return None
+        return self.memory_bytes - self.runtime_bytes
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -97,8 +104,65 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One state of the model on its way to a device. agreement: with the FP32 fine-tune; change: with the step before.
+
+    Both None for the first; agreement None for the fine-tune itself.
+    """
+
+    name: str
+    perplexity: float
+    agreement: Agreement | None
+    change: Agreement | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The frozen checkpoint in torch with one part of its rounding off: agreement is with the FP32 fine-tune."""
+
+    name: str
+    perplexity: float
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a difference from the frozen checkpoint is more than rounding.
+
+    chance: greatest over the positions that a token errs more than the disturbed checkpoint's does; 0.5 where they are
+    alike. position: the first of a prompt at which it is beyond rounding. where: what is known of the place, if any.
+    """
+
+    beyond: bool
+    chance: float
+    position: int | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where one QAT artifact's difference from the FP32 fine-tune comes from.
+
+    floor: the frozen checkpoint against itself disturbed by one part in 10^7, by seed; floor_nats: how much its
+    log perplexity moved by that. judged: the artifact on this device against the frozen checkpoint. converted: where
+    that checkpoint parts from the trained forward, empty where the two are the same but for rounding.
+    """
+
+    target: str
+    judged: Judgement
+    converted: str
+    steps: list[Step]
+    parts: list[Part]
+    floor: list[Agreement]
+    floor_nats: list[float]
+
+
+@dataclass(frozen=True)
 class Report:
-    """All of one validate. noise_floor: the frozen model against itself, disturbed by one part in 10^7."""
+    """All of one validate. noise_floor: the frozen model against itself, disturbed by one part in 10^7.
+
+    budgets: one a QAT artifact where they were asked for.
+    """
 
     created: str
     device: str
@@ -108,6 +172,7 @@ class Report:
     noise_floor: Agreement
     measured: list[Measured]
     gates: list[Gate]
+    budgets: list[Budget] = field(default_factory=list)
 
 
 def save(report: Report, path: Path) -> None:
@@ -160,4 +225,16 @@ def _report(document: dict[str, Any]) -> Report:
     found = [measured(row) for row in document.pop("measured")]
     gates = [Gate(**row) for row in document.pop("gates")]
     floor = Agreement(**document.pop("noise_floor"))
-    return Report(**document, noise_floor=floor, measured=found, gates=gates)
+    budgets = [_budget(row) for row in document.pop("budgets", [])]
+    return Report(**document, noise_floor=floor, measured=found, gates=gates, budgets=budgets)
+
+
+def _budget(row: dict[str, Any]) -> Budget:
+    for step in row["steps"]:
+        for key in ("agreement", "change"):
+            step[key] = step[key] and Agreement(**step[key])
+    steps = [Step(**step) for step in row.pop("steps")]
+    parts = [Part(**part | {"agreement": Agreement(**part["agreement"])}) for part in row.pop("parts")]
+    floor = [Agreement(**found) for found in row.pop("floor")]
+    row["judged"] = Judgement(**row["judged"])
+    return Budget(**row, steps=steps, parts=parts, floor=floor)

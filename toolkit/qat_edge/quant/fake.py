@@ -125,8 +125,14 @@ class FakeQuantLinear(nn.Linear):
 
     spec: WeightScheme
     switch: Switch
+    is_head: bool
     scales: Tensor | None
     scale_factor: nn.Parameter | None
+
+    @property
+    def learns_scales(self) -> bool:
+        """Whether its scales are trained; a head's follow its weights: no method that prepares them looks at it."""
+        return self.switch.learned_scales and self.spec.bits == 4 and not self.is_head
 
     @property
     def trained_scales(self) -> Tensor | None:
@@ -169,7 +175,7 @@ class LoraFakeQuantLinear(lora.Linear):
 
     def __init__(self, base_layer: FakeQuantLinear, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
-        if base_layer.switch.learned_scales and base_layer.spec.bits == 4:
+        if base_layer.learns_scales:
             self.lora_scale_factor = nn.ParameterDict({adapter_name: _scale_factor(base_layer)})
 
     @property
@@ -201,6 +207,7 @@ def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Sw
         module.__class__ = _rounding(type(module))
         module.spec, module.switch = spec, switch
         if isinstance(module, FakeQuantLinear):
+            module.is_head = name == scheme.head
             module.register_buffer("scales", None, persistent=False)
             module.register_parameter(SCALE_FACTOR, None)
     return switch
@@ -259,12 +266,12 @@ def register(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def train_weights(model: Any, switch: Switch) -> Any:
+def train_weights(model: Any) -> Any:
     """Make all of a model prepared by `insert` trainable, learned scales included: fine-tuning without adapters."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, FakeQuantLinear) and switch.learned_scales and module.spec.bits == 4:
+        if isinstance(module, FakeQuantLinear) and module.learns_scales:
             module.scale_factor = _scale_factor(module)
     return model
 

@@ -49,7 +49,7 @@ class Probed:
 def candidates(plan: Scheme) -> dict[str, dict[int, WeightScheme]]:
     """The widths each weight can have: int4 groups where `plan` has them, int8 per channel for every one.
 
-    Embedding and head have one: no exporter writes them as int4.
+    Embedding and head have one in a plan of int8 tables: options of their own set theirs.
     """
     found: dict[str, dict[int, WeightScheme]] = {}
     for name, spec in plan.weights.items():

@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from qat_edge.config import GROUP_SIZES
+from qat_edge.config import GROUP_SIZES, WIDTHS
 from qat_edge.errors import ModelError, UsageError
-
-WIDTHS = (4, 8)  # bits a weight may be given: int4 in groups, int8 per channel
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """`8da4w` over a whole model, by module name. tied: the head's table is the embedding's."""
+    """`8da4w` over a whole model, by module name. tied: embedding and head are one table, rounded alike."""
 
     group_size: int
     tied: bool
@@ -50,20 +48,29 @@ class Scheme:
         """Weights that got something else than asked: name -> reason."""
         return {name: w.reason for name, w in self.weights.items() if w.reason}
 
+    @property
+    def table_bits(self) -> tuple[int, int]:
+        """Of embedding and head."""
+        return self.weights[self.embedding].bits, self.weights[self.head].bits
+
     def summary(self) -> str:
         """One line for people: `210 int4 (group 32), 2 int8 (per channel)`."""
-        kinds = Counter(
-            f"int{w.bits} ({'per channel' if w.bits == 8 else f'group {w.group_size}'})" for w in self.weights.values()
-        )
-        return ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(map(_kind, self.weights.values())).items()))
+
+    def tables(self) -> str:
+        """Embedding and head in words: whether they share a table, or how each is stored."""
+        embedding, head = (_kind(self.weights[name]) for name in (self.embedding, self.head))
+        return f"embedding and head share a table: {head}" if self.tied else f"embedding {embedding}, head {head}"
 
 
-def choose(model: Any, group_size: int, bits: Mapping[str, int] | None = None) -> Scheme:
+def choose(
+    model: Any, group_size: int, bits: Mapping[str, int] | None = None, table_bits: tuple[int, int] = (8, 8)
+) -> Scheme:
     """The scheme of a causal language model (a meta-device model will do).
 
-    Linear layers get int4 groups, embedding and head int8 per channel. A layer whose width the group size does
-    not divide gets the largest smaller group size that does, or int8 per channel where none does.
-    bits: module name -> 4 or 8, for weights that are to get other bits than these.
+    Linear layers get int4 groups, embedding and head what `table_bits` says, int8 being per channel. A weight whose
+    width the group size does not divide gets the largest smaller group size that does, or int8 where none does.
+    bits: module name -> 4 or 8, for linear layers that are to get other bits than these.
 
     Raises:
         UsageError: the group size divides no layer at all; `bits` names no weight of this model, or a width it
@@ -81,11 +88,9 @@ def choose(model: Any, group_size: int, bits: Mapping[str, int] | None = None) -
     weights = {}
     for name, module in model.named_modules():
         if module is embedding:
-            weights[name] = WeightScheme(8, module.embedding_dim, quantize_input=False)
-        elif module is head:
-            weights[name] = WeightScheme(8, module.in_features, quantize_input=True)
+            weights[name] = _weight(module.embedding_dim, group_size, table_bits[0], quantize_input=False)
         elif isinstance(module, nn.Linear):
-            weights[name] = _linear(module.in_features, group_size)
+            weights[name] = _weight(module.in_features, group_size, table_bits[1] if module is head else 4)
     if not any(w.bits == 4 and w.group_size == group_size for n, w in weights.items() if n not in tables):
         widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
         raise UsageError(
@@ -95,7 +100,8 @@ def choose(model: Any, group_size: int, bits: Mapping[str, int] | None = None) -
         _check_override(name, width, weights, tables)
         if width == 8 and name not in tables:
             weights[name] = WeightScheme(8, model.get_submodule(name).in_features, quantize_input=True)
-    return Scheme(group_size, embedding.weight is head.weight, *tables, weights)
+    tied = embedding.weight is head.weight and weights[tables[0]].bits == weights[tables[1]].bits
+    return Scheme(group_size, tied, *tables, weights)
 
 
 def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], tables: tuple[str, str]) -> None:
@@ -107,14 +113,21 @@ def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], 
     if width not in WIDTHS:
         raise UsageError(f"--bits: 'bits.{name}' is {width!r}; a weight can have {' or '.join(map(str, WIDTHS))} bits.")
     if width == 4 and name in tables:
-        raise UsageError(f"--bits: 'bits.{name}' is 4, but embedding and head are exported as int8 only. Set it to 8.")
+        flag = "--embedding-bits" if name == tables[0] else "--head-bits"
+        raise UsageError(f"--bits: 'bits.{name}' is 4, and only finetune {flag} 4 sets it. Leave the line out.")
 
 
-def _linear(width: int, group_size: int) -> WeightScheme:
+def _kind(weight: WeightScheme) -> str:
+    return f"int{weight.bits} ({'per channel' if weight.bits == 8 else f'group {weight.group_size}'})"
+
+
+def _weight(width: int, group_size: int, bits: int, quantize_input: bool = True) -> WeightScheme:
+    if bits == 8:
+        return WeightScheme(8, width, quantize_input)
     if width % group_size == 0:
-        return WeightScheme(4, group_size, quantize_input=True)
+        return WeightScheme(4, group_size, quantize_input)
     refused = f"width {width} is no multiple of {group_size}"
     for smaller in sorted((g for g in GROUP_SIZES if g < group_size), reverse=True):
         if width % smaller == 0:
-            return WeightScheme(4, smaller, True, f"{refused}: int4 in groups of {smaller} instead")
-    return WeightScheme(8, width, True, f"{refused}: int8 per channel instead")
+            return WeightScheme(4, smaller, quantize_input, f"{refused}: int4 in groups of {smaller} instead")
+    return WeightScheme(8, width, quantize_input, f"{refused}: int8 per channel instead")

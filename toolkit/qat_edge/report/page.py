@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qat_edge.measure.results import Measured, Report
-from qat_edge.report import facts, plots, tables
+from qat_edge.report import facts, plots, tables, waterfall
 from qat_edge.report.collect import Story
 from qat_edge.report.figures import (
     ROLES,
@@ -116,7 +116,7 @@ def _device(story: Story, index: int) -> Device:
         gates=tables.gates(report.gates),
         summary=tables.summary(report),
         parity=tables.parity(report),
-        plots=[*training, *_measured_plots(report, index)],
+        plots=[*training, *_measured_plots(report, index), *_budget_plots(report, index)],
         facts=facts.about_report(report),
     )
 
@@ -247,6 +247,25 @@ def _speed_plot(rows: Sequence[Measured], index: int) -> Plot:
     kinds = dict.fromkeys(role(row) for row in rows if row.speed is not None)
     legend = [(f"l-bar c-{kind}", ROLES.get(kind, "other")) for kind in kinds]
     return Plot(title, Markup(svg), caption, legend, tables.speeds(rows))
+
+
+def _budget_plots(report: Report, index: int) -> list[Plot]:
+    """One a budget; none where validate was not asked for any."""
+    legend = [
+        ("l-bar c-more", "costs"),
+        ("l-bar c-less", "gains"),
+        ("l-bar c-qat", "sums"),
+        ("l-bar c-floor", "noise floor"),
+    ]
+    found = []
+    for number_, budget in enumerate(report.budgets):
+        title = f"Error budget, QAT · {TARGETS.get(budget.target, budget.target)}"
+        svg = waterfall.waterfall(f"budget-{index}-{number_}", budget)
+        if svg:
+            found.append(Plot(title, Markup(svg), waterfall.caption(budget), legend, waterfall.table(budget)))
+        else:
+            found.append(_not_measured(title, "a perplexity or a KL divergence is not finite"))
+    return found
 
 
 def _not_measured(title: str, reason: str) -> Plot:

@@ -73,13 +73,6 @@ def _timed(name: str, unit: str, pick: Callable[[Speed], Spread], sign: int) -> 
     return Column(name, unit, median, number, sign, spread)
 
 
-def above_runtime(row: Measured) -> float | None:
-    """Peak memory without what the runtime took before it loaded the artifact."""
-    if row.memory_bytes is None or row.runtime_bytes is None:
-        return None
-    return float(row.memory_bytes - row.runtime_bytes)
-
-
 COLUMNS: tuple[Column[Measured], ...] = (
     Column("Size", "MB", lambda row: float(row.total_bytes), megabytes, -1),
     Column("Perplexity", "", lambda row: row.perplexity, number, -1),
@@ -90,7 +83,7 @@ COLUMNS: tuple[Column[Measured], ...] = (
     _timed("Prefill", "tok/s", lambda speed: speed.prefill, 1),
     _timed("First token", "ms", lambda speed: speed.first_token_ms, -1),
     Column("Load", "ms", lambda row: row.load_ms, number, -1),
-    Column("Memory", "MB", above_runtime, megabytes, -1),
+    Column("Memory", "MB", lambda row: row.above_runtime_bytes, megabytes, -1),
     Column("Same answers", "%", lambda row: row.same_answers, percent, 1),
     Column("First difference", "token", lambda row: row.first_divergence, number, 1),
 )
@@ -103,6 +96,8 @@ GATE_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "max-perplexity-ratio": (" times", number),
     "min-exact-match": ("", percent),
     "max-size-mb": (" MB", number),
+    "max-memory-mb": (" MB", number),
+    "min-prefill": (" tok/s", number),
     "min-decode": (" tok/s", number),
 }
 

@@ -59,8 +59,8 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
         )
         models.keep_layers(model, kept_layers)
         say(f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
-    plan = scheme.choose(model, options.group_size, bits)
-    say(f"Quantization: {plan.summary()}{', embedding and head share a table' if plan.tied else ''}")
+    plan = scheme.choose(model, options.group_size, bits, (options.embedding_bits, options.head_bits))
+    say(f"Quantization: {plan.summary()}; {plan.tables()}")
     for name, reason in plan.exceptions.items():
         say(f"  {name}: {reason}")
     facts = _facts(options, identity, rows, eval_rows) | {"device": device, "bits": bits, "kept_layers": kept_layers}
@@ -81,6 +81,7 @@ def _facts(
         "seed": options.seed,
         "quantizer": numerics.QUANTIZER,
         "group_size": options.group_size,
+        "table_bits": [options.embedding_bits, options.head_bits],
         "method": options.method,
         "base": options.base,
         "learned_scales": False,
@@ -102,7 +103,7 @@ def trainable(job: Job, options: FinetuneOptions, say: Callable[[str], None]) ->
     if options.method == "full":
         trained = sum(p.numel() for p in job.model.parameters()) / 1e6
         say(f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters")
-        return fake.train_weights(job.model, switch), switch
+        return fake.train_weights(job.model), switch
     return fake.add_adapters(job.model, _lora_config(options)), switch
 
 

@@ -1,0 +1,82 @@
+"""Tiny random models, frozen and exported to a .pte, for the tests of that exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from conftest import make_tokenizer
+from qat_edge.quant import frozen, scheme
+from qat_edge.run import write_manifest
+from qat_edge_exporters.executorch.export import export
+
+CONTEXT = 64
+SHAPE: dict[str, Any] = {
+    "vocab_size": 288,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One tiny model: frozen checkpoint, export folder, and what the exporter said."""
+
+    frozen: Path
+    folder: Path
+    said: list[str]
+    prompt: str = ""
+    answer: tuple[int, ...] = ()  # greedily, to `prompt`; its last token is an end token
+
+    @property
+    def pte(self) -> Path:
+        return self.folder / "model.pte"
+
+
+def freeze(
+    config: PretrainedConfig,
+    group_size: int,
+    folder: Path,
+    bits: dict[str, int] | None = None,
+    table_bits: tuple[int, int] = (8, 8),
+) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    plan = scheme.choose(model, group_size, bits, table_bits)
+    frozen.freeze(model, plan)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+    return frozen.load(folder)
+
+
+def export_into(checkpoint: Path, folder: Path, **options: Any) -> Exported:
+    said: list[str] = []
+    folder.mkdir()
+    export(checkpoint, folder, CONTEXT, said.append, **options)
+    return Exported(checkpoint, folder, said)
+
+
+def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Signal to noise in dB."""
+    noise = (reference.double() - other.double()).square().sum().clamp(min=1e-30)
+    return float(10 * torch.log10(reference.double().square().sum() / noise))

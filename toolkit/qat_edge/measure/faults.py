@@ -1,0 +1,145 @@
+"""Is a model's difference from the frozen checkpoint rounding or a fault, and where do the two part first.
+
+No two runtimes agree exactly: a last-bit difference flips a rounded activation now and then, and that flips others. So
+the difference is held against what the checkpoint makes of a disturbance by one part in 10^7, token by token:
+
+    error(t)  = 10 log10(sum (r - c)^2 / sum r^2) over the logits of token t, dB; below -100 dB it is float rounding
+    chance(p) = P(error of the candidate > error of the disturbed checkpoint), both at position p, ties counting half
+
+(Mann and Whitney's U over the number of pairs.) Another draw of the same noise has a chance of 0.5. Short prompts are
+compared at their first positions, where little noise has gathered yet: attention hands every flip on to later tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qat_edge.data import ScoredIds
+from qat_edge.measure import reference
+from qat_edge.measure.reference import Logits
+from qat_edge.measure.results import Judgement
+
+PROMPTS, LENGTH = 48, 8
+SEEDS = 3  # of the disturbed checkpoint
+EQUAL_DB = -100.0
+# Two layers, 32 to 48 prompts: correct implementations, both artifacts among them, 0.40 to 0.62; faults 0.80 and more.
+BEYOND = 0.75
+FAULT_DB = -80.0  # from equal inputs float sums differ by -120 dB or so
+
+Errors = NDArray[np.float64]  # (prompts, LENGTH), dB
+Trace = Mapping[str, tuple[Tensor, Tensor]]  # module name -> its inputs (tokens, in) and outputs (tokens, out)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first linear layer at which two models part from equal inputs: in what goes into it, or in what comes out."""
+
+    module: str
+    at_input: bool
+
+    def __str__(self) -> str:
+        if self.at_input:
+            return f"{self.module}: another input, from equal outputs of the linear layers before (norm, rotary, cache)"
+        return f"{self.module}: another output from an equal input (its weights, its scales or how it rounds)"
+
+
+def probes(sequences: Sequence[ScoredIds]) -> list[ScoredIds]:
+    """Short prompts out of the middle of longer ones, evenly spread: their first tokens are not all of one template."""
+    ids = np.concatenate([np.asarray(s.ids) for s in sequences])
+    starts = np.linspace(0, len(ids) - LENGTH - 1, min(PROMPTS, len(ids) - LENGTH)).astype(int)
+    return [ScoredIds(ids[start : start + LENGTH + 1].tolist(), list(range(LENGTH))) for start in starts]
+
+
+def errors(expected: Iterable[Logits], found: Iterable[Logits]) -> Errors:
+    """Error of every token of every prompt in dB; both give (LENGTH, vocabulary) for each prompt in turn."""
+    rows = []
+    for one, other in zip(expected, found, strict=True):
+        signal = np.square(one, dtype=np.float64).sum(axis=-1)
+        noise = np.square(one.astype(np.float64) - other).sum(axis=-1)
+        # A padding token's logits may all be zero: then any other answer is an error of 0 dB.
+        share = np.divide(noise, signal, out=np.sign(noise), where=signal > 0)
+        rows.append(10 * np.log10(np.maximum(share, 10 ** (EQUAL_DB / 10))))
+    return np.stack(rows)
+
+
+def noise(model: Any, prompts: Sequence[ScoredIds], expected: Sequence[Logits]) -> Errors:
+    """Errors of the model itself, disturbed: (SEEDS * prompts, LENGTH)."""
+    found = []
+    for seed in range(SEEDS):
+        with reference.disturbed(model, seed):
+            found.append(errors(expected, reference.rows(model, prompts)))
+    return np.concatenate(found)
+
+
+def judge(found: Errors, floor: Errors) -> Judgement:
+    """Whether errors are beyond those of the disturbed checkpoint, and from which position on."""
+    more, equal = (compared(found[:, None], floor[None]) for compared in (np.greater, np.isclose))
+    chances = (more & ~equal).mean(axis=(0, 1)) + equal.mean(axis=(0, 1)) / 2
+    beyond = np.flatnonzero(chances >= BEYOND)
+    return Judgement(bool(len(beyond)), float(chances.max()), int(beyond[0]) if len(beyond) else None, "")
+
+
+def trace(model: Any, names: Iterable[str], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What goes into the named modules, not yet rounded, and what comes out while `run` runs them in batches of one."""
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
+    with ExitStack() as stack:
+        for name in found:
+            module, (inputs, outputs) = model.get_submodule(name), found[name]
+
+            def before(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
+                inputs.append(args[0][0].detach().float())
+
+            def after(module: nn.Module, args: Any, output: Tensor, outputs: list[Tensor] = outputs) -> None:
+                outputs.append(output[0].detach().float())
+
+            stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        run()
+    return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in found.items()}
+
+
+def first_parting(model: Any, ids: Sequence[int], candidate: Trace) -> Parting | None:
+    """The first place at which the model, given what the candidate gave at every linear layer before, says otherwise.
+
+    Each layer's output is replaced by the candidate's, so that everything is compared from equal inputs and no error
+    is carried on; what lies between two linear layers shows in the input of the second.
+    """
+    found: list[Parting] = []
+    with ExitStack() as stack:
+        for name, (inputs, outputs) in candidate.items():
+
+            def compare_input(module: nn.Module, args: Any, name: str = name, inputs: Tensor = inputs) -> Any:
+                # Float arithmetic alone: not one token may differ.
+                if float(_error_db(inputs, args[0][0]).max()) > FAULT_DB:
+                    found.append(Parting(name, at_input=True))
+                return (inputs[None], *args[1:])
+
+            def compare_output(
+                module: nn.Module, args: Any, output: Tensor, name: str = name, outputs: Tensor = outputs
+            ) -> Tensor:
+                # A value on a rounding tie may fall to either side: most tokens must agree.
+                if float(_error_db(outputs, output[0]).median()) > FAULT_DB:
+                    found.append(Parting(name, at_input=False))
+                return outputs[None]
+
+            module = model.get_submodule(name)
+            # Before the hook that rounds the input.
+            stack.callback(module.register_forward_pre_hook(compare_input, prepend=True).remove)
+            stack.callback(module.register_forward_hook(compare_output).remove)
+        with torch.no_grad():
+            model(torch.tensor([list(ids)]))
+    return found[0] if found else None
+
+
+def _error_db(expected: Tensor, found: Tensor) -> Tensor:
+    """By token, of two (tokens, features)."""
+    noise, signal = (expected - found).square().sum(-1), expected.square().sum(-1)
+    return 10 * torch.log10((noise / signal.clamp(min=1e-30)).clamp(min=1e-20))

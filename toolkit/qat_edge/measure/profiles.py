@@ -1,0 +1,40 @@
+"""Device profiles: TOML files of limits, threads and repeats that `validate --profile` starts from."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qat_edge.errors import UsageError
+
+TIMING = ("target", "threads", "repeats", "prefill", "decode")  # what a profile may hold beside limits
+SUFFIX = ".toml"
+
+
+def read(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a profile, by its name or as a path that ends in .toml, and its keys: names of options, as in YAML.
+
+    Raises:
+        UsageError: no such profile, or no TOML.
+    """
+    folder = Path(str(files("qat_edge_devices"))) / "profiles"
+    path = Path(name) if name.endswith(SUFFIX) else folder / f"{name}{SUFFIX}"
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.stem for p in folder.glob(f"*{SUFFIX}")))
+        raise UsageError(f"--profile {name}: no such profile. Known: {known}; or give a FILE{SUFFIX}.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--profile {path}: cannot be read as TOML: {error}") from error
+
+
+def permitted(option: str) -> bool:
+    """Whether a profile may set an option of validate: a limit, or how speed is timed."""
+    return option in TIMING or is_limit(option)
+
+
+def is_limit(option: str) -> bool:
+    """Whether an option of validate is a gate."""
+    return option.startswith(("max_", "min_")) and option != "max_new_tokens"
