@@ -56,19 +56,10 @@ class Balancer:
     feeders: dict[Key, tuple[str, float] | None] = field(default_factory=dict)
 
     def treat(self, block: Block) -> dict[str, Tensor]:
-        """Balance the block's weights in place; scales of its int4 weights by name."""
-        squares = self.balance(block)
-        return {
-            name: search_scales(block.linears[name].weight.detach().float(), spec.bits, spec.group_size, squares[name])
-            for name, spec in block.specs.items()
-            if spec.bits == 4 and name in squares
-        }
-
-    def balance(self, block: Block) -> dict[str, Tensor]:
-        """Scale the block's weights in place and fold the inverse; mean square of each layer's input (in,) by name."""
+        """Scale the block's weights in place and fold the inverse; scales of its int4 weights by name."""
         groups = [names for names in block.shared_inputs() if any(block.specs[n].bits == 4 for n in names)]
         inputs = sample_inputs(block, [names[0] for names in groups])
-        squares = {}
+        importance = {}
         for names in groups:
             x = inputs.pop(names[0])
             feeder = self._feeder(block, names)
@@ -79,17 +70,23 @@ class Balancer:
                     factors = search_factors(x, weights)
                 fold(feeder, [block.linears[n] for n in names], factors)
                 x = x / factors
-            squares.update(dict.fromkeys(names, x.square().mean(dim=0)))
-        return squares
+            importance.update(dict.fromkeys(names, x.square().mean(dim=0)))
+        return {
+            name: search_scales(
+                block.linears[name].weight.detach().float(), spec.bits, spec.group_size, importance[name]
+            )
+            for name, spec in block.specs.items()
+            if spec.bits == 4 and name in importance
+        }
 
     def summary(self) -> list[str]:
         """For people: which layers were scaled, and which could not be."""
-        lines = [f"{len(self.scaled)} layers scaled by the size of their inputs"]
+        lines = [f"AWQ: {len(self.scaled)} layers scaled"]
         if self.unscaled:
             kinds = sorted({name.rpartition(".")[2] for name in self.unscaled})
             lines.append(
-                f"{len(self.unscaled)} layers not scaled ({', '.join(kinds)}): nothing before them takes the inverse "
-                "without changing the model"
+                f"AWQ: {len(self.unscaled)} layers not scaled ({', '.join(kinds)}): nothing before them takes the "
+                "inverse without changing the model. Their scales are searched all the same."
             )
         return lines
 

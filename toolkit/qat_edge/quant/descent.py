@@ -9,27 +9,22 @@ as they are). With R = W - Q, H = sum x x^T and G = R H, the cost tr(R H R^T) is
 
 and neither step raises it.
 
-Before that, columns and inputs are balanced as AWQ does it [2]: inputs are rounded to int8 for each token, and a few
-large channels would leave the others little of its range.
-
 Where a layer's output is added to the hidden states, a token's error counts over the mean square of those: that is
-how the norms that read them see it. Otherwise the few tokens with massive activations [3] outweigh all others.
+how the norms that read them see it. Otherwise the few tokens with massive activations [2] outweigh all others.
 
 [1] https://arxiv.org/abs/2309.01885
-[2] https://arxiv.org/abs/2306.00978
-[3] https://arxiv.org/abs/2402.17762
+[2] https://arxiv.org/abs/2402.17762
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qat_edge.quant import numerics
-from qat_edge.quant.awq import Balancer
 from qat_edge.quant.blocks import Block
 from qat_edge.quant.gptaq import Aligner
 from qat_edge.quant.gptq import DAMPING, compensate
@@ -42,23 +37,9 @@ MARGIN = 0.45
 
 @dataclass
 class Descender(Aligner):
-    """Coordinate descent after GPTAQ on balanced weights, one block after another."""
+    """Coordinate descent after GPTAQ, on one block after another."""
 
-    balancer: Balancer = field(default_factory=Balancer)
     name: ClassVar[str] = "Coordinate descent"
-
-    def treat(self, block: Block) -> dict[str, Tensor]:
-        """Balance the block, then set codes and scales of every int4 weight, in place; scales by name.
-
-        Raises:
-            DataError: the inputs say too little about the weights.
-        """
-        self.balancer.balance(block)
-        return super().treat(block)
-
-    def summary(self) -> list[str]:
-        """For people: what was balanced, and how far the outputs of the layers are off."""
-        return self.balancer.summary() + super().summary()
 
     def weigh(self, block: Block, name: str) -> bool:
         """Whether an error in the layer's output counts over the size of the hidden states; else all count alike."""

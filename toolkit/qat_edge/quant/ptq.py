@@ -4,8 +4,7 @@
     hqq   the same, under scales of least squared weight error (torchao's scale-only HQQ [1])
     gptq  columns one after another, each rounding error made up for by the columns to come [2]
     gptaq the same towards the float model's outputs, so that errors of earlier layers are made up for too [3]
-    cd    the codes and scales of that on weights scaled as awq does it, each set to what is best while the others
-          stay, over and over [4]
+    cd    the codes and scales of that, each set to what is best while the others stay, over and over [4]
     awq   columns whose inputs are large are scaled up before they are rounded, their inputs down [5]
 
 All end in the layout of `numerics`: symmetric codes under bfloat16 group scales. GPTQ and AWQ are our own because
