@@ -40,7 +40,7 @@ ABLATION: Mapping[str, Overrides] = {
     "QAT from the first step": {"qat_start": 0.0},
     "learning rate restarted": {"lr_restart": True},
     "one learning rate schedule": {"lr_restart": False},
-    "learning rate of QAT 3e-4": {"qat_learning_rate": 3e-4},
+    "learning rate of QAT 5e-4": {"qat_learning_rate": 5e-4},
     "learning rate of QAT 2e-3": {"qat_learning_rate": 2e-3},
     "learning rate of the scales 1e-3": {"scale_learning_rate": 1e-3},
     "learning rate of the scales 2e-2": {"scale_learning_rate": 2e-2},

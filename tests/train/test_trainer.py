@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qat_edge.config import FinetuneOptions
-from qat_edge.train.trainer import QAT_RATIO, learning_rate_factor
+from qat_edge.train.trainer import learning_rate_factor
 
 OPTIONS = FinetuneOptions(model="m", data="d", steps=100, warmup_steps=4, learning_rate=1e-3)
 
@@ -25,7 +25,7 @@ def test_the_second_phase_has_a_schedule_of_its_own() -> None:
     assert [factor(step) for step in range(50)] == [alone(step) for step in range(50)]
     assert factor(54) == pytest.approx(0.5)  # the second peak, of half the height
     assert factor(99) < 0.01
-    assert learning_rate_factor(OPTIONS, start=50)(54) == pytest.approx(QAT_RATIO)
+    assert learning_rate_factor(OPTIONS, start=50)(54) == pytest.approx(0.3)
 
 
 def test_scales_do_not_follow_the_adapters_second_peak() -> None:

@@ -77,7 +77,7 @@ class FinetuneOptions:
         "Group scales from then on: of the largest weight at each step, as --ptq-start left them, or learned.",
         "learned", ("absmax", "fixed", "learned"),
     )  # fmt: skip
-    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 3e-4, minimum=0)
+    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0)
     distill_weight: float = option(
         "Share of the loss that is divergence from the model at the end of plain LoRA, 0 to 1.", 0.0, minimum=0
     )
@@ -92,7 +92,7 @@ class FinetuneOptions:
         "Peak learning rate of AdamW; --method full wants about a twentieth of the default.", 1e-3, minimum=0
     )
     qat_learning_rate: float | None = option(
-        "Peak learning rate after --qat-start, of all but scales; by default 0.1 times --learning-rate if it restarts.",
+        "Peak learning rate after --qat-start, of all but scales; by default 0.3 times --learning-rate if it restarts.",
         None, minimum=0,
     )  # fmt: skip
     lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", True)
