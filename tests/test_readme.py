@@ -34,7 +34,8 @@ def test_the_story_has_six_commands_in_order() -> None:
 def test_every_command_of_the_story_parses(line: str) -> None:
     name, *arguments = shlex.split(line)
     command = main.commands[name]
-    with click.Context(command, info_name=name) as ctx:
+    parent = click.Context(main, info_name="qat-edge", **main.context_settings)
+    with click.Context(command, parent, info_name=name) as ctx:
         # Raises where a flag or a value is wrong; what it returns is what no parameter took.
         assert command.parse_args(ctx, arguments) == []
 

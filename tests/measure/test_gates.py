@@ -187,7 +187,9 @@ def test_the_workflows_commands_parse() -> None:
     assert [line.split()[0] for line in lines] == ["verify", "validate", "report"]
     for name, *arguments in map(shlex.split, lines):
         command = cli.main.commands[name]
-        with click.Context(command, info_name=name) as context:
+        # click keeps the first help option that it makes of a command, so the group's settings must be there.
+        parent = click.Context(cli.main, info_name="qat-edge", **cli.main.context_settings)
+        with click.Context(command, parent, info_name=name) as context:
             assert command.parse_args(context, list(arguments)) == []
             if name == "validate":
                 flags = {f: context.params[f] for f in vars(ValidateOptions())}
