@@ -248,7 +248,8 @@ def test_cancelling_from_another_thread_ends_it_all(way: Way, large: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_stays_on_the_device_when_we_are_ended(way: Way, number: int) -> None:
     code = (
-        "from contextlib import closing; from qat_edge_devices import open_transport, transport\n"
+        "import signal; from contextlib import closing; from qat_edge_devices import open_transport, transport\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it\n"
         f"with closing(open_transport({way.device!r}, transport.{way.access!r})) as device:\n"
         f"    device.run([device.python, '-c', {FOREVER!r}], 60, on_line=lambda line: print(line, flush=True))\n"
     )
