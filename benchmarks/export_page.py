@@ -51,8 +51,10 @@ def render(documents: Documents, picture: str | None = None) -> str:
     blocks = [
         "# Time and memory of exporting", _introduction(), table(("", ""), provenance(list(documents.values()))),
         *([] if picture is None else [f"![CPU time by layers and peak memory by weights]({picture})"]),
-        "## By size", _sizes(documents), _memory_words(documents),
-        "## By layers", _layers(documents), _time_words(documents),
+        "## By size", _sizes(documents),
+        _line_words(memory_points(documents), "peak", "GB", "times the FP32 weights", "size"),
+        "## By layers", _layers(documents),
+        _line_words(time_points(documents), "CPU time", "s", "s a layer", "number of layers"),
         "## By stage", _stages(documents),
     ]  # fmt: skip
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -103,13 +105,14 @@ def _size(name: str, shape: Shape, document: Mapping[str, Any] | None) -> list[s
     ]  # fmt: skip
 
 
-def _memory_words(documents: Documents) -> str:
-    line_of = fit(memory_points(documents))
-    if line_of is None:
+def _line_words(points: Points, what: str, unit: str, of: str, whose: str) -> str:
+    """The line through points in words; empty where there are too few."""
+    found = fit(points)
+    if found is None:
         return ""
-    intercept, slope, worst = line_of
+    intercept, slope, worst = found
     return (
-        f"Least squares: peak = {number(intercept)} GB + {number(slope)} times the FP32 weights; no size is further "
+        f"Least squares: {what} = {number(intercept)} {unit} + {number(slope)} {of}; no {whose} is further "
         f"from that line than {worst:.0%}."
     )
 
@@ -125,17 +128,6 @@ def _layers(documents: Documents) -> str:
         rows.append([str(shape.layers), number(found["seconds"]), number(found["cpu_seconds"]), each])
         before = shape.layers, found["cpu_seconds"]
     return table(("layers of SmolLM2's", "clock, s", "CPU time, s", "CPU time of each further layer, s"), rows)
-
-
-def _time_words(documents: Documents) -> str:
-    line_of = fit(time_points(documents))
-    if line_of is None:
-        return ""
-    intercept, slope, worst = line_of
-    return (
-        f"Least squares: CPU time = {number(intercept)} s + {number(slope)} s a layer; no number of layers is further "
-        f"from that line than {worst:.0%}."
-    )
 
 
 def _stages(documents: Documents) -> str:

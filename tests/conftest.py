@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qat_edge.config import FinetuneOptions
+from qat_edge.finetune import finetune
+from qat_edge.run import Run
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in SmolLM2
 MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("o", "n"), ("r", "e"), ("o", "u"))
@@ -62,6 +67,23 @@ def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def train_run(model: Path, folder: Path) -> Run:
+    """A run of two steps of LoRA and two of QAT on short chats, in `folder` with its data."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
+        for i in range(40)
+    ]
+    for name in ("train", "eval"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = FinetuneOptions(
+        model=str(model), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
+        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
+    )  # fmt: skip
+    made = Run(folder / "run")
+    finetune(options, made.path, lambda text: None)
+    return made
 
 
 @pytest.fixture

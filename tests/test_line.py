@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import shutil
 import subprocess
@@ -20,12 +19,12 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from conftest import train_run
 from qat_edge import cli
 from qat_edge.adapters import merged_model
-from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.config import ExportOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.export import export
-from qat_edge.finetune import finetune
 from qat_edge.measure import results
 from qat_edge.measure.budget import (
     FROZEN,
@@ -59,19 +58,7 @@ def silent(text: str) -> None:
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of a few steps exported to both targets, round-to-nearest beside it. Tests copy what they change."""
-    folder = tmp_path_factory.mktemp("line")
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
-        for i in range(40)
-    ]
-    for name in ("train", "eval"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = FinetuneOptions(
-        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
-    )  # fmt: skip
-    made = Run(folder / "run")
-    finetune(options, made.path, silent)
+    made = train_run(tiny_model_folder, tmp_path_factory.mktemp("line"))
     export(made, ExportOptions(context_length=128), silent)
     return made
 

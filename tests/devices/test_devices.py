@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +14,10 @@ from click.testing import CliRunner
 from reached import Way, reached, why_not
 from summing import VOCABULARY, write_onnx, write_pte
 
+from conftest import train_run
 from qat_edge import cli
-from qat_edge.config import ExportOptions, FinetuneOptions
+from qat_edge.config import ExportOptions
 from qat_edge.export import export
-from qat_edge.finetune import finetune
 from qat_edge.measure import results
 from qat_edge.run import Run
 from qat_edge_devices import open_runtime, open_transport, session
@@ -136,19 +135,7 @@ def test_a_connection_cut_in_the_middle_of_scoring_is_made_again(way: Way, artif
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of a few steps, exported to both targets."""
-    folder = tmp_path_factory.mktemp("devices")
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
-        for i in range(40)
-    ]
-    for name in ("train", "eval"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = FinetuneOptions(
-        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
-    )  # fmt: skip
-    made = Run(folder / "run")
-    finetune(options, made.path, lambda text: None)
+    made = train_run(tiny_model_folder, tmp_path_factory.mktemp("devices"))
     export(made, ExportOptions(context_length=128, ptq=("none",)), lambda text: None)
     return made
 

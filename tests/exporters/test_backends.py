@@ -137,15 +137,20 @@ def test_vulkan_program(vulkan: Exported) -> None:
     assert not [name for name in program.operators if name.endswith(("mm.out", "linear.out"))]
 
 
-def test_vulkan_reads_back_what_was_frozen(vulkan: Exported, tmp_path: Path) -> None:
-    result = verified(vulkan)
+def assert_read_back(exported: Exported, zero: int, folder: Path) -> None:
+    """Every code is the frozen one, and one that was changed is named. zero: what the file adds to a code."""
+    result = verified(exported)
     assert result.faults == []
     assert (result.linears_equal, result.embedding_equal, result.head_equal) == (MATRICES, True, True)
     layer = "model.layers.0.mlp.up_proj"
-    codes = frozen.read_weights(vulkan.frozen)[layer].codes.numpy()
-    result = flipped(vulkan, packed(codes, 8), tmp_path)
+    codes = frozen.read_weights(exported.frozen)[layer].codes.numpy()
+    result = flipped(exported, packed(codes, zero), folder)
     assert result.linears_equal == MATRICES - 1
     assert [fault for fault in result.faults if fault.startswith(f"{layer}: 1 of") and "row 0, column 0" in fault]
+
+
+def test_vulkan_reads_back_what_was_frozen(vulkan: Exported, tmp_path: Path) -> None:
+    assert_read_back(vulkan, 8, tmp_path)
 
 
 @needs_coremltools
@@ -160,14 +165,7 @@ def test_coreml_program(coreml: Exported) -> None:
 
 @needs_coremltools
 def test_coreml_reads_back_what_was_frozen(coreml: Exported, tmp_path: Path) -> None:
-    result = verified(coreml)
-    assert result.faults == []
-    assert (result.linears_equal, result.embedding_equal, result.head_equal) == (MATRICES, True, True)
-    layer = "model.layers.0.mlp.up_proj"
-    codes = frozen.read_weights(coreml.frozen)[layer].codes.numpy()
-    result = flipped(coreml, packed(codes, 0), tmp_path)
-    assert result.linears_equal == MATRICES - 1
-    assert [fault for fault in result.faults if fault.startswith(f"{layer}: 1 of") and "row 0, column 0" in fault]
+    assert_read_back(coreml, 0, tmp_path)
 
 
 def test_a_missing_compiler_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  operat
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
 from numpy.typing import NDArray
+from tiny import CONTEXT, SIZES
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -47,22 +48,9 @@ from qat_edge.run import Run
 from qat_edge.verify import verify_folder
 from qat_edge_exporters.onnx import architecture
 
-CONTEXT = 64
 WINDOW = 8
 LENGTHS = (3, 41)  # tokens of prompts: within the window, and five times as long
 STEPS = 4  # tokens decoded after each
-SHAPE: dict[str, Any] = {
-    "vocab_size": 288,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
 BOTH = ["sliding_attention", "full_attention"]
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
@@ -71,23 +59,23 @@ LONGROPE = {
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}  # of heads of 16 channels
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     # Biases; one layer of two looks back over a window.
-    "qwen2.5": lambda: Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2.5": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     # A layer without rotary embeddings.
-    "smollm3": lambda: SmolLM3Config(**SHAPE, no_rope_layers=[1, 0]),
+    "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
     # One window for all layers, head of its own.
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=WINDOW, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW, tie_word_embeddings=False),
     # Norms of queries and keys, embeddings times an irrational number, rotary embeddings by kind of layer.
     "gemma3": lambda: Gemma3TextConfig(
-        **{**SHAPE, "hidden_size": 96}, head_dim=32, query_pre_attn_scalar=24, sliding_window=WINDOW, layer_types=BOTH
+        **{**SIZES, "hidden_size": 96}, head_dim=32, query_pre_attn_scalar=24, sliding_window=WINDOW, layer_types=BOTH
     ),
     # Soft caps on scores and logits.
     "gemma2": lambda: Gemma2Config(
-        **SHAPE, head_dim=16, query_pre_attn_scalar=24, sliding_window=WINDOW, layer_types=BOTH,
+        **SIZES, head_dim=16, query_pre_attn_scalar=24, sliding_window=WINDOW, layer_types=BOTH,
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
     ),
     # Fused projections, half of each head rotated, factors for short and for long texts.
     "phi4": lambda: Phi3Config(
-        **{**SHAPE, "num_attention_heads": 2, "num_key_value_heads": 1}, original_max_position_embeddings=64,
+        **{**SIZES, "num_attention_heads": 2, "num_key_value_heads": 1}, original_max_position_embeddings=64,
         rope_parameters=LONGROPE, sliding_window=128,
     ),
 }  # fmt: skip
@@ -249,22 +237,22 @@ def test_a_context_in_which_rotary_embeddings_change_is_refused(make: Callable[[
 
 
 GAPS: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, str]]] = {
-    "llama": (lambda: LlamaConfig(**SHAPE), {}),
+    "llama": (lambda: LlamaConfig(**SIZES), {}),
     **{name: (config, {}) for name, config in FAMILIES.items()},
     "lfm2": (
-        lambda: Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]),
+        lambda: Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
         {"executorch": "layers of type conv", "onnx": "layers of type conv"},
     ),
     "bidirectional": (
-        lambda: Gemma3TextConfig(**SHAPE, head_dim=32, use_bidirectional_attention=True),
+        lambda: Gemma3TextConfig(**SIZES, head_dim=32, use_bidirectional_attention=True),
         {"executorch": "not causal", "onnx": "not causal"},
     ),
     "unknown_to_the_builder": (
-        lambda: LlamaConfig(**SHAPE, architectures=["StarlingForCausalLM"]),
+        lambda: LlamaConfig(**SIZES, architectures=["StarlingForCausalLM"]),
         {"onnx": "does not know the architecture StarlingForCausalLM"},
     ),
     "odd_rotation": (
-        lambda: LlamaConfig(**SHAPE, rope_parameters=HALF),
+        lambda: LlamaConfig(**SIZES, rope_parameters=HALF),
         {"onnx": "8 channels of each head"},
     ),
 }  # fmt: skip

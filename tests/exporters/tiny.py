@@ -15,7 +15,7 @@ from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export import export
 
 CONTEXT = 64
-SHAPE: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 288,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -26,8 +26,8 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 2,
-    "tie_word_embeddings": True,
 }
+SHAPE = {**SIZES, "tie_word_embeddings": True}
 
 
 def llama(**changes: Any) -> PretrainedConfig:

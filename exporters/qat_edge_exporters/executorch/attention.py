@@ -9,7 +9,7 @@ https://github.com/pytorch/executorch/blob/v1.4.1/extension/llm/custom_ops/op_sd
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,10 @@ class KeyValueCache(nn.Module):
 
     start: Any = 0  # position of the first new token: an int, or a symbol while tracing
     parts: tuple[str, ...] = ("keys", "values")  # what it keeps of every layer
+    # Arguments that this attention ignores, and why: a model that gives one is refused.
+    uncomputed: Mapping[str, str] = dict.fromkeys(
+        ("softcap", "s_aux"), "which ExecuTorch's attention operator cannot compute"
+    )
     kind = "float32"
 
     def __init__(self, length: int) -> None:
@@ -77,7 +81,13 @@ class KeyValueCache(nn.Module):
         return self._answer((query, key, value), kept, scaling, extras), None
 
     def _check(self, module: nn.Module, attention_mask: Tensor | None, extras: dict[str, Any]) -> None:
-        _refuse(module, attention_mask, extras)
+        for name, why in self.uncomputed.items():
+            if extras.get(name) is not None:
+                raise ExportError(
+                    f"{type(module).__name__} uses {name}, {why}; this architecture cannot be exported to executorch."
+                )
+        if attention_mask is not None:
+            raise ExportError(f"{type(module).__name__} makes an attention mask of its own; only causal ones export.")
 
     def _answer(
         self,
@@ -206,14 +216,3 @@ def settle_rotary(model: nn.Module, context_length: int) -> None:
                 f"and a static graph cannot follow. Give {fixed} or less."
             )
         module.rope_type = "default"  # what it computes up to that length, without looking at the positions
-
-
-def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux"):
-        if extras.get(name) is not None:
-            raise ExportError(
-                f"{type(module).__name__} uses {name}, which ExecuTorch's attention operator cannot compute; "
-                "this architecture cannot be exported to executorch."
-            )
-    if mask is not None:
-        raise ExportError(f"{type(module).__name__} makes an attention mask of its own; only causal ones export.")

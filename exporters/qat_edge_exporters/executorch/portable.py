@@ -13,18 +13,19 @@ its Python binding and executor_runner give a program zeroed memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat_edge.errors import ExportError
 from qat_edge_exporters.executorch.attention import MASKED, KeyValueCache
 
 
 class PortableCache(KeyValueCache):
     """Static cache of every layer, `length` tokens long, that needs no operator beyond ATen's."""
+
+    uncomputed: Mapping[str, str] = {"s_aux": "attention sinks that are learned"}
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
@@ -34,9 +35,6 @@ class PortableCache(KeyValueCache):
         """Take new tokens at `positions` (1, S), the first of them at `start`."""
         super().begin(start, positions)
         self.masks = {}
-
-    def _check(self, module: nn.Module, attention_mask: Tensor | None, extras: dict[str, Any]) -> None:
-        _refuse(module, attention_mask, extras)
 
     def _answer(
         self,
@@ -91,13 +89,3 @@ def rows_of(x: Tensor) -> Tensor:
 def _laid_out(x: Tensor) -> Tensor:
     """A contiguous copy; `contiguous()` would ask first whether one is needed, which depends on S."""
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _refuse(module: nn.Module, mask: Tensor | None, extras: dict[str, Any]) -> None:
-    if extras.get("s_aux") is not None:
-        raise ExportError(
-            f"{type(module).__name__} uses s_aux, attention sinks that are learned; "
-            "this architecture cannot be exported to executorch."
-        )
-    if mask is not None:
-        raise ExportError(f"{type(module).__name__} makes an attention mask of its own; only causal ones export.")
