@@ -49,8 +49,8 @@ ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 64
 # Options that plain LoRA never reads: whatever they are, it is the same cell.
 PHASE_TWO = (
-    "ptq_start", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight", "distill_temperature",
-    "distill_top_k", "qat_learning_rate", "lr_restart",
+    "ptq_start", "rotate", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight",
+    "distill_temperature", "distill_top_k", "qat_learning_rate", "lr_restart",
 )  # fmt: skip
 PATHS = ("model", "data", "eval_data")
 Figures = dict[str, Any]

@@ -28,8 +28,9 @@ _TAUGHT: Overrides = {"distill_top_k": 64}
 # One switch at a time against the defaults, most telling first: the reduced setting stops after a few. An override
 # that is the default already is left out when the table is run.
 ABLATION: Mapping[str, Overrides] = {
-    "QAT after three quarters of the steps": {"qat_start": 0.75},
+    "hidden states not turned": {"rotate": "off"},
     "no PTQ start": {"ptq_start": "none"},
+    "QAT after three quarters of the steps": {"qat_start": 0.75},
     "GPTAQ start": {"ptq_start": "gptaq"},
     "scales fixed at the start": {"scales": "fixed"},
     "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_start": "none"},

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from qat_edge import config
 from qat_edge.adapters import merged_model
@@ -131,6 +131,26 @@ def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp
     name = next(iter(merged.scales))
     assert not reference.scales
     assert not torch.equal(merged.model.get_submodule(name).weight, reference.model.get_submodule(name).weight)
+
+
+def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = Gemma3TextConfig(**sizes, vocab_size=288, num_key_value_heads=1, head_dim=32, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # norms whose weights are all alike would turn
+    model.save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    gemma = replace(options, model=str(tmp_path / "gemma"))
+    with pytest.raises(UsageError, match=r"--rotate on: Gemma3ForCausalLM: .* Take --rotate auto"):
+        finetune(replace(gemma, rotate="on"), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+    said: list[str] = []
+    finetune(gemma, tmp_path / "run", said.append)
+    assert any(line.startswith("The hidden states stay in their coordinates: Gemma3") for line in said)
+    assert read_manifest(tmp_path / "run" / "start")["rotation_seed"] is None
+    finetune(options, tmp_path / "turned", silent)
+    assert read_manifest(tmp_path / "turned" / "start")["rotation_seed"] == options.seed
 
 
 def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:

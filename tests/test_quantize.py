@@ -142,6 +142,24 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
         quantize(run, replace(asked, method="qat"), silent)
 
 
+def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) -> None:
+    folder = quantize(run, options("cd", rotate=True), silent).folder
+    assert not frozen.read_scheme(folder).tied
+    tuned = merged_model(run.reference, silent).model
+    stored = frozen.read_weights(folder)["model.embed_tokens"]
+    table = numerics.dequantize(stored.codes, stored.scales)
+    lengths = tuned.get_input_embeddings().weight.norm(dim=1)
+    torch.testing.assert_close(table.norm(dim=1), lengths, rtol=0.01, atol=0)  # the rows have turned, no more
+    assert (table - tuned.get_input_embeddings().weight).norm(dim=1).median() > 0.5 * lengths.median()
+    ids = tokenizer("say 7 it is 7, and 49 is its square", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = tuned(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert 0 < float((logits - expected).norm() / expected.norm()) < 0.04
+    with pytest.raises(UsageError, match="--rotate and --method qat"):
+        quantize(run, options("qat", rotate=True), silent)
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
     quantize(run, options("qat"), silent)
     shutil.copy(run.reference / "adapter_model.safetensors", run.adapter)

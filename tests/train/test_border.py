@@ -21,6 +21,8 @@ OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
         ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start cd")),
         ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
         ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
+        ({"rotate": "on", "ptq_start": "hqq"}, ("--rotate on", "--ptq-start hqq")),
+        ({"rotate": "on", "method": "full"}, ("--rotate on", "--method full")),
         ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def _trained(adapter: Path, facts: dict[str, Any]) -> tuple[Any, fake.Switch, An
     switch = fake.insert(model, plan, facts["learned_scales"])
     if facts["start"]:
         Start.load(adapter.parent / "start", facts["start"]["sha256"]).apply(model)
+        plan = replace(plan, tied=plan.tied and scheme.share_table(model))
     if facts["method"] == "full":
         return _load_whole(fake.train_weights(model), adapter), switch, tokenizer, plan
     config = fake.register(LoraConfig.from_pretrained(str(adapter)))

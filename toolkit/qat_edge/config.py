@@ -69,6 +69,10 @@ class FinetuneOptions:
         "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.9, minimum=0
     )
     ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "cd", PTQ_STARTS)
+    rotate: str = option(
+        "Turn the hidden states before the start, so that no channel stands out; auto where model and start allow it.",
+        "auto", ("auto", "on", "off"),
+    )  # fmt: skip
     calibration_tokens: int | None = option(
         "Tokens of the training rows that the start looks at; 24576 or all there are by default.",
         None, minimum=1,
@@ -124,6 +128,7 @@ class QuantizeOptions:
         ("qat", *run.PTQ_METHODS),
     )
     bits: str | None = option("Bits by layer, where not those of finetune; not with --method qat.", None)
+    rotate: bool = option("Turn the hidden states first, as finetune --rotate does; not with --method qat.", False)
     calibration_data: str | None = option(
         "Rows that gptq, gptaq, cd and awq look at, where not those of finetune.", None
     )

@@ -19,7 +19,7 @@ from qat_edge.adapters import WHOLE_MODEL, Merged, adapter_facts, merged_model
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.errors import RunError, UsageError
-from qat_edge.quant import frozen, ptq, scheme
+from qat_edge.quant import frozen, ptq, rotation, scheme
 from qat_edge.rows import load_rows
 from qat_edge.run import Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 
@@ -46,14 +46,17 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
     force: make it in any case, and merge although libraries have other versions than in training.
 
     Raises:
-        UsageError: --bits for what was trained under other bits; a file of bits that does not fit the model.
+        UsageError: --bits or --rotate for what was trained under other bits, or turned; a file of bits that does not
+            fit the model.
         RunError: another checkpoint is there (without `force`), or there is no adapter to make one of.
         DataError: too little calibration data.
-        ModelError: a model that the method cannot go through.
+        ModelError: a model that the method cannot go through, or whose hidden states cannot be turned.
     """
     began = time.monotonic()
     if options.method == QAT and options.bits is not None:
         raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
+    if options.method == QAT and options.rotate:
+        raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     variant, adapter = place(run, options.method)
     if variant.quantized.exists() and not force:
         return _made_before(variant, adapter, options, say)
@@ -62,6 +65,9 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
         asked, trained = load_bits(Path(options.bits)), merged.scheme
         plan = scheme.choose(merged.model, trained.group_size, asked, trained.table_bits)
         merged = replace(merged, scheme=plan)
+    if options.rotate:
+        rotation.rotate(merged.model, merged.scheme, options.seed)
+        merged = replace(merged, scheme=replace(merged.scheme, tied=False))
     scales, calibrated = _scales(run, merged, options, say)
     frozen.freeze(merged.model, merged.scheme, scales)
     with replace_folder(variant.quantized, force=True) as work:

@@ -39,7 +39,8 @@ from qat_edge.quant.gptq import Compensator
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import PTQ_METHODS
 
-CALIBRATED = ("gptq", "gptaq", "cd", "awq")  # methods that look at data, and change weights beside choosing scales
+COMPENSATED = ("gptq", "gptaq", "cd")  # weights make up for each other's rounding errors
+CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights beside choosing scales
 Scales = Callable[[Tensor, int, int], Tensor]
 
 

@@ -100,8 +100,13 @@ def choose(
         _check_override(name, width, weights, tables)
         if width == 8 and name not in tables:
             weights[name] = WeightScheme(8, model.get_submodule(name).in_features, quantize_input=True)
-    tied = embedding.weight is head.weight and weights[tables[0]].bits == weights[tables[1]].bits
+    tied = share_table(model) and weights[tables[0]].bits == weights[tables[1]].bits
     return Scheme(group_size, tied, *tables, weights)
+
+
+def share_table(model: Any) -> bool:
+    """Whether embedding and head are one tensor."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], tables: tuple[str, str]) -> None:

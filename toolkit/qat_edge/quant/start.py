@@ -1,8 +1,9 @@
 """Where the quantization-aware phase starts from: weights that a PTQ method has prepared, and scales of their own.
 
-start.safetensors holds, of every quantized linear layer, NAME.scales in bfloat16 and, where the method changed
-the weight, PARAMETER in bfloat16; other parameters that changed (AWQ folds into norms) in float32. The weights
-are rounded to bfloat16 before training sees them, so what is stored is what was trained on.
+start.safetensors holds, of every quantized linear layer, NAME.scales in bfloat16 and, where the method or a rotation
+changed the weight, PARAMETER in bfloat16, as of the tables that a rotation changed; other parameters that changed
+(AWQ folds into norms) in float32. Weights are rounded to bfloat16 before training sees them, so what is stored is what
+was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, ptq
+from qat_edge.quant import fake, ptq, rotation
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
 
@@ -61,6 +62,8 @@ class Start:
     def apply(self, model: Any) -> None:
         """Put weights and scales into a base model that `fake.insert` prepared, adapters around it or not."""
         fake.set_scales(model, self.scales)
+        if any(t.dim() == 2 and name.removesuffix(".weight") not in self.scales for name, t in self.changed.items()):
+            rotation.untie(model)  # embedding and head changed, each in its own way
         with torch.no_grad():
             for name, tensor in self.changed.items():
                 module, _, attribute = name.rpartition(".")
@@ -74,24 +77,33 @@ def make(
     method: str,
     calibration: Sequence[Mapping[str, Tensor]],
     say: Callable[[str], None],
+    rotation_seed: int | None = None,
 ) -> Start:
     """Quantize the merged weights of a training model by `method`; the adapters go on as they are.
 
     trained: a model whose layers `fake.insert` prepared, with adapters around them or not, its switch off; its base is
     changed in place and ends as `Start.apply` would leave it. method: one of run.PTQ_METHODS. Afterwards
     base + s B A is what the method would round.
+    rotation_seed: turn the hidden states first, adapters as well; only for methods that change the base.
+
+    Raises:
+        ModelError: hidden states that cannot be turned.
     """
     model = fake.base_of(trained)
     if method not in ptq.CALIBRATED:  # it only looks, so that no weight changes by so much as a bit
         start = Start(ptq.apply(fake.MergedWeights(trained), scheme, method, calibration, say), {})
         start.apply(model)
         return start
-    layers = {name: model.get_submodule(name) for name in scheme.linears}
     vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1}
+    if rotation_seed is not None:
+        rotation.rotate(trained, scheme, rotation_seed)
+    layers = {name: model.get_submodule(name) for name in scheme.linears}
     with torch.no_grad(), _folded(list(layers.values())):
         scales = ptq.apply(model, scheme, method, calibration, say)
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
-    changed |= {f"{name}.weight": layer.weight.to(torch.bfloat16) for name, layer in layers.items()}
+    tables = () if rotation_seed is None else (scheme.embedding, scheme.head)
+    weights = {name: model.get_submodule(name).weight for name in (*layers, *tables)}
+    changed |= {f"{name}.weight": weight.detach().to(torch.bfloat16) for name, weight in weights.items()}
     # An adapter stands between a layer and its name; `apply` goes through it, and works before it is there.
     start = Start(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
     start.apply(model)

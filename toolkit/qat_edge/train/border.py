@@ -30,7 +30,7 @@ class Crossing:
     """Crosses the border once, or brings a resumed training to the other side.
 
     adapted: the peft model, or the model itself where it has no adapters; snapshot: keeps what was trained as
-    RUN/reference; teach: hands the trainer its teacher.
+    RUN/reference; teach: hands the trainer its teacher. rotation_seed: None where the hidden states stay as they are.
     start_sha256: of RUN/start, None where phase 2 needs none.
     """
 
@@ -43,6 +43,7 @@ class Crossing:
     run: Run
     device: str
     precision: str
+    rotation_seed: int | None
     snapshot: Callable[[], None]
     teach: Callable[[Teacher], None]
     say: Callable[[str], None]
@@ -104,8 +105,8 @@ class Crossing:
             chosen = calibration.choose_rows(rows, tokens, self.options.seed, self.options.data, "--calibration-tokens")
             seen = calibration.batches(chosen, self.tokenizer)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-            start = starts.make(self.adapted, self.scheme, method, seen, self.say)
-        return start.save(self.run.start, **facts)
+            start = starts.make(self.adapted, self.scheme, method, seen, self.say, self.rotation_seed)
+        return start.save(self.run.start, **facts | {"rotation_seed": self.rotation_seed})
 
     def _ask_beforehand(self, teacher: LiveTeacher) -> None:
         with bar("asking the teacher", len(self.rows.rows)) as progress:
@@ -187,6 +188,11 @@ def _refused_bases(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
             f"--base {options.base} and --ptq-start {options.ptq_start}"
             f"{' (the default)' if options.ptq_start == defaults['ptq_start'] else ''}: it would write into the base "
             f"weights, which are held as {options.base}. Give --ptq-start hqq, which only looks at them, or none.",
+        ),
+        (
+            options.rotate == "on" and (full or options.ptq_start not in ptq.CALIBRATED),
+            f"--rotate on and {'--method full' if full else f'--ptq-start {options.ptq_start}'}: weights are turned "
+            f"where a start changes them under adapters. Take --method lora, --ptq-start {'|'.join(ptq.CALIBRATED)}.",
         ),
         (
             full and bool(given),

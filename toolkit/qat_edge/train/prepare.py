@@ -18,14 +18,17 @@ from qat_edge import data, models
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
-from qat_edge.quant import fake, numerics, scheme, storage
+from qat_edge.quant import fake, numerics, ptq, rotation, scheme, storage
 from qat_edge.rows import load_rows
 from qat_edge.train import prune
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is loaded before training. facts: what the manifests record of it."""
+    """Everything that is loaded before training. facts: what the manifests record of it.
+
+    rotation_seed: None where the hidden states are not to be turned.
+    """
 
     model: Any
     tokenizer: Any
@@ -34,6 +37,7 @@ class Job:
     eval_rows: data.TokenizedRows | None
     device: str
     precision: str
+    rotation_seed: int | None
     facts: dict[str, Any]
 
 
@@ -64,7 +68,27 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
     for name, reason in plan.exceptions.items():
         say(f"  {name}: {reason}")
     facts = _facts(options, identity, rows, eval_rows) | {"device": device, "bits": bits, "kept_layers": kept_layers}
-    return Job(model, tokenizer, plan, rows, eval_rows, device, precision, facts)
+    rotation_seed = _rotation_seed(model, plan, options, say)
+    return Job(model, tokenizer, plan, rows, eval_rows, device, precision, rotation_seed, facts)
+
+
+def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, say: Callable[[str], None]) -> int | None:
+    """The seed where the start is to turn the hidden states, None where they stay.
+
+    Raises:
+        UsageError: they are to be turned, and cannot be.
+    """
+    suits = options.method == "lora" and options.ptq_start in ptq.COMPENSATED
+    if options.rotate == "off" or (options.rotate == "auto" and not suits):
+        return None
+    obstacle = rotation.obstacle(model, plan)
+    if obstacle and options.rotate == "on":
+        raise UsageError(f"--rotate on: {obstacle} Take --rotate auto.")
+    if obstacle:
+        say(f"The hidden states stay in their coordinates: {obstacle}")
+        return None
+    say("The hidden states will be turned before the start" + ("; embedding and head part" if plan.tied else ""))
+    return options.seed
 
 
 def _facts(

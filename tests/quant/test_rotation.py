@@ -1,0 +1,141 @@
+"""Turned hidden states: the same function for every family that allows it, and fewer bits lost in its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qat_edge.errors import ModelError
+from qat_edge.quant import fake, numerics, rotation, scheme, start
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TURNED: dict[str, Callable[[], PretrainedConfig]] = {
+    "one table": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "two tables": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "biases": lambda: Qwen2Config(**SIZES),
+    "biases of what is written": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "norms of queries and keys": lambda: Qwen3Config(**SIZES, head_dim=24),
+    "fused projections": lambda: Phi3Config(**SIZES),
+}
+IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def make(config: PretrainedConfig) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+    return model
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("width", [64, 96, 576, 30])
+def test_the_matrix_is_orthogonal_and_spreads_every_channel(width: int) -> None:
+    turn = rotation.random_hadamard(width, 0)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(width, dtype=torch.float64), atol=1e-12, rtol=0)
+    even = width & -width
+    assert turn.abs().max() <= even**-0.5 + 1e-12
+    assert not torch.equal(turn, rotation.random_hadamard(width, 1))
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
+    model = make(TURNED[kind]())
+    plan = scheme.choose(model, 32)
+    fake.insert(model, plan)
+    adapted = fake.add_adapters(model, LORA).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    before = logits(adapted)
+    weights = {name: model.get_submodule(name).weight.clone() for name in plan.weights}
+    rotation.rotate(adapted, plan, 0)
+    torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
+    assert all((model.get_submodule(n).weight - w).abs().mean() > 0.05 for n, w in weights.items())
+    assert not model.config.tie_word_embeddings
+    merged, _ = fake.merge_adapters(adapted)
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma3TextConfig(**SIZES, head_dim=24), "a norm after a layer"),
+        (GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "no root-mean-square norm"),
+    ],
+)
+def test_what_cannot_be_turned_is_told_and_left_alone(config: PretrainedConfig, reason: str) -> None:
+    model = make(config)
+    plan = scheme.choose(model, 32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert reason in rotation.obstacle(model, plan)
+    with pytest.raises(ModelError, match=reason):
+        rotation.rotate(model, plan, 0)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_channel_that_stands_out_costs_int8_inputs_less() -> None:
+    model = make(TURNED["one table"]())
+    plan = scheme.choose(model, 32)
+    for norm in (model.model.norm, *(layer.input_layernorm for layer in model.model.layers)):
+        norm.weight[5] = 60.0
+    model.model.embed_tokens.weight[:, 5] = 0.3
+
+    reading = [n for n in plan.linears if n.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
+
+    def error() -> float:
+        hooks = [model.get_submodule(n).register_forward_pre_hook(numerics.round_input) for n in reading]
+        rounded = logits(model)
+        for hook in hooks:
+            hook.remove()
+        return float((rounded - logits(model)).square().mean())
+
+    before = error()
+    rotation.rotate(model, plan, 0)
+    assert error() < before / 10
+
+
+def test_a_start_in_turned_coordinates_is_restored_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def prepared() -> tuple[Any, fake.Switch, scheme.Scheme]:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        plan = scheme.choose(model, 32)
+        switch = fake.insert(model, plan, learned_scales=True)
+        torch.manual_seed(0)
+        return fake.add_adapters(model, LORA).eval(), switch, plan
+
+    model, switch, plan = prepared()
+    float_logits = logits(model)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    made = start.make(model, plan, "gptq", [batch], lambda text: None, rotation_seed=0)
+    digest = made.save(tmp_path / "start", method="gptq")
+    assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # what GPTQ changed, no more
+    other, other_switch, _ = prepared()
+    start.Start.load(tmp_path / "start", digest).apply(other.get_base_model())
+    other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
+    switch.enabled = other_switch.enabled = True
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)

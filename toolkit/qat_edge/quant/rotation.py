@@ -1,0 +1,241 @@
+"""A decoder whose hidden states are turned: the same function, in coordinates that round better.
+
+A few channels of the hidden states are many times larger than the others, and an int8 input has one scale for all of
+them. Between the norms a decoder only adds to its hidden states x, so that an orthogonal Q may be put in (QuaRot [1],
+SpinQuant [2]): with x Q in place of x,
+
+    embedding     E Q                               written to x      Q^T W, b Q
+    norm          weight g -> 1, since x / rms(x) turns with x        read from a norm      W diag(g) Q
+
+Q is a random Hadamard matrix, which spreads a channel over all others. The model stays what it was, with nothing added
+that runs; where embedding and head share a table they part, as g lies in the head alone.
+
+[1] https://arxiv.org/abs/2404.00456
+[2] https://arxiv.org/abs/2405.16406
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from qat_edge.errors import ModelError
+from qat_edge.quant import fake
+from qat_edge.quant.scheme import Scheme
+
+PROBE = 8  # tokens
+SAME = 1e-3  # of the logits' standard deviation; float32 leaves 1e-5, a wrong place 0.1 and more
+ROWS = 8192  # rows turned at once, in float64
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the hidden states. neutral: the weight with which it only divides by the root mean square."""
+
+    module: Any
+    neutral: float
+    readers: list[str]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Who makes, reads and adds to the hidden states: names of the scheme. width: of the hidden states."""
+
+    width: int
+    embedding: Any
+    norms: list[Norm]
+    writers: list[str]
+
+
+def obstacle(model: Any, scheme: Scheme) -> str:
+    """Why a model's hidden states cannot be turned; empty where they can. It is run on a few tokens and not changed."""
+    try:
+        find_stream(model, scheme)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
+    """Turn the hidden states of a float32 model by a random Hadamard matrix, in place: weights, norms and adapters.
+
+    trained: with adapters around its layers or not; their factors are turned along. A shared table becomes two.
+
+    Raises:
+        ModelError: its hidden states cannot be turned.
+    """
+    model = fake.base_of(trained)
+    stream = find_stream(model, scheme)
+    turn = random_hadamard(stream.width, seed).to(stream.embedding.weight.device)
+    untie(model)
+    with torch.no_grad():
+        _right(stream.embedding.weight, turn)
+        for norm in stream.norms:
+            gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn
+            for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
+                _right(matrix, gained)
+            norm.module.weight.fill_(norm.neutral)
+        for matrix in (m for name in stream.writers for m in _writing(model.get_submodule(name))):
+            matrix.copy_(turn.T @ matrix.double())
+
+
+def untie(model: Any) -> None:
+    """Give a head that shares the embedding's table one of its own, with the same values."""
+    head = model.get_output_embeddings()
+    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    if head.weight is not model.get_input_embeddings().weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def random_hadamard(width: int, seed: int) -> Tensor:
+    """A random orthogonal matrix (width, width) in float64 that spreads every channel evenly.
+
+    A Hadamard matrix of the largest power of two in `width`, times a random rotation of the rest, with random signs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    even = width & -width
+    odd = torch.linalg.qr(torch.randn(width // even, width // even, generator=generator, dtype=torch.float64))[0]
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < even:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    signs = torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1
+    return torch.kron(odd.contiguous(), hadamard / even**0.5) * signs
+
+
+def find_stream(model: Any, scheme: Scheme) -> Stream:
+    """The hidden states' way through a model, found and tried out on a few tokens.
+
+    Raises:
+        ModelError: they are read or changed other than by what turns with them.
+    """
+    if not scheme.head:
+        raise ModelError(f"{type(model).__name__} has no output head, whose logits would show that nothing changes.")
+    embedding = model.get_input_embeddings()
+    width = int(embedding.weight.shape[1])
+    modules = {n: model.get_submodule(n) for n in (*scheme.linears, scheme.head)}
+    norms = _norms_of(model, width)
+    outputs: dict[int, tuple[Any, Tensor]] = {}  # holds the tensors, so that no storage is used twice
+    sources: dict[str, Any] = {}
+
+    def note(norm: Any, _: Any, output: Tensor) -> None:
+        outputs[_storage(output)] = norm, output
+
+    def look(name: str, given: tuple[Tensor, ...]) -> None:
+        sources[name] = outputs.get(_storage(given[0]), (None, None))[0]
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(note).remove)
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))
+            stack.callback(hook.remove)
+        _logits(model)
+    found = [
+        Norm(norm, _neutral(norm, width), names)
+        for norm in norms
+        if (names := [name for name, source in sources.items() if source is norm])
+    ]
+    reading = {name for norm in found for name in norm.readers}
+    writers = [n for n, module in modules.items() if n not in reading and module.weight.shape[0] == width]
+    stream = Stream(width, embedding, found, writers)
+    _try_out(model, stream)
+    return stream
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for a tensor and a slice of it, which the head is given."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _norms_of(model: Any, width: int) -> list[Any]:
+    found = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.shape == (width,):
+            found.append(module)
+    return found
+
+
+def _neutral(norm: Any, width: int) -> float:
+    """The weight with which a norm gives x / rms(x).
+
+    Raises:
+        ModelError: it does something else, subtracting the mean for one.
+    """
+    x = torch.linspace(-1, 2, width, device=norm.weight.device)[None]
+    kept = norm.weight.detach().clone()
+    with torch.no_grad():
+        for neutral in (1.0, 0.0):
+            norm.weight.fill_(neutral)
+            output = norm(x)
+            norm.weight.copy_(kept)
+            if torch.allclose(output, x / x.square().mean().sqrt(), rtol=1e-3):
+                return neutral
+    raise ModelError(f"{type(norm).__name__} is no root-mean-square norm, and does not turn with the hidden states.")
+
+
+def _try_out(model: Any, stream: Stream) -> None:
+    """See that the logits stay when everything written to the hidden states is turned, and turned back in each norm.
+
+    What leaves a norm is doubled, too, and halved where it is read: nothing but linear layers may read it.
+
+    Raises:
+        ModelError: they do not.
+    """
+    turn = random_hadamard(stream.width, 0).to(stream.embedding.weight.device, torch.float32)
+    expected = _logits(model)
+    with ExitStack() as stack:
+        for module in (stream.embedding, *(model.get_submodule(n) for n in stream.writers)):
+            stack.callback(module.register_forward_hook(lambda _, __, output: output @ turn).remove)
+        for norm in stream.norms:
+            stack.callback(norm.module.register_forward_pre_hook(lambda _, given: (given[0] @ turn.T,)).remove)
+            stack.callback(norm.module.register_forward_hook(lambda _, __, output: output * 2).remove)
+            for name in norm.readers:
+                hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: (given[0] / 2,))
+                stack.callback(hook.remove)
+        found = _logits(model)
+    if not (found - expected).abs().max() < SAME * expected.std():
+        raise ModelError(
+            f"{type(model).__name__}: something beside linear layers behind norms reads its hidden states or adds to "
+            "them, a norm after a layer for one."
+        )
+
+
+def _logits(model: Any) -> Tensor:
+    """Of a few tokens, in evaluation mode: (tokens, vocabulary)."""
+    device = model.get_input_embeddings().weight.device
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits: Tensor = model(input_ids=torch.arange(PROBE, device=device)[None], use_cache=False).logits[0]
+    finally:
+        model.train(training)
+    return logits
+
+
+def _reading(layer: Any) -> list[Tensor]:
+    """What of a layer has its input's width: the weight (out, in), and A (rank, in) of an adapter."""
+    return [layer.weight, *([layer.lora_A[fake.ADAPTER].weight] if isinstance(layer, fake.LoraFakeQuantLinear) else [])]
+
+
+def _writing(layer: Any) -> list[Tensor]:
+    """What of a layer has its output's width: the weight (out, in), B (out, rank) of an adapter, the bias (out, 1)."""
+    found = [layer.weight]
+    if isinstance(layer, fake.LoraFakeQuantLinear):
+        found.append(layer.lora_B[fake.ADAPTER].weight)
+    return found if layer.bias is None else [*found, layer.bias[:, None]]
+
+
+def _right(matrix: Tensor, turn: Tensor) -> None:
+    """matrix (rows, width) times turn (width, width), in place and in float64."""
+    for begin in range(0, matrix.shape[0], ROWS):
+        rows = matrix[begin : begin + ROWS]
+        rows.copy_(rows.double() @ turn)
