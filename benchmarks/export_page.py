@@ -78,9 +78,10 @@ def _introduction() -> str:
         "Written by `python -m benchmarks.export` from the JSON of its exports; no figure here was typed by hand. "
         f"The models are Llamas of random weights with {VOCABULARY:,} tokens, tied embeddings and SmolLM2's "
         f"proportions (135M is SmolLM2's own shape), rounded to nearest, exported to a `.pte` of {CONTEXT} tokens of "
-        "context. Each export is a process of its own. *CPU time* is what it computed, which other programs do not "
-        "lengthen; *clock* is what passed. *Libraries* is the memory of the imported libraries before anything is "
-        "loaded, *peak* the most that was resident, libraries included."
+        "context. Each export is a process of its own. *CPU time* is what it computed, *clock* what passed: where the "
+        "clock is longer, other programs had the machine, and CPU time is longer than alone as well. *Libraries* is "
+        "the memory of the imported libraries before anything is loaded, *peak* the most that was resident, libraries "
+        "and weights that are mapped from their file included."
     )
 
 

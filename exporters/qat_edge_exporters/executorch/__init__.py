@@ -3,10 +3,13 @@
 attention.py   key-value cache in mutable buffers, ExecuTorch's attention operators behind transformers' own seam
 tracing.py     frozen weights as the operators XNNPACK knows; the model as one exported program
 lowering.py    exported program -> XNNPACK delegates -> .pte
+passes.py      the libraries' passes over a graph, in fewer tracings
 contract.py    constant methods that the LLM runner reads, and end tokens
 export.py      frozen checkpoint -> folder
 delegates.py   bytes of a .pte -> which constants each fully connected node uses
 reader.py      folder -> codes, scales, metadata, faults
+
+encoder.py     a classifier or sentence encoder as one program without a cache; answering.py asks it in the runtime
 
 backends.py    what a .pte can be lowered to beside XNNPACK: vulkan.py, coreml.py; affine.py has what both start from
 other_readers.py  their files -> codes and scales

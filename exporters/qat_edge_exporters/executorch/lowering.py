@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack import xnnpack_preprocess
-from executorch.backends.xnnpack._passes import XNNPACKPassManager
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
@@ -22,32 +21,14 @@ from executorch.exir import (
 )
 from executorch.exir.backend.canonical_partitioners.config_partitioner import is_constant_data
 from executorch.exir.delegate import executorch_call_delegate
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from qat_edge.errors import ExportError
+from qat_edge_exporters.executorch import passes
 
-# A pass of XNNPACK's, and the operators without which it changes nothing.
-ACTS_ON = {
-    "XNNPACKRemoveCloneOpsTransform": ("clone",),
-    "DimOrderOpsRevertPass": ("dim_order",),
-    "ConvertToUpsampleBilinear2d": ("index", "upsample"),
-    "ConvertToLinearPass": (".mm.", ".addmm.", ".bmm."),
-    "PropagateCustomMetaPass": (),  # tags for constants in a file of their own; there are none
-    "ConvertToSDPAPass": ("softmax",),
-    "ConstPropPass": (),  # nothing is left to fold once torch.export has lifted the constants
-    "FuseBatchNormPass": ("batch_norm",),
-    "DecomposeBatchNorm": ("batch_norm",),
-    "FuseActivationPass": ("relu", "hardtanh"),
-    "DecomposeConcatenate": (".cat.",),
-    "RemoveGetItemPass": (".max",),
-    "InsertPadQDQPass": ("pad",),
-    "Conv1dUnsqueezePass": ("convolution",),
-    "PReLUReshapePass": ("prelu",),
-    "ChannelsLastTaggedReshapePass": ("convolution", "upsample", "mean", "max", "pool", "prelu"),
-    "RemoveRedundantCopyPass": ("_to_copy",),
-}
 PRODUCTS = {"aten.linear.default": 1, "aten.mm.default": 1, "aten.addmm.default": 2}  # which argument is the weight
 # Computed once a token, and better by the portable kernels: XNNPACK's are approximations for small angles.
 NOT_DELEGATED = ("SinConfig", "CosConfig")
@@ -60,9 +41,12 @@ def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str]
         ExportError: ExecuTorch's compiler failed.
     """
     configs = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ not in NOT_DELEGATED]
-    partitioner = Partitioner(configs=configs)
-    with _passes_that_act(partitioner, say):
-        return compile_for("XNNPACK", program, [partitioner], methods)
+    partitioner, done = Partitioner(configs=configs), itertools.count(1)
+    with (
+        _shared_constants(program),
+        passes.xnnpack_where_they_act(lambda: say(f"lowering partition {next(done)} of {partitioner.count}")),
+    ):
+        return compile_for("XNNPACK", passes.Undecomposed.of(program), [partitioner], methods)
 
 
 def compile_for(
@@ -73,7 +57,7 @@ def compile_for(
     Raises:
         ExportError: ExecuTorch's compiler failed.
     """
-    with _quiet():
+    with _quiet(), passes.edge_operators_at_once():
         try:
             return to_edge_transform_and_lower(
                 program,
@@ -109,6 +93,14 @@ def linear_order(edge: EdgeProgramManager) -> list[str]:
     return found
 
 
+def table_order(edge: EdgeProgramManager) -> list[str]:
+    """Buffers that hold embeddings' codes or scales, in the order in which the program looks their rows up."""
+    program = edge.exported_program()
+    buffers = program.graph_signature.inputs_to_buffers
+    looked_up = [n.args[0] for n in program.graph.nodes if "embedding" in getattr(n.target, "__name__", "")]
+    return [buffers[table.name] for table in looked_up if isinstance(table, Node) and table.name in buffers]
+
+
 def _undequantized(weight: Node) -> Node:
     """The constant that a weight comes from."""
     while any(part in getattr(weight.target, "__name__", "") for part in ("permute", "dequantize")):
@@ -140,9 +132,10 @@ class Partitioner(XnnpackPartitioner):
         for node, level in levels.items():
             if node in taken:
                 members.setdefault(level, {})[node] = None
+        constant = {node for node in ep.graph.nodes if node.op == "placeholder" and is_constant_data(ep, node)}
         owned: set[Node] = set()
         for nodes in members.values():
-            constants = [c for node in nodes for c in node.all_input_nodes if is_constant_data(ep, c)]
+            constants = [c for node in nodes for c in node.all_input_nodes if c in constant]
             nodes.update(dict.fromkeys(c for c in constants if c not in owned))
             owned.update(constants)
         return [Partition(id=i, nodes=members[level]) for i, level in enumerate(sorted(members))]
@@ -174,37 +167,20 @@ def _latest_levels(graph: Graph, taken: set[Node]) -> dict[Node, int]:
 
 
 @contextmanager
-def _passes_that_act(partitioner: Partitioner, say: Callable[[str], None]) -> Iterator[None]:
-    """Run XNNPACK's passes only where they have something to act on.
-
-    Each of the 17 traces the delegate's graph anew, whatever it holds: four fifths of the time of an export.
-    """
-
-    class Selective(XNNPACKPassManager):
-        done = 0
-
-        def transform(self) -> ExportedProgram:
-            type(self).done += 1
-            say(f"lowering partition {self.done} of {partitioner.count}")
-            program = self.exported_program
-            for step in self.passes:
-                if _acts(step, program):
-                    program = XNNPACKPassManager(program, [step]).transform()
-            return program
-
-    xnnpack_preprocess.XNNPACKPassManager = Selective
+def _shared_constants(program: ExportedProgram) -> Iterator[None]:
+    """Within the block, a copy of a part of the program holds the same constants: XNNPACK's backend changes none."""
+    tensors = [t for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor)]
+    for tensor in tensors:
+        vars(tensor)["__deepcopy__"] = partial(_first, tensor)
     try:
         yield
     finally:
-        xnnpack_preprocess.XNNPACKPassManager = XNNPACKPassManager
+        for tensor in tensors:
+            vars(tensor).pop("__deepcopy__", None)  # once, though a tensor may be there twice
 
 
-def _acts(step: type, program: ExportedProgram) -> bool:
-    if step.__name__ not in ACTS_ON:
-        return True  # a pass that this version of ours does not know
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    names = {f".{target.__name__}." for target in calls if target is not operator.getitem}
-    return any(part in name for part in ACTS_ON[step.__name__] for name in names)
+def _first(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    return tensor
 
 
 @contextmanager

@@ -95,6 +95,7 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.bits = _bits(weight)
         codes, scales = weight.qdata, weight.scale.flatten()
+        self.width = codes.shape[1]
         if self.bits == 4:
             unsigned = (codes + 8).to(torch.uint8)
             codes, scales = unsigned[:, 0::2] << 4 | unsigned[:, 1::2], weight.scale.to(torch.bfloat16)
@@ -173,7 +174,7 @@ class Idioms(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.mean, torch.mean) and _is_row_mean(args, kwargs):
             width = args[0].shape[-1]
-            return nn.functional.linear(args[0], self._constant(f"mean_{width}", _mean_row, width))
+            return nn.functional.linear(args[0], self._constant(f"mean_{width}", mean_row, width))
         if func is nn.functional.gelu and kwargs.get("approximate") == "tanh":
             return _gelu_tanh(args[0])
         if func in (torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
@@ -281,21 +282,59 @@ def trace(decoder: Decoder) -> ExportedProgram:
     """
     model, cache = decoder.eval().model, decoder.cache
     tokens, start = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with attention_through(cache, model.config), torch.no_grad(), warnings.catch_warnings():
+    with attention_through(cache, model.config), traced(model):
+        with _without_tables(model):
+            decoder(tokens[:, :1], start)  # makes the cache's buffers and the constants before they are traced
+        check_attention(model, len(cache.layers))
+        lengths = {1: Dim("length", min=1, max=cache.length)}
+        return torch.export.export(decoder, (tokens, start), dynamic_shapes=(lengths, None), strict=False)
+
+
+def check_attention(model: Any, found: int) -> None:
+    """Refuse a model of which only `found` layers attend in the way that can be replaced.
+
+    Raises:
+        ExportError: not all do.
+    """
+    if found != model.config.num_hidden_layers:
+        raise ExportError(
+            f"{type(model).__name__}: {found} of {model.config.num_hidden_layers} layers attend "
+            "through transformers' AttentionInterface; executorch export needs all of them to."
+        )
+
+
+@contextmanager
+def traced(model: nn.Module) -> Iterator[None]:
+    """Within the block, nothing is warned of, and what fails is that this model cannot be traced.
+
+    Raises:
+        ExportError: something failed.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the operators' own use of torch's deprecated calls
         try:
-            decoder(tokens[:, :1], start)  # makes the cache's buffers and the constants before they are traced
-            if len(cache.layers) != model.config.num_hidden_layers:
-                raise ExportError(
-                    f"{type(model).__name__}: {len(cache.layers)} of {model.config.num_hidden_layers} layers attend "
-                    "through transformers' AttentionInterface; executorch export needs all of them to."
-                )
-            lengths = {1: Dim("length", min=1, max=cache.length)}
-            return torch.export.export(decoder, (tokens, start), dynamic_shapes=(lengths, None), strict=False)
+            yield
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for executorch: {str(error).splitlines()[0]}"
             ) from error
+
+
+@contextmanager
+def _without_tables(model: Any) -> Iterator[None]:
+    """Within the block, a model knows one token and answers with its last states.
+
+    Computing one token in Python puts the whole table and head in float: that would be an export's peak of memory.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        model.set_input_embeddings(nn.Embedding(1, embedding.width))
+    model.set_output_embeddings(nn.Identity())
+    try:
+        yield
+    finally:
+        model.set_input_embeddings(embedding)
+        model.set_output_embeddings(head)
 
 
 @contextmanager
@@ -338,7 +377,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return x * 0.5 * (torch.tanh(inner) + 1)
 
 
-def _mean_row(width: int) -> Tensor:
+def mean_row(width: int) -> Tensor:
     return torch.full((1, width), 1 / width)
 
 
