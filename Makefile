@@ -8,13 +8,18 @@ STAMP := $(VENV)/.installed
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: demo test lint format docs setup clean
+.PHONY: demo test test-arm64 lint format docs setup clean
 
 demo: $(STAMP)
 	$(BIN)/qat-edge demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not arm64"
+
+# On ARM instructions, under qemu: minutes, and the first time 3 GB of packages into .cache/arm64.
+test-arm64: $(STAMP)
+	tests/devices/install-arm64
+	$(BIN)/python -m pytest -m arm64 tests/devices
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

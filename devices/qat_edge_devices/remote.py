@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import shutil
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +27,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from qat_edge_devices import shell
-from qat_edge_devices.errors import ConnectionLostError, IntegrityError, RoomError, TransportError, command_line
+from qat_edge_devices.errors import (
+    ConnectionLostError,
+    DeviceError,
+    IntegrityError,
+    RoomError,
+    TransportError,
+    command_line,
+)
 from qat_edge_devices.process import Feed
 from qat_edge_devices.session import SCRIPT_TIMEOUT_S, Session
 from qat_edge_devices.shell import Script
@@ -39,14 +48,28 @@ SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
 
 @dataclass(frozen=True)
 class Content:
-    """One file to be at `remote`. digest: its sha256; salted: that of it and a random word; data: not for the cache."""
+    """One file to be at `remote`. data: its bytes, where it is not for the cache."""
 
     remote: str
     local: Path
     size: int
-    digest: str
-    salted: str
+    mtime_ns: int
     data: bytes | None
+
+    def digest(self) -> str:
+        """Its sha256; the first to ask for that of a large file waits until it is read."""
+        return self._hash().hexdigest()
+
+    def salted(self, word: str) -> str:
+        """That of it and a word after it."""
+        plain = self._hash().copy()
+        plain.update(word.encode())
+        return plain.hexdigest()
+
+    def _hash(self) -> hashlib._Hash:
+        if self.data is not None:  # the file may be gone by the time this is sent again
+            return hashlib.sha256(self.data)
+        return _hashed(self.local.resolve(), self.size, self.mtime_ns)
 
 
 class RemoteTransport(Session):
@@ -147,20 +170,22 @@ class RemoteTransport(Session):
     def _content(self, remote: str, local: Path, keep: bool) -> Content:
         try:
             found = local.stat()
-            plain = _hashed(local.resolve(), found.st_size, found.st_mtime_ns)
-            data = None if keep and found.st_size >= CACHE_BYTES else local.read_bytes()
+            with local.open("rb") as file:
+                data = None if keep and found.st_size >= CACHE_BYTES else file.read()
+            return Content(remote, local, found.st_size, found.st_mtime_ns, data)
         except OSError as error:
             raise TransportError(f"{self.name}: {local} cannot be sent ({error.strerror}).") from error
-        salted = plain.copy()
-        salted.update(self.word.encode())
-        return Content(remote, local, found.st_size, plain.hexdigest(), salted.hexdigest(), data)
 
     def _push(self, contents: Sequence[Content]) -> None:
         large = [c for c in contents if c.data is None]
         small = [c for c in contents if c.data is not None]
-        there = self._digests((self._cached(c) for c in large), sum(c.size for c in large))
-        missing = {c.digest: c for c, found in zip(large, there, strict=True) if found != c.salted}
-        self._check_room(sum(c.size for c in (*missing.values(), *small)))
+        disk, *sizes = self.do(shell.STOCK).splitlines()
+        # A file of a size that is not there need not be hashed to be missed.
+        known = [c for c in large if c.size in map(int, sizes)]
+        digests = self._digests((self._cached(c) for c in known), sum(c.size for c in known))
+        held = {c.local for c, found in zip(known, digests, strict=True) if found == c.salted(self.word)}
+        missing = {c.local: c for c in large if c.local not in held}
+        self._check_room(sum(c.size for c in (*missing.values(), *small)), _free_disk(disk))
         for content in missing.values():
             self._send_to_cache(content)
         if large:
@@ -174,14 +199,35 @@ class RemoteTransport(Session):
             self._require_equal(content, digest)
 
     def _send_to_cache(self, content: Content) -> None:
-        incoming = f"{self.folder}/.incoming-{content.digest}"
+        incoming = f"{self.folder}/.incoming-{secrets.token_hex(8)}"  # never a name that another file may have had
         began = time.monotonic()
-        self.send_file(content.local, content.size, incoming)
-        (found,) = self._digests([incoming], content.size)
-        self._require_equal(content, found)
+        if self._sent_and_followed(content, incoming) != content.salted(self.word):
+            (found,) = self._digests([incoming], content.size)
+            self._require_equal(content, found)
         self.do(shell.KEEP, [incoming, self._cached(content)], f"{content.remote} cannot be kept")
         took_s = time.monotonic() - began
         self.done.append(f"sent {content.local.name} ({content.size / 1e6:.1f} MB, {took_s:.1f} s) and checked it")
+
+    def _sent_and_followed(self, content: Content, incoming: str) -> str:
+        """Send a file, hashed meanwhile on both sides; the salted digest of what was read there as it arrived.
+
+        Empty where it could not be followed.
+        """
+        with ThreadPoolExecutor(2) as beside:
+            timeout_s = transfer_timeout_s(content.size)
+            script = self.script(shell.FOLLOW, {}, [incoming, str(content.size)])
+            digest = beside.submit(self.send_script, script, timeout_s, control=True)
+            beside.submit(content.digest)
+            try:
+                self.send_file(content.local, content.size, incoming)
+            except BaseException:
+                with suppress(DeviceError):
+                    self.do(shell.STOP_FOLLOWING, [incoming])
+                raise
+            try:
+                return digest.result().stdout.strip()
+            except TransportError:  # the whole file is read again, and a lost connection is told there
+                return ""
 
     def _send_small(self, content: Content) -> None:
         script = self.script(shell.RECEIVE_SMALL, {}, [content.remote])
@@ -194,11 +240,12 @@ class RemoteTransport(Session):
         self.check(completed, f"{content.local.name} cannot be sent")
 
     def _require_equal(self, content: Content, found: str) -> None:
-        if found != content.salted:
+        expected = content.salted(self.word)
+        if found != expected:
             raise IntegrityError(
-                f"{self.name}: {content.local} ({content.size} bytes, sha256 {content.digest[:12]}...) was sent, and "
+                f"{self.name}: {content.local} ({content.size} bytes, sha256 {content.digest()[:12]}...) was sent, and "
                 f"what lies on the device is something else: with the random word {self.word} after it the sha256 "
-                f"should be {content.salted[:12]}..., the device found {found[:12]}... Either the file changed "
+                f"should be {expected[:12]}..., the device found {found[:12]}... Either the file changed "
                 "meanwhile, or the device's disk, memory or sha256 program is at fault. Nothing was run."
             )
 
@@ -213,8 +260,7 @@ class RemoteTransport(Session):
             raise IntegrityError(f"{self.name}: asked for {len(asked)} digests, the device gave {len(found)}.")
         return found
 
-    def _check_room(self, needed: int) -> None:
-        free = _free_disk(self.do(shell.FREE_KB))
+    def _check_room(self, needed: int, free: int | None) -> None:
         if free is not None and needed + MARGIN_BYTES > free:
             raise RoomError(
                 f"{self.name}: {needed / 1e6:.1f} MB are to be sent, {MARGIN_BYTES / 1e6:.0f} MB more are to stay free "
@@ -223,7 +269,7 @@ class RemoteTransport(Session):
             )
 
     def _cached(self, content: Content) -> str:
-        return f"{self.root}/cache/{content.digest}"
+        return f"{self.root}/cache/{content.digest()}"
 
     def used_bytes(self, place: str) -> int:
         """What lies at `place` in the work folder, as far as the device's `du` says."""
@@ -254,9 +300,16 @@ class RemoteTransport(Session):
 
 @lru_cache(maxsize=64)
 def _hashed(path: Path, size: int, mtime_ns: int) -> hashlib._Hash:
-    """sha256 of a file, read once for all devices while neither its size nor its time changes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")
+    """sha256 of a file, read once for all devices while neither its size nor its time changes.
+
+    Raises:
+        TransportError: it cannot be read any more.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise TransportError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def transfer_timeout_s(size: int) -> float:

@@ -68,18 +68,47 @@ mkdir -p "$base/qat-edge" && cd "$base/qat-edge" || exit 1
 pwd -P
 """
 
-# Prints the salted digest of each file, "-" where there is none. $nonce: so that no digest can be known beforehand.
-DIGEST = """\
-if command -v sha256sum >/dev/null 2>&1; then digest() { sha256sum; }
+# openssl first: it uses the processor's own instructions for SHA-256, which many a sha256sum does not.
+_DIGEST = """\
+if command -v openssl >/dev/null 2>&1; then digest() { openssl dgst -sha256 -r; }
+elif command -v sha256sum >/dev/null 2>&1; then digest() { sha256sum; }
 elif command -v shasum >/dev/null 2>&1; then digest() { shasum -a 256; }
-elif command -v openssl >/dev/null 2>&1; then digest() { openssl dgst -sha256 -r; }
 else echo 'neither sha256sum nor shasum nor openssl is there' >&2; exit 1; fi
-for file in "$@"; do
-  if [ -f "$file" ]; then { cat "$file"; printf %s "$nonce"; } | digest | cut -c 1-64; else echo -; fi
+"""
+
+_SIZE = """\
+size() { stat -c %s "$1" 2>/dev/null || wc -c <"$1"; }
+"""
+
+# Prints the salted digest of each file, "-" where there is none. $nonce: so that no digest can be known beforehand.
+DIGEST = f"""\
+{_DIGEST}for file in "$@"; do
+  if [ -f "$file" ]; then {{ cat "$file"; printf %s "$nonce"; }} | digest | cut -c 1-64; else echo -; fi
 done
 """
 
-FREE_KB = 'df -Pk "$root" | tail -n 1'
+# The same of file $1 while it is written, read as it grows to $2 bytes; a file $1.end, or the loss of $run, ends it.
+FOLLOW = f"""\
+{_DIGEST}{_SIZE}pause() {{ [ -d "$run" ] && [ ! -e "$1.end" ] && {{ sleep 0.02 2>/dev/null || sleep 1; }}; }}
+while [ ! -f "$1" ]; do pause "$1" || exit 1; done
+{{
+  at=0
+  while there=$(size "$1") && [ "$there" -lt "$2" ]; do
+    blocks=$((there / 1048576 - at))
+    if [ "$blocks" -gt 0 ]; then dd if="$1" bs=1048576 skip="$at" count="$blocks" 2>/dev/null; at=$((at + blocks))
+    else pause "$1" || exit 1; fi
+  done
+  dd if="$1" bs=1048576 skip="$at" 2>/dev/null
+  printf %s "$nonce"
+}} | digest | cut -c 1-64
+"""
+STOP_FOLLOWING = ': > "$1.end"; rm -f "$1"'
+
+# Free space, then the size in bytes of each cached file.
+STOCK = f"""\
+{_SIZE}printf '%s\\n' "$(df -Pk "$root" | tail -n 1)"
+for file in "$root"/cache/*; do if [ -f "$file" ]; then size "$file" || :; fi; done
+"""
 
 RECEIVE = 'umask 077; cat > "$1" || { rm -f "$1"; exit 1; }'
 KEEP = 'chmod 444 "$1" && mv -f "$1" "$2"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
+from qat_edge_devices import open_transport, remote, session
+from qat_edge_devices.remote import RemoteTransport
 from qat_edge_devices.transport import Access
 
 TRIXIE = Path(__file__).parents[2] / ".cache" / "trixie"  # made by tests/devices/install
@@ -340,3 +344,65 @@ def _fake_adb(folder: Path) -> Iterator[Way]:
         os.utime(state / "cut")
 
     yield Way("adb:10.0.0.9:5555", folder / "disk", folder / "bin", cut, env)
+
+
+# --- what tests do with them ---------------------------------------------------------------------------------
+
+# Starts a child that would sleep for a minute and says both ids, then does what follows.
+SPAWN = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
+print(os.getpid(), child.pid, flush=True)
+"""
+FOREVER = SPAWN + "time.sleep(60)"
+LARGE = 3 * remote.CACHE_BYTES
+
+
+@contextlib.contextmanager
+def on_the_way(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
+    """What `reached` gives, in the environment of this test, which is skipped where the way cannot be had."""
+    reason = why_not(kind)
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setattr(session, "PAUSES_S", (0.05, 0.1, 0.2))
+    folder.mkdir(exist_ok=True)
+    with reached(kind, folder) as found:
+        for name, value in found.env.items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def opened(way: Way) -> RemoteTransport:
+    transport = open_transport(way.device, way.access)
+    assert isinstance(transport, RemoteTransport)
+    return transport
+
+
+def large_file(folder: Path) -> Path:
+    """Random bytes, enough to be kept in the device's cache."""
+    path = folder / "weights.bin"
+    path.write_bytes(random.Random(0).randbytes(LARGE))
+    return path
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still does anything: a zombie that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_ends(*pids: int) -> None:
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"of {pids} some outlived the program that started them"
+        time.sleep(0.02)
+
+
+def assert_gone(way: Way) -> None:
+    """The device removes work folders by itself, a moment after it lost us."""
+    deadline = time.monotonic() + 10
+    while way.runs():
+        assert time.monotonic() < deadline, f"{way.runs()} were left on the device"
+        time.sleep(0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from reached import Way, reached, why_not
+from reached import Way, on_the_way, why_not
 from summing import VOCABULARY, write_onnx, write_pte
 
 from conftest import train_run
@@ -20,7 +20,7 @@ from qat_edge.config import ExportOptions
 from qat_edge.export import export
 from qat_edge.measure import results
 from qat_edge.run import Run
-from qat_edge_devices import open_runtime, open_transport, session
+from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.errors import ConnectionLostError, KilledError, RefusedError, UnsuitableError
 
 SEQUENCES = [[5], [1, 2, 3, 4], [i % VOCABULARY for i in range(40)]]
@@ -30,19 +30,6 @@ SEQUENCES = [[5], [1, 2, 3, 4], [i % VOCABULARY for i in range(40)]]
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("summing")
     return {"executorch": write_pte(folder / "executorch"), "onnx": write_onnx(folder / "onnx")}
-
-
-@contextlib.contextmanager
-def on_the_way(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
-    reason = why_not(kind)
-    if reason:
-        pytest.skip(reason)
-    monkeypatch.setattr(session, "PAUSES_S", (0.05, 0.1, 0.2))
-    folder.mkdir(exist_ok=True)
-    with reached(kind, folder) as found:
-        for name, value in found.env.items():
-            monkeypatch.setenv(name, value)
-        yield found
 
 
 @pytest.fixture(params=["ssh"])

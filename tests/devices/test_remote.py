@@ -1,4 +1,4 @@
-"""Transports to real devices of this machine: what they promise, and what is said and left when something breaks."""
+"""Transports to real devices of this machine: names are data, programs end, files arrive, and nothing stays."""
 
 from __future__ import annotations
 
@@ -10,48 +10,35 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reached import WAYS, Way, reached, why_not
-
-from qat_edge_devices import open_transport, remote, session, shell
-from qat_edge_devices.errors import (
-    CancelledError,
-    ConnectionLostError,
-    DeviceTimeoutError,
-    IntegrityError,
-    RoomError,
-    TransportError,
-    UnknownNameError,
+from reached import (
+    FOREVER,
+    LARGE,
+    SPAWN,
+    WAYS,
+    Way,
+    assert_ends,
+    assert_gone,
+    is_running,
+    large_file,
+    on_the_way,
+    opened,
 )
-from qat_edge_devices.remote import RemoteTransport
-from qat_edge_devices.transport import Access, Completed
 
-LARGE = 3 * remote.CACHE_BYTES
+from qat_edge_devices.errors import CancelledError, ConnectionLostError, DeviceTimeoutError, TransportError
+from qat_edge_devices.remote import RemoteTransport
+from qat_edge_devices.transport import Completed
+
 NASTY = [*" '\"`$;&|<>()[]{}*?!#~\\%\n\t=-", "$(id)", "`id`", "';id;'", "\\n", "%s", "é", "漢", "\x7f"]
-# Starts a child that would sleep for a minute and says both ids, then does what follows.
-SPAWN = """
-import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
-print(os.getpid(), child.pid, flush=True)
-"""
-FOREVER = SPAWN + "time.sleep(60)"
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
-    reason = why_not(request.param)
-    if reason:
-        pytest.skip(reason)
-    monkeypatch.setattr(session, "PAUSES_S", (0.05, 0.1, 0.2))
-    with reached(request.param, tmp_path) as found:
-        for name, value in found.env.items():
-            monkeypatch.setenv(name, value)
+    with on_the_way(request.param, tmp_path, monkeypatch) as found:
         yield found
 
 
@@ -66,37 +53,7 @@ def device(way: Way) -> Iterator[RemoteTransport]:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(random.Random(0).randbytes(LARGE))
-    return path
-
-
-def opened(way: Way) -> RemoteTransport:
-    transport = open_transport(way.device, way.access)
-    assert isinstance(transport, RemoteTransport)
-    return transport
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def assert_ends(*pids: int) -> None:
-    deadline = time.monotonic() + 10
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline, f"of {pids} some still run on the device"
-        time.sleep(0.02)
-
-
-def assert_gone(way: Way) -> None:
-    """The device removes work folders by itself, a moment after it lost us."""
-    deadline = time.monotonic() + 10
-    while way.runs():
-        assert time.monotonic() < deadline, f"{way.runs()} were left on the device"
-        time.sleep(0.02)
+    return large_file(tmp_path)
 
 
 # --- names and arguments are data ------------------------------------------------------------------------
@@ -133,17 +90,6 @@ def test_names_reach_the_device_as_data(device: RemoteTransport, way: Way, large
     (there / "-results ;" / "a'b").write_text("back")
     device.pull("-results ;", tmp_path / "back")
     assert (tmp_path / "back" / "a'b").read_text() == "back"
-
-
-@pytest.mark.parametrize("login", ["dash", "bash", "busybox sh", "mksh", "fish", "tcsh", "zsh"])
-def test_any_login_shell_understands_the_command_line(login: str) -> None:
-    if shutil.which(login.split()[0]) is None:
-        pytest.skip(f"{login} is not installed")
-    script = shell.Script('printf "%s|" "$@" "$v"; cat; echo oh >&2; exit 7', "w", {"v": "a'b\\n$x"}, ["é \\ \n'", "%"])
-    argv = [*login.split(), "-c", shell.BOOTSTRAP]
-    done = subprocess.run(argv, input=script.line() + b"rest\n", capture_output=True, check=False)
-    answer = script.completed(Completed(done.returncode, done.stdout.decode(), done.stderr.decode()))
-    assert answer == Completed(7, "é \\ \n'|%|a'b\\n$x|rest\n", "oh\n")
 
 
 @pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
@@ -310,6 +256,14 @@ def test_a_second_run_sends_only_what_changed(
     assert len(way.cached()) == 2
 
 
+def test_a_file_that_cannot_be_hashed_as_it_arrives_is_read_again(way: Way, large: Path) -> None:
+    way.plant("dd", "exit 1")
+    with contextlib.closing(opened(way)) as device:
+        device.push({"weights": large})
+        assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()
+    assert len(way.cached()) == 1
+
+
 def test_what_is_not_worth_keeping_is_not_kept(way: Way, large: Path) -> None:
     with contextlib.closing(opened(way)) as device:
         device.push({"request": large}, keep=False)
@@ -381,254 +335,3 @@ def test_info_describes_the_machine(device: RemoteTransport) -> None:
     assert info.free_memory_bytes is not None and 0 < info.free_memory_bytes <= info.memory_bytes
     free = shutil.disk_usage(device.root).free
     assert info.free_disk_bytes is not None and abs(info.free_disk_bytes - free) < 0.1 * free
-
-
-# --- faults ----------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_cache_is_found_and_sent_again(way: Way, large: Path) -> None:
-    for _ in range(2):
-        with contextlib.closing(opened(way)) as device:
-            device.push({"weights": large})
-            assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()
-        (cached,) = (way.root / "cache").iterdir()
-        cached.chmod(0o644)
-        with cached.open("r+b") as file:
-            file.seek(LARGE // 2)
-            file.write(b"\0\0")
-
-
-@pytest.mark.parametrize("answer", ["a digest it knows", "nonsense", "nothing"])
-def test_a_device_that_lies_about_its_hash_is_found(way: Way, large: Path, answer: str) -> None:
-    digest = subprocess.run(["sha256sum", str(large)], capture_output=True, text=True, check=True).stdout.split()[0]
-    said = {"a digest it knows": digest, "nonsense": "x" * 64, "nothing": ""}[answer]
-    with contextlib.closing(opened(way)) as device:
-        way.plant("sha256sum", f"cat >/dev/null; echo '{said}  -'")
-        with pytest.raises(IntegrityError, match=r"(something else|digests)"):
-            device.push({"weights": large})
-        assert way.cached() == [] or answer == "nothing"
-        (way.bin / "sha256sum").unlink()
-        device.push({"weights": large})
-        assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()
-    assert way.runs() == []
-
-
-@pytest.fixture
-def small_disk(way: Way) -> Iterator[Path]:
-    """The device's disk, as large as what must stay free and 2 MB."""
-    size = remote.MARGIN_BYTES + 2 * 1024**2
-    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(way.folder)]
-    if os.geteuid() != 0 or subprocess.run(argv, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield way.folder
-    subprocess.run(["umount", "-l", str(way.folder)], check=True)
-
-
-def test_what_does_not_fit_the_disk_is_not_sent(way: Way, small_disk: Path, large: Path, tmp_path: Path) -> None:
-    (tmp_path / "huge").write_bytes(b"x" * 3 * 1024**2)
-    with contextlib.closing(opened(way)) as device:
-        with pytest.raises(RoomError, match=r"3\.3 MB are to be sent, .* has 3\d\.\d MB.*Nothing was sent"):
-            device.push({"huge": tmp_path / "huge", "weights": large})
-        assert way.cached() == []
-        device.push({"weights": large})
-    assert way.runs() == []
-
-
-def test_a_disk_that_fills_meanwhile_is_reported(way: Way, small_disk: Path, large: Path, tmp_path: Path) -> None:
-    (tmp_path / "huge").write_bytes(random.Random(0).randbytes(remote.MARGIN_BYTES + 3 * 1024**2))
-    way.plant("df", "echo tmpfs 999999999 0 999999999 0% /")
-    with contextlib.closing(opened(way)) as device:
-        with pytest.raises(RoomError, match=r"(?s)huge cannot be sent.*(No space left|disk is full).*--device-folder"):
-            device.push({"huge": tmp_path / "huge"})
-        assert way.cached() == []
-    assert way.runs() == []
-    with contextlib.closing(opened(way)) as device:
-        device.push({"weights": large})
-    assert len(way.cached()) == 1
-
-
-def test_a_connection_cut_while_a_program_runs_is_reported(way: Way, large: Path, tmp_path: Path) -> None:
-    (tmp_path / "request").write_bytes(b"{}")
-    with contextlib.closing(opened(way)) as device:
-        device.push({"artifact/weights": large, "request": tmp_path / "request"})
-        (tmp_path / "request").unlink()
-        first, seen = device.folder, list[str]()
-
-        def cut(line: str) -> None:
-            seen.append(line)
-            way.cut()
-
-        with pytest.raises(ConnectionLostError) as caught:
-            device.run([device.python, "-c", FOREVER], 60, on_line=cut)
-        said = str(caught.value)
-        assert "the connection was lost" in said and "qat-edge-" not in said.replace(str(way.root), "")
-        assert "Done: sent weights.bin (0.2 MB" in said and "send artifact/weights, request." in said
-        assert "Not done: run `" in said and first in said
-        assert_ends(*map(int, seen[0].split()))
-        # The next call finds everything where it was, in a new folder.
-        listed = device.run(["sh", "-c", 'cat request; cmp artifact/weights "$1"', "sh", str(large)], 30)
-        assert listed == Completed(0, "{}", "")
-        assert device.folder != first
-        deadline = time.monotonic() + 10
-        while len(way.runs()) > 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    assert way.runs() == []
-
-
-def test_results_lost_with_the_connection_are_told_from_results_that_never_were(way: Way, tmp_path: Path) -> None:
-    with contextlib.closing(opened(way)) as device:
-        device.run(["touch", "results"], 30)
-        way.cut()
-        deadline = time.monotonic() + 10
-        while device.is_held():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        with pytest.raises(ConnectionLostError, match=r"Done: run `touch results`\. Not done: bring back results\."):
-            device.pull("results", tmp_path / "back")
-        with pytest.raises(ConnectionLostError):  # until something is sent or run again
-            device.pull("results", tmp_path / "back")
-        device.run(["touch", "results"], 30)
-        device.pull("results", tmp_path / "back")
-    assert (tmp_path / "back").is_file()
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_a_connection_cut_in_the_middle_of_a_file_is_made_again(way: Way, tmp_path: Path) -> None:
-    assert way.cable is not None
-    huge = tmp_path / "huge"
-    huge.write_bytes(random.Random(0).randbytes(8 * 1024**2))
-    with contextlib.closing(opened(way)) as device:
-        way.cable.cut_after = 4 * 1024**2
-        device.push({"huge": huge})
-        assert way.cable.cut_after == 0
-        assert (Path(device.folder) / "huge").read_bytes() == huge.read_bytes()
-    assert_gone(way)
-    assert list(way.root.rglob(".incoming*")) == []
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_a_device_that_does_not_come_back_is_reported(way: Way, large: Path, tmp_path: Path) -> None:
-    assert way.cable is not None
-    huge = tmp_path / "huge"
-    huge.write_bytes(random.Random(0).randbytes(8 * 1024**2))
-    device = opened(way)
-    device.push({"weights": large})
-    way.cable.cut_after, way.cable.plugged = 4 * 1024**2, False
-    with pytest.raises(ConnectionLostError) as caught:
-        device.push({"huge": huge})
-    said = str(caught.value)
-    assert "Tried 4 times" in said and "Done: sent weights.bin" in said and "Not done: send huge." in said
-    device.close()
-    assert_gone(way)
-    way.cable.plugged = True
-    with contextlib.closing(opened(way)) as again:
-        again.push({"weights": large, "huge": huge})
-    assert len(way.cached()) == 2
-
-
-@pytest.mark.parametrize("way", ["fake-adb"], indirect=True)
-def test_adb_that_drops_in_the_middle_of_a_file_is_connected_again(way: Way, large: Path) -> None:
-    state = way.bin.parent / "state"
-    with contextlib.closing(opened(way)) as device:
-        (state / "cut-push").touch()
-        device.push({"weights": large})
-        assert not (state / "cut-push").exists() and not (state / "offline").exists()
-        assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()
-        (state / "gone").touch()
-        (state / "cut-push").touch()
-        large.write_bytes(large.read_bytes()[::-1])
-        with pytest.raises(ConnectionLostError, match=r"(?s)offline.*Tried 4 times\. Done: .* Not done: send b"):
-            device.push({"b": large})
-    assert_gone(way)
-
-
-# --- reaching --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_an_unknown_host_key_is_refused(way: Way) -> None:
-    known = Path(str(way.ssh_config)).parent / "known_hosts"
-    for text in ("", known.read_text().replace("AAAA", "AAAB")):
-        known.write_text(text)
-        with pytest.raises(TransportError, match=r"ssh:kitchen: cannot be reached\. Its key is not known here"):
-            opened(way)
-    assert known.read_text() == text
-    assert list(way.folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_ssh_that_does_not_let_us_in_says_why(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    (Path(str(way.ssh_config)).parent / "user.pub").write_text("")
-    with pytest.raises(TransportError, match=r"No key or agent of yours opens it .*\n.*Permission denied"):
-        opened(way)
-    with pytest.raises(TransportError, match=r"ssh:-oProxyCommand=id: cannot be reached"):
-        open_transport("ssh:-oProxyCommand=id", Access(ssh_config=way.ssh_config))
-    with pytest.raises(UnknownNameError, match="names no host"):
-        open_transport("ssh://")
-    monkeypatch.setenv("PATH", str(way.folder))
-    with pytest.raises(TransportError, match="there is no `ssh` on this machine"):
-        opened(way)
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_a_server_that_drops_connections_at_first_is_tried_again(way: Way) -> None:
-    assert way.cable is not None
-    way.cable.drops = 2
-    opened(way).close()
-    way.cable.drops = 9
-    with pytest.raises(ConnectionLostError, match=r"ssh:kitchen: cannot be reached\. "):
-        opened(way)
-    assert way.cable.drops < 9 - 1  # more than once
-
-
-@pytest.mark.parametrize("way", ["ssh"], indirect=True)
-def test_ssh_shares_one_connection_and_leaves_no_socket(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    private = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own are too long for a socket's name
-    monkeypatch.setattr("tempfile.tempdir", str(private))
-    log = way.bin.parent / "sshd.log"
-    with contextlib.closing(opened(way)) as device:
-        for _ in range(3):
-            device.run(["true"], 30)
-        (folder,) = private.iterdir()
-        assert folder.stat().st_mode & 0o777 == 0o700
-        with_port = Access(folder=str(way.folder), ssh_config=way.ssh_config)
-        assert way.cable is not None
-        address = f"ssh://{os.environ.get('USER', 'root')}@kitchen:{way.cable.port}"
-        with contextlib.closing(open_transport(address, with_port)) as other:
-            assert other.name == address
-    private.rmdir()
-    assert log.read_text().count("Accepted publickey") in (0, 2)  # nothing is logged at some log levels
-
-
-@pytest.mark.parametrize("way", ["fake-adb"], indirect=True)
-@pytest.mark.parametrize(
-    ("said", "advice"),
-    [
-        ("device unauthorized.", "allow USB debugging"),
-        ("more than one device/emulator", "adb:SERIAL"),
-        ("no devices/emulators found", "Plug one in"),
-        ("device '10.0.0.9:5555' not found", "Check the serial number"),
-    ],
-)
-def test_adb_that_has_no_device_says_why(way: Way, said: str, advice: str) -> None:
-    (way.bin.parent / "state" / "error").write_text(said)
-    with pytest.raises(TransportError, match=f"(?s)cannot be reached.*{advice}.*{said}"):
-        opened(way)
-
-
-@pytest.mark.parametrize("way", ["fake-adb"], indirect=True)
-def test_adb_without_exit_codes_or_without_a_client_is_refused(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    (way.bin.parent / "state" / "old").touch()
-    with pytest.raises(TransportError, match="Android 7 or later"):
-        opened(way)
-    monkeypatch.setenv("PATH", str(way.folder))
-    with pytest.raises(TransportError, match="Install the Android platform tools"):
-        opened(way)
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(way: Way) -> None:
-    (way.folder / "file").touch()
-    access = Access(folder=str(way.folder / "file"), ssh_config=way.ssh_config)
-    with pytest.raises(TransportError, match=r"there is no place for files: .*file"):
-        open_transport(way.device, access)

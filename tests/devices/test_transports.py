@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reached import assert_ends
 
 from qat_edge_devices import RUNTIMES, TRANSPORTS, open_runtime, open_transport
 from qat_edge_devices.errors import DeviceTimeoutError, TransportError, UnknownNameError
@@ -31,22 +32,6 @@ def local(tmp_path: Path) -> Iterator[LocalTransport]:
     transport = LocalTransport(root=tmp_path)
     yield transport
     transport.close()
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process still does anything: a zombie that nobody has waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
-
-
-def assert_ends(pid: int) -> None:
-    deadline = time.monotonic() + 5
-    while is_running(pid):
-        assert time.monotonic() < deadline, f"process {pid} outlived the program that started it"
-        time.sleep(0.02)
 
 
 def child_of(transport: LocalTransport) -> int:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qat_edge_devices.errors import (
-    ConnectionLostError,
-    KilledError,
-    MissingPackageError,
-    ProgramError,
-    RefusedError,
-    ResultError,
-    RoomError,
-    UnsuitableError,
-    command_line,
-    tail,
-)
+from qat_edge_devices.errors import MissingPackageError, RefusedError, ResultError, UnsuitableError
 from qat_edge_devices.results import Answer, Generated, LoadFigures, Scored, Speed
+from qat_edge_devices.runtimes.asking import TIMEOUT_S, asked_again, check, require_memory
 from qat_edge_devices.transport import Completed, DeviceInfo, Transport
 
 AGENT = Path(__file__).parents[1] / "agent" / "agent.py"
@@ -32,8 +21,6 @@ FORMAT = 1
 EXIT_REFUSED = 65
 EXIT_MISSING_PACKAGE = 69
 SCORE_BYTES = 512 * 1024**2  # logits lying on the device at once
-TIMEOUT_S = 3600.0
-TRIES = 3  # of one request, where the connection ends in the middle of it
 # Processors that ExecuTorch and onnxruntime are published for.
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
@@ -79,7 +66,7 @@ class AgentRuntime(ABC):
         files = {"agent.py": AGENT, **self.files(artifact)}
         info = self.transport.info()
         _require_processor(self.transport.name, info)
-        _require_memory(self.transport.name, info, files.values())
+        require_memory(self.transport.name, info, files.values())
         if info.free_disk_bytes is not None:
             self._most_bytes = info.free_disk_bytes // 4
         self.transport.push(files)
@@ -143,14 +130,8 @@ class AgentRuntime(ABC):
         before: items finished by earlier processes, for the progress shown.
         """
         request = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
-        for attempt in range(1, TRIES + 1):
-            try:
-                self._round_trip(request | task, folder, before)
-                break
-            except ConnectionLostError as error:
-                # The agent begins with an empty results folder, so asking again is safe.
-                if attempt == TRIES:
-                    raise ConnectionLostError(f"{error} It was asked {TRIES} times.") from error
+        # The agent begins with an empty results folder, so asking again is safe.
+        asked_again(lambda: self._round_trip(request | task, folder, before))
         with self._reading():
             answer: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             if answer["format"] != FORMAT:
@@ -197,16 +178,6 @@ def _require_processor(device: str, info: DeviceInfo) -> None:
         )
 
 
-def _require_memory(device: str, info: DeviceInfo, files: Iterable[Path]) -> None:
-    """The least that running takes: the weights at once."""
-    needed = sum(path.stat().st_size for path in files if path.is_file())
-    if info.free_memory_bytes is not None and needed > info.free_memory_bytes:
-        raise RoomError(
-            f"{device}: the artifact's weights take {needed / 1e6:.0f} MB of memory and the device has "
-            f"{info.free_memory_bytes / 1e6:.0f} MB free. End other programs there. Nothing was sent."
-        )
-
-
 def _load_figures(answer: dict[str, Any]) -> LoadFigures:
     return LoadFigures(**answer["load"])
 
@@ -217,35 +188,12 @@ def _check(device: str, argv: Sequence[str], completed: Completed) -> None:
     Raises:
         ProgramError: it did not end with exit code 0.
     """
-    code, last = completed.returncode, tail(completed.stderr)
-    if code == 0:
-        return
     message = next((x for x in reversed(completed.stderr.splitlines()) if x.strip()), "")
-    if code == EXIT_REFUSED:
+    if completed.returncode == EXIT_REFUSED:
         raise RefusedError(f"{device}: {message}")
-    if code == EXIT_MISSING_PACKAGE:
+    if completed.returncode == EXIT_MISSING_PACKAGE:
         raise MissingPackageError(
             f"{device}: {argv[0]} there lacks the package {message}. Install it on the device: "
             f"`{argv[0]} -m pip install {message}`."
         )
-    if completed.signal is not None:
-        raise KilledError(
-            f"{device}: `{command_line(argv)}` was ended by {_signal_name(completed.signal)}. {_advice(completed)} "
-            f"Last lines of its stderr:{last}"
-        )
-    raise ProgramError(
-        f"{device}: `{command_line(argv)}` failed with exit code {code}. Last lines of its stderr:{last}"
-    )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _advice(completed: Completed) -> str:
-    if completed.signal == signal.SIGKILL:
-        return "The system does so when memory runs out: free some, or export with a shorter context."
-    return "The runtime crashed: check that its version is the one the artifact was exported for."
+    check(device, argv, completed)

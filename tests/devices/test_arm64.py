@@ -1,0 +1,100 @@
+"""Artifacts on ARM instructions, under qemu: what they say beside x86, and beside what torch says they should.
+
+Slow (imports of torch alone take a minute there), so not part of `make test`: `make test-arm64`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import train_run
+from qat_edge.config import ExportOptions
+from qat_edge.export import export
+from qat_edge.measure import reference, rounding
+from qat_edge.measure.reference import Logits
+from qat_edge.run import Run
+from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices.transport import Access
+
+PYTHON = Path(__file__).parents[2] / ".cache" / "arm64" / "python"  # made by tests/devices/install-arm64
+SEQUENCES = [[(7 * i * i + 11 * i + seed) % 260 for i in range(32)] for seed in (3, 5)]
+SLACK_DB = 3.0  # an error of half the power again: two disturbances of one kind differ by less
+
+pytestmark = [
+    pytest.mark.arm64,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="no ARM machine here (make test-arm64 makes one)"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    made = train_run(tiny_model_folder, tmp_path_factory.mktemp("arm64"))
+    export(made, ExportOptions(context_length=64, ptq=("none",)), lambda text: None)
+    return made
+
+
+def scored(run: Run, target: str, python: str | None) -> Logits:
+    """Logits of all sequences, (tokens, vocabulary), by the agent in that Python."""
+    with contextlib.closing(open_transport("local", Access(python=python))) as transport:
+        runtime = open_runtime(target, transport, threads=1)
+        runtime.prepare(run.exports / target)
+        return np.concatenate([np.load(one.logits) for one in runtime.score(SEQUENCES)])
+
+
+def in_torch(model: torch.nn.Module) -> Logits:
+    with torch.no_grad():
+        return np.concatenate([model(torch.tensor([ids])).logits[0].numpy() for ids in SEQUENCES])
+
+
+def sqnr_db(expected: Logits, found: Logits) -> float:
+    one, other = expected.astype(np.float64), found.astype(np.float64)
+    return float(10 * np.log10(np.square(one).sum() / np.square(one - other).sum()))
+
+
+@pytest.fixture(scope="module")
+def exact(run: Run) -> tuple[Logits, float]:
+    """The frozen checkpoint in torch, as trained, and how far it parts from itself when disturbed, in dB."""
+    model = reference.load_exact(run.quantized)
+    found = in_torch(model)
+    with reference.disturbed(model):
+        return found, sqnr_db(found, in_torch(model))
+
+
+def told(record: pytest.FixtureRequest, **figures: float) -> None:
+    """Print the figures past pytest's capture: they are what the command is run for."""
+    with record.getfixturevalue("capsys").disabled():
+        print(f"\n{record.node.name}: " + ", ".join(f"{name} {value:.1f} dB" for name, value in figures.items()))
+
+
+def test_executorch_on_arm_computes_what_was_frozen(
+    run: Run, exact: tuple[Logits, float], request: pytest.FixtureRequest
+) -> None:
+    expected, floor_db = exact
+    arm, x86 = scored(run, "executorch", str(PYTHON)), scored(run, "executorch", None)
+    told(request, arm_x86=sqnr_db(x86, arm), arm_frozen=sqnr_db(expected, arm), disturbed=floor_db)
+    assert sqnr_db(expected, arm) > floor_db - SLACK_DB
+    assert sqnr_db(x86, arm) > floor_db - SLACK_DB
+
+
+def test_onnx_on_arm_rounds_inputs_per_token_and_on_x86_per_block(
+    run: Run, exact: tuple[Logits, float], request: pytest.FixtureRequest
+) -> None:
+    expected, floor_db = exact
+    arm, x86 = scored(run, "onnx", str(PYTHON)), scored(run, "onnx", None)
+    otherwise = rounding.of_artifact(run.exports / "onnx", "onnx")
+    assert otherwise is not None and not otherwise.applies("aarch64") and otherwise.applies("x86_64")
+    model, names = reference.load_dequantized(run.quantized)
+    with rounding.rounding_as(model, names, otherwise):
+        per_block = in_torch(model)
+    told(
+        request, arm_x86=sqnr_db(x86, arm), arm_per_token=sqnr_db(expected, arm), arm_per_block=sqnr_db(per_block, arm),
+        x86_per_token=sqnr_db(expected, x86), x86_per_block=sqnr_db(per_block, x86), disturbed=floor_db,
+    )  # fmt: skip
+    assert sqnr_db(expected, arm) > floor_db - SLACK_DB
+    assert sqnr_db(expected, arm) > sqnr_db(per_block, arm)
+    assert sqnr_db(per_block, x86) > sqnr_db(expected, x86)
