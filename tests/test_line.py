@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import train_run
 from qat_edge import cli
-from qat_edge.adapters import merged_model
+from qat_edge.adapters import float_model, merged_model
 from qat_edge.config import ExportOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.export import export
@@ -42,6 +42,7 @@ from qat_edge.tables import resolve
 from qat_edge.validate import Validated, validate
 from qat_edge.verify import require_equal, verify, verify_folder
 from qat_edge_exporters import READERS
+from qat_edge_exporters.onnx import storage
 
 TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
@@ -212,6 +213,7 @@ def test_everything_is_measured(report: results.Report) -> None:
         ("fp32 base", "torch"), ("fp32 fine-tuned", "torch"), ("qat", "executorch"), ("qat", "onnx"),
         ("ptq (round-to-nearest)", "executorch"), ("ptq (round-to-nearest)", "onnx"),
     ]  # fmt: skip
+    assert set(report.identities) == {"tokens", "prompts", "reference"}
     assert report.tokens == ASKED.tokens == report.measured[0].agreement.tokens  # type: ignore[union-attr]
     for m in report.measured[2:]:
         assert m.agreement is not None and m.speed is not None and m.load_ms is not None
@@ -260,11 +262,16 @@ def test_both_runtimes_do_no_more_than_round_otherwise(report: results.Report) -
 def test_all_parts_off_are_the_fine_tune(run: Run, report: results.Report) -> None:
     plan = frozen.read_scheme(run.quantized)
     model, names = load_dequantized(run.quantized)
-    tuned = merged_model(run.reference, silent).model
+    tuned = float_model(run.reference, run.quantized, silent)
     ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), ExitStack() as stack:
+        expected = merged_model(run.reference, silent).model(ids).logits
+        torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-3, atol=1e-4)  # in other coordinates
         with rounding_as(model, names, Rounding()):
             before = model(ids).logits
+        for part in PARTS:  # each alone leaves a model that is no further from the fine-tune than with all rounding on
+            with part_off(model, tuned, plan, part), rounding_as(model, rounded_without(names, plan, part), Rounding()):
+                assert (model(ids).logits - expected).norm() < 1.2 * (before - expected).norm(), part
         for part in PARTS:
             stack.enter_context(part_off(model, tuned, plan, part))
         torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=0, atol=0)
@@ -291,6 +298,20 @@ def test_a_doubled_scale_in_a_file_is_told_from_rounding_and_named(run: Run, tmp
     (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
     assert found.judged.beyond and found.judged.position == 0
     assert f"{name}: 1 scales differ, first at row 5, group 1" in found.judged.where
+
+
+def test_a_rotary_angle_off_in_a_file_is_named_with_its_layer(run: Run, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "executorch", "logs"))
+    source, folder = run.exports / "onnx", copy.exports / "onnx"
+    graph = storage.load_graph(source / "model.onnx")
+    tables = {t.name: np.array(storage.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
+    tables["cos_cache"][:, 1] = 1.0
+    storage.save(graph, tables, source, folder)
+    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
+    assert found.judged.beyond and found.judged.position != 0
+    assert "The file is not what was frozen: model.onnx" in found.judged.where, "its codes and scales are, though"
+    assert "outputs part: model.layers.0.self_attn.o_proj: another input" in found.judged.where
 
 
 def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:

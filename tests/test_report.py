@@ -14,10 +14,11 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from click.testing import CliRunner
 
-from qat_edge import config
+from qat_edge import cli, config
 from qat_edge.config import FinetuneOptions
-from qat_edge.errors import RunError
+from qat_edge.errors import RunError, UsageError
 from qat_edge.measure import results
 from qat_edge.measure.results import (
     Agreement,
@@ -33,7 +34,9 @@ from qat_edge.measure.results import (
 )
 from qat_edge.report import report
 from qat_edge.report.charts import linear_ticks, log_ticks, thin
+from qat_edge.report.collect import collect
 from qat_edge.report.figures import number, percent, whole_percent
+from qat_edge.report.history import Entry, History, history
 from qat_edge.report.tables import COLUMNS
 from qat_edge.report.verdict import verdict
 from qat_edge.run import MANIFEST, Run, sha256, write_manifest
@@ -150,7 +153,7 @@ def make_run(folder: Path, *reports: Report, whole: bool = True) -> Run:
 
 
 def write(run: Run) -> str:
-    return report(run, lambda text: None).read_text(encoding="utf-8")
+    return report([run], lambda text: None).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -218,6 +221,14 @@ def test_summary_has_each_figure_of_each_model(page: str) -> None:
         for column in COLUMNS:
             value = column.value(row)
             assert value is None or value in shown
+
+
+def test_the_large_figures_are_what_their_names_say(page: str) -> None:
+    tiles = re.findall(r'tile-name">(.*?)</span><span class="tile-figure">(.*?)</span>', page)
+    assert tiles == [
+        ("Exact match", "82.8–84.4%"), ("Perplexity", "18.7"), ("Size", "88.7–117 <small>MB</small>"),
+        ("Decode", "120–165 <small>tokens/s</small>"),
+    ]  # fmt: skip
 
 
 def test_json_holds_the_reports_and_the_verdict(page: str, tmp_path: Path) -> None:
@@ -335,7 +346,7 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
     ]
     said: list[str] = []
     run = make_run(tmp_path, replace(example(), measured=bare, gates=[], machine={}), whole=False)
-    html = report(run, said.append).read_text(encoding="utf-8")
+    html = report([run], said.append).read_text(encoding="utf-8")
     words = Page(html).words
     assert "Not measured: training.json is missing" in words
     assert "Not measured: no artifact was compared with its frozen checkpoint" in words
@@ -367,7 +378,7 @@ def test_figures_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_no_report_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="qat-edge validate"):
-        report(make_run(tmp_path), print)
+        report([make_run(tmp_path)], print)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -375,7 +386,7 @@ def test_damaged_report_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path, example())
     (run.reports / "0.json").write_text("{}")
     with pytest.raises(RunError, match="damaged"):
-        report(run, print)
+        report([run], print)
 
 
 def test_verdict_says_what_qat_keeps() -> None:
@@ -453,20 +464,168 @@ def test_long_training_stays_small(tmp_path: Path) -> None:
     assert len(write(run).encode()) < 300_000
 
 
+# --- several runs ------------------------------------------------------------------------------------------
+
+SAME = {"tokens": "t", "prompts": "p", "reference": "r"}
+
+
+def later(gain: float, **changes: Any) -> Report:
+    """The example with QAT's ONNX folder better: less perplexity, more exact matches and tokens per second."""
+    rows = [
+        replace(
+            row, perplexity=row.perplexity * (1 - gain), exact_match=(row.exact_match or 0) + gain,
+            speed=row.speed and replace(row.speed, decode=spread(row.speed.decode.median * (1 + gain))),
+        ) if (row.name, row.target) == ("qat", "onnx") else row
+        for row in example().measured
+    ]  # fmt: skip
+    machine = {"machine": "x86_64", "cpu_model": "a", "cores": 2, "free_disk_bytes": int(1e9 * gain)}
+    return replace(example(), **{"measured": rows, "machine": machine, "identities": SAME} | changes)
+
+
+def make_runs(folder: Path, *reports: Report) -> list[Run]:
+    runs = []
+    for index, one in enumerate(reports):
+        (folder / f"run {index}").mkdir(parents=True)
+        runs.append(make_run(folder / f"run {index}", one))
+    return runs
+
+
+def history_of(runs: list[Run]) -> History:
+    return history([Entry(run.path.name, collect(run)) for run in runs])
+
+
+def qat_onnx(found: History, figure: str) -> list[Any]:
+    (series,) = (s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx"))
+    return series.figures[figure]
+
+
+def test_a_figure_changes_from_the_run_before_and_from_the_first(tmp_path: Path) -> None:
+    found = history_of(make_runs(tmp_path, later(0), later(0.1), later(0.05)))
+    for name, sign in (("Perplexity", -1), ("Exact match", 1), ("Decode", 1)):
+        first, second, third = qat_onnx(found, name)
+        ratio = (lambda a, b: b - a) if name == "Exact match" else lambda a, b: b / a - 1
+        assert (first.before, first.first) == (None, None)
+        assert second.before == second.first and second.before.since == 0
+        assert (third.before.since, third.first.since) == (1, 0)
+        assert second.before.amount == pytest.approx(sign * 0.1)
+        assert third.before.amount == pytest.approx(ratio(second.value, third.value))
+        assert third.first.amount == pytest.approx(sign * 0.05)
+        assert second.before.better and not third.before.better and third.first.better
+    (size, again, _), decode = qat_onnx(found, "Size"), qat_onnx(found, "Decode")
+    assert again.before.amount == 0 and not again.before.clear and size.value == again.value
+    # 64 prompts cannot tell a tenth, and the spread of the repeats is 5 percent.
+    assert not qat_onnx(found, "Exact match")[1].before.clear
+    assert decode[1].before.clear and not decode[2].before.clear
+
+
+def test_a_run_that_lacks_a_figure_is_no_run_before(tmp_path: Path) -> None:
+    unasked = [replace(row, exact_match=None) for row in later(0).measured]
+    found = history_of(make_runs(tmp_path, later(0), later(0, measured=unasked), later(0.1)))
+    _, second, third = qat_onnx(found, "Exact match")
+    assert second.value is None and third.before.since == 0
+    assert qat_onnx(found, "Perplexity")[2].before.since == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "apart", "words"),
+    [
+        ({"identities": SAME | {"tokens": "x"}}, {"Perplexity", "KL", "Top-1"}, "other evaluation tokens"),
+        ({"identities": SAME | {"reference": "x"}}, {"KL", "Top-1"}, "another FP32 fine-tune to compare with"),
+        ({"identities": SAME | {"prompts": "x"}}, {"Exact match"}, "other prompts"),
+        ({"machine": {"machine": "x86_64", "cpu_model": "b", "cores": 2}}, {"Decode", "Prefill"}, "another machine"),
+        ({"identities": {}}, {"Perplexity", "KL", "Top-1", "Exact match"}, "not recorded"),
+    ],
+)
+def test_runs_that_do_not_compare_are_marked(
+    tmp_path: Path, changes: dict[str, Any], apart: set[str], words: str
+) -> None:
+    runs = make_runs(tmp_path, later(0), later(0.1, **changes), later(0.2, **changes))
+    found = history_of(runs)
+    figures = next(s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx")).figures
+    assert {name for name, points in figures.items() if points[1].before and points[1].before.amount is None} == apart
+    # What was never recorded stays unknown between the later two; what is the same again compares.
+    assert (qat_onnx(found, "Perplexity")[2].before.amount is None) is (not changes.get("identities", SAME))
+    assert qat_onnx(found, min(apart))[2].first.amount is None
+    html = report(runs, print).read_text(encoding="utf-8")
+    shown = Page(html).words
+    assert f"2 run 1 ≠ 1 run 0: {words}" in shown and "≠ 1" in shown
+    broken = [svg for svg in svgs(html) if any(e.get("class") == "apart" for e in svg.iter("line"))]
+    assert {svg[0].text for svg in broken} == {f"{name} by run" for name in apart}
+
+
+def test_what_differs_between_neighbours_is_listed(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, later(0), later(0), later(0))
+    config.save(runs[1].config, "finetune", FinetuneOptions(model="org/tiny-model", data="rows.jsonl", steps=7))
+    manifest = json.loads((runs[1].quantized / MANIFEST).read_text())
+    (runs[1].quantized / MANIFEST).write_text(json.dumps({**manifest, "libraries": {"torch": "9.9"}}))
+    shutil.copytree(runs[1].path, runs[2].path, dirs_exist_ok=True)
+    first, second = history_of(runs).differences
+    told = {one.name: (one.before, one.after) for one in first}
+    assert told["finetune · steps"] == ("200", "7") and told["version · torch"][1] == "9.9"
+    assert all(name.startswith(("finetune · steps", "version · ")) for name in told)
+    assert second == []
+    shown = Page(report(runs, print).read_text()).words
+    assert "200 → 7" in shown and "Nothing that was recorded." in shown
+
+
+def test_the_page_of_several_runs_shows_what_its_json_holds(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, later(0), later(0.1), replace(later(0.2), device="ssh:pi"))
+    page = report(runs, print)
+    assert page == runs[-1].path / "history.html" and not runs[-1].report_html.exists()
+    html = page.read_text(encoding="utf-8")
+    test_nothing_is_fetched_or_executed(html)
+    shown = Page(html).data
+    assert len(shown) > 100
+    assert {value for value, _ in shown} <= numbers_in(json.loads(page.with_suffix(".json").read_text()))
+    names = [element.get("id") for svg in svgs(html) for element in svg.iter() if element.get("id")]
+    assert len(names) == len(set(names)) == 2 * len(svgs(html)) == 2 * 2 * 7
+    assert html.count('class="trend s-qat"') == 2 * 7, "of two artifacts and seven figures, from run 1 to run 2"
+
+
+def test_hostile_text_in_several_runs_is_escaped(tmp_path: Path) -> None:
+    rows = [replace(row, name=HOSTILE, target=HOSTILE, runtime=HOSTILE) for row in example().measured[2:3]]
+    rows += [replace(row, perplexity=math.inf, speed=None) for row in example().measured[:2]]
+    hostile = later(0, measured=rows, device=HOSTILE, created=HOSTILE, machine={HOSTILE: HOSTILE})
+    runs = make_runs(tmp_path, hostile, replace(hostile, machine={}))
+    page = report(runs, print)
+    test_nothing_is_fetched_or_executed(page.read_text())
+    assert "<script>alert(1)</script>" in Page(page.read_text()).words
+    json.loads(page.with_suffix(".json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, later(0), later(0.1))
+    (tmp_path / "bare").mkdir()
+    config.save(Run(tmp_path / "bare").config, "finetune", FinetuneOptions(model="m", data="d"))
+    for arguments, code, words in (
+        ([runs[0].path, runs[1].path], 0, "history.html"),
+        ([runs[0].path, tmp_path / "run 1" / ".." / "run 0"], 2, "named more than once"),
+        ([runs[0].path, tmp_path / "bare"], 1, "holds no report"),
+        ([], 2, "RUN..."),
+    ):
+        answer = CliRunner().invoke(cli.main, ["report", *map(str, arguments)])
+        assert answer.exit_code == code and words in answer.output.replace("\n", ""), answer.output
+    assert [p.name for p in (tmp_path / "bare").iterdir()] == ["config.yaml"]
+    with pytest.raises(UsageError, match="the oldest first"):
+        report([runs[0], runs[0]], print)
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, False), (1200, True)])
-def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool, several: bool) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH")
-    write(make_run(tmp_path / "run", with_budgets()))
+    runs = make_runs(tmp_path, with_budgets(), later(0.1, identities={}))
+    page = report(runs if several else runs[:1], print)
     picture = tmp_path / "page.png"
     done = subprocess.run(
         [
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
             *(["--blink-settings=preferredColorScheme=0"] if dark else []),
             f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={picture}",
-            (tmp_path / "run" / "report.html").as_uri(),
+            page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip

@@ -10,3 +10,10 @@ READERS = {
     "executorch-coreml": "qat_edge_exporters.executorch.other_readers:read_coreml",
     "onnx": "qat_edge_exporters.onnx.reader:read",
 }
+# What passes through an artifact that runs on this machine, by module.
+TRACERS = {
+    "executorch": "qat_edge_exporters.executorch.intermediate:trace",
+    "onnx": "qat_edge_exporters.onnx.intermediate:trace",
+}
+# What asks an encoder's artifact on this machine.
+ENCODERS = {"executorch": "qat_edge_exporters.executorch.answering:answers"}

@@ -13,12 +13,22 @@ from numpy.typing import NDArray
 class ArtifactWeight:
     """One quantized matrix as the file holds it, unpacked.
 
-    codes: int8, (out, in). scales: float32, (out, in // group_size); one column where per channel.
+    codes: int8, (out, in). scales: float32, (out, in // group_size); one column where per channel. block: features that
+    share a scale where the runtime rounds a layer's input by blocks, those of the file even where scales repeat.
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
     bits: int
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What went into a module and what came out of it, float32 (tokens, features); None where that is not seen."""
+
+    inputs: NDArray[np.float32] | None
+    outputs: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from qat_edge.config import ValidateOptions
 from qat_edge.data import ScoredIds
 from qat_edge.measure import metrics
 from qat_edge.measure.bench import Bench, Material
-from qat_edge.measure.budget import DEVICE, FROZEN, HOST, TRAINED, TorchSide, budget, compare
+from qat_edge.measure.budget import DEVICE, FROZEN, HOST, TRAINED, TorchSide, budget, compare, score_here
 from qat_edge.measure.reference import LogitStore
 from qat_edge.measure.results import Judgement, Step
 from qat_edge.measure.rounding import BLOCKS, Rounding
+from qat_edge.run import Run
+from qat_edge_devices.errors import KilledError
 
 VOCABULARY = 16
 SEQUENCES = [ScoredIds(list(range(begin, begin + 6)), [1, 2, 4]) for begin in range(8)]
@@ -72,6 +75,20 @@ def test_each_step_is_held_against_the_one_before(
         assert step.change.kl_nats == pytest.approx(between(earlier, now).kl_nats)
         assert step.agreement.kl_nats == pytest.approx(between(0, now).kl_nats)
         assert step.perplexity == pytest.approx(between(0, now).perplexity)
+
+
+def test_what_fails_on_this_machine_is_left_out(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(self: Bench, *_: object) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, logits(2)[0]
+        raise KilledError("local: ended by SIGKILL")
+
+    said: list[str] = []
+    monkeypatch.setattr(Bench, "artifact_rows", rows)
+    score_here(Run(tmp_path), replace(bench, say=said.append), ["executorch"])
+    assert "left out of the budget: local: ended by SIGKILL" in said[-1]
+    fill(bench.kept(PHONE, "executorch"), 3)
+    steps = budget(bench, torch_side(), "executorch", PHONE, JUDGED).steps[4:]
+    assert [step.name for step in steps] == [DEVICE], "one sequence of eight is no step"
 
 
 def test_what_the_runtime_rounds_otherwise_is_a_step_of_its_own(bench: Bench, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_fault_is_named_with_the_first_layer_at_which_outputs_part(quantized: 
     for fault, implementation, place in planted(quantized, exact).values():
         with fault:
             candidate = faults.trace(exact, names, partial(implementation, exact, ids))
-        assert faults.first_parting(exact, ids, candidate) == place
+        assert faults.first_parting(exact, [(ids, candidate)]) == place
         assert place.module in str(place)
 
 
@@ -176,7 +176,7 @@ def test_a_fault_is_named_with_the_first_layer_at_which_outputs_part(quantized: 
 def test_a_correct_implementation_parts_nowhere(quantized: Path, exact: Any, implementation: Implementation) -> None:
     ids, names = prompts(0)[0].ids, frozen.read_scheme(quantized).linears
     candidate = faults.trace(exact, names, partial(implementation, exact, ids))
-    assert faults.first_parting(exact, ids, candidate) is None
+    assert faults.first_parting(exact, [(ids, candidate)]) is None
 
 
 def test_the_chance_is_that_of_mann_and_whitney() -> None:

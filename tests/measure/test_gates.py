@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from qat_edge import cli, config
 from qat_edge.config import PROFILES, ValidateOptions
-from qat_edge.errors import UsageError
+from qat_edge.errors import GateError, UsageError
 from qat_edge.measure import gates, profiles
-from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
+from qat_edge.measure.results import Agreement, Budget, Gate, Judgement, Measured, Report, Speed, Spread
 from qat_edge.run import Run
 from qat_edge.validate import Validated
 
@@ -40,12 +40,16 @@ QAT = Measured(
 BARE = Measured("qat", "executorch", "executorch", {"linears": 50_000_000}, math.nan)
 AT = {
     "max_kl": 0.05, "min_top1": 0.9, "max_perplexity_ratio": 1.1, "min_exact_match": 0.8, "max_size_mb": 50.0,
-    "max_memory_mb": 200.0, "min_prefill": 100.0, "min_decode": 10.0,
+    "max_memory_mb": 200.0, "min_prefill": 100.0, "min_decode": 10.0, "max_fault_chance": 0.75,
 }  # fmt: skip
 
 
 def options(path: Path | None = None, **flags: Any) -> ValidateOptions:
     return config.load(ValidateOptions, "validate", path, flags)
+
+
+def budget(chance: float, where: str = "") -> Budget:
+    return Budget("onnx", Judgement(bool(where), chance, 1 if where else None, where), "", [], [], [], [])
 
 
 def report(*held: Gate, device: str = "local") -> Report:
@@ -58,9 +62,10 @@ def report(*held: Gate, device: str = "local") -> Report:
 def test_every_limit_is_met_at_its_value_and_missed_beyond_it() -> None:
     assert sorted(AT) == sorted(LIMITS)
     asked = options(**AT)
-    assert [gate.passed for gate in gates.hold(asked, [TUNED, QAT])] == [True] * len(LIMITS)
+    budgets = [budget(0.75)]
+    assert [gate.passed for gate in gates.hold(asked, [TUNED, QAT], budgets)] == [True] * len(LIMITS)
     beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in AT.items()}
-    held = gates.hold(options(**beyond), [TUNED, QAT])
+    held = gates.hold(options(**beyond), [TUNED, QAT], budgets)
     assert [gate.passed for gate in held] == [False] * len(LIMITS)
     assert {gate.flag: pytest.approx(gate.found) for gate in held} == {
         config.flag_name(name): value for name, value in AT.items()
@@ -71,6 +76,25 @@ def test_what_was_not_measured_passes_no_limit() -> None:
     loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in LIMITS}
     missed = [gate.flag for gate in gates.hold(options(**loosest), [TUNED, BARE]) if not gate.passed]
     assert sorted(missed) == sorted(config.flag_name(name) for name in LIMITS if name != "max_size_mb")
+
+
+def test_a_fault_misses_its_limit_with_its_place(tmp_path: Path) -> None:
+    asked = options(max_fault_chance=0.75, budget=True)
+    (held,) = gates.hold(asked, [TUNED, QAT], [budget(0.98, "The first layer is lm_head")])
+    assert (held.passed, held.found) == (False, 0.98)
+    with pytest.raises(GateError, match=r"--max-fault-chance 0\.75, measured 0\.98\. The first layer is lm_head"):
+        gates.require_gates(report(held))
+    (failure,) = ET.fromstring(gates.junit([report(held)], {})).iter("failure")
+    assert "The first layer is lm_head" in str(failure.get("message"))
+    (tmp_path / "board.toml").write_text("max_fault_chance = 0.75\nbudget = true\n")
+    assert options(profile=str(tmp_path / "board.toml")) == replace(asked, profile=str(tmp_path / "board.toml"))
+    assert gates.hold(asked, [TUNED, QAT], [budget(0.52)])[0].passed
+
+
+def test_a_limit_on_faults_that_nobody_looks_for_is_refused(run_folder: Path) -> None:
+    answer = CliRunner().invoke(cli.main, ["validate", str(run_folder), "--max-fault-chance", "0.75"])
+    assert answer.exit_code == 2 and "Give it, too" in answer.output
+    assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
 
 
 # --- profiles ----------------------------------------------------------------------------------------------

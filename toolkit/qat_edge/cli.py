@@ -235,6 +235,7 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
     opened = _open(run)
+    from qat_edge import kinds
     from qat_edge import validate as verb
     from qat_edge.console import console, say
     from qat_edge.measure import gates
@@ -242,6 +243,9 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
     from qat_edge.run import write_text
     from qat_edge.summary import summary_table
 
+    if junit is None and kinds.of_run(opened).encodes:
+        _validate_encoder(opened, options, force, as_json)
+        return
     if junit is not None:
         gates.require_limits(options)
         junit.unlink(missing_ok=True)  # no earlier result may stand for this one
@@ -292,11 +296,14 @@ def compare(
 
 
 @main.command()
-@RUN
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--open", "open_it", is_flag=True, help="Open the report in a browser.")
-def report(run: Path, open_it: bool) -> None:
-    """Write one self-contained HTML file of what validate measured."""
-    opened = _open(run)
+def report(runs: tuple[Path, ...], open_it: bool) -> None:
+    """Write one self-contained HTML file of what validate measured; of several runs, the oldest first, their history.
+
+    RUN/report.html of one run; history.html in the last of several. A JSON file beside it holds its figures.
+    """
+    opened = [_open(run) for run in runs]
     from qat_edge.console import say
     from qat_edge.report import report as verb
 
@@ -348,6 +355,18 @@ def demo(out: Path, config_path: Path | None) -> None:
     from qat_edge.demo import demo as verb
 
     verb(out, config_path, say)
+
+
+def _validate_encoder(run: Any, options: ValidateOptions, force: bool, as_json: bool) -> None:
+    from qat_edge.console import say
+    from qat_edge.measure.encoders import validate
+
+    result = validate(run, options, say, force=force)
+    if as_json:
+        _print_json(result)
+    for line in result.lines():
+        click.echo(line, err=as_json)
+    say(f"Wrote {run.answers}")
 
 
 def _open(path: Path) -> Any:

@@ -44,7 +44,7 @@ def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), min
 class FinetuneOptions:
     """How to train. Steps are optimizer steps; lengths are tokens."""
 
-    model: str = option("Hub id, local folder or .gguf file of a causal language model.")
+    model: str = option("Hub id, local folder or .gguf file of a causal language model, or of an encoder.")
     data: str = option("Training rows: a .jsonl file, or what datasets.load_dataset reads.")
     eval_data: str | None = option(
         "Rows never trained on, for validate and the loss curve; NAME:PART picks a split.", None
@@ -182,6 +182,9 @@ class ValidateOptions:
         "Folder on those devices for artifacts and results; a cache folder of the user there by default.", None
     )
     ssh_config: str | None = option("OpenSSH configuration file in place of your own.", None)
+    runner_binary: str | None = option(
+        "executor_runner or llama_main that you built for the device, to run the .pte in place of Python.", None
+    )
     profile: str | None = option(
         f"Limits and timing for a kind of device: {', '.join(PROFILES)}, or a FILE.toml; flags win over it.",
         None,
@@ -212,6 +215,10 @@ class ValidateOptions:
     )
     min_prefill: float | None = option("Gate: least speed of reading the prompt, tokens per second.", None, minimum=0)
     min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
+    max_fault_chance: float | None = option(
+        "Gate, with --budget: largest chance that a token errs more than rounding does; a fault is above 0.75.",
+        None, minimum=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ RUN/quantized/             frozen checkpoint: codes and scales
 RUN/exports/TARGET/        artifacts of the quantized model
 RUN/ptq/METHOD/            post-training quantization of the reference: quantized/, exports/TARGET/
 RUN/reports/               what validate measured, one JSON file a device
-RUN/report.html
+RUN/answers.json           what it measured of an encoder
+RUN/report.html            and history.html, where the run is the last of several in a report
 """
 
 from __future__ import annotations
@@ -123,6 +124,11 @@ class Run(Variant):
     def verified(self) -> Path:
         """What verify found."""
         return self.path / "verified.json"
+
+    @property
+    def answers(self) -> Path:
+        """What validate measured of an encoder."""
+        return self.path / "answers.json"
 
     @property
     def report_html(self) -> Path:

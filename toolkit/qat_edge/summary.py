@@ -82,7 +82,7 @@ def _cells(m: Measured) -> list[str]:
     return [
         m.name if m.target == "torch" else f"{_short(m.name)} {m.target}",
         f"{m.total_bytes / 1e6:.1f}",
-        f"{m.perplexity:.2f}",
+        f"{m.perplexity:.2f}" if m.scored else "-",
         "-" if m.exact_match is None else f"{m.exact_match:.1%}",
         "-" if m.agreement is None else f"{m.agreement.kl_nats:.4f}",
         "-" if m.agreement is None else f"{m.agreement.top1:.1%}",

@@ -9,19 +9,22 @@ The torch side is computed here, once, whatever devices the artifacts run on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from qat_edge import adapters, config
+from qat_edge import adapters, config, kinds
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
+from qat_edge.measure import layers, native
 from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
 from qat_edge.measure.budget import TorchSide, budget, judge, score_here, torch_side
 from qat_edge.measure.devices import LOCAL, connect, report_paths, side_by_side
-from qat_edge.measure.gates import hold, require_gates
-from qat_edge.measure.results import Agreement, Budget, Measured, Report, save
+from qat_edge.measure.gates import hold, require_gates, require_measurable
+from qat_edge.measure.results import Agreement, Budget, Judgement, Measured, Report, save
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
 from qat_edge.verify import verify_folder
 from qat_edge_devices.transport import Transport
@@ -43,8 +46,9 @@ class Validated:
 @dataclass(frozen=True)
 class Torch:
     """What torch said on this machine: the FP32 models, how far the frozen checkpoint parts from itself, and, where
-    it was asked for, the torch side of the error budget."""
+    it was asked for, the torch side of the error budget. identities: see `Report`."""
 
+    identities: dict[str, str]
     models: list[Measured]
     noise_floor: Agreement
     budget: TorchSide | None
@@ -75,10 +79,14 @@ def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool =
         UsageError: a device is named twice, or is of no known kind.
         RunError, DataError: as `validate`.
     """
+    kinds.require_generating(run, "validate")
+    require_measurable(options)
     paths = report_paths(run.reports, options.device)
     for path in paths.values():
         if path.exists() and not force:
             raise RunError(f"{path} exists already. Give --force to measure again.")
+    if options.runner_binary is not None:
+        native.require_possible(options)
     artifacts = _artifacts(run, options, say)
     material = gather_material(run, options, say)
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
@@ -131,14 +139,20 @@ def _torch(run: Run, bench: Bench, own: Sequence[str]) -> Torch:
     tuned = bench.fine_tuned(adapters.merged_model(run.reference, bench.say).model)
     models = [bench.base(adapters.base_model(run.reference)), tuned]
     floor = bench.noise_floor(run.quantized)
-    return Torch(models, floor, torch_side(run, bench, models, own) if bench.options.budget else None)
+    side = torch_side(run, bench, models, own) if bench.options.budget else None
+    return Torch(_identities(run, bench), models, floor, side)
 
 
 def _measure(
     run: Run, artifacts: list[tuple[Variant, str]], device: str, transport: Transport, bench: Bench, torch: Torch
 ) -> Report:
     measured = [model if device == LOCAL else _elsewhere(model) for model in torch.models]
-    measured += [bench.artifact(variant, target, transport, own=variant is run) for variant, target in artifacts]
+    measured += [_artifact(variant, target, transport, bench, own=variant is run) for variant, target in artifacts]
+    budgets = [
+        _budget(run, target, transport, bench, torch.budget)
+        for variant, target in artifacts
+        if torch.budget is not None and variant is run
+    ]
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device=device,
@@ -147,31 +161,54 @@ def _measure(
         tokens=bench.material.tokens,
         noise_floor=torch.noise_floor,
         measured=measured,
-        gates=hold(bench.options, measured),
-        budgets=[
-            _budget(run, target, transport, bench, torch.budget)
-            for variant, target in artifacts
-            if torch.budget is not None and variant is run
-        ],
+        gates=hold(bench.options, measured, budgets),
+        budgets=budgets,
+        identities=torch.identities,
     )
+
+
+def _artifact(variant: Variant, target: str, transport: Transport, bench: Bench, own: bool) -> Measured:
+    """One artifact on one device, in the runtime there or in the user's own runner."""
+    if bench.options.runner_binary is None:
+        return bench.artifact(variant, target, transport, own)
+    binary = native.require_possible(bench.options)
+    return native.measure(bench, binary, variant, target, transport, own)
+
+
+def _identities(run: Run, bench: Bench) -> dict[str, str]:
+    """Digests of what figures of two runs must share to be compared; see `Report`."""
+    material, reference = bench.material, read_manifest(run.reference)
+    weights = {name: facts["sha256"] for name, facts in reference["files"].items() if name.endswith(".safetensors")}
+    base = reference["model"]["identity"]
+    parts = {
+        "tokens": [(sequence.ids, sequence.positions) for sequence in material.sequences],
+        "prompts": [material.prompts, bench.options.max_new_tokens],
+        "reference": [base.get("files") or base, reference.get("kept_layers"), weights],
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _budget(run: Run, target: str, transport: Transport, bench: Bench, torch: TorchSide) -> Budget:
     """The error budget of one artifact, with the place of a fault where there is one."""
     judged = judge(run, bench, torch, target, transport)
     if judged.beyond:
-        judged = dataclasses.replace(judged, where=_fault(run, target, judged.position))
+        judged = dataclasses.replace(judged, where=_fault(run, torch, target, transport.name, judged))
         bench.say(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
     return budget(bench, torch, target, transport.name, judged)
 
 
-def _fault(run: Run, target: str, position: int | None) -> str:
-    """What is known of the place of a fault: the file is read back, and position 0 has nothing to attend to."""
-    found = verify_folder(run.exports / target, target, run.quantized).faults
-    if found:
-        return f"The file is not what was frozen: {found[0]}"
-    what = "attention (rotary angles, mask or cache)" if position else "what the runtime makes of them"
-    return f"Its codes and scales are those that were frozen, and it parts at position {position} of a prompt: {what}"
+def _fault(run: Run, torch: TorchSide, target: str, device: str, judged: Judgement) -> str:
+    """What is known of the place of a fault: the file is read back, then looked into layer by layer."""
+    folder = run.exports / target
+    found = verify_folder(folder, target, run.quantized)
+    told = f"The file is not what was frozen: {found.faults[0]}" if found.faults else ""
+    if found.linears_equal < found.linears or not (found.embedding_equal and found.head_equal):
+        return told
+    # Position 0 has nothing to attend to.
+    what = "attention (rotary angles, mask or cache)" if judged.position else "what the runtime makes of them"
+    told = told or "Its codes and scales are those that were frozen"
+    first = layers.first_words(folder, target, run.quantized, torch, device)
+    return f"{told}. It parts at position {judged.position} of a prompt: {what}. {first}"
 
 
 def _elsewhere(model: Measured) -> Measured:
@@ -181,8 +218,13 @@ def _elsewhere(model: Measured) -> Measured:
     return dataclasses.replace(model, speed=None, notes=(*model.notes, NOT_THERE))
 
 
+def _why_not(target: str, options: ValidateOptions) -> str:
+    """Why an artifact cannot be measured as was asked, a sentence; empty where it can."""
+    return runs_elsewhere(target) if options.runner_binary is None else native.why_not(target)
+
+
 def _artifacts(run: Run, options: ValidateOptions, say: Say) -> list[tuple[Variant, str]]:
-    elsewhere = {t: reason for t in options.target or run.targets() if (reason := runs_elsewhere(t))}
+    elsewhere = {t: reason for t in options.target or run.targets() if (reason := _why_not(t, options))}
     for reason in elsewhere.values():
         if options.target:
             raise RunError(f"{reason} Leave it out of --target; verify reads its codes back.")

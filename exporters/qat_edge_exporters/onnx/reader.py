@@ -150,7 +150,7 @@ def _read_matrix(
     scales = np.array(scales).reshape(shape[0], blocks)
     if bits == 8 and (scales == scales[:, :1]).all():  # per channel, repeated for every block
         scales = scales[:, :1].copy()
-    found.weights[module] = ArtifactWeight(codes, scales, bits)
+    found.weights[module] = ArtifactWeight(codes, scales, bits, block)
     # The gather comes first in the graph, so a shared table keeps the embedding's name.
     found.parts.setdefault(codes_name, (part, packed.nbytes))
     found.parts.setdefault(scales_name, ("scales" if part == "linears" else part, scales_bytes))
@@ -179,7 +179,7 @@ def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
             pieces = [found.weights.pop(part) for part in parts if part in found.weights]
             if len(pieces) == len(parts):
                 codes, scales = (np.concatenate([getattr(p, what) for p in pieces]) for what in ("codes", "scales"))
-                found.weights[name] = ArtifactWeight(codes, scales, pieces[0].bits)
+                found.weights[name] = ArtifactWeight(codes, scales, pieces[0].bits, pieces[0].block)
 
 
 def _missing(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from qat_edge.quant import fake, frozen
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
 from qat_edge_devices import open_transport
+from qat_edge_devices.errors import DeviceError as TransportLevelError
 from qat_edge_devices.transport import Transport
 
 # The head's part is its weight and its input; weights and activations are those of every other linear layer. Norms and
@@ -114,12 +115,18 @@ def torch_side(run: Run, bench: Bench, measured: Sequence[Measured], targets: It
 
 
 def score_here(run: Run, bench: Bench, targets: Iterable[str]) -> None:
-    """Keep the logits of the run's own artifacts on this machine, where no report about it does."""
+    """Keep the logits of the run's own artifacts on this machine, where no report about it does.
+
+    An artifact that does not run here leaves that step out of its budget: it is the other devices that were asked for.
+    """
     with closing(open_transport(LOCAL)) as transport:
         for target in targets:
             bench.say(f"Scoring {run.exports / target} on this machine, for the error budget")
-            for index, logits in bench.artifact_rows(run.exports / target, target, transport):
-                bench.kept(LOCAL, target).put(index, logits)
+            try:
+                for index, logits in bench.artifact_rows(run.exports / target, target, transport):
+                    bench.kept(LOCAL, target).put(index, logits)
+            except TransportLevelError as error:
+                bench.say(f"  left out of the budget: {error}")
 
 
 def judge(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Transport) -> Judgement:
@@ -138,7 +145,7 @@ def budget(bench: Bench, torch: TorchSide, target: str, device: str, judged: Jud
     if target in torch.rounded:
         stores[torch.roundings[target].name] = torch.rounded[target]
     here = bench.kept(LOCAL, target)
-    if any(here.folder.iterdir()):  # it may have failed on this machine alone
+    if len(list(here.folder.iterdir())) == len(bench.material.sequences):  # it may have failed on this machine alone
         stores[HOST] = here
     if device != LOCAL:
         stores[DEVICE] = bench.kept(device, target)
@@ -195,7 +202,8 @@ def _first_parting(run: Run, trained: Any, sequence: ScoredIds) -> str:
     exact, ids = reference.load_exact(run.quantized), sequence.ids[: faults.LENGTH]
     names = frozen.read_scheme(run.quantized).linears
     candidate = faults.trace(fake.base_of(trained), names, lambda: next(reference.rows(trained, [sequence])))
-    found = faults.first_parting(exact, ids, {n: (x[: len(ids)], y[: len(ids)]) for n, (x, y) in candidate.items()})
+    shown = {name: (x[: len(ids)], y[: len(ids)]) for name, (x, y) in candidate.items()}
+    found = faults.first_parting(exact, [(ids, shown)])
     return str(found) if found else "no layer: what differs adds up from many"
 
 
@@ -203,7 +211,7 @@ def _parts_off(run: Run, bench: Bench) -> Iterator[Part]:
     """The frozen checkpoint with one part at a time as the fine-tune has it."""
     plan = frozen.read_scheme(run.quantized)
     model, names = reference.load_dequantized(run.quantized)
-    tuned = adapters.merged_model(run.reference, bench.say).model
+    tuned = adapters.float_model(run.reference, run.quantized, bench.say)
     for part in PARTS:
         with part_off(model, tuned, plan, part), rounding_as(model, rounded_without(names, plan, part), Rounding()):
             found = compare(bench, reference.rows(model, bench.material.sequences), [bench.fp32])[0]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 from qat_edge.config import ValidateOptions, flag_name
 from qat_edge.errors import GateError, UsageError
 from qat_edge.measure.profiles import is_limit
-from qat_edge.measure.results import Gate, Measured, Report
+from qat_edge.measure.results import Budget, Gate, Judgement, Measured, Report
 from qat_edge.report.figures import plain
 
 
@@ -18,18 +18,20 @@ def limits(options: ValidateOptions) -> dict[str, float]:
     return {name: limit for name, limit in vars(options).items() if is_limit(name) and limit is not None}
 
 
-def hold(options: ValidateOptions, measured: Sequence[Measured]) -> list[Gate]:
+def hold(options: ValidateOptions, measured: Sequence[Measured], budgets: Sequence[Budget] = ()) -> list[Gate]:
     """Every limit that was set, held against every QAT artifact."""
     reference_perplexity = next(m.perplexity for m in measured if m.name == "fp32 fine-tuned")
+    judged = {budget.target: budget.judged for budget in budgets}
     found = []
     for m in (m for m in measured if m.name == "qat"):
-        figures = _figures(m, reference_perplexity)
+        figures = _figures(m, reference_perplexity, judged.get(m.target))
         for option, limit in limits(options).items():
             figure = figures[option]
             # A figure that was not measured cannot pass a gate.
             passed = figure is not None and (figure <= limit if option.startswith("max_") else figure >= limit)
             written = math.nan if figure is None else figure
-            found.append(Gate(flag_name(option), limit, f"{m.name}, {m.target}", written, passed))
+            why = judged[m.target].where if option == "max_fault_chance" and figure is not None else ""
+            found.append(Gate(flag_name(option), limit, f"{m.name}, {m.target}", written, passed, why))
     return found
 
 
@@ -42,6 +44,16 @@ def require_gates(report: Report) -> None:
     missed = [f"{gate.measured}: {_missed(gate)}" for gate in report.gates if not gate.passed]
     if missed:
         raise GateError(f"{len(missed)} of {len(report.gates)} gates missed: " + "; ".join(missed))
+
+
+def require_measurable(options: ValidateOptions) -> None:
+    """Refuse a limit that nothing would be measured for.
+
+    Raises:
+        UsageError: the chance of a fault is limited, and no error budget was asked for.
+    """
+    if options.max_fault_chance is not None and not options.budget:
+        raise UsageError("--max-fault-chance: only --budget looks for faults. Give it, too.")
 
 
 def require_limits(options: ValidateOptions) -> None:
@@ -82,10 +94,10 @@ def _found(case: ET.Element, kind: str, message: str) -> None:
 
 def _missed(gate: Gate) -> str:
     found = "not measured" if math.isnan(gate.found) else f"measured {gate.found:.4g}"
-    return f"{gate.flag} {gate.limit:g}, {found}"
+    return f"{gate.flag} {gate.limit:g}, {found}{f'. {gate.why}' if gate.why else ''}"
 
 
-def _figures(m: Measured, reference_perplexity: float) -> dict[str, float | None]:
+def _figures(m: Measured, reference_perplexity: float, judged: Judgement | None) -> dict[str, float | None]:
     """What each limit is about, by option; None where it was not measured."""
     above_runtime = m.above_runtime_bytes
     return {
@@ -97,4 +109,5 @@ def _figures(m: Measured, reference_perplexity: float) -> dict[str, float | None
         "max_memory_mb": None if above_runtime is None else above_runtime / 1e6,
         "min_prefill": None if m.speed is None else m.speed.prefill.median,
         "min_decode": None if m.speed is None else m.speed.decode.median,
+        "max_fault_chance": None if judged is None else judged.chance,
     }

@@ -9,7 +9,8 @@ from typing import Any
 
 from qat_edge.errors import UsageError
 
-TIMING = ("target", "threads", "repeats", "prefill", "decode")  # what a profile may hold beside limits
+# What a profile may hold beside limits.
+OTHERS = ("target", "threads", "repeats", "prefill", "decode", "budget")
 SUFFIX = ".toml"
 
 
@@ -31,8 +32,8 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def permitted(option: str) -> bool:
-    """Whether a profile may set an option of validate: a limit, or how speed is timed."""
-    return option in TIMING or is_limit(option)
+    """Whether a profile may set an option of validate: a limit, or how what it limits is measured."""
+    return option in OTHERS or is_limit(option)
 
 
 def is_limit(option: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Measured:
     fine-tune; parity: against the frozen checkpoint in torch, which an exact runtime matches to the noise floor.
     same_answers: share of prompts answered as the FP32 fine-tune does, token for token; first_divergence: median
     index of the first other token over the rest of them, None where there is no rest.
+    perplexity: nan where the runtime gives no logits (`scored` is False), as agreement is None then.
     memory_bytes: peak resident memory; runtime_bytes: of which the runtime took before the artifact was loaded.
     """
 
@@ -85,6 +87,11 @@ class Measured:
         return sum(self.size_bytes.values())
 
     @property
+    def scored(self) -> bool:
+        """Whether there were logits to compare; some native runners give none."""
+        return self.agreement is not None or not math.isnan(self.perplexity)
+
+    @property
     def above_runtime_bytes(self) -> int | None:
         """Peak memory without what the runtime took before it loaded the artifact; None where not measured."""
         if self.memory_bytes is None or self.runtime_bytes is None:
@@ -94,13 +101,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit that was set and what was found: `found` must be at most or at least `limit`."""
+    """A limit that was set and what was found: `found` must be at most or at least `limit`. why: what is known."""
 
     flag: str
     limit: float
     measured: str
     found: float
     passed: bool
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,8 @@ class Budget:
 class Report:
     """All of one validate. noise_floor: the frozen model against itself, disturbed by one part in 10^7.
 
-    budgets: one a QAT artifact where they were asked for.
+    budgets: one a QAT artifact where they were asked for. identities: digests of the "tokens" that were compared, of
+    the "prompts" that were asked, and of the "reference" model; empty in files of earlier versions.
     """
 
     created: str
@@ -173,6 +182,7 @@ class Report:
     measured: list[Measured]
     gates: list[Gate]
     budgets: list[Budget] = field(default_factory=list)
+    identities: dict[str, str] = field(default_factory=dict)
 
 
 def save(report: Report, path: Path) -> None:

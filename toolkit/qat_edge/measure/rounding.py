@@ -49,8 +49,7 @@ def of_artifact(folder: Path, target: str) -> Rounding | None:
     """What the runtime of an artifact rounds otherwise; None where it computes what was frozen."""
     if target == "onnx":
         weights = resolve(READERS, target, "--target")(folder).weights
-        blocks = {name: weight.codes.shape[1] // weight.scales.shape[1] for name, weight in weights.items()}
-        return Rounding(BLOCKS, blocks, machines=X86)
+        return Rounding(BLOCKS, {name: w.block for name, w in weights.items() if w.block}, machines=X86)
     if read_manifest(folder)["options"].get("kv_cache") == "int8":
         return Rounding(CACHE, int8_cache=True)
     return None

@@ -1,27 +1,46 @@
-"""RUN/reports/*.json and what else the run holds -> one self-contained report.html, and report.json beside it."""
+"""What validate measured as one self-contained HTML file, and as JSON beside it: of one run, or of several in a row."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from qat_edge.errors import UsageError
 from qat_edge.report.collect import collect
+from qat_edge.report.history import Entry, history
+from qat_edge.report.history_page import render as render_history
 from qat_edge.report.page import render
 from qat_edge.run import Run, write_text
 
-REPORT_JSON = "report.json"
+HISTORY = "history.html"
 
 
-def report(run: Run, say: Callable[[str], None]) -> Path:
-    """Write RUN/report.html and RUN/report.json; return the page's path.
+def report(runs: Sequence[Run], say: Callable[[str], None]) -> Path:
+    """Write the report of one run, RUN/report.html, or the history of several, LAST/history.html; return its path.
+
+    The JSON beside it, of the same name, holds its figures. runs: in their order, the oldest first.
 
     Raises:
+        UsageError: a run is named twice.
         RunError: nothing was validated yet, a report is damaged, or the folder cannot be written.
     """
-    story = collect(run)
-    for part, reason in story.missing.items():
-        say(f"Not in the report: {part}: {reason}")
-    write_text(run.path / REPORT_JSON, json.dumps(story.document(), indent=1, default=str, allow_nan=False) + "\n")
-    write_text(run.report_html, render(story))
-    return run.report_html
+    places = [run.path.resolve() for run in runs]
+    twice = next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice.path}: named more than once. Name each run once, the oldest first.")
+    stories = [collect(run) for run in runs]
+    for run, story in zip(runs, stories, strict=True):
+        for part, reason in story.missing.items():
+            say(f"Not in the report: {'' if len(runs) == 1 else f'{run.path}: '}{part}: {reason}")
+    if len(runs) == 1:
+        return _write(runs[0].report_html, render(stories[0]), stories[0].document())
+    found = history([Entry(place.name, story) for place, story in zip(places, stories, strict=True)])
+    return _write(runs[-1].path / HISTORY, render_history(found), found.document())
+
+
+def _write(page: Path, html: str, document: dict[str, Any]) -> Path:
+    write_text(page.with_suffix(".json"), json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
+    write_text(page, html)
+    return page

@@ -67,8 +67,8 @@ class Story:
             "verified": self.verified,
             "missing": self.missing,
         }
-        finite: dict[str, Any] = _finite(plain)
-        return finite
+        document: dict[str, Any] = finite(plain)
+        return document
 
 
 def collect(run: Run) -> Story:
@@ -79,6 +79,8 @@ def collect(run: Run) -> Story:
     """
     missing: dict[str, str] = {}
     reports = [load(path) for path in sorted(run.reports.glob("*.json"))]
+    if not reports and run.answers.is_file():
+        raise RunError(f"{run.path} holds an encoder, of which there is no page; {run.answers} holds its figures.")
     if not reports:
         raise RunError(
             f"{run.reports} holds no report, so there is nothing to show. Run `qat-edge validate {run.path}` first."
@@ -182,11 +184,12 @@ def _manifest_sha256(folder: Path) -> str | None:
     return sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values with null for every figure that is not finite, as JSON knows no other."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -85,23 +85,27 @@ def about_run(story: Story) -> list[Facts]:
     """Identities, options and versions of everything before the measurement."""
     frozen = story.quantized
     scheme = frozen.get("scheme") or {}
-    libraries = frozen.get("libraries") or {}
-    versions = {
-        "qat-edge": frozen.get("qat_edge"),
-        "git revision": frozen.get("git_revision"),
-        "python": frozen.get("python"),
-        "platform": frozen.get("platform"),
-        **{name: version for name, version in libraries.items() if version is not None},
-    }
     lists = [
         Facts("Model", flatten(frozen.get("model") or {})),
         Facts("Data", flatten({"training": frozen.get("data"), "seed": frozen.get("seed")} if frozen else {})),
         Facts("Quantization", flatten(scheme if isinstance(scheme, dict) else {})),
         Facts("Options of finetune", flatten(story.options("finetune"))),
         Facts("Options of export", flatten(story.options("export"))),
-        Facts("Versions when the weights were frozen", flatten(versions) if frozen else []),
+        Facts("Versions when the weights were frozen", flatten(versions(frozen))),
     ]
     return [item for item in lists if item.rows]
+
+
+def versions(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What made a part of a run, by name; empty where its manifest is missing."""
+    if not manifest:
+        return {}
+    names = {"qat-edge": "qat_edge", "git revision": "git_revision", "python": "python", "platform": "platform"}
+    libraries = manifest.get("libraries") or {}
+    return {
+        **{name: manifest.get(key) for name, key in names.items()},
+        **{name: version for name, version in libraries.items() if version is not None},
+    }
 
 
 def artifacts(story: Story) -> Table | None:

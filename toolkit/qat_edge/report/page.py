@@ -138,13 +138,15 @@ def _tiles(report: Report) -> list[Tile]:
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     tuned = [row for row in report.measured if role(row) == "tuned"]
     tiles = []
-    picks: tuple[tuple[tables.Column[Measured], str, Callable[[float], str]], ...] = (
-        (tables.COLUMNS[2], "%", lambda share: percent(share).removesuffix("%")),
-        (tables.COLUMNS[1], "", number),
-        (tables.COLUMNS[0], "MB", megabytes),
-        (tables.COLUMNS[7], "tokens/s", number),
+    columns = {column.name: column for column in tables.COLUMNS}
+    picks: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("Exact match", "%", lambda share: percent(share).removesuffix("%")),
+        ("Perplexity", "", number),
+        ("Size", "MB", megabytes),
+        ("Decode", "tokens/s", number),
     )
-    for column, unit, write in picks:
+    for name, unit, write in picks:
+        column = columns[name]
         known = {
             kind: [value for row in rows if (value := column.value(row)) is not None]
             for kind, rows in (("qat", qat), ("tuned", tuned), ("ptq", ptq))

@@ -182,7 +182,7 @@ def _plots(measured: Sensitivity, choice: Choice | None) -> list[Plot]:
         return maps
     caption = (
         "Sum of what each weight costs alone. Sizes as a .pte holds them: a table that embedding and head share stands "
-        "there twice; an ONNX folder has it once, but float32 scales."
+        "there twice; an ONNX folder has it once unless `--rotate` parts it, but float32 scales."
     )
     ends = [("l-square", "all weights at one width"), *([("l-circle", "chosen")] if choice else [])]
     return [*maps, Plot("What more bits buy", Markup(curve), caption, ends)]

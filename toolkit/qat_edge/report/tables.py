@@ -17,11 +17,17 @@ CURVE_ROWS = 40
 
 @dataclass(frozen=True)
 class Cell:
-    """text as shown; value the number behind it, None where there is none (`text` then says why)."""
+    """text as shown; value the number behind it, None where there is none (`text` then says why).
+
+    below: smaller figures under it. tip: shown when the pointer rests on it, and spoken. css: class of its text.
+    """
 
     text: str
     value: float | None = None
     best: bool = False
+    below: tuple[Cell, ...] = ()
+    tip: str = ""
+    css: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def _timed(name: str, unit: str, pick: Callable[[Speed], Spread], sign: int) -> 
 
 COLUMNS: tuple[Column[Measured], ...] = (
     Column("Size", "MB", lambda row: float(row.total_bytes), megabytes, -1),
-    Column("Perplexity", "", lambda row: row.perplexity, number, -1),
+    Column("Perplexity", "", lambda row: row.perplexity if row.scored else None, number, -1),
     Column("Exact match", "%", lambda row: row.exact_match, percent, 1),
     Column("KL", "nats", lambda row: None if row.agreement is None else row.agreement.kl_nats, number, -1),
     Column("Top-1", "%", lambda row: None if row.agreement is None else row.agreement.top1, percent, 1),
@@ -99,6 +105,7 @@ GATE_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "max-memory-mb": (" MB", number),
     "min-prefill": (" tok/s", number),
     "min-decode": (" tok/s", number),
+    "max-fault-chance": ("", percent),
 }
 
 

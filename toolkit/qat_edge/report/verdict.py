@@ -51,7 +51,10 @@ def verdict(report: Report) -> Verdict:
         ptq = [row for row in ptq if row.target in targets]
     compared = _Compared(tuned, qat, *_best_method(ptq))
     asked = all(row.exact_match is not None for row in (tuned, *qat))
-    judged = _by_exact_match(compared) if asked and tuned.exact_match else _by_perplexity(compared, asked)
+    by_exact = asked and bool(tuned.exact_match)
+    if not by_exact and not all(row.scored for row in (*compared.qat, *compared.ptq)):
+        return Verdict("The runner gave no logits, and no exact match decides, so QAT cannot be judged.", [], {})
+    judged = _by_exact_match(compared) if by_exact else _by_perplexity(compared, asked)
     return replace(judged, context=_fine_tuning(report, tuned))
 
 
@@ -139,7 +142,7 @@ def _fine_tuning(report: Report, tuned: Measured) -> str:
 def _notes(compared: _Compared) -> list[str]:
     """What the figures themselves do not say."""
     notes = []
-    worse = [row for row in (*compared.qat, *compared.ptq) if not math.isfinite(row.perplexity)]
+    worse = [row for row in (*compared.qat, *compared.ptq) if row.scored and not math.isfinite(row.perplexity)]
     if worse:
         notes.append("A perplexity is not finite: that model's output is unusable.")
     if all(row.target == "torch" for row in compared.qat):
@@ -152,14 +155,19 @@ def _chance(ptq: list[Measured], compared: _Compared) -> list[str]:
     for row in ptq:
         mine = _same_target(row, compared.qat)
         asked = min(row.prompts, mine.prompts)
-        if asked and abs(_exact(mine) - _exact(row)) <= Z_95 * math.sqrt(
-            sum(_exact(one) * (1 - _exact(one)) / asked for one in (mine, row))
-        ):
+        if asked and within_chance(mine, row):
             return [
                 f"{asked} prompts cannot tell the exact match of QAT from that of {compared.rival.partition(',')[0]} "
                 "with 95% certainty; ask more with --prompts."
             ]
     return []
+
+
+def within_chance(one: Measured, other: Measured) -> bool:
+    """Whether so few prompts cannot tell the exact match of two models apart with 95% certainty."""
+    asked = min(one.prompts, other.prompts)
+    spread = sum(_exact(row) * (1 - _exact(row)) / max(asked, 1) for row in (one, other))
+    return abs(_exact(one) - _exact(other)) <= Z_95 * math.sqrt(spread)
 
 
 def _exact(row: Measured) -> float:

@@ -1,0 +1,130 @@
+"""What passes between the delegates of a .pte: a copy of its program with these values as outputs, run here.
+
+ExecuTorch's event tracer is not compiled into the Python wheel. But what delegates and attention hand on are values of
+the program like its result, so a copy may return them, too; each gets memory of its own, as the plan reuses it. They
+are, of every layer, what attention found (the input of o_proj) and the layer's output; of the last, the head's input.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import executorch.extension.llm.custom_ops.custom_ops  # registers llama::
+import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::
+import numpy as np
+import torch
+from executorch.exir._serialize._program import serialize_pte_binary
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from executorch.exir.schema import Tensor as TensorFact
+from executorch.extension.pybindings import _portable_lib
+
+from qat_edge.errors import ArtifactError
+from qat_edge_exporters.artifact import Passage
+from qat_edge_exporters.executorch import delegates
+from qat_edge_exporters.executorch.contract import FORWARD
+from qat_edge_exporters.executorch.reader import LAYERS, MODEL, Layers, read_layers
+
+ATTENTION = ("llama::custom_sdpa", "llama::custom_quantized_sdpa")
+PROJECTION = ".o_proj"  # of what attention found
+LAYER = ".self_attn"  # ends the name of a layer's attention
+ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value of the program, and what it is: the input or the output of a module."""
+
+    value: int
+    module: str
+    at_input: bool
+
+
+def trace(folder: Path, prompts: Sequence[Sequence[int]]) -> list[dict[str, Passage]]:
+    """By module, for each of the prompts, read token by token as sequences are scored.
+
+    Raises:
+        ArtifactError: the .pte is damaged, has no attention whose layers could be told, or the runtime refuses it.
+    """
+    pte, layers = delegates.open_pte(folder / MODEL), read_layers(folder / LAYERS)
+    plan = next(plan for plan in pte.program.execution_plan if plan.name == FORWARD)
+    found = list(places(plan, layers))
+    if not any(place.at_input for place in found):
+        raise ArtifactError(f"{folder / MODEL}: none of {', '.join(ATTENTION)} in it, so its layers cannot be told.")
+    _expose(plan, [place.value for place in found])
+    with tempfile.TemporaryDirectory(prefix="qat-edge-") as name:
+        path = Path(name) / MODEL
+        with path.open("wb") as file:
+            serialize_pte_binary(pte).write_to_file(file)
+        runs = _run(path, prompts)
+    return [
+        {
+            place.module: Passage(value, None) if place.at_input else Passage(None, value)
+            for place, value in zip(found, values[-len(found) :], strict=True)
+        }
+        for values in runs
+    ]
+
+
+def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
+    """Every value that passes between layers, in the order of the program."""
+    projections = [name for name in layers.linears if name.endswith(PROJECTION)]
+    attended: dict[int, str] = {}  # what attention found -> its layer's projection
+    written: set[int] = set()
+    width = 0
+    for call in (instruction.instr_args for instruction in plan.chains[0].instructions):
+        if not isinstance(call, KernelCall | DelegateCall):
+            continue
+        new = [index for index in call.args if index not in written and _is_computed(plan, index)]
+        operator = plan.operators[call.op_index].name if isinstance(call, KernelCall) else ""
+        if operator in delegates.EMBEDDINGS:
+            width = plan.values[new[-1]].val.sizes[-1]
+            yield Place(new[-1], layers.embedding, at_input=False)
+        elif operator in ATTENTION and len(attended) < len(projections):
+            projection = projections[len(attended)]
+            attended[call.args[-1]] = projection
+            yield Place(call.args[-1], projection, at_input=True)
+        elif found := next((attended[index] for index in call.args if index in attended), None):
+            passed = [index for index in new if plan.values[index].val.sizes[2:] == [width]]
+            is_last = found == projections[-1]
+            if len(passed) == 1:
+                yield Place(passed[0], layers.head if is_last else found.partition(LAYER)[0], at_input=is_last)
+        written.update(new)
+
+
+def _is_computed(plan: ExecutionPlan, index: int) -> bool:
+    """Whether a value is a tensor that the program writes: no constant, and no input."""
+    value = plan.values[index].val
+    return isinstance(value, TensorFact) and value.allocation_info is not None and index not in plan.inputs
+
+
+def _expose(plan: ExecutionPlan, values: Sequence[int]) -> None:
+    """Return these values after the result, one token of each, in memory that nothing else is put in."""
+    for index in values:
+        value: Any = plan.values[index].val
+        value.sizes = [1, 1, *value.sizes[2:]]
+        place, pool = value.allocation_info, value.allocation_info.memory_id
+        begin = -(-plan.non_const_buffer_sizes[pool] // ALIGNMENT) * ALIGNMENT
+        place.memory_offset_low, place.memory_offset_high = begin & 0xFFFFFFFF, begin >> 32
+        plan.non_const_buffer_sizes[pool] = begin + 4 * math.prod(value.sizes)
+    plan.outputs = [*plan.outputs, *values]
+
+
+def _run(path: Path, prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
+    """Every output of each prompt, (tokens, features)."""
+    try:
+        method = _portable_lib._load_program(str(path)).load_method(FORWARD)
+        runs = [[_called(method, token, position) for position, token in enumerate(ids)] for ids in prompts]
+    except RuntimeError as error:
+        raise ArtifactError(f"{path.name} cannot be run with more outputs: {error}") from error
+    return [[np.concatenate(column) for column in zip(*rows, strict=True)] for rows in runs]
+
+
+def _called(method: Any, token: int, position: int) -> list[Any]:
+    """The outputs for one token, each (1, features) in float32."""
+    outputs = method.call([torch.tensor([[token]]), torch.tensor([position])])
+    return [output.reshape(1, -1).float().numpy().copy() for output in outputs]
