@@ -29,7 +29,7 @@ def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...], say: C
     With nothing off it computes what `reference.load_exact(quantized)` does, with all parts what the snapshot does.
     """
     model, names = reference.load_dequantized(quantized)
-    plan, floats = frozen.read_scheme(quantized), adapters.merged_model(snapshot, say).model
+    plan, floats = frozen.read_scheme(quantized), adapters.float_model(snapshot, quantized, say)
     with ExitStack() as stack:
         for part in off:
             stack.enter_context(budget.part_off(model, floats, plan, part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def train_run(model: Path, folder: Path) -> Run:
-    """A run of two steps of LoRA and two of QAT on short chats, in `folder` with its data."""
-    rows = [
+def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), steps: int = 4) -> Run:
+    """A run whose first half is LoRA and whose second is QAT, on `rows` or short chats, in `folder` with its data."""
+    rows = rows or [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
         for i in range(40)
     ]
@@ -79,7 +80,7 @@ def train_run(model: Path, folder: Path) -> Run:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = FinetuneOptions(
         model=str(model), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
+        steps=steps, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
     )  # fmt: skip
     made = Run(folder / "run")
     finetune(options, made.path, lambda text: None)

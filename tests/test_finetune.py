@@ -148,9 +148,9 @@ def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_
     said: list[str] = []
     finetune(gemma, tmp_path / "run", said.append)
     assert any(line.startswith("The hidden states stay in their coordinates: Gemma3") for line in said)
-    assert read_manifest(tmp_path / "run" / "start")["rotation_seed"] is None
+    assert read_manifest(tmp_path / "run" / "adapter")["start"]["rotation_seed"] is None
     finetune(options, tmp_path / "turned", silent)
-    assert read_manifest(tmp_path / "turned" / "start")["rotation_seed"] == options.seed
+    assert read_manifest(tmp_path / "turned" / "adapter")["start"]["rotation_seed"] == options.seed
 
 
 def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:

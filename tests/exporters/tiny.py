@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import make_tokenizer
+from qat_edge.kinds import CAUSAL_LM, Kind
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export import export
@@ -55,9 +56,11 @@ def freeze(
     folder: Path,
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
+    kind: Kind = CAUSAL_LM,
 ) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = kind.auto.from_config(config).eval()
+    kind.settle(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)

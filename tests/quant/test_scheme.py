@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.quant import scheme
+
+BERT = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
 
 
 def model(hidden: int, intermediate: int, tied: bool = True) -> LlamaForCausalLM:
@@ -121,10 +125,50 @@ def test_a_group_size_that_divides_nothing_is_an_error() -> None:
 
 
 def test_a_model_without_a_head_is_an_error() -> None:
+    headless = model(64, 128).model
+    with pytest.raises(ModelError, match="LlamaModel: no token embedding and linear output head"):
+        scheme.choose(headless, 32)
+
+
+def classifier() -> BertForSequenceClassification:
     with torch.device("meta"):
-        bert = BertModel(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64))
-    with pytest.raises(ModelError, match="BertModel"):
-        scheme.choose(bert, 32)
-    with pytest.raises(ModelError):
-        bert.get_input_embeddings = lambda: nn.Linear(2, 2)
-        scheme.choose(bert, 32)
+        return BertForSequenceClassification(BertConfig(**BERT))
+
+
+def test_an_encoder_has_several_tables_and_its_head_at_eight_bits() -> None:
+    plan = scheme.choose(classifier(), 32)
+    assert plan.embeddings == [f"bert.embeddings.{n}_embeddings" for n in ("word", "position", "token_type")]
+    assert plan.heads == ["bert.pooler.dense", "classifier"] and plan.head == "classifier"
+    assert {plan.weights[name].bits for name in (*plan.embeddings, *plan.heads)} == {8}
+    assert set(plan.exceptions) == set(plan.heads) and not plan.tied
+    assert len(plan.linears) == 6 and {w.bits for w in plan.linears.values()} == {4}
+    assert set(plan.weights) == {*plan.embeddings, *plan.heads, *plan.linears}
+
+
+def test_an_encoder_without_a_head_ends_with_its_blocks() -> None:
+    bert: Any = classifier().bert
+    bert.pooler = None
+    plan = scheme.choose(bert, 32, table_bits=(4, 8))
+    assert plan.head == "" and plan.heads == [] and len(plan.linears) == 6
+    assert [plan.weights[name].bits for name in plan.embeddings] == [4, 8, 8] and plan.table_bits == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("bits", "table_bits", "message"),
+    [
+        ({}, (8, 4), "--head-bits 4: BertForSequenceClassification is an encoder, whose head stays at 8 bits"),
+        ({"bert.pooler.dense": 4}, (8, 8), "'bits.bert.pooler.dense' is 4; this part of an encoder stays at 8 bits"),
+    ],
+)
+def test_an_encoders_head_in_four_bits_is_refused(
+    bits: dict[str, int], table_bits: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        scheme.choose(classifier(), 32, bits, table_bits)
+
+
+def test_an_encoder_without_an_embedding_is_an_error() -> None:
+    model: Any = classifier()
+    model.get_input_embeddings = lambda: nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="BertForSequenceClassification: no token embedding"):
+        scheme.choose(model, 32)

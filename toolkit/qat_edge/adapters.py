@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat_edge import models
+from qat_edge import kinds, models
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, numerics, scheme, storage
+from qat_edge.quant import fake, numerics, rotation, scheme, storage
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.start import Start
 from qat_edge.run import LIBRARIES, library_version, read_manifest, replace_folder, write_manifest
@@ -71,6 +71,20 @@ def merged_model(adapter: Path, say: Callable[[str], None], force: bool = False)
     merged, scales = fake.merge_adapters(trained.to(_merge_device(facts["device"], say)))
     merged = merged.to("cpu").eval().requires_grad_(False)
     return Merged(merged, tokenizer, plan, {name: s.cpu() for name, s in scales.items()})
+
+
+def float_model(reference: Path, quantized: Path, say: Callable[[str], None]) -> Any:
+    """The FP32 fine-tune in the coordinates of a checkpoint that was frozen of its run: one may stand in for parts of
+    the other.
+
+    Raises:
+        RunError: see `merged_model`.
+    """
+    merged = merged_model(reference, say)
+    seed = read_manifest(quantized).get("rotation_seed")
+    if seed is not None:
+        rotation.rotate(merged.model, merged.scheme, seed)
+    return merged.model
 
 
 def rounding_model(adapter: Path) -> Any:
@@ -148,7 +162,8 @@ def _load_whole(model: Any, folder: Path) -> Any:
 def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
     """As it was prepared for training: pruned, its weights held as they were then. With tokenizer and scheme."""
     recorded = facts["model"]
-    model, tokenizer, identity = models.load_model(recorded["source"], recorded["trust_remote_code"])
+    kind = kinds.recorded(recorded)
+    model, tokenizer, identity = models.load_model(recorded["source"], recorded["trust_remote_code"], kind=kind)
     found, trained = dataclasses.asdict(identity), recorded["identity"]
     changed = [k for k in ("revision", "files") if found[k] != trained[k]]
     if changed:

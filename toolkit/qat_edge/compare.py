@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qat_edge import adapters, config, tokenizer
+from qat_edge import adapters, config, kinds, tokenizer
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.console import bar
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
@@ -117,6 +117,7 @@ def compare(
         RunError: no finished training, or an artifact of the run is out of date.
         DataError: no evaluation rows.
     """
+    kinds.require_generating(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
     exporting = config.load(ExportOptions, "export", source, {"backend": config.BACKENDS[0]})  # others cannot run here

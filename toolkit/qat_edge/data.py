@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qat_edge.errors import DataError
-from qat_edge.rows import Chat, Completion, Row, Text
+from qat_edge.rows import Chat, Completion, Pair, Row, Text
 
 IGNORED = -100  # label of a token without loss, torch's cross_entropy default
 
@@ -158,6 +158,8 @@ def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Iterator[
         if isinstance(row, Text):
             stream += [*_encode(row.text, tokenizer), *_end_ids(tokenizer)]
             continue
+        if isinstance(row, Pair):
+            raise DataError(f"{row.where}: pairs of texts are for encoders; the model of --model generates text.")
         yield from _text_examples(stream, tokenizer, max_length)
         stream = []
         yield from _row_examples(row, tokenizer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qat_edge import config
+from qat_edge import config, kinds
 from qat_edge.config import ExportOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.quantize import QAT, place, quantize_if_missing
@@ -54,6 +54,7 @@ def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: 
         raise UsageError(f"--portable is for --target {PORTABLE}, which is not asked for. Give both, or neither.")
     _check_cache(options)
     _check_backend(options)
+    _check_kind(run, options)
     methods = [QAT, *_methods(options)]
     folders = {place(run, m)[0].exports / artifact_name(t, options): (m, t) for m in methods for t in exporters}
     pending = list(folders) if force else _pending(list(folders), options)
@@ -119,6 +120,19 @@ def _check_backend(options: ExportOptions) -> None:
         other = "--portable" if options.portable else f"--kv-cache {options.kv_cache}"
         raise UsageError(f"{other} is for --backend {XNNPACK}; {flag} has operators and a cache of its own.")
     require_package(BACKENDS[options.backend])
+
+
+def _check_kind(run: Run, options: ExportOptions) -> None:
+    """Refuse for an encoder what is for models that generate text, before anything is merged.
+
+    Raises:
+        UsageError: names the option.
+    """
+    flags = [f"--target {target}" for target in options.target if target != PORTABLE]
+    flags += [f"--kv-cache {options.kv_cache}"] if options.kv_cache != FLOAT else []
+    flags += [f"--backend {options.backend}"] if options.backend != XNNPACK else []
+    for flag in flags:
+        kinds.require_generating(run, flag)
 
 
 def _methods(options: ExportOptions) -> list[str]:

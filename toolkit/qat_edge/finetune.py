@@ -18,12 +18,13 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from qat_edge import adapters, config, data
+from qat_edge import adapters, config, examples
 from qat_edge.config import FinetuneOptions
 from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
+from qat_edge.train import objectives
 from qat_edge.train.border import Crossing, check_combination
 from qat_edge.train.prepare import Job, describe_device, prepare, trainable
 from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
@@ -118,11 +119,12 @@ def _trainer(adapted: Any, job: Job, options: FinetuneOptions, run: Run) -> QatT
     trainer = QatTrainer(
         model=adapted,
         args=_arguments(options, run, job),
-        data_collator=data.Collator(job.tokenizer),
+        data_collator=examples.collator(job.kind, job.tokenizer),
         train_dataset=job.rows.rows,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.learn(objectives.of(job.kind))
     return trainer
 
 
@@ -196,6 +198,7 @@ def _arguments(options: FinetuneOptions, run: Run, job: Job) -> TrainingArgument
         eval_strategy="no" if job.eval_rows is None else "steps",
         eval_steps=options.eval_every or options.steps + 1,
         prediction_loss_only=True,
+        label_names=["labels"] if job.kind.encodes else None,
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=2,

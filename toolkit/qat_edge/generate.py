@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from qat_edge import llm_runner, tokenizer
+from qat_edge import kinds, llm_runner, tokenizer
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
@@ -31,6 +31,7 @@ def generate(
         RunError: nothing to generate with, or an artifact for another machine.
         UsageError: a chat was asked for and the tokenizer has no template, or the prompt fills the context.
     """
+    kinds.require_generating(run, "generate")
     elsewhere = runs_elsewhere(source)
     if elsewhere:
         raise RunError(f"{elsewhere} Ask the same codes in another artifact, or the torch model.")

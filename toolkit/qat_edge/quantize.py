@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_edge import calibration, config, data
+from qat_edge import calibration, config, examples, kinds
 from qat_edge.adapters import WHOLE_MODEL, Merged, adapter_facts, merged_model
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions, QuantizeOptions
@@ -57,6 +57,8 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
         raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
+    if options.rotate:
+        kinds.require_generating(run, "--rotate")
     variant, adapter = place(run, options.method)
     if variant.quantized.exists() and not force:
         return _made_before(variant, adapter, options, say)
@@ -79,6 +81,7 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
             method=options.method,
             options=config.plain(options),
             calibration=calibrated,
+            rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=_weights_sha256(adapter),
             scheme=frozen.scheme_facts(merged.scheme),
             **{k: v for k, v in adapter_facts(adapter).items() if k in ("model", "data", "seed", "device")},
@@ -138,24 +141,33 @@ def _scales(
         return merged.scales, None
     if options.method not in ptq.CALIBRATED:
         return ptq.apply(merged.model, merged.scheme, options.method, [], say), None
-    batches, facts = _calibration(run, merged.tokenizer, options, say)
+    batches, facts = _calibration(run, merged, options, say)
     # bfloat16 products as in training: four times faster here; statistics and rounding stay float32.
     with torch.autocast("cpu", torch.bfloat16):
         return ptq.apply(merged.model, merged.scheme, options.method, batches, say), facts
 
 
 def _calibration(
-    run: Run, tokenizer: Any, options: QuantizeOptions, say: Callable[[str], None]
+    run: Run, merged: Merged, options: QuantizeOptions, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Batches for `ptq.apply`, tokenized as for training, and what the manifest records of them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
-    rows = data.tokenize(load_rows(source, "train"), tokenizer, trained.max_length).rows
+    kind, loaded = kinds.of_run(run), load_rows(source, "train")
+    rows = examples.tokenize(kind, loaded, merged.model, merged.tokenizer, trained.max_length).rows
     tokens = calibration.tokens_to_take(options.calibration_tokens, rows, say)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     say(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
     facts = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
-    return calibration.batches(chosen, tokenizer), facts
+    return calibration.batches(chosen, merged.tokenizer), facts
+
+
+def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
+    """Of the coordinates the checkpoint is in; None where they are the base model's."""
+    if options.method == QAT:
+        seed: int | None = (adapter_facts(adapter)["start"] or {}).get("rotation_seed")
+        return seed
+    return options.seed if options.rotate else None
 
 
 def _weights_sha256(adapter: Path) -> str | None:

@@ -1,8 +1,11 @@
-"""Rows from files, folders and Hub data sets, in one of three shapes.
+"""Rows from files, folders and Hub data sets, in one of these shapes; the last three are for encoders.
 
 {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 {"prompt": ..., "completion": ...}
 {"text": ...}
+{"text": ..., "label": a word or a whole number}
+{"text_a": ..., "text_b": ..., "score": the cosine they are to have}
+{"anchor": ..., "positive": what belongs to it}
 """
 
 from __future__ import annotations
@@ -39,13 +42,24 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Running text, learned in windows."""
+    """Running text, learned in windows. label: what an encoder is to give it, as the row has it."""
 
     text: str
     where: str
+    label: Any = None
 
 
-Row = Chat | Completion | Text
+@dataclass(frozen=True)
+class Pair:
+    """Two texts for an encoder. score: the cosine they are to have, -1 to 1; None where they belong together."""
+
+    text_a: str
+    text_b: str
+    score: float | None
+    where: str
+
+
+Row = Chat | Completion | Text | Pair
 
 
 def load_rows(source: str, split: str = "train") -> list[Row]:
@@ -176,9 +190,24 @@ def _row(record: Any, where: str) -> Row:
             raise DataError(f"{where}: 'completion' is empty, so there is nothing to learn. Remove the row.")
         return Completion(_string(given, "prompt", where), completion, where)
     if "text" in given:
-        return Text(_string(given, "text", where), where)
+        return Text(_string(given, "text", where), where, given.get("label"))
+    if "text_a" in given and "text_b" in given:
+        return Pair(_string(given, "text_a", where), _string(given, "text_b", where), _score(given, where), where)
+    if "anchor" in given and "positive" in given:
+        return Pair(_string(given, "anchor", where), _string(given, "positive", where), None, where)
     found = ", ".join(f"'{key}'" for key in given) or "none"
     raise DataError(f"{where}: keys found: {found}; expected {EXPECTED}. Rename the keys of the rows.")
+
+
+def _score(record: dict[str, Any], where: str) -> float:
+    value = record.get("score")
+    try:
+        score = float(str(value))  # a .csv has text
+    except ValueError as error:
+        raise DataError(f"{where}: 'score' must be a number, found {_type(value)}.") from error
+    if isinstance(value, bool) or not -1 <= score <= 1:
+        raise DataError(f"{where}: 'score' is {value}; a cosine lies between -1 and 1. Divide scores of 0 to 5 by 5.")
+    return score
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qat_edge import config, data
+from qat_edge import config, data, kinds
 from qat_edge.adapters import adapter_facts, merged_model
 from qat_edge.bits import (
     MEASURED,
@@ -73,6 +73,7 @@ def sensitivity(run: Run, options: SensitivityOptions, say: Callable[[str], None
     """
     if options.budget_mb is not None and options.max_kl is not None:
         raise UsageError("--budget-mb and --max-kl: one limit picks the bits. Give one of them.")
+    kinds.require_generating(run, "sensitivity")
     folder = run.path / "sensitivity"
     picking = options.budget_mb is not None or options.max_kl is not None
     if (folder / MANIFEST).is_file() and picking and not force:

@@ -24,14 +24,17 @@ from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 
 @dataclass(frozen=True)
 class Verified:
-    """What one artifact was found to hold. faults: one sentence each; none means equal in every code and scale."""
+    """What one artifact was found to hold. faults: one sentence each; none means equal in every code and scale.
+
+    head_equal: None of a model that ends with its blocks.
+    """
 
     folder: Path
     target: str
     linears: int
     linears_equal: int
     embedding_equal: bool
-    head_equal: bool
+    head_equal: bool | None
     faults: list[str]
 
     def describe(self) -> str:
@@ -40,7 +43,8 @@ class Verified:
         return f"{self.folder}: {self.linears_equal} of {self.linears} linear layers equal, {', '.join(rest)}"
 
     def _tables(self) -> list[tuple[str, bool]]:
-        return [("embedding", self.embedding_equal), ("head", self.head_equal)]
+        head = [] if self.head_equal is None else [("head", self.head_equal)]
+        return [("embedding", self.embedding_equal), *head]
 
 
 def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list[Verified]:
@@ -83,8 +87,8 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         target=target,
         linears=len(plan.linears),
         linears_equal=sum(not differing[name] for name in plan.linears),
-        embedding_equal=not differing[plan.embedding],
-        head_equal=not differing[plan.head],
+        embedding_equal=not any(differing[name] for name in plan.embeddings),
+        head_equal=not any(differing[name] for name in plan.heads) if plan.heads else None,
         faults=faults,
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import executorch.kernels.quantized  # noqa: F401  registers what int8 keys and values are rounded by
 import torch
@@ -24,6 +24,22 @@ from qat_edge.errors import ExportError
 
 MASKED = -1e9  # added to a score: exp() of it is 0, and a block of keys that are all masked leaves no NaN
 NAME = "qat_edge_executorch"  # of the attention function while a model is traced; transformers builds no mask for it
+
+
+class Attention(Protocol):
+    """What answers a model's queries in its own attention's place."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **extras: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers' AttentionInterface calls it."""
 
 
 class KeyValueCache(nn.Module):
@@ -170,7 +186,7 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def attention_through(cache: KeyValueCache, config: Any) -> Iterator[None]:
+def attention_through(cache: Attention, config: Any) -> Iterator[None]:
     """Within the block, models of `config` attend through `cache`."""
     before = config._attn_implementation
     AttentionInterface.register(NAME, cache.attend)

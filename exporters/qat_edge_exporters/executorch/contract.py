@@ -5,7 +5,7 @@ https://github.com/pytorch/executorch/blob/v1.4.1/extension/llm/runner/constants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qat_edge_exporters.executorch.facts import Entry, Program
@@ -15,6 +15,7 @@ REQUIRED = (
     "get_max_seq_len", "get_max_context_len", "enable_dynamic_shape", "use_kv_cache", "use_sdpa_with_kv_cache",
     "get_eos_ids", "get_vocab_size",
 )  # fmt: skip
+ENCODER = ("get_max_length", "get_output_width")  # of a program that keeps no cache and generates nothing
 LISTS = ("get_eos_ids",)  # methods that return any number of values
 OTHER_FILES = ("config.json", "generation_config.json")
 # What the runner does with each, and with a program that lacks it.
@@ -55,10 +56,15 @@ def constant_methods(config: Any, context_length: int, end_tokens: list[int], bo
     return methods
 
 
-def missing_methods(found: Iterable[str]) -> list[str]:
-    """Methods that the runner needs and `found` lacks."""
+def encoder_methods(length: int, width: int) -> dict[str, Any]:
+    """Constant methods of a .pte that encodes: tokens of the longest text, numbers in the answer to one."""
+    return dict(zip(ENCODER, (length, width), strict=True))
+
+
+def missing_methods(found: Iterable[str], required: Sequence[str] = REQUIRED) -> list[str]:
+    """Methods that the runner, or who calls an encoder, needs and `found` lacks."""
     have = set(found)
-    return [name for name in (FORWARD, *REQUIRED) if name not in have]
+    return [name for name in (FORWARD, *required) if name not in have]
 
 
 def entries(program: Program) -> list[Entry]:

@@ -6,6 +6,7 @@ Reads the file with ExecuTorch's own deserializers and schema; nothing of our ex
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import tempfile
@@ -37,6 +38,7 @@ EMBEDDINGS = {
     "aten::embedding": 1,
 }
 CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # of an embedding: bits by type
+UNBOUNDED = re.compile(r"(?<=: )(-?)inf\b")  # a bound of a ReLU as flatc writes it, which is no JSON
 SWAPPED = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
 XNNPACK, VULKAN = "XnnpackBackend", "VulkanBackend"
 # Importing Vulkan's package would make the root logger tell everything, so its files are read beside XNNPACK's.
@@ -113,8 +115,8 @@ def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
     return [product for graph in graphs(pte, plan) for product in products_of(graph)]
 
 
-def embedding_table(pte: PTEFile, plan: ExecutionPlan) -> tuple[Product, bytes, bytes] | None:
-    """The quantized embedding's shape, codes and scales as those of a product; None where there is none.
+def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[Product, bytes, bytes]]:
+    """The quantized embeddings' shapes, codes and scales as those of products, in the order of their use.
 
     A portable program looks codes and scales up by one ATen operator each, others by one operator for both.
     """
@@ -123,12 +125,19 @@ def embedding_table(pte: PTEFile, plan: ExecutionPlan) -> tuple[Product, bytes, 
     for call in calls:
         tables = EMBEDDINGS.get(plan.operators[call.op_index].name, 0) if isinstance(call, KernelCall) else 0
         tensors += [plan.values[index].val for index in call.args[:tables]] if tables else []
-    tensors.sort(key=lambda t: t.scalar_type not in CODES)
-    if len(tensors) != 2 or tensors[0].scalar_type not in CODES:
-        return None
+    pairs = zip(tensors[0::2], tensors[1::2], strict=False)
+    in_order = [sorted(pair, key=lambda t: t.scalar_type not in CODES) for pair in pairs]
+    return [_table(pte, *pair) for pair in in_order if pair[0].scalar_type in CODES]
+
+
+def _table(pte: PTEFile, *tensors: Any) -> tuple[Product, bytes, bytes]:
+    """Of an embedding's codes and scales."""
     rows, columns = tensors[0].sizes
     groups = tensors[1].sizes[1] if len(tensors[1].sizes) > 1 else 1
     codes, scales = (bytes(pte.program.constant_buffer[t.data_buffer_idx].storage) for t in tensors)
+    # The storage of a small tensor is filled up.
+    each = 4 if tensors[1].scalar_type == ScalarType.FLOAT else 2
+    codes, scales = codes[: rows * columns], scales[: rows * groups * each]
     bits = CODES[tensors[0].scalar_type]
     if bits == 4:  # the only place in a .pte where the first of a pair lies in the high nibble
         codes = codes.translate(SWAPPED)
@@ -145,7 +154,8 @@ def _parsed(backend: str, found: Sequence[bytes]) -> list[dict[str, Any]]:
             file.write_bytes(_graph_bytes(backend, blob))
         options = ["--json", "--defaults-json", "--strict-json", "-o", name, str(BACKENDS / SCHEMAS[backend])]
         _run_flatc([*options, "--", *map(str, files)])
-        read = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
+        texts = [file.with_suffix(".json").read_text(encoding="utf-8") for file in files]
+        read = [json.loads(UNBOUNDED.sub(r"\1Infinity", text)) for text in texts]
     return [{"xnodes": graph["chain"], **graph} if backend == VULKAN else graph for graph in read]
 
 

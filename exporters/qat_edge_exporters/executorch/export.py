@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from executorch.exir import EdgeProgramManager
 from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from qat_edge import tokenizer
+from qat_edge import kinds, tokenizer
 from qat_edge.errors import ExportError, RunError
+from qat_edge.kinds import Kind
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
-from qat_edge_exporters.executorch import attention, backends, contract, lowering, support, tracing
+from qat_edge_exporters.executorch import attention, backends, contract, encoder, lowering, support, tracing
 
 MODEL = "model.pte"
 LAYERS = "layers.json"  # module names, those of rounded linear layers in the order the .pte computes them
@@ -34,6 +37,8 @@ def export(
 ) -> None:
     """Write a checkpoint into the empty folder `out` as a .pte for conversations of `context_length` tokens.
 
+    An encoder becomes a program for texts of up to as many, or of all that it has positions for.
+
     frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
     portable: of ATen's operators only, for a runtime without ExecuTorch's quantized and LLM operators.
     kv_cache: how keys and values are kept, "float32" or "int8".
@@ -45,9 +50,43 @@ def export(
     """
     compiler = None if backend == backends.XNNPACK else backends.compiler(backend)
     model, adapters = _load(frozen, say)
-    _require_expressible(model, frozen, context_length)
-    if compiler is not None and (adapters or not is_frozen(frozen)):
-        raise ExportError(f"--backend {backend} is for frozen checkpoints; {frozen} holds float weights or adapters.")
+    _require_expressible(model, frozen)
+    kind = kinds.of_model(model)
+    if kind.encodes:
+        asked = {"--backend": compiler is not None, "--kv-cache": kv_cache != "float32"}
+        flags = [flag for flag, given in asked.items() if given]
+        lowered = _encoder(model, kind, frozen, context_length, portable, flags, say)
+    else:
+        if compiler is not None and (adapters or not is_frozen(frozen)):
+            raise ExportError(
+                f"--backend {backend} is for frozen checkpoints; {frozen} holds float weights or adapters."
+            )
+        lowered = _decoder(model, adapters, frozen, context_length, portable, kv_cache, compiler, say)
+    _write(lowered, frozen, out, say)
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A program still to be written. names: of frozen weights by their buffers; layers: of layers.json, without the
+    linear layers."""
+
+    edge: EdgeProgramManager
+    names: dict[str, str]
+    layers: dict[str, Any]
+
+
+def _decoder(
+    model: Any,
+    adapters: dict[str, Adapter],
+    frozen: Path,
+    context_length: int,
+    portable: bool,
+    kv_cache: str,
+    compiler: Any,
+    say: Callable[[str], None],
+) -> _Lowered:
+    """A model that generates text; compiler: None for XNNPACK."""
+    attention.check_length(model.config, context_length)
     attention.settle_rotary(model, context_length)
     methods = contract.constant_methods(
         model.config, context_length, tokenizer.end_tokens(frozen), tokenizer.load(frozen).bos_token_id
@@ -67,23 +106,46 @@ def export(
         names = compiler.prepare(model)
         say("exporting the graph")
         edge = compiler.lower(compiler.trace(model, context_length), methods, say)
-    order = [names[buffer] for buffer in lowering.linear_order(edge) if buffer in names]
+    return _Lowered(edge, names, {"embedding": embedding, "head": head, "float_bytes": floats})
+
+
+def _encoder(
+    model: Any,
+    kind: Kind,
+    frozen: Path,
+    length: int,
+    portable: bool,
+    flags: list[str],
+    say: Callable[[str], None],
+) -> _Lowered:
+    """A model that answers a text as a whole; flags: those given that it has no use for."""
+    if flags:
+        raise ExportError(f"{flags[0]} is for models that generate text; {model.config.model_type} is {kind.title}.")
+    if not is_frozen(frozen) or read_adapters(frozen):
+        raise ExportError(f"{frozen} holds float weights or adapters; of {kind.title} only frozen checkpoints export.")
+    plan, longest = checkpoint.read_scheme(frozen), kinds.longest_text(model, tokenizer.load(frozen))
+    edge, names = encoder.lower(model, kind, min(length, longest), portable, say)
+    tables = [names[buffer] for buffer in lowering.table_order(edge) if buffer in names]
+    return _Lowered(edge, names, {"embedding": plan.embedding, "head": plan.head, "tables": tables})
+
+
+def _write(lowered: _Lowered, frozen: Path, out: Path, say: Callable[[str], None]) -> None:
+    """Program, layers.json and what else belongs beside it."""
+    linears = [lowered.names[b] for b in lowering.linear_order(lowered.edge) if b in lowered.names]
     say("writing model.pte")
     with disk_errors(out), (out / MODEL).open("wb") as file:
-        lowering.emit(edge).write_to_file(file)
-    layers = {"embedding": embedding, "head": head, "linears": order, "float_bytes": floats}
-    write_text(out / LAYERS, json.dumps(layers, indent=1) + "\n")
+        lowering.emit(lowered.edge).write_to_file(file)
+    write_text(out / LAYERS, json.dumps(lowered.layers | {"linears": linears}, indent=1) + "\n")
     _copy_files(frozen, out)
 
 
-def _require_expressible(model: Any, frozen: Path, context_length: int) -> None:
+def _require_expressible(model: Any, frozen: Path) -> None:
     """Refuse what no .pte can be made of."""
     if not (frozen / "tokenizer.json").is_file():
         raise ExportError(f"{frozen}: no tokenizer.json, and ExecuTorch's runner reads no other kind of tokenizer.")
     lacking = support.missing(model.config)
     if lacking:
         raise ExportError(f"executorch: {lacking} Leave this target out with --target onnx.")
-    attention.check_length(model.config, context_length)
 
 
 def _copy_files(frozen: Path, out: Path) -> None:

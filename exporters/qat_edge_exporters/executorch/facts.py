@@ -67,7 +67,8 @@ class Program:
     def is_language_model(self) -> bool:
         """Whether ExecuTorch's LLM runner is what it was made for: it has the runner's metadata or inputs."""
         inputs = () if self.forward is None else self.forward.inputs
-        tokens_and_start = len(inputs) == 2 and all(port.dtype == "int64" for port in inputs)
+        integers = len(inputs) == 2 and all(port.dtype == "int64" for port in inputs)
+        tokens_and_start = integers and len(inputs[1].shape) == 1  # an encoder's mask is shaped like its tokens
         return "get_max_seq_len" in self.constants or tokens_and_start
 
 

@@ -18,7 +18,7 @@ from executorch.exir.schema import Tensor as TensorFact
 from executorch.exir.tensor import TensorShapeDynamism
 
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.executorch import delegates
+from qat_edge_exporters.executorch import contract, delegates
 from qat_edge_exporters.executorch.delegates import Product
 from qat_edge_exporters.executorch.facts import Cache, Method, Port, Program
 from qat_edge_exporters.executorch.reader import constant
@@ -54,17 +54,19 @@ def _program(pte: PTEFile, size_bytes: int) -> Program:
             constants[plan.name] = constant(plan)
     graphs = [graph for plan in computing for graph in delegates.graphs(pte, plan)]
     forward = next((plan for plan in computing if plan.name == "forward"), None)
-    table = None if forward is None else delegates.embedding_table(pte, forward)
+    tables = [] if forward is None else delegates.embedding_tables(pte, forward)
     products = [product for graph in graphs for product in delegates.products_of(graph)]
     methods = [_method(plan) for plan in computing]
-    width = methods[0].outputs[0].shape[-1:] if methods and methods[0].outputs else ()
+    # An embedding is as wide as many layers; which of an encoder's is its head, its program does not say.
+    generates = not set(contract.ENCODER) <= constants.keys()
+    width = methods[0].outputs[0].shape[-1:] if generates and methods and methods[0].outputs else ()
     return Program(
         methods=methods,
         constants=constants,
         operators=dict(Counter(name for plan in computing for name in _kernels(plan)).most_common()),
         delegates=dict(Counter(name for plan in computing for name in _delegates(plan)).most_common()),
         nodes=sum(len(graph["xnodes"]) for graph in graphs),
-        size_bytes=_sizes(pte, products, len(table[1]) + len(table[2]) if table else 0, width, size_bytes),
+        size_bytes=_sizes(pte, products, sum(len(c) + len(s) for _, c, s in tables), width, size_bytes),
         memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
         cache=None if forward is None else _cache(forward),
     )

@@ -44,7 +44,7 @@ class PortableCache(KeyValueCache):
         extras: dict[str, Any],
     ) -> Tensor:
         (query, key, value), (keys, values) = new, kept
-        torch.ops.aten.index_put_(keys, [None, None, self.positions], _laid_out(rows_of(key).transpose(1, 2)))
+        torch.ops.aten.index_put_(keys, [None, None, self.positions], laid_out(rows_of(key).transpose(1, 2)))
         torch.ops.aten.index_put_(values, [None, self.positions], rows_of(value))
         return self._attend(query, keys, values, scaling, extras)
 
@@ -60,7 +60,7 @@ class PortableCache(KeyValueCache):
             scores = torch.tanh(scores / extras["softcap"]) * extras["softcap"]
         weights = torch.softmax(scores + self._mask(shared, extras.get("sliding_window")), dim=-1)
         answer = torch.bmm(weights, values).view(keys.shape[0], shared, -1, values.shape[2])
-        return _laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2])
+        return laid_out(answer.permute(2, 0, 1, 3)).view(1, -1, heads, values.shape[2])
 
     def _make_buffers(self, layer: int, key: Tensor, value: Tensor) -> None:
         heads = key.shape[1]
@@ -83,9 +83,9 @@ class PortableCache(KeyValueCache):
 
 def rows_of(x: Tensor) -> Tensor:
     """(1, heads, S, D) as (heads, S, D), laid out in that order."""
-    return _laid_out(x).view(x.shape[1], -1, x.shape[3])
+    return laid_out(x).view(x.shape[1], -1, x.shape[3])
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
     """A contiguous copy; `contiguous()` would ask first whether one is needed, which depends on S."""
     return x.clone(memory_format=torch.contiguous_format)

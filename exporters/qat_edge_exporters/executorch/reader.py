@@ -33,12 +33,18 @@ class Layers:
     """Module names as layers.json has them; `linears`, the rounded ones, in the order of computation, head included.
 
     float_bytes: of matrices that were exported in float, by part; empty where all were rounded.
+    tables: an encoder's embeddings in the order of their use; empty for a program that generates text.
     """
 
     embedding: str
     head: str
     linears: list[str]
     float_bytes: dict[str, int] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+
+    @property
+    def embeddings(self) -> list[str]:
+        return self.tables or [self.embedding]
 
 
 def read(folder: Path) -> Artifact:
@@ -55,19 +61,19 @@ def read(folder: Path) -> Artifact:
         metadata = {name: constant(plan) for name, plan in plans.items() if name != contract.FORWARD}
         forward = plans.get(contract.FORWARD)
         products = delegates.products(pte, forward) if forward else []
-        table = delegates.embedding_table(pte, forward) if forward else None
+        tables = delegates.embedding_tables(pte, forward) if forward else []
         named = delegates.constants(pte)
     except delegates.DAMAGE as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
-    faults = [f"{MODEL} has no method {name}, which runners ask for." for name in contract.missing_methods(plans)]
-    faults += _count_faults(products, layers, table is not None)
+    missing = contract.missing_methods(plans, contract.ENCODER if layers.tables else contract.REQUIRED)
+    faults = [f"{MODEL} has no method {name}, which runners ask for." for name in missing]
+    faults += _count_faults(products, layers, len(tables))
     used = dict(zip(layers.linears, products, strict=False))
     faults += _hash_faults(named, used)
     weights, unreadable = _weights(used, named)
-    if table is not None:
-        shape, codes, scales = table
-        weights[layers.embedding] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
-    sizes = sizes_by_part(folder, layers, used, named, len(table[1]) + len(table[2]) if table else 0)
+    for name, (shape, codes, scales) in zip(layers.embeddings, tables, strict=False):
+        weights[name] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
+    sizes = sizes_by_part(folder, layers, used, named, sum(len(c) + len(s) for _, c, s in tables))
     return Artifact(weights, metadata, sizes, faults + unreadable)
 
 
@@ -96,14 +102,14 @@ def constant(plan: ExecutionPlan) -> Any:
     return values if len(values) != 1 or plan.name in contract.LISTS else values[0]
 
 
-def _count_faults(products: list[Product], layers: Layers, table: bool) -> list[str]:
+def _count_faults(products: list[Product], layers: Layers, tables: int) -> list[str]:
     faults = []
     if len(products) != len(layers.linears):
         faults.append(
             f"{MODEL} computes {len(products)} quantized linear layers, {LAYERS} names {len(layers.linears)}."
         )
-    if not table and "embedding" not in layers.float_bytes:
-        faults.append(f"{layers.embedding}: {MODEL} holds no quantized embedding.")
+    if "embedding" not in layers.float_bytes:
+        faults += [f"{name}: {MODEL} holds no quantized embedding." for name in layers.embeddings[tables:]]
     return faults
 
 

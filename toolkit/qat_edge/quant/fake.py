@@ -49,6 +49,9 @@ class Switch:
     enabled: bool = False
     learned_scales: bool = False
 
+    def __deepcopy__(self, memo: Any) -> Switch:
+        return self  # peft trains a copy of a head, which rounds when the others do
+
 
 class MergedFakeQuantLinear(torch.autograd.Function):
     """`fq(X) fq(W + s B A)^T + b` with the gradients of the module docstring."""
@@ -207,7 +210,7 @@ def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Sw
         module.__class__ = _rounding(type(module))
         module.spec, module.switch = spec, switch
         if isinstance(module, FakeQuantLinear):
-            module.is_head = name == scheme.head
+            module.is_head = name in scheme.heads
             module.register_buffer("scales", None, persistent=False)
             module.register_parameter(SCALE_FACTOR, None)
     return switch

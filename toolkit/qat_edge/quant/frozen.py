@@ -1,7 +1,8 @@
 """The frozen checkpoint: where codes and scales live from the merge on. Nothing downstream re-quantizes.
 
 It is an ordinary Hugging Face folder of torchao IntxUnpackedToInt8Tensor weights: plain
-`transformers.AutoModelForCausalLM.from_pretrained(folder)` runs it without this package. An embedding and a head
+`transformers.AutoModelForCausalLM.from_pretrained(folder)`, or the class of an encoder's kind, runs it without this
+package (`AutoModel` gives a sentence encoder a pooler anew, which takes no part in its answer). An embedding and a head
 that share a table are stored apart (the head rounds its input, the embedding has none), with equal
 codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest).
 """
@@ -26,9 +27,10 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
 )
 from torchao.quantization.granularity import PerAxis, PerGroup
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from qat_edge import kinds
 from qat_edge.errors import RunError
 from qat_edge.quant import numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme
@@ -87,7 +89,9 @@ def load(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    kind = kinds.of_folder(folder)
+    model = kind.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    kind.settle(model)
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):
         # transformers takes a module with a torchao weight for initialized, and leaves this buffer as it was allocated.
@@ -98,7 +102,8 @@ def load(folder: Path) -> Any:
 def read_scheme(folder: Path) -> Scheme:
     """The scheme a frozen checkpoint was made under, from its manifest."""
     facts = read_manifest(folder)["scheme"]
-    return Scheme(**{**facts, "weights": {k: WeightScheme(**v) for k, v in facts["weights"].items()}})
+    weights = {k: WeightScheme(**v) for k, v in facts["weights"].items()}
+    return Scheme(**{**facts, "weights": weights, "apart": tuple(facts.get("apart", ()))})
 
 
 def scheme_facts(scheme: Scheme) -> dict[str, Any]:

@@ -73,7 +73,12 @@ class Crossing:
         learned = self.options.scales == "learned" and self.start_sha256 is not None
         return {
             "learned_scales": learned,
-            "start": self.start_sha256 and {"method": self.options.ptq_start, "sha256": self.start_sha256},
+            "start": self.start_sha256
+            and {
+                "method": self.options.ptq_start,
+                "sha256": self.start_sha256,
+                "rotation_seed": self.rotation_seed,
+            },
         }
 
     def restore(self) -> None:
@@ -106,7 +111,7 @@ class Crossing:
             seen = calibration.batches(chosen, self.tokenizer)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             start = starts.make(self.adapted, self.scheme, method, seen, self.say, self.rotation_seed)
-        return start.save(self.run.start, **facts | {"rotation_seed": self.rotation_seed})
+        return start.save(self.run.start, **facts)
 
     def _ask_beforehand(self, teacher: LiveTeacher) -> None:
         with bar("asking the teacher", len(self.rows.rows)) as progress:

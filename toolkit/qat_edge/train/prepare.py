@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from peft import LoraConfig
 from transformers.integrations import get_available_reporting_integrations
 
-from qat_edge import data, models
+from qat_edge import data, examples, models
 from qat_edge.bits import load_bits
 from qat_edge.config import FinetuneOptions
-from qat_edge.errors import UsageError
+from qat_edge.errors import ModelError, UsageError
+from qat_edge.kinds import CAUSAL_LM, Kind
 from qat_edge.quant import fake, numerics, ptq, rotation, scheme, storage
 from qat_edge.rows import load_rows
 from qat_edge.train import prune
@@ -30,6 +32,7 @@ class Job:
     rotation_seed: None where the hidden states are not to be turned.
     """
 
+    kind: Kind
     model: Any
     tokenizer: Any
     plan: scheme.Scheme
@@ -50,13 +53,15 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
     say(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
-    model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code)
+    kind = _kind(options, say)
+    model, tokenizer, identity = models.load_model(options.model, options.trust_remote_code, kind=kind)
     say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     for target, why in models.export_gaps(model.config).items():
         say(f"Warning: what is trained here cannot be exported to {target}: {why}")
     bits = load_bits(Path(options.bits)) if options.bits else {}
-    rows = _tokenize(options.data, "train", options, tokenizer, say)
-    eval_rows = _tokenize(options.eval_data, "eval", options, tokenizer, say) if options.eval_data else None
+    read = partial(_tokenize, options=options, kind=kind, model=model, tokenizer=tokenizer, say=say)
+    rows = read(options.data, "train")
+    eval_rows = read(options.eval_data, "eval") if options.eval_data else None
     if options.keep_layers is not None:
         kept_layers = kept_layers or prune.choose_layers(
             model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device, say
@@ -67,9 +72,40 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
     say(f"Quantization: {plan.summary()}; {plan.tables()}")
     for name, reason in plan.exceptions.items():
         say(f"  {name}: {reason}")
-    facts = _facts(options, identity, rows, eval_rows) | {"device": device, "bits": bits, "kept_layers": kept_layers}
-    rotation_seed = _rotation_seed(model, plan, options, say)
-    return Job(model, tokenizer, plan, rows, eval_rows, device, precision, rotation_seed, facts)
+    facts = _facts(options, kind, identity, rows, eval_rows) | {
+        "device": device,
+        "bits": bits,
+        "kept_layers": kept_layers,
+    }
+    rotation_seed = None if kind.encodes else _rotation_seed(model, plan, options, say)
+    return Job(kind, model, tokenizer, plan, rows, eval_rows, device, precision, rotation_seed, facts)
+
+
+def _kind(options: FinetuneOptions, say: Callable[[str], None]) -> Kind:
+    """What the model is trained for: an encoder for what its rows say, any other to generate text.
+
+    Raises:
+        UsageError: an option that is for models that generate text, given for an encoder.
+        ModelError: an encoder that no target takes.
+        DataError: rows that no encoder learns from.
+    """
+    config = models.encoder_config(options.model, options.trust_remote_code)
+    if config is None:
+        return CAUSAL_LM
+    gap = models.export_gaps(config).get("executorch")
+    if gap:
+        raise ModelError(f"{options.model}: an encoder that could not be exported: {gap}")
+    refused = {
+        "--keep-layers": options.keep_layers is not None,
+        "--distill-weight": options.distill_weight > 0,
+        "--rotate on": options.rotate == "on",
+    }
+    for flag, given in refused.items():
+        if given:
+            raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
+    kind = examples.kind_for(config, load_rows(options.data), options.data)
+    say(f"{config.model_type} is an encoder, and these rows make it {kind.title}")
+    return kind
 
 
 def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, say: Callable[[str], None]) -> int | None:
@@ -93,13 +129,14 @@ def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, sa
 
 def _facts(
     options: FinetuneOptions,
+    kind: Kind,
     identity: models.ModelIdentity,
     rows: data.TokenizedRows,
     eval_rows: data.TokenizedRows | None,
 ) -> dict[str, Any]:
     origin = {"source": options.model, "trust_remote_code": options.trust_remote_code}
     return {
-        "model": {**origin, "identity": dataclasses.asdict(identity)},
+        "model": {**origin, "identity": dataclasses.asdict(identity), **kind.facts()},
         "data": {"source": options.data, "sha256": _fingerprint(rows)},
         "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
         "seed": options.seed,
@@ -128,7 +165,7 @@ def trainable(job: Job, options: FinetuneOptions, say: Callable[[str], None]) ->
         trained = sum(p.numel() for p in job.model.parameters()) / 1e6
         say(f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters")
         return fake.train_weights(job.model), switch
-    return fake.add_adapters(job.model, _lora_config(options)), switch
+    return fake.add_adapters(job.model, _lora_config(options, job)), switch
 
 
 def choose_device(asked: str) -> str:
@@ -178,9 +215,15 @@ def describe_device(device: str) -> str:
 
 
 def _tokenize(
-    source: str, split: str, options: FinetuneOptions, tokenizer: Any, say: Callable[[str], None]
+    source: str,
+    split: str,
+    options: FinetuneOptions,
+    kind: Kind,
+    model: Any,
+    tokenizer: Any,
+    say: Callable[[str], None],
 ) -> data.TokenizedRows:
-    rows = data.tokenize(load_rows(source, split), tokenizer, options.max_length)
+    rows = examples.tokenize(kind, load_rows(source, split), model, tokenizer, options.max_length)
     say(f"{split}: {rows.summary()}")
     return rows
 
@@ -189,16 +232,18 @@ def _fingerprint(rows: data.TokenizedRows) -> str:
     """sha256 of the token ids and labels: the same text under another tokenizer is other data."""
     digest = hashlib.sha256()
     for row in rows.rows:
-        digest.update(json.dumps([list(row["input_ids"]), list(row["labels"])]).encode())
+        digest.update(json.dumps([list(values) for values in row.values()]).encode())
     return digest.hexdigest()
 
 
-def _lora_config(options: FinetuneOptions) -> LoraConfig:
+def _lora_config(options: FinetuneOptions, job: Job) -> LoraConfig:
+    """Adapters; what an encoder has after its blocks, which may be new, is trained itself."""
     targets = list(options.target_modules)
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
+        task_type=None if job.kind.encodes else "CAUSAL_LM",
+        modules_to_save=job.plan.heads if job.kind.encodes else None,
     )

@@ -17,6 +17,7 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.console import Bar
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.train.distill import Batch, Teacher
+from qat_edge.train.objectives import Objective
 
 # Of the peak learning rate, in phase 2. Perplexity of SmolLM2 on held-out text after 48 + 12 steps, 15.86 where phase 2
 # began: 15.71 with 0.3 and a schedule of its own, 15.73 with 0.6, 15.84 at the end of one schedule over both.
@@ -71,6 +72,14 @@ class QatTrainer(Trainer):
     """
 
     teacher: Teacher | None = None
+    objective: Objective | None = None
+
+    def learn(self, objective: Objective | None) -> None:
+        """What an encoder is to get right, in place of the next token, where it is set."""
+        self.objective = objective
+        # The trainer then counts the rows that a step is made of, and leaves the division to the objective.
+        if objective is not None:
+            self.model_accepts_loss_kwargs = True
 
     def learn_from(self, teacher: Teacher) -> None:
         """Add the teacher's divergence to the loss from now on."""
@@ -101,6 +110,10 @@ class QatTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The task's loss, and in phase 2 what a teacher adds to it."""
+        if self.objective is not None:
+            rows = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+            loss = self.objective(model, inputs) / rows
+            return (loss, {}) if return_outputs else loss
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch: Batch = dict(inputs)

@@ -1,0 +1,361 @@
+"""Encoders through the line: a classifier and a sentence encoder, from rows to codes that answer as was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from conftest import make_tokenizer, train_run
+from qat_edge import config, examples, kinds
+from qat_edge.adapters import base_model, merged_model, rounding_model
+from qat_edge.cli import main
+from qat_edge.compare import compare
+from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, QuantizeOptions, SensitivityOptions
+from qat_edge.errors import DataError, ModelError, UsageError
+from qat_edge.export import export
+from qat_edge.finetune import finetune
+from qat_edge.generate import generate
+from qat_edge.kinds import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.measure.encoders import cosines, quality
+from qat_edge.quant import frozen
+from qat_edge.quantize import quantize
+from qat_edge.rows import load_rows
+from qat_edge.run import PTQ_METHODS, Run
+from qat_edge.sensitivity import sensitivity
+from qat_edge.train import objectives
+from qat_edge.verify import verify
+
+WORDS = ("alarm", "light", "music")
+LABELLED = [{"text": f"{WORDS[i % 3]} {i}", "label": WORDS[i % 3]} for i in range(48)]
+BELONGING = [{"anchor": f"{WORDS[i % 3]} {i}", "positive": f"the {WORDS[i % 3]} {i} of {i}"} for i in range(40)]
+STEPS = 24
+SIZES: dict[str, Any] = {
+    "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+DISTIL = {
+    "vocab_size": 288, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def save(build: Callable[[], Any], folder: Path) -> Path:
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Of a model that guessed words, with a new head of two layers."""
+    root = tmp_path_factory.mktemp("classifier")
+    model = save(lambda: DistilBertForMaskedLM(DistilBertConfig(**DISTIL)), root / "model")
+    return train_run(model, root, LABELLED, STEPS)
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("embedder")
+    return train_run(save(lambda: BertModel(BertConfig(**SIZES)), root / "model"), root, BELONGING, STEPS)
+
+
+@pytest.fixture(params=["classifier", "embedder"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    """Either, with what it trained alone."""
+    trained: Run = request.getfixturevalue(request.param)
+    return Run(Path(shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("quantized"))))
+
+
+def batch(run: Run) -> dict[str, Tensor]:
+    options = config.load(FinetuneOptions, "finetune", run.config, {})
+    kind, words = kinds.of_run(run), make_tokenizer()
+    model = BertModel(BertConfig(**SIZES))
+    rows = examples.tokenize(kind, load_rows(options.data), model, words, options.max_length).rows
+    return examples.collator(kind, words)(rows)
+
+
+def answer(kind: Kind, model: Any, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return kind.answer(model, given["input_ids"], given["attention_mask"])
+
+
+def check_frozen(run: Run) -> None:
+    """What is frozen answers as it was trained, to the rounding."""
+    kind, given = kinds.of_run(run), batch(run)
+    quantize(run, QuantizeOptions(), silent)
+    found = answer(kind, frozen.load(run.quantized), given)
+    trained = answer(kind, rounding_model(run.adapter), given)
+    plain = answer(kind, merged_model(run.adapter, silent).model, given)
+    apart, rounding = (found - trained).abs().mean(), (trained - plain).abs().mean()
+    # Inputs in int8 may fall to the other side of a tie; rounding changes an answer by 0.003 to 0.05 of it.
+    assert apart < 1e-3 * trained.abs().mean() and apart < 0.2 * rounding
+
+
+def test_what_is_frozen_answers_as_it_was_trained(run: Run) -> None:
+    check_frozen(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "full", "learning_rate": 1e-3, "lora_rank": 16},  # the default: there are no adapters
+        {"base": "int8", "ptq_start": "hqq"},
+        {"ptq_start": "none", "scales": "absmax"},
+    ],
+)
+def test_other_trainings_end_in_what_was_trained(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = config.load(FinetuneOptions, "finetune", run.config, {})
+    finetune(replace(before, steps=4, **changes), tmp_path / "other", silent)
+    check_frozen(Run(tmp_path / "other"))
+
+
+def test_a_head_that_is_a_module_of_two_layers(tmp_path: Path) -> None:
+    model = save(lambda: RobertaForMaskedLM(RobertaConfig(**SIZES | {"pad_token_id": 1})), tmp_path / "model")
+    run = train_run(model, tmp_path, LABELLED)
+    check_frozen(run)
+    assert frozen.read_scheme(run.quantized).heads == ["classifier.dense", "classifier.out_proj"]
+
+
+def test_it_learns_what_its_rows_say(run: Run) -> None:
+    kind, given = kinds.of_run(run), batch(run)
+    quantize(run, QuantizeOptions(), silent)
+    objective = objectives.of(kind)
+    assert objective is not None
+    with torch.no_grad():
+        before, after = (float(objective(m, given)) for m in (base_model(run.adapter), frozen.load(run.quantized)))
+    assert after < 0.9 * before  # of 40 texts to choose among, where a batch of the training had 4
+
+
+def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> None:
+    quantize(classifier, QuantizeOptions(), silent)
+    given = batch(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier.quantized)
+    assert model.config.id2label == dict(enumerate(WORDS))
+    ours = answer(SequenceClassifier(), frozen.load(classifier.quantized), given)
+    torch.testing.assert_close(answer(SequenceClassifier(), model.eval(), given), ours)
+    assert (ours.argmax(-1) == given["labels"]).float().mean() > 0.9
+    merged = merged_model(classifier.adapter, silent)
+    base = base_model(classifier.adapter)
+    for name in merged.scheme.heads:
+        new, old = (m.get_submodule(name).weight for m in (merged.model, base))
+        assert not torch.equal(new, old)
+    saved = load_file(classifier.adapter / "adapter_model.safetensors")
+    assert {n for n in saved if "lora" not in n} == {
+        f"base_model.model.{head}.{part}" for head in ("pre_classifier", "classifier") for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("method", PTQ_METHODS)
+def test_every_method_quantizes_it(run: Run, method: str) -> None:
+    quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100), silent)
+    kind, given = kinds.of_run(run), batch(run)
+    reference = answer(kind, merged_model(run.reference, silent).model, given)
+    found = answer(kind, frozen.load(quantized.folder), given)
+    assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
+
+
+def test_export_verify_and_validate(classifier: Run) -> None:
+    said: list[str] = []
+    export(classifier, ExportOptions(target=("executorch",), ptq=("none",), context_length=40), said.append)
+    (result,) = verify(classifier, (), silent)
+    assert result.faults == [] and result.linears_equal == result.linears == 12
+    assert "texts of up to 40 tokens, answered by 3 numbers" in said
+    labels = json.loads((classifier.exports / "executorch" / "config.json").read_text())["id2label"]
+    assert list(labels.values()) == list(WORDS)
+    found = CliRunner().invoke(main, ["validate", str(classifier.path), "--json"])
+    assert found.exit_code == 0, found.output
+    document = json.loads((classifier.path / "answers.json").read_text())
+    tuned, ours = document["answered"]
+    assert document["texts"] == len(LABELLED) and tuned["name"] == "fp32 fine-tuned" and ours["name"] == "qat"
+    assert min(tuned["quality"], ours["quality"], ours["agreement"]) > 0.9 and ours["parity"] > 0.9999
+    assert ours["size_bytes"] >= (classifier.exports / "executorch" / "model.pte").stat().st_size
+    report = CliRunner().invoke(main, ["report", str(classifier.path)])
+    assert report.exit_code == 1 and "holds an encoder, of which there is no page" in report.output
+    again = CliRunner().invoke(main, ["validate", str(classifier.path)])
+    assert again.exit_code == 1 and "answers.json exists already" in again.output
+    limited = CliRunner().invoke(main, ["validate", str(classifier.path), "--force", "--max-kl", "0.1"])
+    assert limited.exit_code == 2 and "--max-kl is for models that generate text" in limited.output
+
+
+def test_quality_is_its_formula() -> None:
+    logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]], dtype=np.float32)
+    assert quality(SequenceClassifier(("a", "b")), logits, np.array([0, 1, 1])) == pytest.approx(2 / 3)
+    first = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
+    second = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+    answers = np.concatenate([first, second])  # cosines 1, 0.8, 0, 0.8: ranks 4, 2.5, 1, 2.5
+    assert quality(SentenceEncoder(), answers, np.array([0.9, 0.5, 0.1, 0.5])) == pytest.approx(1)
+    assert quality(SentenceEncoder(), answers, np.array([0.1, 0.5, 0.9, 0.5])) == pytest.approx(-1)
+    assert quality(SentenceEncoder(scored=False), answers, np.ones(4)) == pytest.approx(1 / 2)
+    assert cosines(first, second) == pytest.approx([1, 0.8, 0, 0.8])
+
+
+def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: Path) -> None:
+    options = config.load(FinetuneOptions, "finetune", classifier.config, {})
+    options = replace(options, steps=6, save_every=2)
+    finetune(options, tmp_path / "run", silent)
+    whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    finetune(options, tmp_path / "run", silent, resume=True)
+    again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    ("what", "do"),
+    [
+        ("--target onnx", lambda run: export(run, ExportOptions(), silent)),
+        ("--kv-cache int8", lambda run: export(run, ExportOptions(target=("executorch",), kv_cache="int8"), silent)),
+        ("--rotate", lambda run: quantize(run, QuantizeOptions(method="gptq", rotate=True), silent)),
+        ("sensitivity", lambda run: sensitivity(run, SensitivityOptions(), silent)),
+        ("compare", lambda run: compare(run, CompareOptions(), None, silent)),
+        (
+            "generate",
+            lambda run: generate(run, "hello", "torch", silent, raw=True, system=None, max_new_tokens=4),
+        ),
+    ],
+)
+def test_what_is_for_generation_is_refused_before_any_work(run: Run, what: str, do: Callable[[Run], Any]) -> None:
+    with pytest.raises(UsageError, match=f"^{what} is for models that generate text; .* holds a se"):
+        do(run)
+    assert not run.quantized.exists() and not run.ptq_folder.exists()
+
+
+@pytest.fixture(scope="module")
+def two_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier with names for its two labels."""
+    names = {"id2label": {0: "off", 1: "on"}, "label2id": {"off": 0, "on": 1}}
+    folder = tmp_path_factory.mktemp("labels") / "model"
+    return save(lambda: BertForSequenceClassification(BertConfig(**SIZES, **names)), folder)
+
+
+def options(model: Path, data: str, **changes: Any) -> FinetuneOptions:
+    return FinetuneOptions(model=str(model), data=data, steps=2, batch_size=4, track=(), **changes)
+
+
+PAIR = {"text_a": "one", "text_b": "two", "score": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": "on"}, {"text": "b"}], r"2: an encoder learns from rows of 'text' and 'label'"),
+        ([{"prompt": "a", "completion": "b"}], r"1: an encoder learns from rows of 'text' and 'label'"),
+        ([{"text": "a", "label": True}], r"1: 'label' must be a word or a whole number, found True"),
+        ([{"text": "a", "label": "on"}, {"text": "b", "label": "up"}], r"2: the label 'up' is none .*\(off, on\)"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 2}], r"2: the label '2' is none .*\(off, on\)"),
+        ([PAIR, {"anchor": "a", "positive": "b"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
+        ([PAIR, {"text": "a", "label": "on"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
+        ([PAIR | {"score": 4.5}], r"1: 'score' is 4.5; a cosine lies between -1 and 1"),
+        ([PAIR | {"score": "high"}], r"1: 'score' must be a number, found a string"),
+    ],
+)
+def test_rows_that_an_encoder_cannot_learn_are_named(
+    two_labels: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        finetune(options(two_labels, write(tmp_path / "rows.jsonl", rows)), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"keep_layers": 1}, "--keep-layers"),
+        ({"distill_weight": 0.5, "ptq_start": "none"}, "--distill-weight"),
+        ({"rotate": "on"}, "--rotate on"),
+    ],
+)
+def test_options_for_generation_are_refused(
+    two_labels: Path, tmp_path: Path, changes: dict[str, Any], flag: str
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "on"}])
+    with pytest.raises(UsageError, match=f"{flag} is for models that generate text; .* is an encoder"):
+        finetune(options(two_labels, rows, **changes), tmp_path / "run", silent)
+
+
+def test_an_encoder_that_no_target_takes_is_refused(tmp_path: Path) -> None:
+    DebertaV2Config().save_pretrained(tmp_path / "model")
+    rows = write(tmp_path / "rows.jsonl", LABELLED)
+    with pytest.raises(ModelError, match="could not be exported: deberta-v2 has attention of its own"):
+        finetune(options(tmp_path / "model", rows), tmp_path / "run", silent)
+
+
+def test_an_embedding_that_is_no_mean_is_refused(tmp_path: Path) -> None:
+    model = save(lambda: BertModel(BertConfig(**SIZES)), tmp_path / "model")
+    (model / "1_Pooling").mkdir()
+    modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    rows = write(tmp_path / "rows.jsonl", BELONGING)
+    with pytest.raises(ModelError, match="pooling_mode_cls_token; qat-edge makes an embedding of the mean"):
+        finetune(options(model, rows), tmp_path / "run", silent)
+
+
+def test_labels_follow_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
+    own = BertConfig.from_pretrained(two_labels)
+    rows = load_rows(write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "off"}]))
+    kind = examples.kind_for(own, rows, "rows")
+    assert kind == SequenceClassifier(("off", "on"))
+    model, words = BertModel(BertConfig(**SIZES)), make_tokenizer()
+    assert [row["labels"] for row in examples.tokenize(kind, rows, model, words, 32).rows] == [[1], [0]]
+    found = [{"text": "a", "label": n} for n in (10, 2, 2)]
+    rows = load_rows(write(tmp_path / "b.jsonl", found))
+    assert examples.kind_for(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
+    with pytest.raises(DataError, match="every row has the label '2'"):
+        examples.kind_for(BertConfig(), rows[1:], "rows")
+
+
+def test_objectives_are_their_formulas() -> None:
+    first = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    second = torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    given = {"input_ids": first, "attention_mask": first, "labels": torch.tensor([0.5, 1.0])}
+
+    class Known(SentenceEncoder):
+        def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return torch.cat([first, second])
+
+    scored, belonging = objectives.of(Known(scored=True)), objectives.of(Known(scored=False))
+    assert scored is not None and belonging is not None
+    torch.testing.assert_close(scored(None, given), torch.tensor(0.25))  # cosines 0 and 1
+    cosines = 20 * torch.tensor([[0.0, 0.6], [0.8, 1.0]])
+    torch.testing.assert_close(belonging(None, given), -cosines.log_softmax(-1).diagonal().sum())
+    assert objectives.of(kinds.CAUSAL_LM) is None
+
+
+def test_long_texts_are_cut_at_the_models_positions(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path / "rows.jsonl", [{"text": "x" * 100, "label": "a"}, {"text": "y", "label": "b"}]))
+    model = BertModel(BertConfig(**SIZES))
+    done = examples.tokenize(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
+    assert [len(row["input_ids"]) for row in done.rows] == [64, 1] and (done.truncated, done.cut_tokens) == (1, 36)
+    assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows cut, 36 tokens lost"
