@@ -407,5 +407,5 @@ def test_what_cannot_be_is_said(tiny_model_folder: Path) -> None:
     with pytest.raises(DataError, match="No calibration data"):
         ptq.apply(model, plan, "gptq", [], silent)
     flat = nn.ModuleDict({"layer": nn.Linear(32, 32)})
-    with pytest.raises(ModelError, match="no list of decoder blocks"):
+    with pytest.raises(ModelError, match="no list of blocks"):
         find_blocks(Scheme(32, False, "e", "h", {"layer": SPEC}), flat)

@@ -1,4 +1,4 @@
-"""A decoder one block at a time on calibration data: what each linear layer sees once the blocks before are rounded.
+"""A model one block at a time on calibration data: what each linear layer sees once the blocks before are rounded.
 
 Only one block's statistics exist at a time, and one hidden state a token: memory does not grow with depth. A
 block's inputs are what the deployed model computes: codes for the weights before it, int8 for every linear input.
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder block with the linear layers of the scheme that lie in it, by their names in the model."""
+    """A block with the linear layers of the scheme that lie in it, by their names in the model."""
 
     module: nn.Module
     index: int
@@ -213,7 +213,7 @@ def _walk(
 
 
 def find_blocks(scheme: Scheme, model: Any) -> str:
-    """Name of the module list that holds the decoder blocks: the outermost of those with the most linear layers.
+    """Name of the module list that holds the blocks: the outermost of those with the most linear layers.
 
     Raises:
         ModelError: the linear layers lie in no module list.
@@ -227,7 +227,7 @@ def find_blocks(scheme: Scheme, model: Any) -> str:
     best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
     if not counts[best]:
         raise ModelError(
-            f"{type(model).__name__}: no list of decoder blocks found, which GPTQ, GPTAQ, CD and AWQ go through. "
+            f"{type(model).__name__}: no list of blocks found, which GPTQ, GPTAQ, CD and AWQ go through. "
             "Use rtn or hqq."
         )
     return best
@@ -257,9 +257,9 @@ def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibrat
             model(**inputs)
         unrounded = hidden.pop()
         others.clear()
-        embedding = model.get_submodule(scheme.embedding)
-        hook = _rounding_rows(scheme.weights[scheme.embedding])
-        stack.callback(embedding.register_forward_hook(hook).remove)
+        for name in scheme.embeddings:
+            hook = _rounding_rows(scheme.weights[name])
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         with suppress(_Stop):
             model(**inputs)
     return Batch(hidden[0], mask.flatten().bool(), others, unrounded)

@@ -58,7 +58,7 @@ def apply(
 
     Raises:
         UsageError: an unknown method.
-        ModelError: a model in which no repeated decoder blocks are found.
+        ModelError: a model in which no repeated blocks are found.
         DataError: no calibration data, or too little to say which weights matter.
     """
     if method not in PTQ_METHODS:
@@ -77,7 +77,7 @@ def apply(
         say(line)
     outside = [n for n, spec in scheme.linears.items() if spec.bits == 4 and n not in scales]
     if outside:
-        say(f"{len(outside)} layers outside the decoder blocks are rounded to nearest: {', '.join(outside[:5])}")
+        say(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
     return _without_data(model, scheme, numerics.choose_scales) | scales
 
 
