@@ -78,6 +78,8 @@ def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
     assert all((model.get_submodule(n).weight - w).abs().mean() > 0.05 for n, w in weights.items())
     assert not model.config.tie_word_embeddings
+    gains = model.get_parameter("model.norm.weight")
+    assert gains.unique().numel() > 90 and 0 < (gains - 1).abs().max() < 0.1
     merged, _ = fake.merge_adapters(adapted)
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 

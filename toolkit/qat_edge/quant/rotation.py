@@ -5,10 +5,12 @@ them. Between the norms a decoder only adds to its hidden states x, so that an o
 SpinQuant [2]): with x Q in place of x,
 
     embedding     E Q                               written to x      Q^T W, b Q
-    norm          weight g -> 1, since x / rms(x) turns with x        read from a norm      W diag(g) Q
+    norm          weight g -> h, since x / rms(x) turns with x        read from a norm      W diag(g) Q diag(1/h)
 
-Q is a random Hadamard matrix, which spreads a channel over all others. The model stays what it was, with nothing added
-that runs; where embedding and head share a table they part, as g lies in the head alone.
+Q is a random Hadamard matrix, which spreads a channel over all others; h is close to 1, each channel's its own. Were it
+1, the first layers would be given the embedding's integers times one number, and many would lie on ties of their int8
+form, where runtimes differ. The model stays what it was, with nothing added that runs; where embedding and head share a
+table they part, as g lies in the head alone.
 
 [1] https://arxiv.org/abs/2404.00456
 [2] https://arxiv.org/abs/2405.16406
@@ -29,6 +31,7 @@ from qat_edge.quant import fake
 from qat_edge.quant.scheme import Scheme
 
 PROBE = 8  # tokens
+SPREAD = 1 / 16  # of h around 1
 SAME = 1e-3  # of the logits' standard deviation; float32 leaves 1e-5, a wrong place 0.1 and more
 ROWS = 8192  # rows turned at once, in float64
 
@@ -72,14 +75,16 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
     model = fake.base_of(trained)
     stream = find_stream(model, scheme)
     turn = random_hadamard(stream.width, seed).to(stream.embedding.weight.device)
+    draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
+    gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
     untie(model)
     with torch.no_grad():
         _right(stream.embedding.weight, turn)
         for norm in stream.norms:
-            gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn
+            gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn / gains
             for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
                 _right(matrix, gained)
-            norm.module.weight.fill_(norm.neutral)
+            norm.module.weight.copy_(gains - (1 - norm.neutral))
         for matrix in (m for name in stream.writers for m in _writing(model.get_submodule(name))):
             matrix.copy_(turn.T @ matrix.double())
 
