@@ -205,7 +205,10 @@ def _cost(lab: Lab) -> Iterator[Job]:
     task = next(iter(TASKS))
     steps = cost.steps_for(lab.setting.cost_steps)
     for number in range(lab.setting.cost_rounds):
-        identity = {"recipes": {name: dict(over) for name, over in settings.COSTS.items()}, "model": lab.fingerprint}
+        identity = {
+            "recipes": {name: dict(over) for name, over in settings.COSTS.items()},
+            "recommended": lab.identity(Training(task, 0, steps, RECOMMENDED)),
+        }
         cell = Cell("cost", "", number, "round", {"steps": steps, "device": lab.device, **identity})
         seconds = len(settings.COSTS) * (START_S + steps * lab.setting.qat_step_s)
         yield Job(cell, lambda: _cost_round(lab, task, steps), (), seconds + lab.setting.calibrate_s)
