@@ -73,6 +73,16 @@ class Variant:
             return []
         return sorted(p.name for p in self.exports.iterdir() if (p / MANIFEST).is_file())
 
+    def require_current(self, target: str, again: str) -> None:
+        """Require that an artifact was made of the checkpoint that is there; again: the command that makes it so.
+
+        Raises:
+            RunError: it was exported from an earlier one.
+        """
+        folder = self.exports / target
+        if read_manifest(folder)["quantized_sha256"] != sha256(self.quantized / MANIFEST):
+            raise RunError(f"{folder} was exported from an earlier {self.quantized}. Export again: `{again}`.")
+
 
 @dataclass(frozen=True)
 class Run(Variant):

@@ -25,7 +25,7 @@ from qat_edge.measure.budget import TorchSide, budget, judge, score_here, torch_
 from qat_edge.measure.devices import LOCAL, connect, report_paths, side_by_side
 from qat_edge.measure.gates import hold, require_gates, require_measurable
 from qat_edge.measure.results import Agreement, Budget, Judgement, Measured, Report, save
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256
+from qat_edge.run import Run, Variant, read_manifest
 from qat_edge.verify import verify_folder
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.executorch.backends import runs_elsewhere
@@ -235,10 +235,5 @@ def _artifacts(run: Run, options: ValidateOptions, say: Say) -> list[tuple[Varia
         raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Do `qat-edge export {run.path}`.")
     found = [(v, t) for v in run.variants() for t in wanted if t in v.targets()]
     for variant, target in found:
-        made_of = read_manifest(variant.exports / target)["quantized_sha256"]
-        if made_of != sha256(variant.quantized / MANIFEST):
-            raise RunError(
-                f"{variant.exports / target} was exported from an earlier {variant.quantized}. "
-                f"Export again: `qat-edge export {run.path} --force`."
-            )
+        variant.require_current(target, f"qat-edge export {run.path} --force")
     return found

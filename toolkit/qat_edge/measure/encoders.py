@@ -28,7 +28,7 @@ from qat_edge.measure import gates
 from qat_edge.measure.devices import LOCAL
 from qat_edge.quant import frozen
 from qat_edge.rows import load_rows
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, sha256, write_text
+from qat_edge.run import Run, Variant, write_text
 from qat_edge.tables import resolve
 from qat_edge_exporters import ENCODERS, READERS
 
@@ -172,12 +172,7 @@ def _exported(run: Run) -> list[Variant]:
     if not found:
         raise RunError(f"{run.exports}: nothing exported. Do `qat-edge export {run.path} --target {TARGET}`.")
     for variant in found:
-        made_of = read_manifest(variant.exports / TARGET)["quantized_sha256"]
-        if made_of != sha256(variant.quantized / MANIFEST):
-            raise RunError(
-                f"{variant.exports / TARGET} was exported from an earlier {variant.quantized}. "
-                f"Export again: `qat-edge export {run.path} --target {TARGET} --force`."
-            )
+        variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")
     return found
 
 

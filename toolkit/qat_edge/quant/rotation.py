@@ -160,12 +160,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _norms_of(model: Any, width: int) -> list[Any]:
-    found = []
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.shape == (width,):
-            found.append(module)
-    return found
+    weights = ((module, getattr(module, "weight", None)) for module in model.modules())
+    return [m for m, weight in weights if isinstance(weight, nn.Parameter) and weight.shape == (width,)]
 
 
 def _neutral(norm: Any, width: int) -> float:
