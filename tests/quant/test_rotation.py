@@ -84,6 +84,40 @@ def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", TURNED)
+def test_the_heads_are_found_where_a_layer_makes_values_alone(kind: str) -> None:
+    model = make(TURNED[kind]())
+    heads = rotation.find_heads(model, rotation.find_stream(model, scheme.choose(model, 32)))
+    if kind == "fused projections":
+        assert heads is None
+    else:
+        assert heads is not None and heads.width == 24
+        assert [*heads.values.values()] == [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+        assert [*heads.outputs.values()] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+
+
+def test_a_channel_of_the_values_that_stands_out_is_spread_over_its_head() -> None:
+    model = make(TURNED["one table"]())
+    plan = scheme.choose(model, 32)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight[5] *= 50
+    given: dict[str, Tensor] = {}
+
+    def prominence() -> list[float]:
+        """The largest channel of each output projection's input over the median one of its head."""
+        outputs = [(n, model.get_submodule(n)) for n in plan.linears if n.endswith("o_proj")]
+        hooks = [m.register_forward_pre_hook(lambda _, x, n=n: given.update({n: x[0]})) for n, m in outputs]
+        logits(model)
+        for hook in hooks:
+            hook.remove()
+        heads = [x.abs().mean(dim=(0, 1))[:24] for x in given.values()]
+        return [float(head.max() / head.median()) for head in heads]
+
+    before = prominence()
+    rotation.rotate(model, plan, 0)
+    assert min(before) > 20 and max(prominence()) < 5
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -9,8 +9,11 @@ SpinQuant [2]): with x Q in place of x,
 
 Q is a random Hadamard matrix, which spreads a channel over all others; h is close to 1, each channel's its own. Were it
 1, the first layers would be given the embedding's integers times one number, and many would lie on ties of their int8
-form, where runtimes differ. The model stays what it was, with nothing added that runs; where embedding and head share a
-table they part, as g lies in the head alone.
+form, where runtimes differ. What attention's heads pass on, the weighted sums of their values, is turned as well, head
+by head (SpinQuant's R2): H^T W_v, W_o H.
+
+The model stays what it was, with nothing added that runs; where embedding and head share a table they part, as g lies
+in the head alone.
 
 [1] https://arxiv.org/abs/2404.00456
 [2] https://arxiv.org/abs/2405.16406
@@ -19,7 +22,7 @@ table they part, as g lies in the head alone.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from qat_edge.quant.scheme import Scheme
 PROBE = 8  # tokens
 SPREAD = 1 / 16  # of h around 1
 SAME = 1e-3  # of the logits' standard deviation; float32 leaves 1e-5, a wrong place 0.1 and more
+SAME_HEADS = 1e-2  # of what turning back alone changes; float32 leaves 1e-4 where attention adds little
 ROWS = 8192  # rows turned at once, in float64
 
 
@@ -43,6 +47,15 @@ class Norm:
     module: Any
     neutral: float
     readers: list[str]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The layers before and behind attention: names of the scheme by the attention's. width: of one head."""
+
+    width: int
+    values: dict[str, str]
+    outputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ def obstacle(model: Any, scheme: Scheme) -> str:
 def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
     """Turn the hidden states of a float32 model by a random Hadamard matrix, in place: weights, norms and adapters.
 
+    The heads of attention are turned by another one, where the model has layers of their values alone.
+
     trained: with adapters around its layers or not; their factors are turned along. A shared table becomes two.
 
     Raises:
@@ -74,7 +89,9 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
     """
     model = fake.base_of(trained)
     stream = find_stream(model, scheme)
-    turn = random_hadamard(stream.width, seed).to(stream.embedding.weight.device)
+    heads = find_heads(model, stream)
+    device = stream.embedding.weight.device
+    turn = random_hadamard(stream.width, seed).to(device)
     draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
     gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
     untie(model)
@@ -87,6 +104,16 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
             norm.module.weight.copy_(gains - (1 - norm.neutral))
         for matrix in (m for name in stream.writers for m in _writing(model.get_submodule(name))):
             matrix.copy_(turn.T @ matrix.double())
+        if heads is not None:
+            _turn_heads(model, heads, random_hadamard(heads.width, seed).to(device))
+
+
+def _turn_heads(model: Any, heads: Heads, turn: Tensor) -> None:
+    for matrix in (m for name in heads.values.values() for m in _writing(model.get_submodule(name))):
+        each = matrix.view(-1, heads.width, matrix.shape[1])
+        each.copy_(turn.T @ each.double())
+    for matrix in (m for name in heads.outputs.values() for m in _reading(model.get_submodule(name))):
+        _right(matrix.view(-1, heads.width), turn)
 
 
 def untie(model: Any) -> None:
@@ -152,6 +179,45 @@ def find_stream(model: Any, scheme: Scheme) -> Stream:
     stream = Stream(width, embedding, found, writers)
     _try_out(model, stream)
     return stream
+
+
+def find_heads(model: Any, stream: Stream) -> Heads | None:
+    """The layers that make the values of attention and read their weighted sums, found by trying; None without any."""
+    readers = [name for norm in stream.norms for name in norm.readers]
+    outputs = {parent: name for name in stream.writers if _head_width(model, parent := name.rpartition(".")[0])}
+    outputs = {n: o for n, o in outputs.items() if model.get_submodule(o).weight.shape[1] % _head_width(model, n) == 0}
+    beside: dict[str, dict[str, str]] = {}  # by their own names, then by what they lie in
+    for name in readers:
+        parent, _, own = name.rpartition(".")
+        if parent in outputs and model.get_submodule(name).weight.shape[0] % _head_width(model, parent) == 0:
+            beside.setdefault(own, {})[parent] = name
+    expected = _logits(model)
+    for values in beside.values():
+        heads = Heads(_head_width(model, next(iter(values))), values, {parent: outputs[parent] for parent in values})
+        changed = (_with_heads(model, replace(heads, values={})) - expected).abs().max()
+        if (_with_heads(model, heads) - expected).abs().max() < SAME_HEADS * changed:
+            return heads
+    return None
+
+
+def _head_width(model: Any, attention: str) -> int:
+    """0 for what is no attention. Transformers' attention layers all have it."""
+    return int(getattr(model.get_submodule(attention), "head_dim", 0))
+
+
+def _with_heads(model: Any, heads: Heads) -> Tensor:
+    """Logits of a model whose heads are turned where values are made, and turned back where they are read."""
+    turn = random_hadamard(heads.width, 0).to(model.get_input_embeddings().weight.device, torch.float32)
+
+    def turned(x: Tensor, by: Tensor) -> Tensor:
+        return (x.unflatten(-1, (-1, heads.width)) @ by).flatten(-2)
+
+    with ExitStack() as stack:
+        for module in map(model.get_submodule, heads.values.values()):
+            stack.callback(module.register_forward_hook(lambda _, __, output: turned(output, turn)).remove)
+        for module in map(model.get_submodule, heads.outputs.values()):
+            stack.callback(module.register_forward_pre_hook(lambda _, given: (turned(given[0], turn.T),)).remove)
+        return _logits(model)
 
 
 def _storage(tensor: Tensor) -> int:
