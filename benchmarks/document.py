@@ -13,7 +13,7 @@ from benchmarks import chart, settings
 from benchmarks.lab import Figures, Lab
 from benchmarks.page import MISSING, provenance, table
 from benchmarks.plan import Job
-from benchmarks.remaining import SWITCHED_OFF
+from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS
 from benchmarks.settings import BASELINES, FP32, METHODS, RECOMMENDED, SETTINGS, TASKS, Setting
 from qat_edge.report.figures import number, percent
 from qat_edge.run import write_text
@@ -119,6 +119,7 @@ def render(records: Records, plot: str | None = None) -> str:
         "## One switch at a time", _ablation_words(), _ablation(records),
         "## Other formulations", _formulation_words(), _formulations(records),
         "## What the remaining loss is made of", _remaining_words(), _remaining(records),
+        "## Embedding and head", _tables_words(), _tables(records),
         "## Step time and memory", _cost_words(records), _cost(records),
         "## Settings", _settings_words(), _settings(),
     ]  # fmt: skip
@@ -212,6 +213,14 @@ def _remaining_words() -> str:
         "(int4, all linear layers but the head), activations (int8 inputs of those), embedding (int8), head (int8 "
         "weight and input). What is off is as it was where plain LoRA ended; *all off* is that model, which has "
         "trained for fewer steps than the FP32 fine-tune."
+    )
+
+
+def _tables_words() -> str:
+    return (
+        "The QAT model with its embedding and its head rounded to other bits, in torch emulation: 8 is one scale a row "
+        "(the default), 4 in groups as linear layers are (`finetune --embedding-bits 4 --head-bits 4`). The training "
+        "knew 8 and 8. Both are frozen in it, so only the last adapters could have made up for the difference."
     )
 
 
@@ -353,6 +362,18 @@ def _remaining(records: Records) -> str:
         ]
         rows.append((task, NAMES[RECOMMENDED], *lost))
     return table(("task", "model", *SWITCHED_OFF), rows)
+
+
+def _tables(records: Records) -> str:
+    setting, rows = records.setting, []
+    for task in setting.side_tasks:
+        for bits in map("{0[0]} / {0[1]}".format, TABLE_BITS):
+            found = [
+                records.find("tables", task, s, RECOMMENDED, setting.steps) for s in records.seeds[: setting.side_seeds]
+            ]
+            figures = [[None if f is None else f[bits][key] for f in found] for key in ("perplexity", "kl_nats")]
+            rows.append((task, bits, *map(spread, figures)))
+    return table(("task", "bits of embedding / head", "perplexity", "KL"), rows)
 
 
 def _cost(records: Records) -> str:

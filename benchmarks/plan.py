@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import cost, formulations, settings
 from benchmarks.cells import Cell, slug
 from benchmarks.lab import Figures, Lab, Training, artifact_rows
-from benchmarks.remaining import SWITCHED_OFF, partly_rounded
+from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS, partly_rounded, with_table_bits
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
@@ -22,9 +22,9 @@ from qat_edge.report.figures import duration
 # Seconds on two cores, for the estimate alone; training is counted from Setting's seconds a step.
 START_S = 15.0  # imports, model and data of one command
 LOAD_S = 6.0  # a model in this process
-SCORE_S = 0.006  # a compared token, emulated in torch
+SCORE_S = 0.004  # a compared token, emulated in torch
 METHOD_S = {"rtn": 5.0, "hqq": 15.0}
-EXPORT_S = 70.0  # one model to both targets
+EXPORT_S = 60.0  # one model to both targets
 SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.3  # a token, a token, an answered prompt
 
 
@@ -42,6 +42,7 @@ def plan(lab: Lab, parts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """The jobs of the parts asked for, each cell once, those of one FP32 fine-tune together."""
     makers = {
         "main": _main, "steps": _steps, "ablation": _ablation, "formulations": _formulations, "remaining": _remaining,
+        "tables": _tables,
     }  # fmt: skip
     jobs: dict[str, Job] = {}
     for part in parts:
@@ -135,27 +136,24 @@ def _main(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
 
 
 def _steps(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    for task in lab.setting.side_tasks:
-        for seed in seeds[: lab.setting.side_seeds]:
-            for factor in (1.0, *lab.setting.factors):
-                for name in (FP32, *BASELINES, RECOMMENDED):
-                    yield emulated(lab, task, seed, round(factor * lab.setting.steps), name)
+    for task, seed in _sides(lab, seeds):
+        for factor in (1.0, *lab.setting.factors):
+            for name in (FP32, *BASELINES, RECOMMENDED):
+                yield emulated(lab, task, seed, round(factor * lab.setting.steps), name)
 
 
 def _ablation(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    for task in lab.setting.side_tasks:
-        for seed in seeds[: lab.setting.side_seeds]:
-            for name in (FP32, *BASELINES, RECOMMENDED, *settings.ablation_rows(lab.setting.ablation_rows)):
-                yield emulated(lab, task, seed, lab.setting.steps, name)
+    for task, seed in _sides(lab, seeds):
+        for name in (FP32, *BASELINES, RECOMMENDED, *settings.ablation_rows(lab.setting.ablation_rows)):
+            yield emulated(lab, task, seed, lab.setting.steps, name)
 
 
 def _formulations(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    for task in lab.setting.side_tasks:
-        for seed in seeds[: lab.setting.side_seeds]:
-            for name in (FP32, *BASELINES):
-                yield emulated(lab, task, seed, lab.setting.steps, name)
-            for name in formulations.FORMULATIONS:
-                yield _formulation(lab, task, seed, name)
+    for task, seed in _sides(lab, seeds):
+        for name in (FP32, *BASELINES):
+            yield emulated(lab, task, seed, lab.setting.steps, name)
+        for name in formulations.FORMULATIONS:
+            yield _formulation(lab, task, seed, name)
 
 
 def _formulation(lab: Lab, task: str, seed: int, name: str) -> Job:
@@ -175,9 +173,16 @@ def _formulation(lab: Lab, task: str, seed: int, name: str) -> Job:
 
 
 def _remaining(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    for task in lab.setting.side_tasks:
-        for seed in seeds[: lab.setting.side_seeds]:
-            yield _switched_off(lab, task, seed)
+    return (_switched_off(lab, task, seed) for task, seed in _sides(lab, seeds))
+
+
+def _tables(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
+    return (_with_tables(lab, task, seed) for task, seed in _sides(lab, seeds))
+
+
+def _sides(lab: Lab, seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Task and seed of the parts after the first."""
+    return ((task, seed) for task in lab.setting.side_tasks for seed in seeds[: lab.setting.side_seeds])
 
 
 def _switched_off(lab: Lab, task: str, seed: int) -> Job:
@@ -198,6 +203,24 @@ def _switched_off(lab: Lab, task: str, seed: int) -> Job:
     seconds = len(SWITCHED_OFF) * (lab.setting.tokens * SCORE_S + LOAD_S)
     cell = _cell(lab, "remaining", task, seed, RECOMMENDED, steps, identity)
     return Job(cell, measure, (tuned, qat), seconds)
+
+
+def _with_tables(lab: Lab, task: str, seed: int) -> Job:
+    """The QAT model with an embedding and a head of other bits."""
+    steps = lab.setting.steps
+    tuned, qat = Training(task, seed, steps, FP32), Training(task, seed, steps, RECOMMENDED)
+    identity: dict[str, Any] = {training.recipe: lab.identity(training) for training in (tuned, qat)}
+
+    def measure() -> Figures:
+        run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
+        quantized, found = lab.frozen(run), {}
+        for bits in TABLE_BITS:
+            with with_table_bits(run.reference, quantized, bits, lab.quiet) as model:
+                found["{} / {}".format(*bits)] = stick.compare(model)
+        return found
+
+    seconds = len(TABLE_BITS) * (lab.setting.tokens * SCORE_S + LOAD_S)
+    return Job(_cell(lab, "tables", task, seed, RECOMMENDED, steps, identity), measure, (tuned, qat), seconds)
 
 
 def _cost(lab: Lab) -> Iterator[Job]:

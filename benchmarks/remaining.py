@@ -1,4 +1,4 @@
-"""What the remaining loss is made of: a frozen checkpoint with parts of its rounding switched off."""
+"""What the remaining loss is made of: a frozen checkpoint with parts of its rounding off, or tables of fewer bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qat_edge import adapters
 from qat_edge.measure import budget, reference
 from qat_edge.measure.rounding import Rounding, rounding_as
-from qat_edge.quant import frozen
+from qat_edge.quant import frozen, numerics
 
 SWITCHED_OFF: Mapping[str, tuple[str, ...]] = {
     "all rounding on": (),
@@ -20,6 +22,7 @@ SWITCHED_OFF: Mapping[str, tuple[str, ...]] = {
     "head off": ("head",),
     "all off": budget.PARTS,
 }
+TABLE_BITS = ((8, 8), (4, 8), (8, 4), (4, 4))  # of embedding and head
 
 
 @contextmanager
@@ -35,4 +38,24 @@ def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...], say: C
             stack.enter_context(budget.part_off(model, floats, plan, part))
             names = budget.rounded_without(names, plan, part)
         stack.enter_context(rounding_as(model, names, Rounding()))
+        yield model
+
+
+@contextmanager
+def with_table_bits(
+    snapshot: Path, quantized: Path, bits: tuple[int, int], say: Callable[[str], None]
+) -> Iterator[Any]:
+    """The frozen model of `quantized` with an embedding and a head of other bits, rounded to nearest.
+
+    bits: of embedding and head; 8 with one scale a row, 4 in groups, as `finetune --embedding-bits` and `--head-bits`.
+    snapshot: where plain LoRA ended, which has the tables in float.
+    """
+    model, names = reference.load_dequantized(quantized)
+    plan, floats = frozen.read_scheme(quantized), adapters.float_model(snapshot, quantized, say)
+    for name, width in zip((plan.embedding, plan.head), bits, strict=True):
+        table = floats.get_parameter(f"{name}.weight")
+        group = plan.group_size if width == 4 else table.shape[1]
+        rounded = numerics.fake_quantize_weight(table, width, group)
+        model.get_submodule(name).weight = nn.Parameter(rounded, requires_grad=False)
+    with rounding_as(model, names, Rounding()):
         yield model

@@ -63,7 +63,7 @@ COSTS: Mapping[str, Overrides] = {
     "QAT, recommended": {},
 }
 
-PARTS = ("main", "steps", "ablation", "formulations", "remaining", "cost")
+PARTS = ("main", "steps", "ablation", "formulations", "remaining", "tables", "cost")
 BASELINES = ("rtn", "hqq")  # recovery is counted against the better of these
 METHODS = (*BASELINES, "gptq", "gptaq", "cd", "awq")
 

@@ -16,7 +16,7 @@ from benchmarks import document, formulations, plan, settings
 from benchmarks.cells import Cell, CellStore
 from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
 from benchmarks.lab import Lab, Training
-from benchmarks.remaining import partly_rounded
+from benchmarks.remaining import partly_rounded, with_table_bits
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
 from qat_edge.adapters import merged_model
@@ -215,7 +215,7 @@ def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path,
         lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting, silent)
         jobs = plan.plan(lab, settings.PARTS, (0, 1, 2))
         kinds = {job.cell.kind for job in jobs}
-        assert kinds == {"emulated", "artifacts", "formulation", "remaining", "cost"}
+        assert kinds == {"emulated", "artifacts", "formulation", "remaining", "tables", "cost"}
         artifacts = {(job.cell.task, job.cell.seed) for job in jobs if job.cell.kind == "artifacts"}
         assert artifacts == {(task, seed) for task in TASKS for seed in (0, 1, 2)}
         assert len({job.cell.file_name for job in jobs}) == len(jobs)
@@ -297,3 +297,12 @@ def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path
     assert torch.equal(logits(*PARTS), whole)
     one = logits("activations")
     assert not torch.equal(one, exact) and not torch.equal(one, whole)
+
+    def with_bits(embedding: int, head: int) -> torch.Tensor:
+        with torch.no_grad(), with_table_bits(run.reference, quantized, (embedding, head), silent) as model:
+            found: torch.Tensor = model(ids).logits
+        return found
+
+    assert torch.equal(with_bits(8, 8), exact)
+    distances = [float((with_bits(*bits) - whole).square().mean()) for bits in ((8, 8), (8, 4), (4, 4))]
+    assert distances == sorted(distances) and distances[0] < 0.5 * distances[2]
