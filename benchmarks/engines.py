@@ -21,7 +21,7 @@ from gguf import GGUFReader
 from onnx import helper
 
 from benchmarks.bandwidth import pinned
-from benchmarks.peers import LLAMA_CPP_PACKAGE, PeerError, Workshop
+from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerError, Workshop
 from qat_edge.errors import QatEdgeError
 from qat_edge.measure.devices import FAILURES, LOCAL
 from qat_edge.run import Run, library_version, sha256
@@ -30,8 +30,9 @@ from qat_edge_exporters.executorch import reader
 from qat_edge_exporters.executorch.inspection import inspect
 from qat_edge_exporters.onnx import names, storage
 
-PTE, ONNX, LLAMA_CPP, GENAI = "`.pte`", "ONNX folder", "llama.cpp Q4_0", "onnxruntime-genai int4"
-NAMES = (PTE, ONNX, LLAMA_CPP, GENAI)
+PTE, PTE_INT4 = "`.pte`", "`.pte`, int4 tables"
+ONNX, LLAMA_CPP, GENAI = "ONNX folder", "llama.cpp Q4_0", "onnxruntime-genai int4"
+NAMES = (PTE, PTE_INT4, ONNX, LLAMA_CPP, GENAI)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def gather(run: Run, work: Path, say: Callable[[str], None]) -> tuple[list[Engin
     """The engines that can be had here, and why the others cannot. Peers that are missing are made."""
     workshop = Workshop(work, run, say)
     makers: dict[str, Callable[[], Engine]] = {
-        PTE: lambda: _pte(run.exports / "executorch"),
+        PTE: lambda: _pte(PTE, run.exports / PTE_TARGET),
+        PTE_INT4: lambda: _pte(PTE_INT4, workshop.int4_tables()),
         ONNX: lambda: _onnx(ONNX, run.exports / "onnx"),
         LLAMA_CPP: lambda: _llama_cpp(workshop),
         GENAI: lambda: _onnx(GENAI, workshop.genai_int4()),
@@ -106,14 +108,14 @@ def facts(engines: list[Engine]) -> dict[str, dict[str, Any]]:
 # --- ours, and onnxruntime-genai ---------------------------------------------------------------------------------
 
 
-def _pte(folder: Path) -> Engine:
+def _pte(name: str, folder: Path) -> Engine:
     artifact, path = reader.read(folder), folder / reader.MODEL
     sizes, words = artifact.size_bytes, inspect(path)
     precisions = {}
-    for name, weight in artifact.weights.items():
+    for module, weight in artifact.weights.items():
         groups = weight.scales.shape[1]
         spread = "per channel" if groups == 1 else f"by {weight.codes.shape[1] // groups}"
-        precisions[name] = f"int{weight.bits} {spread}"
+        precisions[module] = f"int{weight.bits} {spread}"
     found = Facts(
         version=f"executorch {library_version('executorch')}",
         size_bytes=path.stat().st_size,
@@ -123,7 +125,7 @@ def _pte(folder: Path) -> Engine:
         sha256=sha256(path),
         graph={"delegates": sum(words.delegates.values()), **words.operators},
     )
-    return Engine(PTE, found, lambda threads, amounts: _by_runtime("executorch", folder, threads, amounts))
+    return Engine(name, found, lambda threads, amounts: _by_runtime(PTE_TARGET, folder, threads, amounts))
 
 
 def _onnx(name: str, folder: Path) -> Engine:

@@ -1,12 +1,14 @@
-"""The engines that the .pte is held against, installed or built as a user would, in a folder of their own.
+"""What the run's .pte is held against, installed, built or exported as a user would, in a folder of their own.
 
 llama.cpp: its source comes with PyPI's llama-cpp-python; built with cmake and ninja from PyPI and this machine's
 compiler, about 10 minutes of two cores. Its own scripts convert the model and round it to Q4_0.
-onnxruntime-genai: a dependency already; its own model builder makes int4 of the model.
+onnxruntime-genai: a dependency already; its own model builder makes int4 of the model, embedding and head included.
+Beside that belongs a .pte whose embedding and head are int4, too: exported here of the same model.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -19,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat_edge import adapters
+from qat_edge.config import ExportOptions
 from qat_edge.errors import QatEdgeError
-from qat_edge.run import MANIFEST, Run, replace_folder, sha256
+from qat_edge.export import export
+from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, work_folder, write_text
 
 LLAMA_CPP_PACKAGE = ("llama-cpp-python", "0.3.36")
 BUILD_OPTIONS = (
@@ -33,6 +37,7 @@ X86 = ("x86_64", "AMD64")
 # https://github.com/ggml-org/llama.cpp/pull/26954
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 TOOLS = ("llama-bench", "llama-quantize")
+PTE_TARGET = "executorch"
 GENAI_OPTIONS = ("accuracy_level=4", "block_size=32")  # int8 activations, the group size of Q4_0 and of ours
 LOG_LINES = 6
 
@@ -84,6 +89,28 @@ class Workshop:
                 ]  # fmt: skip
                 self._do(command, "genai")
                 shutil.rmtree(folder / "cache", ignore_errors=True)
+        return made
+
+    def int4_tables(self) -> Path:
+        """The fine-tune as a .pte with int4 embedding and head, made where it is missing, else like the run's own.
+
+        Rounded to nearest: how fast a file is does not depend on the codes in it.
+
+        Raises:
+            RunError: the run has no .pte.
+        """
+        like = self.run.exports / PTE_TARGET
+        options = ExportOptions(**{**read_manifest(like)["options"], "target": (PTE_TARGET,), "ptq": ("none",)})
+        made = self._models / f"int4-tables-{sha256(like / MANIFEST)[:12]}"  # anew after each export of the run
+        if not made.is_dir():
+            self.say("Exporting the model with int4 embedding and head: a minute or more")
+            with work_folder(self._models, made.name) as folder:
+                rounded = Run(folder)
+                shutil.copytree(self.run.reference, rounded.adapter)
+                facts = {**read_manifest(rounded.adapter), "table_bits": [4, 4]}
+                write_text(rounded.adapter / MANIFEST, json.dumps(facts, indent=2) + "\n")
+                export(rounded, options, lambda text: None)
+                (rounded.exports / PTE_TARGET).rename(made)
         return made
 
     @property

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from benchmarks import bandwidth, engines, speed, speed_page
+from benchmarks import bandwidth, engines, peers, speed, speed_page
 from benchmarks.cells import CellStore
-from benchmarks.engines import GENAI, LLAMA_CPP, ONNX, PTE, Amounts, Engine, Facts
+from benchmarks.engines import GENAI, LLAMA_CPP, ONNX, PTE, PTE_INT4, TRIAL, Amounts, Engine, Facts
 from benchmarks.page import MISSING
 from benchmarks.peers import PeerError, Workshop
 from benchmarks.speed_page import Timings
+from conftest import train_run
 from qat_edge.errors import RunError
-from qat_edge.run import Run
+from qat_edge.run import Run, write_manifest
+from qat_edge_exporters.executorch import reader
 
 AMOUNTS = Amounts(prefill=8, decode=4, repeats=3)
 FACTS = Facts("1.0", 2_000_000, "int8 per channel", "int4 by 32", 1_000_000, "abc", {"delegates": 3})
@@ -74,6 +76,8 @@ def test_finished_rounds_stay_and_another_model_is_measured_anew(tmp_path: Path)
     other = replace(engine, facts=replace(engine.facts, sha256="other"))
     speed.rounds([other], store, AMOUNTS, 1, silent)
     assert len(calls) == 6
+    speed.rounds([engine, fake("b", 25.0, calls)], store, AMOUNTS, 1, silent)  # and a further engine
+    assert len(calls) == 10
 
 
 def test_reading_memory_leaves_the_process_as_it_was() -> None:
@@ -117,13 +121,39 @@ def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.M
     def crash(threads: int, amounts: Amounts) -> dict[str, list[float]]:
         raise PeerError("ended by SIGSEGV")
 
-    monkeypatch.setattr(engines, "_pte", lambda folder: fake(PTE, 50.0))
+    monkeypatch.setattr(engines, "_pte", lambda name, folder: fake(name, 50.0))
     monkeypatch.setattr(engines, "_llama_cpp", lambda workshop: Engine(LLAMA_CPP, FACTS, crash))
     monkeypatch.setattr(Workshop, "genai_int4", lambda self: tmp_path)
     ready, reasons = engines.gather(Run(tmp_path), tmp_path, silent)
     assert [engine.name for engine in ready] == [PTE]
     assert reasons[LLAMA_CPP] == "ended by SIGSEGV"
-    assert set(reasons) == {ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
+    assert set(reasons) == {PTE_INT4, ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
+    assert "no manifest.json" in reasons[PTE_INT4]  # of an export that the one with int4 tables is to be like
+
+
+def test_a_pte_with_int4_tables_is_made_of_any_run(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train_run(tiny_model_folder, tmp_path, steps=2)
+    like = made.exports / "executorch"
+    like.mkdir(parents=True)
+    write_manifest(like, "export", options={"target": ["executorch", "onnx"], "context_length": 48, "ptq": ["rtn"]})
+    said: list[str] = []
+    shop = Workshop(tmp_path / "work", made, said.append)
+    folder = shop.int4_tables()
+    engine = engines._pte(PTE_INT4, folder)
+    artifact = reader.read(folder)
+    assert artifact.faults == [] and artifact.metadata["get_max_context_len"] == 48
+    assert (engine.facts.embedding, engine.facts.head) == ("int4 by 32", "int4 by 32")
+    matrices = [w.codes.size for name, w in artifact.weights.items() if name != "model.embed_tokens"]
+    assert len(matrices) == 2 * 7 + 1
+    assert engine.facts.token_bytes == sum(matrices) * (4 + 16 / 32) / 8  # bfloat16 scales of 32 weights each
+    assert engine.timed(1, TRIAL)["decode"] > 0
+    monkeypatch.setattr(peers, "export", lambda *given: pytest.fail("made again"))
+    assert shop.int4_tables() == folder and len(said) == 1
+    write_manifest(like, "export", options={"context_length": 64})
+    with pytest.raises(pytest.fail.Exception, match="made again"):  # the run was exported anew
+        shop.int4_tables()
 
 
 def test_a_failed_step_is_quoted(tmp_path: Path) -> None:
@@ -192,7 +222,7 @@ def row(page: str, *starts: str) -> list[str]:
 
 def test_ratios_are_taken_within_a_round(result: Path, tmp_path: Path) -> None:
     timings = Timings(**json.loads(result.read_text()))
-    assert timings.ratios(ONNX, 1, "decode") == pytest.approx([1.2, 1.3, 1.4])  # the disturbed one hides nothing
+    assert timings.ratios(PTE, ONNX, 1, "decode") == pytest.approx([1.2, 1.3, 1.4])  # the disturbed one hides nothing
     assert timings.rates(ONNX, 1, "decode") == pytest.approx([100.0, 25.0, 100.0])
     # 1 MB a token at a median of 120 tokens/s, where 1 GB/s can be read.
     assert timings.share(PTE, 1) == pytest.approx(0.12) and timings.share(LLAMA_CPP, 1) is None
@@ -200,9 +230,8 @@ def test_ratios_are_taken_within_a_round(result: Path, tmp_path: Path) -> None:
     timings.figures[0]["bytes_per_s"]["1"] = 4e9
     assert timings.limit(2) == timings.limit(1) == 4e9
     page = speed_page.write(result, tmp_path / "speed.md").read_text()
-    assert row(page, ONNX)[1:] == [
-        "200 (50.0 to 200)", "100 (25.0 to 100)", "1.30 (1.20 to 1.40)", "1.30 (1.20 to 1.40)", "10%", "10%",
-    ]  # fmt: skip
+    assert row(page, ONNX)[1:] == ["800 (800 to 800)"] * 2 + ["200 (50.0 to 200)", "100 (25.0 to 100)", "10%", "10%"]
+    assert row(page, PTE, ONNX)[4:] == ["1.30 (1.20 to 1.40)"] * 4
     assert "speed.svg" in page and (tmp_path / "speed.svg").read_text().count("<polygon") == 2 + 2 * 9
 
 
@@ -212,3 +241,18 @@ def test_a_missing_engine_reads_so_with_the_reason(result: Path, tmp_path: Path)
     assert set(row(page, LLAMA_CPP)[1:]) == {MISSING}
     with pytest.raises(RunError, match=r"nothing\.json"):
         speed_page.write(tmp_path / "nothing.json", tmp_path / "speed.md")
+
+
+def test_equal_precision_comes_first(tmp_path: Path) -> None:
+    rates = {PTE: 120.0, PTE_INT4: 150.0, LLAMA_CPP: 80.0, GENAI: 100.0}
+    tables = {PTE: "int8 per channel", PTE_INT4: "int4 by 32", LLAMA_CPP: "Q8_0", GENAI: "int4 by 32"}
+    facts = {n: replace(FACTS, embedding=words, head=words, graph={}) for n, words in tables.items()}
+    found = engines.facts([replace(fake(n, 1.0), facts=each) for n, each in facts.items()])
+    page = speed_page.render(Timings(found, {}, [made(rates)]))
+    lines = page.split("## Ours beside theirs")[1].split("## The")[0].splitlines()
+    pairs = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `.pte`")]
+    assert [(*pair[:3], pair[6]) for pair in pairs] == [
+        (PTE, LLAMA_CPP, "8 : 8", "1.50"), (PTE_INT4, GENAI, "4 : 4", "1.50"),
+        (PTE, GENAI, "8 : 4", "1.20"), (PTE_INT4, LLAMA_CPP, "4 : 8", "1.88"),
+    ]  # fmt: skip
+    assert ONNX not in page  # neither measured nor missing for a reason
