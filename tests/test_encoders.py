@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -32,12 +33,20 @@ from qat_edge import config, examples, kinds
 from qat_edge.adapters import base_model, merged_model, rounding_model
 from qat_edge.cli import main
 from qat_edge.compare import compare
-from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, QuantizeOptions, SensitivityOptions
+from qat_edge.config import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.errors import DataError, ModelError, UsageError
 from qat_edge.export import export
 from qat_edge.finetune import finetune
 from qat_edge.generate import generate
 from qat_edge.kinds import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.measure import answers, gates
 from qat_edge.measure.encoders import cosines, quality
 from qat_edge.quant import frozen
 from qat_edge.quantize import quantize
@@ -185,7 +194,7 @@ def test_every_method_quantizes_it(run: Run, method: str) -> None:
     assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
 
 
-def test_export_verify_and_validate(classifier: Run) -> None:
+def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path) -> None:
     said: list[str] = []
     export(classifier, ExportOptions(target=("executorch",), ptq=("none",), context_length=40), said.append)
     (result,) = verify(classifier, (), silent)
@@ -193,19 +202,53 @@ def test_export_verify_and_validate(classifier: Run) -> None:
     assert "texts of up to 40 tokens, answered by 3 numbers" in said
     labels = json.loads((classifier.exports / "executorch" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == list(WORDS)
-    found = CliRunner().invoke(main, ["validate", str(classifier.path), "--json"])
-    assert found.exit_code == 0, found.output
+    junit = tmp_path / "gates.xml"
+    limits = ["--min-quality", "0.9", "--min-cosine", "0.99", "--min-top1", "0.9", "--max-size-mb", "0.01"]
+    asked = ["validate", str(classifier.path), "--json", "--junit", str(junit), *limits]
+    found = CliRunner().invoke(main, asked)
+    assert found.exit_code == 1 and "1 of 4 gates missed" in " ".join(found.output.split()), found.output
     document = json.loads((classifier.path / "answers.json").read_text())
     tuned, ours = document["answered"]
     assert document["texts"] == len(LABELLED) and tuned["name"] == "fp32 fine-tuned" and ours["name"] == "qat"
     assert min(tuned["quality"], ours["quality"], ours["agreement"]) > 0.9 and ours["parity"] > 0.9999
-    assert ours["size_bytes"] >= (classifier.exports / "executorch" / "model.pte").stat().st_size
+    size = sum(ours["size_bytes"].values())
+    assert size >= (classifier.exports / "executorch" / "model.pte").stat().st_size
+    assert sum(tuned["size_bytes"].values()) == 4 * sum(p.numel() for p in base_model(classifier.adapter).parameters())
+    figures = (ours["quality"], ours["cosine"], ours["agreement"], size / 1e6)
+    held = {gate["flag"]: (gate["found"], gate["passed"]) for gate in document["gates"]}
+    assert held == dict(zip(limits[::2], zip(figures, (True, True, True, False), strict=True), strict=True))
+    suite = ET.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "0")
     report = CliRunner().invoke(main, ["report", str(classifier.path)])
-    assert report.exit_code == 1 and "holds an encoder, of which there is no page" in report.output
+    assert report.exit_code == 0 and f"{ours['cosine']:.4f}" in classifier.report_html.read_text(), report.output
     again = CliRunner().invoke(main, ["validate", str(classifier.path)])
     assert again.exit_code == 1 and "answers.json exists already" in again.output
-    limited = CliRunner().invoke(main, ["validate", str(classifier.path), "--force", "--max-kl", "0.1"])
-    assert limited.exit_code == 2 and "--max-kl is for models that generate text" in limited.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-kl", "0.1"], "validate --max-kl is for models that generate text"),
+        (["--threads", "4"], "validate --threads is for models that generate text"),
+        (["--device", "ssh:pi"], "validate --device ssh:pi is for models that generate text"),
+        (["--target", "onnx"], "validate --target onnx is for models that generate text"),
+        (["--profile", "pi5"], "(given, or set by --profile pi5) is for models that generate text"),
+        (["--min-top1", "0.9"], "--min-top1 is for models that choose tokens or labels"),
+    ],
+)
+def test_what_validate_has_for_others_is_refused_by_name(embedder: Run, flags: list[str], words: str) -> None:
+    found = CliRunner().invoke(main, ["validate", str(embedder.path), *flags])
+    said = " ".join(found.output.split())
+    assert found.exit_code == 2 and words in said and not embedder.answers.exists(), found.output
+    assert "--min-top1" in flags or all(config.flag_name(name) in said for name in gates.FOR_ENCODERS)
+
+
+def test_a_profile_of_an_encoders_own_limits_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text("min_cosine = 0.99\nmax_size_mb = 20\n")
+    asked = config.load(ValidateOptions, "validate", None, {"profile": str(tmp_path / "board.toml")})
+    found = answers.Answered("qat", "executorch", {"linears": 21_000_000}, 0.5, 0.991)
+    held = {gate.flag: (gate.found, gate.passed) for gate in gates.hold_answers(asked, [found])}
+    assert held == {"--min-cosine": (0.991, True), "--max-size-mb": (21.0, False)}
 
 
 def test_quality_is_its_formula() -> None:
@@ -213,10 +256,10 @@ def test_quality_is_its_formula() -> None:
     assert quality(SequenceClassifier(("a", "b")), logits, np.array([0, 1, 1])) == pytest.approx(2 / 3)
     first = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
     second = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
-    answers = np.concatenate([first, second])  # cosines 1, 0.8, 0, 0.8: ranks 4, 2.5, 1, 2.5
-    assert quality(SentenceEncoder(), answers, np.array([0.9, 0.5, 0.1, 0.5])) == pytest.approx(1)
-    assert quality(SentenceEncoder(), answers, np.array([0.1, 0.5, 0.9, 0.5])) == pytest.approx(-1)
-    assert quality(SentenceEncoder(scored=False), answers, np.ones(4)) == pytest.approx(1 / 2)
+    both = np.concatenate([first, second])  # cosines 1, 0.8, 0, 0.8: ranks 4, 2.5, 1, 2.5
+    assert quality(SentenceEncoder(), both, np.array([0.9, 0.5, 0.1, 0.5])) == pytest.approx(1)
+    assert quality(SentenceEncoder(), both, np.array([0.1, 0.5, 0.9, 0.5])) == pytest.approx(-1)
+    assert quality(SentenceEncoder(scored=False), both, np.ones(4)) == pytest.approx(1 / 2)
     assert cosines(first, second) == pytest.approx([1, 0.8, 0, 0.8])
 
 

@@ -6,189 +6,37 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree as ET
 
 import pytest
-from click.testing import CliRunner
 
-from qat_edge import cli, config
+from pages import (
+    HOSTILE,
+    Page,
+    agreement,
+    budget,
+    check_renders,
+    check_self_contained,
+    curve,
+    example,
+    make_run,
+    numbers_in,
+    quantized,
+    svgs,
+    write,
+)  # fmt: skip
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import RunError
 from qat_edge.measure import results
-from qat_edge.measure.results import (
-    Agreement,
-    Budget,
-    Gate,
-    Judgement,
-    Measured,
-    Part,
-    Report,
-    Speed,
-    Spread,
-    Step,
-)
+from qat_edge.measure.results import Gate, Measured, Report
 from qat_edge.report import report
 from qat_edge.report.charts import linear_ticks, log_ticks, thin
-from qat_edge.report.collect import collect
 from qat_edge.report.figures import number, percent, whole_percent
-from qat_edge.report.history import Entry, History, history
 from qat_edge.report.tables import COLUMNS
 from qat_edge.report.verdict import verdict
-from qat_edge.run import MANIFEST, Run, sha256, write_manifest
-
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"
-SIZES = {"linears": 53_084_160, "scales": 6_635_520, "embedding": 28_508_160, "head": 28_508_160, "graph": 512_000}
-
-
-def agreement(kl_nats: float) -> Agreement:
-    return Agreement(tokens=2048, kl_nats=kl_nats, top1=1 - kl_nats, sqnr_db=21.7)
-
-
-def spread(median: float) -> Spread:
-    return Spread(median, median * 0.97, median * 1.02)
-
-
-def quantized(name: str, target: str, exact_match: float, kl_nats: float, decode: float) -> Measured:
-    return Measured(
-        name=name,
-        target=target,
-        runtime=f"{target} 1.0",
-        size_bytes=SIZES if target == "executorch" else {**SIZES, "head": 0},
-        perplexity=18 + 10 * kl_nats,
-        agreement=agreement(kl_nats),
-        parity=agreement(0.0221),
-        exact_match=exact_match,
-        prompts=64,
-        same_answers=exact_match - 0.125,
-        first_divergence=11.5,
-        load_ms=402.5,
-        speed=Speed(2, 128, 64, 5, spread(decode * 6.5), spread(decode), spread(124.25)),
-        memory_bytes=344_000_000,
-        runtime_bytes=104_000_000,
-    )
-
-
-def example() -> Report:
-    float_bytes = {"float": 538_060_032}
-    return Report(
-        created="2026-01-02 03:04",
-        device="local",
-        machine={"cpu": "x86", "memory_bytes": 16_400_000_000},
-        options={"tokens": 2048, "max_kl": 0.1},
-        tokens=2048,
-        noise_floor=agreement(0.0233),
-        measured=[
-            Measured("fp32 base", "torch", "torch 2.13", float_bytes, 21.9, agreement(0.9), None, 0.0156, 64),
-            Measured("fp32 fine-tuned", "torch", "torch 2.13", float_bytes, 17.3, None, None, 0.8594, 64),
-            quantized("ptq (round-to-nearest)", "executorch", 0.5469, 0.412, 164.2),
-            quantized("ptq (round-to-nearest)", "onnx", 0.5313, 0.409, 118.9),
-            quantized("qat", "executorch", 0.8438, 0.0672, 165.0),
-            replace(quantized("qat", "onnx", 0.8281, 0.0668, 120.4), notes=("int8 activations on x86",)),
-        ],
-        gates=[
-            Gate("--max-kl", 0.1, "qat executorch", 0.0672, True),
-            Gate("--min-exact-match", 0.9, "qat onnx", 0.8281, False),
-        ],
-    )
-
-
-def budget(target: str) -> Budget:
-    """Perplexities and KL of each step; the checkpoint is the trained forward, bit for bit."""
-    states = [
-        ("FP32 base", 21.9, 0.9, None),
-        ("FP32 fine-tuned", 17.3, None, 0.9),
-        ("trained forward, fake-quantized", 18.1, 0.065, 0.065),
-        ("frozen checkpoint", 18.1, 0.065, 0.0),
-        ("inputs rounded per block, as ONNX Runtime does on x86", 17.9, 0.061, 0.018),
-        ("artifact on this machine", 18.0, 0.063, 0.021),
-        ("artifact on the device", 18.05, 0.0631, 0.0221),
-    ]
-    steps = [
-        Step(
-            name, perplexity, kl and agreement(kl), None if change is None else replace(agreement(change), sqnr_db=None)
-        )
-        for name, perplexity, kl, change in states
-        if target == "onnx" or "block" not in name
-    ]
-    parts = [Part(name, 17.4 + kl, agreement(kl)) for name, kl in (("weights", 0.021), ("activations", 0.052))]
-    where = "The file is not what was frozen: lm_head" if target == "executorch" else ""
-    judged = Judgement(bool(where), 0.98 if where else 0.52, 0 if where else None, where)
-    return Budget(target, judged, "", steps, parts, [agreement(0.0233), agreement(0.0219)], [0.004, -0.006])
-
-
-def curve(steps: int, start: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        phase = "lora" if step <= start else "qat"
-        rows.append({"step": step, "loss": 3 * math.exp(-step / 10) + 0.1, "learning_rate": 1e-3, "phase": phase})
-        if step in (start, steps):
-            rows.append({"step": step, "eval_loss": 0.25, "phase": phase})
-    return rows
-
-
-def make_run(folder: Path, *reports: Report, whole: bool = True) -> Run:
-    """A run folder; `whole` with the training log and manifests, otherwise the reports alone."""
-    run = Run(folder)
-    config.save(run.config, "finetune", FinetuneOptions(model="org/tiny-model", data="rows.jsonl"))
-    for index, one in enumerate(reports):
-        results.save(one, run.reports / f"{index}.json")
-    if whole:
-        log = {"run": str(folder), "steps": 40, "qat_start_step": 20, "wall_s": 542.1, "truncated_rows": 3}
-        log |= {"peak_memory_bytes": 2_310_000_000, "device": "CPU (2 threads)", "curve": curve(40, 20)}
-        (folder / "training.json").write_text(json.dumps(log))
-        run.quantized.mkdir()
-        identity = {"kind": "hub", "name": "org/tiny-model"}
-        write_manifest(run.quantized, "quantized", model={"source": "x", "identity": identity}, seed=0)
-        for variant in (run, run.ptq("rtn")):
-            artifact = variant.exports / "onnx"
-            artifact.mkdir(parents=True)
-            (artifact / "model.onnx").write_bytes(b"x")
-            write_manifest(artifact, "export", target="onnx", options={"context_length": 256}, wall_s=3.5)
-    return run
-
-
-def write(run: Run) -> str:
-    return report([run], lambda text: None).read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, visible text, and (value, text) of each <data>."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.data: list[tuple[float, str]] = []
-        self._value: float | None = None
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "data" and (value := dict(attrs).get("value")) is not None:
-            self._value = float(value)
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-        if self._value is not None:
-            self.data.append((self._value, data))
-            self._value = None
-
-
-def numbers_in(document: Any) -> set[float]:
-    if isinstance(document, dict):
-        return set().union(*map(numbers_in, document.values())) if document else set()
-    if isinstance(document, list):
-        return set().union(*map(numbers_in, document)) if document else set()
-    return {float(document)} if isinstance(document, int | float) and not isinstance(document, bool) else set()
-
-
-def svgs(html: str) -> list[ET.Element]:
-    return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
+from qat_edge.run import MANIFEST, sha256, write_manifest
 
 
 @pytest.fixture
@@ -242,15 +90,12 @@ def test_json_holds_the_reports_and_the_verdict(page: str, tmp_path: Path) -> No
 
 
 def test_nothing_is_fetched_or_executed(page: str) -> None:
-    for tag, attributes in Page(page).tags:
-        assert tag not in ("script", "iframe", "object", "embed", "base", "form")
-        assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    assert "@import" not in page
-    assert "url(" not in page
-    assert "default-src 'none'" in page
+    check_self_contained(page)
     assert len(page.encode()) < 300_000
+
+
+def with_budgets() -> Report:
+    return replace(example(), budgets=[budget("executorch"), budget("onnx")])
 
 
 def test_hostile_text_is_escaped(tmp_path: Path) -> None:
@@ -267,7 +112,7 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(json.dumps(log))
     shutil.rmtree(run.quantized)
     html = write(run)
-    test_nothing_is_fetched_or_executed(html)
+    check_self_contained(html)
     parsed = Page(html)
     assert not [tag for tag, _ in parsed.tags if tag in ("img", "script")]
     assert "<script>alert(1)</script>" in parsed.words
@@ -288,10 +133,6 @@ def test_plots_are_well_formed_and_described(page: str) -> None:
         for element in svg.iter("text"):
             assert 0 <= float(element.get("x") or -1) <= width
             assert 0 < float(element.get("y") or -1) < height
-
-
-def with_budgets() -> Report:
-    return replace(example(), budgets=[budget("executorch"), budget("onnx")])
 
 
 def test_the_waterfalls_steps_add_up(tmp_path: Path) -> None:
@@ -464,174 +305,10 @@ def test_long_training_stays_small(tmp_path: Path) -> None:
     assert len(write(run).encode()) < 300_000
 
 
-# --- several runs ------------------------------------------------------------------------------------------
-
-SAME = {"tokens": "t", "prompts": "p", "reference": "r"}
-
-
-def later(gain: float, **changes: Any) -> Report:
-    """The example with QAT's ONNX folder better: less perplexity, more exact matches and tokens per second."""
-    rows = [
-        replace(
-            row, perplexity=row.perplexity * (1 - gain), exact_match=(row.exact_match or 0) + gain,
-            speed=row.speed and replace(row.speed, decode=spread(row.speed.decode.median * (1 + gain))),
-        ) if (row.name, row.target) == ("qat", "onnx") else row
-        for row in example().measured
-    ]  # fmt: skip
-    machine = {"machine": "x86_64", "cpu_model": "a", "cores": 2, "free_disk_bytes": int(1e9 * gain)}
-    return replace(example(), **{"measured": rows, "machine": machine, "identities": SAME} | changes)
-
-
-def make_runs(folder: Path, *reports: Report) -> list[Run]:
-    runs = []
-    for index, one in enumerate(reports):
-        (folder / f"run {index}").mkdir(parents=True)
-        runs.append(make_run(folder / f"run {index}", one))
-    return runs
-
-
-def history_of(runs: list[Run]) -> History:
-    return history([Entry(run.path.name, collect(run)) for run in runs])
-
-
-def qat_onnx(found: History, figure: str) -> list[Any]:
-    (series,) = (s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx"))
-    return series.figures[figure]
-
-
-def test_a_figure_changes_from_the_run_before_and_from_the_first(tmp_path: Path) -> None:
-    found = history_of(make_runs(tmp_path, later(0), later(0.1), later(0.05)))
-    for name, sign in (("Perplexity", -1), ("Exact match", 1), ("Decode", 1)):
-        first, second, third = qat_onnx(found, name)
-        ratio = (lambda a, b: b - a) if name == "Exact match" else lambda a, b: b / a - 1
-        assert (first.before, first.first) == (None, None)
-        assert second.before == second.first and second.before.since == 0
-        assert (third.before.since, third.first.since) == (1, 0)
-        assert second.before.amount == pytest.approx(sign * 0.1)
-        assert third.before.amount == pytest.approx(ratio(second.value, third.value))
-        assert third.first.amount == pytest.approx(sign * 0.05)
-        assert second.before.better and not third.before.better and third.first.better
-    (size, again, _), decode = qat_onnx(found, "Size"), qat_onnx(found, "Decode")
-    assert again.before.amount == 0 and not again.before.clear and size.value == again.value
-    # 64 prompts cannot tell a tenth, and the spread of the repeats is 5 percent.
-    assert not qat_onnx(found, "Exact match")[1].before.clear
-    assert decode[1].before.clear and not decode[2].before.clear
-
-
-def test_a_run_that_lacks_a_figure_is_no_run_before(tmp_path: Path) -> None:
-    unasked = [replace(row, exact_match=None) for row in later(0).measured]
-    found = history_of(make_runs(tmp_path, later(0), later(0, measured=unasked), later(0.1)))
-    _, second, third = qat_onnx(found, "Exact match")
-    assert second.value is None and third.before.since == 0
-    assert qat_onnx(found, "Perplexity")[2].before.since == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "apart", "words"),
-    [
-        ({"identities": SAME | {"tokens": "x"}}, {"Perplexity", "KL", "Top-1"}, "other evaluation tokens"),
-        ({"identities": SAME | {"reference": "x"}}, {"KL", "Top-1"}, "another FP32 fine-tune to compare with"),
-        ({"identities": SAME | {"prompts": "x"}}, {"Exact match"}, "other prompts"),
-        ({"machine": {"machine": "x86_64", "cpu_model": "b", "cores": 2}}, {"Decode", "Prefill"}, "another machine"),
-        ({"identities": {}}, {"Perplexity", "KL", "Top-1", "Exact match"}, "not recorded"),
-    ],
-)
-def test_runs_that_do_not_compare_are_marked(
-    tmp_path: Path, changes: dict[str, Any], apart: set[str], words: str
-) -> None:
-    runs = make_runs(tmp_path, later(0), later(0.1, **changes), later(0.2, **changes))
-    found = history_of(runs)
-    figures = next(s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx")).figures
-    assert {name for name, points in figures.items() if points[1].before and points[1].before.amount is None} == apart
-    # What was never recorded stays unknown between the later two; what is the same again compares.
-    assert (qat_onnx(found, "Perplexity")[2].before.amount is None) is (not changes.get("identities", SAME))
-    assert qat_onnx(found, min(apart))[2].first.amount is None
-    html = report(runs, print).read_text(encoding="utf-8")
-    shown = Page(html).words
-    assert f"2 run 1 ≠ 1 run 0: {words}" in shown and "≠ 1" in shown
-    broken = [svg for svg in svgs(html) if any(e.get("class") == "apart" for e in svg.iter("line"))]
-    assert {svg[0].text for svg in broken} == {f"{name} by run" for name in apart}
-
-
-def test_what_differs_between_neighbours_is_listed(tmp_path: Path) -> None:
-    runs = make_runs(tmp_path, later(0), later(0), later(0))
-    config.save(runs[1].config, "finetune", FinetuneOptions(model="org/tiny-model", data="rows.jsonl", steps=7))
-    manifest = json.loads((runs[1].quantized / MANIFEST).read_text())
-    (runs[1].quantized / MANIFEST).write_text(json.dumps({**manifest, "libraries": {"torch": "9.9"}}))
-    shutil.copytree(runs[1].path, runs[2].path, dirs_exist_ok=True)
-    first, second = history_of(runs).differences
-    told = {one.name: (one.before, one.after) for one in first}
-    assert told["finetune · steps"] == ("200", "7") and told["version · torch"][1] == "9.9"
-    assert all(name.startswith(("finetune · steps", "version · ")) for name in told)
-    assert second == []
-    shown = Page(report(runs, print).read_text()).words
-    assert "200 → 7" in shown and "Nothing that was recorded." in shown
-
-
-def test_the_page_of_several_runs_shows_what_its_json_holds(tmp_path: Path) -> None:
-    runs = make_runs(tmp_path, later(0), later(0.1), replace(later(0.2), device="ssh:pi"))
-    page = report(runs, print)
-    assert page == runs[-1].path / "history.html" and not runs[-1].report_html.exists()
-    html = page.read_text(encoding="utf-8")
-    test_nothing_is_fetched_or_executed(html)
-    shown = Page(html).data
-    assert len(shown) > 100
-    assert {value for value, _ in shown} <= numbers_in(json.loads(page.with_suffix(".json").read_text()))
-    names = [element.get("id") for svg in svgs(html) for element in svg.iter() if element.get("id")]
-    assert len(names) == len(set(names)) == 2 * len(svgs(html)) == 2 * 2 * 7
-    assert html.count('class="trend s-qat"') == 2 * 7, "of two artifacts and seven figures, from run 1 to run 2"
-
-
-def test_hostile_text_in_several_runs_is_escaped(tmp_path: Path) -> None:
-    rows = [replace(row, name=HOSTILE, target=HOSTILE, runtime=HOSTILE) for row in example().measured[2:3]]
-    rows += [replace(row, perplexity=math.inf, speed=None) for row in example().measured[:2]]
-    hostile = later(0, measured=rows, device=HOSTILE, created=HOSTILE, machine={HOSTILE: HOSTILE})
-    runs = make_runs(tmp_path, hostile, replace(hostile, machine={}))
-    page = report(runs, print)
-    test_nothing_is_fetched_or_executed(page.read_text())
-    assert "<script>alert(1)</script>" in Page(page.read_text()).words
-    json.loads(page.with_suffix(".json").read_text(), parse_constant=lambda word: pytest.fail(word))
-
-
-def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
-    runs = make_runs(tmp_path, later(0), later(0.1))
-    (tmp_path / "bare").mkdir()
-    config.save(Run(tmp_path / "bare").config, "finetune", FinetuneOptions(model="m", data="d"))
-    for arguments, code, words in (
-        ([runs[0].path, runs[1].path], 0, "history.html"),
-        ([runs[0].path, tmp_path / "run 1" / ".." / "run 0"], 2, "named more than once"),
-        ([runs[0].path, tmp_path / "bare"], 1, "holds no report"),
-        ([], 2, "RUN..."),
-    ):
-        answer = CliRunner().invoke(cli.main, ["report", *map(str, arguments)])
-        assert answer.exit_code == code and words in answer.output.replace("\n", ""), answer.output
-    assert [p.name for p in (tmp_path / "bare").iterdir()] == ["config.yaml"]
-    with pytest.raises(UsageError, match="the oldest first"):
-        report([runs[0], runs[0]], print)
-
-
 @pytest.mark.browser
-@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
-def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool, several: bool) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on PATH")
-    runs = make_runs(tmp_path, with_budgets(), later(0.1, identities={}))
-    page = report(runs if several else runs[:1], print)
-    picture = tmp_path / "page.png"
-    done = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={picture}",
-            page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    assert len(picture.read_bytes()) > 20_000
+def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
+    check_renders(report([make_run(tmp_path, with_budgets())], print), width, dark)
 
 
 def test_what_verify_found_is_shown_while_the_artifact_is_the_same(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
 
 @dataclass(frozen=True)
 class Content:
-    """One file to be at `remote`. data: its bytes, where it is not for the cache."""
+    """One file to be at `remote`. local: no link. data: its bytes, where it is not for the cache."""
 
     remote: str
     local: Path
@@ -69,7 +69,7 @@ class Content:
     def _hash(self) -> hashlib._Hash:
         if self.data is not None:  # the file may be gone by the time this is sent again
             return hashlib.sha256(self.data)
-        return _hashed(self.local.resolve(), self.size, self.mtime_ns)
+        return _hashed(self.local, self.size, self.mtime_ns)
 
 
 class RemoteTransport(Session):
@@ -172,7 +172,8 @@ class RemoteTransport(Session):
             found = local.stat()
             with local.open("rb") as file:
                 data = None if keep and found.st_size >= CACHE_BYTES else file.read()
-            return Content(remote, local, found.st_size, found.st_mtime_ns, data)
+            # A link may be gone by the time a new connection asks for the file again.
+            return Content(remote, local.resolve(), found.st_size, found.st_mtime_ns, data)
         except OSError as error:
             raise TransportError(f"{self.name}: {local} cannot be sent ({error.strerror}).") from error
 

@@ -10,10 +10,10 @@ READERS = {
     "executorch-coreml": "qat_edge_exporters.executorch.other_readers:read_coreml",
     "onnx": "qat_edge_exporters.onnx.reader:read",
 }
-# What passes through an artifact that runs on this machine, by module.
+# What makes a copy of an artifact that returns what passes through it.
 TRACERS = {
-    "executorch": "qat_edge_exporters.executorch.intermediate:trace",
-    "onnx": "qat_edge_exporters.onnx.intermediate:trace",
+    "executorch": "qat_edge_exporters.executorch.intermediate:expose",
+    "onnx": "qat_edge_exporters.onnx.intermediate:expose",
 }
 # What asks an encoder's artifact on this machine.
 ENCODERS = {"executorch": "qat_edge_exporters.executorch.answering:answers"}

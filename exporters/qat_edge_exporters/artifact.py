@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,27 @@ class Passage:
 
     inputs: NDArray[np.float32] | None
     outputs: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """Where a copy of an artifact returns what passes through it.
+
+    places: by module the output that is what goes into it, None where that is not seen, and those that, side by side,
+        are what comes out of it.
+    """
+
+    places: Mapping[str, tuple[str | None, Sequence[str]]]
+
+    def passages(self, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, Passage]:
+        """By module, out of all that the copy returned for one sequence."""
+        return {
+            module: Passage(
+                None if before is None else outputs[before],
+                np.concatenate([outputs[name] for name in after], axis=-1) if after else None,
+            )
+            for module, (before, after) in self.places.items()
+        }
 
 
 @dataclass(frozen=True)

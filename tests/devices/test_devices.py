@@ -128,7 +128,8 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 def test_devices_are_validated_side_by_side(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = "--tokens 64 --window 64 --prompts 2 --max-new-tokens 4 --threads 1 --prefill 8 --decode 4 --repeats 2"
+    asked = "--tokens 64 --window 64 --prompts 2 --max-new-tokens 4 --threads 1 --prefill 8 --decode 4"
+    profiles = {"local": "repeats = 2\nmax_kl = 9\n", "ssh:kitchen": "repeats = 1\nmin_decode = 1e9\n"}
     with contextlib.ExitStack() as stack:
         ways = [
             stack.enter_context(on_the_way(kind, tmp_path / kind, monkeypatch))
@@ -141,13 +142,21 @@ def test_devices_are_validated_side_by_side(run: Run, tmp_path: Path, monkeypatc
         flags = [word for device in devices for word in ("--device", device)]
         flags += ["--ssh-config", ways[0].ssh_config, "--device-python", sys.executable]
         flags += ["--device-folder", str(ways[0].folder)]
+        for device, keys in profiles.items():
+            (tmp_path / f"{device[:3]}.toml").write_text(keys)
+            flags += ["--device-profile", f"{device}={tmp_path / device[:3]}.toml"]
         answer = CliRunner().invoke(cli.main, ["validate", str(run.path), *asked.split(), *flags])
         assert answer.exit_code == 1, answer.output
         assert f"1 of {len(devices)} devices failed" in answer.output
         assert "ssh:nowhere: cannot be reached" in answer.output
+        assert "ssh:kitchen: 2 of 2 gates missed: qat, executorch: --min-decode 1e+09" in answer.output
         assert ways[0].runs() == []
     local, *others = (results.load(run.reports / f"{name}.json") for name in _names(devices[:-1]))
     assert not (run.reports / "ssh-nowhere.json").exists()
+    assert [[(gate.flag, gate.passed) for gate in report.gates] for report in (local, others[0])] == [
+        [("--max-kl", True)] * 2, [("--min-decode", False)] * 2,
+    ]  # fmt: skip
+    assert [report.options["repeats"] for report in (local, others[0])] == [2, 1]
     for there in others:
         assert [m.target for m in there.measured] == [m.target for m in local.measured]
         for one, other in zip(local.measured, there.measured, strict=True):

@@ -94,9 +94,11 @@ def test_a_disk_that_fills_meanwhile_is_reported(way: Way, small_disk: Path, lar
 
 def test_a_connection_cut_while_a_program_runs_is_reported(way: Way, large: Path, tmp_path: Path) -> None:
     (tmp_path / "request").write_bytes(b"{}")
+    (tmp_path / "linked").symlink_to(large)
     with contextlib.closing(opened(way)) as device:
-        device.push({"artifact/weights": large, "request": tmp_path / "request"})
-        (tmp_path / "request").unlink()
+        device.push({"artifact/weights": tmp_path / "linked", "request": tmp_path / "request"})
+        for name in ("request", "linked"):
+            (tmp_path / name).unlink()
         first, seen = device.folder, list[str]()
 
         def cut(line: str) -> None:

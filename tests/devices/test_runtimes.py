@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
@@ -39,6 +40,10 @@ LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
 }  # fmt: skip
+SILENT = {
+    "clocks_khz": [], "permitted_khz": [], "times_slowed": None, "celsius": None, "battery_percent": None,
+}  # fmt: skip
+STATE = {"step_ms": [float(n) for n in range(101)], "cores_busy": 1.0, "before": SILENT, "after": SILENT}
 
 
 @pytest.fixture
@@ -75,6 +80,24 @@ def test_score_gives_the_logits_after_every_token(runtime: Runtime) -> None:
         expected = np.zeros((len(ids), VOCABULARY), np.float32)
         expected[range(len(ids)), sums(ids)] = PEAK
         np.testing.assert_array_equal(logits, expected, strict=True)
+
+
+def test_a_sequence_read_at_once_and_then_token_by_token_says_the_same(runtime: Runtime) -> None:
+    sequences = [[5, 3, 9], [i % VOCABULARY for i in range(300)]]
+    scored = [np.load(one.logits) for one in runtime.score(sequences, decode_from=2)]
+    traced = runtime.trace(sequences, decode_from=2)  # its files live until the last was asked for
+    for ids, logits, found in zip(sequences, scored, traced, strict=True):
+        assert logits.argmax(1).tolist() == sums(ids)
+        assert found.names == ("logits",)
+        np.testing.assert_array_equal(np.load(found.outputs)["arr_0"], logits, strict=True)
+
+
+def test_tokens_are_read_many_at_once_and_decoded_one_at_a_time() -> None:
+    ids = list(range(300))
+    assert list(agent.pieces(ids, None)) == [ids[:256], ids[256:]]
+    assert list(agent.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
+    assert list(agent.pieces(ids[:2], 3)) == [[0, 1]]
+    assert list(agent.pieces(ids[:2], 0)) == [[0], [1]]
 
 
 def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: LocalTransport) -> None:
@@ -122,10 +145,71 @@ def test_speed_measures_every_repeat_and_the_loading(runtime: Runtime) -> None:
         assert min(figures) > 0
     for rate, milliseconds in zip(speed.prefill_tokens_per_s, speed.ttft_ms, strict=True):
         assert rate == pytest.approx(32 / (milliseconds / 1e3))
+    assert len(speed.step_ms) == 16 * 3
+    assert speed.decode_tokens_per_s[0] == pytest.approx(16e3 / sum(speed.step_ms[:16]))
     assert speed.load.threads == speed.load.pool_threads == 1
     assert speed.cores_busy < 1.3  # one CPU is all the process was given
     assert speed.load.load_ms > 0
     assert speed.load.artifact_rss_bytes == speed.load.peak_rss_bytes - speed.load.baseline_rss_bytes > 0
+
+
+def write_state(root: Path, khz: int, permitted_khz: int, millidegrees: str, slowed: int) -> None:
+    """What a phone of one CPU says below /sys, with a sensor that is not connected beside the one that is."""
+    cpu = f"devices/system/cpu/cpu{min(os.sched_getaffinity(0))}"
+    files = {
+        f"{cpu}/cpufreq/scaling_cur_freq": khz,
+        f"{cpu}/cpufreq/scaling_max_freq": permitted_khz,
+        f"{cpu}/thermal_throttle/core_throttle_count": slowed,
+        "class/thermal/thermal_zone0/temp": millidegrees,
+        "class/thermal/thermal_zone1/temp": -274000,
+        "class/power_supply/usb/online": 1,
+        "class/power_supply/battery/capacity": 80,
+    }
+    for name, value in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("after", "throttled"),
+    [((2_400_000, 2_400_000, "45500", 7), False), ((1_200_000, 1_500_000, "", 7), True),
+     ((2_400_000, 2_400_000, "90000", 8), True)],
+)  # fmt: skip
+def test_heat_clocks_and_battery_are_told_and_what_throttled_is_marked(
+    after: tuple[int, int, str, int], throttled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Heating:
+        context_length = None
+
+        def start(self, prompt: list[int], length: int) -> int:
+            return 0
+
+        def next(self, token: int) -> int:
+            write_state(tmp_path, *after)
+            return 0
+
+    monkeypatch.setattr(agent, "SYS", tmp_path)
+    write_state(tmp_path, 2_400_000, 2_400_000, "31000", 7)
+    first = agent.condition()
+    answer = agent.speed(Heating(), {"prefill": 2, "decode": 2, "repeats": 1}, tmp_path) | {"before": first}  # type: ignore[arg-type]
+
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **answer}).encode()
+        return Completed(0, "", "")
+
+    speed = open_runtime("onnx", MockTransport(handler), threads=1).speed(2, 2, 1)
+    assert speed.throttled is throttled
+    _, *marks, told = speed.remarks()
+    heat = f", {int(after[2]) / 1e3:.0f} °C" if after[2] else ""
+    assert told == (
+        f"before timing clocks 2.4 GHz, 31 °C, battery 80%; after it clocks {after[0] / 1e6:.1f} GHz{heat}, battery 80%"
+    )
+    assert ["throttled" in mark for mark in marks] == [True] * throttled
+
+
+def test_a_machine_that_says_nothing_of_itself_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "SYS", tmp_path)
+    assert agent.condition() == SILENT
 
 
 def test_onnx_is_scored_by_onnxruntime_and_timed_by_genai(onnx_folder: Path, local: LocalTransport) -> None:
@@ -181,12 +265,15 @@ def test_a_lost_connection_is_asked_again_and_then_reported() -> None:
         left[0] -= 1
         if left[0] >= 0:
             raise ConnectionLostError("mock: the connection was lost.")
-        speed = {"prefill_tokens_per_s": [1], "decode_tokens_per_s": [2], "ttft_ms": [3], "cores_busy": 1.0}
-        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **speed}).encode()
+        figures = {"prefill_tokens_per_s": [1], "decode_tokens_per_s": [2], "ttft_ms": [3], **STATE}
+        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **figures}).encode()
         return Completed(0, "", "")
 
     mock = MockTransport(handler)
-    assert open_runtime("onnx", mock, threads=1).speed(1, 1, 1).decode_tokens_per_s == (2,)
+    speed = open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
+    assert speed.decode_tokens_per_s == (2,)
+    assert (speed.step_percentile(50), speed.step_percentile(95)) == (50.0, 95.0)
+    assert speed.remarks() == ("a token was decoded in 50.00 ms (p50), 95.00 ms (p95)",)
     assert [call[0] for call in mock.calls] == ["push", "run", "push", "run", "push", "run", "pull"]
     left[0] = 3
     with pytest.raises(ConnectionLostError, match=r"the connection was lost\. It was asked 3 times"):
@@ -274,6 +361,15 @@ def test_logits_that_did_not_come_back_are_an_error() -> None:
 
     with pytest.raises(ResultError, match="not all their logits came back"):
         list(open_runtime("onnx", MockTransport(handler), threads=1).score([[1]]))
+
+
+def test_outputs_that_did_not_come_back_are_an_error() -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, "outputs": ["logits"]}).encode()
+        return Completed(0, "", "")
+
+    with pytest.raises(ResultError, match="not all outputs of 1 sequences came back"):
+        list(open_runtime("onnx", MockTransport(handler), threads=1).trace([[1]], 0))
 
 
 def test_both_halves_agree_on_the_numbers_between_them() -> None:

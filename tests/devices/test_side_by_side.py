@@ -29,18 +29,19 @@ def report(device: str, passed: bool = True) -> Report:
 
 
 def test_devices_run_at_the_same_time_and_fail_alone() -> None:
-    meeting = threading.Barrier(3, timeout=10)
+    names = [f"ssh:{letter}" for letter in "abcdefgh"]
+    meeting = threading.Barrier(len(names), timeout=60)
 
     def work(device: str, transport: Transport) -> str:
-        meeting.wait()  # none gets past this unless all three run at once
+        meeting.wait()  # none gets past this unless all eight run at once
         if device == "ssh:b":
             raise KilledError("ssh:b: ended by SIGKILL")
         if device == "ssh:c":
             raise RunError("disk full")
         return device.upper()
 
-    results, failures = side_by_side(mocks("ssh:a", "ssh:b", "ssh:c"), work)
-    assert results == {"ssh:a": "SSH:A"}
+    results, failures = side_by_side(mocks(*names), work)
+    assert results == {name: name.upper() for name in names if name not in ("ssh:b", "ssh:c")}
     assert failures == {"ssh:b": "ssh:b: ended by SIGKILL", "ssh:c": "disk full"}
 
 

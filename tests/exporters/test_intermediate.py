@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import platform
+import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, closing, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +20,20 @@ from executorch.exir.schema import EValue, Instruction, Int, KernelCall, Operato
 from tiny import CONTEXT, export_into, freeze, llama
 from transformers import AutoModelForCausalLM
 
+from qat_edge.config import ValidateOptions
 from qat_edge.data import ScoredIds
-from qat_edge.errors import ArtifactError
-from qat_edge.measure import faults, layers
+from qat_edge.measure import budget, faults, layers
+from qat_edge.measure.bench import Bench, Material
 from qat_edge.measure.faults import Parting
+from qat_edge.measure.layers import Looked
+from qat_edge.measure.results import Judgement
 from qat_edge.measure.rounding import Rounding, of_artifact
+from qat_edge_devices.agent import agent
+from qat_edge_devices.local import LocalTransport
+from qat_edge_devices.transport import Completed
+from qat_edge_exporters.artifact import Passage
 from qat_edge_exporters.executorch import delegates
-from qat_edge_exporters.executorch import intermediate as pte_intermediate
 from qat_edge_exporters.onnx import export as onnx_export
-from qat_edge_exporters.onnx import intermediate as onnx_intermediate
 from qat_edge_exporters.onnx import storage
 
 # The head's input of 96 features is three blocks in ONNX Runtime, though its scales are one a row.
@@ -42,13 +48,19 @@ class Made:
     folders: dict[str, Path]
     prompts: list[ScoredIds]
 
-    def parting(self, target: str, folder: Path | None = None) -> Parting | None:
-        place = folder or self.folders[target]
-        rounding = of_artifact(place, target)
-        applies = rounding is not None and rounding.applies(platform.machine())
-        return layers.first_layer(
-            place, target, self.frozen, rounding if rounding and applies else Rounding(), self.prompts
-        )
+    def torch_side(self, target: str) -> Any:
+        rounding = of_artifact(self.folders[target], target)
+        return SimpleNamespace(roundings={} if rounding is None else {target: rounding}, prompts=self.prompts)
+
+    def look(self, target: str, folder: Path | None = None) -> Looked:
+        with closing(LocalTransport()) as transport:
+            place = folder or self.folders[target]
+            return layers.look(place, target, self.frozen, self.torch_side(target), transport, threads=1)
+
+    def passages(self, target: str, ids: list[int]) -> dict[str, Passage]:
+        with closing(LocalTransport()) as transport:
+            (found,) = layers.passages(self.folders[target], target, [ids], transport, threads=1)
+            return found
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +81,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own imports the runtimes anew, which takes longer than all the rest."""
-    monkeypatch.setattr(layers, "_in_own_process", layers._trace)
+
+    def run(self: LocalTransport, argv: Sequence[str], *_: object, **__: object) -> Completed:
+        with chdir(self.folder), redirect_stderr(io.StringIO()) as said:
+            return Completed(agent.main(list(argv[1:])), "", said.getvalue())
+
+    monkeypatch.setattr(LocalTransport, "run", run)
+    monkeypatch.setattr(agent, "pin", lambda threads, backend: threads)
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
 def test_a_correct_artifact_parts_at_no_layer(made: Made, target: str) -> None:
-    assert made.parting(target) is None
+    assert made.look(target) == Looked(None)
 
 
 def test_what_passes_through_an_artifact_is_what_passes_through_the_checkpoint(made: Made) -> None:
@@ -82,8 +100,7 @@ def test_what_passes_through_an_artifact_is_what_passes_through_the_checkpoint(m
     ids = made.prompts[0].ids[:8]
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     expected = faults.trace(model, names, lambda: model(torch.tensor([ids])))
-    (in_onnx,) = onnx_intermediate.trace(made.folders["onnx"], [ids])
-    (in_pte,) = pte_intermediate.trace(made.folders["executorch"], [ids])
+    in_onnx, in_pte = made.passages("onnx", ids), made.passages("executorch", ids)
     assert set(in_onnx) == set(names)
     assert list(in_pte) == ["model.embed_tokens", FIRST_ATTENTION, "model.layers.0", SECOND_ATTENTION, "lm_head"]
     assert all(in_onnx[name].inputs.shape == expected[name][0].shape for name in names)  # type: ignore[union-attr]
@@ -105,11 +122,20 @@ def rotary_angle(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
 
 
 def keys_one_late(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
-    """The second layer's cache holds at every position the key of the one before."""
+    """The second layer is given at every position the key of the one before."""
+    return one_late(graph, 1, [0, 1, 0, 0, -1, 0])
+
+
+def cache_one_late(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
+    """The second layer's cache is read one position late, and what is given at once is not."""
+    return one_late(graph, 3, [0, 0, 1, 0, 0, 0, -1, 0])
+
+
+def one_late(graph: onnx.ModelProto, place_of_keys: int, pads: list[int]) -> dict[str, Any]:
     (attention,) = (n for n in graph.graph.node if n.name == "/model/layers.1/attn/GroupQueryAttention")
-    keys = attention.input[1]
+    keys = attention.input[place_of_keys]
     # A row of zeros before the first, and none of the last.
-    constants = {"late_pads": np.array([0, 1, 0, 0, -1, 0]), "late_zero": np.array(0, np.float32)}
+    constants = {"late_pads": np.array(pads), "late_zero": np.array(0, np.float32)}
     nodes = [
         onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(values))
         for name, values in constants.items()
@@ -118,7 +144,7 @@ def keys_one_late(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
     place = list(graph.graph.node).index(attention)
     for node in reversed(nodes):
         graph.graph.node.insert(place, node)
-    attention.input[1] = "late_keys"
+    attention.input[place_of_keys] = "late_keys"
     return {}
 
 
@@ -142,11 +168,20 @@ def scales_of(graph: onnx.ModelProto, folder: Path, start: str) -> dict[str, Any
     }
 
 
+def planted(made: Made, plant: Callable[[onnx.ModelProto, Path], dict[str, Any]], folder: Path) -> Path:
+    source = made.folders["onnx"]
+    shutil.copytree(source, folder)
+    graph = storage.load_graph(source / "model.onnx")
+    storage.save(graph, plant(graph, source), source, folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("plant", "place"),
     [
         (rotary_angle, Parting(FIRST_ATTENTION, at_input=True)),
         (keys_one_late, Parting(SECOND_ATTENTION, at_input=True)),
+        (cache_one_late, Parting(SECOND_ATTENTION, at_input=True)),
         (doubled_scale, Parting(LINEAR, at_input=False)),
         (truncated_scales, Parting("model.layers.0.self_attn.q_proj", at_input=False)),
     ],
@@ -154,11 +189,31 @@ def scales_of(graph: onnx.ModelProto, folder: Path, start: str) -> dict[str, Any
 def test_a_fault_in_an_onnx_folder_is_found_at_its_layer(
     made: Made, tmp_path: Path, plant: Callable[[onnx.ModelProto, Path], dict[str, Any]], place: Parting
 ) -> None:
-    source, folder = made.folders["onnx"], tmp_path / "onnx"
-    shutil.copytree(source, folder)
-    graph = storage.load_graph(source / "model.onnx")
-    storage.save(graph, plant(graph, source), source, folder)
-    assert made.parting("onnx", folder) == place
+    folder = planted(made, plant, tmp_path / "onnx")
+    assert made.look("onnx", folder) == Looked(place)
+
+
+def judged(made: Made, exports: Path, scratch: Path) -> Judgement:
+    """What `--budget` thinks of the ONNX folder below `exports`."""
+    run: Any = SimpleNamespace(exports=exports, quantized=made.frozen)
+    torch_side = made.torch_side("onnx")
+    kinds = {"": Rounding(), **torch_side.roundings}
+    torch_side.expected = {key: budget._expected(run, made.prompts, one) for key, one in kinds.items()}
+    bench = Bench(Material([], [], [0], 0, None), ValidateOptions(threads=1), scratch, lambda text: None)
+    with closing(LocalTransport()) as transport:
+        return budget.judge(run, bench, torch_side, "onnx", transport)
+
+
+def test_a_fault_of_decoding_alone_is_flagged_in_an_onnx_folder(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(made, cache_one_late, tmp_path / "onnx")
+    found = judged(made, tmp_path, tmp_path)
+    assert found.beyond and found.position == faults.DECODED_FROM
+    correct = judged(made, made.folders["onnx"].parent, tmp_path)
+    assert not correct.beyond, correct
+    monkeypatch.setattr(faults, "DECODED_FROM", faults.LENGTH)
+    assert not judged(made, tmp_path, tmp_path).beyond, "a prompt read at once does not show it"
 
 
 # --- faults planted in a .pte ------------------------------------------------------------------------------
@@ -211,7 +266,7 @@ def test_a_fault_in_a_pte_is_found_at_its_layer(
     plant(pte)
     with (folder / "model.pte").open("wb") as file:
         serialize_pte_binary(pte).write_to_file(file)
-    assert made.parting("executorch", folder) == place
+    assert made.look("executorch", folder) == Looked(place)
 
 
 def test_a_pte_without_attention_to_look_at_says_so(made: Made, tmp_path: Path) -> None:
@@ -220,16 +275,62 @@ def test_a_pte_without_attention_to_look_at_says_so(made: Made, tmp_path: Path) 
     content = (folder / "model.pte").read_bytes()
     assert content.count(b"llama::custom_sdpa\0") == 1
     (folder / "model.pte").write_bytes(content.replace(b"llama::custom_sdpa\0", b"llama::my_own_sdpa\0"))
-    with pytest.raises(ArtifactError, match="its layers cannot be told"):
-        made.parting("executorch", folder)
+    assert "its layers cannot be told" in made.look("executorch", folder).reason
 
 
-@pytest.mark.parametrize(
-    ("device", "words"),
-    [("local", "From equal inputs no layer parts"), ("ssh:pi", "it is what the runtime makes of it on ssh:pi")],
-)
-def test_where_no_layer_parts_the_runtime_is_left(made: Made, device: str, words: str) -> None:
-    rounding = of_artifact(made.folders["onnx"], "onnx")
-    torch_side: Any = SimpleNamespace(roundings={"onnx": rounding}, prompts=made.prompts)
-    assert words in layers.first_words(made.folders["onnx"], "onnx", made.frozen, torch_side, device)
-    assert "cannot be compared" in layers.first_words(made.frozen, "onnx", made.frozen, torch_side, device)
+# --- where it runs otherwise than here ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def phone() -> Iterator[LocalTransport]:
+    """This machine under another name."""
+    with closing(LocalTransport()) as transport:
+        transport.name = "ssh:phone"
+        yield transport
+
+
+def words(made: Made, transport: LocalTransport, folder: Path | None = None) -> str:
+    folder = folder or made.folders["onnx"]
+    return layers.first_words(folder, "onnx", made.frozen, made.torch_side("onnx"), transport, threads=1)
+
+
+def test_a_fault_of_the_file_is_named_once_for_the_device_and_this_machine(
+    made: Made, phone: LocalTransport, tmp_path: Path
+) -> None:
+    assert words(made, phone) == "On ssh:phone as on this machine no layer parts from equal inputs"
+    said = words(made, phone, planted(made, doubled_scale, tmp_path / "onnx"))
+    assert said.startswith(f"On ssh:phone as on this machine the first layer at which outputs part: {LINEAR}: another")
+    with closing(LocalTransport()) as here:
+        assert words(made, here) == "On this machine no layer parts from equal inputs"
+
+
+def test_a_runtime_that_computes_otherwise_is_told_from_a_fault_of_the_file(
+    made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def multiplied(model: agent.OnnxModel, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
+        (name,) = (o for o in model.outputs if o.startswith("/model/layers.1/mlp/up_proj/"))
+        for piece in read(model, ids, decode_from):
+            yield piece | ({name: piece[name] * 1.01} if Path.cwd() == phone.folder else {})
+
+    read = agent.OnnxModel.read
+    monkeypatch.setattr(agent.OnnxModel, "read", multiplied)
+    on_the_phone, _, here = words(made, phone).partition(". ")
+    assert on_the_phone == f"On ssh:phone the first layer at which outputs part: {Parting(LINEAR, at_input=False)}"
+    assert here == ("On this machine no layer parts from equal inputs: it is what the runtime makes of the file there")
+
+
+def test_a_copy_that_does_not_run_is_a_reason(
+    made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LocalTransport.run
+
+    def crash(self: LocalTransport, *asked: Any, **more: Any) -> Completed:
+        return Completed(-11, "", "") if self is phone else run(self, *asked, **more)
+
+    monkeypatch.setattr(LocalTransport, "run", crash)
+    said = words(made, phone)
+    assert "On ssh:phone its layers cannot be compared: ssh:phone: " in said and "ended by SIGSEGV" in said
+    assert said.endswith(
+        "On this machine no layer parts from equal inputs: it is what the runtime makes of the file there"
+    )
+    assert "no readable" in words(made, phone, made.frozen) or "missing" in words(made, phone, made.frozen)

@@ -19,13 +19,15 @@ from qat_edge import cli, config
 from qat_edge.config import PROFILES, ValidateOptions
 from qat_edge.errors import GateError, UsageError
 from qat_edge.measure import gates, profiles
+from qat_edge.measure.answers import Answered
 from qat_edge.measure.results import Agreement, Budget, Gate, Judgement, Measured, Report, Speed, Spread
 from qat_edge.run import Run
-from qat_edge.validate import Validated
+from qat_edge.validate import Validated, _set_by_profiles
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "examples" / "github-actions.yml"
-LIMITS = [name for name in vars(ValidateOptions()) if profiles.is_limit(name)]
+ALL_LIMITS = [name for name in vars(ValidateOptions()) if profiles.is_limit(name)]
+LIMITS = [name for name in ALL_LIMITS if name not in gates.ENCODERS_ALONE]  # of models that generate text
 
 
 def spread(value: float) -> Spread:
@@ -76,6 +78,28 @@ def test_what_was_not_measured_passes_no_limit() -> None:
     loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in LIMITS}
     missed = [gate.flag for gate in gates.hold(options(**loosest), [TUNED, BARE]) if not gate.passed]
     assert sorted(missed) == sorted(config.flag_name(name) for name in LIMITS if name != "max_size_mb")
+
+
+def test_an_encoders_limits_are_met_at_their_values_and_missed_beyond_them() -> None:
+    at = {"min_quality": 0.8, "min_cosine": 0.99, "min_top1": 0.95, "max_size_mb": 50.0}
+    assert list(at) == list(gates.FOR_ENCODERS) and set(at) <= set(ALL_LIMITS)
+    qat = Answered("qat", "executorch", {"linears": 50_000_000}, 0.8, 0.99, 0.5, 0.95, 1.0)
+    rows = [Answered("fp32 fine-tuned", "torch", {}, 0.0), qat, replace(qat, name="ptq (GPTQ)", quality=0.1)]
+    assert [gate.passed for gate in gates.hold_answers(options(**at), rows)] == [True] * 4
+    beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in at.items()}
+    held = gates.hold_answers(options(**beyond), rows)
+    assert [gate.passed for gate in held] == [False] * 4
+    assert {gate.flag: gate.found for gate in held} == {config.flag_name(name): value for name, value in at.items()}
+    (unmeasured,) = gates.hold_answers(options(min_top1=0.0), [replace(qat, agreement=None)])
+    assert not unmeasured.passed and math.isnan(unmeasured.found)
+
+
+@pytest.mark.parametrize("name", gates.ENCODERS_ALONE)
+def test_an_encoders_limit_is_refused_of_a_model_that_generates(run_folder: Path, name: str) -> None:
+    flag = config.flag_name(name)
+    answer = CliRunner().invoke(cli.main, ["validate", str(run_folder), flag, "0.9"])
+    assert answer.exit_code == 2 and f"{flag} is for classifiers and sentence encoders" in answer.output
+    assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_fault_misses_its_limit_with_its_place(tmp_path: Path) -> None:
@@ -149,6 +173,62 @@ def test_a_bad_profile_is_named_with_its_key(tmp_path: Path, text: str, message:
 def test_a_profile_that_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"--profile pi4: no such profile\. Known: laptop, minimal, .*, pi5; or give"):
         options(profile="pi4")
+
+
+def own(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
+    return config.of_devices(options(path, **flags), path, flags)
+
+
+def test_a_device_has_its_own_profile_in_place_of_the_one_for_all(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("validate: {min_top1: 0.3}\n")
+    (tmp_path / "a=b.toml").write_text("threads = 3\nmax_kl = 0.3\nmin_top1 = 0.9\ntarget = ['onnx']\n")
+    pairs = (f"ssh:a={tmp_path / 'a=b.toml'}", "adb=minimal")
+    given = {"device": ("local", "ssh:a", "adb"), "profile": "pi5", "device_profile": pairs, "max_kl": 0.2}
+    asked, found = options(file, **given), own(file, **given)
+    assert list(found) == ["ssh:a", "adb"] and (asked.threads, asked.max_size_mb) == (4, 1000.0)
+    its = {"threads": 3, "min_top1": 0.3, "target": ("onnx",), "profile": str(tmp_path / "a=b.toml")}
+    assert found["ssh:a"] == replace(options(), **given | its)
+    assert found["adb"] == options(file, **given | {"profile": "minimal"})
+    assert not own(file, device=("local",), profile="pi5")
+
+
+def test_profiles_of_devices_are_found_again_in_what_a_run_was_measured_with(tmp_path: Path) -> None:
+    given = {"device": ("local", "ssh:a"), "device_profile": ("local=laptop", "ssh:a=pi5"), "threads": 3}
+    asked, found = options(**given), own(**given)
+    left_out = _set_by_profiles(asked, [*found.values(), asked])
+    assert {"max_size_mb", "min_prefill", "min_decode"} <= left_out and not {"threads", "profile"} & left_out
+    config.save(tmp_path / "saved.yaml", "validate", asked, left_out=left_out)
+    assert (options(tmp_path / "saved.yaml"), own(tmp_path / "saved.yaml")) == (asked, found)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (
+            ("pi5",),
+            r"--device-profile pi5: begins with none of the devices, local, ssh:a\. Write DEVICE=PROFILE .*=pi5",
+        ),
+        (("ssh:b=pi5",), r"--device-profile ssh:b=pi5: begins with none of the devices, local, ssh:a\."),
+        (("ssh:a=pi5", "ssh:a=laptop"), r"--device-profile ssh:a=laptop: ssh:a is given pi5 as well"),
+        (("ssh:a=pi4",), r"--device-profile ssh:a=pi4: --profile pi4: no such profile"),
+        (("ssh:a=board.toml",), r"--device-profile ssh:a=board.toml: board\.toml: unknown key 'max_kll'"),
+    ],
+)
+def test_a_bad_profile_of_a_device_is_named_with_the_device(
+    tmp_path: Path, pairs: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("board.toml").write_text("max_kll = 1")
+    with pytest.raises(UsageError, match=message):
+        own(device=("local", "ssh:a"), device_profile=pairs)
+
+
+def test_limits_of_one_device_are_enough_for_junit() -> None:
+    given = {"device": ("local", "ssh:a"), "device_profile": ("ssh:a=pi5",)}
+    gates.require_limits(options(**given), *own(**given).values())
+    with pytest.raises(UsageError, match="no limit was set"):
+        gates.require_limits(options(), options())
 
 
 # --- JUnit -------------------------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
 def validate(run: Path, config_path: Path | None, junit: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
+    own = config.of_devices(options, config_path, {k: v for k, v in flags.items() if v != ()})
     opened = _open(run)
     from qat_edge import kinds
     from qat_edge import validate as verb
@@ -243,13 +244,13 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
     from qat_edge.run import write_text
     from qat_edge.summary import summary_table
 
-    if junit is None and kinds.of_run(opened).encodes:
-        _validate_encoder(opened, options, force, as_json)
-        return
     if junit is not None:
-        gates.require_limits(options)
+        gates.require_limits(*(own.get(device, options) for device in options.device))
         junit.unlink(missing_ok=True)  # no earlier result may stand for this one
-    done = verb.validate_devices(opened, options, say, force=force)
+    if kinds.of_run(opened).encodes:
+        _validate_encoder(opened, options, junit, force, as_json)
+        return
+    done = verb.validate_devices(opened, options, say, force=force, own=own)
     if junit is not None:
         write_text(junit, gates.junit(done.reports, done.failures))
     if as_json and (done.reports or len(options.device) > 1):
@@ -357,16 +358,21 @@ def demo(out: Path, config_path: Path | None) -> None:
     verb(out, config_path, say)
 
 
-def _validate_encoder(run: Any, options: ValidateOptions, force: bool, as_json: bool) -> None:
+def _validate_encoder(run: Any, options: ValidateOptions, junit: Path | None, force: bool, as_json: bool) -> None:
     from qat_edge.console import say
+    from qat_edge.measure import gates
     from qat_edge.measure.encoders import validate
+    from qat_edge.run import write_text
 
     result = validate(run, options, say, force=force)
+    if junit is not None:
+        write_text(junit, gates.junit([result], {}))
     if as_json:
         _print_json(result)
     for line in result.lines():
         click.echo(line, err=as_json)
-    say(f"Wrote {run.answers}")
+    say(f"Wrote {run.answers}. Next: qat-edge report {run.path}")
+    gates.require_gates(result)
 
 
 def _open(path: Path) -> Any:

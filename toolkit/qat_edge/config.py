@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,6 +190,9 @@ class ValidateOptions:
         f"Limits and timing for a kind of device: {', '.join(PROFILES)}, or a FILE.toml; flags win over it.",
         None,
     )
+    device_profile: tuple[str, ...] = option(
+        "DEVICE=PROFILE: what one of several devices has in place of --profile; once for each.", ()
+    )
     target: tuple[str, ...] = option("Artifacts to measure; all that run here where not given.", (), ARTIFACTS)
     eval_data: str | None = option("Evaluation rows, where not those of finetune.", None)
     text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)
@@ -205,8 +209,9 @@ class ValidateOptions:
     )
     max_kl: float | None = option("Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0)
     min_top1: float | None = option(
-        "Gate: least share of tokens with the reference's first choice, 0 to 1.", None, minimum=0
-    )
+        "Gate: least share of tokens with the reference's first choice, of texts with its label; 0 to 1.",
+        None, minimum=0,
+    )  # fmt: skip
     max_perplexity_ratio: float | None = option("Gate: largest perplexity over the reference's.", None, minimum=0)
     min_exact_match: float | None = option("Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0)
     max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
@@ -219,6 +224,12 @@ class ValidateOptions:
         "Gate, with --budget: largest chance that a token errs more than rounding does; a fault is above 0.75.",
         None, minimum=0,
     )  # fmt: skip
+    min_quality: float | None = option(
+        "Gate, encoders: least accuracy, retrieval or rank correlation, as the rows have it; 0 to 1.", None, minimum=0
+    )
+    min_cosine: float | None = option(
+        "Gate, encoders: least mean cosine with the FP32 reference's answers, 0 to 1.", None, minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -271,6 +282,21 @@ def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, A
     return cls(**checked)
 
 
+def of_devices(options: ValidateOptions, path: Path | None, flags: dict[str, Any]) -> dict[str, ValidateOptions]:
+    """What holds for devices with a profile of their own; `options` were loaded from the same file and flags.
+
+    Raises:
+        UsageError: a profile for no device of `options`, or one that cannot be; names the device, too.
+    """
+    found = {}
+    for device, name in profiles.by_device(options.device_profile, options.device).items():
+        try:
+            found[device] = load(ValidateOptions, "validate", path, {**flags, "profile": name})
+        except UsageError as error:
+            raise UsageError(f"--device-profile {device}={name}: {error}") from error
+    return found
+
+
 def flag_name(name: str) -> str:
     """Spelling of a field on the command line."""
     return "--" + name.replace("_", "-")
@@ -299,10 +325,10 @@ def read_sections(path: Path) -> dict[str, Any]:
     return document
 
 
-def save(path: Path, section: str, options: Any) -> None:
-    """Write the resolved options of one verb into the run's config.yaml, keeping the other sections."""
+def save(path: Path, section: str, options: Any, left_out: Collection[str] = ()) -> None:
+    """Write the resolved options of one verb but those left out into the run's config.yaml, beside other sections."""
     document = read_sections(path) if path.is_file() else {}
-    document[section] = plain(options)
+    document[section] = {name: value for name, value in plain(options).items() if name not in left_out}
     run.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 

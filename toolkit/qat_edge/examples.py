@@ -49,11 +49,12 @@ def kind_for(config: Any, rows: Sequence[Row], source: str) -> Kind:
     if isinstance(rows[0], Pair):
         return SentenceEncoder(scored=rows[0].score is not None)
     found = sorted({_label(row) for row in rows}, key=lambda label: (label.isdecimal() and int(label), label))
+    pairs = any(isinstance(row, Text) and row.pair is not None for row in rows)
     if kinds.of_config(config) == SequenceClassifier():
-        return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)))
+        return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
     if len(found) < 2:
         raise DataError(f"{source}: every row has the label {found[0]!r}, so there is nothing to tell apart.")
-    return SequenceClassifier(tuple(found))
+    return SequenceClassifier(tuple(found), pairs)
 
 
 def tokenize(kind: Kind, rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> TokenizedRows:
@@ -69,8 +70,10 @@ def tokenize(kind: Kind, rows: Sequence[Row], model: Any, tokenizer: Any, max_le
     cut: list[int] = []
     for row in rows:
         texts, label = _pair(row, kind) if isinstance(kind, SentenceEncoder) else _labelled(row, kind)
-        whole = [tokenizer(text).input_ids for text in texts]
+        whole = [tokenizer(*text).input_ids for text in texts]
         ids = [_cut(text, found, tokenizer, length) for text, found in zip(texts, whole, strict=True)]
+        if len(texts[0]) > 1 and getattr(model.config, "type_vocab_size", 1) > 1:
+            _check_types(row, tokenizer(*texts[0], truncation=True, max_length=length, return_token_type_ids=True))
         cut.append(sum(map(len, whole)) - sum(map(len, ids)))
         done.append({"input_ids": ids[0], "labels": [label], **({"other_ids": ids[1]} if len(ids) > 1 else {})})
     tokens = sum(len(row["input_ids"]) + len(row.get("other_ids", ())) for row in done)
@@ -88,9 +91,23 @@ def collator(kind: Kind, tokenizer: Any) -> Collate:
     return collate if kind.encodes else pad
 
 
-def _cut(text: str, ids: list[int], tokenizer: Any, length: int) -> list[int]:
-    """At most `length` tokens of a text, with the special ones at its end."""
-    return ids if len(ids) <= length else list(tokenizer(text, truncation=True, max_length=length).input_ids)
+def _check_types(row: Row, encoded: Any) -> None:
+    """Refuse a pair whose types the model would not find as its tokenizer gives them.
+
+    Raises:
+        DataError: names the row.
+    """
+    ids = torch.tensor([encoded.input_ids])
+    if kinds.token_types(ids, torch.ones_like(ids)).tolist() != [list(encoded.token_type_ids)]:
+        raise DataError(
+            f"{row.where}: the tokenizer begins the second text elsewhere than after the first separator, where the "
+            "model will see it begin. Take separators such as [SEP] out of the texts, or another model."
+        )
+
+
+def _cut(text: tuple[str, ...], ids: list[int], tokenizer: Any, length: int) -> list[int]:
+    """At most `length` tokens of a text, or of two as one, with the special ones at its end."""
+    return ids if len(ids) <= length else list(tokenizer(*text, truncation=True, max_length=length).input_ids)
 
 
 def _label(row: Row) -> str:
@@ -109,30 +126,35 @@ def _label(row: Row) -> str:
     )
 
 
-def _labelled(row: Row, kind: Kind) -> tuple[list[str], int]:
-    """The text, and its label's place among those of the classifier."""
-    label = _label(row)
-    known = kind.labels if isinstance(kind, SequenceClassifier) else ()
+def _labelled(row: Row, kind: Kind) -> tuple[list[tuple[str, ...]], int]:
+    """The text, or both, and its label's place among those of the classifier."""
+    label, text = _label(row), _text(row)
+    known, pairs = (kind.labels, kind.pairs) if isinstance(kind, SequenceClassifier) else ((), False)
+    if len(text) > 1 and not pairs:
+        raise DataError(
+            f"{row.where}: two texts, and the classifier learned single ones. Leave 'text_pair' out, or train on pairs."
+        )
     if label in known:
-        return [_text(row)], known.index(label)
+        return [text], known.index(label)
     if label.isdecimal() and int(label) < len(known):
-        return [_text(row)], int(label)
+        return [text], int(label)
     raise DataError(
         f"{row.where}: the label {label!r} is none of the model's ({', '.join(known[:20])}). Correct the row, or "
         "take a model without a head over labels, which gets one for those in --data."
     )
 
 
-def _text(row: Row) -> str:
-    return row.text if isinstance(row, Text) else ""
+def _text(row: Row) -> tuple[str, ...]:
+    texts = (row.text, row.pair) if isinstance(row, Text) else ()
+    return tuple(text for text in texts if text is not None)
 
 
-def _pair(row: Row, kind: SentenceEncoder) -> tuple[list[str], float]:
+def _pair(row: Row, kind: SentenceEncoder) -> tuple[list[tuple[str, ...]], float]:
     """Both texts and the cosine they are to have; of an anchor and what belongs to it, 1."""
     if not isinstance(row, Pair) or (row.score is not None) != kind.scored:
         shape = "'text_a', 'text_b' and 'score'" if kind.scored else "'anchor' and 'positive'"
         raise DataError(f"{row.where}: not a row of {shape}, as the first one is. Give rows of one shape.")
-    return [row.text_a, row.text_b], 1.0 if row.score is None else row.score
+    return [(row.text_a,), (row.text_b,)], 1.0 if row.score is None else row.score
 
 
 def _describe(kind: Kind, rows: Sequence[dict[str, Any]]) -> str:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from qat_edge.errors import UsageError
 from qat_edge.run import MANIFEST, Run, read_manifest
 
+PAIRS = "text_pairs"  # in the configuration of a model whose texts may be two
 POOLER = "pooler"  # BERT's layer over the first token's state, between the blocks and a classifier
 
 
@@ -80,25 +81,32 @@ class CausalLM:
 
 @dataclass(frozen=True)
 class SequenceClassifier:
-    """Gives a text one of `labels`; without any, those of the model's configuration, in their order."""
+    """Gives a text one of `labels`; without any, those of the model's configuration, in their order.
+
+    pairs: whether a text may be two. A model that has types for both finds them itself, see `token_types`.
+    """
 
     labels: tuple[str, ...] = ()
+    pairs: bool = False
     name = "text-classification"
     title = "a sequence classifier"
     auto = AutoModelForSequenceClassification
     encodes = True
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": self.name, "labels": list(self.labels)}
+        return {"kind": self.name, "labels": list(self.labels), "pairs": self.pairs}
 
     def configure(self, config: Any) -> None:
         config.problem_type = "single_label_classification"
+        if self.pairs:
+            setattr(config, PAIRS, True)
         if self.labels:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: i for i, label in enumerate(self.labels)}
 
     def settle(self, model: Any) -> None:
-        pass
+        if getattr(model.config, PAIRS, False) and getattr(model.config, "type_vocab_size", 1) > 1:
+            model.base_model.register_forward_pre_hook(_with_types, with_kwargs=True)
 
     def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.as_tensor(model(input_ids=input_ids, attention_mask=attention_mask).logits)
@@ -138,6 +146,22 @@ CAUSAL_LM: Kind = CausalLM()
 KINDS = (CausalLM, SequenceClassifier, SentenceEncoder)
 
 
+def token_types(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """1 for the second of two texts and 0 for the first, int64 (rows, length); what padding gets has no meaning.
+
+    The token that ends a text as a whole ends the first of two, too: [CLS] a [SEP] b [SEP].
+    """
+    last = attention_mask.sum(1, keepdim=True) - 1
+    ends = (input_ids == input_ids.gather(1, last)).to(torch.int64)
+    return (ends.cumsum(1) - ends).clamp(max=1)
+
+
+def _with_types(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a model is called with, and the types of its tokens."""
+    ids = arguments[0] if arguments else keywords["input_ids"]
+    return arguments, keywords | {"token_type_ids": token_types(ids, keywords["attention_mask"])}
+
+
 def is_encoder(config: Any) -> bool:
     """Whether models of a configuration's type see a whole text at once: transformers can mask their words."""
     decodes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
@@ -171,7 +195,7 @@ def recorded(facts: Mapping[str, Any]) -> Kind:
     """Of what `Kind.facts` wrote, among other facts; models that say nothing generate text."""
     name = facts.get("kind", CausalLM.name)
     if name == SequenceClassifier.name:
-        return SequenceClassifier(tuple(facts["labels"]))
+        return SequenceClassifier(tuple(facts["labels"]), facts.get("pairs", False))
     return SentenceEncoder(facts["scored"]) if name == SentenceEncoder.name else CAUSAL_LM
 
 
@@ -191,7 +215,8 @@ def require_generating(run: Run, what: str) -> None:
     if kind.encodes:
         raise UsageError(
             f"{what} is for models that generate text; {run.path} holds {kind.title}. What there is for it: "
-            f"`qat-edge export {run.path} --target executorch`, then verify, and validate without limits."
+            f"`qat-edge export {run.path} --target executorch`, then verify, validate (its limits are --min-quality, "
+            "--min-cosine, --max-size-mb and, of a classifier, --min-top1) and report."
         )
 
 

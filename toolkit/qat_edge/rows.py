@@ -3,7 +3,7 @@
 {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 {"prompt": ..., "completion": ...}
 {"text": ...}
-{"text": ..., "label": a word or a whole number}
+{"text": ..., "label": a word or a whole number}, with "text_pair": a second text or without
 {"text_a": ..., "text_b": ..., "score": the cosine they are to have}
 {"anchor": ..., "positive": what belongs to it}
 """
@@ -42,11 +42,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Running text, learned in windows. label: what an encoder is to give it, as the row has it."""
+    """Running text, learned in windows. label: what an encoder is to give it, or it and `pair`, as the row has it."""
 
     text: str
     where: str
     label: Any = None
+    pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def _row(record: Any, where: str) -> Row:
             raise DataError(f"{where}: 'completion' is empty, so there is nothing to learn. Remove the row.")
         return Completion(_string(given, "prompt", where), completion, where)
     if "text" in given:
-        return Text(_string(given, "text", where), where, given.get("label"))
+        pair = _string(given, "text_pair", where) if "text_pair" in given else None
+        return Text(_string(given, "text", where), where, given.get("label"), pair)
     if "text_a" in given and "text_b" in given:
         return Pair(_string(given, "text_a", where), _string(given, "text_b", where), _score(given, where), where)
     if "anchor" in given and "positive" in given:

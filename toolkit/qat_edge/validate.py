@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from qat_edge import adapters, config, kinds
 from qat_edge.config import ValidateOptions
@@ -31,6 +32,7 @@ from qat_edge_devices.transport import Transport
 from qat_edge_exporters.executorch.backends import runs_elsewhere
 
 Say = Callable[[str], None]
+Artifacts = list[tuple[Variant, str]]  # by their targets
 DEVICE = LOCAL  # where nothing else is asked for
 NOT_THERE = "speed not given: torch ran on the machine that validates, not on this device"
 
@@ -72,22 +74,22 @@ def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) 
     return validated.reports[0]
 
 
-def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Validated:
+def validate_devices(
+    run: Run, options: ValidateOptions, say: Say, force: bool = False, own: Mapping[str, ValidateOptions] | None = None
+) -> Validated:
     """The same on every device of `options`, side by side; a device that fails does not stop the others.
+
+    own: by device what holds for it in place of `options`, by a profile of its own (`config.of_devices`).
 
     Raises:
         UsageError: a device is named twice, or is of no known kind.
         RunError, DataError: as `validate`.
     """
     kinds.require_generating(run, "validate")
-    require_measurable(options)
+    asked = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
-    for path in paths.values():
-        if path.exists() and not force:
-            raise RunError(f"{path} exists already. Give --force to measure again.")
-    if options.runner_binary is not None:
-        native.require_possible(options)
-    artifacts = _artifacts(run, options, say)
+    _require_possible(asked.values(), paths.values(), force)
+    artifacts = _artifacts_by_target(run, asked.values(), say)
     material = gather_material(run, options, say)
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
@@ -95,20 +97,18 @@ def validate_devices(run: Run, options: ValidateOptions, say: Say, force: bool =
             say(f"Left out {device}: {reason}")
         if not transports:
             return Validated([], failures)
-        bench = Bench(material, options, scratch, say)
-        own = [target for variant, target in artifacts if variant is run]
-        torch = _torch(run, bench, own)
-        if options.budget and LOCAL not in transports:
-            score_here(run, bench, own)
+        shared = dataclasses.replace(options, budget=any(one.budget for one in asked.values()))
+        bench = Bench(material, shared, scratch, say)
+        torch = _torch(run, bench, artifacts.values(), is_reported=LOCAL in transports)
 
         def measure(device: str, transport: Transport) -> Report:
-            beside = bench if len(transports) == 1 else bench.beside(device)
-            report = _measure(run, artifacts, device, transport, beside, torch)
+            beside = dataclasses.replace(bench if len(transports) == 1 else bench.beside(device), options=asked[device])
+            report = _measure(run, artifacts[asked[device].target], device, transport, beside, torch)
             save(report, paths[device])
             return report
 
         reports, broken = side_by_side(transports, measure)
-    config.save(run.config, "validate", options)
+    config.save(run.config, "validate", options, left_out=_set_by_profiles(options, asked.values()))
     return Validated(list(reports.values()), failures | broken)
 
 
@@ -135,23 +135,42 @@ def require_success(validated: Validated) -> None:
         raise GateError("\n".join(missed))
 
 
-def _torch(run: Run, bench: Bench, own: Sequence[str]) -> Torch:
+def _require_possible(asked: Iterable[ValidateOptions], paths: Iterable[Path], force: bool) -> None:
+    """Refuse before any work what cannot be measured, or would replace a report."""
+    for options in asked:
+        require_measurable(options)
+        if options.runner_binary is not None:
+            native.require_possible(options)
+    for path in paths:
+        if path.exists() and not force:
+            raise RunError(f"{path} exists already. Give --force to measure again.")
+
+
+def _set_by_profiles(options: ValidateOptions, asked: Iterable[ValidateOptions]) -> set[str]:
+    """Options that are one device's own: left out of the run's configuration, its --device-profile gives them again."""
+    shared = vars(options)
+    return {k for one in asked for k, value in vars(one).items() if value != shared[k]} - {"profile"}
+
+
+def _torch(run: Run, bench: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> Torch:
+    """All that needs no device; is_reported: this machine has a report of its own, and so measures the artifacts."""
+    own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
     tuned = bench.fine_tuned(adapters.merged_model(run.reference, bench.say).model)
     models = [bench.base(adapters.base_model(run.reference)), tuned]
     floor = bench.noise_floor(run.quantized)
     side = torch_side(run, bench, models, own) if bench.options.budget else None
+    if side is not None and not is_reported:
+        score_here(run, bench, own)
     return Torch(_identities(run, bench), models, floor, side)
 
 
-def _measure(
-    run: Run, artifacts: list[tuple[Variant, str]], device: str, transport: Transport, bench: Bench, torch: Torch
-) -> Report:
+def _measure(run: Run, artifacts: Artifacts, device: str, transport: Transport, bench: Bench, torch: Torch) -> Report:
     measured = [model if device == LOCAL else _elsewhere(model) for model in torch.models]
     measured += [_artifact(variant, target, transport, bench, own=variant is run) for variant, target in artifacts]
     budgets = [
         _budget(run, target, transport, bench, torch.budget)
         for variant, target in artifacts
-        if torch.budget is not None and variant is run
+        if torch.budget is not None and bench.options.budget and variant is run
     ]
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -192,12 +211,12 @@ def _budget(run: Run, target: str, transport: Transport, bench: Bench, torch: To
     """The error budget of one artifact, with the place of a fault where there is one."""
     judged = judge(run, bench, torch, target, transport)
     if judged.beyond:
-        judged = dataclasses.replace(judged, where=_fault(run, torch, target, transport.name, judged))
+        judged = dataclasses.replace(judged, where=_fault(run, bench, torch, target, transport, judged))
         bench.say(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
     return budget(bench, torch, target, transport.name, judged)
 
 
-def _fault(run: Run, torch: TorchSide, target: str, device: str, judged: Judgement) -> str:
+def _fault(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Transport, judged: Judgement) -> str:
     """What is known of the place of a fault: the file is read back, then looked into layer by layer."""
     folder = run.exports / target
     found = verify_folder(folder, target, run.quantized)
@@ -207,7 +226,7 @@ def _fault(run: Run, torch: TorchSide, target: str, device: str, judged: Judgeme
     # Position 0 has nothing to attend to.
     what = "attention (rotary angles, mask or cache)" if judged.position else "what the runtime makes of them"
     told = told or "Its codes and scales are those that were frozen"
-    first = layers.first_words(folder, target, run.quantized, torch, device)
+    first = layers.first_words(folder, target, run.quantized, torch, transport, bench.options.threads)
     return f"{told}. It parts at position {judged.position} of a prompt: {what}. {first}"
 
 
@@ -223,7 +242,13 @@ def _why_not(target: str, options: ValidateOptions) -> str:
     return runs_elsewhere(target) if options.runner_binary is None else native.why_not(target)
 
 
-def _artifacts(run: Run, options: ValidateOptions, say: Say) -> list[tuple[Variant, str]]:
+def _artifacts_by_target(run: Run, asked: Iterable[ValidateOptions], say: Say) -> dict[tuple[str, ...], Artifacts]:
+    """What to measure, by what --target was where: profiles may choose."""
+    chosen = {options.target: options for options in asked}
+    return {target: _artifacts(run, options, say) for target, options in chosen.items()}
+
+
+def _artifacts(run: Run, options: ValidateOptions, say: Say) -> Artifacts:
     elsewhere = {t: reason for t in options.target or run.targets() if (reason := _why_not(t, options))}
     for reason in elsewhere.values():
         if options.target:

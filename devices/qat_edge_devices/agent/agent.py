@@ -2,10 +2,13 @@
 
 It is copied to devices by itself, so it imports the standard library, numpy and the runtime. A request names
 the backend, the artifact, the threads and one task; RESULTS_FOLDER gets result.json and, for `score`, one
-logits-00000.npy a sequence. stdout carries lines `progress DONE TOTAL`, never results. Exit codes: 0, or 65 for
-what the artifact cannot do, 69 for a Python package that is missing (stderr's last line says which or what).
+logits-00000.npy a sequence, for `trace` one outputs-00000.npz. stdout carries lines `progress DONE TOTAL`, never
+results. Exit codes: 0, or 65 for what the artifact cannot do, 69 for a Python package that is missing (stderr's last
+line says which or what).
 
-  score     logits of given token ids, row t predicting token t + 1: float32, (tokens, vocabulary)
+  score     logits of given token ids, row t predicting token t + 1: float32, (tokens, vocabulary); from `decode_from`
+            on, where that is no null, tokens are taken one at a time, as in an answer
+  trace     in the same way all that the artifact returns but its cache, each (tokens, features)
   generate  greedy continuation of prompts, until an end token or a length
   speed     prefill and decode of a synthetic prompt, one warm-up, then repeats
 
@@ -15,6 +18,7 @@ the first new token; a decode step is one forward pass and the choice of the gre
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +26,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -30,6 +35,7 @@ FORMAT = 1  # of request and result
 EXIT_REFUSED = 65
 EXIT_MISSING_PACKAGE = 69
 SCORE_ROWS = 256  # tokens whose logits are held in memory at once
+SYS = Path("/sys")  # what Linux, and so Android, says of clocks, heat and battery
 PIP_NAMES = {"onnxruntime_genai": "onnxruntime-genai"}  # where pip's name is not the module's
 
 
@@ -58,8 +64,11 @@ class Model(Protocol):
     def next(self, token: int) -> int:
         """Take the id that was returned last, return the likeliest one after it."""
 
-    def score(self, ids: list[int]) -> Iterator[Any]:
-        """Logits of a whole sequence in pieces of (rows, vocabulary), float32, from an empty cache."""
+    def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
+        """What a whole sequence is answered from an empty cache, piece by piece (see `pieces`), float32.
+
+        "logits" (rows, vocabulary), and (rows, features) of whatever else the artifact returns.
+        """
 
 
 class ExecuTorchModel:
@@ -108,19 +117,24 @@ class ExecuTorchModel:
     def next(self, token: int) -> int:
         return int(self._forward([token]).argmax())
 
-    def score(self, ids: list[int]) -> Iterator[Any]:
+    def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         # One token at a time, as the app does when it decodes: only the last token's logits come out.
         self.position = 0
         for token in ids:
-            yield self._forward([token]).float().numpy()
+            outputs = [output.reshape(1, -1).float().numpy().copy() for output in self._call([token])]
+            yield {str(place) if place else "logits": rows for place, rows in enumerate(outputs)}
 
     def _forward(self, ids: list[int]) -> Any:
         """Logits of the last of `ids`, (1, vocabulary)."""
+        logits = self._call(ids)[0]
+        return logits.reshape(-1, logits.shape[-1])[-1:]
+
+    def _call(self, ids: list[int]) -> Any:
+        """Every output of the program; the next call overwrites them."""
         tokens = self.torch.tensor([ids], dtype=self.torch.int64)
         start = self.torch.tensor([self.position], dtype=self.torch.int64)
-        (logits,) = self.method.call([tokens, start])
         self.position += len(ids)
-        return logits.reshape(-1, logits.shape[-1])[-1:]
+        return self.method.call([tokens, start])
 
     def _constant(self, name: str) -> int | None:
         names = [self.program.get_method_name(i) for i in range(self.program.num_methods())]
@@ -164,19 +178,18 @@ class OnnxModel:
 
     def start(self, prompt: list[int], length: int) -> int:
         self._reset()
-        return int(self._forward(prompt)[-1].argmax())
+        return int(self._forward(prompt)["logits"].numpy()[0, -1].argmax())
 
     def next(self, token: int) -> int:
-        return int(self._forward([token])[-1].argmax())
+        return int(self._forward([token])["logits"].numpy()[0, -1].argmax())
 
-    def score(self, ids: list[int]) -> Iterator[Any]:
+    def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         self._reset()
-        for begin in range(0, len(ids), SCORE_ROWS):
-            piece = ids[begin : begin + SCORE_ROWS]
-            logits = self._forward(piece)
-            if len(logits) != len(piece):
+        for piece in pieces(ids, decode_from):
+            found = {name: v.numpy()[0] for name, v in self._forward(piece).items() if not name.startswith("present.")}
+            if len(found["logits"]) != len(piece):
                 raise Refusal("model.onnx gives the last token's logits only, so sequences cannot be scored.")
-            yield logits.astype(self.numpy.float32, copy=False)
+            yield {name: rows.astype(self.numpy.float32, copy=False) for name, rows in found.items()}
 
     def _reset(self) -> None:
         self.position = 0
@@ -195,8 +208,8 @@ class OnnxModel:
         dtype = self.numpy.float16 if spec.type == "tensor(float16)" else self.numpy.float32
         return self.library.OrtValue.ortvalue_from_numpy(self.numpy.zeros((1, heads, 0, size), dtype))
 
-    def _forward(self, ids: list[int]) -> Any:
-        """Logits the graph gives for `ids`, (rows, vocabulary)."""
+    def _forward(self, ids: list[int]) -> dict[str, Any]:
+        """What the graph gives for `ids`, by name; the logits are (1, rows, vocabulary)."""
         numpy, total = self.numpy, self.position + len(ids)
         arrays = {
             "input_ids": numpy.array([ids], numpy.int64),
@@ -208,7 +221,7 @@ class OnnxModel:
         values = dict(zip(self.outputs, answers, strict=True))
         self.cache = {n: values[n.replace("past_key_values", "present")] for n in self.cache}
         self.position = total
-        return values["logits"].numpy()[0]
+        return values
 
 
 class GenaiModel:
@@ -255,7 +268,7 @@ class GenaiModel:
         self.generator.generate_next_token()
         return int(self.generator.get_next_tokens()[0])
 
-    def score(self, ids: list[int]) -> Iterator[Any]:
+    def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         raise Refusal("onnxruntime-genai does not score sequences; ask plain onnxruntime.")
 
 
@@ -276,10 +289,36 @@ def score(model: Model, request: dict[str, Any], out: Path) -> dict[str, Any]:
         if done and written + row_bytes * len(ids) > request["max_bytes"]:
             break
         with (out / f"logits-{index:05d}.npy").open("wb") as file:
-            row_bytes = write_rows(file, len(ids), model.score(ids))
+            read = model.read(ids, request["decode_from"])
+            row_bytes = write_rows(file, len(ids), (piece["logits"] for piece in read))
         written, done = written + row_bytes * len(ids), done + 1
         progress(done, len(sequences))
     return {"scored": done}
+
+
+def trace(model: Model, request: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write all that the artifact returns for each sequence, and tell what is what in the order of a file."""
+    import numpy
+
+    found: dict[str, list[Any]] = {}
+    for index, ids in enumerate(request["sequences"]):
+        check_length(model, len(ids), f"sequence {index}")
+        found = {}
+        for piece in model.read(ids, request["decode_from"]):
+            for name, rows in piece.items():
+                found.setdefault(name, []).append(rows)
+        numpy.savez(out / f"outputs-{index:05d}.npz", *(numpy.concatenate(rows) for rows in found.values()))
+        progress(index + 1, len(request["sequences"]))
+    return {"outputs": list(found)}
+
+
+def pieces(ids: list[int], decode_from: int | None) -> Iterator[list[int]]:
+    """The ids of a sequence as a model takes them: many at once, from `decode_from` on one at a time."""
+    end = len(ids) if decode_from is None else decode_from
+    for begin in range(0, len(ids[:end]), SCORE_ROWS):
+        yield ids[begin : min(begin + SCORE_ROWS, end)]
+    for token in ids[end:]:
+        yield [token]
 
 
 def write_rows(file: BinaryIO, count: int, pieces: Iterator[Any]) -> int:
@@ -322,28 +361,57 @@ def speed(model: Model, request: dict[str, Any], out: Path) -> dict[str, Any]:
     prefill, decode, repeats = request["prefill"], request["decode"], request["repeats"]
     check_length(model, prefill + decode + 1, "the prompt and the decode steps")
     prompt = [1 + i % 7 for i in range(prefill)]  # a dense model takes as long for any ids
-    first, rest = [], []
+    first, steps = [], []  # seconds, of the steps a list a round
     for round_ in range(1 + repeats):
         if round_ == 1:
+            before = condition()
             cpu_began, wall_began = time.process_time(), time.perf_counter()
         began = time.perf_counter()
         token = model.start(prompt, prefill + decode + 1)
-        middle = time.perf_counter()
+        marks = [time.perf_counter()]
         for _ in range(decode):
             token = model.next(token)
-        first.append(middle - began)
-        rest.append(time.perf_counter() - middle)
+            marks.append(time.perf_counter())
+        first.append(marks[0] - began)
+        steps.append([end - start for start, end in pairwise(marks)])
         progress(round_ + 1, 1 + repeats)
     busy = (time.process_time() - cpu_began) / (time.perf_counter() - wall_began)
     return {
         "prefill_tokens_per_s": [prefill / t for t in first[1:]],
-        "decode_tokens_per_s": [decode / t for t in rest[1:]],
+        "decode_tokens_per_s": [decode / sum(times) for times in steps[1:]],
+        "step_ms": [t * 1e3 for times in steps[1:] for t in times],
         "ttft_ms": [t * 1e3 for t in first[1:]],
         "cores_busy": busy,
+        "before": before,
+        "after": condition(),
     }
 
 
-TASKS = {"score": score, "generate": generate, "speed": speed}
+def condition() -> dict[str, Any]:
+    """Clocks of the CPUs that this process may use, heat and battery, as far as the machine says; see `Condition`."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    cpus = [SYS / "devices" / "system" / "cpu" / f"cpu{number}" for number in sorted(allowed)]
+    heats = [n / 1e3 for n in numbers((SYS / "class" / "thermal").glob("thermal_zone*/temp")) if 0 < n < 150_000]
+    slowed = numbers(cpu / "thermal_throttle" / "core_throttle_count" for cpu in cpus)
+    return {
+        "clocks_khz": numbers(cpu / "cpufreq" / "scaling_cur_freq" for cpu in cpus),
+        "permitted_khz": numbers(cpu / "cpufreq" / "scaling_max_freq" for cpu in cpus),
+        "times_slowed": sum(slowed) if slowed else None,
+        "celsius": max(heats, default=None),
+        "battery_percent": next(iter(numbers((SYS / "class" / "power_supply").glob("[bB][aA][tT]*/capacity"))), None),
+    }
+
+
+def numbers(paths: Iterable[Path]) -> list[int]:
+    """What stands in files of one number each; those that are not there, or may not be read, are left out."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(path.read_text(encoding="ascii")))
+    return found
+
+
+TASKS = {"score": score, "trace": trace, "generate": generate, "speed": speed}
 
 
 def run(request: dict[str, Any], out: Path) -> None:

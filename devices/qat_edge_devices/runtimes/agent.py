@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge_devices.errors import MissingPackageError, RefusedError, ResultError, UnsuitableError
-from qat_edge_devices.results import Answer, Generated, LoadFigures, Scored, Speed
+from qat_edge_devices.results import Answer, Condition, Generated, LoadFigures, Scored, Speed, Traced
 from qat_edge_devices.runtimes.asking import TIMEOUT_S, asked_again, check, require_memory
 from qat_edge_devices.transport import Completed, DeviceInfo, Transport
 
@@ -71,8 +71,10 @@ class AgentRuntime(ABC):
             self._most_bytes = info.free_disk_bytes // 4
         self.transport.push(files)
 
-    def score(self, sequences: Sequence[Sequence[int]], max_bytes: int = SCORE_BYTES) -> Iterator[Scored]:
-        """Logits of each sequence in turn; a file lives until the next is asked for.
+    def score(
+        self, sequences: Sequence[Sequence[int]], decode_from: int | None = None, max_bytes: int = SCORE_BYTES
+    ) -> Iterator[Scored]:
+        """Logits of each sequence in turn; a file lives until the next is asked for. See `Runtime.score`.
 
         One process scores as many sequences as `max_bytes` of logits hold (one at least), so that neither
         disk nor memory grows with their number; a quarter of the device's free disk where that is less.
@@ -80,7 +82,7 @@ class AgentRuntime(ABC):
         done, max_bytes = 0, min(max_bytes, self._most_bytes)
         while done < len(sequences):
             rest = [list(ids) for ids in sequences[done:]]
-            task = {"task": "score", "sequences": rest, "max_bytes": max_bytes}
+            task = {"task": "score", "sequences": rest, "decode_from": decode_from, "max_bytes": max_bytes}
             with tempfile.TemporaryDirectory(prefix="qat-edge-scores-") as name:
                 folder = Path(name) / "results"
                 answer = self._ask(task, folder, before=done)
@@ -93,6 +95,20 @@ class AgentRuntime(ABC):
                     yield Scored(done + index, file, load)
                     file.unlink(missing_ok=True)
             done += scored
+
+    def trace(self, sequences: Sequence[Sequence[int]], decode_from: int) -> Iterator[Traced]:
+        """All that the artifact returns for each sequence in turn; the files live until the last was asked for."""
+        task = {"task": "trace", "sequences": [list(ids) for ids in sequences], "decode_from": decode_from}
+        with tempfile.TemporaryDirectory(prefix="qat-edge-outputs-") as name:
+            folder = Path(name) / "results"
+            answer = self._ask(task, folder, before=0)
+            with self._reading():
+                found = [
+                    Traced(folder / f"outputs-{i:05d}.npz", tuple(answer["outputs"])) for i in range(len(sequences))
+                ]
+                if not all(traced.outputs.is_file() for traced in found):
+                    raise ValueError(f"not all outputs of {len(sequences)} sequences came back")
+            yield from found
 
     def generate(self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int) -> Generated:
         """Greedy continuations, each ended by one of `eos_ids` or by its length."""
@@ -116,7 +132,10 @@ class AgentRuntime(ABC):
                 prefill_tokens_per_s=tuple(answer["prefill_tokens_per_s"]),
                 decode_tokens_per_s=tuple(answer["decode_tokens_per_s"]),
                 ttft_ms=tuple(answer["ttft_ms"]),
+                step_ms=tuple(answer["step_ms"]),
                 cores_busy=answer["cores_busy"],
+                before=_condition(answer["before"]),
+                after=_condition(answer["after"]),
                 load=_load_figures(answer),
             )
 
@@ -176,6 +195,11 @@ def _require_processor(device: str, info: DeviceInfo) -> None:
             f"{device}: its system is {system}; ExecuTorch and onnxruntime for Python exist for 64-bit "
             f"{', '.join(MACHINES)}. Install a 64-bit system on it, or choose another device. Nothing was sent."
         )
+
+
+def _condition(said: dict[str, Any]) -> Condition:
+    lists = {key: tuple(said[key]) for key in ("clocks_khz", "permitted_khz")}
+    return Condition(**said | lists)
 
 
 def _load_figures(answer: dict[str, Any]) -> LoadFigures:

@@ -1,4 +1,4 @@
-"""What passes between the delegates of a .pte: a copy of its program with these values as outputs, run here.
+"""What passes between the delegates of a .pte: a copy of its program with these values as outputs.
 
 ExecuTorch's event tracer is not compiled into the Python wheel. But what delegates and attention hand on are values of
 the program like its result, so a copy may return them, too; each gets memory of its own, as the plan reuses it. They
@@ -8,23 +8,17 @@ are, of every layer, what attention found (the input of o_proj) and the layer's 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import executorch.extension.llm.custom_ops.custom_ops  # registers llama::
-import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::
-import numpy as np
-import torch
 from executorch.exir._serialize._program import serialize_pte_binary
 from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
 from executorch.exir.schema import Tensor as TensorFact
-from executorch.extension.pybindings import _portable_lib
 
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.artifact import Passage
+from qat_edge_exporters.artifact import Exposed
 from qat_edge_exporters.executorch import delegates
 from qat_edge_exporters.executorch.contract import FORWARD
 from qat_edge_exporters.executorch.reader import LAYERS, MODEL, Layers, read_layers
@@ -44,11 +38,11 @@ class Place:
     at_input: bool
 
 
-def trace(folder: Path, prompts: Sequence[Sequence[int]]) -> list[dict[str, Passage]]:
-    """By module, for each of the prompts, read token by token as sequences are scored.
+def expose(folder: Path, out: Path) -> Exposed:
+    """Write a copy of the program into the folder `out`; each of its values is an output after the logits.
 
     Raises:
-        ArtifactError: the .pte is damaged, has no attention whose layers could be told, or the runtime refuses it.
+        ArtifactError: the .pte is damaged, or has no attention whose layers could be told.
     """
     pte, layers = delegates.open_pte(folder / MODEL), read_layers(folder / LAYERS)
     plan = next(plan for plan in pte.program.execution_plan if plan.name == FORWARD)
@@ -56,18 +50,10 @@ def trace(folder: Path, prompts: Sequence[Sequence[int]]) -> list[dict[str, Pass
     if not any(place.at_input for place in found):
         raise ArtifactError(f"{folder / MODEL}: none of {', '.join(ATTENTION)} in it, so its layers cannot be told.")
     _expose(plan, [place.value for place in found])
-    with tempfile.TemporaryDirectory(prefix="qat-edge-") as name:
-        path = Path(name) / MODEL
-        with path.open("wb") as file:
-            serialize_pte_binary(pte).write_to_file(file)
-        runs = _run(path, prompts)
-    return [
-        {
-            place.module: Passage(value, None) if place.at_input else Passage(None, value)
-            for place, value in zip(found, values[-len(found) :], strict=True)
-        }
-        for values in runs
-    ]
+    with (out / MODEL).open("wb") as file:
+        serialize_pte_binary(pte).write_to_file(file)
+    names = map(str, range(1, len(found) + 1))
+    return Exposed({p.module: (n, []) if p.at_input else (None, [n]) for p, n in zip(found, names, strict=True)})
 
 
 def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
@@ -112,19 +98,3 @@ def _expose(plan: ExecutionPlan, values: Sequence[int]) -> None:
         place.memory_offset_low, place.memory_offset_high = begin & 0xFFFFFFFF, begin >> 32
         plan.non_const_buffer_sizes[pool] = begin + 4 * math.prod(value.sizes)
     plan.outputs = [*plan.outputs, *values]
-
-
-def _run(path: Path, prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
-    """Every output of each prompt, (tokens, features)."""
-    try:
-        method = _portable_lib._load_program(str(path)).load_method(FORWARD)
-        runs = [[_called(method, token, position) for position, token in enumerate(ids)] for ids in prompts]
-    except RuntimeError as error:
-        raise ArtifactError(f"{path.name} cannot be run with more outputs: {error}") from error
-    return [[np.concatenate(column) for column in zip(*rows, strict=True)] for rows in runs]
-
-
-def _called(method: Any, token: int, position: int) -> list[Any]:
-    """The outputs for one token, each (1, features) in float32."""
-    outputs = method.call([torch.tensor([[token]]), torch.tensor([position])])
-    return [output.reshape(1, -1).float().numpy().copy() for output in outputs]

@@ -177,6 +177,7 @@ class Bench:
             speed=_speed(timed, options),
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
+            notes=timed.remarks(),
         )
 
     def first_tokens(self, limit: int) -> Bench:
@@ -211,13 +212,18 @@ class Bench:
                 keep.put(index, logits)
         return accuracy.result(), parity.result() if own else None
 
-    def artifact_rows(self, folder: Path, target: str, transport: Transport) -> Iterator[tuple[int, Logits]]:
-        """An artifact's logits on a device, at the compared positions of each sequence in turn."""
+    def artifact_rows(
+        self, folder: Path, target: str, transport: Transport, decode_from: int | None = None
+    ) -> Iterator[tuple[int, Logits]]:
+        """An artifact's logits on a device, at the compared positions of each sequence in turn.
+
+        decode_from: see `Runtime.score`.
+        """
         sequences = self.material.sequences
         with self._bar("scoring", len(sequences)) as progress:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: progress.update(done))
             runtime.prepare(folder)
-            for scored in runtime.score([s.ids for s in sequences]):
+            for scored in runtime.score([s.ids for s in sequences], decode_from):
                 yield scored.index, reference.read_rows(scored.logits, sequences[scored.index].positions)
 
     def _bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
@@ -294,4 +300,6 @@ def _speed(timed: DeviceSpeed, options: ValidateOptions) -> Speed:
         prefill=reference.spread(timed.prefill_tokens_per_s),
         decode=reference.spread(timed.decode_tokens_per_s),
         first_token_ms=reference.spread(timed.ttft_ms),
+        step_ms_p50=timed.step_percentile(50),
+        step_ms_p95=timed.step_percentile(95),
     )

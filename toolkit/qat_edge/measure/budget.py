@@ -135,7 +135,8 @@ def judge(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Tran
     rounding = torch.roundings.get(target)
     otherwise = rounding is not None and rounding.applies(transport.info().machine)
     expected = torch.expected[target if otherwise else ""]
-    rows = (logits for _, logits in asked.artifact_rows(run.exports / target, target, transport))
+    given = asked.artifact_rows(run.exports / target, target, transport, faults.DECODED_FROM)
+    rows = (logits for _, logits in given)
     return faults.judge(faults.errors(expected.rows, rows), expected.floor)
 
 

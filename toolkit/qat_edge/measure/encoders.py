@@ -2,105 +2,82 @@
 
 cosine    of an artifact's answer (embedding or logits) and the FP32 fine-tune's, over all texts
 parity    the same beside the frozen checkpoint in torch, which an exact runtime answers like
-quality   of labels, and of pairs that belong together: share that is right, an anchor's being the nearest of all
-          positives; of pairs with scores: Spearman's correlation of cosines and scores
+quality   what `answers.MEASURES` says of labels, of pairs that belong together, and of pairs with scores
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qat_edge import adapters, config, examples, kinds
 from qat_edge.config import FinetuneOptions, ValidateOptions
-from qat_edge.errors import DataError, RunError
+from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.kinds import Kind, SentenceEncoder
 from qat_edge.measure import gates
+from qat_edge.measure.answers import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison, save
 from qat_edge.measure.devices import LOCAL
 from qat_edge.quant import frozen
 from qat_edge.rows import load_rows
-from qat_edge.run import Run, Variant, write_text
+from qat_edge.run import Run, Variant
 from qat_edge.tables import resolve
+from qat_edge_devices import open_transport
 from qat_edge_exporters import ENCODERS, READERS
 
 TARGET = "executorch"
 TEXTS = 16  # that torch is given at once
+OPTIONS = ("eval_data", "profile", *gates.FOR_ENCODERS)  # the others are for models that generate text
 Answers = NDArray[np.float32]  # (texts, width); of pairs, all first texts, then all second ones
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One model beside the FP32 fine-tune, which has no cosine; least: over the texts. agreement: of labels."""
-
-    name: str
-    quality: float
-    cosine: float | None = None
-    least_cosine: float | None = None
-    parity: float | None = None
-    agreement: float | None = None
-    size_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All models on the same rows. measure: what `quality` is."""
-
-    kind: str
-    measure: str
-    rows: int
-    texts: int
-    answered: list[Answered]
-
-    def lines(self) -> Iterator[str]:
-        """For people, one a model."""
-        yield f"{self.rows} rows, {self.texts} texts; {self.measure}, cosine with the FP32 fine-tune"
-        for found in self.answered:
-            parts = [f"{found.quality:.4f}"]
-            if found.cosine is not None:
-                parts.append(f"cosine {found.cosine:.4f} (least {found.least_cosine:.4f})")
-            parts += [] if found.agreement is None else [f"{found.agreement:.1%} of the labels alike"]
-            parts += [] if found.parity is None else [f"frozen checkpoint {found.parity:.6f}"]
-            parts += [] if found.size_bytes is None else [f"{found.size_bytes / 1e6:.1f} MB"]
-            yield f"  {found.name}: {', '.join(parts)}"
 
 
 def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Comparison:
     """Compare every .pte of the run and of its PTQ variants with the FP32 fine-tune; RUN/answers.json keeps it.
 
     Raises:
-        UsageError: an option that is for models that generate text.
+        UsageError: an option or a limit that is for other models.
         RunError: nothing exported, an artifact of an earlier checkpoint, or compared before (without `force`).
         DataError: no evaluation rows.
     """
-    _check_options(run, options)
+    kind = kinds.of_run(run)
+    _check_options(run, options, kind)
     if run.answers.exists() and not force:
         raise RunError(f"{run.answers} exists already. Give --force to measure again.")
     variants = _exported(run)
-    kind = kinds.of_run(run)
     say("FP32 fine-tune in torch")
     tuned = adapters.merged_model(run.reference, say)
     rows = _rows(run, options, kind, tuned)
     texts = [*(row["input_ids"] for row in rows), *(row["other_ids"] for row in rows if "other_ids" in row)]
     labels = np.array([row["labels"][0] for row in rows])
     reference = _torch_answers(kind, tuned.model, texts)
-    answered = [Answered("fp32 fine-tuned", quality(kind, reference, labels))]
+    answered = [Answered("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(kind, reference, labels))]
     for variant in variants:
         say(f"{variant.name}: {variant.exports / TARGET}")
         exact = _torch_answers(kind, frozen.load(variant.quantized), texts)
         found = resolve(ENCODERS, TARGET, "--target")(variant.exports / TARGET, texts)
         answered.append(_beside(kind, variant, found, reference, exact, labels))
-    result = Comparison(kind.name, _measure(kind), len(rows), len(texts), answered)
-    write_text(run.answers, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    result = Comparison(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=LOCAL,
+        machine=_machine(),
+        options={name: value for name, value in config.plain(options).items() if name in OPTIONS},
+        kind=kind.name,
+        measure=_measure(kind),
+        rows=len(rows),
+        texts=len(texts),
+        answered=answered,
+        gates=gates.hold_answers(options, answered),
+    )
+    save(result, run.answers)
     config.save(run.config, "validate", options)
     return result
 
@@ -133,43 +110,60 @@ def _beside(
     kind: Kind, variant: Variant, found: Answers, reference: Answers, exact: Answers, labels: NDArray[Any]
 ) -> Answered:
     alike = cosines(found, reference)
-    sizes = resolve(READERS, TARGET, "--target")(variant.exports / TARGET).size_bytes
     return Answered(
         name=variant.name,
+        target=TARGET,
+        size_bytes=resolve(READERS, TARGET, "--target")(variant.exports / TARGET).size_bytes,
         quality=quality(kind, found, labels),
         cosine=float(alike.mean()),
         least_cosine=float(alike.min()),
-        parity=float(cosines(found, exact).mean()),
         agreement=None if isinstance(kind, SentenceEncoder) else float((found.argmax(1) == reference.argmax(1)).mean()),
-        size_bytes=sum(sizes.values()),
+        parity=float(cosines(found, exact).mean()),
     )
 
 
 def _measure(kind: Kind) -> str:
     if not isinstance(kind, SentenceEncoder):
-        return "share of labels that are right"
-    return "Spearman's correlation with the scores" if kind.scored else "share of anchors nearest to their own"
+        return ACCURACY
+    return CORRELATION if kind.scored else RETRIEVAL
 
 
-def _check_options(run: Run, options: ValidateOptions) -> None:
-    limits = [config.flag_name(name) for name in gates.limits(options)]
-    given = {
-        f"--device {options.device[0]}": options.device != (LOCAL,),
-        f"--target {options.target[0] if options.target else ''}": options.target not in ((), (TARGET,)),
-        "--text": options.text is not None,
-        "--budget": options.budget,
-        "--profile": options.profile is not None,
-        **dict.fromkeys(limits, True),
-    }
-    for flag, wrong in given.items():
-        if wrong:
-            kinds.require_generating(run, f"validate {flag}")
+def _size_by_part(model: nn.Module) -> dict[str, int]:
+    """Bytes of a torch model's weights, in an artifact's parts; it counts a head among the linear layers."""
+    linears, tables = (
+        sum(m.weight.nbytes for m in model.modules() if isinstance(m, kind)) for kind in (nn.Linear, nn.Embedding)
+    )
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    return {"linears": linears, "embedding": tables, "float": whole - linears - tables}
+
+
+def _machine() -> dict[str, Any]:
+    with closing(open_transport(LOCAL)) as here:
+        return dataclasses.asdict(here.info())
+
+
+def _check_options(run: Run, options: ValidateOptions, kind: Kind) -> None:
+    """Refuse what has no meaning for an encoder, by name, before anything is loaded."""
+    for field in dataclasses.fields(options):
+        asked = getattr(options, field.name)
+        if asked != field.default and field.name not in OPTIONS and (field.name, asked) != ("target", (TARGET,)):
+            flag = config.flag_name(field.name) + (f" {asked[0]}" if isinstance(asked, tuple) else "")
+            kinds.require_generating(run, f"validate {flag}{_by_profile(options)}")
+    if options.min_top1 is not None and isinstance(kind, SentenceEncoder):
+        raise UsageError(
+            f"--min-top1{_by_profile(options)} is for models that choose tokens or labels; {run.path} holds "
+            f"{kind.title}. Give --min-cosine."
+        )
+
+
+def _by_profile(options: ValidateOptions) -> str:
+    return "" if options.profile is None else f" (given, or set by --profile {options.profile})"
 
 
 def _exported(run: Run) -> list[Variant]:
-    """Those that have a .pte, of the checkpoint that is there."""
+    """Those that have a .pte, of the checkpoint that is there; the run's own is what limits are held against."""
     found = [variant for variant in run.variants() if TARGET in variant.targets()]
-    if not found:
+    if TARGET not in run.targets():
         raise RunError(f"{run.exports}: nothing exported. Do `qat-edge export {run.path} --target {TARGET}`.")
     for variant in found:
         variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")

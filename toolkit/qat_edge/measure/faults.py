@@ -31,6 +31,7 @@ from qat_edge.measure.reference import Logits
 from qat_edge.measure.results import Judgement
 
 PROMPTS, LENGTH = 48, 8
+DECODED_FROM = LENGTH // 2  # position: an artifact is asked both ways, prompts at once and tokens one at a time
 JUDGED_FROM = 1  # position; the one before only tells where a fault begins
 DISTURBANCE = 1e-6  # of a layer's outputs, root mean square
 SEEDS = 3  # of the disturbed checkpoint

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 from xml.etree import ElementTree as ET
 
 from qat_edge.config import ValidateOptions, flag_name
 from qat_edge.errors import GateError, UsageError
+from qat_edge.measure.answers import Answered
 from qat_edge.measure.profiles import is_limit
-from qat_edge.measure.results import Budget, Gate, Judgement, Measured, Report
+from qat_edge.measure.results import Budget, Gate, Judgement, Measured
 from qat_edge.report.figures import plain
+
+FOR_ENCODERS = ("min_quality", "min_cosine", "min_top1", "max_size_mb")
+ENCODERS_ALONE = FOR_ENCODERS[:2]
+
+
+class Held(Protocol):
+    """What limits were held against: one validate on one device."""
+
+    @property
+    def created(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def gates(self) -> list[Gate]: ...
 
 
 def limits(options: ValidateOptions) -> dict[str, float]:
@@ -27,15 +43,22 @@ def hold(options: ValidateOptions, measured: Sequence[Measured], budgets: Sequen
         figures = _figures(m, reference_perplexity, judged.get(m.target))
         for option, limit in limits(options).items():
             figure = figures[option]
-            # A figure that was not measured cannot pass a gate.
-            passed = figure is not None and (figure <= limit if option.startswith("max_") else figure >= limit)
-            written = math.nan if figure is None else figure
             why = judged[m.target].where if option == "max_fault_chance" and figure is not None else ""
-            found.append(Gate(flag_name(option), limit, f"{m.name}, {m.target}", written, passed, why))
+            found.append(_gate(option, limit, f"{m.name}, {m.target}", figure, why))
     return found
 
 
-def require_gates(report: Report) -> None:
+def hold_answers(options: ValidateOptions, answered: Sequence[Answered]) -> list[Gate]:
+    """Every limit that was set, each one of FOR_ENCODERS, held against an encoder's QAT artifact."""
+    found = []
+    for m in (m for m in answered if m.name == "qat"):
+        figures = dict(zip(FOR_ENCODERS, (m.quality, m.cosine, m.agreement, m.total_bytes / 1e6), strict=True))
+        held = limits(options).items()
+        found += [_gate(option, limit, f"{m.name}, {m.target}", figures[option]) for option, limit in held]
+    return found
+
+
+def require_gates(report: Held) -> None:
     """Raise where a limit was missed.
 
     Raises:
@@ -47,26 +70,32 @@ def require_gates(report: Report) -> None:
 
 
 def require_measurable(options: ValidateOptions) -> None:
-    """Refuse a limit that nothing would be measured for.
+    """Refuse a limit that nothing would be measured for, of a model that generates text.
 
     Raises:
-        UsageError: the chance of a fault is limited, and no error budget was asked for.
+        UsageError: a limit for encoders, or the chance of a fault is limited and no error budget was asked for.
     """
+    for name in limits(options):
+        if name in ENCODERS_ALONE:
+            raise UsageError(
+                f"{flag_name(name)} is for classifiers and sentence encoders; of a model that generates text nothing "
+                "of the kind is measured. Give --min-exact-match, --max-kl or --min-top1."
+            )
     if options.max_fault_chance is not None and not options.budget:
         raise UsageError("--max-fault-chance: only --budget looks for faults. Give it, too.")
 
 
-def require_limits(options: ValidateOptions) -> None:
+def require_limits(*options: ValidateOptions) -> None:
     """Refuse to write test results where nothing is tested: no test counts as passed in many a CI.
 
     Raises:
-        UsageError: no limit was set.
+        UsageError: no limit was set, for any device.
     """
-    if not limits(options):
+    if not any(map(limits, options)):
         raise UsageError("--junit: no limit was set, so nothing would be tested. Give --profile, or limits as flags.")
 
 
-def junit(reports: Sequence[Report], failures: Mapping[str, str]) -> str:
+def junit(reports: Sequence[Held], failures: Mapping[str, str]) -> str:
     """Gates as JUnit XML: a suite a device, a case for each limit and artifact.
 
     A missed limit is a failure; a figure that was not measured, and a device that failed, is an error.
@@ -86,6 +115,12 @@ def junit(reports: Sequence[Report], failures: Mapping[str, str]) -> str:
             counted.set(noun, str(len(list(counted.iter(tag)))))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def _gate(option: str, limit: float, measured: str, figure: float | None, why: str = "") -> Gate:
+    """One limit against what was found; a figure that was not measured cannot pass."""
+    passed = figure is not None and (figure <= limit if option.startswith("max_") else figure >= limit)
+    return Gate(flag_name(option), limit, measured, math.nan if figure is None else figure, passed, why)
 
 
 def _found(case: ET.Element, kind: str, message: str) -> None:

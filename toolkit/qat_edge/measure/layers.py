@@ -1,17 +1,16 @@
-"""The first layer at which an artifact parts from its frozen checkpoint: the file looked into, on this machine.
+"""The first layer at which an artifact parts from its frozen checkpoint: the file looked into, where it runs.
 
-What passes through the artifact is read in a process of its own (a runtime may crash on a faulty file), then compared
-from equal inputs: see `faults.first_parting`. In an ONNX folder that is the input and the output of every matrix; in a
-.pte what passes between delegates, the result of every layer's attention and the output of every layer.
+A copy that returns what passes through it runs on the device and on this machine, and each is compared from equal
+inputs: see `faults.first_parting`. In an ONNX folder that is the input and the output of every matrix; in a .pte what
+passes between delegates, the result of every layer's attention and the output of every layer.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import platform
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from qat_edge.data import ScoredIds
 from qat_edge.errors import ArtifactError
 from qat_edge.measure import faults, reference
 from qat_edge.measure.budget import TorchSide
@@ -27,58 +25,81 @@ from qat_edge.measure.devices import LOCAL
 from qat_edge.measure.faults import Parting
 from qat_edge.measure.rounding import Rounding, rounding_as
 from qat_edge.tables import resolve
+from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices.errors import CancelledError
+from qat_edge_devices.errors import DeviceError as TransportLevelError
+from qat_edge_devices.transport import Transport
 from qat_edge_exporters import TRACERS
-from qat_edge_exporters.artifact import Passage
+from qat_edge_exporters.artifact import Exposed, Passage
 
 PROMPTS = 8  # that are followed through the layers
 _ONE = Lock()  # `rounding_as` changes attention for the whole process, and devices are judged side by side
 
 
-def first_words(folder: Path, target: str, quantized: Path, torch: TorchSide, device: str) -> str:
-    """Where the artifact parts first, in a sentence; device: the one on which it was found to part."""
+@dataclass(frozen=True)
+class Looked:
+    """The first place at which an artifact parts on a device, None where at none. reason: why that is not known."""
+
+    place: Parting | None
+    reason: str = ""
+
+    def words(self, where: str) -> str:
+        """A sentence without its end; where: it begins with that."""
+        if self.reason:
+            return f"{where} its layers cannot be compared: {self.reason.rstrip('.')}"
+        if self.place is None:
+            return f"{where} no layer parts from equal inputs"
+        return f"{where} the first layer at which outputs part: {self.place}"
+
+
+def first_words(
+    folder: Path, target: str, quantized: Path, torch: TorchSide, transport: Transport, threads: int
+) -> str:
+    """Where the artifact parts first on a device, and whether on this machine as well, in words."""
+    there = look(folder, target, quantized, torch, transport, threads)
+    if transport.name == LOCAL:
+        return there.words("On this machine")
+    with closing(open_transport(LOCAL)) as local:
+        here = look(folder, target, quantized, torch, local, threads)
+    if here == there:
+        return there.words(f"On {transport.name} as on this machine")
+    words = f"{there.words(f'On {transport.name}')}. {here.words('On this machine')}"
+    return f"{words}: it is what the runtime makes of the file there" if here == Looked(None) else words
+
+
+def look(folder: Path, target: str, quantized: Path, torch: TorchSide, transport: Transport, threads: int) -> Looked:
+    """The first module that says otherwise on a device than the checkpoint, rounding as the runtime does there."""
     rounding = torch.roundings.get(target, Rounding())
+    asked = [prompt.ids[: faults.LENGTH] for prompt in torch.prompts[:: max(len(torch.prompts) // PROMPTS, 1)]]
     try:
-        place = first_layer(
-            folder, target, quantized, rounding if rounding.applies(platform.machine()) else Rounding(), torch.prompts
-        )
-    except ArtifactError as error:
-        return f"Its layers cannot be compared: {error}"
-    if place is not None:
-        return f"The first layer at which outputs part: {place}"
-    if device != LOCAL:
-        return f"On this machine no layer of the same file parts, so it is what the runtime makes of it on {device}"
-    return "From equal inputs no layer parts"
-
-
-def first_layer(
-    folder: Path, target: str, quantized: Path, rounding: Rounding, prompts: Sequence[ScoredIds]
-) -> Parting | None:
-    """The first module that says otherwise than the checkpoint, rounding as the runtime does; None where none does.
-
-    Raises:
-        ArtifactError: the artifact cannot be looked into.
-    """
-    asked = [prompt.ids[: faults.LENGTH] for prompt in prompts[:: max(len(prompts) // PROMPTS, 1)]]
-    passages = _in_own_process(folder, target, asked)
+        otherwise = rounding.applies(transport.info().machine)
+        seen = passages(folder, target, asked, transport, threads)
+    except CancelledError:
+        raise
+    except (ArtifactError, TransportLevelError) as error:
+        return Looked(None, str(error))
     model, rounded = reference.load_dequantized(quantized)
-    traces = [{name: (_tensor(one.inputs), _tensor(one.outputs)) for name, one in seen.items()} for seen in passages]
-    with _ONE, rounding_as(model, rounded, rounding):
+    traces = [{name: (_tensor(p.inputs), _tensor(p.outputs)) for name, p in found.items()} for found in seen]
+    with _ONE, rounding_as(model, rounded, rounding if otherwise else Rounding()):
         pairs = list(zip(asked, traces, strict=True))
-        return faults.first_parting(model, pairs, every_linear=traces[0].keys() >= set(rounded))
+        return Looked(faults.first_parting(model, pairs, every_linear=traces[0].keys() >= set(rounded)))
+
+
+def passages(
+    folder: Path, target: str, asked: Sequence[Sequence[int]], transport: Transport, threads: int
+) -> list[dict[str, Passage]]:
+    """What passes through the artifact on a device, by module, for each sequence."""
+    with tempfile.TemporaryDirectory(prefix="qat-edge-") as name:
+        exposed: Exposed = resolve(TRACERS, target, "--target")(folder, Path(name))
+        runtime = open_runtime(target, transport, threads)
+        runtime.prepare(Path(name))
+        found = []
+        for traced in runtime.trace(asked, faults.DECODED_FROM):
+            with np.load(traced.outputs) as arrays:
+                outputs = dict(zip(traced.names, arrays.values(), strict=True))
+            found.append(exposed.passages(outputs))
+        return found
 
 
 def _tensor(values: NDArray[np.float32] | None) -> Tensor | None:
     return None if values is None else from_numpy(values)
-
-
-def _in_own_process(folder: Path, target: str, prompts: list[list[int]]) -> list[dict[str, Passage]]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_trace, folder, target, prompts).result()
-        except BrokenProcessPool as error:
-            raise ArtifactError(f"{folder}: its runtime crashed while it was looked into.") from error
-
-
-def _trace(folder: Path, target: str, prompts: list[list[int]]) -> list[dict[str, Passage]]:
-    found: list[dict[str, Passage]] = resolve(TRACERS, target, "--target")(folder, prompts)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,27 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
         raise UsageError(f"--profile {name}: no such profile. Known: {known}; or give a FILE{SUFFIX}.") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--profile {path}: cannot be read as TOML: {error}") from error
+
+
+def by_device(pairs: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
+    """The profile of each device that has one of its own; `pairs` are "DEVICE=PROFILE".
+
+    Raises:
+        UsageError: no such pair, a device that is not among `devices`, or two profiles for one.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        device = next((d for d in devices if pair.startswith(f"{d}=")), None)
+        if device is None:
+            raise UsageError(
+                f"--device-profile {pair}: begins with none of the devices, {', '.join(devices)}. Write DEVICE=PROFILE "
+                f"with a device as --device has it, such as {devices[0]}=pi5."
+            )
+        name = pair.removeprefix(f"{device}=")
+        if device in found:
+            raise UsageError(f"--device-profile {pair}: {device} is given {found[device]} as well. Give it one.")
+        found[device] = name
+    return found
 
 
 def permitted(option: str) -> bool:

@@ -39,7 +39,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """prefill and decode in tokens per second, first_token in ms (time to first token of the whole prompt)."""
+    """prefill and decode in tokens per second, first_token in ms (time to first token of the whole prompt).
+
+    step_ms_p50, step_ms_p95: of one decoded token, over all repeats; None where only their sum was measured.
+    """
 
     threads: int
     prompt_tokens: int
@@ -48,6 +51,8 @@ class Speed:
     prefill: Spread
     decode: Spread
     first_token_ms: Spread
+    step_ms_p50: float | None = None
+    step_ms_p95: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from qat_edge.errors import UsageError
 from qat_edge.report.collect import collect
+from qat_edge.report.encoder_page import render as render_encoder
 from qat_edge.report.history import Entry, history
 from qat_edge.report.history_page import render as render_history
 from qat_edge.report.page import render
@@ -23,7 +24,7 @@ def report(runs: Sequence[Run], say: Callable[[str], None]) -> Path:
     The JSON beside it, of the same name, holds its figures. runs: in their order, the oldest first.
 
     Raises:
-        UsageError: a run is named twice.
+        UsageError: a run is named twice, or an encoder's among several.
         RunError: nothing was validated yet, a report is damaged, or the folder cannot be written.
     """
     places = [run.path.resolve() for run in runs]
@@ -31,11 +32,15 @@ def report(runs: Sequence[Run], say: Callable[[str], None]) -> Path:
     if twice is not None:
         raise UsageError(f"{twice.path}: named more than once. Name each run once, the oldest first.")
     stories = [collect(run) for run in runs]
+    encoder = next((run for run, story in zip(runs, stories, strict=True) if story.answers), None)
+    if encoder is not None and len(runs) > 1:
+        raise UsageError(f"{encoder.path}: holds an encoder; a history is of models that generate text. Name it alone.")
     for run, story in zip(runs, stories, strict=True):
         for part, reason in story.missing.items():
             say(f"Not in the report: {'' if len(runs) == 1 else f'{run.path}: '}{part}: {reason}")
     if len(runs) == 1:
-        return _write(runs[0].report_html, render(stories[0]), stories[0].document())
+        html = render_encoder(stories[0]) if encoder else render(stories[0])
+        return _write(runs[0].report_html, html, stories[0].document())
     found = history([Entry(place.name, story) for place, story in zip(places, stories, strict=True)])
     return _write(runs[-1].path / HISTORY, render_history(found), found.document())
 

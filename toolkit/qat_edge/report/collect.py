@@ -10,8 +10,10 @@ from typing import Any
 
 from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
+from qat_edge.measure import answers
+from qat_edge.measure.answers import Comparison
 from qat_edge.measure.results import Report, load
-from qat_edge.report.verdict import Verdict, verdict
+from qat_edge.report.verdict import Verdict, of_encoder, verdict
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256
 
 FORMAT = 1
@@ -20,7 +22,7 @@ NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it at its en
 
 @dataclass(frozen=True)
 class Story:
-    """All that the page shows.
+    """All that the page shows. answers: of an encoder, in place of reports.
 
     exports: manifests by folder below the run, "exports/onnx". missing: why a part is absent, by part.
     """
@@ -33,6 +35,12 @@ class Story:
     exports: dict[str, dict[str, Any]]
     verified: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
+    answers: Comparison | None = None
+
+    @property
+    def measurements(self) -> list[Report | Comparison]:
+        """What validate measured, in the order of `verdicts`."""
+        return [*self.reports, *([self.answers] if self.answers else [])]
 
     @property
     def model(self) -> str:
@@ -53,8 +61,8 @@ class Story:
     def document(self) -> dict[str, Any]:
         """The same as plain values for report.json; a figure that is not finite becomes null."""
         devices = [
-            {**asdict(report), "verdict": asdict(judged)}
-            for report, judged in zip(self.reports, self.verdicts, strict=True)
+            {**asdict(measured), "verdict": asdict(judged)}
+            for measured, judged in zip(self.measurements, self.verdicts, strict=True)
         ]
         plain = {
             "format": FORMAT,
@@ -79,9 +87,8 @@ def collect(run: Run) -> Story:
     """
     missing: dict[str, str] = {}
     reports = [load(path) for path in sorted(run.reports.glob("*.json"))]
-    if not reports and run.answers.is_file():
-        raise RunError(f"{run.path} holds an encoder, of which there is no page; {run.answers} holds its figures.")
-    if not reports:
+    answered = answers.load(run.answers) if run.answers.is_file() else None
+    if not reports and answered is None:
         raise RunError(
             f"{run.reports} holds no report, so there is nothing to show. Run `qat-edge validate {run.path}` first."
         )
@@ -89,13 +96,14 @@ def collect(run: Run) -> Story:
     reports.sort(key=lambda report: (report.device != "local", report.device))
     story = Story(
         reports=reports,
-        verdicts=[verdict(report) for report in reports],
+        verdicts=[*map(verdict, reports), *([of_encoder(answered)] if answered else [])],
         training=_training(run.path / "training.json", missing),
         config=_config(run.config, missing),
         quantized=_manifest(run.quantized, "quantized", missing),
         exports=_exports(run, missing),
         verified=_verified(run, missing),
         missing=missing,
+        answers=answered,
     )
     # The page is shown to others: where this machine keeps the run is none of its content.
     missing.update({part: reason.replace(f"{run.path}/", "") for part, reason in missing.items()})

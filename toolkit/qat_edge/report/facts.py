@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qat_edge.measure.answers import MEASURES, Comparison
 from qat_edge.measure.results import Measured, Report
 from qat_edge.report.collect import Story
 from qat_edge.report.figures import label, megabytes, number
@@ -81,6 +82,29 @@ def about_report(report: Report) -> list[Facts]:
     return [item for item in lists if item.rows]
 
 
+def about_answers(comparison: Comparison) -> list[Facts]:
+    """The same of an encoder."""
+    machine = [("device", comparison.device), ("measured", comparison.created), *flatten(comparison.machine)]
+    return [Facts("Machine", machine), Facts("Options of validate", flatten(comparison.options))]
+
+
+def encoder_words(comparison: Comparison) -> list[tuple[str, str]]:
+    """The words of an encoder's page, explained."""
+    known = [(word, meaning) for word, meaning in WORDS if word.startswith(("FP32 fine-tuned", "QAT", "PTQ"))]
+    alike = [("Same label", "Share of texts that get the label which the FP32 fine-tune gives them.")]
+    return [
+        *known,
+        (comparison.measure.capitalize(), f"The {MEASURES[comparison.measure]}, on the evaluation rows."),
+        (
+            "Cosine",
+            "Of an artifact's answer to a text (logits or embedding) and the FP32 fine-tune's: the mean over the "
+            "texts, and the least. 1 is the same direction.",
+        ),
+        *(alike if any(row.agreement is not None for row in comparison.answered) else []),
+        ("Parity", "An artifact against its own frozen checkpoint in torch: is it the function that was frozen?"),
+    ]
+
+
 def about_run(story: Story) -> list[Facts]:
     """Identities, options and versions of everything before the measurement."""
     frozen = story.quantized
@@ -113,13 +137,14 @@ def artifacts(story: Story) -> Table | None:
     rows = []
     for name, manifest in story.exports.items():
         options, files = manifest.get("options") or {}, manifest.get("files") or {}
+        context = [] if story.answers else [_number_cell(options.get("context_length"))]
         largest = max(files, key=lambda file: files[file]["bytes"], default="")
         rows.append(
             Row(
                 name,
                 "ptq" if name.startswith("ptq/") else "qat",
                 [
-                    _number_cell(options.get("context_length")),
+                    *context,
                     _number_cell(manifest.get("wall_s")),
                     Cell(str(len(files)), len(files)),
                     Cell(largest or "–"),
@@ -127,7 +152,8 @@ def artifacts(story: Story) -> Table | None:
                 ],
             )
         )
-    heads = [("Context", "tokens"), ("Export took", "s"), ("Files", ""), ("Largest file", ""), ("Its sha256", "start")]
+    heads = [] if story.answers else [("Context", "tokens")]
+    heads += [("Export took", "s"), ("Files", ""), ("Largest file", ""), ("Its sha256", "start")]
     return Table("Exported artifacts", heads, rows, first="Folder") if rows else None
 
 

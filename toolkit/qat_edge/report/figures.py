@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from qat_edge.measure.results import Measured
 from qat_edge.run import PTQ_METHODS
 
 ROLES = {
@@ -23,17 +23,30 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def role(row: Measured) -> str:
+class Model(Protocol):
+    """What a row of every report has: of a model that generates text, and of an encoder."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def size_bytes(self) -> dict[str, int]: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
+def role(row: Model) -> str:
     """base, tuned, ptq, qat, or other for a name this page does not know."""
     return "ptq" if row.name.startswith("ptq") else _NAMES.get(row.name, "other")
 
 
-def quantized(row: Measured) -> bool:
+def quantized(row: Model) -> bool:
     """Whether the row is a quantized model, wherever it ran."""
     return role(row) in ("ptq", "qat")
 
 
-def label(row: Measured) -> str:
+def label(row: Model) -> str:
     """`QAT · ONNX`, `RTN · ONNX`; a float model's name alone, as it only runs in torch."""
     name = ROLES.get(role(row), plain(row.name))
     if role(row) == "ptq":
@@ -68,6 +81,11 @@ def percent(share: float) -> str:
     if share < 1 and text == "100.0":
         return f"{math.floor(share * 10000) / 100:.2f}%"
     return text.removesuffix(".0") + "%"
+
+
+def cosine(value: float) -> str:
+    """With four decimals, as all of them are close to 1."""
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def megabytes(size_bytes: float) -> str:

@@ -16,6 +16,7 @@ from qat_edge.report.collect import Story
 from qat_edge.report.figures import (
     ROLES,
     TARGETS,
+    Model,
     duration,
     label,
     megabytes,
@@ -93,7 +94,7 @@ def render(story: Story) -> str:
         .get_template("page.html")
         .render(
             model=story.model,
-            subtitle=_subtitle(story),
+            subtitle=subtitle(story),
             style=style(),
             devices=devices,
             about=facts.about_run(story),
@@ -108,7 +109,7 @@ def render(story: Story) -> str:
 
 def _device(story: Story, index: int) -> Device:
     report, judged = story.reports[index], story.verdicts[index]
-    training = [_training_plot(story)] if index == 0 else []
+    training = [training_plot(story)] if index == 0 else []
     return Device(
         report=report,
         verdict=judged,
@@ -121,14 +122,14 @@ def _device(story: Story, index: int) -> Device:
     )
 
 
-def _subtitle(story: Story) -> list[str]:
+def subtitle(story: Story) -> list[str]:
     """Short facts under the model's name."""
     rank, group = story.options("finetune").get("lora_rank"), story.options("finetune").get("group_size")
     words = [
         f"LoRA of rank {rank}" if rank is not None else "",
         f"int4 weights in groups of {group}, int8 activations" if group is not None else "",
-        f"measured on {', '.join(report.device for report in story.reports)}",
-        str(story.reports[0].created),
+        f"measured on {', '.join(one.device for one in story.measurements)}",
+        str(story.measurements[0].created),
     ]
     return [word for word in words if word]
 
@@ -162,19 +163,20 @@ def _tiles(report: Report) -> list[Tile]:
     return tiles
 
 
-def _training_plot(story: Story) -> Plot:
+def training_plot(story: Story, unit: str = "nats per token") -> Plot:
+    """The loss over the steps. unit: what it is counted in."""
     title = "Training"
     if story.training is None:
         return _not_measured(title, story.missing["training"])
     log = story.training
     curve = [row for row in log.get("curve", []) if isinstance(row, dict)]
-    svg = plots.loss_curve("training", curve)
+    svg = plots.loss_curve("training", curve, unit)
     if not svg:
         return _not_measured(title, "the training log holds no finite loss")
     legend = [("l-raw", "each step"), ("l-smooth", "smoothed")]
     if any("eval_loss" in row for row in curve):
         legend.append(("l-eval", "evaluation rows"))
-    return Plot(title, Markup(svg), _training_words(log), legend, tables.losses(curve))
+    return Plot(title, Markup(svg), _training_words(log), legend, tables.losses(curve, unit))
 
 
 def _training_words(log: dict[str, Any]) -> str:
@@ -199,7 +201,7 @@ def _measured_plots(report: Report, index: int) -> list[Plot]:
     rows = report.measured
     return [
         _quality_plot(rows, index),
-        _parts_plot(rows, index),
+        parts_plot(rows, index),
         _speed_plot(rows, index),
     ]
 
@@ -218,7 +220,8 @@ def _quality_plot(rows: Sequence[Measured], index: int) -> Plot:
     return Plot(title, Markup(svg), caption, legend, tables.quality(rows))
 
 
-def _parts_plot(rows: Sequence[Measured], index: int) -> Plot:
+def parts_plot(rows: Sequence[Model], index: int) -> Plot:
+    """What takes how much of every artifact, and of the FP32 fine-tune's size."""
     title = "Size by part"
     svg = plots.size_by_part(f"parts-{index}", rows)
     if not svg:

@@ -29,7 +29,7 @@ from qat_edge.report.charts import (
     y_axis,
 )
 from qat_edge.report.charts import path as polyline
-from qat_edge.report.figures import PARTS, ROLES, label, megabytes, number, percent, plain, quantized, role
+from qat_edge.report.figures import PARTS, ROLES, Model, label, megabytes, number, percent, plain, quantized, role
 
 SHAPES = {"executorch": "circle", "onnx": "square"}
 LOG_FROM = 12.0  # ratio of largest to smallest size from which a logarithm is easier to read
@@ -40,7 +40,7 @@ LABELS = 124.0  # width kept for the names beside bars
 PHASES = {"lora": "LoRA, float", "qat": "QAT"}
 
 
-def loss_curve(name: str, curve: Sequence[dict[str, Any]]) -> str:
+def loss_curve(name: str, curve: Sequence[dict[str, Any]], unit: str = "nats per token") -> str:
     """Training loss, raw and smoothed, and evaluation losses over the steps of both phases."""
     losses = {phase: _points(curve, phase, "loss") for phase in PHASES}
     evals = {phase: _points(curve, phase, "eval_loss") for phase in PHASES}
@@ -53,7 +53,7 @@ def loss_curve(name: str, curve: Sequence[dict[str, Any]]) -> str:
     x = Scale(0, max(*steps, 1), LEFT, WIDTH - 12)
     y = Scale(min(values) if log else 0, max(values) if log else nice_top(max(values)), 252, 44, log)
     _shade_phases(root, losses, evals, x, y)
-    text(root, 0, 14, f"loss, nats per token{', logarithmic' if log else ''}", "name")
+    text(root, 0, 14, f"loss, {unit}{', logarithmic' if log else ''}", "name")
     y_axis(root, y, x.end, LEFT, 7 if log else 5)
     x_axis(root, x, y.start, "optimizer step")
     for phase, points in losses.items():
@@ -94,7 +94,7 @@ def accuracy_by_size(name: str, rows: Sequence[Measured]) -> str:
     return to_svg(root)
 
 
-def size_by_part(name: str, rows: Sequence[Measured]) -> str:
+def size_by_part(name: str, rows: Sequence[Model]) -> str:
     """Stacked bars of the quantized artifacts; of the float models where nothing else was measured."""
     rows = shown_by_part(rows)
     if not rows:
@@ -136,7 +136,7 @@ def speed_bars(name: str, rows: Sequence[Measured]) -> str:
     return to_svg(root)
 
 
-def shown_by_part(rows: Sequence[Measured]) -> list[Measured]:
+def shown_by_part(rows: Sequence[Model]) -> list[Model]:
     """The rows `size_by_part` draws."""
     sized = [row for row in rows if row.total_bytes > 0]
     return [row for row in sized if quantized(row)] or sized
@@ -157,7 +157,7 @@ def shown_by_size(rows: Sequence[Measured]) -> list[Measured]:
     ]
 
 
-def ordered_parts(row: Measured) -> list[tuple[str, int]]:
+def ordered_parts(row: Model) -> list[tuple[str, int]]:
     """Parts in the order they are stacked, the unknown ones last."""
     known = [(part, row.size_bytes[part]) for part in PARTS if row.size_bytes.get(part)]
     return known + [(part, size) for part, size in sorted(row.size_bytes.items()) if part not in PARTS and size]
@@ -253,7 +253,7 @@ def _free_height(taken: list[tuple[float, float, float]], begin: float, end: flo
     return wanted
 
 
-def _row_label(root: ET.Element, row: Measured, middle: float) -> None:
+def _row_label(root: ET.Element, row: Model, middle: float) -> None:
     text(root, LABELS - 8, middle + 4, shorten(label(row), LABELS - 8), "row", "end")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
-from qat_edge.report.figures import label, megabytes, number, percent, plain, quantized, role
+from qat_edge.report.figures import Model, cosine, label, megabytes, number, percent, plain, quantized, role
 from qat_edge.report.plots import ordered_parts
 
 Shown = TypeVar("Shown")  # what a row of a table is about
@@ -106,6 +106,8 @@ GATE_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "min-prefill": (" tok/s", number),
     "min-decode": (" tok/s", number),
     "max-fault-chance": ("", percent),
+    "min-quality": ("", number),
+    "min-cosine": ("", cosine),
 }
 
 
@@ -159,7 +161,7 @@ def gates(found: Sequence[Gate]) -> list[dict[str, Any]]:
     return shown
 
 
-def parts(rows: Sequence[Measured]) -> Table:
+def parts(rows: Sequence[Model]) -> Table:
     """Megabytes by part, in the order they are stacked."""
     names = list(dict.fromkeys(part for row in rows for part, _ in ordered_parts(row)))
     shown = []
@@ -191,7 +193,7 @@ def quality(rows: Sequence[Measured]) -> Table:
     return Table("Accuracy and size", [(column.name, column.unit) for column in columns], shown)
 
 
-def losses(curve: Sequence[dict[str, Any]]) -> Table:
+def losses(curve: Sequence[dict[str, Any]], unit: str = "nats per token") -> Table:
     """Some rows of the loss curve, evenly chosen, and every evaluation."""
     every = max(math.ceil(len(curve) / CURVE_ROWS), 1)
     chosen = [row for i, row in enumerate(curve) if i % every == 0 or i == len(curve) - 1 or "eval_loss" in row]
@@ -201,7 +203,7 @@ def losses(curve: Sequence[dict[str, Any]]) -> Table:
         Row(f"{row.get('step', '?')}", f"{row.get('phase', 'other')}", [_plain_cell(row.get(key)) for key in keys])
         for row in chosen
     ]
-    heads = [("Loss", "nats/token"), ("Evaluation", "nats/token"), ("Learning rate", "")]
+    heads = [("Loss", unit), ("Evaluation", unit), ("Learning rate", "")]
     whole = "" if len(chosen) == len(curve) else f"; {len(chosen)} of {len(curve)} rows, all are in report.json"
     return Table(f"Loss by step{whole}", heads, shown, first="Step")
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from qat_edge.measure.answers import CORRELATION, Answered, Comparison
 from qat_edge.measure.results import Measured, Report
-from qat_edge.report.figures import number, percent, role, span, whole_percent
+from qat_edge.report.figures import cosine, number, percent, role, span, whole_percent
 
 Z_95 = 1.96  # two-sided 95% of a normal distribution
 
@@ -58,6 +59,51 @@ def verdict(report: Report) -> Verdict:
     return replace(judged, context=_fine_tuning(report, tuned))
 
 
+def of_encoder(comparison: Comparison) -> Verdict:
+    """The same of an encoder, on what its texts were answered."""
+    rows = comparison.answered
+    tuned, qat = rows[0], next((row for row in rows if role(row) == "qat"), None)
+    if qat is None:
+        return Verdict("No QAT artifact was measured, so there is nothing to judge yet.", [], {})
+    write = number if comparison.measure == CORRELATION else percent
+    size = qat.total_bytes / max(tuned.total_bytes, 1)
+    text = (
+        f"QAT has {'an' if comparison.measure[0] in 'aeiou' else 'a'} {comparison.measure} of {write(qat.quality)} "
+        f"where the FP32 fine-tune has {write(tuned.quality)}, and a mean cosine of {cosine(qat.cosine or 0.0)} with "
+        f"its answers, at {whole_percent(size)} of its size"
+    )
+    figures = {"qat_quality": [qat.quality], "qat_cosine": [qat.cosine or 0.0], "qat_size_share": [size]}
+    ptq = [row for row in rows if role(row) == "ptq"]
+    if not ptq:
+        return Verdict(f"{text}. No post-training method was measured beside it.", [], figures)
+    best = max(ptq, key=lambda row: (row.quality, row.cosine or 0.0))
+    figures |= {"ptq_quality": [best.quality], "ptq_cosine": [best.cosine or 0.0]}
+    rival = _called(best.name, len(ptq) > 1)
+    text = f"{text}; {rival} has {write(best.quality)} and {cosine(best.cosine or 0.0)}"
+    gains = [qat.quality - best.quality, (qat.cosine or 0.0) - (best.cosine or 0.0)]
+    if max(gains) <= 0:
+        text = f"QAT gains nothing here: {text}"
+    elif min(gains) < 0:
+        text = f"{text}, and which is better depends on the figure"
+    return Verdict(f"{text}.", _rows_note(comparison, qat, best, rival), figures)
+
+
+def _rows_note(comparison: Comparison, qat: Answered, best: Answered, rival: str) -> list[str]:
+    """Say so where so few rows cannot tell two shares apart."""
+    if comparison.measure == CORRELATION or not _by_chance(qat.quality, best.quality, comparison.rows):
+        return []
+    return [
+        f"{comparison.rows} rows cannot tell the {comparison.measure} of QAT from that of {rival.partition(',')[0]} "
+        "with 95% certainty; give more with --eval-data."
+    ]
+
+
+def _called(name: str, others: bool) -> str:
+    """What sentences call a method. others: whether it is the best of several."""
+    words = name.removeprefix("ptq (").removesuffix(")") or "round-to-nearest"
+    return f"{words}, the best of the post-training methods measured," if others else words
+
+
 def _best_method(rows: list[Measured]) -> tuple[list[Measured], str]:
     """Rows of the method with the most exact answers on average, or the least perplexity, and its name."""
     methods: dict[str, list[Measured]] = {}
@@ -75,8 +121,7 @@ def _best_method(rows: list[Measured]) -> tuple[list[Measured], str]:
         return exact, -sum(row.perplexity for row in found) / len(found)
 
     best = max(methods, key=merit, default="")
-    words = best.removeprefix("ptq (").removesuffix(")") or "round-to-nearest"
-    return methods.get(best, []), f"{words}, the best of the post-training methods measured," if others else words
+    return methods.get(best, []), _called(best, others)
 
 
 def shipped(report: Report, wanted: str) -> list[Measured]:
@@ -165,9 +210,13 @@ def _chance(ptq: list[Measured], compared: _Compared) -> list[str]:
 
 def within_chance(one: Measured, other: Measured) -> bool:
     """Whether so few prompts cannot tell the exact match of two models apart with 95% certainty."""
-    asked = min(one.prompts, other.prompts)
-    spread = sum(_exact(row) * (1 - _exact(row)) / max(asked, 1) for row in (one, other))
-    return abs(_exact(one) - _exact(other)) <= Z_95 * math.sqrt(spread)
+    return _by_chance(_exact(one), _exact(other), min(one.prompts, other.prompts))
+
+
+def _by_chance(one: float, other: float, asked: int) -> bool:
+    """Whether two shares of so many differ by no more than chance explains, with 95% certainty."""
+    spread = sum(share * (1 - share) / max(asked, 1) for share in (one, other))
+    return abs(one - other) <= Z_95 * math.sqrt(spread)
 
 
 def _exact(row: Measured) -> float:
