@@ -135,22 +135,6 @@ def test_inputs_that_determine_nothing_are_an_error(hessian: Tensor) -> None:
         gptq.inverse_factor(hessian, "model.layer")
 
 
-def test_only_counted_tokens_decide(tiny_model_folder: Path) -> None:
-    def first_scales(last: int, counted: bool) -> Tensor:
-        """Of a layer that reads the first norm, where a row's last token is this one, which no other attends to."""
-        model, plan = load(tiny_model_folder)
-        given = batches()
-        for batch in given:
-            batch["input_ids"][0, -1] = last
-            batch["counted"] = batch["attention_mask"].bool()
-            batch["counted"][0, -1] = counted
-        with torch.no_grad():
-            return ptq.apply(model, plan, "gptq", given, silent)["model.layers.0.self_attn.q_proj"]
-
-    assert torch.equal(first_scales(5, counted=False), first_scales(9, counted=False))
-    assert not torch.equal(first_scales(5, counted=True), first_scales(9, counted=True))
-
-
 def test_padding_changes_nothing(tiny_model_folder: Path) -> None:
     sums = []
     for pad in (0, 24):

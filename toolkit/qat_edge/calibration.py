@@ -6,14 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qat_edge import data
 from qat_edge.errors import DataError
 
 USUAL_TOKENS = 24576  # 16 times the widest layer input of a 135M model; half of it loses a quarter of what GPTAQ gains
-PROMPT_SHARE = 0.25  # of the tokens that carry no loss: only their keys and values matter, and templates repeat
 BATCH_TOKENS = 1024  # about what one forward pass takes, padding included
 TokenIds = dict[str, list[int]]
 
@@ -53,27 +51,10 @@ def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, f
 
 
 def batches(rows: Sequence[TokenIds], tokenizer: Any) -> list[dict[str, Tensor]]:
-    """Rows of similar length together: int64 "input_ids", "attention_mask" (rows, length), padded on the right.
-
-    "counted", bool of the same shape, is where statistics are taken: at tokens that carry loss or predict one that
-    does, and at PROMPT_SHARE of the others, the same for the same rows.
-    """
-    collate, draw = data.Collator(tokenizer), torch.Generator().manual_seed(0)
-    found = []
-    for some in by_length(rows, BATCH_TOKENS):
-        batch = collate(some)
-        mask = batch["attention_mask"].bool()
-        counted = mask & (_bear_loss(some, batch["labels"]) | (torch.rand(mask.shape, generator=draw) < PROMPT_SHARE))
-        found.append({**{key: batch[key] for key in ("input_ids", "attention_mask")}, "counted": counted})
-    return found
-
-
-def _bear_loss(rows: Sequence[TokenIds], labels: Tensor) -> Tensor:
-    """Tokens with a label, and those before one; all where rows are labelled as a whole."""
-    if any(len(row["labels"]) != len(row["input_ids"]) for row in rows):
-        return torch.ones_like(labels, dtype=torch.bool)
-    labelled = labels != data.IGNORED
-    return labelled | torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
+    """Rows of similar length together: int64 "input_ids", "attention_mask" (rows, length), padded on the right."""
+    collate = data.Collator(tokenizer)
+    tensors = map(collate, by_length(rows, BATCH_TOKENS))
+    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in tensors]
 
 
 def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[TokenIds]]:

@@ -21,7 +21,7 @@ from qat_edge.quant import numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 SAME = 0.02  # of a shift by one standard deviation: bfloat16 sums are off by up to 2^-8
-Calibration = Mapping[str, Tensor]  # see `calibration.batches`; "counted" may be missing
+Calibration = Mapping[str, Tensor]  # "input_ids", "attention_mask": (rows, length), padded on the right
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -31,8 +31,8 @@ class _Stop(Exception):
 
 @dataclass
 class Batch:
-    """One calibration batch on its way. hidden: (rows, length, width); keep: (rows * length,), where statistics are
-    taken; others: what each block is called with besides the hidden states; unrounded: `hidden` of the float model."""
+    """One calibration batch on its way. hidden: (rows, length, width); keep: (rows * length,), False at padding;
+    others: what each block is called with besides the hidden states; unrounded: `hidden` of the float model."""
 
     hidden: Tensor
     keep: Tensor
@@ -262,8 +262,7 @@ def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibrat
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         with suppress(_Stop):
             model(**inputs)
-    counted = batch.get("counted", mask).to(device)
-    return Batch(hidden[0], counted.flatten().bool(), others, unrounded)
+    return Batch(hidden[0], mask.flatten().bool(), others, unrounded)
 
 
 def _observing(name: str, see: Callable[[str, Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -295,7 +294,7 @@ def _rounding_rows(spec: WeightScheme) -> Callable[[nn.Module, tuple[Any, ...], 
 
 
 def tokens_of(x: Tensor, keep: Tensor) -> Tensor:
-    """Inputs (..., width) as (tokens, width) in float32, only those counted where they still lie token by token."""
+    """Inputs (..., width) as (tokens, width) in float32, without padding where they still lie token by token."""
     rows = x.detach().flatten(0, -2).float()
     return rows[keep] if rows.shape[0] == keep.shape[0] else rows
 

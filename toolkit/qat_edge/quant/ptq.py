@@ -50,8 +50,8 @@ def apply(
     """Make a float model's weights, in place, those that rounding turns into the method's codes.
 
     model: its `get_submodule(name)` has a `.weight` (out, in) in float32 for each name of the scheme.
-    calibration: batches of "input_ids" and "attention_mask" (rows, length), padded on the right, and "counted" where
-    statistics are not to be taken of every token; only `CALIBRATED` methods look at them.
+    calibration: batches of "input_ids" and "attention_mask" (rows, length), padded on the right; only
+    `CALIBRATED` methods look at them.
 
     Returns the scales of every linear layer by module name: (out, in // group), float32, bfloat16-representable;
     `numerics.quantize(weight, scales, bits)` gives the method's codes.
