@@ -367,7 +367,7 @@ def _remaining(records: Records) -> str:
 def _tables(records: Records) -> str:
     setting, rows = records.setting, []
     for task in setting.side_tasks:
-        for bits in map("{0[0]} / {0[1]}".format, TABLE_BITS):
+        for bits in TABLE_BITS:
             found = [
                 records.find("tables", task, s, RECOMMENDED, setting.steps) for s in records.seeds[: setting.side_seeds]
             ]

@@ -214,9 +214,9 @@ def _with_tables(lab: Lab, task: str, seed: int) -> Job:
     def measure() -> Figures:
         run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
         quantized, found = lab.frozen(run), {}
-        for bits in TABLE_BITS:
+        for title, bits in TABLE_BITS.items():
             with with_table_bits(run.reference, quantized, bits, lab.quiet) as model:
-                found["{} / {}".format(*bits)] = stick.compare(model)
+                found[title] = stick.compare(model)
         return found
 
     seconds = len(TABLE_BITS) * (lab.setting.tokens * SCORE_S + LOAD_S)

@@ -22,7 +22,7 @@ SWITCHED_OFF: Mapping[str, tuple[str, ...]] = {
     "head off": ("head",),
     "all off": budget.PARTS,
 }
-TABLE_BITS = ((8, 8), (4, 8), (8, 4), (4, 4))  # of embedding and head
+TABLE_BITS = {f"{embedding} / {head}": (embedding, head) for head in (8, 4) for embedding in (8, 4)}
 
 
 @contextmanager

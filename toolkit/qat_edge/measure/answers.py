@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_edge.measure.results import Gate, read_document
-from qat_edge.run import write_text
+from qat_edge.measure.results import Gate, read_document, write_document
 
 FORMAT = 1
 ACCURACY, RETRIEVAL, CORRELATION = "accuracy", "retrieval accuracy", "rank correlation"
@@ -74,8 +72,7 @@ class Comparison:
 
 def save(comparison: Comparison, path: Path) -> None:
     """Write the comparison as JSON."""
-    document = {"format": FORMAT, **dataclasses.asdict(comparison)}
-    write_text(path, json.dumps(document, indent=1) + "\n")
+    write_document(path, FORMAT, dataclasses.asdict(comparison))
 
 
 def load(path: Path) -> Comparison:

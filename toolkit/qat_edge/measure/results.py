@@ -192,8 +192,7 @@ class Report:
 
 def save(report: Report, path: Path) -> None:
     """Write the report as JSON."""
-    document = {"format": FORMAT, **dataclasses.asdict(report)}
-    write_text(path, json.dumps(document, indent=1) + "\n")
+    write_document(path, FORMAT, dataclasses.asdict(report))
 
 
 def load(path: Path) -> Report:
@@ -203,6 +202,11 @@ def load(path: Path) -> Report:
         RunError: no such file, damaged, or of another format.
     """
     return read_document(path, FORMAT, "report", "validate", _report)
+
+
+def write_document(path: Path, file_format: int, values: dict[str, Any]) -> None:
+    """Write plain values as the JSON object that `read_document` reads."""
+    write_text(path, json.dumps({"format": file_format, **values}, indent=1) + "\n")
 
 
 def read_document(
