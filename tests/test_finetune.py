@@ -153,6 +153,16 @@ def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_
     assert read_manifest(tmp_path / "turned" / "adapter")["start"]["rotation_seed"] == options.seed
 
 
+@pytest.mark.parametrize(("rotate", "steps"), [("on", 3), ("off", 6)])
+def test_the_optimizer_begins_anew_where_weights_are_turned(
+    options: FinetuneOptions, tmp_path: Path, rotate: str, steps: int
+) -> None:
+    finetune(replace(options, rotate=rotate), tmp_path / "run", silent)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    adapters = [saved["state"][name]["step"] for name in saved["param_groups"][0]["params"]]
+    assert {int(step) for step in adapters} == {steps}  # averaged over phase 2 alone, or over both
+
+
 def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(RunError, match="nothing to resume"):

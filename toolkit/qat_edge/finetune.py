@@ -111,7 +111,7 @@ def _crossing(
         adapted=adapted, switch=switch, scheme=job.plan, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
         snapshot=lambda: adapters.save(adapted, run.reference, "reference", job.facts, scales=False),
-        teach=trainer.learn_from, say=say,
+        teach=trainer.learn_from, forget=trainer.forget_averages, say=say,
     )  # fmt: skip
 
 

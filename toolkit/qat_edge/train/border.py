@@ -30,8 +30,9 @@ class Crossing:
     """Crosses the border once, or brings a resumed training to the other side.
 
     adapted: the peft model, or the model itself where it has no adapters; snapshot: keeps what was trained as
-    RUN/reference; teach: hands the trainer its teacher. rotation_seed: None where the hidden states stay as they are.
-    start_sha256: of RUN/start, None where phase 2 needs none.
+    RUN/reference; teach: hands the trainer its teacher; forget: drops the optimizer's averages of gradients.
+    rotation_seed: None where the hidden states stay as they are. start_sha256: of RUN/start, None where phase 2
+    needs none.
     """
 
     adapted: Any
@@ -46,6 +47,7 @@ class Crossing:
     rotation_seed: int | None
     snapshot: Callable[[], None]
     teach: Callable[[Teacher], None]
+    forget: Callable[[], None]
     say: Callable[[str], None]
     start_sha256: str | None = field(default=None, init=False)
 
@@ -60,6 +62,8 @@ class Crossing:
             self.teach(self._cached() if self.options.distill_top_k else teacher)
         if needs_start(self.options):
             self.start_sha256 = self._make_start()
+        if self.rotation_seed is not None:
+            self.forget()  # the averages are of gradients in the coordinates before
 
     def finish(self) -> None:
         """End a training whose steps were all plain: what phase 2 would have started from is what ships."""

@@ -85,6 +85,11 @@ class QatTrainer(Trainer):
         """Add the teacher's divergence to the loss from now on."""
         self.teacher = teacher
 
+    def forget_averages(self) -> None:
+        """Let the optimizer begin anew: what it has averaged belongs to weights that no longer mean the same."""
+        assert self.optimizer is not None  # `configure` made it
+        self.optimizer.state.clear()
+
     def configure(self, options: FinetuneOptions, start: int) -> None:
         """Make optimizer and schedule; phase 2 begins at step `start`."""
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
