@@ -33,6 +33,7 @@ from benchmarks import settings
 from benchmarks.cells import Cell, CellStore, digest, slug
 from benchmarks.settings import FP32, RECOMMENDED, Setting, Task
 from qat_edge import adapters, config, data
+from qat_edge.calibration import USUAL_TOKENS
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError
 from qat_edge.finetune import TRAINING_LOG
@@ -40,6 +41,7 @@ from qat_edge.measure import reference, results
 from qat_edge.measure.metrics import Comparison, LogitComparison
 from qat_edge.measure.reference import LogitStore
 from qat_edge.measure.results import Measured
+from qat_edge.quant.ptq import CALIBRATED
 from qat_edge.quantize import QAT, quantize_if_missing
 from qat_edge.rows import load_rows
 from qat_edge.run import PTQ_METHODS, Run, replace_folder, sha256
@@ -122,6 +124,8 @@ class Lab:
         options = {k: v for k, v in config.plain(self.options(training)).items() if k not in PATHS}
         if training.recipe == FP32:
             options = {k: v for k, v in options.items() if k not in PHASE_TWO}
+        elif options["ptq_start"] in CALIBRATED and options["calibration_tokens"] is None:
+            options["calibration_tokens"] = USUAL_TOKENS
         if training.formulation:
             options["formulation"] = training.recipe
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.data(training.task)]

@@ -14,6 +14,7 @@ from benchmarks.lab import Figures, Lab, Training, artifact_rows
 from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS, partly_rounded, with_table_bits
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config
+from qat_edge.calibration import USUAL_TOKENS
 from qat_edge.config import FinetuneOptions
 from qat_edge.measure.reference import load_exact
 from qat_edge.quant import ptq
@@ -88,6 +89,8 @@ def emulated(lab: Lab, task: str, seed: int, steps: int, name: str) -> Job:
     if name not in (FP32, *METHODS):
         trainings = (tuned, Training(task, seed, steps, name))
         identity["qat"] = lab.identity(trainings[1])
+    if name in ptq.CALIBRATED:
+        identity["calibration_tokens"] = USUAL_TOKENS
 
     def measure() -> Figures:
         stick = lab.yardstick(task, seed, steps)

@@ -75,7 +75,7 @@ class FinetuneOptions:
         "auto", ("auto", "on", "off"),
     )  # fmt: skip
     calibration_tokens: int | None = option(
-        "Tokens of the training rows that the start looks at; 24576 or all there are by default.",
+        "Tokens of the training rows that the start looks at; 49152 or all there are by default.",
         None, minimum=1,
     )  # fmt: skip
     scales: str = option(
@@ -133,7 +133,7 @@ class QuantizeOptions:
     calibration_data: str | None = option(
         "Rows that gptq, gptaq, cd and awq look at, where not those of finetune.", None
     )
-    calibration_tokens: int | None = option("Tokens of those rows; 24576 or all there are by default.", None, minimum=1)
+    calibration_tokens: int | None = option("Tokens of those rows; 49152 or all there are by default.", None, minimum=1)
     seed: int = option("Seed of the choice of rows.", 0, minimum=0)
 
 

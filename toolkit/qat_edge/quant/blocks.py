@@ -184,6 +184,22 @@ def _no_kept_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+@contextmanager
+def summing(device: torch.device) -> Iterator[None]:
+    """For products of float32 matrices that sum over tokens: sums in float32, factors rounded to bfloat16 on a CPU.
+
+    Of 1024 random tokens it took 40% of the time, and the sums were off by 0.2%; the damping they get is 1% and more.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setting.fp32_precision = before
+
+
 def _walk(
     model: Any,
     scheme: Scheme,

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat_edge.quant.blocks import Batch, Block, tokens_of
+from qat_edge.quant.blocks import Batch, Block, summing, tokens_of
 from qat_edge.quant.gptq import Compensator, inverse_factor
 
 # Of the Hessian's mean diagonal, when the target is solved for. Perplexity of SmolLM2 on held-out text after 12288
@@ -107,7 +107,7 @@ def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: 
             rows = tokens_of(block.input_of(batch, name), batch.keep)
             lacking = tokens_of(float_pass.inputs[name], batch.keep) - rows
         weighed = rows / outputs.square().mean(dim=1, keepdim=True) if relative else rows
-        with torch.autocast(rows.device.type, enabled=False):
+        with summing(rows.device):
             hessian = hessian.to(rows.device) + weighed.T @ rows
             missing = missing.to(rows.device) + lacking.T @ weighed
     return hessian, missing
