@@ -423,3 +423,12 @@ def test_sums_over_tokens_are_float32_whatever_autocast_says() -> None:
     exact = rows.double().T @ rows.double()
     assert sums.dtype == torch.float32 and (sums - exact).norm() < 0.004 * exact.norm()
     assert (sums - sums.to(torch.bfloat16)).abs().max() > 0
+
+
+def test_a_sum_over_tokens_of_few_directions_stays_positive() -> None:
+    """What damping, a hundredth of the diagonal, makes positive definite: rounded factors may not take it away."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2048, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+    with summing(rows.device):
+        sums = (rows.T @ rows).double()
+    assert torch.linalg.eigvalsh(sums)[0] > -1e-3 * sums.diagonal().mean()

@@ -106,8 +106,10 @@ def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: 
         else:
             rows = tokens_of(block.input_of(batch, name), batch.keep)
             lacking = tokens_of(float_pass.inputs[name], batch.keep) - rows
-        weighed = rows / outputs.square().mean(dim=1, keepdim=True) if relative else rows
+        if relative:
+            size = outputs.square().mean(dim=1, keepdim=True).sqrt()
+            rows, lacking = rows / size, lacking / size
         with summing(rows.device):
-            hessian = hessian.to(rows.device) + weighed.T @ rows
-            missing = missing.to(rows.device) + lacking.T @ weighed
+            hessian = hessian.to(rows.device) + rows.T @ rows
+            missing = missing.to(rows.device) + lacking.T @ rows
     return hessian, missing
