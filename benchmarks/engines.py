@@ -121,7 +121,7 @@ def _pte(name: str, folder: Path) -> Engine:
         size_bytes=path.stat().st_size,
         embedding=precisions.get(names.EMBEDDING, "float32"),
         head=precisions.get(names.HEAD, "float32"),
-        token_bytes=sizes["linears"] + sizes["scales"] + sizes["head"],
+        token_bytes=sizes["linears"] + sizes["scales"] + sizes["head"] + words.shared_bytes,
         sha256=sha256(path),
         graph={"delegates": sum(words.delegates.values()), **words.operators},
     )

@@ -115,11 +115,13 @@ def test_a_portable_program_loads_everywhere(
 
 
 def test_what_is_in_the_file(folder: Path) -> None:
-    program = doctor.doctor(folder, ALL, silent).program
+    found = doctor.doctor(folder, ALL, silent)
+    program = found.program
     assert str(program.forward) == f"forward(int64 [1, <={CONTEXT}], int64 [1]) -> float32 [1, 1, {VOCABULARY}]"
     sizes = program.size_bytes
     assert sum(sizes.values()) == (folder / "model.pte").stat().st_size
-    assert sizes["embedding"] == sizes["head"] == VOCABULARY * (WIDTH + 4)  # int8, a float32 scale a row
+    assert (sizes["embedding"], sizes["head"]) == (VOCABULARY * (WIDTH + 4), 0)  # int8, a float32 scale a row
+    assert [line for line in doctor.lines(found) if line.endswith("in all; embedding and head share 19.6 kB")]
     linears = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * WIDTH
     assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
     assert program.operators["llama::update_cache.out"] == 2

@@ -62,7 +62,7 @@ class Artifact:
         method), one sentence each, naming the layer and the place where known.
     metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
     size_bytes: by part: linears, scales, embedding, head, graph, tokenizer; sums to the folder's files,
-        manifest and logs aside.
+        manifest and logs aside. A table that embedding and head share is the embedding's, and the head has none.
     """
 
     weights: dict[str, ArtifactWeight]

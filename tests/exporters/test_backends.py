@@ -123,6 +123,7 @@ def test_vulkan_program(vulkan: Exported) -> None:
     program = inspect(vulkan.pte)
     assert loading(program) == ["android-vulkan-app"]
     assert set(program.delegates) == {"VulkanBackend", "XnnpackBackend"}
+    assert program.shared_bytes == 0  # tied, and two tables: sharing one was only tried with XNNPACK alone
     pte = delegates.open_pte(vulkan.pte)
     plan = next(p for p in pte.program.execution_plan if p.name == "forward")
     graphs = delegates.graphs(pte, plan)
@@ -135,6 +136,23 @@ def test_vulkan_program(vulkan: Exported) -> None:
     assert kernels.count("XNNFullyConnected") == 2  # the int8 layer and the head
     assert "quantized_decomposed::embedding_byte.out" in program.operators
     assert not [name for name in program.operators if name.endswith(("mm.out", "linear.out"))]
+
+
+def test_vulkan_takes_int4_tables(tokens: torch.Tensor, tmp_path: Path) -> None:
+    reference = freeze(llama(num_hidden_layers=LAYERS), 32, tmp_path / "frozen", table_bits=(4, 4))
+    # torch's stand-in for the kernel that looks int4 rows up multiplies in bfloat16, the kernel itself in float32.
+    reference.get_input_embeddings().register_forward_hook(lambda module, args, rows: rows.bfloat16().float())
+    with torch.no_grad():
+        assert sqnr(reference(tokens).logits[0, 6:], traced_logits("vulkan", tmp_path / "frozen", tokens)) > 100
+    made = export_into(tmp_path / "frozen", tmp_path / "executorch-vulkan", backend="vulkan")
+    result, program = verified(made), inspect(made.pte)
+    assert result.faults == [] and result.embedding_equal and result.head_equal
+    assert loading(program) == ["android-vulkan-app"]
+    assert program.delegates == {"VulkanBackend": 1}  # the head as well
+    assert "quantized_decomposed::embedding_4bit.dtype_out" in program.operators
+    head = packed(frozen.read_weights(made.frozen)["lm_head"].codes.numpy(), 8)
+    found = flipped(made, head, tmp_path / "copy")
+    assert (found.embedding_equal, found.head_equal, found.linears_equal) == (True, False, MATRICES)
 
 
 def assert_read_back(exported: Exported, zero: int, folder: Path) -> None:

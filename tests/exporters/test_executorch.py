@@ -126,11 +126,13 @@ def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     result, sizes = verify_folder(made.folder, "executorch", made.frozen), read(made.folder).size_bytes
     assert result.faults == [] and result.embedding_equal and result.head_equal
     assert sum(sizes.values()) == sum(p.stat().st_size for p in made.folder.iterdir() if p.name != "manifest.json")
-    table = {
-        8: 288 * (64 + 4),
-        4: 288 * (64 // 2 + 64 // group_size * 2),
-    }  # bytes: codes; float32, or bfloat16 by group
-    assert (sizes["embedding"], sizes["head"]) == (table[table_bits[0]], table[table_bits[1]])
+    codes = {8: 288 * 64, 4: 288 * 64 // 2}  # bytes
+    scales = {8: 288 * 4, 4: 288 * 64 // group_size * 2}  # float32, or bfloat16 by group
+    both = {bits: codes[bits] + scales[bits] for bits in codes}
+    # Tied tables of equal bits share all, but that the operators for int4 want the codes in different orders.
+    shared = both[8] if table_bits == (8, 8) else scales[4] if table_bits == (4, 4) else 0
+    shared *= config().tie_word_embeddings
+    assert (sizes["embedding"], sizes["head"]) == (both[table_bits[0]], both[table_bits[1]] - shared)
 
 
 def test_prefill_in_two_parts_is_prefill_in_one(exported: Exported) -> None:
@@ -348,7 +350,7 @@ def test_reads_back_what_was_frozen(exported: Exported) -> None:
     assert sum(sizes.values()) == sum(p.stat().st_size for p in exported.folder.iterdir())
     linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # codes
     assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
-    assert sizes["head"] == sizes["embedding"] == 288 * (64 + 4)
+    assert (sizes["embedding"], sizes["head"]) == (288 * (64 + 4), 0)  # one table for both
 
 
 @pytest.mark.parametrize("name", ["mixed_groups", "int8_layers"])

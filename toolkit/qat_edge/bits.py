@@ -1,7 +1,7 @@
 """Bits by layer: what they weigh, how they are picked from a measurement, and the file that keeps the choice.
 
     size  = 1/2 byte a weight and a bfloat16 scale a group of int4, 1 byte a weight and a float32 scale a row of int8,
-            4 bytes a float parameter; a table that embedding and head share counts twice, as a .pte holds it
+            4 bytes a float parameter; embedding and head are two tables, as in a .pte whose hidden states are turned
     KL    = sum over the weights of what each costs alone
 
 The sum is a first-order prediction: it leaves out what two roundings do to each other, as HAWQ-V2

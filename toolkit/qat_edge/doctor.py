@@ -164,7 +164,8 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     rows += [("tokenizer", _words_line(diagnosis.words))] if diagnosis.words is not None else []
     rows += [("delegates", _delegates_line(program))]
     rows += [("operators", ", ".join(f"{name} x{count}" for name, count in program.operators.items()))]
-    rows += [("size", f"{sizes}; {_size(sum(program.size_bytes.values()))} in all")]
+    shared = f"; embedding and head share {_size(program.shared_bytes)}" if program.shared_bytes else ""
+    rows += [("size", f"{sizes}; {_size(sum(program.size_bytes.values()))} in all{shared}")]
     rows += [("memory", f"{_size(program.memory_bytes)} planned for cache and activations, beside the weights")]
     rows += [("cache", _cache_line(program.cache, program.constants))] if program.cache is not None else []
     rows += [("versions", _versions_line(diagnosis))]

@@ -19,7 +19,7 @@ from qat_edge.kinds import Kind
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
-from qat_edge_exporters.executorch import attention, backends, contract, encoder, lowering, support, tracing
+from qat_edge_exporters.executorch import attention, backends, contract, encoder, lowering, sharing, support, tracing
 
 MODEL = "model.pte"
 LAYERS = "layers.json"  # module names, those of rounded linear layers in the order the .pte computes them
@@ -62,7 +62,7 @@ def export(
                 f"--backend {backend} is for frozen checkpoints; {frozen} holds float weights or adapters."
             )
         lowered = _decoder(model, adapters, frozen, context_length, portable, kv_cache, compiler, say)
-    _write(lowered, frozen, out, say)
+    _write(lowered, frozen, out, say, shares=compiler is None and not kind.encodes)
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,17 @@ def _encoder(
     return _Lowered(edge, names, {"embedding": plan.embedding, "head": plan.head, "tables": tables})
 
 
-def _write(lowered: _Lowered, frozen: Path, out: Path, say: Callable[[str], None]) -> None:
-    """Program, layers.json and what else belongs beside it."""
+def _write(lowered: _Lowered, frozen: Path, out: Path, say: Callable[[str], None], *, shares: bool) -> None:
+    """Program, layers.json and what else belongs beside it; shares: whether the head may use the embedding's table."""
     linears = [lowered.names[b] for b in lowering.linear_order(lowered.edge) if b in lowered.names]
     say("writing model.pte")
     with disk_errors(out), (out / MODEL).open("wb") as file:
         lowering.emit(lowered.edge).write_to_file(file)
+    with disk_errors(out):
+        saved = sharing.share(out / MODEL) if shares else 0
+    if saved:
+        say(f"stored once for embedding and head: {saved / 1e6:.1f} MB")
+        lowered.layers["float_bytes"] |= {"head": 0} if "head" in lowered.layers["float_bytes"] else {}
     write_text(out / LAYERS, json.dumps(lowered.layers | {"linears": linears}, indent=1) + "\n")
     _copy_files(frozen, out)
 
@@ -165,7 +170,7 @@ def _load(folder: Path, say: Callable[[str], None]) -> tuple[Any, dict[str, Adap
 
 
 def _float_bytes(model: Any, adapters: dict[str, Adapter]) -> dict[str, int]:
-    """Bytes of matrices that the .pte will hold in float, by part; XNNPACK keeps a tied table twice."""
+    """Bytes of matrices that the .pte will hold in float, by part, a tied table as two."""
     if any(isinstance(m.weight, IntxUnpackedToInt8Tensor) for m in model.modules() if isinstance(m, nn.Linear)):
         sizes = {}
     else:

@@ -47,7 +47,7 @@ class Program:
     constants: what each constant method returns. operators: calls outside delegates, by full name.
     delegates: calls by backend. nodes: operators inside XNNPACK's delegates.
     size_bytes: by part; sums to the file. memory_bytes: planned for activations and cache when it is loaded.
-    cache: None where none was found.
+    cache: None where none was found. shared_bytes: of the embedding, which are the head as well.
     """
 
     methods: list[Method]
@@ -58,6 +58,7 @@ class Program:
     size_bytes: dict[str, int]
     memory_bytes: int
     cache: Cache | None = None
+    shared_bytes: int = 0
 
     @property
     def forward(self) -> Method | None:

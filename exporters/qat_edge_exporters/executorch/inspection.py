@@ -18,7 +18,7 @@ from executorch.exir.schema import Tensor as TensorFact
 from executorch.exir.tensor import TensorShapeDynamism
 
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.executorch import contract, delegates
+from qat_edge_exporters.executorch import contract, delegates, sharing
 from qat_edge_exporters.executorch.delegates import Product
 from qat_edge_exporters.executorch.facts import Cache, Method, Port, Program
 from qat_edge_exporters.executorch.reader import constant
@@ -38,14 +38,15 @@ def inspect(path: Path) -> Program:
     """
     pte = delegates.open_pte(path)
     try:
-        return _program(pte, path.stat().st_size)
+        return _program(pte, path.stat().st_size, sharing.shared(path))
     except delegates.DAMAGE as error:
         raise ArtifactError(
             f"{path}: damaged, its graph cannot be parsed ({error}). Export or copy it again."
         ) from error
 
 
-def _program(pte: PTEFile, size_bytes: int) -> Program:
+def _program(pte: PTEFile, size_bytes: int, shared: set[str]) -> Program:
+    """shared: names of the delegates' constants that are the program's own."""
     computing, constants = [], {}
     for plan in pte.program.execution_plan:
         if plan.inputs or any(chain.instructions for chain in plan.chains):
@@ -57,6 +58,8 @@ def _program(pte: PTEFile, size_bytes: int) -> Program:
     tables = [] if forward is None else delegates.embedding_tables(pte, forward)
     products = [product for graph in graphs for product in delegates.products_of(graph)]
     methods = [_method(plan) for plan in computing]
+    named = delegates.constants(pte)
+    stored = {key: data for key, data in named.items() if key not in shared}
     # An embedding is as wide as many layers; which of an encoder's is its head, its program does not say.
     generates = not set(contract.ENCODER) <= constants.keys()
     width = methods[0].outputs[0].shape[-1:] if generates and methods and methods[0].outputs else ()
@@ -66,7 +69,8 @@ def _program(pte: PTEFile, size_bytes: int) -> Program:
         operators=dict(Counter(name for plan in computing for name in _kernels(plan)).most_common()),
         delegates=dict(Counter(name for plan in computing for name in _delegates(plan)).most_common()),
         nodes=sum(len(graph["xnodes"]) for graph in graphs),
-        size_bytes=_sizes(pte, products, sum(len(c) + len(s) for _, c, s in tables), width, size_bytes),
+        size_bytes=_sizes(pte, products, stored, sum(len(c) + len(s) for _, c, s in tables), width, size_bytes),
+        shared_bytes=sum(len(named[key]) for key in shared),
         memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
         cache=None if forward is None else _cache(forward),
     )
@@ -111,9 +115,13 @@ def _delegates(plan: ExecutionPlan) -> list[str]:
     return [plan.delegates[call.delegate_index].id for call in calls if isinstance(call, DelegateCall)]
 
 
-def _sizes(pte: PTEFile, products: list[Product], embedding: int, width: tuple[int, ...], whole: int) -> dict[str, int]:
-    """Bytes by part. The head is the last matrix, where it has as many rows as the output is wide."""
-    named = delegates.constants(pte)
+def _sizes(
+    pte: PTEFile, products: list[Product], named: dict[str, bytes], embedding: int, width: tuple[int, ...], whole: int
+) -> dict[str, int]:
+    """Bytes by part. The head is the last matrix, where it has as many rows as the output is wide.
+
+    named: the delegates' constants that are not the program's as well.
+    """
     parts = {"embedding": embedding, "head": 0, "linears": 0, "scales": 0}
     head = products[-1] if products and (products[-1].out,) == width else None
     counted: set[str] = set()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-from qat_edge_exporters.executorch import contract, delegates
+from qat_edge_exporters.executorch import contract, delegates, sharing
 from qat_edge_exporters.executorch.delegates import Product
 
 MODEL = "model.pte"
@@ -62,7 +62,7 @@ def read(folder: Path) -> Artifact:
         forward = plans.get(contract.FORWARD)
         products = delegates.products(pte, forward) if forward else []
         tables = delegates.embedding_tables(pte, forward) if forward else []
-        named = delegates.constants(pte)
+        named, shared = delegates.constants(pte), sharing.shared(path)
     except delegates.DAMAGE as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
     missing = contract.missing_methods(plans, contract.ENCODER if layers.tables else contract.REQUIRED)
@@ -73,7 +73,8 @@ def read(folder: Path) -> Artifact:
     weights, unreadable = _weights(used, named)
     for name, (shape, codes, scales) in zip(layers.embeddings, tables, strict=False):
         weights[name] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
-    sizes = sizes_by_part(folder, layers, used, named, sum(len(c) + len(s) for _, c, s in tables))
+    stored = {key: data for key, data in named.items() if key not in shared}
+    sizes = sizes_by_part(folder, layers, used, stored, sum(len(c) + len(s) for _, c, s in tables))
     return Artifact(weights, metadata, sizes, faults + unreadable)
 
 
@@ -161,7 +162,10 @@ def _unpack_scales(data: bytes, product: Product) -> NDArray[np.float32]:
 def sizes_by_part(
     folder: Path, layers: Layers, used: dict[str, Product], named: dict[str, bytes], embedding: int
 ) -> dict[str, int]:
-    """Bytes by part; what the .pte holds beside the matrices, and the small files, are the graph."""
+    """Bytes by part; what the .pte holds beside the matrices, and the small files, are the graph.
+
+    named: the delegates' constants, without those that are the program's: a shared table counts for the embedding.
+    """
     parts = {"linears": 0, "scales": 0, "embedding": embedding, "head": 0}
     counted: set[str] = set()
     for name, product in used.items():

@@ -60,7 +60,8 @@ class Measured:
     """One model as it ran.
 
     name: "fp32 base", "fp32 fine-tuned", "qat" or "ptq (round-to-nearest)". target: "torch", "executorch", "onnx".
-    size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights).
+    size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights); a head
+    of 0 bytes shares the embedding's table.
     exact_match: share of prompts answered exactly, None where none was asked. agreement: against the FP32
     fine-tune; parity: against the frozen checkpoint in torch, which an exact runtime matches to the noise floor.
     same_answers: share of prompts answered as the FP32 fine-tune does, token for token; first_divergence: median

@@ -166,10 +166,18 @@ def parts(rows: Sequence[Model]) -> Table:
     names = list(dict.fromkeys(part for row in rows for part, _ in ordered_parts(row)))
     shown = []
     for row in rows:
-        sizes = [row.size_bytes.get(name) for name in names]
-        cells = [Cell("none") if size is None else Cell(megabytes(size), size) for size in sizes]
+        cells = [_part(row, name) for name in names]
         shown.append(Row(label(row), role(row), [*cells, Cell(megabytes(row.total_bytes), row.total_bytes)]))
     return Table("Size by part", [(plain(name), "MB") for name in [*names, "total"]], shown)
+
+
+def _part(row: Model, name: str) -> Cell:
+    """A language model's head without bytes of its own is the embedding's table; an encoder may have none."""
+    size = row.size_bytes.get(name)
+    if size is None:
+        return Cell("none")
+    shared = isinstance(row, Measured) and name == "head" and not size and row.size_bytes.get("embedding")
+    return Cell("in embedding") if shared else Cell(megabytes(size), size)
 
 
 def speeds(rows: Sequence[Measured]) -> Table:
