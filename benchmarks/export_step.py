@@ -15,7 +15,7 @@ from typing import Any
 
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import write_manifest, write_text
-from qat_edge_devices.agent.agent import forget_peak, peak_bytes, resident_bytes
+from qat_edge_devices.agent.machine import forget_peak, peak_bytes, resident_bytes
 
 HEAD_SIZE, VOCABULARY, GROUP_SIZE, CONTEXT = 64, 49152, 32, 1024
 PARTITIONS = "lowering partition"  # begins what the exporter says before each; together they are one stage

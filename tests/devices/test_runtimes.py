@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import pytest
 from summing import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, write_pte
 
 from qat_edge_devices import open_runtime
-from qat_edge_devices.agent import agent
+from qat_edge_devices.agent import agent, machine, models
 from qat_edge_devices.errors import (
     ConnectionLostError,
     KilledError,
@@ -36,6 +35,7 @@ from qat_edge_devices.runtimes import agent as runtime_side
 from qat_edge_devices.runtimes.executorch import ExecuTorchRuntime
 from qat_edge_devices.transport import Completed
 
+AGENT = ["agent/__init__.py", "agent/agent.py", "agent/machine.py", "agent/models.py"]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
@@ -94,10 +94,10 @@ def test_a_sequence_read_at_once_and_then_token_by_token_says_the_same(runtime: 
 
 def test_tokens_are_read_many_at_once_and_decoded_one_at_a_time() -> None:
     ids = list(range(300))
-    assert list(agent.pieces(ids, None)) == [ids[:256], ids[256:]]
-    assert list(agent.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
-    assert list(agent.pieces(ids[:2], 3)) == [[0, 1]]
-    assert list(agent.pieces(ids[:2], 0)) == [[0], [1]]
+    assert list(models.pieces(ids, None)) == [ids[:256], ids[256:]]
+    assert list(models.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
+    assert list(models.pieces(ids[:2], 3)) == [[0, 1]]
+    assert list(models.pieces(ids[:2], 0)) == [[0], [1]]
 
 
 def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: LocalTransport) -> None:
@@ -188,9 +188,9 @@ def test_heat_clocks_and_battery_are_told_and_what_throttled_is_marked(
             write_state(tmp_path, *after)
             return 0
 
-    monkeypatch.setattr(agent, "SYS", tmp_path)
+    monkeypatch.setattr(machine, "SYS", tmp_path)
     write_state(tmp_path, 2_400_000, 2_400_000, "31000", 7)
-    first = agent.condition()
+    first = machine.condition()
     answer = agent.speed(Heating(), {"prefill": 2, "decode": 2, "repeats": 1}, tmp_path) | {"before": first}  # type: ignore[arg-type]
 
     def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
@@ -208,8 +208,8 @@ def test_heat_clocks_and_battery_are_told_and_what_throttled_is_marked(
 
 
 def test_a_machine_that_says_nothing_of_itself_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "SYS", tmp_path)
-    assert agent.condition() == SILENT
+    monkeypatch.setattr(machine, "SYS", tmp_path)
+    assert machine.condition() == SILENT
 
 
 def test_onnx_is_scored_by_onnxruntime_and_timed_by_genai(onnx_folder: Path, local: LocalTransport) -> None:
@@ -224,7 +224,7 @@ def test_without_genai_plain_onnxruntime_generates_the_same(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     request = {"backend": "onnx", "task": "generate", "prompts": [[1, 2], [1]], "eos_ids": [11], "max_new_tokens": 6}
-    model = agent.choose_backend(request)
+    model = models.choose_backend(request)
     assert model.runtime == "onnxruntime"
     model.load(onnx_folder, request, 1)
     answers = agent.generate(model, request, tmp_path)["answers"]
@@ -234,10 +234,10 @@ def test_without_genai_plain_onnxruntime_generates_the_same(
 def test_only_what_the_runtime_reads_is_sent(onnx_folder: Path, pte_folder: Path) -> None:
     mock = MockTransport(lambda argv, files: Completed(0, "", ""))
     open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
-    assert sorted(mock.files) == ["agent.py", "artifact/genai_config.json", "artifact/model.onnx"]
+    assert sorted(mock.files) == [*AGENT, "artifact/genai_config.json", "artifact/model.onnx"]
     mock.close()
     open_runtime("executorch", mock, threads=1).prepare(pte_folder)
-    assert sorted(mock.files) == ["agent.py", "artifact/model.pte"]
+    assert sorted(mock.files) == [*AGENT, "artifact/model.pte"]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_an_export_without_its_artifact_is_told_before_anything_runs(local: Loca
 
 def test_a_missing_package_is_named_as_pip_knows_it(pte_folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare-python"  # no site-packages: what a device has before anything is installed
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -E -s -S "$@"\n')
     bare.chmod(0o755)
     transport = LocalTransport(python=str(bare), root=tmp_path)
     runtime = open_runtime("executorch", transport, threads=1)
@@ -336,7 +336,7 @@ def test_the_way_the_agent_ends_says_what_to_do(code: int, error: type[Exception
     with pytest.raises(error, match=f"(?s){words}") as caught:
         open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
     assert type(caught.value) is error
-    assert mock.calls[-1] == ("run", "python3", "agent.py", "request.json", "results")
+    assert mock.calls[-1] == ("run", "python3", "-m", "agent.agent", "request.json", "results")
 
 
 @pytest.mark.parametrize(
@@ -377,17 +377,16 @@ def test_both_halves_agree_on_the_numbers_between_them() -> None:
         assert getattr(agent, name) == getattr(runtime_side, name)
 
 
-def test_the_agent_travels_alone(tmp_path: Path) -> None:
-    copy = tmp_path / "agent.py"
-    shutil.copyfile(runtime_side.AGENT, copy)
-    assert "qat_edge" not in copy.read_text()
+def test_the_agent_travels_alone() -> None:
+    for name in AGENT:
+        assert "qat_edge" not in (runtime_side.AGENT.parent / name).read_text()
 
 
 def test_memory_is_the_kernels_figure() -> None:
-    assert agent.forget_peak()
-    before = agent.peak_bytes()
+    assert machine.forget_peak()
+    before = machine.peak_bytes()
     block: Any = np.ones(40_000_000, np.uint8)
-    assert agent.peak_bytes() - before > 0.9 * block.nbytes
+    assert machine.peak_bytes() - before > 0.9 * block.nbytes
     del block
-    assert agent.forget_peak()
-    assert agent.peak_bytes() - before < 20_000_000
+    assert machine.forget_peak()
+    assert machine.peak_bytes() - before < 20_000_000

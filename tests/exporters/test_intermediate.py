@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
-from executorch.exir.schema import EValue, Instruction, Int, KernelCall, Operator
+from executorch.exir.schema import Bool, EValue, Instruction, Int, KernelCall, Operator
 from tiny import CONTEXT, export_into, freeze, llama
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ from qat_edge.measure.faults import Parting
 from qat_edge.measure.layers import Looked
 from qat_edge.measure.results import Judgement
 from qat_edge.measure.rounding import Rounding, of_artifact
-from qat_edge_devices.agent import agent
+from qat_edge_devices.agent import agent, machine, models
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.transport import Completed
 from qat_edge_exporters.artifact import Passage
@@ -40,6 +40,9 @@ from qat_edge_exporters.onnx import storage
 WIDTH, HEAD = 96, 16
 LINEAR = "model.layers.1.mlp.up_proj"
 FIRST_ATTENTION, SECOND_ATTENTION = (f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))
+
+
+IS_CAUSAL = 6  # which argument of attention says so
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(self: LocalTransport, argv: Sequence[str], *_: object, **__: object) -> Completed:
         with chdir(self.folder), redirect_stderr(io.StringIO()) as said:
-            return Completed(agent.main(list(argv[1:])), "", said.getvalue())
+            return Completed(agent.main(list(argv[2:])), "", said.getvalue())
 
     monkeypatch.setattr(LocalTransport, "run", run)
-    monkeypatch.setattr(agent, "pin", lambda threads, backend: threads)
+    monkeypatch.setattr(machine, "pin", lambda threads, backend: threads)
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
@@ -193,27 +196,27 @@ def test_a_fault_in_an_onnx_folder_is_found_at_its_layer(
     assert made.look("onnx", folder) == Looked(place)
 
 
-def judged(made: Made, exports: Path, scratch: Path) -> Judgement:
-    """What `--budget` thinks of the ONNX folder below `exports`."""
+def judged(made: Made, target: str, exports: Path, scratch: Path) -> Judgement:
+    """What `--budget` thinks of the artifact below `exports`."""
     run: Any = SimpleNamespace(exports=exports, quantized=made.frozen)
-    torch_side = made.torch_side("onnx")
+    torch_side = made.torch_side(target)
     kinds = {"": Rounding(), **torch_side.roundings}
     torch_side.expected = {key: budget._expected(run, made.prompts, one) for key, one in kinds.items()}
     bench = Bench(Material([], [], [0], 0, None), ValidateOptions(threads=1), scratch, lambda text: None)
     with closing(LocalTransport()) as transport:
-        return budget.judge(run, bench, torch_side, "onnx", transport)
+        return budget.judge(run, bench, torch_side, target, transport)
 
 
 def test_a_fault_of_decoding_alone_is_flagged_in_an_onnx_folder(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(made, cache_one_late, tmp_path / "onnx")
-    found = judged(made, tmp_path, tmp_path)
+    found = judged(made, "onnx", tmp_path, tmp_path)
     assert found.beyond and found.position == faults.DECODED_FROM
-    correct = judged(made, made.folders["onnx"].parent, tmp_path)
+    correct = judged(made, "onnx", made.folders["onnx"].parent, tmp_path)
     assert not correct.beyond, correct
     monkeypatch.setattr(faults, "DECODED_FROM", faults.LENGTH)
-    assert not judged(made, tmp_path, tmp_path).beyond, "a prompt read at once does not show it"
+    assert not judged(made, "onnx", tmp_path, tmp_path).beyond, "a prompt read at once does not show it"
 
 
 # --- faults planted in a .pte ------------------------------------------------------------------------------
@@ -238,6 +241,16 @@ def write_one_late(pte: PTEFile) -> None:
     calls.insert(writes[2][0], Instruction(KernelCall(len(plan.operators) - 1, [begin, one, late])))
 
 
+def look_ahead(pte: PTEFile) -> None:
+    """Tokens that are read at once see those after them."""
+    plan = next(plan for plan in pte.program.execution_plan if plan.name == "forward")
+    plan.values.append(EValue(Bool(False)))
+    for call in (instruction.instr_args for instruction in plan.chains[0].instructions):
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name == "llama::custom_sdpa":
+            assert plan.values[call.args[IS_CAUSAL]].val == Bool(True)
+            call.args[IS_CAUSAL] = len(plan.values) - 1
+
+
 def pte_rotary_angle(pte: PTEFile) -> None:
     frequencies = 1.0 / 10000.0 ** (np.arange(0, HEAD, 2) / HEAD)
     constants: list[bytes] = pte.named_data.buffers  # type: ignore[union-attr]
@@ -255,18 +268,35 @@ def pte_rotary_angle(pte: PTEFile) -> None:
     [
         (pte_rotary_angle, Parting(FIRST_ATTENTION, at_input=True)),
         (write_one_late, Parting(SECOND_ATTENTION, at_input=True)),
+        (look_ahead, Parting(FIRST_ATTENTION, at_input=True)),
     ],
 )
 def test_a_fault_in_a_pte_is_found_at_its_layer(
     made: Made, tmp_path: Path, plant: Callable[[PTEFile], None], place: Parting
 ) -> None:
-    folder = tmp_path / "executorch"
+    assert made.look("executorch", planted_in_pte(made, plant, tmp_path)) == Looked(place)
+
+
+def planted_in_pte(made: Made, plant: Callable[[PTEFile], None], exports: Path) -> Path:
+    folder = exports / "executorch"
     shutil.copytree(made.folders["executorch"], folder)
     pte = delegates.open_pte(folder / "model.pte")
     plant(pte)
     with (folder / "model.pte").open("wb") as file:
         serialize_pte_binary(pte).write_to_file(file)
-    assert made.look("executorch", folder) == Looked(place)
+    return folder
+
+
+def test_a_fault_of_prompts_alone_is_flagged_in_a_pte(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted_in_pte(made, look_ahead, tmp_path)
+    found = judged(made, "executorch", tmp_path, tmp_path)
+    assert found.beyond and found.position == 1, "its first token sees no other, alone"
+    correct = judged(made, "executorch", made.folders["executorch"].parent, tmp_path)
+    assert not correct.beyond, correct
+    monkeypatch.setattr(faults, "DECODED_FROM", 0)
+    assert not judged(made, "executorch", tmp_path, tmp_path).beyond, "tokens given one at a time do not show it"
 
 
 def test_a_pte_without_attention_to_look_at_says_so(made: Made, tmp_path: Path) -> None:
@@ -307,13 +337,13 @@ def test_a_fault_of_the_file_is_named_once_for_the_device_and_this_machine(
 def test_a_runtime_that_computes_otherwise_is_told_from_a_fault_of_the_file(
     made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def multiplied(model: agent.OnnxModel, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
+    def multiplied(model: models.OnnxModel, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         (name,) = (o for o in model.outputs if o.startswith("/model/layers.1/mlp/up_proj/"))
         for piece in read(model, ids, decode_from):
             yield piece | ({name: piece[name] * 1.01} if Path.cwd() == phone.folder else {})
 
-    read = agent.OnnxModel.read
-    monkeypatch.setattr(agent.OnnxModel, "read", multiplied)
+    read = models.OnnxModel.read
+    monkeypatch.setattr(models.OnnxModel, "read", multiplied)
     on_the_phone, _, here = words(made, phone).partition(". ")
     assert on_the_phone == f"On ssh:phone the first layer at which outputs part: {Parting(LINEAR, at_input=False)}"
     assert here == ("On this machine no layer parts from equal inputs: it is what the runtime makes of the file there")

@@ -77,6 +77,17 @@ def by_token(model: Any, ids: list[int], late: bool = False) -> np.ndarray:
     return np.stack(rows)
 
 
+def both_ways(model: Any, ids: list[int], ahead: bool = False) -> np.ndarray:
+    """The first tokens at once, the others one at a time. ahead: those read at once see what follows them."""
+    cache, first = DynamicCache(config=model.config), ids[: faults.DECODED_FROM]
+    mask = torch.zeros(1, 1, len(first), len(first)) if ahead else None
+    with torch.no_grad():
+        asked = {"past_key_values": cache, "use_cache": True}
+        rows = [model(torch.tensor([first]), attention_mask=mask, **asked).logits[0]]
+        rows += [model(torch.tensor([[token]]), **asked).logits[0] for token in ids[len(first) :]]
+    return torch.cat(rows).numpy()
+
+
 def reordered(model: Any, ids: list[int]) -> np.ndarray:
     """Every matrix product in two halves: other sums, the same function."""
 
@@ -126,6 +137,10 @@ def late(model: Any, ids: list[int]) -> np.ndarray:
     return by_token(model, ids, late=True)
 
 
+def ahead(model: Any, ids: list[int]) -> np.ndarray:
+    return both_ways(model, ids, ahead=True)
+
+
 def judged(model: Any, implementation: Implementation, fault: Any, seed: int) -> Judgement:
     asked = prompts(seed)
     expected = list(reference.rows(model, asked))
@@ -140,12 +155,13 @@ def planted(quantized: Path, model: Any) -> dict[str, tuple[Any, Implementation,
         "one group's scale doubled": (doubled_scale(model), whole, Parting(LINEAR, at_input=False)),
         "one rotary angle off": (rotary_angle(model), whole, Parting(ATTENTION, at_input=True)),
         "a cache written one position late": (nullcontext(), late, Parting(ATTENTION, at_input=True)),
+        "a mask that lets a prompt look ahead": (nullcontext(), ahead, Parting(ATTENTION, at_input=True)),
         "scales truncated": (truncated_scales(model, quantized), whole, Parting(FIRST, at_input=False)),
     }
 
 
 def test_correct_implementations_are_never_flagged(exact: Any) -> None:
-    runs = [(how, seed) for how in (by_token, reordered) for seed in range(3)]
+    runs = [(how, seed) for how in (by_token, both_ways, reordered) for seed in range(3)]
     alarms = [(how.__name__, seed) for how, seed in runs if judged(exact, how, nullcontext(), seed).beyond]
     assert alarms == [], f"{len(alarms)} false alarms in {len(runs)} runs of {faults.PROMPTS} prompts"
 
@@ -172,7 +188,7 @@ def test_a_fault_is_named_with_the_first_layer_at_which_outputs_part(quantized: 
         assert place.module in str(place)
 
 
-@pytest.mark.parametrize("implementation", [whole, by_token, reordered])
+@pytest.mark.parametrize("implementation", [whole, by_token, both_ways, reordered])
 def test_a_correct_implementation_parts_nowhere(quantized: Path, exact: Any, implementation: Implementation) -> None:
     ids, names = prompts(0)[0].ids, frozen.read_scheme(quantized).linears
     candidate = faults.trace(exact, names, partial(implementation, exact, ids))

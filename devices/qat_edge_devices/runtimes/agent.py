@@ -15,8 +15,8 @@ from qat_edge_devices.results import Answer, Condition, Generated, LoadFigures, 
 from qat_edge_devices.runtimes.asking import TIMEOUT_S, asked_again, check, require_memory
 from qat_edge_devices.transport import Completed, DeviceInfo, Transport
 
-AGENT = Path(__file__).parents[1] / "agent" / "agent.py"
-# Agreed with agent.py, which travels and so cannot share them; a test holds them equal.
+AGENT = Path(__file__).parents[1] / "agent"
+# Agreed with the agent, which travels and so cannot share them; a test holds them equal.
 FORMAT = 1
 EXIT_REFUSED = 65
 EXIT_MISSING_PACKAGE = 69
@@ -63,7 +63,7 @@ class AgentRuntime(ABC):
         Raises:
             UnsuitableError, RoomError: the device cannot run it; nothing was sent.
         """
-        files = {"agent.py": AGENT, **self.files(artifact)}
+        files = {f"agent/{path.name}": path for path in AGENT.glob("*.py")} | self.files(artifact)
         info = self.transport.info()
         _require_processor(self.transport.name, info)
         require_memory(self.transport.name, info, files.values())
@@ -162,7 +162,7 @@ class AgentRuntime(ABC):
             path = Path(name) / "request.json"
             path.write_text(json.dumps(request), encoding="utf-8")
             self.transport.push({"request.json": path}, keep=False)
-        argv = (self.transport.python, "agent.py", "request.json", "results")
+        argv = (self.transport.python, "-m", "agent.agent", "request.json", "results")
         completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, before))
         _check(self.transport.name, argv, completed)
         self.transport.pull("results", folder)

@@ -27,6 +27,7 @@ ATTENTION = ("llama::custom_sdpa", "llama::custom_quantized_sdpa")
 PROJECTION = ".o_proj"  # of what attention found
 LAYER = ".self_attn"  # ends the name of a layer's attention
 ALIGNMENT = 64  # bytes
+TOKENS = 8  # of one call of the copy, at most
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def _is_computed(plan: ExecutionPlan, index: int) -> bool:
 
 
 def _expose(plan: ExecutionPlan, values: Sequence[int]) -> None:
-    """Return these values after the result, one token of each, in memory that nothing else is put in."""
+    """Return these values after the result, of `TOKENS` tokens at most, in memory that nothing else is put in."""
     for index in values:
         value: Any = plan.values[index].val
-        value.sizes = [1, 1, *value.sizes[2:]]
+        value.sizes = [1, TOKENS, *value.sizes[2:]]
         place, pool = value.allocation_info, value.allocation_info.memory_id
         begin = -(-plan.non_const_buffer_sizes[pool] // ALIGNMENT) * ALIGNMENT
         place.memory_offset_low, place.memory_offset_high = begin & 0xFFFFFFFF, begin >> 32

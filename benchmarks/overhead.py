@@ -1,0 +1,137 @@
+"""What the agent adds to its runtimes: `python -m benchmarks.overhead RUN` times tokens with it and bare.
+
+Bare is a loop of nothing but the runtime's own call, on inputs made beforehand; no token is chosen. A process loads an
+artifact as the agent does and decodes with the agent and bare, in turn; each round is a process. Time is the
+processor's, of one thread and in the median step, so that other work on the machine counts for little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+from qat_edge_devices.agent import agent, machine, models
+
+# Runtime -> target, and whether onnxruntime-genai is hidden from the agent, which would choose it.
+RUNTIMES = {
+    "executorch": ("executorch", False),
+    "onnxruntime": ("onnx", True),
+    "onnxruntime-genai": ("onnx", False),
+}
+# What goes before either program: its clock, and what it must not find.
+CLOCK = "import sys, time; time.perf_counter = time.process_time; "
+HIDE_GENAI = "sys.modules['onnxruntime_genai'] = None; "
+Step = Callable[[], object]
+
+
+def main() -> None:
+    """Time decoding by the agent and by a bare loop around the same runtime, for every export of a finished run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="finished run with exports of both targets, such as runs/demo")
+    parser.add_argument("--rounds", type=int, default=5, help="processes, 5 by default")
+    parser.add_argument("--prefill", type=int, default=16, help="tokens of the prompt, 16 by default")
+    parser.add_argument("--decode", type=int, default=32, help="tokens that follow, 32 by default")
+    parser.add_argument("--turns", type=int, default=4, help="of each in a process, 4 by default")
+    given = parser.parse_args()
+    amounts = {name: getattr(given, name) for name in ("prefill", "decode", "turns")}
+    for runtime, (target, _) in RUNTIMES.items():
+        artifact = given.run / "exports" / target
+        artifact = artifact / "model.pte" if target == "executorch" else artifact
+        print(told(runtime, rounds(runtime, artifact.resolve(), amounts, given.rounds)), flush=True)
+
+
+def rounds(runtime: str, artifact: Path, amounts: dict[str, int], count: int) -> list[tuple[float, float]]:
+    """Milliseconds of a token in each round: bare, and by the agent."""
+    target, hide = RUNTIMES[runtime]
+    request = {"task": "speed", "backend": target, "artifact": str(artifact), "threads": 1, "repeats": 1, **amounts}
+    code = f"{CLOCK}{HIDE_GENAI * hide}from benchmarks.overhead import in_turn; in_turn(*sys.argv[1:])"
+    found = []
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as name:
+            result = Path(name) / "result.json"
+            argv = [sys.executable, "-c", code, json.dumps(request), str(result)]
+            ended = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+            if ended.returncode:
+                raise SystemExit(f"{artifact} could not be timed:\n{ended.stderr}")
+            bare, ours = json.loads(result.read_text(encoding="utf-8"))
+        found.append((bare, ours))
+    return found
+
+
+def in_turn(text: str, result: str) -> None:
+    """Write the milliseconds of the median step, bare and by the agent, into the file `result`; text: a request."""
+    request = json.loads(text)
+    cpus = machine.pin(request["threads"], request["backend"])
+    model = models.choose_backend(request)
+    model.load(Path(request["artifact"]), request, cpus)
+    bare, ours = [], []
+    for _ in range(request["turns"]):
+        bare += bare_steps(model, request)
+        ours += agent.speed(model, request, Path())["step_ms"]
+    Path(result).write_text(json.dumps([median(bare), median(ours)]), encoding="utf-8")
+
+
+def bare_steps(model: models.Model, request: dict[str, Any]) -> list[float]:
+    """Milliseconds of every step after a prompt."""
+    prefill, decode = request["prefill"], request["decode"]
+    model.start([1 + i % 7 for i in range(prefill)], prefill + decode + 1)
+    steps = list(CALLS[model.runtime](model, prefill, decode))
+    marks = [time.perf_counter()]
+    for step in steps:
+        step()
+        marks.append(time.perf_counter())
+    return [(end - begin) * 1e3 for begin, end in pairwise(marks)]
+
+
+def _executorch(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
+    mine = cast(models.ExecuTorchModel, model)
+    tensor, call = mine.torch.tensor, mine.method.call
+    for position in range(prefill, prefill + decode):
+        yield partial(call, [tensor([[1 + position % 7]]), tensor([position])])
+
+
+def _onnxruntime(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
+    """The cache has to be handed from call to call here, too."""
+    mine = cast(models.OnnxModel, model)
+    held, outputs, run = mine.cache, mine.outputs, mine.session.run_with_ort_values
+    past = [name.replace("present", "past_key_values") for name in outputs]
+
+    def step(feed: dict[str, Any]) -> None:
+        answers = run(outputs, feed | held)
+        held.update((name, value) for name, value in zip(past, answers, strict=True) if name in held)
+
+    for position in range(prefill, prefill + decode):
+        yield partial(step, mine.feed([1 + position % 7], position))
+
+
+def _genai(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
+    generator = cast(models.GenaiModel, model).generator
+    return iter([generator.generate_next_token] * decode)
+
+
+CALLS = {"executorch": _executorch, "onnxruntime": _onnxruntime, "onnxruntime-genai": _genai}
+
+
+def told(runtime: str, times: list[tuple[float, float]]) -> str:
+    """A line about the rounds of one runtime."""
+    bare, ours = (median(each) for each in zip(*times, strict=True))
+    ratios = sorted(mine / theirs for theirs, mine in times)
+    return (
+        f"{runtime}: a token takes {bare:.3f} ms bare, {ours:.3f} ms by the agent; ratio {median(ratios):.3f} "
+        f"({ratios[0]:.3f} to {ratios[-1]:.3f}), {len(times)} rounds, load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A .pte where torch is not installed: by ExecuTorch's runtime for numpy alone, in a Python of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from summing import CONTEXT, greedy, sums, write_pte
+
+from conftest import make_model, make_tokenizer
+from qat_edge.quant import frozen, scheme
+from qat_edge.run import write_manifest
+from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices.agent import models
+from qat_edge_devices.errors import RefusedError
+from qat_edge_devices.runtime import Runtime
+from qat_edge_devices.transport import Access, Transport
+from qat_edge_exporters.executorch.export import export
+
+PYTHON = Path(__file__).parents[2] / ".cache" / "torch-free" / "python"  # made by tests/devices/install
+real = pytest.mark.skipif(
+    not PYTHON.is_file(), reason="executorch-numpy-runtime is not installed (tests/devices/install does it)"
+)
+
+
+@pytest.mark.parametrize(
+    ("installed", "chosen"),
+    [
+        ({"torch", "executorch", "executorch_numpy_runtime"}, "with torch"),
+        ({"executorch", "executorch_numpy_runtime"}, "without"),
+        ({"torch", "executorch_numpy_runtime"}, "without"),
+        ({"executorch_numpy_runtime"}, "without"),
+        (set(), "with torch"),  # whose import names what is missing
+    ],
+)
+def test_the_torch_free_runtime_is_taken_where_torchs_cannot_be(
+    installed: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(models, "ExecuTorchModel", lambda: "with torch")
+    monkeypatch.setattr(models, "NumpyModel", lambda: "without")
+    assert models.choose_backend({"backend": "executorch", "task": "score"}) == chosen
+
+
+@pytest.fixture
+def there() -> Iterator[Transport]:
+    with contextlib.closing(open_transport("local", Access(python=str(PYTHON)))) as transport:
+        yield transport
+
+
+def prepared(artifact: Path, transport: Transport) -> Runtime:
+    runtime = open_runtime("executorch", transport, threads=1)
+    runtime.prepare(artifact)
+    return runtime
+
+
+@real
+def test_it_does_all_that_the_one_with_torch_does(there: Transport, tmp_path: Path) -> None:
+    runtime = prepared(write_pte(tmp_path / "executorch"), there)
+    sequences = [[5], [1, 2, 3, 4], [7] * 30]
+    for decode_from in (None, 2):
+        scored = [np.load(one.logits).argmax(1).tolist() for one in runtime.score(sequences, decode_from)]
+        assert scored == [sums(ids) for ids in sequences]
+    generated = runtime.generate([[1, 2], [12, 2]], eos_ids=[11], max_new_tokens=6)
+    assert [answer.ids for answer in generated.answers] == [(3, 6, 12), tuple(greedy([12, 2], 6))]
+    load = runtime.speed(prefill=8, decode=4, repeats=1).load
+    assert (load.runtime, load.context_length) == ("executorch-numpy-runtime", CONTEXT)
+    assert load.runtime_version == "1.4.0 (ExecuTorch 1.3.1)"
+    assert load.pool_threads is None, "it does not say"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torch-free") / "quantized"
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    plan = scheme.choose(model, 32)
+    frozen.freeze(model, plan)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+    return folder
+
+
+@real
+def test_a_program_with_llm_operators_says_what_is_lacking(quantized: Path, there: Transport, tmp_path: Path) -> None:
+    (tmp_path / "default").mkdir()
+    export(quantized, tmp_path / "default", 64, lambda text: None)
+    words = r"model\.pte needs llama::custom_sdpa, llama::update_cache, operators .* export it with --portable"
+    with pytest.raises(RefusedError, match=f"local: {words}"):
+        list(prepared(tmp_path / "default", there).score([[1, 2]]))
+
+
+@real
+def test_a_damaged_program_is_named(there: Transport, tmp_path: Path) -> None:
+    (tmp_path / "model.pte").write_bytes(b"not a program" * 9)
+    with pytest.raises(RefusedError, match=r"local: model\.pte cannot be loaded: "):
+        list(prepared(tmp_path, there).score([[1, 2]]))
