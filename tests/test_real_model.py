@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from qat_edge.run import write_manifest
 from qat_edge.tables import resolve
 from qat_edge.tasks import assistant
 from qat_edge.verify import verify_folder
-from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices import RUNTIMES, open_runtime, open_transport
+from qat_edge_devices.transport import Access
 from qat_edge_exporters import EXPORTERS
+from tests.devices.reached import on_the_way
 
 pytestmark = pytest.mark.model
 
@@ -175,3 +178,37 @@ def test_a_layer_from_equal_inputs_agrees_to_float_rounding(layer: int, tmp_path
         noise = ((expected - found) ** 2).sum(axis=1)
         decibels += (10 * np.log10((expected**2).sum(axis=1) / np.maximum(noise, 1e-30))).tolist()
     assert np.median(decibels) > 110
+
+
+def asked_there(
+    device: str, access: Access | None, exported: Exported, target: str
+) -> tuple[list[np.ndarray], list[tuple[int, ...]]]:
+    """Logits of a few tokens and short answers; what it takes to time them is done too."""
+    with closing(open_transport(device, access)) as transport:
+        runtime = open_runtime(target, transport, threads=1)
+        runtime.prepare(exported.folders[target])
+        logits = [np.load(scored.logits) for scored in runtime.score([ids[:24] for ids in exported.conversations[:2]])]
+        answers = runtime.generate(exported.prompts[:1], [exported.tokenizer.eos_token_id], 4).answers
+        speed = runtime.speed(prefill=8, decode=2, repeats=1)
+    assert min(speed.decode_tokens_per_s) > 0 and speed.load.artifact_rss_bytes > 0
+    return logits, [answer.ids for answer in answers]
+
+
+@pytest.mark.parametrize("target", list(RUNTIMES))
+@pytest.mark.parametrize("way", ["ssh", "adbd"])
+def test_a_device_that_is_reached_answers_as_this_machine_does_and_is_sent_the_artifact_once(
+    exported: Exported, way: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = asked_there("local", None, exported, target)
+    artifact = max(path.stat().st_size for path in exported.folders[target].iterdir())
+    with on_the_way(way, tmp_path / way, monkeypatch) as found:
+        assert found.sent is not None
+        counts = [found.sent()]
+        for _ in range(2):
+            there = asked_there(found.device, found.access, exported, target)
+            for one, other in zip(here[0], there[0], strict=True):
+                np.testing.assert_array_equal(one, other, strict=True)
+            assert there[1] == here[1]
+            counts.append(found.sent())
+    first, second = (after - before for before, after in pairwise(counts))
+    assert first > artifact > 50 * 10**6 and second < 10**6

@@ -42,6 +42,7 @@ from qat_edge_devices.transport import Access, Completed, DeviceInfo, inside, ki
 
 CACHE_BYTES = 64 * 1024  # smaller files are sent each time
 MARGIN_BYTES = 32 * 1024**2  # of disk that is to stay free: room for requests and results
+SAMPLED_BLOCKS = 8  # of a file; weights that were trained again differ in some
 SLOWEST_BYTES_PER_S = 100_000  # a transfer is given up below this
 SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
 
@@ -65,6 +66,20 @@ class Content:
         plain = self._hash().copy()
         plain.update(word.encode())
         return plain.hexdigest()
+
+    def blocks(self) -> list[int]:
+        """Which are looked at before the whole file is."""
+        return [index * (self.size // shell.BLOCK_BYTES) // SAMPLED_BLOCKS for index in range(SAMPLED_BLOCKS)]
+
+    def sample(self) -> str:
+        """The sha256 of `blocks`, "" where the file cannot be read any more."""
+        found = hashlib.sha256()
+        with suppress(OSError), self.local.open("rb") as file:
+            for block in self.blocks():
+                file.seek(block * shell.BLOCK_BYTES)
+                found.update(file.read(shell.BLOCK_BYTES))
+            return found.hexdigest()
+        return ""
 
     def _hash(self) -> hashlib._Hash:
         if self.data is not None:  # the file may be gone by the time this is sent again
@@ -180,32 +195,41 @@ class RemoteTransport(Session):
     def _push(self, contents: Sequence[Content]) -> None:
         large = [c for c in contents if c.data is None]
         small = [c for c in contents if c.data is not None]
-        disk, *sizes = self.do(shell.STOCK).splitlines()
-        # A file of a size that is not there need not be hashed to be missed.
-        known = [c for c in large if c.size in map(int, sizes)]
+        disk, *samples = self._stock(large)
+        # A file whose sample is not there need not be hashed to be missed.
+        known = [c for c in large if samples and c.sample() in samples]
         digests = self._digests((self._cached(c) for c in known), sum(c.size for c in known))
         held = {c.local for c, found in zip(known, digests, strict=True) if found == c.salted(self.word)}
         missing = {c.local: c for c in large if c.local not in held}
         self._check_room(sum(c.size for c in (*missing.values(), *small)), _free_disk(disk))
         for content in missing.values():
-            self._send_to_cache(content)
-        if large:
-            pairs = [word for c in large for word in (self._cached(c), c.remote)]
-            timeout_s = SCRIPT_TIMEOUT_S + sum(c.size for c in large) / SLOWEST_DISK_BYTES_PER_S
-            self.do(shell.PLACE, pairs, "files cannot be put in their places", timeout_s)
+            self._send_to_cache(content, [c for c in large if c.local == content.local])
+        if held:
+            self._place(shell.PLACE, [], [c for c in large if c.local in held])
         for content in small:
             self._send_small(content)
         found = self._digests((f"{self.folder}/{c.remote}" for c in small), sum(c.size for c in small))
         for content, digest in zip(small, found, strict=True):
             self._require_equal(content, digest)
 
-    def _send_to_cache(self, content: Content) -> None:
+    def _stock(self, contents: Sequence[Content]) -> list[str]:
+        """The device's line about its disk, then samples of the files of these sizes in the cache."""
+        asked = {" ".join(map(str, (c.size, *c.blocks()))) for c in contents}
+        return self.do(shell.STOCK, sorted(asked)).splitlines()
+
+    def _place(self, script: str, first: Sequence[str], contents: Sequence[Content]) -> None:
+        words = [word for c in contents for word in (self._cached(c), c.remote)]
+        timeout_s = SCRIPT_TIMEOUT_S + sum(c.size for c in contents) / SLOWEST_DISK_BYTES_PER_S
+        self.do(script, [*first, *words], "files cannot be put in their places", timeout_s)
+
+    def _send_to_cache(self, content: Content, equal: Sequence[Content]) -> None:
+        """Send a file that is to be at all the places of `equal`, which it is among."""
         incoming = f"{self.folder}/.incoming-{secrets.token_hex(8)}"  # never a name that another file may have had
         began = time.monotonic()
         if self._sent_and_followed(content, incoming) != content.salted(self.word):
             (found,) = self._digests([incoming], content.size)
             self._require_equal(content, found)
-        self.do(shell.KEEP, [incoming, self._cached(content)], f"{content.remote} cannot be kept")
+        self._place(shell.KEEP, [incoming], equal)
         took_s = time.monotonic() - began
         self.done.append(f"sent {content.local.name} ({content.size / 1e6:.1f} MB, {took_s:.1f} s) and checked it")
 

@@ -18,6 +18,7 @@ from typing import IO
 from qat_edge_devices.transport import Completed
 
 BOOTSTRAP = """exec sh -c 'IFS= read -r s && eval "$(printf "$s")"'"""
+BLOCK_BYTES = 65536  # of a sample
 EXIT_ABSENT = 999  # no such program to run; no program can end with it
 
 # A program in a session of its own. End of stdin (the other side closed it, or died) or $limit seconds end it with
@@ -104,16 +105,23 @@ while [ ! -f "$1" ]; do pause "$1" || exit 1; done
 """
 STOP_FOLLOWING = ': > "$1.end"; rm -f "$1"'
 
-# Free space, then the size in bytes of each cached file.
+# Free space, then a digest of some blocks of each cached file of an asked size. Each of $@: "SIZE BLOCK BLOCK ...".
 STOCK = f"""\
-{_SIZE}printf '%s\\n' "$(df -Pk "$root" | tail -n 1)"
-for file in "$root"/cache/*; do if [ -f "$file" ]; then size "$file" || :; fi; done
+{_DIGEST}{_SIZE}printf '%s\\n' "$(df -Pk "$root" | tail -n 1)"
+[ $# -eq 0 ] || for file in "$root"/cache/*; do
+  there=$(size "$file" 2>/dev/null) || continue
+  for asked in "$@"; do
+    case $asked in "$there "*)
+      for at in ${{asked#* }}; do dd if="$file" bs={BLOCK_BYTES} skip="$at" count=1; done 2>/dev/null |
+        digest | cut -c 1-64 ;;
+    esac
+  done
+done
 """
 
 RECEIVE = 'umask 077; cat > "$1" || { rm -f "$1"; exit 1; }'
-KEEP = 'chmod 444 "$1" && mv -f "$1" "$2"'
 
-# Give a cached file its name in the run folder: a hard link, a copy where the system permits none.
+# Give cached files their names in the run folder: hard links, copies where the system permits none.
 PLACE = """\
 cd "$run" || exit 1
 while [ $# -gt 0 ]; do
@@ -123,6 +131,9 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 """
+
+# The same after $1, which has just arrived, was moved into the cache as $2, whose names follow.
+KEEP = f'chmod 444 "$1" && mv -f "$1" "$2" || exit 1; shift\n{PLACE}'
 
 RECEIVE_SMALL = """\
 cd "$run" || exit 1

@@ -1,30 +1,43 @@
 """A device over ssh, through the user's own OpenSSH: their configuration, keys, agent and jump hosts.
 
 All commands share one connection, made by the first (ControlMaster), whose socket lies in a private temporary folder.
-Nobody is asked anything, and a host key that is not known already is refused.
+Nobody is asked anything, and a host key that is not known already is refused, be it the device's or a jump host's.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qat_edge_devices.errors import ConnectionLostError, TransportError, UnknownNameError, tail
+from qat_edge_devices.errors import (
+    ConnectionLostError,
+    DeviceTimeoutError,
+    TransportError,
+    UnknownNameError,
+    tail,
+)
 from qat_edge_devices.remote import RemoteTransport
+from qat_edge_devices.session import SCRIPT_TIMEOUT_S
 from qat_edge_devices.shell import BOOTSTRAP
 from qat_edge_devices.transport import Access
 
 SOCKET_PATH_BYTES = 80  # sockets' names may have 104 on some systems, and ssh appends to them while it connects
-# Given on the command line they win over the user's configuration.
-OPTIONS = {
+# Written before the user's configuration they win over it, at jump hosts too: ssh reaches these by an ssh of its own,
+# which is given the file and nothing of our command line.
+EVERYWHERE = {
     "BatchMode": "yes",
     "StrictHostKeyChecking": "yes",
     "ConnectTimeout": "15",
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
+    "LogLevel": "ERROR",
+}
+OPTIONS = {
     "ControlMaster": "auto",
     "ControlPersist": "120",  # should we be killed, the shared connection ends by itself
     "RemoteCommand": "none",
@@ -33,10 +46,14 @@ OPTIONS = {
     "ClearAllForwardings": "yes",
     "ForwardAgent": "no",
     "ForwardX11": "no",
-    "LogLevel": "ERROR",
 }
+DROPPED = "kex_exchange_identification"
+KEY_OF = re.compile(r"host key is known for (\S+) and|[Hh]ost key for (\S+) has changed")
 ADVICE = (
-    ("Host key verification failed", "Its key is not known here, or is another now: connect once by hand and compare."),
+    (
+        "Host key verification failed",
+        "The key of {named} is not known here, or is another now: connect once by hand and compare.",
+    ),
     ("Permission denied", "No key or agent of yours opens it without a question: try `ssh -o BatchMode=yes {host}`."),
     ("Could not resolve", "Check the name; it may be a Host of your ssh configuration."),
 )
@@ -61,7 +78,7 @@ class SshTransport(RemoteTransport):
         if shutil.which("ssh") is None:
             raise TransportError(f"{self.name}: there is no `ssh` on this machine. Install the OpenSSH client.")
         self._destination = f"ssh:{address}" if address.startswith("//") else address
-        self._config = ["-F", access.ssh_config] if access.ssh_config else []
+        self._config = access.ssh_config
         self._socket = ""
 
     def command(self) -> list[str]:
@@ -71,7 +88,10 @@ class SshTransport(RemoteTransport):
     def connect(self) -> None:
         """Make room for the shared connection; the first command opens it."""
         self.disconnect()
-        self._socket = str(Path(_private_folder()) / "s")
+        folder = Path(_private_folder())
+        self._socket = str(folder / "s")
+        ours = "".join(f"{key} {value}\n" for key, value in EVERYWHERE.items())
+        (folder / "config").write_text(ours + self._configuration())
 
     def disconnect(self) -> None:
         """End the shared connection."""
@@ -85,15 +105,37 @@ class SshTransport(RemoteTransport):
 
     def unreachable(self, stderr: str) -> TransportError:
         """ssh's own words, and what to do about them."""
+        if DROPPED in stderr:
+            stderr = self._words_on_the_way() or stderr
         advice = next((a for sign, a in ADVICE if sign in stderr), "Try `ssh -o BatchMode=yes {host} true`.")
+        found = KEY_OF.search(stderr)
+        named = self._destination if found is None else found[1] or found[2]
         # A server with too many connections in their beginnings drops some of them (MaxStartups).
-        kind = ConnectionLostError if "kex_exchange_identification" in stderr else TransportError
-        return kind(f"{self.name}: cannot be reached. {advice.format(host=self._destination)} ssh says:{tail(stderr)}")
+        kind = ConnectionLostError if DROPPED in stderr and found is None else TransportError
+        said = f"{advice.format(host=self._destination, named=named)} ssh says:{tail(stderr)}"
+        return kind(f"{self.name}: cannot be reached. {said}")
 
-    def _client(self) -> list[str]:
+    def _configuration(self) -> str:
+        """The user's own, or what was named in its place."""
+        if self._config is None:
+            return "Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n"
+        try:
+            return Path(self._config).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TransportError(f"{self.name}: --ssh-config {self._config} cannot be read ({error}).") from error
+
+    def _words_on_the_way(self) -> str:
+        """What a jump host's ssh says, which a connection that is to be shared (ControlPersist) keeps to itself."""
+        alone = ["-o", "ControlPath=none", "-o", "ControlPersist=no"]
+        with suppress(DeviceTimeoutError):
+            return self.launcher.run([*self._client(alone), "--", self._destination, "true"], SCRIPT_TIMEOUT_S).stderr
+        return ""
+
+    def _client(self, first: Sequence[str] = ()) -> list[str]:
         options = [word for key, value in OPTIONS.items() for word in ("-o", f"{key}={value}")]
         socket = self._socket.replace("%", "%%")
-        return ["ssh", *self._config, *options, "-o", f'ControlPath="{socket}"']
+        config = str(Path(self._socket).with_name("config"))
+        return ["ssh", "-F", config, *first, *options, "-o", f'ControlPath="{socket}"']
 
 
 def _private_folder() -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -32,7 +33,7 @@ class Way:
     """One way to a device whose disk is ours to look at.
 
     folder: holds its root folder. bin: comes first in the PATH of its programs. env: what this process needs
-    meanwhile. cut: ends the connection as a pulled cable would.
+    meanwhile. cut: ends the connection as a pulled cable would. sent: bytes that went to it so far, protocols and all.
     """
 
     device: str
@@ -42,6 +43,7 @@ class Way:
     env: dict[str, str] = field(default_factory=dict)
     ssh_config: str | None = None
     cable: Cable | None = None
+    sent: Callable[[], int] | None = None
 
     @property
     def access(self) -> Access:
@@ -101,10 +103,12 @@ class Cable:
     """Forwards a port of this machine to another.
 
     It can be cut, at once or after so many bytes, can drop so many connections in their beginnings, and be unplugged.
+    sent: bytes that it brought to its target.
     """
 
     def __init__(self, target: int) -> None:
         self.target, self.plugged, self.cut_after, self.drops = target, True, 0, 0
+        self.sent = 0
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -133,14 +137,15 @@ class Cable:
                 self._sockets += [near, far]
                 for one, other in ((near, far), (far, near)):
                     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    threading.Thread(target=self._forward, args=(one, other), daemon=True).start()
+                    threading.Thread(target=self._forward, args=(one, other, one is near), daemon=True).start()
 
-    def _forward(self, one: socket.socket, other: socket.socket) -> None:
+    def _forward(self, one: socket.socket, other: socket.socket, to_target: bool) -> None:
         passed = 0
         with contextlib.suppress(OSError), one:
             while data := one.recv(65536):
                 other.sendall(data)
                 passed += len(data)
+                self.sent += len(data) if to_target else 0
                 if self.cut_after and passed > self.cut_after:
                     self.cut_after = 0
                     self.cut()
@@ -171,7 +176,10 @@ def _ssh(folder: Path) -> Iterator[Way]:
     try:
         _wait_for(port)
         config = str(folder / "ssh.conf")
-        yield Way("ssh:kitchen", folder / "disk", folder / "bin", cable.cut, ssh_config=config, cable=cable)
+        yield Way(
+            "ssh:kitchen", folder / "disk", folder / "bin", cable.cut, ssh_config=config, cable=cable,
+            sent=lambda: cable.sent,
+        )  # fmt: skip
     finally:
         cable.close()
         for process in psutil.Process(server.pid).children():
@@ -228,13 +236,21 @@ def _adbd(folder: Path) -> Iterator[Way]:
             argv, env={**os.environ, **client}, capture_output=True, text=True, check=False, timeout=30
         ).stdout
 
+    def sent() -> int:
+        """As the kernel counts what adbd's side of the connection took in."""
+        argv = ["nsenter", "-t", str(server.pid), *user, "-n", _program("ss"), "-tinH", "sport = :5555"]
+        said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        return sum(map(int, re.findall(r"bytes_received:(\d+)", said)))  # none before it is connected
+
     try:
         deadline = time.monotonic() + 20
         while "connected to" not in adb("connect", "127.0.0.1:5555"):
             assert time.monotonic() < deadline, (folder / "adbd.log").read_text()
             time.sleep(0.1)
         adb("disconnect")
-        yield Way("adb:127.0.0.1:5555", folder / "disk", folder / "bin", lambda: print(adb("disconnect")), client)
+        yield Way(
+            "adb:127.0.0.1:5555", folder / "disk", folder / "bin", lambda: print(adb("disconnect")), client, sent=sent
+        )
     finally:
         adb("kill-server")
         server.kill()

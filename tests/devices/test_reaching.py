@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reached import WAYS, Way, on_the_way, opened
+from reached import WAYS, Cable, Way, large_file, on_the_way, opened
 
 from qat_edge_devices import open_transport
 from qat_edge_devices.errors import ConnectionLostError, TransportError, UnknownNameError
@@ -27,9 +27,50 @@ def test_an_unknown_host_key_is_refused(way: Way) -> None:
     known = Path(str(way.ssh_config)).parent / "known_hosts"
     for text in ("", known.read_text().replace("AAAA", "AAAB")):
         known.write_text(text)
-        with pytest.raises(TransportError, match=r"ssh:kitchen: cannot be reached\. Its key is not known here"):
+        with pytest.raises(TransportError, match=r"kitchen: cannot be reached\. The key of \[\S+ is not known here"):
             opened(way)
     assert known.read_text() == text
+    assert list(way.folder.iterdir()) == []
+
+
+@pytest.fixture
+def gate(way: Way) -> Iterator[Cable]:
+    """A jump host before ssh:behind: the same sshd at a port of its own, which must have a known key of its own."""
+    assert way.cable is not None and way.ssh_config is not None
+    cable = Cable(way.cable.target)
+    config = Path(way.ssh_config)
+    known = config.with_name("known_hosts")
+    known.write_text(known.read_text() + known.read_text().replace(f":{way.cable.port}", f":{cable.port}"))
+    kitchen = config.read_text()
+    behind = kitchen.replace("Host kitchen", "Host behind\n  ProxyJump gate")
+    # What the user's configuration permits for a jump host does not hold here.
+    gate = kitchen.replace("Host kitchen", "Host gate\n  StrictHostKeyChecking no")
+    config.write_text(behind + gate.replace(f"Port {way.cable.port}", f"Port {cable.port}"))
+    yield cable
+    cable.close()
+
+
+@pytest.mark.parametrize("way", ["ssh"], indirect=True)
+def test_a_device_behind_a_jump_host_is_reached_through_it(way: Way, gate: Cable, tmp_path: Path) -> None:
+    large = large_file(tmp_path)
+    with contextlib.closing(open_transport("ssh:behind", way.access)) as device:
+        device.push({"weights": large})
+        assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()  # type: ignore[attr-defined]
+    assert gate.sent > large.stat().st_size
+    assert way.runs() == []
+
+
+@pytest.mark.parametrize("way", ["ssh"], indirect=True)
+def test_an_unknown_key_of_a_jump_host_or_behind_it_is_named(way: Way, gate: Cable) -> None:
+    assert way.cable is not None
+    known = Path(str(way.ssh_config)).with_name("known_hosts")
+    entries = known.read_text()
+    for cable in (gate, way.cable):
+        other = next(line for line in entries.splitlines() if f":{cable.port} " not in line)
+        known.write_text(f"{other}\n")
+        with pytest.raises(TransportError, match=rf"key of \[127\.0\.0\.1\]:{cable.port} is not known here") as caught:
+            open_transport("ssh:behind", way.access)
+        assert not isinstance(caught.value, ConnectionLostError) and known.read_text() == f"{other}\n"
     assert list(way.folder.iterdir()) == []
 
 

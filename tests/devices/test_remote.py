@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -253,6 +253,27 @@ def test_a_second_run_sends_only_what_changed(
                 assert (Path(device.folder) / name).read_bytes() == path.read_bytes()
         assert sum(sent) == bytes_sent
         sent.clear()
+    assert len(way.cached()) == 2
+
+
+def test_a_file_as_large_as_one_that_is_there_is_not_read_before_it_is_sent(
+    way: Way, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").write_bytes(large.read_bytes()[::-1])
+    with contextlib.closing(opened(way)) as device:
+        device.push({"a": large})
+        asked: list[str] = []
+        original = device._digests
+
+        def noted(places: Iterable[str], size: int) -> list[str]:
+            asked.extend(listed := list(places))
+            return original(listed, size)
+
+        monkeypatch.setattr(device, "_digests", noted)
+        device.push({"b": tmp_path / "other"})
+        assert asked == []
+        device.push({"c": large})
+        assert len(asked) == 1
     assert len(way.cached()) == 2
 
 
