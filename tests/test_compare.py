@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
+from pages import svgs
 from qat_edge import adapters, cli, compare, config
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import DataError, ExportError, RunError
@@ -23,6 +26,7 @@ from qat_edge.measure.results import Agreement, Measured, Speed, Spread
 from qat_edge.quant import frozen
 from qat_edge.report.comparison import render, verdict
 from qat_edge.run import Run, read_manifest
+from qat_edge.summary import deployment_table
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
 ASKED = CompareOptions(target=("executorch",), method=("rtn", "hqq"))
@@ -276,6 +280,38 @@ def test_the_page_shows_figures_and_reasons_and_escapes_them() -> None:
     assert "67% of what fine-tuning gained" in said
 
 
+def test_a_base_far_off_is_told_and_not_drawn() -> None:
+    rows = [Deployment(name, "onnx", measured(p)) for name, p in (("base", 31.0), ("naive", 10.0), ("qat", 5.0))]
+    drawn = {svg[0].text: [str(bar[0].text) for bar in svg.iter("rect")] for svg in svgs(render(made_table(*rows)))}
+    assert drawn["Perplexity"] == ["Naive PTQ base + adapters: 10.0", "Fused QAT-LoRA: 5.00"]
+    assert len(drawn["Size"]) == 3
+    assert "The base&#39;s, 31.0, is left out." in render(made_table(*rows))
+    near = render(made_table(Deployment("base", "onnx", measured(29.0)), *rows[1:]))
+    assert "is left out" not in near
+
+
+def test_the_terminals_table_fits_80_columns() -> None:
+    rows = [Deployment(name, "onnx", measured(1053.0, 1.0, 225.0)) for name in deployments.TITLES]
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(deployment_table(made_table(*rows), "onnx"))
+    assert "…" not in shown.get() and all(title in shown.get() for title in deployments.TITLES.values())
+
+
+def test_the_verdict_names_every_method_once() -> None:
+    rows = [Deployment(n, "onnx", measured(p)) for n, p in (("base", 16.0), ("naive", 32.0), ("qat", 4.001))]
+    rows += [Deployment(f"ptq-{method}", "onnx", measured(8.0)) for method in ("rtn", "cd")]
+    said = verdict(made_table(*rows), "onnx")
+    assert "99% of the gain in log perplexity" in said  # 99.98%: not all of it
+    assert said.endswith(
+        "the others keep: Naive PTQ base + adapters −50% (worse than the base); merged PTQ by round-to-nearest 50%, by "
+        "coordinate descent 50%."
+    )
+
+
 def test_rows_keep_the_order_of_the_table() -> None:
     assert deployments.row_names(("qat", "ptq", "base"), ("awq", "rtn")) == ["base", "ptq-awq", "ptq-rtn", "qat"]
-    assert set(deployments.row_names(config.DEPLOYMENTS, ("rtn", "hqq", "gptq", "awq"))) == set(deployments.TITLES)
+
+
+def test_every_row_has_a_title_by_default_too() -> None:
+    assert deployments.row_names(CompareOptions().deployment, CompareOptions().method) == list(deployments.TITLES)

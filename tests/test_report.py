@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -32,9 +35,10 @@ from qat_edge.errors import RunError
 from qat_edge.measure import results
 from qat_edge.measure.results import Gate, Measured, Report
 from qat_edge.report import report
-from qat_edge.report.charts import linear_ticks, log_ticks, thin
+from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin
 from qat_edge.report.figures import number, percent, whole_percent
-from qat_edge.report.tables import COLUMNS
+from qat_edge.report.plots import loss_curve
+from qat_edge.report.tables import COLUMNS, parts
 from qat_edge.report.verdict import verdict
 from qat_edge.run import MANIFEST, sha256, write_manifest
 
@@ -133,6 +137,26 @@ def test_plots_are_well_formed_and_described(page: str) -> None:
         for element in svg.iter("text"):
             assert 0 <= float(element.get("x") or -1) <= width
             assert 0 < float(element.get("y") or -1) < height
+
+
+@pytest.mark.parametrize("losses", [(0.0522, 0.05), (2.9, 2.9), (1e-4, 1e-4), (1.25, 0.05)])
+@pytest.mark.parametrize("start", [1, 50, 90, 99])
+def test_labels_of_evaluations_cover_neither_each_other_nor_a_point(losses: tuple[float, float], start: int) -> None:
+    rows: list[dict[str, Any]] = [row for row in curve(100, start) if "loss" in row]
+    for phase, step, loss in zip(("lora", "qat"), (start, 100), losses, strict=True):
+        rows.append({"phase": phase, "step": step, "eval_loss": loss})
+    svg = ET.fromstring(loss_curve("loss", rows))
+    labels = [text for text in svg.iter("text") if "value" in text.get("class", "")]
+    assert sorted(str(text.text) for text in labels) == sorted(map(number, losses))
+    boxes = []
+    for text in labels:
+        middle, baseline, wide = float(text.get("x", "")), float(text.get("y", "")), text_width(str(text.text))
+        boxes.append((middle - wide / 2, middle + wide / 2, baseline - LINE + 2, baseline + 1))
+    for point in svg.iter("circle"):
+        left, height = float(point.get("cx", "")), float(point.get("cy", ""))
+        boxes.append((left - 4, left + 4, height - 4, height + 4))
+    for a, b in [boxes[:2], *itertools.product(boxes[:2], boxes[2:])]:
+        assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2], (a, b)
 
 
 def test_the_waterfalls_steps_add_up(tmp_path: Path) -> None:
@@ -321,3 +345,9 @@ def test_what_verify_found_is_shown_while_the_artifact_is_the_same(tmp_path: Pat
     write_manifest(run.exports / "onnx", "export", target="onnx", options={"context_length": 512}, wall_s=3.5)
     page = write(run)
     assert "14 of 14 linear layers" not in page and "exported again since" in page
+
+
+def test_a_head_that_shares_the_embeddings_table_says_so() -> None:
+    table = parts([quantized("QAT", target, 0.7, 0.02, 100.0) for target in ("executorch", "onnx")])
+    place = [name for name, _ in table.heads].index("head")
+    assert [row.cells[place].text for row in table.rows] == ["28.5", "in embedding"]

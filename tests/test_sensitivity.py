@@ -366,6 +366,9 @@ def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatc
     assert chosen.keys() == measured.weights.keys() and {4, 8} == set(chosen.values())
     kl = sum(measured.costs[name][width].kl_nats for name, width in chosen.items())
     assert kl <= limit
+    can = [name for name in chosen if len(measured.costs[name]) > 1]
+    said = f"{sum(chosen[name] == 8 for name in can)} of {len(can)} weights get 8 bits, "
+    assert said in second.stderr and "quantize" in second.stderr  # embedding and head have 8 bits in any case
     assert "get 8 bits" in (folder / "sensitivity.html").read_text()
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(listed) == {"sensitivity.json", "sensitivity.html", "bits.yaml"}

@@ -35,7 +35,7 @@ from qat_edge.console import bar
 from qat_edge.errors import RunError, UsageError
 from qat_edge.quant import probe, scheme
 from qat_edge.report.figures import megabytes, number
-from qat_edge.report.sensitivity import render
+from qat_edge.report.sensitivity import raised, render
 from qat_edge.rows import load_rows
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
 
@@ -56,10 +56,10 @@ class Result:
         if self.choice is None:
             return f"Wrote {self.folder / PAGE}. --budget-mb or --max-kl now picks the bits, without measuring again"
         picked, path = self.choice, self.folder / BITS
-        eights = sum(bits == 8 for bits in picked.bits.values())
         return (
-            f"Wrote {path}: {eights} of {len(picked.bits)} weights int8, {megabytes(picked.size_bytes)} MB and KL "
-            f"{number(picked.kl_nats)} predicted. Next: qat-edge finetune --bits {path}"
+            f"Wrote {path}: {raised(self.measured, picked)}, {megabytes(picked.size_bytes)} MB and KL "
+            f"{number(picked.kl_nats)} predicted. Next: qat-edge finetune --bits {path}, or "
+            f"qat-edge quantize {self.folder.parent} --method gptq --bits {path}"
         )
 
 

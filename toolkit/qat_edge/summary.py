@@ -7,7 +7,7 @@ from rich.table import Table
 from qat_edge.bits import Choice, Sensitivity
 from qat_edge.measure.deployments import Deployment, DeploymentTable
 from qat_edge.measure.results import Measured, Report, Spread
-from qat_edge.report.figures import number
+from qat_edge.report.figures import megabytes, number
 from qat_edge.run import PTQ_METHODS
 
 # Short, so that the table fits a terminal of 80 columns.
@@ -49,7 +49,9 @@ def sensitivity_table(measured: Sensitivity, choice: Choice | None, most: int = 
 def deployment_table(table: DeploymentTable, target: str) -> Table:
     """One runtime's deployments for a terminal; below it why a row has no figures."""
     rows = [row for row in table.deployments if row.target == target]
-    shown = Table(title=f"{target}, {table.tokens} tokens", title_justify="left", box=None, pad_edge=False)
+    shown = Table(
+        title=f"{target}, {table.tokens} tokens", title_justify="left", box=None, pad_edge=False, collapse_padding=True
+    )
     for index, name in enumerate(("deployment", "MB", "RAM MB", "ms/tok", "tok/s", "perpl.", "exact", "kept")):
         shown.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in rows:
@@ -67,7 +69,7 @@ def _deployment_cells(table: DeploymentTable, row: Deployment) -> list[str]:
         return ["-"] * 7
     kept = table.kept_perplexity(row)
     return [
-        f"{m.total_bytes / 1e6:.1f}",
+        megabytes(m.total_bytes),
         "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:.0f}",
         "-" if row.ms_per_token is None else number(row.ms_per_token),
         _median(None if m.speed is None else m.speed.decode),

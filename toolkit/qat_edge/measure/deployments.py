@@ -4,7 +4,7 @@
     lora     FP32 base, the adapters beside it as matrices of their own
     naive    the base rounded to nearest, float adapters beside it that never saw the rounding
     merged   the adapters merged into FP32 weights
-    ptq      the merged weights quantized after training: rtn, hqq, gptq, awq
+    ptq      the merged weights quantized after training, a row for each method of run.PTQ_METHODS
     qat      fused QAT-LoRA: merged weights under the codes and scales they were trained with
 
 What a fine-tune gained over its base, and how much of that a deployment keeps, is a ratio of differences:
@@ -25,7 +25,7 @@ from typing import Any
 from qat_edge.config import DEPLOYMENTS
 from qat_edge.measure import results
 from qat_edge.measure.results import Measured
-from qat_edge.run import write_text
+from qat_edge.run import PTQ_METHODS, write_text
 
 FORMAT = 1
 PTQ = "ptq-"  # what the name of a merged PTQ row starts with; its method follows
@@ -34,10 +34,7 @@ TITLES = {
     "lora": "LoRA unmerged, FP32",
     "naive": "Naive PTQ base + adapters",
     "merged": "Merged, FP32",
-    "ptq-rtn": "Merged PTQ, round-to-nearest",
-    "ptq-hqq": "Merged PTQ, HQQ",
-    "ptq-gptq": "Merged PTQ, GPTQ",
-    "ptq-awq": "Merged PTQ, AWQ",
+    **{f"{PTQ}{method}": f"Merged PTQ, {words}" for method, words in PTQ_METHODS.items()},
     "qat": "Fused QAT-LoRA",
 }
 

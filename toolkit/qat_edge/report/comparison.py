@@ -13,13 +13,14 @@ from qat_edge.measure.deployments import PTQ, Deployment, DeploymentTable
 from qat_edge.measure.results import Measured, Speed, Spread
 from qat_edge.report.charts import LINE, WIDTH, Scale, canvas, nice_top, rect, text, to_svg, x_axis
 from qat_edge.report.facts import Facts, flatten
-from qat_edge.report.figures import TARGETS, megabytes, number, percent, plain
+from qat_edge.report.figures import TARGETS, megabytes, number, percent, plain, whole_percent
 from qat_edge.report.page import Plot, environment, style
 from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
 
 CSS = {"base": "base", "lora": "lora", "naive": "other", "merged": "tuned", "qat": "qat"}
 COLOURS = {"base": "base", "other": "naive", "tuned": "FP32 fine-tune", "ptq": "merged PTQ", "qat": "QAT-LoRA"}
 BAR = 38.0  # height of a bar with its name above
+FAR = 3.0  # times the others' perplexity: drawn beside the base's, theirs would all look alike
 WORDS = (
     ("Base", "The model before fine-tuning, in 32-bit floats."),
     ("LoRA unmerged", "The FP32 base and the adapters of phase 1 as matrices of their own: Wx + sB(Ax)."),
@@ -53,10 +54,11 @@ class Runtime:
 def render(table: DeploymentTable) -> str:
     """The whole page as one text."""
     asked = [row.measured.prompts for row in table.deployments if row.measured and row.measured.prompts]
+    length = table.options.get("context_length")
     subtitle = [
         f"{table.tokens:,} tokens compared",
         f"{max(asked)} prompts answered" if asked else "no prompts answered",
-        f"context of {table.options.get('context_length', '?')} tokens",
+        *([f"context of {length:,} tokens"] if length else []),
         f"measured on {table.device}",
         table.created,
     ]
@@ -86,9 +88,9 @@ def columns(table: DeploymentTable) -> list[Column[Deployment]]:
         _timed("Decode", lambda speed: speed.decode),
         Column("Perplexity", "", _of(lambda m: m.perplexity), number, -1),
         Column("Exact match", "%", _of(lambda m: m.exact_match), percent, 1),
+        Column("KL", "nats", _of(lambda m: None if m.agreement is None else m.agreement.kl_nats), number, -1),
         Column("Gain kept", "perplexity, %", table.kept_perplexity, _share, 1),
         Column("Gain kept", "exact match, %", table.kept_exact_match, _share, 1),
-        Column("KL", "nats", _of(lambda m: None if m.agreement is None else m.agreement.kl_nats), number, -1),
         _timed("Prefill", lambda speed: speed.prefill),
         Column("Load", "ms", _of(lambda m: m.load_ms), number, -1),
     ]
@@ -108,9 +110,20 @@ def verdict(table: DeploymentTable, target: str) -> str:
     rivals = [r for r in table.deployments if r.target == target and (r.name == "naive" or r.name.startswith(PTQ))]
     known = [(row, kept) for row in rivals if (kept := table.kept_perplexity(row)) is not None]
     if known:
-        told = [f"{row.title} {_whole(kept)}" + (" (worse than the base)" if kept < 0 else "") for row, kept in known]
-        words.append("By perplexity, the others keep: " + "; ".join(told) + ".")
+        words.append(f"By perplexity, the others keep: {_told(known)}.")
     return " ".join(word for word in words if word)
+
+
+def _told(known: Sequence[tuple[Deployment, float]]) -> str:
+    """`Naive PTQ base + adapters 87%; merged PTQ by round-to-nearest 98%, by HQQ 98%`."""
+    alone, merged = [], []
+    for row, kept in known:
+        words = _whole(kept) + (" (worse than the base)" if kept < 0 else "")
+        if row.name.startswith(PTQ):
+            merged.append(f"by {row.title.partition(', ')[2]} {words}")
+        else:
+            alone.append(f"{row.title} {words}")
+    return "; ".join([*alone, *([f"merged PTQ {', '.join(merged)}"] if merged else [])])
 
 
 def _smaller(qat: Deployment, merged: Deployment | None) -> str:
@@ -138,12 +151,12 @@ def _kept_words(table: DeploymentTable, qat: Deployment) -> str:
 
 
 def _whole(share: float) -> str:
-    return f"{round(share * 100)}%".replace("-", "−")
+    return whole_percent(share).replace("-", "−")
 
 
 def _share(share: float) -> str:
     """As per cent; what rounds to nothing has no sign."""
-    return percent(round(share, 3) + 0.0)
+    return percent(share if abs(share) >= 0.0005 else 0.0)
 
 
 def _repeats(pick: Callable[[Speed], Spread]) -> Callable[[Deployment], Spread | None]:
@@ -202,12 +215,21 @@ def _plots(table: DeploymentTable, rows: Sequence[Deployment], index: int) -> li
     plots = []
     for name, caption in titles.items():
         found = [(row, v) for row in rows if (v := drawn[name].value(row)) is not None and math.isfinite(v)]
+        if name == "Perplexity" and (base := _far_base(found)):
+            found = [(row, value) for row, value in found if row.name != "base"]
+            caption += f" The base's, {number(base)}, is left out."
         if any(value > 0 for _, value in found):
             svg = _bars(f"{name.lower().replace(' ', '-')}-{index}", name, found, drawn[name])
             kinds = dict.fromkeys({"lora": "tuned"}.get(css(row), css(row)) for row, _ in found)
             legend = [(f"l-bar c-{kind}", COLOURS[kind]) for kind in kinds]
             plots.append(Plot(name, Markup(svg), caption, legend))
     return plots
+
+
+def _far_base(found: Sequence[tuple[Deployment, float]]) -> float:
+    """The base's perplexity where it is `FAR` times the greatest of the others, else 0."""
+    base, rest = ([v for row, v in found if (row.name == "base") is wanted] for wanted in (True, False))
+    return base[0] if base and rest and base[0] > FAR * max(rest) else 0.0
 
 
 def _bars(name: str, title: str, rows: Sequence[tuple[Deployment, float]], column: Column[Deployment]) -> str:

@@ -38,6 +38,7 @@ ROW = 30.0
 TALL_ROW = 40.0
 LABELS = 124.0  # width kept for the names beside bars
 PHASES = {"lora": "LoRA, float", "qat": "QAT"}
+_Box = tuple[float, float, float, float]  # left, right, top, bottom
 
 
 def loss_curve(name: str, curve: Sequence[dict[str, Any]], unit: str = "nats per token") -> str:
@@ -62,8 +63,7 @@ def loss_curve(name: str, curve: Sequence[dict[str, Any]], unit: str = "nats per
     for phase, points in evals.items():
         for step, loss in points:
             marker(root, x(step), y(loss), "circle", f"eval c-{phase}", f"step {step:g}: eval loss {number(loss)}")
-        if points:
-            _eval_label(root, x, y, points[-1])
+    _eval_labels(root, x, y, evals)
     return to_svg(root)
 
 
@@ -203,11 +203,31 @@ def _shade_phases(root: ET.Element, losses: dict[str, Points], evals: dict[str, 
         begin = end
 
 
-def _eval_label(root: ET.Element, x: Scale, y: Scale, point: tuple[float, float]) -> None:
-    words = number(point[1])
-    above = y(point[1]) - 11
-    anchor = "end" if x(point[0]) > x.end - 20 else "middle"
-    text(root, min(x(point[0]) + (4 if anchor == "end" else 0), x.end), above, words, "value halo", anchor)
+def _eval_labels(root: ET.Element, x: Scale, y: Scale, evals: dict[str, Points]) -> None:
+    """The figure of each phase's last evaluation: above its point, or where it covers the least near it."""
+    points = [_box(x(step) - 6, y(loss) + 6, 12, 12) for part in evals.values() for step, loss in part]
+    labels: list[_Box] = []
+    for phase in reversed([phase for phase, part in evals.items() if part]):
+        step, loss = evals[phase][-1]
+        words, left, height = number(loss), x(step), y(loss)
+        wide = text_width(words)
+        middle, level = min(left - wide / 2, x.end - wide), min(max(height + 4, y.end + LINE), y.start - 3)
+        spots = [(middle, height - 11), (middle, height + 20), (left - 10 - wide, level), (left + 10, level)]
+        spots += [(middle, height - 11 - LINE), (middle, height + 20 + LINE)]
+        boxes = [_box(begin, baseline + 1, wide, LINE - 1) for begin, baseline in spots]
+        inside = [b for b in boxes if x.start <= b[0] and b[1] <= x.end and y.end <= b[2] and b[3] < y.start]
+        best = min(inside or boxes, key=lambda box: (_covered(box, labels), _covered(box, points)))
+        labels.append(best)
+        text(root, (best[0] + best[1]) / 2, best[3] - 1, words, f"value t-{phase} halo", "middle")
+
+
+def _box(left: float, bottom: float, width: float, height: float) -> _Box:
+    return left, left + width, bottom - height, bottom
+
+
+def _covered(box: _Box, others: Sequence[_Box]) -> int:
+    """How many of the others it lies on."""
+    return sum(box[0] < o[1] and o[0] < box[1] and box[2] < o[3] and o[2] < box[3] for o in others)
 
 
 def _quality(row: Measured, exact: bool) -> float:

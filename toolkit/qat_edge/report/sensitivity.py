@@ -58,9 +58,15 @@ def render(measured: Sensitivity, choice: Choice | None) -> str:
     )  # fmt: skip
 
 
+def raised(measured: Sensitivity, choice: Choice) -> str:
+    """`53 of 210 weights get 8 bits`: of those that can have 4 or 8."""
+    count = sum(bits > min(measured.weights[name].costs) for name, bits in choice.bits.items())
+    return f"{count} of {sum(len(weight.costs) > 1 for weight in measured.weights.values())} weights get 8 bits"
+
+
 def table(measured: Sensitivity, choice: Choice | None) -> Table:
     """The weights by what they cost at their fewest bits, the costliest first."""
-    heads = [("4 bits", "KL, nats per token"), ("8 bits", "KL, nats per token"), ("4 bits", "kB"), ("8 bits", "kB")]
+    heads = [("4 bits", "KL, nats"), ("8 bits", "KL, nats"), ("4 bits", "kB"), ("8 bits", "kB")]
     if choice is not None:
         heads.append(("chosen", "bits"))
     rows = []
@@ -181,10 +187,10 @@ def _plots(measured: Sensitivity, choice: Choice | None) -> list[Plot]:
     if not curve:
         return maps
     caption = (
-        "Sum of what each weight costs alone. Sizes as a .pte holds them: a table that embedding and head share stands "
-        "there twice; an ONNX folder has it once unless `--rotate` parts it, but float32 scales."
+        "Sum of what each weight costs alone. Sizes as a .pte holds them, embedding and head in two tables: with "
+        "--rotate off, a .pte and an ONNX folder have one int8 table for both; ONNX has float32 scales."
     )
-    ends = [("l-square", "all weights at one width"), *([("l-circle", "chosen")] if choice else [])]
+    ends = [("l-square c-ptq", "all weights at one width"), *([("l-circle c-qat", "chosen")] if choice else [])]
     return [*maps, Plot("What more bits buy", Markup(curve), caption, ends)]
 
 
@@ -195,15 +201,13 @@ def _uniform_table(measured: Sensitivity) -> Table:
         predicted, size = measured.predicted(bits), measured.size_bytes(bits)
         cells = [Cell(number(predicted), predicted), Cell(number(kl), kl), Cell(megabytes(size), size)]
         rows.append(Row(f"all at {bits} bits", "", cells))
-    heads = [("predicted", "KL, nats per token"), ("measured", "KL, nats per token"), ("weights", "MB")]
+    heads = [("predicted", "KL, nats"), ("measured", "KL, nats"), ("weights", "MB")]
     return Table("Every weight at one width, embedding and head always at 8 bits.", heads, rows, first="Scheme")
 
 
 def _chosen_words(measured: Sensitivity, choice: Choice) -> str:
-    raised = sum(bits > min(measured.weights[name].costs) for name, bits in choice.bits.items())
-    can = sum(len(weight.costs) > 1 for weight in measured.weights.values())
     return (
-        f"{choice.asked}: {raised} of {can} weights get 8 bits instead of 4. All weights take "
+        f"{choice.asked}: {raised(measured, choice)} instead of 4. All weights take "
         f"{megabytes(choice.size_bytes)} MB, {number(choice.kl_nats)} nats per token are predicted."
     )
 
