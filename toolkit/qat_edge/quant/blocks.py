@@ -188,17 +188,17 @@ def _no_kept_casts() -> Iterator[None]:
 def summing(device: torch.device) -> Iterator[None]:
     """For products of float32 matrices that sum over tokens: sums in float32, factors rounded to bfloat16 on a CPU.
 
-    Of 1024 random tokens it took 40% of the time, and the sums were off by 0.2%. A sum of x x^T stays positive, for both
+    Of 1024 random tokens it took 40% of the time, and the sums were off by 0.2%. A sum of x x^T stays positive, as both
     factors are rounded alike.
     """
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    library: Any = torch.backends.mkldnn
+    before = library.matmul.fp32_precision
+    library.matmul.fp32_precision = "bf16"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        setting.fp32_precision = before
+        library.matmul.fp32_precision = before
 
 
 def _walk(
