@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 from summing import CONTEXT, greedy, sums, write_pte
 
-from conftest import make_model, make_tokenizer
-from qat_edge.quant import frozen, scheme
-from qat_edge.run import write_manifest
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.agent import models
 from qat_edge_devices.errors import RefusedError
 from qat_edge_devices.runtime import Runtime
 from qat_edge_devices.transport import Access, Transport
-from qat_edge_exporters.executorch.export import export
+from tests.exporters.tiny import export_into, freeze, llama
 
 PYTHON = Path(__file__).parents[2] / ".cache" / "torch-free" / "python"  # made by tests/devices/install
 real = pytest.mark.skipif(
@@ -72,23 +69,10 @@ def test_it_does_all_that_the_one_with_torch_does(there: Transport, tmp_path: Pa
     assert load.pool_threads is None, "it does not say"
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("torch-free") / "quantized"
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    plan = scheme.choose(model, 32)
-    frozen.freeze(model, plan)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
-    return folder
-
-
 @real
-def test_a_program_with_llm_operators_says_what_is_lacking(quantized: Path, there: Transport, tmp_path: Path) -> None:
-    (tmp_path / "default").mkdir()
-    export(quantized, tmp_path / "default", 64, lambda text: None)
+def test_a_program_with_llm_operators_says_what_is_lacking(there: Transport, tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "quantized")
+    export_into(tmp_path / "quantized", tmp_path / "default")
     words = r"model\.pte needs llama::custom_sdpa, llama::update_cache, operators .* export it with --portable"
     with pytest.raises(RefusedError, match=f"local: {words}"):
         list(prepared(tmp_path / "default", there).score([[1, 2]]))

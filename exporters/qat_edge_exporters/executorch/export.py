@@ -139,7 +139,8 @@ def _write(lowered: _Lowered, frozen: Path, out: Path, say: Callable[[str], None
         saved = sharing.share(out / MODEL) if shares else 0
     if saved:
         say(f"stored once for embedding and head: {saved / 1e6:.1f} MB")
-        lowered.layers["float_bytes"] |= {"head": 0} if "head" in lowered.layers["float_bytes"] else {}
+        if "head" in lowered.layers["float_bytes"]:
+            lowered.layers["float_bytes"]["head"] = 0
     write_text(out / LAYERS, json.dumps(lowered.layers | {"linears": linears}, indent=1) + "\n")
     _copy_files(frozen, out)
 
