@@ -79,6 +79,18 @@ def test_a_program_with_llm_operators_says_what_is_lacking(there: Transport, tmp
 
 
 @real
+def test_a_portable_program_says_what_it_says_in_executorch(there: Transport, tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "quantized")
+    export_into(tmp_path / "quantized", tmp_path / "portable", portable=True)
+    sequences = [[1, 2, 3, 4, 5, 6], [9, 8, 7]]
+    with contextlib.closing(open_transport("local")) as here:
+        expected = [np.load(one.logits) for one in prepared(tmp_path / "portable", here).score(sequences, 2)]
+    found = [np.load(one.logits) for one in prepared(tmp_path / "portable", there).score(sequences, 2)]
+    for logits, others in zip(found, expected, strict=True):
+        np.testing.assert_allclose(logits, others, atol=1e-4)
+
+
+@real
 def test_a_damaged_program_is_named(there: Transport, tmp_path: Path) -> None:
     (tmp_path / "model.pte").write_bytes(b"not a program" * 9)
     with pytest.raises(RefusedError, match=r"local: model\.pte cannot be loaded: "):
