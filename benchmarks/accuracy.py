@@ -8,6 +8,7 @@ trains and measures with the product's own commands, `document.py` writes the re
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,9 @@ def main() -> None:
         lab = _lab(given)
         if not given.document:
             plan.run(lab, plan.plan(lab, given.only or PARTS, given.seeds))
-        # Of all parts, whatever was run now: what is missing stands there as not measured.
-        path = document.write(lab, plan.plan(lab, PARTS, given.seeds), given.seeds, given.out)
+        # Of all parts and recipes, whatever was run now: what is missing stands there as not measured.
+        whole = replace(lab, setting=replace(lab.setting, ablation_rows=len(settings.ABLATION)))
+        path = document.write(whole, plan.plan(whole, PARTS, given.seeds), given.seeds, given.out)
         lab.say(f"Wrote {path}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=main.__doc__)
     parser.add_argument("--setting", choices=SETTINGS, help="how much is run; reduced on a CPU, full on CUDA")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part to run; all where not given")
+    parser.add_argument("--recipes", type=int, help="of the ablation, the first so many; the setting's where not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds, 0 1 2 by default")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     parser.add_argument("--model", help="base model; SmolLM2-135M-Instruct where not given")
@@ -61,10 +64,12 @@ def _lab(given: argparse.Namespace) -> Lab:
     """The lab that the flags ask for.
 
     Raises:
-        UsageError: a seed twice, or below zero.
+        UsageError: a seed twice, or below zero; more recipes than there are, or less than none.
     """
     if len(set(given.seeds)) != len(given.seeds) or min(given.seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, given.seeds))}: give each once, from 0 on.")
+    if given.recipes is not None and not 0 <= given.recipes <= len(settings.ABLATION):
+        raise UsageError(f"--recipes {given.recipes}: there are {len(settings.ABLATION)}.")
     from benchmarks.lab import Lab
     from qat_edge import models
     from qat_edge.console import say
@@ -72,6 +77,8 @@ def _lab(given: argparse.Namespace) -> Lab:
 
     device = choose_device(given.device)
     setting = SETTINGS[given.setting or ("full" if device == "cuda" else "reduced")]
+    if given.recipes is not None:
+        setting = replace(setting, ablation_rows=given.recipes)
     model = given.model or models.demo_model(ROOT / ".cache" / "qat-edge", say)
     if Path(model).exists():
         model = str(Path(model).resolve())

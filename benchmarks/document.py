@@ -412,7 +412,10 @@ def _settings() -> str:
             "calibrated PTQ methods, and parts after the first",
             lambda s: f"{_count(s.side_seeds, 'seed')}, {_list(s.side_tasks)}",
         ),
-        row("recipes of the ablation", lambda s: f"the first {s.ablation_rows}" if s.name == "reduced" else "all"),
+        row(
+            "recipes of the ablation (`--recipes` for more)",
+            lambda s: f"the first {s.ablation_rows}" if s.name == "reduced" else "all",
+        ),
         row("cost", lambda s: f"{s.cost_rounds} rounds of {s.cost_steps} timed steps"),
     ]
     batch = ", ".join(f"{t.name} {t.training['batch_size']} rows of up to {t.window} tokens" for t in TASKS.values())

@@ -221,6 +221,15 @@ def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path,
         assert len({job.cell.file_name for job in jobs}) == len(jobs)
 
 
+def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: Path, tmp_path: Path) -> None:
+    few, many = (
+        Lab(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows), silent)
+        for rows in (2, 5)
+    )
+    cells = [{job.cell.file_name for job in plan.plan(lab, settings.PARTS, (0,))} for lab in (few, many)]
+    assert cells[0] < cells[1] and len(cells[1]) == len(cells[0]) + 3
+
+
 def test_the_reduced_setting_ends_within_two_hours_by_its_own_estimate(tiny_model_folder: Path, tmp_path: Path) -> None:
     lab = Lab(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"], silent)
     assert plan.estimate_s(lab, plan.plan(lab, settings.PARTS, (0, 1, 2))) < 7200

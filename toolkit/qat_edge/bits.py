@@ -182,7 +182,7 @@ def save_bits(path: Path, choice: Choice) -> None:
         "note": "sum of what each layer costs alone; a first-order prediction",
     }
     document = {"asked": choice.asked, "prediction": prediction, "bits": choice.bits}
-    head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --bits FILE.\n"
+    head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --method METHOD --bits FILE.\n"
     run.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 

@@ -102,7 +102,8 @@ class Bench:
     def fine_tuned(self, model: Any) -> Measured:
         """The FP32 fine-tune, whose logits stay in `fp32` and its answers in `fp32_answers`."""
         self._score("FP32 fine-tune", model, self.fp32)
-        self.say("  answering the prompts")
+        if self.material.prompts:
+            self.say("  answering the prompts")
         material, options = self.material, self.options
         answers = reference.answer(model, material.questions, material.eos_ids, options.max_new_tokens, material.pad_id)
         self.fp32_answers.write_text(json.dumps(answers), encoding="utf-8")

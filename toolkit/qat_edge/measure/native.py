@@ -129,7 +129,8 @@ def _answer(bench: Bench, runner: NativeRunner) -> tuple[float | None, list[Cloc
     text: Callable[[list[int]], str] = material.tokenizer.decode
     ends = tuple(text([token]) for token in material.eos_ids)
     right = 0
-    bench.say("  answering the prompts")
+    if material.prompts:
+        bench.say("  answering the prompts")
     for ids, expected in material.prompts:
         answer, _ = runner.answer(text(ids), options.max_new_tokens)
         right += same_answer(_without_end(answer, ends), expected)
