@@ -129,9 +129,7 @@ def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     codes = {8: 288 * 64, 4: 288 * 64 // 2}  # bytes
     scales = {8: 288 * 4, 4: 288 * 64 // group_size * 2}  # float32, or bfloat16 by group
     both = {bits: codes[bits] + scales[bits] for bits in codes}
-    # Tied tables of equal bits share all, but that the operators for int4 want the codes in different orders.
-    shared = both[8] if table_bits == (8, 8) else scales[4] if table_bits == (4, 4) else 0
-    shared *= config().tie_word_embeddings
+    shared = both[table_bits[0]] if len(set(table_bits)) == 1 and config().tie_word_embeddings else 0
     assert (sizes["embedding"], sizes["head"]) == (both[table_bits[0]], both[table_bits[1]] - shared)
 
 
@@ -181,13 +179,16 @@ numpy.save(sys.argv[3], numpy.stack(rows))
 """
 
 
-def test_a_portable_int4_embedding_looks_up_the_same_rows(tmp_path: Path) -> None:
-    model = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, 8))
+@pytest.mark.parametrize("head_bits", [8, 4])
+def test_a_portable_int4_embedding_looks_up_the_same_rows(head_bits: int, tmp_path: Path) -> None:
+    model = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, head_bits))
     embedding, tokens = model.get_input_embeddings(), torch.arange(288).unsqueeze(0)
-    torch.testing.assert_close(tracing.PlainEmbedding(embedding.weight)(tokens), embedding(tokens), rtol=0, atol=0)
+    table = tracing.PlainEmbedding(embedding.weight, as_head=head_bits == 4)
+    torch.testing.assert_close(table(tokens), embedding(tokens), rtol=0, atol=0)
     made = export_into(tmp_path / "frozen", tmp_path / "export", portable=True)
     result = verify_folder(made.folder, "executorch", made.frozen)
     assert result.faults == [] and result.embedding_equal
+    assert (read(made.folder).size_bytes["head"] == 0) == (head_bits == 4), "one table for both"
     (found,) = _load_for_executorch(str(made.pte)).forward((tokens[:, 5:30].contiguous(), torch.tensor([0])))
     with torch.no_grad():
         assert sqnr(model(tokens[:, 5:30]).logits[0, -1], found[0, 0]) > 25

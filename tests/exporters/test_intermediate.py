@@ -114,6 +114,15 @@ def test_what_passes_through_an_artifact_is_what_passes_through_the_checkpoint(m
         assert noise < 1e-3, (name, noise)
 
 
+def test_rows_of_a_table_in_the_heads_order_are_seen_in_theirs(tmp_path: Path) -> None:
+    model = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, 4))
+    folder = export_into(tmp_path / "frozen", tmp_path / "executorch").folder
+    with closing(LocalTransport()) as transport:
+        (found,) = layers.passages(folder, "executorch", [[5, 6, 7]], transport, threads=1)
+    rows = model.get_input_embeddings()(torch.tensor([[5, 6, 7]])).detach()[0]
+    np.testing.assert_allclose(found["model.embed_tokens"].outputs, rows, atol=1e-6)  # type: ignore[arg-type]
+
+
 # --- faults planted in an ONNX folder ----------------------------------------------------------------------
 
 

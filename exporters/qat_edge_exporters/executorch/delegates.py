@@ -37,6 +37,7 @@ EMBEDDINGS = {
     "quantized_decomposed::embedding_4bit": 2,
     "aten::embedding": 1,
 }
+ORDERS = "aten::index_select"  # puts what was looked up in order where an embedding's pairs lie as the head's do
 CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # of an embedding: bits by type
 UNBOUNDED = re.compile(r"(?<=: )(-?)inf\b")  # a bound of a ReLU as flatc writes it, which is no JSON
 SWAPPED = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
@@ -118,8 +119,10 @@ def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
 def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[Product, bytes, bytes]]:
     """The quantized embeddings' shapes, codes and scales as those of products, in the order of their use.
 
-    A portable program looks codes and scales up by one ATen operator each, others by one operator for both.
+    A portable program looks codes and scales up by one ATen operator each, others by one operator for both. int4 codes
+    are returned as products have them, the first of a pair in the low nibble.
     """
+    as_head = any(operator.name == ORDERS for operator in plan.operators)
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
     tensors: list[Any] = []
     for call in calls:
@@ -127,11 +130,11 @@ def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[Product, b
         tensors += [plan.values[index].val for index in call.args[:tables]] if tables else []
     pairs = zip(tensors[0::2], tensors[1::2], strict=False)
     in_order = [sorted(pair, key=lambda t: t.scalar_type not in CODES) for pair in pairs]
-    return [_table(pte, *pair) for pair in in_order if pair[0].scalar_type in CODES]
+    return [_table(pte, as_head, *pair) for pair in in_order if pair[0].scalar_type in CODES]
 
 
-def _table(pte: PTEFile, *tensors: Any) -> tuple[Product, bytes, bytes]:
-    """Of an embedding's codes and scales."""
+def _table(pte: PTEFile, as_head: bool, *tensors: Any) -> tuple[Product, bytes, bytes]:
+    """Of an embedding's codes and scales; as_head: pairs lie as in a product already."""
     rows, columns = tensors[0].sizes
     groups = tensors[1].sizes[1] if len(tensors[1].sizes) > 1 else 1
     codes, scales = (bytes(pte.program.constant_buffer[t.data_buffer_idx].storage) for t in tensors)
@@ -139,7 +142,7 @@ def _table(pte: PTEFile, *tensors: Any) -> tuple[Product, bytes, bytes]:
     each = 4 if tensors[1].scalar_type == ScalarType.FLOAT else 2
     codes, scales = codes[: rows * columns], scales[: rows * groups * each]
     bits = CODES[tensors[0].scalar_type]
-    if bits == 4:  # the only place in a .pte where the first of a pair lies in the high nibble
+    if bits == 4 and not as_head:  # the only place in a .pte where the first of a pair lies in the high nibble
         codes = codes.translate(SWAPPED)
     return Product(rows, columns * 8 // bits, bits, groups, "", ""), codes, scales
 

@@ -63,6 +63,7 @@ def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
     attended: dict[int, str] = {}  # what attention found -> its layer's projection
     written: set[int] = set()
     width = 0
+    ordered = any(operator.name == delegates.ORDERS for operator in plan.operators)
     for call in (instruction.instr_args for instruction in plan.chains[0].instructions):
         if not isinstance(call, KernelCall | DelegateCall):
             continue
@@ -70,6 +71,9 @@ def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
         operator = plan.operators[call.op_index].name if isinstance(call, KernelCall) else ""
         if operator in delegates.EMBEDDINGS:
             width = plan.values[new[-1]].val.sizes[-1]
+            if not ordered:
+                yield Place(new[-1], layers.embedding, at_input=False)
+        elif operator == delegates.ORDERS:
             yield Place(new[-1], layers.embedding, at_input=False)
         elif operator in ATTENTION and len(attended) < len(projections):
             projection = projections[len(attended)]

@@ -8,7 +8,7 @@ https://github.com/pytorch/executorch/blob/v1.4.1/runtime/executor/pte_data_map.
     before   program | constants: embedding, ... | delegates | named data: ..., head, ...
     after    program | constants: embedding, ... | delegates | named data: ...            (head -> embedding)
 
-Of int4 tables these are the scales alone: the two operators want a byte's codes in different orders.
+So it is with int4, though the two operators want a byte's codes in different orders: see `tracing.QuantizedEmbedding`.
 """
 
 from __future__ import annotations

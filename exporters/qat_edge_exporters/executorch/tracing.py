@@ -89,20 +89,31 @@ class QuantizedEmbedding(nn.Module):
 
     int4 codes lie in pairs, the first in the high nibble, each as code + 8.
     https://github.com/pytorch/executorch/blob/v1.4.1/kernels/quantized/cpu/embeddingxb.cpp
+
+    as_head: pairs lie as XNNPACK has those of a head, the first in the low nibble, so that a tied table is stored once;
+    what is looked up is put in order again.
     """
 
-    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
+    def __init__(self, weight: IntxUnpackedToInt8Tensor, as_head: bool = False) -> None:
         super().__init__()
         self.bits = _bits(weight)
         codes, scales = weight.qdata, weight.scale.flatten()
         self.width = codes.shape[1]
+        order = torch.arange(self.width).view(-1, 2).flip(1).flatten() if as_head and self.bits == 4 else None
         if self.bits == 4:
             unsigned = (codes + 8).to(torch.uint8)
-            codes, scales = unsigned[:, 0::2] << 4 | unsigned[:, 1::2], weight.scale.to(torch.bfloat16)
+            first, second = (1, 0) if as_head else (0, 1)
+            codes, scales = unsigned[:, first::2] << 4 | unsigned[:, second::2], weight.scale.to(torch.bfloat16)
+        self.order: Tensor | None
+        self.register_buffer("order", order)  # (width,)
         self.register_buffer("codes", codes)  # (tokens, width), or half as wide in pairs
         self.register_buffer("scales", scales)  # (tokens,), or (tokens, groups) in bfloat16
 
     def forward(self, tokens: Tensor) -> Tensor:
+        rows = self._rows(tokens)
+        return rows if self.order is None else rows.index_select(-1, self.order)
+
+    def _rows(self, tokens: Tensor) -> Tensor:
         codes, scales = self.get_buffer("codes"), self.get_buffer("scales")
         if self.bits == 4:
             return OPS.embedding_4bit.dtype(codes, scales, None, *INT4, tokens, dtype=torch.float32)
@@ -112,12 +123,12 @@ class QuantizedEmbedding(nn.Module):
 class PlainEmbedding(QuantizedEmbedding):
     """The same rows and numbers without the quantized kernels: codes looked up, then multiplied by their scale."""
 
-    def __init__(self, weight: IntxUnpackedToInt8Tensor) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: IntxUnpackedToInt8Tensor, as_head: bool = False) -> None:
+        super().__init__(weight, as_head)
         if self.bits == 8:
             self.register_buffer("scales", weight.scale)  # (tokens, 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def _rows(self, tokens: Tensor) -> Tensor:
         codes, scales = (nn.functional.embedding(tokens, self.get_buffer(part)) for part in ("codes", "scales"))
         codes, scales = codes.to(torch.float32), scales.to(torch.float32)
         if self.bits == 8:
@@ -198,14 +209,21 @@ def prepare(model: Any, adapters: Mapping[str, Adapter], portable: bool = False)
     Returns names of frozen weights: the buffer's -> the module's, in order; none where the model is float.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = _hold_the_same(embedding.weight, head.weight)
     if embedding.weight is head.weight:  # one delegate owns the head's, and the embedding lies outside of it
         embedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    names = quantize_modules(model, portable)
+    names = quantize_modules(model, portable, tied)
     for name, adapter in adapters.items():
         module = _adapted(model, name, adapter)
         module.add_module("adapter", LowRank(adapter))
         module.register_forward_hook(_plus_adapter)
     return names
+
+
+def _hold_the_same(*tables: Tensor) -> bool:
+    """Whether embedding and head were frozen to the same codes."""
+    codes = [table.qdata for table in tables if isinstance(table, IntxUnpackedToInt8Tensor)]
+    return len(codes) == len(tables) and torch.equal(*codes)
 
 
 def _adapted(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
@@ -228,8 +246,11 @@ def _plus_adapter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     return output + added
 
 
-def quantize_modules(model: nn.Module, portable: bool = False) -> dict[str, str]:
-    """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order."""
+def quantize_modules(model: nn.Module, portable: bool = False, tied: bool = False) -> dict[str, str]:
+    """Put the frozen weights of `model` behind operators that export; the buffer's name -> the module's, in order.
+
+    tied: the embedding's table is the head's as well.
+    """
     found = {}
     rounded = RoundedInput()
     for name, module in list(model.named_modules()):
@@ -237,7 +258,7 @@ def quantize_modules(model: nn.Module, portable: bool = False) -> dict[str, str]
         if not isinstance(weight, IntxUnpackedToInt8Tensor):
             continue
         if isinstance(module, nn.Embedding):
-            table = PlainEmbedding(weight) if portable else QuantizedEmbedding(weight)
+            table = PlainEmbedding(weight, tied) if portable else QuantizedEmbedding(weight, tied)
             table.register_forward_hook(scaled_rows(module))
             model.set_submodule(name, table)
         else:
