@@ -91,23 +91,24 @@ class Workshop:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
         return made
 
-    def int4_tables(self) -> Path:
-        """The fine-tune as a .pte with int4 embedding and head, made where it is missing, else like the run's own.
+    def rounded(self, table_bits: int) -> Path:
+        """The fine-tune as a .pte with one table for embedding and head, else like the run's own; made where missing.
 
-        Rounded to nearest: how fast a file is does not depend on the codes in it.
+        Rounded to nearest, hidden states not turned: how fast a file is does not depend on the codes in it.
 
         Raises:
             RunError: the run has no .pte.
         """
         like = self.run.exports / PTE_TARGET
         options = ExportOptions(**{**read_manifest(like)["options"], "target": (PTE_TARGET,), "ptq": ("none",)})
-        made = self._models / f"int4-tables-{sha256(like / MANIFEST)[:12]}"  # anew after each export of the run
+        export_id = sha256(like / MANIFEST)[:12]  # anew after each export of the run
+        made = self._models / f"int{table_bits}-table-{export_id}"
         if not made.is_dir():
-            self.say("Exporting the model with int4 embedding and head: a minute or more")
+            self.say(f"Exporting the model with one int{table_bits} table: a minute or more")
             with work_folder(self._models, made.name) as folder:
                 rounded = Run(folder)
                 shutil.copytree(self.run.reference, rounded.adapter)
-                facts = {**read_manifest(rounded.adapter), "table_bits": [4, 4]}
+                facts = {**read_manifest(rounded.adapter), "table_bits": [table_bits, table_bits]}
                 write_text(rounded.adapter / MANIFEST, json.dumps(facts, indent=2) + "\n")
                 export(rounded, options, lambda text: None)
                 (rounded.exports / PTE_TARGET).rename(made)
