@@ -22,6 +22,7 @@ FP32 = "fp32"
 PLAIN_LORA: Overrides = {"scales": "absmax", "ptq_start": "none", "distill_weight": 0.0, "distill_top_k": 0}
 # The formulations differ in the forward pass alone, so everything else that QAT may add is off.
 FORMULATION: Overrides = {**PLAIN_LORA, "qat_start": 0.0}
+AFTER_ALL = 1e6  # of qat_start: a step that no training reaches, so that the start is made at the end and ships
 # distill_top_k: a start that changes the base wants the teacher asked beforehand.
 _TAUGHT: Overrides = {"distill_top_k": 64}
 
@@ -30,6 +31,7 @@ _TAUGHT: Overrides = {"distill_top_k": 64}
 ABLATION: Mapping[str, Overrides] = {
     "hidden states not turned": {"rotate": "off"},
     "no PTQ start": {"ptq_start": "none"},
+    "no QAT: the start after all steps": {"qat_start": AFTER_ALL},
     "QAT after three quarters of the steps": {"qat_start": 0.75},
     "GPTAQ start": {"ptq_start": "gptaq"},
     "scales fixed at the start": {"scales": "fixed"},
@@ -173,7 +175,8 @@ def recipe(name: str, steps: int) -> dict[str, Any]:
     """Overrides of a recipe by name: "fp32", "qat", or a row of ABLATION."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
-    return {} if name == RECOMMENDED else dict(ABLATION[name])
+    overrides = {} if name == RECOMMENDED else dict(ABLATION[name])
+    return {**overrides, "qat_start": float(steps)} if overrides.get("qat_start") == AFTER_ALL else overrides
 
 
 def ablation_rows(rows: int) -> list[str]:
