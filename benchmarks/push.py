@@ -1,4 +1,4 @@
-"""What our checks add to `adb push`: `python -m benchmarks.push adb:SERIAL [MEGABYTES]` prints times and their ratio.
+"""What our checks add to `adb push`: `python -m benchmarks.push adb:SERIAL` prints times and their ratio.
 
 Both are timed in turn, several rounds, of a file that the device has never seen: random bytes, made new each time. Ours
 is the whole of it: hashed here, sent, hashed there, kept in the cache and put in its place.
@@ -6,26 +6,49 @@ is the whole of it: hashed here, sent, hashed there, kept in the cache and put i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 from qat_edge_devices.adb import AdbTransport, open_adb
+from qat_edge_devices.errors import DeviceError
 from qat_edge_devices.transport import Access
 
-ROUNDS = 7
-MEGABYTES = 200
+
+def main() -> None:
+    """Time our push of a file beside plain `adb push`, and print the medians and the ratio within each round."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.push", description=main.__doc__)
+    parser.add_argument("device", help="adb:SERIAL, adb:HOST:PORT, or adb for the only one")
+    parser.add_argument("--megabytes", type=int, default=200, help="size of the file, 200 by default")
+    parser.add_argument("--rounds", type=int, default=7, help="of one each, 7 by default")
+    given = parser.parse_args()
+    way, _, serial = given.device.partition(":")
+    if way != "adb":
+        parser.error(f"{given.device}: plain `adb push` is what is compared with, so give adb:SERIAL")
+    try:
+        rounds = timed(serial, given.megabytes, given.rounds)
+    except DeviceError as error:
+        raise SystemExit(f"Error: {error}") from error
+    plain, ours = (median(times) for times in zip(*rounds, strict=True))
+    ratios = sorted(mine / theirs for theirs, mine in rounds)
+    words = f"{given.megabytes} MB, medians of {given.rounds}"
+    print(f"{words}: adb push {plain:.2f} s ({given.megabytes / plain:.0f} MB/s), ours {ours:.2f} s")
+    print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), load average {os.getloadavg()[0]:.1f}")
 
 
-def main(device: str, megabytes: int) -> None:
-    """Print the medians over the rounds, and the ratio within each."""
+def timed(serial: str, megabytes: int, count: int) -> list[tuple[float, float]]:
+    """Seconds of each round, plain and ours; serial: empty for the only device.
+
+    Raises:
+        DeviceError: the device cannot be reached, or has no space.
+    """
     rounds = []
-    with contextlib.closing(open_adb(device.partition(":")[2], Access())) as transport:
-        for _ in range(ROUNDS):
+    with contextlib.closing(open_adb(serial, Access())) as transport:
+        for _ in range(count):
             with tempfile.TemporaryDirectory() as name:
                 file = Path(name) / "weights.bin"
                 file.write_bytes(os.urandom(megabytes * 10**6))
@@ -33,11 +56,7 @@ def main(device: str, megabytes: int) -> None:
                 began = time.perf_counter()
                 transport.push({"weights.bin": file})
                 rounds.append((plain_s, time.perf_counter() - began))
-    plain, ours = (median(times) for times in zip(*rounds, strict=True))
-    ratios = sorted(mine / theirs for theirs, mine in rounds)
-    speed = megabytes / plain
-    print(f"{megabytes} MB, medians of {ROUNDS}: adb push {plain:.2f} s ({speed:.0f} MB/s), ours {ours:.2f} s")
-    print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), load average {os.getloadavg()[0]:.1f}")
+    return rounds
 
 
 def _timed_plainly(transport: AdbTransport, file: Path) -> float:
@@ -48,4 +67,4 @@ def _timed_plainly(transport: AdbTransport, file: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else MEGABYTES)
+    main()
