@@ -37,7 +37,7 @@ EMBEDDINGS = {
     "quantized_decomposed::embedding_4bit": 2,
     "aten::embedding": 1,
 }
-ORDERS = "aten::index_select"  # puts what was looked up in order where an embedding's pairs lie as the head's do
+ORDERS = "aten::index_select"  # what puts looked-up rows in order, see `puts_in_order`
 CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # of an embedding: bits by type
 UNBOUNDED = re.compile(r"(?<=: )(-?)inf\b")  # a bound of a ReLU as flatc writes it, which is no JSON
 SWAPPED = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
@@ -116,13 +116,18 @@ def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
     return [product for graph in graphs(pte, plan) for product in products_of(graph)]
 
 
+def puts_in_order(plan: ExecutionPlan) -> bool:
+    """Whether an embedding's pairs lie as the head's do, so that what is looked up is put in order afterwards."""
+    return any(operator.name == ORDERS for operator in plan.operators)
+
+
 def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[Product, bytes, bytes]]:
     """The quantized embeddings' shapes, codes and scales as those of products, in the order of their use.
 
     A portable program looks codes and scales up by one ATen operator each, others by one operator for both. int4 codes
     are returned as products have them, the first of a pair in the low nibble.
     """
-    as_head = any(operator.name == ORDERS for operator in plan.operators)
+    as_head = puts_in_order(plan)
     calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
     tensors: list[Any] = []
     for call in calls:

@@ -63,7 +63,7 @@ def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
     attended: dict[int, str] = {}  # what attention found -> its layer's projection
     written: set[int] = set()
     width = 0
-    ordered = any(operator.name == delegates.ORDERS for operator in plan.operators)
+    ordered = delegates.puts_in_order(plan)
     for call in (instruction.instr_args for instruction in plan.chains[0].instructions):
         if not isinstance(call, KernelCall | DelegateCall):
             continue

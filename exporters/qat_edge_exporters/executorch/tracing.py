@@ -99,11 +99,13 @@ class QuantizedEmbedding(nn.Module):
         self.bits = _bits(weight)
         codes, scales = weight.qdata, weight.scale.flatten()
         self.width = codes.shape[1]
-        order = torch.arange(self.width).view(-1, 2).flip(1).flatten() if as_head and self.bits == 4 else None
+        order = None
         if self.bits == 4:
-            unsigned = (codes + 8).to(torch.uint8)
-            first, second = (1, 0) if as_head else (0, 1)
-            codes, scales = unsigned[:, first::2] << 4 | unsigned[:, second::2], weight.scale.to(torch.bfloat16)
+            high, low = (codes + 8).to(torch.uint8).view(len(codes), -1, 2).unbind(-1)
+            if as_head:
+                high, low = low, high
+                order = torch.arange(self.width).view(-1, 2).flip(1).flatten()
+            codes, scales = high << 4 | low, weight.scale.to(torch.bfloat16)
         self.order: Tensor | None
         self.register_buffer("order", order)  # (width,)
         self.register_buffer("codes", codes)  # (tokens, width), or half as wide in pairs
