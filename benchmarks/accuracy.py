@@ -1,8 +1,9 @@
 """What 4 bits cost and QAT-LoRA wins back: `python -m benchmarks.accuracy` measures it and writes docs/accuracy.md.
 
 Each finished cell is a JSON file in the work folder; a run that was stopped goes on where it was, and a changed
-setting is measured as another cell. `settings.py` holds recipes and amounts; `plan.py` lists the cells, `lab.py`
-trains and measures with the product's own commands, `document.py` writes the report from the JSON alone.
+setting is measured as another cell. The cells of the report itself lie beside it, and are not measured again either.
+`settings.py` holds recipes and amounts; `plan.py` lists the cells, `lab.py` trains and measures with the product's own
+commands, `document.py` writes the report from the JSON alone.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _lab(given: argparse.Namespace) -> Lab:
     if Path(model).exists():
         model = str(Path(model).resolve())
     say(f"Setting {setting.name} on {device}: {setting.steps} steps, seeds {' '.join(map(str, given.seeds))}")
-    return Lab(given.work, model, device, setting, say, keep=given.keep)
+    return Lab(given.work, model, device, setting, say, keep=given.keep, published=given.out.with_suffix(".json"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One measured figure, or a few that belong together, as one JSON file: what makes the benchmark resumable.
 
 A cell is known by everything that decides its figures. A changed setting is another cell, measured anew; the old file
-stays where it is and is read by nobody.
+stays where it is and is read by nobody. The cells behind a report lie beside it, one a line, so that whoever checks
+the report out goes on from there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import hashlib
 import json
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +54,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellStore:
-    """The finished cells of a work folder."""
+    """The finished cells of a work folder, and those of a report that was written earlier.
+
+    published: what `publish` wrote, None for none; the work folder's own come first.
+    """
 
     folder: Path
+    published: Path | None = None
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """Figures of a finished cell, None where it has not been measured.
@@ -68,7 +75,7 @@ class CellStore:
         """All that is recorded about a finished cell: figures, versions, machine, date, seconds it took."""
         path = self.folder / cell.file_name
         if not path.is_file():
-            return None
+            return None if self.published is None else _published(self.published).get(cell.digest)
         try:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != FORMAT or document["cell"] != _plain(asdict(cell)):
@@ -92,6 +99,28 @@ class CellStore:
             "git_revision": git_revision(),
         }
         write_text(self.folder / cell.file_name, json.dumps(document, indent=1, default=str) + "\n")
+
+
+def publish(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the cells behind a report, one a line, so that a later version shows what was measured anew."""
+    lines = [json.dumps(document, sort_keys=True, default=str) for document in documents]
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+@cache
+def _published(path: Path) -> dict[str, dict[str, Any]]:
+    """What `publish` wrote, by the cells' digests; empty where there is no such file.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        documents = json.loads(path.read_text(encoding="utf-8"))
+        return {digest(document["cell"]): document for document in documents if document["format"] == FORMAT}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: not the cells of a report ({error}). Restore it from version control.") from error
 
 
 def digest(value: Any) -> str:

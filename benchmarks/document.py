@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks import chart, settings
+from benchmarks import cells, chart, settings
 from benchmarks.lab import Figures, Lab
 from benchmarks.page import MISSING, provenance, table
 from benchmarks.plan import Job
@@ -96,7 +96,7 @@ def recovery(fp32: float | None, qat: float | None, ptq: Sequence[float | None])
 
 
 def write(lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], path: Path) -> Path:
-    """Write the report and its plot of the cells that are finished."""
+    """Write the report, its plot and its cells, of those that are finished."""
     documents = [found for job in jobs if (found := lab.store.document(job.cell)) is not None]
     records = Records(documents, lab.setting, tuple(seeds))
     svg = chart.dots(
@@ -105,6 +105,7 @@ def write(lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], path: Path) -> Pa
     )
     if svg:
         write_text(path.with_suffix(".svg"), svg)
+    cells.publish(documents, path.with_suffix(".json"))
     write_text(path, render(records, path.with_suffix(".svg").name if svg else None))
     return path
 

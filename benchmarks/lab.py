@@ -71,7 +71,8 @@ class Training:
 
 @dataclass
 class Lab:
-    """Where and what everything is measured on. model: source of the base model; device: "cpu" or "cuda"."""
+    """Where and what everything is measured on. model: source of the base model; device: "cpu" or "cuda";
+    published: the cells behind an earlier report."""
 
     work: Path
     model: str
@@ -79,6 +80,7 @@ class Lab:
     setting: Setting
     say: Callable[[str], None]
     keep: bool = False
+    published: Path | None = None
     _yardstick: tuple[Training, Yardstick] | None = field(default=None, init=False)
     _fingerprint: str = field(default="", init=False)
 
@@ -87,7 +89,7 @@ class Lab:
 
     @property
     def store(self) -> CellStore:
-        return CellStore(self.work / "cells")
+        return CellStore(self.work / "cells", self.published)
 
     @property
     def fingerprint(self) -> str:

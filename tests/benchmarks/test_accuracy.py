@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import document, formulations, plan, settings
-from benchmarks.cells import Cell, CellStore
+from benchmarks.cells import Cell, CellStore, publish
 from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
 from benchmarks.lab import Lab, Training
 from benchmarks.remaining import partly_rounded, with_table_bits
@@ -77,6 +77,24 @@ def test_a_damaged_cell_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / CELL.file_name).write_text(content)
     with pytest.raises(RunError, match=CELL.digest):
         store.get(CELL)
+
+
+def test_the_cells_of_a_report_are_not_measured_again(tmp_path: Path) -> None:
+    before = CellStore(tmp_path / "before")
+    before.put(CELL, {"perplexity": 2.5}, 1.0, "x86_64")
+    publish([before.document(CELL) or {}], tmp_path / "page.json")
+    store = CellStore(tmp_path / "after", tmp_path / "page.json")
+    assert store.get(CELL) == {"perplexity": 2.5} and store.get(replace(CELL, seed=1)) is None
+    store.put(CELL, {"perplexity": 2.0}, 1.0, "x86_64")
+    assert store.get(CELL) == {"perplexity": 2.0}, "what was measured here comes first"
+    assert CellStore(tmp_path / "after", tmp_path / "missing.json").get(replace(CELL, seed=1)) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"format": 1}]'])
+def test_damaged_cells_of_a_report_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "page.json").write_text(content)
+    with pytest.raises(RunError, match=r"page\.json"):
+        CellStore(tmp_path, tmp_path / "page.json").get(CELL)
 
 
 # --- recovery and tables -------------------------------------------------------------------------------------------
