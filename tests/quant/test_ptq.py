@@ -221,6 +221,36 @@ def blocks_of(model: Any, plan: Scheme) -> list[Block]:
     return found
 
 
+def test_each_block_is_given_what_the_model_gives_it_and_run_once_a_batch() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).eval()
+    floats: dict[int, list[Tensor]] = {}
+    counted: list[int] = []
+    hook = model.model.layers[2].mlp.register_forward_hook(lambda *_: counted.append(1))
+
+    def follow(block: Block) -> dict[str, Tensor]:
+        floats[block.index] = [batch.unrounded for batch in block.batches]
+        before = len(counted)
+        for batch in block.batches:
+            batch.unrounded = block.run(batch, batch.unrounded)
+        del counted[before:]
+        return {}
+
+    with torch.no_grad():
+        walk(model, scheme.choose(model, 32), batches(), follow, "test")
+        hook.remove()
+        assert len(counted) == 3
+        assert all("forward" not in vars(layer) for layer in model.model.layers)
+        for i, batch in enumerate(batches()):
+            states = model(**batch, output_hidden_states=True).hidden_states
+            for block, found in floats.items():
+                torch.testing.assert_close(found[i], states[block])
+
+
 def test_only_what_ends_a_block_is_seen_to_end_it(tiny_model_folder: Path) -> None:
     model, plan = load(tiny_model_folder)
     with torch.no_grad():

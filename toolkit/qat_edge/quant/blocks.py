@@ -251,10 +251,14 @@ def find_blocks(scheme: Scheme, model: Any) -> str:
 
 
 def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibration) -> Batch:
-    """Run the float model up to its last block, noting the first's input and what each is called with besides."""
+    """The float model's way into its blocks: the first one's input, and what each is called with besides.
+
+    No block but the first is computed; the others hand on what they are given.
+    """
     device = next(model.parameters()).device
     hidden: list[Tensor] = []
     others: list[Arguments] = []
+    in_tuple: list[bool] = []  # how blocks of this model answer
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         keywords = dict(keywords)
@@ -265,18 +269,26 @@ def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibrat
         if len(others) == len(modules):
             raise _Stop
 
+    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states,) if in_tuple[-1] else hidden_states
+
     mask = batch["attention_mask"].to(device)
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        hook = modules[0].register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple)))
+        stack.callback(hook.remove)
+        for module in modules[1:]:
+            vars(module)["forward"] = hand_on
+            stack.callback(vars(module).pop, "forward")
         with suppress(_Stop):
             model(**inputs)
         unrounded = hidden.pop()
         others.clear()
         for name in scheme.embeddings:
-            hook = _rounding_rows(scheme.weights[name])
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            rounding = _rounding_rows(scheme.weights[name])
+            stack.callback(model.get_submodule(name).register_forward_hook(rounding).remove)
         with suppress(_Stop):
             model(**inputs)
     return Batch(hidden[0], mask.flatten().bool(), others, unrounded)
