@@ -30,9 +30,9 @@ from qat_edge_exporters.executorch import reader
 from qat_edge_exporters.executorch.inspection import inspect
 from qat_edge_exporters.onnx import names, storage
 
-PTE, PTE_INT8, PTE_INT4 = "`.pte`", "`.pte`, one int8 table", "`.pte`, one int4 table"
+PTE, PTE_INT4 = "`.pte`", "`.pte`, int4 tables"
 ONNX, LLAMA_CPP, GENAI = "ONNX folder", "llama.cpp Q4_0", "onnxruntime-genai int4"
-NAMES = (PTE, PTE_INT8, PTE_INT4, ONNX, LLAMA_CPP, GENAI)
+NAMES = (PTE, PTE_INT4, ONNX, LLAMA_CPP, GENAI)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def gather(run: Run, work: Path, say: Callable[[str], None]) -> tuple[list[Engin
     workshop = Workshop(work, run, say)
     makers: dict[str, Callable[[], Engine]] = {
         PTE: lambda: _pte(PTE, run.exports / PTE_TARGET),
-        PTE_INT8: lambda: _pte(PTE_INT8, workshop.rounded(8)),
-        PTE_INT4: lambda: _pte(PTE_INT4, workshop.rounded(4)),
+        PTE_INT4: lambda: _pte(PTE_INT4, workshop.int4_tables()),
         ONNX: lambda: _onnx(ONNX, run.exports / "onnx"),
         LLAMA_CPP: lambda: _llama_cpp(workshop),
         GENAI: lambda: _onnx(GENAI, workshop.genai_int4()),

@@ -91,8 +91,8 @@ class Workshop:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
         return made
 
-    def rounded(self, table_bits: int) -> Path:
-        """The fine-tune as a .pte with one table for embedding and head, else like the run's own; made where missing.
+    def int4_tables(self) -> Path:
+        """The fine-tune as a .pte with an int4 embedding and head, else like the run's own; made where missing.
 
         Rounded to nearest, hidden states not turned: how fast a file is does not depend on the codes in it.
 
@@ -102,13 +102,13 @@ class Workshop:
         like = self.run.exports / PTE_TARGET
         options = ExportOptions(**{**read_manifest(like)["options"], "target": (PTE_TARGET,), "ptq": ("none",)})
         export_id = sha256(like / MANIFEST)[:12]  # anew after each export of the run
-        made = self._models / f"int{table_bits}-table-{export_id}"
+        made = self._models / f"int4-tables-{export_id}"
         if not made.is_dir():
-            self.say(f"Exporting the model with one int{table_bits} table: a minute or more")
+            self.say("Exporting the model with int4 tables: a minute or more")
             with work_folder(self._models, made.name) as folder:
                 rounded = Run(folder)
                 shutil.copytree(self.run.reference, rounded.adapter)
-                facts = {**read_manifest(rounded.adapter), "table_bits": [table_bits, table_bits]}
+                facts = {**read_manifest(rounded.adapter), "table_bits": [4, 4]}
                 write_text(rounded.adapter / MANIFEST, json.dumps(facts, indent=2) + "\n")
                 export(rounded, options, lambda text: None)
                 (rounded.exports / PTE_TARGET).rename(made)

@@ -13,14 +13,14 @@ from typing import Any
 
 from benchmarks import chart
 from benchmarks.bandwidth import BUFFER_BYTES, THREADS
-from benchmarks.engines import GENAI, LLAMA_CPP, NAMES, ONNX, PTE, PTE_INT4, PTE_INT8
+from benchmarks.engines import GENAI, LLAMA_CPP, NAMES, ONNX, PTE, PTE_INT4
 from benchmarks.page import MISSING, median_of, provenance, table
 from qat_edge.errors import RunError
 from qat_edge.report.figures import megabytes, number, percent
 from qat_edge.run import write_text
 
 PHASES = {"prefill": "prompt", "decode": "decoding"}
-OURS, THEIRS = (PTE, PTE_INT8, PTE_INT4), (ONNX, LLAMA_CPP, GENAI)
+OURS, THEIRS = (PTE, PTE_INT4), (ONNX, LLAMA_CPP, GENAI)
 PLOT = chart.Dots(
     "speed",
     "Tokens per second of each engine",
@@ -105,8 +105,7 @@ def render(timings: Timings, plot: str | None = None) -> str:
 
 def _introduction(timings: Timings) -> str:
     amounts = timings.rounds[0]["cell"]["settings"]["amounts"]
-    tied = not {PTE_INT8, PTE_INT4}.isdisjoint(timings.engines)
-    nearest = ", or to nearest where a `.pte` has one table (`--rotate off`)" if tied else ""
+    nearest = ", or to nearest where a `.pte` has int4 tables" if PTE_INT4 in timings.engines else ""
     return (
         "Written by `python -m benchmarks.speed` from the JSON of its rounds; no figure here was typed by hand. Every "
         f"engine takes a prompt of {amounts['prefill']} tokens from an empty cache and then decodes "
@@ -195,8 +194,8 @@ def _limit_words(timings: Timings) -> str:
     limits = " and ".join(f"{number(timings.limit(n) / 1e9)} GB/s with {_threads(n)}" for n in THREADS)
     return (
         f"*Of the limit*: bytes of the matrices that a token reads, times tokens per second, over what this machine "
-        f"reads: {limits}, the fastest pass over a buffer of {BUFFER_BYTES >> 20} MiB in any round. The KV cache and "
-        "the norms are left out of the bytes. What a cache larger than the weights holds is read faster than memory."
+        f"reads: {limits}, the fastest pass over a buffer of {BUFFER_BYTES >> 20} MiB in any round. The KV cache, the "
+        "norms and what turns a shared table's input are left out of the bytes. What a cache larger than the weights holds is read faster than memory."
     )
 
 

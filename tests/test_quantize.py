@@ -144,9 +144,10 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
 
 def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) -> None:
     folder = quantize(run, options("cd", rotate=True), silent).folder
-    assert not frozen.read_scheme(folder).tied
+    assert frozen.read_scheme(folder).tied
     tuned = merged_model(run.reference, silent).model
-    stored = frozen.read_weights(folder)["model.embed_tokens"]
+    stored, head = (frozen.read_weights(folder)[name] for name in ("model.embed_tokens", "lm_head"))
+    assert torch.equal(stored.codes, head.codes) and torch.equal(stored.scales, head.scales)
     table = numerics.dequantize(stored.codes, stored.scales)
     lengths = tuned.get_input_embeddings().weight.norm(dim=1)
     torch.testing.assert_close(table.norm(dim=1), lengths, rtol=0.01, atol=0)  # the rows have turned, no more
@@ -154,7 +155,7 @@ def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) ->
     ids = tokenizer("say 7 it is 7, and 49 is its square", return_tensors="pt").input_ids
     with torch.no_grad():
         expected = tuned(ids).logits
-        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        logits = frozen.load(folder)(ids).logits
     assert 0 < float((logits - expected).norm() / expected.norm()) < 0.04
     with pytest.raises(UsageError, match="--rotate and --method qat"):
         quantize(run, options("qat", rotate=True), silent)

@@ -63,9 +63,11 @@ class Artifact:
     metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
     size_bytes: by part: linears, scales, embedding, head, graph, tokenizer; sums to the folder's files,
         manifest and logs aside. A table that embedding and head share is the embedding's, and the head has none.
+    floats: sha256 of float32 constants as the checkpoint has them, row by row; None where they were not read.
     """
 
     weights: dict[str, ArtifactWeight]
     metadata: dict[str, Any]
     size_bytes: dict[str, int]
     faults: list[str] = field(default_factory=list)
+    floats: frozenset[str] | None = None

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from benchmarks import bandwidth, engines, peers, speed, speed_page
 from benchmarks.cells import CellStore
-from benchmarks.engines import GENAI, LLAMA_CPP, ONNX, PTE, PTE_INT4, PTE_INT8, TRIAL, Amounts, Engine, Facts
+from benchmarks.engines import GENAI, LLAMA_CPP, ONNX, PTE, PTE_INT4, TRIAL, Amounts, Engine, Facts
 from benchmarks.page import MISSING
 from benchmarks.peers import PeerError, Workshop
 from benchmarks.speed_page import Timings
@@ -127,11 +127,11 @@ def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.M
     ready, reasons = engines.gather(Run(tmp_path), tmp_path, silent)
     assert [engine.name for engine in ready] == [PTE]
     assert reasons[LLAMA_CPP] == "ended by SIGSEGV"
-    assert set(reasons) == {PTE_INT8, PTE_INT4, ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
-    assert "no manifest.json" in reasons[PTE_INT4]  # of an export that those with one table are to be like
+    assert set(reasons) == {PTE_INT4, ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
+    assert "no manifest.json" in reasons[PTE_INT4]  # of an export that the one with int4 tables is to be like
 
 
-def test_a_pte_with_one_table_is_made_of_any_run(
+def test_a_pte_with_int4_tables_is_made_of_any_run(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = train_run(tiny_model_folder, tmp_path, steps=2)
@@ -140,7 +140,7 @@ def test_a_pte_with_one_table_is_made_of_any_run(
     write_manifest(like, "export", options={"target": ["executorch", "onnx"], "context_length": 48, "ptq": ["rtn"]})
     said: list[str] = []
     shop = Workshop(tmp_path / "work", made, said.append)
-    folder = shop.rounded(4)
+    folder = shop.int4_tables()
     engine = engines._pte(PTE_INT4, folder)
     artifact = reader.read(folder)
     assert artifact.size_bytes["head"] == 0, "the embedding's table"
@@ -151,10 +151,10 @@ def test_a_pte_with_one_table_is_made_of_any_run(
     assert engine.facts.token_bytes == sum(matrices) * (4 + 16 / 32) / 8  # bfloat16 scales of 32 weights each
     assert engine.timed(1, TRIAL)["decode"] > 0
     monkeypatch.setattr(peers, "export", lambda *given: pytest.fail("made again"))
-    assert shop.rounded(4) == folder and len(said) == 1
+    assert shop.int4_tables() == folder and len(said) == 1
     write_manifest(like, "export", options={"context_length": 64})
     with pytest.raises(pytest.fail.Exception, match="made again"):  # the run was exported anew
-        shop.rounded(4)
+        shop.int4_tables()
 
 
 def test_a_failed_step_is_quoted(tmp_path: Path) -> None:

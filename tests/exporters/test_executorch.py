@@ -23,6 +23,8 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  operators of the .pte
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, SHAPE, Exported, export_into, freeze, llama, sqnr
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -58,8 +60,12 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "int4_embedding": (llama, 32),
     "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
     "int4_tables": (llama, 32),
+    "turned": (llama, 32),
+    "turned_int4_tables": (llama, 32),
 }
-TABLES = {"int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4)}  # bits of embedding and head
+TABLES = {  # bits of embedding and head
+    "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "turned_int4_tables": (4, 4),
+}  # fmt: skip
 MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
     "model.layers.1.self_attn.o_proj": 8,
@@ -106,7 +112,8 @@ def spoken(model: Any, prompt: str) -> tuple[str, tuple[int, ...]] | None:
 def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     config, group_size = MODELS[name]
     bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
-    reference = freeze(config(), group_size, tmp_path / "frozen", bits, table_bits)
+    turned = name.startswith("turned")
+    reference = freeze(config(), group_size, tmp_path / "frozen", bits, table_bits, turned=turned)
     made = export_into(tmp_path / "frozen", tmp_path / "export")
     pte = made.pte
     torch.manual_seed(1)
@@ -131,6 +138,19 @@ def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     both = {bits: codes[bits] + scales[bits] for bits in codes}
     shared = both[table_bits[0]] if len(set(table_bits)) == 1 and config().tie_word_embeddings else 0
     assert (sizes["embedding"], sizes["head"]) == (both[table_bits[0]], both[table_bits[1]] - shared)
+
+
+def test_another_turn_of_the_head_is_told(tmp_path: Path) -> None:
+    freeze(llama(num_hidden_layers=1), 32, tmp_path / "frozen", turned=True)
+    made = export_into(tmp_path / "frozen", tmp_path / "export")
+    path = made.frozen / "model.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors["model.norm.turn"][3, 5] += 1e-3
+    save_file(tensors, path, metadata)
+    told = verify_folder(made.folder, "executorch", made.frozen).faults
+    assert told == ["model.norm.turn: not in the artifact as it was frozen"]
 
 
 def test_prefill_in_two_parts_is_prefill_in_one(exported: Exported) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import external_data_helper
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,7 +31,7 @@ from transformers import (
 
 from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
-from qat_edge.quant import frozen, numerics, scheme
+from qat_edge.quant import frozen, numerics, rotation, scheme
 from qat_edge.run import write_manifest
 from qat_edge.verify import verify_folder
 from qat_edge_exporters.onnx import export as onnx_export
@@ -81,9 +84,12 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
     "int4_tables": (llama, 32),
     "int4_tables_untied": (lambda: llama(tie_word_embeddings=False), 32),
+    "turned": (llama, 32),
+    "turned_int4_tables": (llama, 32),
 }
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
+    "turned_int4_tables": (4, 4),
 }  # fmt: skip
 MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
@@ -101,6 +107,7 @@ def freeze(
     folder: Path,
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
+    turned: bool = False,
 ) -> tuple[Any, scheme.Scheme]:
     """Write a frozen checkpoint of random weights; the float model that holds its dequantized weights."""
     torch.manual_seed(0)
@@ -109,8 +116,9 @@ def freeze(
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     plan = scheme.choose(model, group_size, bits, table_bits)
-    plain = AutoModelForCausalLM.from_config(config).eval()
-    plain.load_state_dict(model.state_dict())
+    if turned:
+        rotation.rotate(model, plan, 0)
+    plain = deepcopy(model)
     plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())  # rounded apart where bits differ
     for name, spec in plan.weights.items():
         weight = plain.get_submodule(name).weight
@@ -132,7 +140,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
             root = tmp_path_factory.mktemp(name)
             config, group_size = MODELS[name]
             bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
-            plain, plan = freeze(config(), group_size, root / "frozen", bits, table_bits)
+            turned = name.startswith("turned")
+            plain, plan = freeze(config(), group_size, root / "frozen", bits, table_bits, turned)
             (root / "onnx").mkdir()
             onnx_export.export(root / "frozen", root / "onnx", CONTEXT, lambda text: None)
             made[name] = Exported(root / "frozen", root / "onnx", plain, plan)
@@ -221,6 +230,18 @@ def test_every_matrix_is_bit_equal_to_the_frozen_one(exported: Exported) -> None
         assert found.bits == weight.bits, name
         np.testing.assert_array_equal(found.codes, weight.codes.numpy(), err_msg=name, strict=True)
         np.testing.assert_array_equal(found.scales, weight.scales.numpy(), err_msg=name, strict=True)
+
+
+def test_another_turn_of_the_head_is_told(make: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = make("turned")
+    assert verify_folder(made.folder, "onnx", made.frozen).faults == []
+    other = Path(shutil.copytree(made.frozen, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    with safe_open(other / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors["model.norm.turn"][3, 5] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata)
+    assert verify_folder(made.folder, "onnx", other).faults == ["model.norm.turn: not in the artifact as it was frozen"]
 
 
 def test_the_mixed_models_are_mixed(make: Callable[[str], Exported]) -> None:

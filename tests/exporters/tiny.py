@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import make_tokenizer
 from qat_edge.kinds import CAUSAL_LM, Kind
-from qat_edge.quant import frozen, scheme
+from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export import export
 
@@ -57,6 +57,7 @@ def freeze(
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
     kind: Kind = CAUSAL_LM,
+    turned: bool = False,
 ) -> Any:
     torch.manual_seed(0)
     model = kind.auto.from_config(config).eval()
@@ -65,6 +66,8 @@ def freeze(
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
     plan = scheme.choose(model, group_size, bits, table_bits)
+    if turned:
+        rotation.rotate(model, plan, 0)
     frozen.freeze(model, plan)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

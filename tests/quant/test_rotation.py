@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qat_edge.errors import ModelError
-from qat_edge.quant import fake, numerics, rotation, scheme, start
+from qat_edge.quant import fake, numerics, rotation, scheme, start, turned
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -77,11 +77,36 @@ def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
     rotation.rotate(adapted, plan, 0)
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
     assert all((model.get_submodule(n).weight - w).abs().mean() > 0.05 for n, w in weights.items())
-    assert not model.config.tie_word_embeddings
+    assert scheme.share_table(model) == plan.tied == (kind == "one table")
     gains = model.get_parameter("model.norm.weight")
     assert gains.unique().numel() > 90 and 0 < (gains - 1).abs().max() < 0.1
     merged, _ = fake.merge_adapters(adapted)
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", ["adapter", "bits"])
+def test_a_shared_table_parts_where_its_users_differ(parts: str) -> None:
+    model = make(TURNED["one table"]())
+    plan = scheme.choose(model, 32, table_bits=(4, 8) if parts == "bits" else (8, 8))
+    fake.insert(model, plan)
+    if parts == "adapter":
+        model = fake.add_adapters(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).eval()
+    before = logits(model)
+    rotation.rotate(model, plan, 0)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert not turned.turns_of(model) and not fake.base_of(model).config.tie_word_embeddings
+
+
+def test_a_turned_norm_stays_float32_under_autocast() -> None:
+    norm = nn.RMSNorm(8)
+    turned.turn_output(norm, rotation.random_hadamard(8, 0))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.linear(nn.functional.rms_norm(x, (8,)), turned.turns_of(norm)[""])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(x), expected)
+    turned.turn_output(norm, torch.eye(8))
+    torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (8,)))
+    assert type(norm).__name__ == "TurnedRMSNorm"
 
 
 @pytest.mark.parametrize("kind", TURNED)

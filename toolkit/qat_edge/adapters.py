@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat_edge import kinds, models
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, numerics, rotation, scheme, storage
+from qat_edge.quant import fake, frozen, numerics, rotation, scheme, storage
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.start import Start
 from qat_edge.run import LIBRARIES, library_version, read_manifest, replace_folder, write_manifest
@@ -83,7 +83,7 @@ def float_model(reference: Path, quantized: Path, say: Callable[[str], None]) ->
     merged = merged_model(reference, say)
     seed = read_manifest(quantized).get("rotation_seed")
     if seed is not None:
-        rotation.rotate(merged.model, merged.scheme, seed)
+        rotation.rotate(merged.model, replace(merged.scheme, tied=frozen.read_scheme(quantized).tied), seed)
     return merged.model
 
 

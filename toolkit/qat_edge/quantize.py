@@ -69,7 +69,8 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
         merged = replace(merged, scheme=plan)
     if options.rotate:
         rotation.rotate(merged.model, merged.scheme, options.seed)
-        merged = replace(merged, scheme=replace(merged.scheme, tied=False))
+        tied = merged.scheme.tied and scheme.share_table(merged.model)
+        merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
     scales, calibrated = _scales(run, merged, options, say)
     frozen.freeze(merged.model, merged.scheme, scales)
     with replace_folder(variant.quantized, force=True) as work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError, RunError
-from qat_edge.quant import frozen
+from qat_edge.quant import frozen, turned
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
@@ -81,7 +82,7 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     artifact: Artifact = resolve(READERS, target, "--target")(folder)
     differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in plan.weights}
     faults = [*artifact.faults, *(text for text in differing.values() if text)]
-    faults += _unexpected(plan, artifact) + _file_faults(folder, quantized)
+    faults += _unexpected(plan, artifact) + _turn_faults(quantized, artifact) + _file_faults(folder, quantized)
     return Verified(
         folder=folder,
         target=target,
@@ -136,6 +137,17 @@ def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None)
 def _unexpected(plan: Scheme, artifact: Artifact) -> list[str]:
     extra = sorted(set(artifact.weights) - set(plan.weights))
     return [f"{name}: in the artifact, but not in the checkpoint" for name in extra]
+
+
+def _turn_faults(quantized: Path, artifact: Artifact) -> list[str]:
+    """What turns the head's input, bit for bit, where the artifact's float constants were read."""
+    turns = {} if artifact.floats is None else turned.stored_turns(quantized)
+    digests = {name: hashlib.sha256(turn.numpy().tobytes()).hexdigest() for name, turn in turns.items()}
+    return [
+        f"{name}.{turned.TURN}: not in the artifact as it was frozen"
+        for name, digest in digests.items()
+        if digest not in (artifact.floats or ())
+    ]
 
 
 def _file_faults(folder: Path, quantized: Path) -> list[str]:

@@ -32,7 +32,7 @@ def read_vulkan(folder: Path) -> Artifact:
     """
     artifact, layers = reader.read(folder), reader.read_layers(folder / reader.LAYERS)
     linears = {name: _by_row(artifact.weights[name]) for name in layers.linears if name in artifact.weights}
-    return replace(artifact, weights=artifact.weights | linears)
+    return replace(artifact, weights=artifact.weights | linears, floats=None)  # its layout of them is not ours
 
 
 def _by_row(weight: ArtifactWeight) -> ArtifactWeight:

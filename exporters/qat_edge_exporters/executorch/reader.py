@@ -75,7 +75,7 @@ def read(folder: Path) -> Artifact:
         weights[name] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
     stored = {key: data for key, data in named.items() if key not in shared}
     sizes = sizes_by_part(folder, layers, used, stored, sum(len(c) + len(s) for _, c, s in tables))
-    return Artifact(weights, metadata, sizes, faults + unreadable)
+    return Artifact(weights, metadata, sizes, faults + unreadable, frozenset(named))
 
 
 def read_layers(path: Path) -> Layers:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from qat_edge import tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
+from qat_edge.quant.turned import stored_turns
 from qat_edge_exporters.checkpoint import is_frozen, read_adapters
 from qat_edge_exporters.onnx import architecture, names, support
 from qat_edge_exporters.onnx.layout import write_layout
@@ -63,7 +64,8 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
             say("Building the graph with onnxruntime-genai's builder")
             run_builder(frozen, built, "fp32", Path(scratch) / "cache")
         say("Repairing the graph")
-        repair(built, out, weights, adapters, shared, facts)
+        turn = next((turn.numpy() for turn in stored_turns(frozen).values()), None)
+        repair(built, out, weights, adapters, shared, facts, turn)
         genai = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
     genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
     genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_edge.quant.frozen import FrozenWeight
+from qat_edge.quant.turned import TURN
 from qat_edge_exporters.onnx import names
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits on the CPU
@@ -82,11 +83,11 @@ def write_layout(
 
 
 def float_tensors(frozen: Path) -> dict[str, Tensor]:
-    """What was not quantized, by tensor name, in float32: norms and biases."""
+    """What was not quantized and has a place in the builder's graph, by tensor name, in float32: norms and biases."""
     found: dict[str, Tensor] = {}
     for path in sorted(frozen.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-                if "._weight_" not in key:
+                if "._weight_" not in key and not key.endswith(f".{TURN}"):
                     found[key] = file.get_tensor(key).float()
     return found

@@ -8,6 +8,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+TURN_NODE = f"/{HEAD}/turn/MatMul"  # what turns the head's input
 GENAI_CONFIG = "genai_config.json"
 # Initializers (positions, rotated width / 2): name -> the layer type they belong to, and 0 for cosines, 1 for sines.
 ROTARY_TABLES = {

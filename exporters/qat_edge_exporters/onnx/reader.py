@@ -6,6 +6,7 @@ share is given under both names; its bytes count once, as the embedding's, as a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +78,11 @@ def read(folder: Path) -> Artifact:
             _read_linear(graph, node, found)
         elif node.op_type == "GatherBlockQuantized":
             _read_embedding(graph, node, genai["model"]["decoder"]["hidden_size"], found)
-        elif node.op_type in ("MatMul", "Gemm", "Gather", "Transpose"):
+        elif node.op_type in ("MatMul", "Gemm", "Gather", "Transpose") and node.name != names.TURN_NODE:
             _float_matrix(graph, node, found)
     found.faults += _missing(found.weights, genai) + _config_faults(folder, graph, genai)
     _join_fused(model, found)
-    return Artifact(found.weights, _metadata(graph, genai), _sizes(folder, found), found.faults)
+    return Artifact(found.weights, _metadata(graph, genai), _sizes(folder, found), found.faults, _turns(graph))
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
@@ -169,6 +170,12 @@ def _float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
             part = names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
         found.parts.setdefault(name, (part, storage.tensor(graph.initializers[name], graph.path.parent).nbytes))
         found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
+
+
+def _turns(graph: _Graph) -> frozenset[str]:
+    """sha256 of what turns the head's input, if anything does."""
+    stored = [graph.constant(node, 1)[1] for node in graph.model.graph.node if node.name == names.TURN_NODE]
+    return frozenset(hashlib.sha256(np.ascontiguousarray(turn.T).tobytes()).hexdigest() for turn in stored)
 
 
 def _join_fused(model: onnx.ModelProto, found: _Found) -> None:

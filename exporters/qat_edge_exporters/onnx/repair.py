@@ -4,6 +4,7 @@
   GatherBlockQuantized wants them as (vocabulary, blocks).
 - An embedding of its own would be a float table: it becomes GatherBlockQuantized over the frozen codes.
 - A row whose width no block divides counts its padding in K.
+- A head whose input is turned (`quant.turned`) is built as if it were not.
 - Adapters that are to stay beside their layers have no place yet.
 - The rotary tables are plain ones for the longest context the model knows: the model's own, up to the context length,
   take their place.
@@ -43,10 +44,12 @@ def repair(
     adapters: Mapping[str, Adapter],
     shared: bool,
     architecture: Architecture,
+    turn: NDArray[np.float32] | None = None,
 ) -> None:
     """Write the repaired graph and its data file of the builder's folder `built` into `out`.
 
     weights: none for a float model. shared: the embedding reads the head's table, or is float as the builder left it.
+    turn: (width, width), what the head's input is multiplied by; None for nothing.
 
     Raises:
         ExportError: the builder left a frozen matrix out, or stored it otherwise than asked.
@@ -63,6 +66,8 @@ def repair(
             next(a for a in node.attribute if a.name == "K").i = width
     if not shared:
         tensors |= _quantized_embedding(model, weights[names.EMBEDDING])
+    if turn is not None:
+        tensors |= _turned_input(model, turn)
     tensors |= add_adapters(model, adapters)
     storage.save(model, tensors, built, out)
 
@@ -137,6 +142,17 @@ def _embedding_scale(model: onnx.ModelProto, scale: float) -> dict[str, NDArray[
     node.input[1] = name
     model.graph.initializer.add(name=name)
     return {name: np.array(scale, np.float32)}
+
+
+def _turned_input(model: onnx.ModelProto, turn: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """One more product before the head's; nodes lie in the order of computation."""
+    place, head = next((i, n) for i, n in enumerate(model.graph.node) if names.module_of_node(n.name) == names.HEAD)
+    weight = f"{names.initializer_stem(names.TURN_NODE)}.weight"
+    output = f"{names.TURN_NODE}/output_0"
+    model.graph.node.insert(place, helper.make_node("MatMul", [head.input[0], weight], [output], name=names.TURN_NODE))
+    head.input[0] = output
+    model.graph.initializer.add(name=weight)
+    return {weight: np.ascontiguousarray(turn.T)}  # (in, out)
 
 
 def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[str, NDArray[Any]]:

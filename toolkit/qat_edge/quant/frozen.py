@@ -4,7 +4,8 @@ It is an ordinary Hugging Face folder of torchao IntxUnpackedToInt8Tensor weight
 `transformers.AutoModelForCausalLM.from_pretrained(folder)`, or the class of an encoder's kind, runs it without this
 package (`AutoModel` gives a sentence encoder a pooler anew, which takes no part in its answer). An embedding and a head
 that share a table are stored apart (the head rounds its input, the embedding has none), with equal
-codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest).
+codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest). One thing only `load` puts
+in its place: what the last norm's output is turned by (`turned`), where the hidden states of a tied model are turned.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge import kinds
 from qat_edge.errors import RunError
-from qat_edge.quant import numerics
+from qat_edge.quant import numerics, turned
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import read_manifest
 
@@ -92,6 +93,8 @@ def load(folder: Path) -> Any:
     kind = kinds.of_folder(folder)
     model = kind.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     kind.settle(model)
+    for name, turn in turned.stored_turns(folder).items():
+        turned.turn_output(model.get_submodule(name), turn)
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):
         # transformers takes a module with a torchao weight for initialized, and leaves this buffer as it was allocated.

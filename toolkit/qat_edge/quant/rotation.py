@@ -12,8 +12,8 @@ Q is a random Hadamard matrix, which spreads a channel over all others; h is clo
 form, where runtimes differ. What attention's heads pass on, the weighted sums of their values, is turned as well, head
 by head (SpinQuant's R2): H^T W_v, W_o H.
 
-The model stays what it was, with nothing added that runs; where embedding and head share a table they part, as g lies
-in the head alone.
+The model stays what it was, with nothing added that runs, but where embedding and head share a table: g lies in the
+head alone, so the last norm's output is turned once more for it (`turned`). A head with adapters gets its own table.
 
 [1] https://arxiv.org/abs/2404.00456
 [2] https://arxiv.org/abs/2405.16406
@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qat_edge.errors import ModelError
-from qat_edge.quant import fake
+from qat_edge.quant import fake, turned
 from qat_edge.quant.scheme import Scheme
 
 PROBE = 8  # tokens
@@ -82,7 +82,8 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
 
     The heads of attention are turned by another one, where the model has layers of their values alone.
 
-    trained: with adapters around its layers or not; their factors are turned along. A shared table becomes two.
+    trained: with adapters around its layers or not; their factors are turned along. A table that embedding and head
+    share stays one where `scheme` has it so and the head has no adapter; else it becomes two.
 
     Raises:
         ModelError: its hidden states cannot be turned.
@@ -94,13 +95,18 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
     turn = random_hadamard(stream.width, seed).to(device)
     draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
     gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
-    untie(model)
+    last = _norm_of_shared_table(model, scheme, stream)
+    if last is None:
+        untie(model)
     with torch.no_grad():
         _right(stream.embedding.weight, turn)
         for norm in stream.norms:
             gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn / gains
-            for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
-                _right(matrix, gained)
+            if norm is last:
+                turned.turn_output(norm.module, turn.T @ gained)
+            else:
+                for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
+                    _right(matrix, gained)
             norm.module.weight.copy_(gains - (1 - norm.neutral))
         for matrix in (m for name in stream.writers for m in _writing(model.get_submodule(name))):
             matrix.copy_(turn.T @ matrix.double())
@@ -114,6 +120,14 @@ def _turn_heads(model: Any, heads: Heads, turn: Tensor) -> None:
         each.copy_(turn.T @ each.double())
     for matrix in (m for name in heads.outputs.values() for m in _reading(model.get_submodule(name))):
         _right(matrix.view(-1, heads.width), turn)
+
+
+def _norm_of_shared_table(model: Any, scheme: Scheme, stream: Stream) -> Norm | None:
+    """The norm before a head that shares the embedding's table and can go on doing so; None where there is none."""
+    head = model.get_output_embeddings()
+    if not scheme.tied or isinstance(head, BaseTunerLayer) or head.weight is not stream.embedding.weight:
+        return None
+    return next((norm for norm in stream.norms if norm.readers == [scheme.head]), None)
 
 
 def untie(model: Any) -> None:

@@ -2,8 +2,8 @@
 
 start.safetensors holds, of every quantized linear layer, NAME.scales in bfloat16 and, where the method or a rotation
 changed the weight, PARAMETER in bfloat16, as of the tables that a rotation changed; other parameters that changed
-(AWQ folds into norms) in float32. Weights are rounded to bfloat16 before training sees them, so what is stored is what
-was trained on.
+(AWQ folds into norms), and what a norm's output is turned by, in float32. Weights are rounded to bfloat16 before
+training sees them, so what is stored is what was trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, ptq, rotation
+from qat_edge.quant import fake, ptq, rotation, turned
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
 
@@ -29,7 +29,7 @@ SCALES = ".scales"
 
 @dataclass(frozen=True)
 class Start:
-    """scales: (out, in // group) by module name. changed: parameters of the base model by name."""
+    """scales: (out, in // group) by module name. changed: parameters of the base model by name, and NORM.turn."""
 
     scales: dict[str, Tensor]
     changed: dict[str, Tensor]
@@ -62,13 +62,17 @@ class Start:
     def apply(self, model: Any) -> None:
         """Put weights and scales into a base model that `fake.insert` prepared, adapters around it or not."""
         fake.set_scales(model, self.scales)
-        if any(t.dim() == 2 and name.removesuffix(".weight") not in self.scales for name, t in self.changed.items()):
+        turns = {name for name in self.changed if name.endswith(f".{turned.TURN}")}
+        layers = {f"{name}.weight" for name in self.scales}
+        if not turns and any(t.dim() == 2 and name not in layers for name, t in self.changed.items()):
             rotation.untie(model)  # embedding and head changed, each in its own way
         with torch.no_grad():
             for name, tensor in self.changed.items():
                 module, _, attribute = name.rpartition(".")
-                parameter = getattr(model.get_submodule(module), attribute)
-                parameter.data.copy_(tensor)
+                if name in turns:
+                    turned.turn_output(model.get_submodule(module), tensor)
+                else:
+                    getattr(model.get_submodule(module), attribute).data.copy_(tensor)
 
 
 def make(
@@ -101,9 +105,11 @@ def make(
     with torch.no_grad(), _folded(list(layers.values())):
         scales = ptq.apply(model, scheme, method, calibration, say)
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
-    tables = () if rotation_seed is None else (scheme.embedding, scheme.head)
+    turns = turned.turns_of(model)
+    tables = () if rotation_seed is None else (scheme.embedding, *(() if turns else (scheme.head,)))
     weights = {name: model.get_submodule(name).weight for name in (*layers, *tables)}
     changed |= {f"{name}.weight": weight.detach().to(torch.bfloat16) for name, weight in weights.items()}
+    changed |= {f"{name}.{turned.TURN}": turn for name, turn in turns.items()}
     # An adapter stands between a layer and its name; `apply` goes through it, and works before it is there.
     start = Start(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
     start.apply(model)

@@ -123,7 +123,7 @@ def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, sa
     if obstacle:
         say(f"The hidden states stay in their coordinates: {obstacle}")
         return None
-    say("The hidden states will be turned before the start" + ("; embedding and head part" if plan.tied else ""))
+    say("The hidden states will be turned before the start")
     return options.seed
 
 
