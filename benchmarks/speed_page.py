@@ -195,7 +195,8 @@ def _limit_words(timings: Timings) -> str:
     return (
         f"*Of the limit*: bytes of the matrices that a token reads, times tokens per second, over what this machine "
         f"reads: {limits}, the fastest pass over a buffer of {BUFFER_BYTES >> 20} MiB in any round. The KV cache, the "
-        "norms and what turns a shared table's input are left out of the bytes. What a cache larger than the weights holds is read faster than memory."
+        "norms and what turns a shared table's input are left out of the bytes. What a cache larger than the weights "
+        "holds is read faster than memory."
     )
 
 
