@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, frozen, numerics, ptq, scheme, start
+from qat_edge.quant import fake, frozen, numerics, ptq, scheme, start, turned
 from qat_edge.quant.scheme import WeightScheme
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -84,12 +84,14 @@ def test_layer_gradients_under_learned_scales() -> None:
     torch.testing.assert_close(b.grad, 0.5 * by_weight @ a.detach().T, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "awq"])
+@pytest.mark.parametrize(
+    ("method", "rotation_seed"), [("rtn", None), ("hqq", None), ("gptq", None), ("awq", None), ("gptq", 0)]
+)
 def test_the_function_trained_from_a_start_is_the_function_frozen(
-    tiny_model_folder: Path, tmp_path: Path, method: str
+    tiny_model_folder: Path, tmp_path: Path, method: str, rotation_seed: int | None
 ) -> None:
     model, switch, plan = adapted(tiny_model_folder)
-    start.make(model, plan, method, calibration(), silent)
+    start.make(model, plan, method, calibration(), silent, rotation_seed)
     disturb_factors(model)
     switch.enabled = True
     with torch.no_grad():
@@ -98,7 +100,8 @@ def test_the_function_trained_from_a_start_is_the_function_frozen(
     assert set(scales) == set(plan.linears)
     frozen.freeze(merged, plan, scales)
     merged.save_pretrained(tmp_path / "quantized")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    reloaded = frozen.load(tmp_path / "quantized")
+    assert set(turned.turns_of(reloaded)) == (set() if rotation_seed is None else {"model.norm"})
     with torch.no_grad():
         torch.testing.assert_close(reloaded(IDS).logits, trained, rtol=0, atol=0)
 
