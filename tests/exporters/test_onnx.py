@@ -85,11 +85,9 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "int4_tables": (llama, 32),
     "int4_tables_untied": (lambda: llama(tie_word_embeddings=False), 32),
     "turned": (llama, 32),
-    "turned_int4_tables": (llama, 32),
 }
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
-    "turned_int4_tables": (4, 4),
 }  # fmt: skip
 MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
