@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import make_tokenizer
@@ -73,6 +75,16 @@ def freeze(
     make_tokenizer().save_pretrained(folder)
     write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
     return frozen.load(folder)
+
+
+def disturb_turn(checkpoint: Path) -> None:
+    """Change one number of what turns the head's input, in a frozen checkpoint."""
+    path = checkpoint / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["model.norm.turn"][3, 5] += 1e-3
+    save_file(tensors, path, metadata)
 
 
 def export_into(checkpoint: Path, folder: Path, **options: Any) -> Exported:

@@ -141,12 +141,12 @@ def _unexpected(plan: Scheme, artifact: Artifact) -> list[str]:
 
 def _turn_faults(quantized: Path, artifact: Artifact) -> list[str]:
     """What turns the head's input, bit for bit, where the artifact's float constants were read."""
-    turns = {} if artifact.floats is None else turned.stored_turns(quantized)
-    digests = {name: hashlib.sha256(turn.numpy().tobytes()).hexdigest() for name, turn in turns.items()}
+    if artifact.floats is None:
+        return []
     return [
         f"{name}.{turned.TURN}: not in the artifact as it was frozen"
-        for name, digest in digests.items()
-        if digest not in (artifact.floats or ())
+        for name, turn in turned.stored_turns(quantized).items()
+        if hashlib.sha256(turn.numpy().tobytes()).hexdigest() not in artifact.floats
     ]
 
 
