@@ -3,6 +3,7 @@
 attention.py   key-value cache in mutable buffers, ExecuTorch's attention operators behind transformers' own seam
 tracing.py     frozen weights as the operators XNNPACK knows; the model as one exported program
 lowering.py    exported program -> XNNPACK delegates -> .pte
+simplify.py    fewer operators in that program
 sharing.py     one table in the file for a tied embedding and head
 passes.py      the libraries' passes over a graph, in fewer tracings
 contract.py    constant methods that the LLM runner reads, and end tokens

@@ -87,9 +87,8 @@ class EncoderIdioms(tracing.Idioms):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _layer_norm(self, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        row = self._constant(f"mean_{shape[0]}", tracing.mean_row, shape[0])
-        centred = x - nn.functional.linear(x, row)
-        normed = centred * torch.rsqrt(nn.functional.linear(centred * centred, row) + eps)
+        centred = x - self.mean(x)
+        normed = centred * torch.rsqrt(self.mean(centred * centred, eps))
         normed = normed if weight is None else normed * weight
         return normed if bias is None else normed + bias
 

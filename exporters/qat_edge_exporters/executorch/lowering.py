@@ -28,6 +28,7 @@ from torch.fx.passes.infra.partitioner import Partition
 
 from qat_edge.errors import ExportError
 from qat_edge_exporters.executorch import passes
+from qat_edge_exporters.executorch.simplify import simplify
 
 PRODUCTS = {"aten.linear.default": 1, "aten.mm.default": 1, "aten.addmm.default": 2}  # which argument is the weight
 # Computed once a token, and better by the portable kernels: XNNPACK's are approximations for small angles.
@@ -40,6 +41,7 @@ def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str]
     Raises:
         ExportError: ExecuTorch's compiler failed.
     """
+    simplify(program)
     configs = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ not in NOT_DELEGATED]
     partitioner, done = Partitioner(configs=configs), itertools.count(1)
     with (

@@ -4,6 +4,7 @@ A part of the graph that XNNPACK does not take ends a delegate, and each delegat
 every token. Rewritten while tracing, each to the same function but for float rounding (tests hold them equal):
 
     x.mean(-1, keepdim=True)    x @ (1/D, ..., 1/D)          RMSNorm would end five delegates a layer
+    the same, + epsilon         the product's bias           one operator fewer in each norm
     rotate_half(x)              x @ R, of zeros and ±1        slices of a dynamic shape are not taken
     x.view(1, S, heads, -1)     x.view(1, -1, heads, width)   nor is a shape with a symbol in it
     gelu(x, "tanh")             0.5 x (1 + tanh(...))         XNNPACK takes it for the exact one, 5e-4 off
@@ -182,12 +183,16 @@ class Idioms(TorchFunctionMode):
         super().__init__()
         self.constants = constants
         self.unsqueezed: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
+        self.means: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the mean, and of what
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.mean, torch.mean) and _is_row_mean(args, kwargs):
-            width = args[0].shape[-1]
-            return nn.functional.linear(args[0], self._constant(f"mean_{width}", mean_row, width))
+            mean = self.mean(args[0])
+            self.means[id(mean)] = mean, args[0]
+            return mean
+        if func in (torch.Tensor.add, torch.Tensor.__add__) and id(args[0]) in self.means and type(args[1]) is float:
+            return self.mean(self.means[id(args[0])][1], args[1])
         if func is nn.functional.gelu and kwargs.get("approximate") == "tanh":
             return _gelu_tanh(args[0])
         if func in (torch.Tensor.view, torch.Tensor.reshape) and not kwargs:
@@ -199,9 +204,17 @@ class Idioms(TorchFunctionMode):
             return self.unsqueezed[key][1]
         return func(*args, **kwargs)
 
-    def _constant(self, name: str, make: Callable[[int], Tensor], width: int) -> Tensor:
+    def mean(self, x: Tensor, offset: float | None = None) -> Tensor:
+        """Of the channels of each token, plus a norm's epsilon, as one product."""
+        width = x.shape[-1]
+        row = self._constant(f"mean_{width}", lambda: torch.full((1, width), 1 / width))
+        bias = None if offset is None else self._constant(f"offset_{offset}", lambda: torch.tensor([offset]))
+        return nn.functional.linear(x, row, bias)
+
+    def _constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        name = name.replace(".", "_")  # no dot may stand in a parameter's name
         if name not in self.constants:
-            self.constants[name] = nn.Parameter(make(width), requires_grad=False)
+            self.constants[name] = nn.Parameter(make(), requires_grad=False)
         return self.constants[name]
 
 
@@ -398,10 +411,6 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     """https://arxiv.org/abs/1606.08415, its approximation by tanh."""
     inner = x * (x * x * 0.044715 + 1) * sqrt(2 / pi)
     return x * 0.5 * (torch.tanh(inner) + 1)
-
-
-def mean_row(width: int) -> Tensor:
-    return torch.full((1, width), 1 / width)
 
 
 def _is_row_mean(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
