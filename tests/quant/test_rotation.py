@@ -78,8 +78,12 @@ def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
     assert all((model.get_submodule(n).weight - w).abs().mean() > 0.05 for n, w in weights.items())
     assert scheme.share_table(model) == plan.tied == (kind == "one table")
-    gains = model.get_parameter("model.norm.weight")
-    assert gains.unique().numel() > 90 and 0 < (gains - 1).abs().max() < 0.1
+    first = model.get_parameter("model.layers.0.input_layernorm.weight")
+    assert first.unique().numel() > 90 and 0 < (first - 1).abs().max() < 0.1
+    others = [
+        model.get_parameter(name) for name in ("model.layers.0.post_attention_layernorm.weight", "model.norm.weight")
+    ]
+    assert all(bool((weight == 1).all()) for weight in others)
     merged, _ = fake.merge_adapters(adapted)
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 

@@ -7,10 +7,10 @@ SpinQuant [2]): with x Q in place of x,
     embedding     E Q                               written to x      Q^T W, b Q
     norm          weight g -> h, since x / rms(x) turns with x        read from a norm      W diag(g) Q diag(1/h)
 
-Q is a random Hadamard matrix, which spreads a channel over all others; h is close to 1, each channel's its own. Were it
-1, the first layers would be given the embedding's integers times one number, and many would lie on ties of their int8
-form, where runtimes differ. What attention's heads pass on, the weighted sums of their values, is turned as well, head
-by head (SpinQuant's R2): H^T W_v, W_o H.
+Q is a random Hadamard matrix, which spreads a channel over all others, and h is 1, which exporters may leave out. Only
+in the first norm each channel has its own h, close to 1: the first layers would else be given the embedding's integers
+times one number, and many would lie on ties of their int8 form, where runtimes differ. What attention's heads pass on,
+the weighted sums of their values, is turned as well, head by head (SpinQuant's R2): H^T W_v, W_o H.
 
 The model stays what it was, with nothing added that runs, but where embedding and head share a table: g lies in the
 head alone, so the last norm's output is turned once more for it (`turned`). A head with adapters gets its own table.
@@ -60,7 +60,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Stream:
-    """Who makes, reads and adds to the hidden states: names of the scheme. width: of the hidden states."""
+    """Who makes, reads and adds to the hidden states: names of the scheme. width: of the hidden states; norms: in the
+    order of execution."""
 
     width: int
     embedding: Any
@@ -94,13 +95,14 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
     device = stream.embedding.weight.device
     turn = random_hadamard(stream.width, seed).to(device)
     draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
-    gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
+    first_gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
     last = _norm_of_shared_table(model, scheme, stream)
     if last is None:
         untie(model)
     with torch.no_grad():
         _right(stream.embedding.weight, turn)
         for norm in stream.norms:
+            gains = first_gains if norm is stream.norms[0] else torch.ones_like(first_gains)
             gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn / gains
             if norm is last:
                 turned.turn_output(norm.module, turn.T @ gained)
@@ -185,7 +187,7 @@ def find_stream(model: Any, scheme: Scheme) -> Stream:
         _logits(model)
     found = [
         Norm(norm, _neutral(norm, width), names)
-        for norm in norms
+        for norm, _ in outputs.values()
         if (names := [name for name, source in sources.items() if source is norm])
     ]
     reading = {name for norm in found for name in norm.readers}
