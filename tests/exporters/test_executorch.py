@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -230,6 +231,15 @@ def test_portable_computes_the_same_without_custom_operators(exported: Exported,
     plan = next(p for p in delegates.open_pte(files[0]).program.execution_plan if p.name == contract.FORWARD)
     assert {operator.name.partition("::")[0] for operator in plan.operators} == {"aten"}
     assert len(plan.delegates) == 5  # attention lies inside: no more delegates than with custom operators
+
+
+def test_no_layer_copies_its_heads(exported: Exported) -> None:
+    """Only the cosines and the sines, which all layers share, are laid out for heads behind positions."""
+    pte = delegates.open_pte(exported.pte)
+    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
+    kinds = Counter(node["xnode_union_type"] for graph in delegates.graphs(pte, plan) for node in graph["xnodes"])
+    assert kinds["XNNStaticTranspose"] <= 2 and kinds["XNNReciprocalSquareRoot"] == 5
+    assert kinds["XNNAdd"] == 2 * (2 + 2)  # of each of two layers: to the hidden states, and in its rotary embeddings
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 ELEMENTWISE = {
@@ -52,10 +53,13 @@ def _drop_ones(program: ExportedProgram, graph: Graph) -> None:
 def _alike(node: Node, other: Node) -> bool:
     """Whether two tensors have the same shape and type."""
     one, two = node.meta["val"], other.meta["val"]
-    return bool(one.dtype == two.dtype and one.shape == two.shape)
+    return bool(one.dtype == two.dtype and one.dim() == two.dim()) and all(
+        statically_known_true(a == b) for a, b in zip(one.shape, two.shape, strict=True)
+    )
 
 
 def _cancel_swaps(graph: Graph) -> None:
+    """Compute between two transposes of dimensions 1 and 2 as if neither were there."""
     movable: set[Node] = set()
     for node in reversed(graph.nodes):
         if _computes_alike(node) and all(user in movable or _is_swap(user) for user in node.users):
@@ -67,7 +71,7 @@ def _cancel_swaps(graph: Graph) -> None:
                 node.replace_all_uses_with(swapped[node.args[0]])
             else:
                 swapped[node] = node.args[0]
-        elif node in movable and _operands(node) & swapped.keys() and all(map(_follows(swapped), _operands(node))):
+        elif node in movable and _can_follow(_operands(node), swapped):
             swapped[node] = _computed_swapped(graph, node, swapped)
 
 
@@ -92,18 +96,21 @@ def _tensors(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def _operands(node: Node) -> set[Node]:
+def _operands(node: Node) -> list[Node]:
     """What of a node's inputs has dimensions 1 and 2: not a product's matrix."""
-    return {n for n in _tensors(node) if n.meta["val"].dim() == 4}
+    return [n for n in _tensors(node) if n.meta["val"].dim() == 4]
 
 
-def _follows(swapped: dict[Node, Node]) -> Any:
-    """Whether an operand is there the other way round, or costs nothing to be: one of the dimensions is 1."""
-    return lambda operand: operand in swapped or 1 in operand.meta["val"].shape[1:3]
+def _can_follow(operands: list[Node], swapped: dict[Node, Node]) -> bool:
+    """Whether some operand is there the other way round, and each other one moves nothing: a dimension of it is 1."""
+    rest = [operand.meta["val"].shape[1:3] for operand in operands if operand not in swapped]
+    return len(rest) < len(operands) and all(any(statically_known_true(d == 1) for d in shape) for shape in rest)
 
 
 def _computed_swapped(graph: Graph, node: Node, swapped: dict[Node, Node]) -> Node:
-    for operand in _operands(node) - swapped.keys():
+    for operand in _operands(node):
+        if operand in swapped:
+            continue
         with graph.inserting_after(operand):
             swapped[operand] = _called(graph, aten.transpose.int, (operand, 1, 2), {})
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))
