@@ -83,7 +83,7 @@ def disturb_turn(checkpoint: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    tensors["model.norm.turn"][3, 5] += 1e-3
+    tensors["model.norm.weight"][3, 5] += 1e-3
     save_file(tensors, path, metadata)
 
 

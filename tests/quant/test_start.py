@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, frozen, numerics, ptq, scheme, start, turned
+from qat_edge.quant import fake, frozen, numerics, ptq, rotation, scheme, start, turned
 from qat_edge.quant.scheme import WeightScheme
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -105,6 +107,25 @@ def test_the_function_trained_from_a_start_is_the_function_frozen(
     assert set(turned.turns_of(reloaded)) == (set() if rotation_seed is None else {"model.norm"})
     with torch.no_grad():
         torch.testing.assert_close(reloaded(IDS).logits, trained, rtol=0, atol=0)
+
+
+def test_a_turned_checkpoint_runs_rightly_or_not_at_all(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, _, plan = adapted(tiny_model_folder)
+    start.make(model, plan, "rtn", calibration(), silent)
+    rotation.rotate(model, plan, 0)
+    merged, _ = fake.merge_adapters(model)
+    frozen.freeze(merged, plan)
+    merged.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight|mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["model.layers.0.input_layernorm.weight"] = torch.ones(3)
+    save_file(tensors, path, metadata)
+    with pytest.raises(RunError, match=r"model\.layers\.0\.input_layernorm\.weight is of another shape"):
+        frozen.load(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["hqq", "gptq"])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge.quant.turned import TURN
+from qat_edge.quant.turned import GAIN, WEIGHT
 from qat_edge_exporters.onnx import names
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits on the CPU
@@ -87,7 +87,9 @@ def float_tensors(frozen: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in sorted(frozen.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-                if "._weight_" not in key and not key.endswith(f".{TURN}"):
-                    found[key] = file.get_tensor(key).float()
+            keys = [key for key in file.keys() if "._weight_" not in key]  # noqa: SIM118 (no mapping: no __iter__)
+            found |= {key: file.get_tensor(key).float() for key in keys}
+    for key in [key for key in found if key.endswith(f".{GAIN}")]:
+        # Of a turned norm the builder is given the norm's own weight; repairs add what turns its output.
+        found[key.removesuffix(GAIN) + WEIGHT] = found.pop(key)
     return found

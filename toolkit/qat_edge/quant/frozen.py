@@ -4,8 +4,8 @@ It is an ordinary Hugging Face folder of torchao IntxUnpackedToInt8Tensor weight
 `transformers.AutoModelForCausalLM.from_pretrained(folder)`, or the class of an encoder's kind, runs it without this
 package (`AutoModel` gives a sentence encoder a pooler anew, which takes no part in its answer). An embedding and a head
 that share a table are stored apart (the head rounds its input, the embedding has none), with equal
-codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest). One thing only `load` puts
-in its place: what the last norm's output is turned by (`turned`), where the hidden states of a tied model are turned.
+codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest). Where the hidden states of
+a tied model are turned, only `load` runs it: plain transformers stops at the last norm's weight (`turned`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,9 @@ def load(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
     kind = kinds.of_folder(folder)
-    model = kind.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    read = partial(kind.auto.from_pretrained, dtype=torch.float32, local_files_only=True)
+    model = turned.load(read, folder).eval()
     kind.settle(model)
-    for name, turn in turned.stored_turns(folder).items():
-        turned.turn_output(model.get_submodule(name), turn)
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):
         # transformers takes a module with a torchao weight for initialized, and leaves this buffer as it was allocated.
