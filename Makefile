@@ -13,8 +13,9 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 demo: $(STAMP)
 	$(BIN)/qat-edge demo
 
+# A process a core, up to four, each with one thread: with more they would wait for one another.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not arm64"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not arm64"
 
 # On ARM instructions, under qemu: minutes, and the first time 3 GB of packages into .cache/arm64.
 test-arm64: $(STAMP)
