@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -285,6 +286,27 @@ def test_gptaq_comes_closer_to_the_float_model_than_gptq(tiny_model_folder: Path
         masks = [batch["attention_mask"].bool() for batch in batches()]
         errors[method] = sum(float((f - e)[m].square().sum()) for f, e, m in zip(found, expected, masks, strict=True))
     assert errors["gptaq"] < 0.9 * errors["gptq"] < 0.9 * errors["rtn"] and errors["cd"] < 0.95 * errors["gptaq"]
+
+
+@pytest.mark.parametrize("method", ["gptaq", "cd"])
+def test_int8_layers_make_up_for_what_lies_before_them(tiny_model_folder: Path, method: str) -> None:
+    model, _ = load(tiny_model_folder)
+    wide = {f"model.layers.{i}.{name}": 8 for i in (0, 1) for name in ("self_attn.v_proj", "mlp.down_proj")}
+    plan = scheme.choose(model, 32, wide)
+    own = {name: model.get_submodule(name).weight.detach().clone() for name in wide}
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches()]
+        scales = ptq.apply(model, plan, method, batches(), silent)
+        errors = []
+        for kept in ({}, own):
+            judged = copy.deepcopy(model)
+            for name, weight in kept.items():
+                judged.get_submodule(name).weight.copy_(weight)
+            frozen.freeze(judged, plan, {name: scale for name, scale in scales.items() if name not in wide})
+            found = [judged(**b).logits[b["attention_mask"].bool()] for b in batches()]
+            wanted = [e[b["attention_mask"].bool()] for e, b in zip(expected, batches(), strict=True)]
+            errors.append(sum(float((f - w).square().sum()) for f, w in zip(found, wanted, strict=True)))
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_gptaq_aims_at_the_least_squares_weight() -> None:

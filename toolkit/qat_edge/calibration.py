@@ -56,7 +56,8 @@ def batches(rows: Sequence[TokenIds], tokenizer: Any) -> list[dict[str, Tensor]]
     """Rows of similar length together: int64 "input_ids", "attention_mask" (rows, length), padded on the right.
 
     All tokens count alike: with prompts at 0.3 and 0.1 of the answers' weight, KL of assistant requests after
-    coordinate descent was 7% and 45% higher, with the loss's squared gradient as weight 25%.
+    coordinate descent was 7% and 45% higher, with the loss's squared gradient as weight 25%, with 32 as the weight of a
+    row's first token the same. Such a figure has a spread of about 10%: each change leads to other codes everywhere.
     """
     collate = data.Collator(tokenizer)
     tensors = map(collate, by_length(rows, BATCH_TOKENS))

@@ -42,27 +42,37 @@ class Aligner(Compensator):
     name: ClassVar[str] = "GPTAQ"
 
     def treat(self, block: Block) -> dict[str, Tensor]:
-        """Compensate every int4 weight of the block in place; its scales by name.
+        """Compensate every weight of the block in place; scales of the int4 ones by name.
+
+        An int8 weight is left at what is aimed at: its own rounding is small, but not what lies before it.
 
         Raises:
             DataError: the inputs say too little about the weights.
         """
-        groups = block.compensated()
+        groups = block.shared_inputs()
         ending = bool(groups) and len(groups[-1]) == 1 and block.ends_with(groups[-1][0])
         first = [names[0] for names in groups]
         floats = [_pass(block, batch, first, batch.unrounded) for batch in block.batches]
         scales: dict[str, Tensor] = {}
+        settled: list[str] = []
         for names in groups:
             last = ending and names is groups[-1]
             relative = self.weigh(block, names[0])
-            with block.rounded(scales, only=list(scales)):
+            with block.rounded(scales, only=settled):
                 hessian, missing = _moments(block, names[0], floats, last, relative)
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
                 strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
                 weight = block.weights(names)
                 target = least_squares(weight, missing if last else weight @ missing, strict)
-                scales |= self.settle(block, names, target, hessian, factor)
+                parts = target.split([block.linears[name].weight.shape[0] for name in names])
+                aims = dict(zip(names, parts, strict=True))
+                narrow = [name for name in names if block.specs[name].bits == 4]
+                for name in set(names) - set(narrow):
+                    block.linears[name].weight.data.copy_(aims[name])
+                if narrow:
+                    scales |= self.settle(block, narrow, torch.cat([aims[n] for n in narrow]), hessian, factor)
+            settled += names
         for batch, float_pass in zip(block.batches, floats, strict=True):
             batch.unrounded = float_pass.output
         return scales

@@ -11,7 +11,8 @@ All end in the layout of `numerics`: symmetric codes under bfloat16 group scales
 torchao 0.18's are not of that layout: its GPTQ needs CUDA and chooses zero points, its AWQ keeps the factors as a
 multiplication at run time, which no exporter here has an operator for.
 
-int8 weights (embedding, head, layers that no group size divides) are rounded to nearest under every method.
+int8 weights (embedding, head, layers that no group size divides or that `--bits` names) are rounded to nearest under
+every method; those inside the blocks have been moved by gptaq and cd to make up for what lies before them.
 
 [1] https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quant_primitives.py
 [2] https://arxiv.org/abs/2210.17323
