@@ -34,8 +34,11 @@ def main() -> None:
     try:
         settings.check_recipes()
         lab = _lab(given)
-        if not given.document:
-            plan.run(lab, plan.plan(lab, given.only or PARTS, given.seeds))
+        parts = given.only or PARTS
+        if given.jobs > 1 and not given.document:
+            plan.run_side_by_side(lab, parts, given.seeds, given.jobs)
+        elif not given.document:
+            plan.run(lab, plan.plan(lab, parts, given.seeds))
         # Of all parts and recipes, whatever was run now: what is missing stands there as not measured.
         whole = replace(lab, setting=replace(lab.setting, ablation_rows=len(settings.ABLATION)))
         path = document.write(whole, plan.plan(whole, PARTS, given.seeds), given.seeds, given.out)
@@ -52,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=PARTS, action="append", help="a part to run; all where not given")
     parser.add_argument("--recipes", type=int, help="of the ablation, the first so many; the setting's where not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds, 0 1 2 by default")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes side by side, each with one thread; 1 by default"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     parser.add_argument("--model", help="base model; SmolLM2-135M-Instruct where not given")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "accuracy", help="work folder")
@@ -65,8 +71,10 @@ def _lab(given: argparse.Namespace) -> Lab:
     """The lab that the flags ask for.
 
     Raises:
-        UsageError: a seed twice, or below zero; more recipes than there are, or less than none.
+        UsageError: a seed twice, or below zero; more recipes than there are, or less than none; no process.
     """
+    if given.jobs < 1:
+        raise UsageError(f"--jobs {given.jobs}: give 1 or more.")
     if len(set(given.seeds)) != len(given.seeds) or min(given.seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, given.seeds))}: give each once, from 0 on.")
     if given.recipes is not None and not 0 <= given.recipes <= len(settings.ABLATION):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
+
+import torch
 
 from benchmarks import cost, formulations, settings
 from benchmarks.cells import Cell, slug
@@ -27,6 +32,8 @@ SCORE_S = 0.004  # a compared token, emulated in torch
 METHOD_S = {"rtn": 5.0, "hqq": 15.0}
 EXPORT_S = 60.0  # one model to both targets
 SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.3  # a token, a token, an answered prompt
+
+Finetune = tuple[str, int, int]  # task, seed, steps
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,47 @@ def run(lab: Lab, jobs: Sequence[Job]) -> None:
         lab.tidy()
     finally:
         lab.close()  # stopped: what the next run can go on with stays
+
+
+def run_side_by_side(lab: Lab, parts: Sequence[str], seeds: Sequence[int], processes: int) -> None:
+    """`run` the parts in so many processes of one thread each; the costs come last, alone.
+
+    What is held against one FP32 fine-tune stays in one process, the longest begins first. On 2 cores two such
+    processes are faster than one with two threads.
+    """
+    jobs = plan(lab, parts, seeds)
+    groups = _by_finetune(lab, jobs)
+    lab.say(f"{len(groups)} fine-tunes to measure, {processes} at once")
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_use_one_thread)
+    try:
+        for done in as_completed([pool.submit(_run_group, lab, parts, seeds, group) for group in groups]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    run(lab, jobs)
+
+
+def _by_finetune(lab: Lab, jobs: Sequence[Job]) -> list[Finetune]:
+    """What there is to measure beside costs, the longest first."""
+    groups: dict[Finetune, list[Job]] = {}
+    for job in jobs:
+        if job.cell.kind != "cost" and lab.store.get(job.cell) is None:
+            groups.setdefault(_finetune(job), []).append(job)
+    return sorted(groups, key=lambda group: -estimate_s(lab, groups[group]))
+
+
+def _finetune(job: Job) -> Finetune:
+    return job.cell.task, job.cell.seed, job.cell.settings["steps"]
+
+
+def _use_one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that this process starts
+    torch.set_num_threads(1)
+
+
+def _run_group(lab: Lab, parts: Sequence[str], seeds: Sequence[int], group: Finetune) -> None:
+    """In a process of its own, which makes the jobs anew: they do not travel."""
+    run(lab, [job for job in plan(lab, parts, seeds) if job.cell.kind != "cost" and _finetune(job) == group])
 
 
 def emulated(lab: Lab, task: str, seed: int, steps: int, name: str) -> Job:

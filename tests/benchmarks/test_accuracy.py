@@ -239,6 +239,24 @@ def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path,
         assert len({job.cell.file_name for job in jobs}) == len(jobs)
 
 
+def test_what_one_fine_tune_is_needed_for_stays_in_one_process(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = replace(SETTINGS["reduced"], factors=(2.0,))
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting, silent)
+    jobs = plan.plan(lab, settings.PARTS, (0, 1))
+    groups = plan._by_finetune(lab, jobs)
+    assert groups[0] == ("python-reference", 0, 36), "the longest first"
+    tasks = {(task, seed, 36) for task in TASKS for seed in (0, 1)}
+    assert len(groups) == 5 and set(groups) == {*tasks, ("python-reference", 0, 72)}
+    ran: list[Cell] = []
+    monkeypatch.setattr(plan, "run", lambda lab, jobs: ran.extend(job.cell for job in jobs))
+    for group in groups:
+        plan._run_group(lab, settings.PARTS, (0, 1), group)
+    assert {cell.digest for cell in ran} == {job.cell.digest for job in jobs if job.cell.kind != "cost"}
+    assert len(ran) == len(jobs) - setting.cost_rounds
+
+
 def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: Path, tmp_path: Path) -> None:
     few, many = (
         Lab(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows), silent)
