@@ -65,11 +65,12 @@ class Aligner(Compensator):
                 strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
                 weight = block.weights(names)
                 target = least_squares(weight, missing if last else weight @ missing, strict)
-                parts = target.split([block.linears[name].weight.shape[0] for name in names])
-                aims = dict(zip(names, parts, strict=True))
+                rows = target.split([block.linears[name].weight.shape[0] for name in names])
+                aims = dict(zip(names, rows, strict=True))
                 narrow = [name for name in names if block.specs[name].bits == 4]
-                for name in set(names) - set(narrow):
-                    block.linears[name].weight.data.copy_(aims[name])
+                for name in names:
+                    if name not in narrow:
+                        block.linears[name].weight.data.copy_(aims[name])
                 if narrow:
                     scales |= self.settle(block, narrow, torch.cat([aims[n] for n in narrow]), hessian, factor)
             settled += names
