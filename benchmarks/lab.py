@@ -226,7 +226,7 @@ class Lab:
                 "qat_edge", "validate", path, "--force", "--eval-data", str(self.data(task.name)[1]),
                 "--tokens", str(setting.tokens), "--window", str(task.window),
                 "--prompts", str(setting.prompts if task.answered else 0), "--max-new-tokens", str(MAX_NEW_TOKENS),
-                "--prefill", "32", "--decode", "8", "--repeats", "1",
+                "--prefill", "32", "--decode", "8", "--repeats", "1", "--threads", str(torch.get_num_threads()),
             ],
             f"{run.path.name}-validate",
         )  # fmt: skip
