@@ -238,10 +238,7 @@ def _cost_words(records: Records) -> str:
 
 
 def _settings_words() -> str:
-    return (
-        "What each `--setting` runs. `reduced` is made to end within two hours on 2 cores (`--jobs 2`), `full` is for "
-        "CUDA."
-    )
+    return "What each `--setting` runs. `reduced` is made to end within two hours on 2 cores, `full` is for CUDA."
 
 
 # --- tables --------------------------------------------------------------------------------------------------

@@ -91,8 +91,7 @@ def run(lab: Lab, jobs: Sequence[Job]) -> None:
 def run_side_by_side(lab: Lab, parts: Sequence[str], seeds: Sequence[int], processes: int) -> None:
     """`run` the parts in so many processes of one thread each; the costs come last, alone.
 
-    What is held against one FP32 fine-tune stays in one process, the longest begins first. On 2 cores two such
-    processes are faster than one with two threads.
+    What is held against one FP32 fine-tune stays in one process, the longest begins first.
     """
     jobs = plan(lab, parts, seeds)
     groups = _by_finetune(lab, jobs)

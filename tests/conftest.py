@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -85,6 +88,17 @@ def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), st
     made = Run(folder / "run")
     finetune(options, made.path, lambda text: None)
     return made
+
+
+@contextmanager
+def stored_tensors(checkpoint: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a saved model, to be changed; what is said about them stays."""
+    path = checkpoint / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    yield tensors
+    save_file(tensors, path, metadata)
 
 
 @pytest.fixture

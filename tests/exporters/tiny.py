@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PretrainedConfig
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, stored_tensors
 from qat_edge.kinds import CAUSAL_LM, Kind
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.run import write_manifest
@@ -79,12 +77,8 @@ def freeze(
 
 def disturb_turn(checkpoint: Path) -> None:
     """Change one number of what turns the head's input, in a frozen checkpoint."""
-    path = checkpoint / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors["model.norm.weight"][3, 5] += 1e-3
-    save_file(tensors, path, metadata)
+    with stored_tensors(checkpoint) as tensors:
+        tensors["model.norm.weight"][3, 5] += 1e-3
 
 
 def export_into(checkpoint: Path, folder: Path, **options: Any) -> Exported:
