@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +20,7 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  operators of the .pte
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
-from tiny import CONTEXT, SHAPE, Exported, disturb_turn, export_into, freeze, llama, sqnr
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import CONTEXT, MIXED, SHAPE, Exported, export_into, freeze, llama, sqnr
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -36,10 +31,9 @@ from transformers import (
 )
 
 from conftest import make_tokenizer
-from qat_edge.errors import ArtifactError, ExportError
-from qat_edge.quant import frozen
+from qat_edge.errors import ExportError
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import attention, contract, delegates, lowering, passes, tracing
+from qat_edge_exporters.executorch import attention, contract, delegates, tracing
 from qat_edge_exporters.executorch.export import export
 from qat_edge_exporters.executorch.portable import PortableCache
 from qat_edge_exporters.executorch.reader import read
@@ -54,7 +48,7 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     # down_proj int4 in groups of 32 where the others have 64, then layers 72 wide: int8 per channel.
     "mixed_groups": (lambda: llama(intermediate_size=96), 64),
     "int8_layers": (lambda: llama(intermediate_size=72), 32),
-    "mixed_bits": (llama, 32),  # chosen layer by layer, see MIXED
+    "mixed_bits": (llama, 32),  # chosen layer by layer, see tiny.MIXED
     "mistral_short": (lambda: MistralConfig(**SHAPE, sliding_window=CONTEXT), 32),
     "int4_embedding": (llama, 32),
     "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
@@ -65,14 +59,6 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "turned_int4_tables": (4, 4),
 }  # fmt: skip
-MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
-    "model.layers.0.self_attn.k_proj": 8,
-    "model.layers.1.self_attn.o_proj": 8,
-    "model.layers.0.mlp.gate_proj": 8,
-    "model.layers.0.mlp.up_proj": 8,
-    "model.layers.1.mlp.up_proj": 8,
-    "model.layers.1.mlp.down_proj": 8,
-}
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +72,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     (root / "frozen/generation_config.json").write_text(json.dumps(config))
     made = export_into(root / "frozen", root / "export")
     return replace(made, prompt=prompt, answer=answer)
-
-
-@pytest.fixture
-def copied(exported: Exported, tmp_path: Path) -> Exported:
-    """A copy to damage."""
-    shutil.copytree(exported.folder, tmp_path / "copy")
-    return Exported(exported.frozen, tmp_path / "copy", [])
 
 
 def spoken(model: Any, prompt: str) -> tuple[str, tuple[int, ...]] | None:
@@ -137,14 +116,6 @@ def test_computes_the_frozen_function(name: str, tmp_path: Path) -> None:
     both = {bits: codes[bits] + scales[bits] for bits in codes}
     shared = both[table_bits[0]] if len(set(table_bits)) == 1 and config().tie_word_embeddings else 0
     assert (sizes["embedding"], sizes["head"]) == (both[table_bits[0]], both[table_bits[1]] - shared)
-
-
-def test_another_turn_of_the_head_is_told(tmp_path: Path) -> None:
-    freeze(llama(num_hidden_layers=1), 32, tmp_path / "frozen", turned=True)
-    made = export_into(tmp_path / "frozen", tmp_path / "export")
-    disturb_turn(made.frozen)
-    told = verify_folder(made.folder, "executorch", made.frozen).faults
-    assert told == ["model.norm.turn: not in the artifact as it was frozen"]
 
 
 def test_prefill_in_two_parts_is_prefill_in_one(exported: Exported) -> None:
@@ -233,15 +204,6 @@ def test_portable_computes_the_same_without_custom_operators(exported: Exported,
     assert len(plan.delegates) == 5  # attention lies inside: no more delegates than with custom operators
 
 
-def test_no_layer_copies_its_heads(exported: Exported) -> None:
-    """Only the cosines and the sines, which all layers share, are laid out for heads behind positions."""
-    pte = delegates.open_pte(exported.pte)
-    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
-    kinds = Counter(node["xnode_union_type"] for graph in delegates.graphs(pte, plan) for node in graph["xnodes"])
-    assert kinds["XNNStaticTranspose"] <= 2 and kinds["XNNReciprocalSquareRoot"] == 5
-    assert kinds["XNNAdd"] == 2 * (2 + 2)  # of each of two layers: to the hidden states, and in its rotary embeddings
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -265,92 +227,6 @@ def test_portable_attention_is_the_models_own(config: PretrainedConfig) -> None:
                 torch.testing.assert_close(logits[0, 0], wanted[end - 1], rtol=1e-4, atol=1e-5)
 
 
-def tracings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Nodes of every graph that is run from here on, as it is run: to trace it, to decompose it, for a pass."""
-    found: list[int] = []
-    run = torch.fx.Interpreter.run
-
-    def counted(interpreter: torch.fx.Interpreter, *args: Any, **options: Any) -> Any:
-        found.append(len(interpreter.graph.nodes))
-        return run(interpreter, *args, **options)
-
-    monkeypatch.setattr(torch.fx.Interpreter, "run", counted)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("config", "portable"),
-    [
-        (llama(num_hidden_layers=1, attention_bias=True), False),
-        (Gemma2Config(**SHAPE, head_dim=16, sliding_window=8, attn_logit_softcapping=2.0), True),
-    ],
-    ids=["llama", "gemma2_portable"],
-)
-def test_fewer_tracings_write_the_same_file(
-    config: PretrainedConfig, portable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    freeze(config, 32, tmp_path / "frozen")
-    found = tracings(monkeypatch)
-    ours = export_into(tmp_path / "frozen", tmp_path / "ours", portable=portable)
-    run_by_us, found[:] = sum(found), []
-    # As the libraries are driven by default: every decomposition, one tracing a pass, copies of all constants.
-    monkeypatch.setattr(passes.Undecomposed, "of", lambda program: program)
-    monkeypatch.setattr(passes, "edge_operators_at_once", nullcontext)
-    monkeypatch.setattr(passes, "ACTS_ON", {})
-    monkeypatch.setattr(lowering, "_shared_constants", nullcontext)
-    theirs = export_into(tmp_path / "frozen", tmp_path / "theirs", portable=portable)
-    assert ours.pte.read_bytes() == theirs.pte.read_bytes()
-    assert ours.said == theirs.said
-    assert run_by_us < sum(found) / 3
-
-
-def test_copies_share_their_constants_while_lowering() -> None:
-    class Scaled(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.weight * x
-
-    program = torch.export.export(Scaled(), (torch.ones(3),))
-    weight = program.state_dict["weight"]
-    with lowering._shared_constants(program):
-        assert copy.deepcopy(program.state_dict)["weight"] is weight
-    assert copy.deepcopy(program.state_dict)["weight"] is not weight
-
-
-class Largest(TorchDispatchMode):
-    """Remembers how many numbers in float the largest result had."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
-def test_no_table_is_put_in_float_to_trace_a_model(tmp_path: Path) -> None:
-    model, tokens = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, 8)), torch.zeros(1, 1, dtype=torch.int64)
-    tracing.prepare(model, {})
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    with torch.no_grad(), Largest() as whole:
-        model(tokens)
-    with torch.no_grad(), tracing._without_tables(model), Largest() as without:
-        model(tokens)
-    assert whole.numel == 288 * 64  # the head
-    assert without.numel == 128 * 64  # a matrix of the MLP
-    assert (model.get_input_embeddings(), model.get_output_embeddings()) == ends
-
-
-def test_says_what_it_is_doing(exported: Exported) -> None:
-    # One delegate a layer, and one each for positions, before the first attention and for the head.
-    assert "lowering partition 5 of 5" in exported.said
-    assert exported.said[0] == "loading the frozen checkpoint"
-
-
 def test_the_runner_of_phones_generates_and_stops(exported: Exported) -> None:
     runner = TextLLMRunner(str(exported.pte), str(exported.folder / "tokenizer.json"))
     pieces: list[str] = []
@@ -360,122 +236,6 @@ def test_the_runner_of_phones_generates_and_stops(exported: Exported) -> None:
     # The third token is an end token of generation_config.json that the tokenizer does not know as one.
     assert stats[0].num_generated_tokens <= 3
     assert "".join(pieces).startswith(make_tokenizer().decode(exported.answer[:2]))
-
-
-def test_reads_back_what_was_frozen(exported: Exported) -> None:
-    artifact, wanted = read(exported.folder), frozen.read_weights(exported.frozen)
-    assert artifact.faults == []
-    assert artifact.weights.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        np.testing.assert_array_equal(artifact.weights[name].codes, weight.codes.numpy())
-        np.testing.assert_array_equal(artifact.weights[name].scales, weight.scales.numpy())
-        assert artifact.weights[name].bits == weight.bits
-    sizes = artifact.size_bytes
-    assert sum(sizes.values()) == sum(p.stat().st_size for p in exported.folder.iterdir())
-    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # codes
-    assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
-    assert (sizes["embedding"], sizes["head"]) == (288 * (64 + 4), 0)  # one table for both
-
-
-@pytest.mark.parametrize("name", ["mixed_groups", "int8_layers"])
-def test_reads_back_exceptions(name: str, tmp_path: Path) -> None:
-    config, group_size = MODELS[name]
-    freeze(config(), group_size, tmp_path / "frozen")
-    artifact = read(export_into(tmp_path / "frozen", tmp_path / "export").folder)
-    for layer, weight in frozen.read_weights(tmp_path / "frozen").items():
-        np.testing.assert_array_equal(artifact.weights[layer].codes, weight.codes.numpy())
-        np.testing.assert_array_equal(artifact.weights[layer].scales, weight.scales.numpy())
-
-
-def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
-    freeze(llama(), 32, tmp_path / "frozen", MIXED)
-    made = export_into(tmp_path / "frozen", tmp_path / "export")
-    assert {name: w.bits for name, w in read(made.folder).weights.items() if name in MIXED} == MIXED
-    result = verify_folder(made.folder, "executorch", made.frozen)
-    assert result.faults == [] and result.linears_equal == result.linears == 14
-    layer, row, column = "model.layers.1.mlp.down_proj", 7, 100
-    _, codes = named_constant(made.folder, layer)
-    data = bytearray(made.pte.read_bytes())
-    data[data.index(codes) + row * 128 + column] ^= 0x01
-    made.pte.write_bytes(data)
-    result = verify_folder(made.folder, "executorch", made.frozen)
-    assert result.linears_equal == 13
-    assert [f for f in result.faults if f.startswith(f"{layer}: 1 of") and f"row {row}, column {column}" in f]
-
-
-def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
-    """Key and bytes of a layer's codes."""
-    pte = delegates.open_pte(folder / "model.pte")
-    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
-    order = json.loads((folder / "layers.json").read_text())["linears"]
-    key = delegates.products(pte, plan)[order.index(layer)].codes_key
-    return key, delegates.constants(pte)[key]
-
-
-def test_one_flipped_nibble_is_named(copied: Exported) -> None:
-    layer = "model.layers.1.mlp.up_proj"
-    _, codes = named_constant(copied.folder, layer)
-    data = bytearray(copied.pte.read_bytes())
-    data[data.index(codes) + 17] ^= 0x20
-    copied.pte.write_bytes(data)
-    artifact = read(copied.folder)
-    assert len(artifact.faults) == 1
-    assert artifact.faults[0].startswith(f"{layer}: its codes")
-    differing = artifact.weights[layer].codes != frozen.read_weights(copied.frozen)[layer].codes.numpy()
-    assert np.argwhere(differing).tolist() == [[0, 35]]  # the high nibble of byte 17
-
-
-def test_layers_swapped_inside_the_file_differ(copied: Exported) -> None:
-    names = [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
-    first, second = (named_constant(copied.folder, name)[0].encode() for name in names)
-    data = copied.pte.read_bytes()
-    begin = int.from_bytes(data[data.index(b"eh00") + 8 :][:8], "little")  # where the program ends and delegates begin
-    swapped = data[begin:].replace(first, b"*" * 64).replace(second, first).replace(b"*" * 64, second)
-    copied.pte.write_bytes(data[:begin] + swapped)
-    artifact, wanted = read(copied.folder), frozen.read_weights(copied.frozen)
-    assert artifact.faults == []
-    for name, other in (names, names[::-1]):
-        np.testing.assert_array_equal(artifact.weights[name].codes, wanted[other].codes.numpy())
-
-
-def test_missing_method_is_a_fault(copied: Exported) -> None:
-    copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_eos_ids", b"got_eos_ids"))
-    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners ask for."]
-
-
-def test_count_of_layers_is_checked(copied: Exported) -> None:
-    layers = json.loads((copied.folder / "layers.json").read_text())
-    layers["linears"].pop()
-    (copied.folder / "layers.json").write_text(json.dumps(layers))
-    assert "computes 15 quantized linear layers, layers.json names 14" in read(copied.folder).faults[0]
-
-
-@pytest.mark.parametrize("keep", [0.99, 0.5, 0.01, 0.0])
-def test_cut_file(copied: Exported, keep: float) -> None:
-    data = copied.pte.read_bytes()
-    copied.pte.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(ArtifactError, match=r"model\.pte: .*Export again"):
-        read(copied.folder)
-
-
-@pytest.mark.parametrize("offset", [0, 40, 200, 2000])
-def test_garbled_file_is_an_error_or_a_fault(copied: Exported, offset: int) -> None:
-    data = bytearray(copied.pte.read_bytes())
-    data[offset : offset + 64] = bytes(range(128, 192))
-    copied.pte.write_bytes(data)
-    try:
-        artifact = read(copied.folder)
-    except ArtifactError as error:
-        assert "model.pte" in str(error)
-    else:
-        assert artifact.faults
-
-
-@pytest.mark.parametrize("name", ["model.pte", "layers.json"])
-def test_missing_file(copied: Exported, name: str) -> None:
-    (copied.folder / name).unlink()
-    with pytest.raises(ArtifactError, match=rf"{name}: not there"):
-        read(copied.folder)
 
 
 def refused(config: PretrainedConfig, tmp_path: Path, context_length: int, tokenizer: bool = True) -> str:

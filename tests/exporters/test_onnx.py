@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import external_data_helper
-from tiny import disturb_turn
+from tiny import MIXED, disturb_turn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -77,7 +77,7 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     # down_proj in groups of 32 where the others have 64; then rows of 72, int8 per channel, whose last block is padded.
     "mixed_groups": (lambda: llama(intermediate_size=96), 64),
     "padded_blocks": (lambda: llama(**ODD), 64),
-    # Chosen layer by layer, see MIXED; rows of 192 with one scale become three blocks that repeat it.
+    # Chosen layer by layer, see tiny.MIXED; rows of 192 with one scale become three blocks that repeat it.
     "mixed_bits": (lambda: llama(intermediate_size=192), 32),
     "int4_embedding": (llama, 32),
     "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
@@ -88,14 +88,6 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
 }  # fmt: skip
-MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
-    "model.layers.0.self_attn.k_proj": 8,
-    "model.layers.1.self_attn.o_proj": 8,
-    "model.layers.0.mlp.gate_proj": 8,
-    "model.layers.0.mlp.up_proj": 8,
-    "model.layers.1.mlp.up_proj": 8,
-    "model.layers.1.mlp.down_proj": 8,
-}
 
 
 def freeze(

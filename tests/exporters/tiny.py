@@ -30,6 +30,15 @@ SIZES: dict[str, Any] = {
 }
 SHAPE = {**SIZES, "tie_word_embeddings": True}
 
+MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
+    "model.layers.0.self_attn.k_proj": 8,
+    "model.layers.1.self_attn.o_proj": 8,
+    "model.layers.0.mlp.gate_proj": 8,
+    "model.layers.0.mlp.up_proj": 8,
+    "model.layers.1.mlp.up_proj": 8,
+    "model.layers.1.mlp.down_proj": 8,
+}
+
 
 def llama(**changes: Any) -> PretrainedConfig:
     return LlamaConfig(**{**SHAPE, **changes})

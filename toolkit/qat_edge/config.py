@@ -97,7 +97,8 @@ class FinetuneOptions:
         "Peak learning rate of AdamW; --method full wants about a twentieth of the default.", 1e-3, minimum=0
     )
     qat_learning_rate: float | None = option(
-        "Peak learning rate after --qat-start, of all but scales; by default 0.3 times --learning-rate if it restarts.",
+        "Peak learning rate after --qat-start, of all but scales; where it restarts, by default 0.1 times "
+        "--learning-rate after gptq, gptaq and cd, 0.3 times after other starts.",
         None, minimum=0,
     )  # fmt: skip
     lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", True)

@@ -1,0 +1,154 @@
+"""A .pte read back: codes and scales as they were frozen, and damage named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import MIXED, Exported, disturb_turn, export_into, freeze, llama
+
+from qat_edge.errors import ArtifactError
+from qat_edge.quant import frozen
+from qat_edge.verify import verify_folder
+from qat_edge_exporters.executorch import contract, delegates
+from qat_edge_exporters.executorch.reader import read
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    root = tmp_path_factory.mktemp("reader")
+    freeze(llama(), 32, root / "frozen")
+    return export_into(root / "frozen", root / "export")
+
+
+@pytest.fixture
+def copied(exported: Exported, tmp_path: Path) -> Exported:
+    """A copy to damage."""
+    shutil.copytree(exported.folder, tmp_path / "copy")
+    return Exported(exported.frozen, tmp_path / "copy", [])
+
+
+def test_reads_back_what_was_frozen(exported: Exported) -> None:
+    artifact, wanted = read(exported.folder), frozen.read_weights(exported.frozen)
+    assert artifact.faults == []
+    assert artifact.weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(artifact.weights[name].codes, weight.codes.numpy())
+        np.testing.assert_array_equal(artifact.weights[name].scales, weight.scales.numpy())
+        assert artifact.weights[name].bits == weight.bits
+    sizes = artifact.size_bytes
+    assert sum(sizes.values()) == sum(p.stat().st_size for p in exported.folder.iterdir())
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # codes
+    assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
+    assert (sizes["embedding"], sizes["head"]) == (288 * (64 + 4), 0)  # one table for both
+
+
+@pytest.mark.parametrize(("intermediate_size", "group_size"), [(96, 64), (72, 32)], ids=["mixed_groups", "int8_layers"])
+def test_reads_back_exceptions(intermediate_size: int, group_size: int, tmp_path: Path) -> None:
+    freeze(llama(intermediate_size=intermediate_size), group_size, tmp_path / "frozen")
+    artifact = read(export_into(tmp_path / "frozen", tmp_path / "export").folder)
+    for layer, weight in frozen.read_weights(tmp_path / "frozen").items():
+        np.testing.assert_array_equal(artifact.weights[layer].codes, weight.codes.numpy())
+        np.testing.assert_array_equal(artifact.weights[layer].scales, weight.scales.numpy())
+
+
+def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "frozen", MIXED)
+    made = export_into(tmp_path / "frozen", tmp_path / "export")
+    assert {name: w.bits for name, w in read(made.folder).weights.items() if name in MIXED} == MIXED
+    result = verify_folder(made.folder, "executorch", made.frozen)
+    assert result.faults == [] and result.linears_equal == result.linears == 14
+    layer, row, column = "model.layers.1.mlp.down_proj", 7, 100
+    _, codes = named_constant(made.folder, layer)
+    data = bytearray(made.pte.read_bytes())
+    data[data.index(codes) + row * 128 + column] ^= 0x01
+    made.pte.write_bytes(data)
+    result = verify_folder(made.folder, "executorch", made.frozen)
+    assert result.linears_equal == 13
+    assert [f for f in result.faults if f.startswith(f"{layer}: 1 of") and f"row {row}, column {column}" in f]
+
+
+def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
+    """Key and bytes of a layer's codes."""
+    pte = delegates.open_pte(folder / "model.pte")
+    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
+    order = json.loads((folder / "layers.json").read_text())["linears"]
+    key = delegates.products(pte, plan)[order.index(layer)].codes_key
+    return key, delegates.constants(pte)[key]
+
+
+def test_one_flipped_nibble_is_named(copied: Exported) -> None:
+    layer = "model.layers.1.mlp.up_proj"
+    _, codes = named_constant(copied.folder, layer)
+    data = bytearray(copied.pte.read_bytes())
+    data[data.index(codes) + 17] ^= 0x20
+    copied.pte.write_bytes(data)
+    artifact = read(copied.folder)
+    assert len(artifact.faults) == 1
+    assert artifact.faults[0].startswith(f"{layer}: its codes")
+    differing = artifact.weights[layer].codes != frozen.read_weights(copied.frozen)[layer].codes.numpy()
+    assert np.argwhere(differing).tolist() == [[0, 35]]  # the high nibble of byte 17
+
+
+def test_layers_swapped_inside_the_file_differ(copied: Exported) -> None:
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
+    first, second = (named_constant(copied.folder, name)[0].encode() for name in names)
+    data = copied.pte.read_bytes()
+    begin = int.from_bytes(data[data.index(b"eh00") + 8 :][:8], "little")  # where the program ends and delegates begin
+    swapped = data[begin:].replace(first, b"*" * 64).replace(second, first).replace(b"*" * 64, second)
+    copied.pte.write_bytes(data[:begin] + swapped)
+    artifact, wanted = read(copied.folder), frozen.read_weights(copied.frozen)
+    assert artifact.faults == []
+    for name, other in (names, names[::-1]):
+        np.testing.assert_array_equal(artifact.weights[name].codes, wanted[other].codes.numpy())
+
+
+def test_missing_method_is_a_fault(copied: Exported) -> None:
+    copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_eos_ids", b"got_eos_ids"))
+    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners ask for."]
+
+
+def test_count_of_layers_is_checked(copied: Exported) -> None:
+    layers = json.loads((copied.folder / "layers.json").read_text())
+    layers["linears"].pop()
+    (copied.folder / "layers.json").write_text(json.dumps(layers))
+    assert "computes 15 quantized linear layers, layers.json names 14" in read(copied.folder).faults[0]
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.5, 0.01, 0.0])
+def test_cut_file(copied: Exported, keep: float) -> None:
+    data = copied.pte.read_bytes()
+    copied.pte.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ArtifactError, match=r"model\.pte: .*Export again"):
+        read(copied.folder)
+
+
+@pytest.mark.parametrize("offset", [0, 40, 200, 2000])
+def test_garbled_file_is_an_error_or_a_fault(copied: Exported, offset: int) -> None:
+    data = bytearray(copied.pte.read_bytes())
+    data[offset : offset + 64] = bytes(range(128, 192))
+    copied.pte.write_bytes(data)
+    try:
+        artifact = read(copied.folder)
+    except ArtifactError as error:
+        assert "model.pte" in str(error)
+    else:
+        assert artifact.faults
+
+
+@pytest.mark.parametrize("name", ["model.pte", "layers.json"])
+def test_missing_file(copied: Exported, name: str) -> None:
+    (copied.folder / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{name}: not there"):
+        read(copied.folder)
+
+
+def test_another_turn_of_the_head_is_told(tmp_path: Path) -> None:
+    freeze(llama(num_hidden_layers=1), 32, tmp_path / "frozen", turned=True)
+    made = export_into(tmp_path / "frozen", tmp_path / "export")
+    disturb_turn(made.frozen)
+    told = verify_folder(made.folder, "executorch", made.frozen).faults
+    assert told == ["model.norm.turn: not in the artifact as it was frozen"]
