@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qat_edge.config import ValidateOptions
+from qat_edge.logs import quiet_libraries
 from qat_edge.run import Run
 from qat_edge.validate import require_success, validate_devices
 from qat_edge_devices import TRANSPORTS
@@ -48,6 +49,7 @@ def main() -> None:
     for name, default in (("tokens", 512), ("prompts", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of each validation, {default} by default")
     given = parser.parse_args()
+    quiet_libraries(verbose=False)
     count = os.cpu_count() or 1 if given.real else COUNT
     asked = ValidateOptions(
         target=(given.target,), tokens=given.tokens, prompts=given.prompts, threads=1, prefill=32, decode=32, repeats=2

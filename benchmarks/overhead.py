@@ -1,8 +1,8 @@
 """What the agent adds to its runtimes: `python -m benchmarks.overhead RUN` times tokens with it and bare.
 
-Bare is a loop of nothing but the runtime's own call, on inputs made beforehand; no token is chosen. A process loads an
-artifact as the agent does and decodes with the agent and bare, in turn; each round is a process. Time is the
-processor's, of one thread and in the median step, so that other work on the machine counts for little.
+Bare is nothing but the runtime's own call, on inputs made beforehand; no token is chosen. A process loads an artifact
+as the agent does and decodes, one step bare and the next by the agent, so that what else slows the machine slows both;
+each round is a process. Time is the processor's, of one thread and in the median step.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-from qat_edge_devices.agent import agent, machine, models
+from qat_edge_devices.agent import machine, models
 
 # Runtime -> target, and whether onnxruntime-genai is hidden from the agent, which would choose it.
 RUNTIMES = {
@@ -36,13 +35,13 @@ Step = Callable[[], object]
 
 
 def main() -> None:
-    """Time decoding by the agent and by a bare loop around the same runtime, for every export of a finished run."""
+    """Time decoding by the agent and by bare calls of the same runtime, for every export of a finished run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=main.__doc__)
     parser.add_argument("run", type=Path, help="finished run with exports of both targets, such as runs/demo")
     parser.add_argument("--rounds", type=int, default=5, help="processes, 5 by default")
     parser.add_argument("--prefill", type=int, default=16, help="tokens of the prompt, 16 by default")
-    parser.add_argument("--decode", type=int, default=32, help="tokens that follow, 32 by default")
-    parser.add_argument("--turns", type=int, default=4, help="of each in a process, 4 by default")
+    parser.add_argument("--decode", type=int, default=32, help="steps of each that follow, 32 by default")
+    parser.add_argument("--turns", type=int, default=4, help="prompts in a process, 4 by default")
     given = parser.parse_args()
     amounts = {name: getattr(given, name) for name in ("prefill", "decode", "turns")}
     for runtime, (target, _) in RUNTIMES.items():
@@ -54,7 +53,7 @@ def main() -> None:
 def rounds(runtime: str, artifact: Path, amounts: dict[str, int], count: int) -> list[tuple[float, float]]:
     """Milliseconds of a token in each round: bare, and by the agent."""
     target, hide = RUNTIMES[runtime]
-    request = {"task": "speed", "backend": target, "artifact": str(artifact), "threads": 1, "repeats": 1, **amounts}
+    request = {"task": "speed", "backend": target, "artifact": str(artifact), "threads": 1, **amounts}
     code = f"{CLOCK}{HIDE_GENAI * hide}from benchmarks.overhead import in_turn; in_turn(*sys.argv[1:])"
     found = []
     for _ in range(count):
@@ -76,48 +75,52 @@ def in_turn(text: str, result: str) -> None:
     model = models.choose_backend(request)
     model.load(Path(request["artifact"]), request, cpus)
     bare, ours = [], []
-    for _ in range(request["turns"]):
-        bare += bare_steps(model, request)
-        ours += agent.speed(model, request, Path())["step_ms"]
+    for turn in range(request["turns"]):
+        times = steps(model, request, bare_first=turn % 2 == 0)
+        bare += times[0]
+        ours += times[1]
     Path(result).write_text(json.dumps([median(bare), median(ours)]), encoding="utf-8")
 
 
-def bare_steps(model: models.Model, request: dict[str, Any]) -> list[float]:
-    """Milliseconds of every step after a prompt."""
+def steps(model: models.Model, request: dict[str, Any], bare_first: bool) -> tuple[list[float], list[float]]:
+    """Milliseconds of the steps after a prompt: every other one bare, the others by the agent."""
     prefill, decode = request["prefill"], request["decode"]
-    model.start([1 + i % 7 for i in range(prefill)], prefill + decode + 1)
-    steps = list(CALLS[model.runtime](model, prefill, decode))
-    marks = [time.perf_counter()]
-    for step in steps:
+    model.start([1 + i % 7 for i in range(prefill)], prefill + 2 * decode + 1)
+    bare: list[float] = []
+    ours: list[float] = []
+    for position in range(prefill, prefill + 2 * decode):
+        is_bare = ((position - prefill) % 2 == 0) == bare_first
+        token = 1 + position % 7
+        step = CALLS[model.runtime](model, token, position) if is_bare else partial(model.next, token)
+        began = time.perf_counter()
         step()
-        marks.append(time.perf_counter())
-    return [(end - begin) * 1e3 for begin, end in pairwise(marks)]
+        (bare if is_bare else ours).append((time.perf_counter() - began) * 1e3)
+    return bare, ours
 
 
-def _executorch(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
+def _executorch(model: models.Model, token: int, position: int) -> Step:
     mine = cast(models.ExecuTorchModel, model)
-    tensor, call = mine.torch.tensor, mine.method.call
-    for position in range(prefill, prefill + decode):
-        yield partial(call, [tensor([[1 + position % 7]]), tensor([position])])
+    mine.position = position + 1  # where the agent goes on
+    return partial(mine.method.call, [mine.torch.tensor([[token]]), mine.torch.tensor([position])])
 
 
-def _onnxruntime(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
+def _onnxruntime(model: models.Model, token: int, position: int) -> Step:
     """The cache has to be handed from call to call here, too."""
     mine = cast(models.OnnxModel, model)
-    held, outputs, run = mine.cache, mine.outputs, mine.session.run_with_ort_values
+    mine.position = position + 1
+    held, outputs, feed = mine.cache, mine.outputs, mine.feed([token], position)
     past = [name.replace("present", "past_key_values") for name in outputs]
 
-    def step(feed: dict[str, Any]) -> None:
-        answers = run(outputs, feed | held)
+    def step() -> None:
+        answers = mine.session.run_with_ort_values(outputs, feed | held)
         held.update((name, value) for name, value in zip(past, answers, strict=True) if name in held)
 
-    for position in range(prefill, prefill + decode):
-        yield partial(step, mine.feed([1 + position % 7], position))
+    return step
 
 
-def _genai(model: models.Model, prefill: int, decode: int) -> Iterator[Step]:
-    generator = cast(models.GenaiModel, model).generator
-    return iter([generator.generate_next_token] * decode)
+def _genai(model: models.Model, token: int, position: int) -> Step:
+    step: Step = cast(models.GenaiModel, model).generator.generate_next_token
+    return step
 
 
 CALLS = {"executorch": _executorch, "onnxruntime": _onnxruntime, "onnxruntime-genai": _genai}

@@ -1,4 +1,4 @@
-"""What the overhead benchmark times: bare loops that decode the same tokens, and the agent beside them."""
+"""What the overhead benchmark times: bare calls and the agent's steps, in turn, on the same tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from qat_edge_devices.agent import models
 AMOUNTS = {"prefill": 5, "decode": 4, "turns": 1}
 
 
+@pytest.mark.parametrize("bare_first", [True, False])
 @pytest.mark.parametrize("runtime", ["executorch", "onnxruntime"])
-def test_a_bare_loop_goes_on_from_the_prompt(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bare_steps_and_the_agents_go_on_from_each_other(
+    runtime: str, bare_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     target, _ = overhead.RUNTIMES[runtime]
     pte = target == "executorch"
@@ -25,9 +28,10 @@ def test_a_bare_loop_goes_on_from_the_prompt(runtime: str, tmp_path: Path, monke
     model: Any = models.choose_backend(request)
     assert model.runtime == runtime
     model.load(artifact, request, 1)
-    assert len(overhead.bare_steps(model, request)) == AMOUNTS["decode"]
-    # The cache holds what the agent's would, had it been given these tokens.
-    model.position = taken = AMOUNTS["prefill"] + AMOUNTS["decode"]
+    bare, ours = overhead.steps(model, request, bare_first)
+    assert len(bare) == len(ours) == AMOUNTS["decode"]
+    # The cache holds what the agent's would, had it alone been given these tokens.
+    taken = AMOUNTS["prefill"] + 2 * AMOUNTS["decode"]
     assert model.next(3) == (sum(1 + i % 7 for i in range(taken)) + 3) % VOCABULARY
 
 
