@@ -36,7 +36,8 @@ JUDGED_FROM = 1  # position; the one before only tells where a fault begins
 DISTURBANCE = 1e-6  # of a layer's outputs, root mean square
 SEEDS = 3  # of the disturbed checkpoint
 EQUAL_DB = -100.0
-# Two layers, 32 to 48 prompts: correct implementations, both artifacts among them, 0.40 to 0.62; faults 0.80 and more.
+# Two layers, 32 to 48 prompts: correct implementations, both artifacts among them, 0.40 to 0.62 (SmolLM2: 0.50, 0.52);
+# faults 0.80 and more.
 BEYOND = 0.75
 FAULT_DB = -95.0  # from equal inputs float sums differ by -112 dB at most (SmolLM2-135M, both runtimes)
 AGREEING = 0.3  # of the tokens, where something is rounded in between; a fault errs at three of four and more
