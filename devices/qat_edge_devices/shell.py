@@ -23,6 +23,8 @@ EXIT_ABSENT = 999  # no such program to run; no program can end with it
 
 # A program in a session of its own. End of stdin (the other side closed it, or died) or $limit seconds end it with
 # all its children; so does its own end. The file .pid.N lets the holder find it should this shell be killed.
+# The two that watch are killed, not asked to end: mksh, Android's shell, may go on reading or waiting for good where a
+# TERM comes just before, and hold stdout meanwhile. A sleep that is left behind so ends within its 3 s.
 RUN = """\
 cd "$run" || exit 125
 command -v -- "$1" >/dev/null 2>&1 || { finish 999; exit; }
@@ -34,10 +36,10 @@ child=$!
 end_it() { kill -9 "-$child" || kill -9 "$child"; }
 { while IFS= read -r line <&3; do :; done; end_it; } >/dev/null 2>&1 &
 watcher=$!
-{ trap 'kill "$sleeper"; exit' TERM; sleep "$limit" 3<&- & sleeper=$!; wait "$sleeper" && end_it; } >/dev/null 2>&1 &
+{ while [ "$limit" -gt 0 ]; do sleep 3 3<&-; limit=$((limit - 3)); done; end_it; } >/dev/null 2>&1 &
 timer=$!
 { wait "$child"; code=$?; kill -9 "-$child"; } 2>/dev/null
-kill "$watcher" "$timer" 2>/dev/null
+kill -9 "$watcher" "$timer" 2>/dev/null
 rm -f ".pid.$child"
 finish "$code"
 """
