@@ -36,7 +36,7 @@ child=$!
 end_it() { kill -9 "-$child" || kill -9 "$child"; }
 { while IFS= read -r line <&3; do :; done; end_it; } >/dev/null 2>&1 &
 watcher=$!
-{ while [ "$limit" -gt 0 ]; do sleep 3 3<&-; limit=$((limit - 3)); done; end_it; } >/dev/null 2>&1 &
+{ while [ "$limit" -gt 0 ]; do sleep 3 3<&- || exit; limit=$((limit - 3)); done; end_it; } >/dev/null 2>&1 &
 timer=$!
 { wait "$child"; code=$?; kill -9 "-$child"; } 2>/dev/null
 kill -9 "$watcher" "$timer" 2>/dev/null
