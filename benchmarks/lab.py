@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from qat_edge.quantize import QAT, quantize_if_missing
 from qat_edge.rows import load_rows
 from qat_edge.run import PTQ_METHODS, Run, replace_folder, sha256
 from qat_edge.tables import resolve
+from qat_edge.train.trainer import qat_learning_rate
 
 ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 64
@@ -123,7 +124,9 @@ class Lab:
 
     def identity(self, training: Training) -> Figures:
         """What decides the outcome of a training, without paths of this machine."""
-        options = {k: v for k, v in config.plain(self.options(training)).items() if k not in PATHS}
+        resolved = self.options(training)
+        resolved = replace(resolved, qat_learning_rate=qat_learning_rate(resolved))  # as used
+        options = {k: v for k, v in config.plain(resolved).items() if k not in PATHS}
         if training.recipe == FP32:
             options = {k: v for k, v in options.items() if k not in PHASE_TWO}
         elif options["ptq_start"] in CALIBRATED and options["calibration_tokens"] is None:

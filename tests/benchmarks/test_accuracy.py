@@ -25,6 +25,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import finetune
 from qat_edge.measure.budget import PARTS
 from qat_edge.measure.reference import load_exact
+from qat_edge.train import trainer
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
 TINY = replace(SETTINGS["reduced"], steps=3, tokens=32, factors=(), side_tasks=("python-reference",))
@@ -281,6 +282,17 @@ def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
     monkeypatch.setattr(settings, "recipe", lambda name, steps: {**recipe(name, steps), "scale_learning_rate": 0.5})
     assert lab.identity(tuned) == before[0] and lab.identity(qat) != before[1]
     assert lab.options(tuned).qat_start == 3 and "data" in before[0] and str(tmp_path) not in str(before)
+
+
+def test_a_new_learning_rate_behind_an_unset_option_is_another_cell(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
+    before = lab.identity(tuned), lab.identity(qat)
+    monkeypatch.setattr(trainer, "COMPENSATED_RATIO", 2 * trainer.COMPENSATED_RATIO)
+    assert lab.options(qat).qat_learning_rate is None
+    assert lab.identity(tuned) == before[0] and lab.identity(qat) != before[1]
 
 
 def test_tidying_spares_what_can_be_resumed(tmp_path: Path) -> None:

@@ -135,11 +135,7 @@ class QatTrainer(Trainer):
 
 def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool = False) -> Callable[[int], float]:
     """What a step's learning rate is of its group's peak. `start`: first step of phase 2."""
-    compensated = options.ptq_start in ptq.COMPENSATED
-    ratio = (COMPENSATED_RATIO if compensated else QAT_RATIO) if options.lr_restart else 1.0
-    if options.qat_learning_rate is not None and options.learning_rate > 0:
-        ratio = options.qat_learning_rate / options.learning_rate
-    ratio = 1.0 if of_scales else ratio
+    ratio = 1.0 if of_scales or options.learning_rate == 0 else qat_learning_rate(options) / options.learning_rate
 
     def factor(step: int) -> float:
         if step < start:  # as if there were no second phase: a schedule cut short would learn less
@@ -148,6 +144,14 @@ def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool =
         return scheduled(step - begun, options.steps - begun, options) * ratio
 
     return factor
+
+
+def qat_learning_rate(options: FinetuneOptions) -> float:
+    """Peak learning rate of phase 2: as given, or what goes with the start and the schedule."""
+    if options.qat_learning_rate is not None:
+        return options.qat_learning_rate
+    compensated = options.ptq_start in ptq.COMPENSATED
+    return options.learning_rate * ((COMPENSATED_RATIO if compensated else QAT_RATIO) if options.lr_restart else 1.0)
 
 
 def scheduled(step: int, steps: int, options: FinetuneOptions) -> float:
