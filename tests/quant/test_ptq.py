@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from qat_edge.errors import DataError, ModelError, UsageError
 from qat_edge.quant import awq, descent, fake, frozen, gptaq, gptq, numerics, ptq, scheme
-from qat_edge.quant.blocks import Block, find_blocks, relative_error, summing, walk
+from qat_edge.quant.blocks import Block, find_blocks, gram, relative_error, summing, walk
 from qat_edge.quant.scales import search_scales
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import PTQ_METHODS
@@ -477,10 +477,16 @@ def test_sums_over_tokens_are_float32_whatever_autocast_says() -> None:
     assert (sums - sums.to(torch.bfloat16)).abs().max() > 0
 
 
+@pytest.mark.parametrize("width", [96, 256, 600])
+def test_a_sum_over_tokens_is_whole_though_half_of_it_is_computed(width: int) -> None:
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    found, exact = gram(rows), rows.T @ rows
+    assert torch.equal(found, found.T) and (found - exact).norm() < 0.004 * exact.norm()
+
+
 def test_a_sum_over_tokens_of_few_directions_stays_positive() -> None:
     """What damping, a hundredth of the diagonal, makes positive definite: rounded factors may not take it away."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2048, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
-    with summing(rows.device):
-        sums = (rows.T @ rows).double()
+    sums = gram(rows).double()
     assert torch.linalg.eigvalsh(sums)[0] > -1e-3 * sums.diagonal().mean()

@@ -7,9 +7,9 @@ block's inputs are what the deployed model computes: codes for the weights befor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from qat_edge.console import bar
 from qat_edge.errors import DataError, ModelError
 from qat_edge.quant import numerics
+from qat_edge.quant.replay import Replay
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 SAME = 0.02  # of a shift by one standard deviation: bfloat16 sums are off by up to 2^-8
+STRIP = 256  # columns of a sum of x x^T at once; of 1536 it took 70% of the time that all at once did
 Calibration = Mapping[str, Tensor]  # "input_ids", "attention_mask": (rows, length), padded on the right
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -42,13 +44,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Block:
-    """A block with the linear layers of the scheme that lie in it, by their names in the model."""
+    """A block with the linear layers of the scheme that lie in it, by their names in the model.
+
+    replay: layers that `treat` calls finished are not computed again by the passes to come under `rounded`.
+    """
 
     module: nn.Module
     index: int
     linears: dict[str, Any]
     specs: dict[str, WeightScheme]
     batches: list[Batch]
+    replay: Replay = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replay", Replay(self.module, self.linears))
 
     def weights(self, names: list[str]) -> Tensor:
         """Weights of layers that share an input, their rows one below the other: (sum of out, in), float32."""
@@ -57,6 +66,7 @@ class Block:
     def run(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Hidden states after the block, from `batch.hidden` or those given: (rows, length, width)."""
         arguments, keywords = batch.others[self.index]
+        self.replay.begin(batch if hidden is None else None)
         output = self.module(batch.hidden if hidden is None else hidden, *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
@@ -133,12 +143,13 @@ class Block:
             yield
 
     @contextmanager
-    def rounded(self, scales: Mapping[str, Tensor], only: Collection[str] | None = None) -> Iterator[None]:
+    def rounded(self, scales: Mapping[str, Tensor], finished: bool = False) -> Iterator[None]:
         """The block as it will be deployed, under these scales or those of the largest weights; floats afterwards.
 
-        only: names of the layers whose weights are to be rounded so far; all inputs are.
+        finished: of layers that are, the weights alone; all inputs in any case.
         """
-        kept = {n: m.weight.detach().clone() for n, m in self.linears.items() if only is None or n in only}
+        names = self.replay.finished if finished else self.linears
+        kept = {name: self.linears[name].weight.detach().clone() for name in names}
         try:
             for name, original in kept.items():
                 spec, weight = self.specs[name], original.float()
@@ -146,7 +157,7 @@ class Block:
                 used = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
                 rounded = numerics.dequantize(numerics.quantize(weight, used, spec.bits), used)
                 self.linears[name].weight.data.copy_(rounded)
-            with self.rounded_inputs():
+            with self.rounded_inputs(), self.replay.on():
                 yield
         finally:
             for name, original in kept.items():
@@ -199,6 +210,18 @@ def summing(device: torch.device) -> Iterator[None]:
             yield
     finally:
         library.matmul.fp32_precision = before
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows^T rows (width, width), as `summing` takes it: what lies above the diagonal is copied, not computed."""
+    width = rows.shape[1]
+    found = rows.new_empty(width, width)
+    with summing(rows.device):
+        for start in range(0, width, STRIP):
+            end = min(start + STRIP, width)
+            found[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
+            found[start:end, end:] = found[end:, start:end].T
+    return found
 
 
 def _walk(

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat_edge.quant.blocks import Batch, Block, summing, tokens_of
+from qat_edge.quant.blocks import Batch, Block, gram, summing, tokens_of
 from qat_edge.quant.gptq import Compensator, inverse_factor
 
 # Of the Hessian's mean diagonal, when the target is solved for. Perplexity of SmolLM2 on held-out text after 12288
@@ -51,15 +51,16 @@ class Aligner(Compensator):
         """
         groups = block.shared_inputs()
         ending = bool(groups) and len(groups[-1]) == 1 and block.ends_with(groups[-1][0])
-        first = [names[0] for names in groups]
+        first = [names[0] for names in groups[: len(groups) - ending]]
         floats = [_pass(block, batch, first, batch.unrounded) for batch in block.batches]
         scales: dict[str, Tensor] = {}
-        settled: list[str] = []
         for names in groups:
             last = ending and names is groups[-1]
             relative = self.weigh(block, names[0])
-            with block.rounded(scales, only=settled):
+            with block.rounded(scales, finished=True):
                 hessian, missing = _moments(block, names[0], floats, last, relative)
+            for float_pass in floats:
+                float_pass.inputs.pop(names[0], None)
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
                 strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
@@ -73,7 +74,7 @@ class Aligner(Compensator):
                         block.linears[name].weight.data.copy_(aims[name])
                 if narrow:
                     scales |= self.settle(block, narrow, torch.cat([aims[n] for n in narrow]), hessian, factor)
-            settled += names
+            block.replay.finish(names)
         for batch, float_pass in zip(block.batches, floats, strict=True):
             batch.unrounded = float_pass.output
         return scales
@@ -91,7 +92,7 @@ def least_squares(weight: Tensor, missing: Tensor, factor: Tensor) -> Tensor:
     return weight + (missing @ factor.T) @ factor
 
 
-def _pass(block: Block, batch: Batch, names: list[str], hidden: Tensor) -> Pass:
+def _pass(block: Block, batch: Batch, names: list[str], hidden: Tensor | None = None) -> Pass:
     inputs: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -111,7 +112,7 @@ def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: 
     for batch, float_pass in zip(block.batches, floats, strict=True):
         outputs = tokens_of(float_pass.output, batch.keep)
         if last:
-            found = _pass(block, batch, [name], batch.hidden)
+            found = _pass(block, batch, [name])
             rows = tokens_of(found.inputs[name], batch.keep)
             lacking = outputs - tokens_of(found.output, batch.keep)
         else:
@@ -120,7 +121,7 @@ def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: 
         if relative:
             size = outputs.square().mean(dim=1, keepdim=True).sqrt()
             rows, lacking = rows / size, lacking / size
+        hessian = hessian.to(rows.device) + gram(rows)
         with summing(rows.device):
-            hessian = hessian.to(rows.device) + rows.T @ rows
             missing = missing.to(rows.device) + lacking.T @ rows
     return hessian, missing

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat_edge.errors import DataError
 from qat_edge.quant import numerics
-from qat_edge.quant.blocks import Block, relative_error, summing, tokens_of
+from qat_edge.quant.blocks import Block, gram, relative_error, tokens_of
 from qat_edge.quant.scales import search_scales
 from qat_edge.quant.scheme import WeightScheme
 
@@ -87,9 +87,7 @@ def accumulate(block: Block, names: list[str]) -> dict[str, Tensor]:
 
             def see(name: str, x: Tensor, keep: Tensor = batch.keep) -> None:
                 if name in names:
-                    rows = tokens_of(x, keep)
-                    with summing(rows.device):
-                        product = rows.T @ rows
+                    product = gram(tokens_of(x, keep))
                     sums[name] = sums[name].add_(product) if name in sums else product
 
             block.observe(batch, see)
