@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,9 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
-from benchmarks import cost, formulations, settings
+from benchmarks import cost, formulations, settings, worker
 from benchmarks.cells import Cell, slug
 from benchmarks.lab import Figures, Lab, Training, artifact_rows
 from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS, partly_rounded, with_table_bits
@@ -96,7 +93,7 @@ def run_side_by_side(lab: Lab, parts: Sequence[str], seeds: Sequence[int], proce
     jobs = plan(lab, parts, seeds)
     groups = _by_finetune(lab, jobs)
     lab.say(f"{len(groups)} fine-tunes to measure, {processes} at once")
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_use_one_thread)
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=worker.begin)
     try:
         for done in as_completed([pool.submit(_run_group, lab, parts, seeds, group) for group in groups]):
             done.result()
@@ -116,11 +113,6 @@ def _by_finetune(lab: Lab, jobs: Sequence[Job]) -> list[Finetune]:
 
 def _finetune(job: Job) -> Finetune:
     return job.cell.task, job.cell.seed, job.cell.settings["steps"]
-
-
-def _use_one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that this process starts
-    torch.set_num_threads(1)
 
 
 def _run_group(lab: Lab, parts: Sequence[str], seeds: Sequence[int], group: Finetune) -> None:

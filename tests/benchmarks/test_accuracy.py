@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from benchmarks import document, formulations, plan, settings
 from benchmarks.cells import Cell, CellStore, publish
 from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
-from benchmarks.lab import Lab, Training
+from benchmarks.lab import ROOT, Lab, Training
 from benchmarks.remaining import partly_rounded, with_table_bits
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
@@ -256,6 +258,12 @@ def test_what_one_fine_tune_is_needed_for_stays_in_one_process(
         plan._run_group(lab, settings.PARTS, (0, 1), group)
     assert {cell.digest for cell in ran} == {job.cell.digest for job in jobs if job.cell.kind != "cost"}
     assert len(ran) == len(jobs) - setting.cost_rounds
+
+
+def test_a_process_beside_others_has_one_thread_and_nothing_to_say() -> None:
+    code = "from benchmarks import worker; worker.begin(); import torch, torchao; print(torch.get_num_threads())"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("1\n", "")
 
 
 def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: Path, tmp_path: Path) -> None:
