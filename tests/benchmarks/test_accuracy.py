@@ -280,6 +280,10 @@ def test_the_reduced_setting_ends_within_two_hours_by_its_own_estimate(tiny_mode
     assert plan.estimate_s(lab, plan.plan(lab, settings.PARTS, (0, 1, 2))) < 7200
 
 
+def test_what_is_left_is_reckoned_at_this_machine_s_pace() -> None:
+    assert plan.pace(0, 0) == 1 and plan.pace(600, 300) == 1.5 and plan.pace(60, 5) < 1.2
+
+
 def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
