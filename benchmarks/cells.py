@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -20,6 +22,7 @@ from typing import Any
 
 from qat_edge.errors import RunError
 from qat_edge.run import LIBRARIES, git_revision, library_version, write_text
+from qat_edge_devices import open_transport
 
 FORMAT = 1
 
@@ -85,15 +88,15 @@ class CellStore:
             raise RunError(f"{path}: no cell of this benchmark ({error}). Remove it; it is measured again.") from error
         return document
 
-    def put(self, cell: Cell, figures: dict[str, Any], wall_s: float, machine: str) -> None:
-        """Keep the figures of a cell, with what they were measured under."""
+    def put(self, cell: Cell, figures: dict[str, Any], wall_s: float, gpu: str = "") -> None:
+        """Keep the figures of a cell, with what they were measured under. gpu: its name, where one was used."""
         document = {
             "format": FORMAT,
             "cell": asdict(cell),
             "figures": figures,
             "wall_s": round(wall_s, 1),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine,
+            "machine": f"{gpu}, {machine()}" if gpu else machine(),
             "python": platform.python_version(),
             "libraries": {name: library_version(name) for name in LIBRARIES},
             "git_revision": git_revision(),
@@ -105,6 +108,13 @@ def publish(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the cells behind a report, one a line, so that a later version shows what was measured anew."""
     lines = [json.dumps(document, sort_keys=True, default=str) for document in documents]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+@cache
+def machine() -> str:
+    """The kind of machine, without its name."""
+    with closing(open_transport("local")) as transport:
+        return f"{platform.machine()}, {os.cpu_count()} cores, {transport.info().cpu_model}"
 
 
 @cache

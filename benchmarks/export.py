@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -58,8 +56,7 @@ def measured(names: Sequence[str], work: Path, say: Callable[[str], None]) -> di
             say(f"Exporting {name}: {shape.parameters / 1e6:.0f} M parameters in {shape.layers} layers")
             began = time.monotonic()
             figures = exported(shape, work)
-            machine = f"{platform.machine()}, {os.cpu_count()} cores"
-            store.put(cell, figures, time.monotonic() - began, machine)
+            store.put(cell, figures, time.monotonic() - began)
         document = store.document(cell)
         if document is not None:
             found[name] = document

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -242,7 +240,8 @@ class Lab:
             return found
         began = time.monotonic()
         figures = measure()
-        self.store.put(cell, figures, time.monotonic() - began, machine_class(self.device))
+        gpu = torch.cuda.get_device_name() if self.device == "cuda" else ""
+        self.store.put(cell, figures, time.monotonic() - began, gpu)
         return figures
 
     def command(self, arguments: Sequence[str], log: str) -> None:
@@ -341,9 +340,3 @@ def model_name(row: Measured) -> str:
     """base, fp32, qat, or the PTQ method."""
     known = {"fp32 base": "base", "fp32 fine-tuned": FP32, "qat": RECOMMENDED}
     return (known | {f"ptq ({words})": method for method, words in PTQ_METHODS.items()})[row.name]
-
-
-def machine_class(device: str) -> str:
-    """The kind of machine, without its name."""
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name()}, {cores}" if device == "cuda" else cores

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ def rounds(
         if store.get(cell) is None:
             say(f"Round {index + 1} of {count}")
             began = time.monotonic()
-            store.put(cell, one_round(engines, index, amounts), time.monotonic() - began, machine())
+            store.put(cell, one_round(engines, index, amounts), time.monotonic() - began)
         documents.append(store.document(cell) or {})
     return documents
 
@@ -82,17 +81,6 @@ def one_round(engines: Sequence[Engine], index: int, amounts: Amounts) -> dict[s
         rates[str(threads)] = bandwidth.measured(threads)
         rows += [engine.timed(threads, amounts) for engine in order]
     return {"others_busy_cores": others, "bytes_per_s": rates, "rows": rows}
-
-
-def machine() -> str:
-    """The kind of machine, without its name."""
-    from contextlib import closing
-
-    from qat_edge_devices import open_transport
-
-    with closing(open_transport("local")) as transport:
-        model = transport.info().cpu_model
-    return f"{platform.machine()}, {os.cpu_count()} cores, {model}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,13 +86,22 @@ def test_a_damaged_cell_is_named(tmp_path: Path, content: str) -> None:
 
 def test_the_cells_of_a_report_are_not_measured_again(tmp_path: Path) -> None:
     before = CellStore(tmp_path / "before")
-    before.put(CELL, {"perplexity": 2.5}, 1.0, "x86_64")
+    before.put(CELL, {"perplexity": 2.5}, 1.0)
     publish([before.document(CELL) or {}], tmp_path / "page.json")
     store = CellStore(tmp_path / "after", tmp_path / "page.json")
     assert store.get(CELL) == {"perplexity": 2.5} and store.get(replace(CELL, seed=1)) is None
-    store.put(CELL, {"perplexity": 2.0}, 1.0, "x86_64")
+    store.put(CELL, {"perplexity": 2.0}, 1.0)
     assert store.get(CELL) == {"perplexity": 2.0}, "what was measured here comes first"
     assert CellStore(tmp_path / "after", tmp_path / "missing.json").get(replace(CELL, seed=1)) is None
+
+
+def test_a_cell_names_its_machine_and_the_gpu_that_was_used(tmp_path: Path) -> None:
+    found = []
+    for gpu in ("", "NVIDIA A100"):
+        store = CellStore(tmp_path)
+        store.put(CELL, {}, 1.0, gpu)
+        found.append((store.document(CELL) or {})["machine"])
+    assert found[1] == f"NVIDIA A100, {found[0]}" and found[0].startswith(f"{platform.machine()}, {os.cpu_count()} ")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"format": 1}]'])
