@@ -23,7 +23,7 @@ from qat_edge.quant import ptq
 from qat_edge.report.figures import duration
 
 TRUSTED_S = 300.0  # of the estimates: the first cells are short, and say little of the machine
-# Seconds on two cores, for the estimate alone; training is counted from Setting's seconds a step.
+# Seconds on two cores with AMX, for the estimate alone; training is counted from Setting's seconds a step.
 START_S = 15.0  # imports, model and data of one command
 LOAD_S = 6.0  # a model in this process
 SCORE_S = 0.004  # a compared token, emulated in torch
