@@ -20,8 +20,9 @@ RECOMMENDED = "qat"  # no overrides: the defaults of finetune
 FP32 = "fp32"
 # Phase 1 takes all the steps ("qat_start" is set to their number): plain LoRA, and nothing of phase 2 is prepared.
 PLAIN_LORA: Overrides = {"scales": "absmax", "ptq_start": "none", "distill_weight": 0.0, "distill_top_k": 0}
-# The formulations differ in the forward pass alone, so everything else that QAT may add is off.
-FORMULATION: Overrides = {**PLAIN_LORA, "qat_start": 0.0}
+# The formulations differ in the forward pass alone: everything else that QAT may add is off, and plain LoRA's learning
+# rate is theirs from the first step to the last.
+FORMULATION: Overrides = {**PLAIN_LORA, "qat_start": 0.0, "lr_restart": False}
 AFTER_ALL = 1e6  # of qat_start: a step that no training reaches, so that the start is made at the end and ships
 # distill_top_k: a start that changes the base wants the teacher asked beforehand.
 _TAUGHT: Overrides = {"distill_top_k": 64}

@@ -307,6 +307,20 @@ def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
     assert lab.options(tuned).qat_start == 3 and "data" in before[0] and str(tmp_path) not in str(before)
 
 
+@pytest.mark.parametrize("name", formulations.FORMULATIONS)
+def test_other_formulations_learn_at_the_rate_of_the_fine_tune_they_are_held_against(
+    tiny_model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    tuned = lab.options(Training("assistant", 0, 36, FP32))
+    other = lab.options(Training("assistant", 0, 36, name, formulation=True))
+    rates = [
+        [options.learning_rate * trainer.learning_rate_factor(options, start)(step) for step in range(36)]
+        for options, start in ((tuned, 36), (other, 0))
+    ]
+    assert rates[0] == rates[1]
+
+
 def test_a_new_learning_rate_behind_an_unset_option_is_another_cell(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
