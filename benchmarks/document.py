@@ -238,10 +238,7 @@ def _cost_words(records: Records) -> str:
 
 
 def _settings_words() -> str:
-    return (
-        "What each `--setting` runs. `reduced` is for 2 cores, where `--jobs 2` takes half of what the cells "
-        "above took together; `full` is for CUDA."
-    )
+    return "What each `--setting` runs. `reduced` is for 2 cores (`--jobs 2`), `full` is for CUDA."
 
 
 # --- tables --------------------------------------------------------------------------------------------------

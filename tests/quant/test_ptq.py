@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from qat_edge.errors import DataError, ModelError, UsageError
 from qat_edge.quant import awq, descent, fake, frozen, gptaq, gptq, numerics, ptq, scheme
 from qat_edge.quant.blocks import Block, find_blocks, gram, relative_error, summing, walk
+from qat_edge.quant.replay import Replay
 from qat_edge.quant.scales import search_scales
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import PTQ_METHODS
@@ -307,6 +308,22 @@ def test_int8_layers_make_up_for_what_lies_before_them(tiny_model_folder: Path, 
             wanted = [e[b["attention_mask"].bool()] for e, b in zip(expected, batches(), strict=True)]
             errors.append(sum(float((f - w).square().sum()) for f, w in zip(found, wanted, strict=True)))
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_codes_and_scales_are_those_of_passes_that_compute_everything(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    found = []
+    for finish in (Replay.finish, lambda self, names: self.finished.extend(names)):
+        monkeypatch.setattr(Replay, "finish", finish)
+        model = make().eval()
+        with torch.no_grad():
+            scales = ptq.apply(model, scheme.choose(model, 32), "cd", batches(), silent)
+        found.append((scales, model.state_dict()))
+    for replayed, computed in zip(found[0], found[1], strict=True):
+        assert replayed.keys() == computed.keys()
+        assert all(torch.equal(replayed[name], computed[name]) for name in computed)
 
 
 def test_gptaq_aims_at_the_least_squares_weight() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,10 +54,7 @@ class Block:
     linears: dict[str, Any]
     specs: dict[str, WeightScheme]
     batches: list[Batch]
-    replay: Replay = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "replay", Replay(self.module, self.linears))
+    replay: Replay
 
     def weights(self, names: list[str]) -> Tensor:
         """Weights of layers that share an input, their rows one below the other: (sum of out, in), float32."""
@@ -242,7 +239,8 @@ def _walk(
     with bar(title, len(modules)) as progress:
         for index, module in enumerate(modules):
             specs = {n: s for n, s in scheme.linears.items() if n.startswith(f"{prefix}.{index}.")}
-            block = Block(module, index, {n: model.get_submodule(n) for n in specs}, specs, batches)
+            linears = {name: model.get_submodule(name) for name in specs}
+            block = Block(module, index, linears, specs, batches, Replay(module, linears))
             found = treat(block)
             with block.rounded(found):
                 for batch in batches:
