@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,7 +29,7 @@ LOAD_S = 6.0  # a model in this process
 SCORE_S = 0.004  # a compared token, emulated in torch
 METHOD_S = {"rtn": 5.0, "hqq": 15.0}
 EXPORT_S = 60.0  # one model to both targets
-SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.3  # a token, a token, an answered prompt
+SCORE_PTE_S, SCORE_ONNX_S, ANSWER_S = 1 / 240, 1 / 800, 0.17  # a token, a token, an answered prompt
 
 Finetune = tuple[str, int, int]  # task, seed, steps
 
@@ -222,11 +222,14 @@ def _formulation(lab: Lab, task: str, seed: int, name: str) -> Job:
 
 
 def _remaining(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    return (_switched_off(lab, task, seed) for task, seed in _sides(lab, seeds))
+    off = {name: list(parts) for name, parts in SWITCHED_OFF.items()}
+    for task, seed in _sides(lab, seeds):
+        yield _altered(lab, "remaining", task, seed, partly_rounded, SWITCHED_OFF, off=off)
 
 
 def _tables(lab: Lab, seeds: Sequence[int]) -> Iterator[Job]:
-    return (_with_tables(lab, task, seed) for task, seed in _sides(lab, seeds))
+    for task, seed in _sides(lab, seeds):
+        yield _altered(lab, "tables", task, seed, with_table_bits, TABLE_BITS)
 
 
 def _sides(lab: Lab, seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -234,42 +237,24 @@ def _sides(lab: Lab, seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
     return ((task, seed) for task in lab.setting.side_tasks for seed in seeds[: lab.setting.side_seeds])
 
 
-def _switched_off(lab: Lab, task: str, seed: int) -> Job:
-    """Perplexity of the QAT model with parts of its rounding off."""
+def _altered(
+    lab: Lab, kind: str, task: str, seed: int, alter: Callable[..., Any], variants: Mapping[str, Any], **told: Any
+) -> Job:
+    """The QAT model as `alter` makes it of each variant. told: what more decides the outcome."""
     steps = lab.setting.steps
     tuned, qat = Training(task, seed, steps, FP32), Training(task, seed, steps, RECOMMENDED)
-    identity: dict[str, Any] = {training.recipe: lab.identity(training) for training in (tuned, qat)}
-    identity["off"] = {name: list(off) for name, off in SWITCHED_OFF.items()}
+    identity = {training.recipe: lab.identity(training) for training in (tuned, qat)} | told
 
     def measure() -> Figures:
         run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
         quantized, found = lab.frozen(run), {}
-        for name, off in SWITCHED_OFF.items():
-            with partly_rounded(run.reference, quantized, off, lab.quiet) as model:
-                found[name] = stick.compare(model)
-        return found
-
-    seconds = len(SWITCHED_OFF) * (lab.setting.tokens * SCORE_S + LOAD_S)
-    cell = _cell(lab, "remaining", task, seed, RECOMMENDED, steps, identity)
-    return Job(cell, measure, (tuned, qat), seconds)
-
-
-def _with_tables(lab: Lab, task: str, seed: int) -> Job:
-    """The QAT model with an embedding and a head of other bits."""
-    steps = lab.setting.steps
-    tuned, qat = Training(task, seed, steps, FP32), Training(task, seed, steps, RECOMMENDED)
-    identity: dict[str, Any] = {training.recipe: lab.identity(training) for training in (tuned, qat)}
-
-    def measure() -> Figures:
-        run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
-        quantized, found = lab.frozen(run), {}
-        for title, bits in TABLE_BITS.items():
-            with with_table_bits(run.reference, quantized, bits, lab.quiet) as model:
+        for title, variant in variants.items():
+            with alter(run.reference, quantized, variant, lab.quiet) as model:
                 found[title] = stick.compare(model)
         return found
 
-    seconds = len(TABLE_BITS) * (lab.setting.tokens * SCORE_S + LOAD_S)
-    return Job(_cell(lab, "tables", task, seed, RECOMMENDED, steps, identity), measure, (tuned, qat), seconds)
+    seconds = len(variants) * (lab.setting.tokens * SCORE_S + LOAD_S)
+    return Job(_cell(lab, kind, task, seed, RECOMMENDED, steps, identity), measure, (tuned, qat), seconds)
 
 
 def _cost(lab: Lab) -> Iterator[Job]:

@@ -131,7 +131,7 @@ SETTINGS: Mapping[str, Setting] = {
     "reduced": Setting(
         name="reduced", steps=36, tokens=2048, prompts=400, exported=(BETTER,), factors=(1.5, 2.0),
         side_tasks=("python-reference",), side_seeds=1, ablation_rows=2, cost_rounds=1, cost_steps=3,
-        lora_step_s=2.0, qat_step_s=2.9, calibrate_s=120.0,
+        lora_step_s=2.0, qat_step_s=2.9, calibrate_s=100.0,
     ),
     "full": Setting(
         name="full", steps=200, tokens=8192, prompts=400, exported=BASELINES, factors=(1.5, 2.0),
