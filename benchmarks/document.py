@@ -26,6 +26,7 @@ NAMES = {
 }  # fmt: skip
 TORCH = "torch"
 TARGETS = {TORCH: "torch, exact emulation", "executorch": "`.pte`", "onnx": "ONNX folder"}
+ARTIFACTS = ("executorch", "onnx")
 FORMULAS = {
     "merged": ("qat-edge", "`fq(W + s B A) x`"),
     "split": ("torchtune's QAT-LoRA", "`fq(W) x + s B A x`"),
@@ -116,6 +117,7 @@ def render(records: Records, plot: str | None = None) -> str:
     blocks = [
         "# What 4 bits cost, and what is won back", _introduction(records), _ran(records),
         "## At equal steps", _recovery_words(), *picture, _summary(records), _by_seed(records), _quality(records),
+        _answers_words(records), _answers(records),
         "## With more training", _steps_words(), _steps(records),
         "## One switch at a time", _ablation_words(), _ablation(records),
         "## Other formulations", _formulation_words(), _formulations(records),
@@ -189,6 +191,15 @@ def _recovery_words() -> str:
         "in all: plain LoRA for all of them, or the recommended QAT (the defaults of `finetune`), whose phases share "
         "them. On the `.pte` and the ONNX folder PTQ and QAT are measured on the artifacts in their own runtimes, "
         "FP32 in torch."
+    )
+
+
+def _answers_words(records: Records) -> str:
+    answers = records.setting.prompts
+    return (
+        "Exact match of QAT less that of the FP32 fine-tune of the same seed. Two models that part on one answer in "
+        f"ten differ by {100 * math.sqrt(0.1 / answers):.1f} points by chance alone, one standard error of {answers} "
+        "answers."
     )
 
 
@@ -272,11 +283,25 @@ def _quality(records: Records) -> str:
     for task in TASKS:
         for name in (FP32, *METHODS, RECOMMENDED):
             kl = [_over_seeds(records, target, task, name, "kl_nats") for target in TARGETS if name != FP32]
-            match = [_over_seeds(records, t, task, name, "exact_match") for t in ("executorch", "onnx")]
+            match = [_over_seeds(records, t, task, name, "exact_match") for t in ARTIFACTS]
             answers = [spread(values, percent) if TASKS[task].answered else "no answers" for values in match]
             rows.append((task, NAMES[name], *(map(spread, kl) if kl else ["reference"] * len(TARGETS)), *answers))
     labels = [f"KL, {label}" for label in TARGETS.values()]
     return table(("task", "model", *labels, "exact match, `.pte`", "exact match, ONNX folder"), rows)
+
+
+def _answers(records: Records) -> str:
+    rows = []
+    for task in (name for name, task in TASKS.items() if task.answered):
+        for target in ARTIFACTS:
+            fp32, qat = (_over_seeds(records, target, task, name, "exact_match") for name in (FP32, RECOMMENDED))
+            less = [None if a is None or b is None else b - a for a, b in zip(fp32, qat, strict=True)]
+            rows.append((TARGETS[target], task, *(one(value, _more) for value in less), spread(less, _more)))
+    return table(("measured on", "task", *(f"seed {seed}" for seed in records.seeds), "mean"), rows)
+
+
+def _more(share: float) -> str:
+    return f"{100 * share:+.1f} points"
 
 
 def _over_seeds(records: Records, target: str, task: str, name: str, key: str) -> list[float | None]:

@@ -205,6 +205,12 @@ def test_exact_match_of_the_fine_tune_is_that_in_torch(records: Records) -> None
     assert row(page, "assistant", "QAT", "0.250 (0.250 to 0.250; 2 seeds)")[-2:] == [MISSING, "85% (1 seed)"]
 
 
+def test_exact_match_is_held_against_the_fine_tune_s_seed_by_seed(records: Records) -> None:
+    page = document.render(records)
+    assert row(page, "ONNX folder", "assistant")[2:] == ["-5.0 points", MISSING, "-5.0 points (1 seed)"]
+    assert row(page, "`.pte`", "assistant")[2:] == [MISSING] * 3
+
+
 def test_the_committed_report_has_the_shape_of_this_version() -> None:
     page = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
     headings = [line for line in page.splitlines() if line.startswith("#")]
