@@ -208,7 +208,10 @@ def _steps_words() -> str:
 
 
 def _ablation_words() -> str:
-    return "The defaults of `finetune` with one thing changed, at N steps, in torch emulation."
+    return (
+        "The defaults of `finetune` with one thing changed, at N steps, in torch emulation. KL to the FP32 fine-tune "
+        "tells recipes apart that the perplexity of so few tokens does not."
+    )
 
 
 def _formulation_words() -> str:
@@ -344,10 +347,11 @@ def _ablation(records: Records) -> str:
             over = settings.recipe(name, setting.steps)
             changed = ", ".join(f"`{key}={value}`" for key, value in over.items()) or "the defaults"
             values = [_perplexity(records, task, seed, name, setting.steps) for seed in seeds]
+            kl = [(records.emulated(task, seed, name) or {}).get("kl_nats") for seed in seeds]
             shares = [_recovered_by(records, task, seed, name) for seed in seeds]
             title = "recommended" if name == RECOMMENDED else name
-            rows.append((task, title, changed, spread(values), spread(shares, percent)))
-    return table(("task", "recipe", "set", "perplexity", "recovered"), rows)
+            rows.append((task, title, changed, spread(values), spread(kl), spread(shares, percent)))
+    return table(("task", "recipe", "set", "perplexity", "KL", "recovered"), rows)
 
 
 def _recovered_by(records: Records, task: str, seed: int, name: str) -> float | None:
