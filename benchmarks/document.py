@@ -197,9 +197,9 @@ def _recovery_words() -> str:
 def _answers_words(records: Records) -> str:
     answers = records.setting.prompts
     return (
-        "Exact match of QAT less that of the FP32 fine-tune of the same seed. Two models that part on one answer in "
-        f"ten differ by {100 * math.sqrt(0.1 / answers):.1f} points by chance alone, one standard error of {answers} "
-        "answers."
+        "Exact match of QAT less that of the FP32 fine-tune of the same seed, in points. Two models that part on one "
+        f"answer in ten differ by {100 * math.sqrt(0.1 / answers):.1f} by chance alone, one standard error of "
+        f"{answers} answers."
     )
 
 
@@ -299,12 +299,12 @@ def _answers(records: Records) -> str:
         for target in ARTIFACTS:
             fp32, qat = (_over_seeds(records, target, task, name, "exact_match") for name in (FP32, RECOMMENDED))
             less = [None if a is None or b is None else b - a for a, b in zip(fp32, qat, strict=True)]
-            rows.append((TARGETS[target], task, *(one(value, _more) for value in less), spread(less, _more)))
+            rows.append((TARGETS[target], task, *(one(value, _signed) for value in less), spread(less, _signed)))
     return table(("measured on", "task", *(f"seed {seed}" for seed in records.seeds), "mean"), rows)
 
 
-def _more(share: float) -> str:
-    return f"{100 * share:+.1f} points"
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 def _over_seeds(records: Records, target: str, task: str, name: str, key: str) -> list[float | None]:

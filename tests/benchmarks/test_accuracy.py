@@ -207,7 +207,7 @@ def test_exact_match_of_the_fine_tune_is_that_in_torch(records: Records) -> None
 
 def test_exact_match_is_held_against_the_fine_tune_s_seed_by_seed(records: Records) -> None:
     page = document.render(records)
-    assert row(page, "ONNX folder", "assistant")[2:] == ["-5.0 points", MISSING, "-5.0 points (1 seed)"]
+    assert row(page, "ONNX folder", "assistant")[2:] == ["-5.0", MISSING, "-5.0 (1 seed)"]
     assert row(page, "`.pte`", "assistant")[2:] == [MISSING] * 3
 
 
