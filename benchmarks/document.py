@@ -347,7 +347,7 @@ def _ablation(records: Records) -> str:
             over = settings.recipe(name, setting.steps)
             changed = ", ".join(f"`{key}={value}`" for key, value in over.items()) or "the defaults"
             values = [_perplexity(records, task, seed, name, setting.steps) for seed in seeds]
-            kl = [(records.emulated(task, seed, name) or {}).get("kl_nats") for seed in seeds]
+            kl = _over_seeds(records, TORCH, task, name, "kl_nats")[: setting.side_seeds]
             shares = [_recovered_by(records, task, seed, name) for seed in seeds]
             title = "recommended" if name == RECOMMENDED else name
             rows.append((task, title, changed, spread(values), spread(kl), spread(shares, percent)))
