@@ -12,8 +12,13 @@ and neither step raises it.
 Where a layer's output is added to the hidden states, a token's error counts over the mean square of those: that is
 how the norms that read them see it. Otherwise the few tokens with massive activations [2] outweigh all others.
 
+Rows are taken to be independent. With the other factor of the loss's curvature, sums of g g^T over the gradients of a
+layer's outputs (YAQA [3]), rows make up for each other too: that cost fell by a fifth, KL of SmolLM2 did not (0.0281 to
+0.0286 in three ways on Python's reference, 0.0271 without; 0.0130 and 0.0128 on assistant requests).
+
 [1] https://arxiv.org/abs/2309.01885
 [2] https://arxiv.org/abs/2402.17762
+[3] https://arxiv.org/abs/2505.22988
 """
 
 from __future__ import annotations
