@@ -12,7 +12,7 @@ from qat_edge import data
 from qat_edge.errors import DataError
 
 # 32 times the widest layer input of a 135M model. KL of SmolLM2 to its fine-tune after coordinate descent on it: of 400
-# requests 0.0110, 0.0129 on half of it; of 1600 others 0.0129, 0.0158 on twice and 0.0136 on four times as much.
+# requests 0.0110, 0.0129 on half of it; of 1600 0.0129, 0.0158 on twice and 0.0136 on four times as much.
 USUAL_TOKENS = 49152
 BATCH_TOKENS = 1024  # about what one forward pass takes, padding included
 TokenIds = dict[str, list[int]]
