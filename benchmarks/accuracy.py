@@ -80,15 +80,15 @@ def _lab(given: argparse.Namespace) -> Lab:
     if given.recipes is not None and not 0 <= given.recipes <= len(settings.ABLATION):
         raise UsageError(f"--recipes {given.recipes}: there are {len(settings.ABLATION)}.")
     from benchmarks.lab import Lab
-    from qat_edge import models
-    from qat_edge.console import say
-    from qat_edge.train.prepare import choose_device
+    from qat_edge.models import load
+    from qat_edge.progress import say
+    from qat_edge.train.setup import choose_device
 
     device = choose_device(given.device)
     setting = SETTINGS[given.setting or ("full" if device == "cuda" else "reduced")]
     if given.recipes is not None:
         setting = replace(setting, ablation_rows=given.recipes)
-    model = given.model or models.demo_model(ROOT / ".cache" / "qat-edge", say)
+    model = given.model or load.demo_model(ROOT / ".cache" / "qat-edge", say)
     if Path(model).exists():
         model = str(Path(model).resolve())
     say(f"Setting {setting.name} on {device}: {setting.steps} steps, seeds {' '.join(map(str, given.seeds))}")

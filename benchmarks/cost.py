@@ -20,10 +20,10 @@ from transformers import Trainer
 
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.console import say
 from qat_edge.errors import QatEdgeError
 from qat_edge.finetune import finetune
 from qat_edge.logs import quiet_libraries
+from qat_edge.progress import say
 from qat_edge.run import write_text
 from qat_edge.train.trainer import peak_memory_bytes
 

@@ -23,12 +23,12 @@ from onnx import helper
 from benchmarks.bandwidth import pinned
 from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerError, Workshop
 from qat_edge.errors import QatEdgeError
-from qat_edge.measure.devices import FAILURES, LOCAL
+from qat_edge.evaluate.devices import FAILURES, LOCAL
 from qat_edge.run import Run, library_version, sha256
 from qat_edge_devices import open_runtime, open_transport
-from qat_edge_exporters.executorch import reader
-from qat_edge_exporters.executorch.inspection import inspect
-from qat_edge_exporters.onnx import names, storage
+from qat_edge_exporters.executorch.pte import pte_reader
+from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.onnx import graph_file, names
 
 PTE, PTE_INT4 = "`.pte`", "`.pte`, int4 tables"
 ONNX, LLAMA_CPP, GENAI = "ONNX folder", "llama.cpp Q4_0", "onnxruntime-genai int4"
@@ -109,7 +109,7 @@ def facts(engines: list[Engine]) -> dict[str, dict[str, Any]]:
 
 
 def _pte(name: str, folder: Path) -> Engine:
-    artifact, path = reader.read(folder), folder / reader.MODEL
+    artifact, path = pte_reader.read(folder), folder / pte_reader.MODEL
     sizes, words = artifact.size_bytes, inspect(path)
     precisions = {}
     for module, weight in artifact.weights.items():
@@ -129,7 +129,7 @@ def _pte(name: str, folder: Path) -> Engine:
 
 
 def _onnx(name: str, folder: Path) -> Engine:
-    model = storage.load_graph(folder / names.MODEL_FILE)
+    model = graph_file.load_graph(folder / names.MODEL_FILE)
     version = f"onnxruntime-genai {library_version('onnxruntime-genai')}"
     embedding, head, token_bytes = onnx_weights(model)
     data = folder / names.DATA_FILE

@@ -26,14 +26,14 @@ from qat_edge.run import sha256, work_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULT = "export.json"
-EXPORTER = "qat_edge_exporters.executorch.export"
+EXPORTER = "qat_edge_exporters.executorch.export_pte"
 
 
 def main() -> None:
     """Export synthetic models of growing size, and write the report."""
     given = _parser().parse_args()
     from benchmarks import export_page
-    from qat_edge.console import say
+    from qat_edge.progress import say
 
     try:
         result = given.work / RESULT

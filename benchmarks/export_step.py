@@ -86,7 +86,7 @@ def measure(checkpoint: Path, out: Path) -> dict[str, Any]:
     Returns seconds by the clock and of this process's CPU time, in all and by stage, and bytes: resident before
     anything is loaded, at most in each stage and in all, and of the file.
     """
-    from qat_edge_exporters.executorch.export import MODEL, export
+    from qat_edge_exporters.executorch.export_pte import MODEL, export
 
     stages = _Stages()
     runtime = resident_bytes()

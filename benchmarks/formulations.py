@@ -25,12 +25,13 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional
 
-from qat_edge import adapters, config, models
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.console import say
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.finetune import finetune
 from qat_edge.logs import quiet_libraries
+from qat_edge.models import load, merge
+from qat_edge.progress import say
 from qat_edge.quant import fake, numerics, scheme
 from qat_edge.quant.fake import ADAPTER, LoraFakeQuantLinear
 from qat_edge.quant.scheme import WeightScheme
@@ -121,8 +122,8 @@ def train(
 
 def own_forward(adapter: Path, name: str) -> Any:
     """The model of an adapter folder as it was trained: unmerged, with the forward of its formulation, rounding."""
-    facts = adapters.adapter_facts(adapter)
-    model, _, _ = models.load_model(facts["model"]["source"], facts["model"]["trust_remote_code"])
+    facts = merge.adapter_facts(adapter)
+    model, _, _ = load.load_model(facts["model"]["source"], facts["model"]["trust_remote_code"])
     switch = fake.insert(model, scheme.choose(model, facts["group_size"]))
     lora = fake.register(LoraConfig.from_pretrained(str(adapter)))
     adapted = convert(PeftModel.from_pretrained(model, str(adapter), config=lora), name).eval()

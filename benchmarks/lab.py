@@ -30,20 +30,22 @@ from numpy.typing import NDArray
 from benchmarks import settings
 from benchmarks.cells import Cell, CellStore, digest, slug
 from benchmarks.settings import FP32, RECOMMENDED, Setting, Task
-from qat_edge import adapters, config, data
-from qat_edge.calibration import USUAL_TOKENS
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
+from qat_edge.data import tokenization
+from qat_edge.data.calibration import USUAL_TOKENS
+from qat_edge.data.formats import load_rows
 from qat_edge.errors import QatEdgeError
+from qat_edge.evaluate import reference, results
+from qat_edge.evaluate.metrics import Comparison, LogitComparison
+from qat_edge.evaluate.reference import LogitStore
+from qat_edge.evaluate.results import Measured
 from qat_edge.finetune import TRAINING_LOG
-from qat_edge.measure import reference, results
-from qat_edge.measure.metrics import Comparison, LogitComparison
-from qat_edge.measure.reference import LogitStore
-from qat_edge.measure.results import Measured
-from qat_edge.quant.ptq import CALIBRATED
+from qat_edge.lazy import resolve
+from qat_edge.models import merge
+from qat_edge.quant.ptq.methods import CALIBRATED
 from qat_edge.quantize import QAT, quantize_if_missing
-from qat_edge.rows import load_rows
 from qat_edge.run import PTQ_METHODS, Run, replace_folder, sha256
-from qat_edge.tables import resolve
 from qat_edge.train.trainer import qat_learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -273,8 +275,10 @@ class Yardstick:
     """An FP32 fine-tune that models are held against, on the tokens that validate would compare."""
 
     def __init__(self, adapter: Path, eval_data: Path, task: Task, tokens: int, work: Path) -> None:
-        merged = adapters.merged_model(adapter, lambda text: None)
-        self.sequences = data.scored_ids(load_rows(str(eval_data), "eval"), merged.tokenizer, task.window, tokens)
+        merged = merge.merged_model(adapter, lambda text: None)
+        self.sequences = tokenization.scored_ids(
+            load_rows(str(eval_data), "eval"), merged.tokenizer, task.window, tokens
+        )
         work.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix=".logits-", dir=work)
         self._logits = LogitStore(Path(self._scratch.name) / "fp32")
@@ -302,7 +306,7 @@ class Yardstick:
 class _Against(LogitStore):
     """Takes logits as a store does, but compares them at once instead of keeping them."""
 
-    def __init__(self, fp32: LogitStore, sequences: Sequence[data.ScoredIds]) -> None:
+    def __init__(self, fp32: LogitStore, sequences: Sequence[tokenization.ScoredIds]) -> None:
         self.fp32, self.sequences, self.comparison = fp32, sequences, LogitComparison()
 
     def put(self, index: int, logits: NDArray[np.float32]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-from qat_edge_devices.agent import machine, models
+from qat_edge_devices.agent import loaded_models, machine
 
 # Runtime -> target, and whether onnxruntime-genai is hidden from the agent, which would choose it.
 RUNTIMES = {
@@ -72,7 +72,7 @@ def in_turn(text: str, result: str) -> None:
     """Write the milliseconds of the median step, bare and by the agent, into the file `result`; text: a request."""
     request = json.loads(text)
     cpus = machine.pin(request["threads"], request["backend"])
-    model = models.choose_backend(request)
+    model = loaded_models.choose_backend(request)
     model.load(Path(request["artifact"]), request, cpus)
     bare, ours = [], []
     for turn in range(request["turns"]):
@@ -82,7 +82,7 @@ def in_turn(text: str, result: str) -> None:
     Path(result).write_text(json.dumps([median(bare), median(ours)]), encoding="utf-8")
 
 
-def steps(model: models.Model, request: dict[str, Any], bare_first: bool) -> tuple[list[float], list[float]]:
+def steps(model: loaded_models.Model, request: dict[str, Any], bare_first: bool) -> tuple[list[float], list[float]]:
     """Milliseconds of the steps after a prompt: every other one bare, the others by the agent."""
     prefill, decode = request["prefill"], request["decode"]
     model.start([1 + i % 7 for i in range(prefill)], prefill + 2 * decode + 1)
@@ -98,15 +98,15 @@ def steps(model: models.Model, request: dict[str, Any], bare_first: bool) -> tup
     return bare, ours
 
 
-def _executorch(model: models.Model, token: int, position: int) -> Step:
-    mine = cast(models.ExecuTorchModel, model)
+def _executorch(model: loaded_models.Model, token: int, position: int) -> Step:
+    mine = cast(loaded_models.ExecuTorchModel, model)
     mine.position = position + 1  # where the agent goes on
     return partial(mine.method.call, [mine.torch.tensor([[token]]), mine.torch.tensor([position])])
 
 
-def _onnxruntime(model: models.Model, token: int, position: int) -> Step:
+def _onnxruntime(model: loaded_models.Model, token: int, position: int) -> Step:
     """The cache has to be handed from call to call here, too."""
-    mine = cast(models.OnnxModel, model)
+    mine = cast(loaded_models.OnnxModel, model)
     mine.position = position + 1
     held, outputs, feed = mine.cache, mine.outputs, mine.feed([token], position)
     past = [name.replace("present", "past_key_values") for name in outputs]
@@ -118,8 +118,8 @@ def _onnxruntime(model: models.Model, token: int, position: int) -> Step:
     return step
 
 
-def _genai(model: models.Model, token: int, position: int) -> Step:
-    step: Step = cast(models.GenaiModel, model).generator.generate_next_token
+def _genai(model: loaded_models.Model, token: int, position: int) -> Step:
+    step: Step = cast(loaded_models.GenaiModel, model).generator.generate_next_token
     return step
 
 

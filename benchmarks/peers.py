@@ -20,10 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge import adapters
 from qat_edge.config import ExportOptions
 from qat_edge.errors import QatEdgeError
 from qat_edge.export import export
+from qat_edge.models import merge
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, work_folder, write_text
 
 LLAMA_CPP_PACKAGE = ("llama-cpp-python", "0.3.36")
@@ -127,7 +127,7 @@ class Workshop:
         folder = self._models / "float"
         if not folder.is_dir():
             self.say("Merging the FP32 fine-tune")
-            merged = adapters.merged_model(self.run.reference, lambda text: None)
+            merged = merge.merged_model(self.run.reference, lambda text: None)
             with replace_folder(folder, force=False) as made:
                 merged.model.save_pretrained(made)
                 merged.tokenizer.save_pretrained(made)

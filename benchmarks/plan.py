@@ -16,10 +16,10 @@ from benchmarks.lab import Figures, Lab, Training, artifact_rows
 from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS, partly_rounded, with_table_bits
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config
-from qat_edge.calibration import USUAL_TOKENS
 from qat_edge.config import FinetuneOptions
-from qat_edge.measure.reference import load_exact
-from qat_edge.quant import ptq
+from qat_edge.data.calibration import USUAL_TOKENS
+from qat_edge.evaluate.reference import load_exact
+from qat_edge.quant.ptq import methods
 from qat_edge.report.figures import duration
 
 TRUSTED_S = 300.0  # of the estimates: the first cells are short, and say little of the machine
@@ -135,7 +135,7 @@ def emulated(lab: Lab, task: str, seed: int, steps: int, name: str) -> Job:
     if name not in (FP32, *METHODS):
         trainings = (tuned, Training(task, seed, steps, name))
         identity["qat"] = lab.identity(trainings[1])
-    if name in ptq.CALIBRATED:
+    if name in methods.CALIBRATED:
         identity["calibration_tokens"] = USUAL_TOKENS
 
     def measure() -> Figures:
@@ -303,7 +303,7 @@ def _cell(
 
 
 def _method_s(lab: Lab, method: str) -> float:
-    return lab.setting.calibrate_s if method in ptq.CALIBRATED else METHOD_S.get(method, 5.0)
+    return lab.setting.calibrate_s if method in methods.CALIBRATED else METHOD_S.get(method, 5.0)
 
 
 def _training_s(lab: Lab, training: Training) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from qat_edge_devices.adb import AdbTransport, open_adb
-from qat_edge_devices.errors import DeviceError
+from qat_edge_devices.device_errors import DeviceError
 from qat_edge_devices.transport import Access
 
 

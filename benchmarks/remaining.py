@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from qat_edge import adapters
-from qat_edge.measure import budget, reference
-from qat_edge.measure.rounding import Rounding, rounding_as
+from qat_edge.diagnose import error_budget
+from qat_edge.diagnose.runtime_rounding import Rounding, rounding_as
+from qat_edge.evaluate import reference
+from qat_edge.models import merge
 from qat_edge.quant import frozen, numerics
 
 SWITCHED_OFF: Mapping[str, tuple[str, ...]] = {
@@ -20,7 +21,7 @@ SWITCHED_OFF: Mapping[str, tuple[str, ...]] = {
     "activations off": ("activations",),
     "embedding off": ("embedding",),
     "head off": ("head",),
-    "all off": budget.PARTS,
+    "all off": error_budget.PARTS,
 }
 TABLE_BITS = {f"{embedding} / {head}": (embedding, head) for head in (8, 4) for embedding in (8, 4)}
 
@@ -32,11 +33,11 @@ def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...], say: C
     With nothing off it computes what `reference.load_exact(quantized)` does, with all parts what the snapshot does.
     """
     model, names = reference.load_dequantized(quantized)
-    plan, floats = frozen.read_scheme(quantized), adapters.float_model(snapshot, quantized, say)
+    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized, say)
     with ExitStack() as stack:
         for part in off:
-            stack.enter_context(budget.part_off(model, floats, plan, part))
-            names = budget.rounded_without(names, plan, part)
+            stack.enter_context(error_budget.part_off(model, floats, plan, part))
+            names = error_budget.rounded_without(names, plan, part)
         stack.enter_context(rounding_as(model, names, Rounding()))
         yield model
 
@@ -51,7 +52,7 @@ def with_table_bits(
     snapshot: where plain LoRA ended, which has the tables in float.
     """
     model, names = reference.load_dequantized(quantized)
-    plan, floats = frozen.read_scheme(quantized), adapters.float_model(snapshot, quantized, say)
+    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized, say)
     for name, width in zip((plan.embedding, plan.head), bits, strict=True):
         table = floats.get_parameter(f"{name}.weight")
         group = plan.group_size if width == 4 else table.shape[1]

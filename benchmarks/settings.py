@@ -90,11 +90,11 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "python-reference", "qat_edge.tasks.python_reference:write",
+            "python-reference", "qat_edge.demo_data.python_reference:write",
             {"batch_size": 8, "max_length": 128}, window=128, answered=False, step_tokens=1024,
         ),
         Task(
-            "assistant", "qat_edge.tasks.assistant:write",
+            "assistant", "qat_edge.demo_data.assistant:write",
             {"batch_size": 8, "max_length": 128}, window=128, answered=True, step_tokens=512,
         ),
     )
@@ -160,7 +160,7 @@ def check_overrides(where: str, overrides: Overrides) -> None:
     Raises:
         UsageError: as `check_recipes`; the message starts with `where`.
     """
-    from qat_edge.train.border import check_combination  # imports torch, which the command line does without
+    from qat_edge.train.phases import check_combination  # imports torch, which the command line does without
 
     known = [field.name for field in dataclasses.fields(FinetuneOptions)]
     for name in overrides:

@@ -35,7 +35,7 @@ def main() -> None:
     given = _parser().parse_args()
     quiet_libraries(verbose=False)
     from benchmarks import engines, speed_page  # they import torch
-    from qat_edge.console import say
+    from qat_edge.progress import say
 
     try:
         result = given.work / RESULT

@@ -17,8 +17,8 @@ import pytest
 
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.measure import results
-from qat_edge.measure.results import Agreement, Budget, Gate, Judgement, Measured, Part, Report, Speed, Spread, Step
+from qat_edge.evaluate import results
+from qat_edge.evaluate.results import Agreement, Budget, Gate, Judgement, Measured, Part, Report, Speed, Spread, Step
 from qat_edge.report import report
 from qat_edge.run import Run, write_manifest
 

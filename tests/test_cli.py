@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from qat_edge import cli, config
+from qat_edge import config
+from qat_edge.cli import commands
 from qat_edge.config import (
     CompareOptions,
     DoctorOptions,
@@ -53,7 +54,7 @@ FIELDS = [(section, field) for section, cls in VERBS.items() for field in datacl
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import sys; from qat_edge.cli import main\n"
+        "import sys; from qat_edge.cli.commands import main\n"
         f"try: main({[*command, '--help']!r})\n"
         "except SystemExit: pass\n"
         f"loaded = [m for m in {HEAVY!r} if m in sys.modules]\n"
@@ -65,7 +66,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 
 
 def test_commands_are_listed_in_the_order_of_the_work() -> None:
-    assert list(cli.main.commands) == COMMANDS
+    assert list(commands.main.commands) == COMMANDS
 
 
 def other(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], Any]:
@@ -101,10 +102,10 @@ def test_every_flag_changes_its_field(section: str, field: Any, monkeypatch: pyt
         seen.append(config.load(given[0], given[1], given[2], {k: None if v == () else v for k, v in given[3].items()}))
         raise Stop("seen")
 
-    monkeypatch.setattr(cli, "load_options", capture)
+    monkeypatch.setattr(commands, "load_options", capture)
     required = [a for k, v in REQUIRED.items() if k != field.name and section == "finetune" for a in (f"--{k}", v)]
     position = ["--out", "x"] if section == "finetune" else ["run"]
-    CliRunner().invoke(cli.main, [section, *position, *required, *arguments])
+    CliRunner().invoke(commands.main, [section, *position, *required, *arguments])
     assert getattr(seen[0], field.name) == expected
     assert getattr(seen[0], field.name) != field.default
 
@@ -162,7 +163,7 @@ def test_errors_are_one_paragraph(
     arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.main, arguments)
+    result = CliRunner().invoke(commands.main, arguments)
     assert result.exit_code == code
     assert message in result.output and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []

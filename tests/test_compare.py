@@ -16,17 +16,19 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from pages import svgs
-from qat_edge import adapters, cli, compare, config
+from qat_edge import compare, config
+from qat_edge.cli import commands
+from qat_edge.cli.terminal_tables import deployment_table
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import DataError, ExportError, RunError
+from qat_edge.evaluate import deployments
+from qat_edge.evaluate.deployments import Deployment, DeploymentTable
+from qat_edge.evaluate.results import Agreement, Measured, Speed, Spread
 from qat_edge.finetune import finetune
-from qat_edge.measure import deployments
-from qat_edge.measure.deployments import Deployment, DeploymentTable
-from qat_edge.measure.results import Agreement, Measured, Speed, Spread
+from qat_edge.models import merge
 from qat_edge.quant import frozen
-from qat_edge.report.comparison import render, verdict
+from qat_edge.report.comparison_page import render, verdict
 from qat_edge.run import Run, read_manifest
-from qat_edge.summary import deployment_table
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
 ASKED = CompareOptions(target=("executorch",), method=("rtn", "hqq"))
@@ -108,7 +110,7 @@ def test_the_rounded_rows_are_smaller_and_differ(table: DeploymentTable) -> None
 
 def test_checkpoints_are_what_their_rows_say(run: Run, table: DeploymentTable) -> None:
     base, merged = (frozen.load(run.path / "compare" / n / "checkpoint").state_dict() for n in ("base", "merged"))
-    trained = adapters.base_model(run.reference).state_dict()
+    trained = merge.base_model(run.reference).state_dict()
     assert base.keys() == merged.keys() == trained.keys()
     assert all(torch.equal(base[name], trained[name]) for name in trained)
     naive = run.path / "compare" / "naive" / "checkpoint"
@@ -191,11 +193,11 @@ def test_the_command_trains_first(tiny_model_folder: Path, data: Path, tmp_path:
     path.write_text(yaml.safe_dump(sections))
     arguments = ["compare", "--model", str(tiny_model_folder), "--data", str(data), "--eval-data", str(data)]
     arguments += ["--config", str(path), "--out", str(tmp_path / "run")]
-    answer = CliRunner().invoke(cli.main, [*arguments, "--json"])
+    answer = CliRunner().invoke(commands.main, [*arguments, "--json"])
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     assert [row["title"] for row in found["deployments"]] == ["Base, FP32"]
-    again = CliRunner().invoke(cli.main, arguments)
+    again = CliRunner().invoke(commands.main, arguments)
     assert again.exit_code == 1 and "exists already" in again.output
 
 
@@ -211,7 +213,7 @@ def test_the_command_trains_first(tiny_model_folder: Path, data: Path, tmp_path:
     ],
 )
 def test_usage_errors(arguments: list[str], message: str) -> None:
-    answer = CliRunner().invoke(cli.main, ["compare", *arguments])
+    answer = CliRunner().invoke(commands.main, ["compare", *arguments])
     assert answer.exit_code == 2 and message in answer.output, answer.output
 
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from qat_edge.demo import demo
+from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
-from qat_edge.tasks import assistant
 
 
 @pytest.fixture

@@ -19,15 +19,17 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import make_tokenizer
-from qat_edge import cli, doctor
+from qat_edge import doctor
 from qat_edge import export as exporting
+from qat_edge.cli import commands
 from qat_edge.config import RUNTIMES, DoctorOptions, ExportOptions
 from qat_edge.errors import ArtifactError, UsageError
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run, Variant, library_version, write_manifest
-from qat_edge_exporters.executorch import contract, probe, runtimes
-from qat_edge_exporters.executorch.export import export
-from qat_edge_exporters.executorch.facts import Method, Port, Program
+from qat_edge_exporters.executorch import known_runtimes, runtime_probe
+from qat_edge_exporters.executorch.export_pte import export
+from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.executorch.pte.program_info import Method, Port, Program
 
 CONTEXT, VOCABULARY, WIDTH = 32, 288, 64
 CUSTOM = ["llama::custom_sdpa.out", "llama::update_cache.out", "quantized_decomposed::embedding_byte.out"]
@@ -66,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def answers(made: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """What the installed runtime says of both, asked once."""
     texts = {name: [*doctor.TEXTS, *doctor._special_texts(folder / doctor.TOKENIZER)] for name, folder in made.items()}
-    return {n: probe.ask(made[n] / doctor.MODEL, made[n] / doctor.TOKENIZER, texts[n]) for n in made}
+    return {n: runtime_probe.ask(made[n] / doctor.MODEL, made[n] / doctor.TOKENIZER, texts[n]) for n in made}
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def folder(
 ) -> Path:
     """A copy of the program with custom operators to damage, with the runtime's answer about the whole one."""
     shutil.copytree(made["custom"], tmp_path / "copy")
-    monkeypatch.setattr(probe, "ask", lambda *given: answers["custom"])
+    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["custom"])
     return tmp_path / "copy"
 
 
@@ -106,7 +108,7 @@ def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Pat
 def test_a_portable_program_loads_everywhere(
     made: dict[str, Path], answers: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "ask", lambda *given: answers["portable"])
+    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["portable"])
     named = DoctorOptions(runtime=RUNTIMES)
     found = doctor.doctor(made["portable"] / "model.pte", named, silent)
     doctor.require_loadable(found, named)
@@ -156,7 +158,7 @@ def program(**constants: Any) -> Program:
 
 
 def problems(program: Program) -> list[str]:
-    return [entry.name for entry in contract.entries(program) if entry.problem]
+    return [entry.name for entry in runner_contract.entries(program) if entry.problem]
 
 
 @pytest.mark.parametrize(
@@ -175,27 +177,27 @@ def test_values_that_cannot_be(constants: dict[str, Any]) -> None:
 
 def test_inputs_that_the_runner_does_not_give() -> None:
     whole = program()
-    assert contract.forward_problems(whole) == []
+    assert runner_contract.forward_problems(whole) == []
     assert whole.forward is not None
     static = replace(whole.forward, inputs=(Port("int64", (1, 8)), whole.forward.inputs[1]))
     assert problems(replace(whole, methods=[static])) == ["enable_dynamic_shape"]
     one = replace(whole.forward, inputs=whole.forward.inputs[:1])
     assert problems(replace(whole, methods=[one])) == ["use_kv_cache"]
-    assert "two int64 inputs" in contract.forward_problems(replace(whole, methods=[one]))[0]
+    assert "two int64 inputs" in runner_contract.forward_problems(replace(whole, methods=[one]))[0]
     image = Method("forward", (Port("float32", (1, 3, 8, 8)),), (Port("float32", (1, 10)),))
     assert not replace(whole, methods=[image], constants={}).is_language_model
 
 
 def test_a_backend_that_an_app_lacks() -> None:
     other = replace(program(), delegates={"CoreMLBackend": 3})
-    checks = runtimes.check(other, ("android-app", "ios-app"), {})
+    checks = known_runtimes.check(other, ("android-app", "ios-app"), {})
     assert [(check.loads, check.missing_backends) for check in checks] == [(False, ["CoreMLBackend"]), (True, [])]
     assert doctor.reason(checks[0]) == "it lacks backend CoreMLBackend"
 
 
 def test_lists_of_operators_are_those_of_the_installed_version() -> None:
-    table = tomllib.loads(runtimes.TABLE.read_text(encoding="utf-8"))
-    assert set(table["runtimes"]) | {runtimes.WHEEL} == set(RUNTIMES)
+    table = tomllib.loads(known_runtimes.TABLE.read_text(encoding="utf-8"))
+    assert set(table["runtimes"]) | {known_runtimes.WHEEL} == set(RUNTIMES)
     assert table["version"] == library_version("executorch")
     files = {
         "portable": Path(executorch.kernels.portable.__path__[0]) / "functions.yaml",
@@ -209,7 +211,7 @@ def test_lists_of_operators_are_those_of_the_installed_version() -> None:
 
 def test_without_a_tokenizer(folder: Path, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr(probe, "ask", lambda *given: answers["custom"] | {"tokenizer": None})
+    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["custom"] | {"tokenizer": None})
     assert [fault for fault in faults(folder) if "tokenizer.json is not beside the program" in fault]
 
 
@@ -250,7 +252,7 @@ def test_versions(folder: Path) -> None:
 def test_files_that_are_no_program(folder: Path, name: str, damage: Any, message: str) -> None:
     if damage is not None:
         (folder / name).write_bytes(damage((folder / "model.pte").read_bytes()))
-    result = CliRunner().invoke(cli.main, ["doctor", str(folder / name)])
+    result = CliRunner().invoke(commands.main, ["doctor", str(folder / name)])
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert re.search(message, result.output), result.output
 
@@ -260,22 +262,22 @@ def test_a_program_that_the_runtime_refuses(made: dict[str, Path], tmp_path: Pat
     assert data.count(b"XH00")
     (tmp_path / "model.pte").write_bytes(data.replace(b"XH00", b"XH99"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    answer = probe.ask(tmp_path / "model.pte", tmp_path / "tokenizer.json", [])
+    answer = runtime_probe.ask(tmp_path / "model.pte", tmp_path / "tokenizer.json", [])
     assert "XNNPACK" in answer["error"]
     assert answer["tokenizer"]["error"]
 
 
 def test_the_command(folder: Path) -> None:
-    result = CliRunner().invoke(cli.main, ["doctor", str(folder), "--json"])
+    result = CliRunner().invoke(commands.main, ["doctor", str(folder), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert [check["runtime"] for check in found["runtimes"]] == list(RUNTIMES)
     assert found["program"]["constants"]["get_max_seq_len"] == CONTEXT
-    result = CliRunner().invoke(cli.main, ["doctor", str(folder), "--runtime", "minimal", "--runtime", "ios-app"])
+    result = CliRunner().invoke(commands.main, ["doctor", str(folder), "--runtime", "minimal", "--runtime", "ios-app"])
     assert result.exit_code == 1
     assert "model.pte loads in ios-app; not in minimal" in result.stdout
     assert "minimal cannot load it" in result.stderr
-    assert CliRunner().invoke(cli.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
+    assert CliRunner().invoke(commands.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
 
 
 def test_portable_is_for_executorch(tmp_path: Path) -> None:

@@ -29,9 +29,8 @@ from transformers import (
 )
 
 from conftest import make_tokenizer, train_run
-from qat_edge import config, examples, kinds
-from qat_edge.adapters import base_model, merged_model, rounding_model
-from qat_edge.cli import main
+from qat_edge import config
+from qat_edge.cli.commands import main
 from qat_edge.compare import compare
 from qat_edge.config import (
     CompareOptions,
@@ -41,16 +40,19 @@ from qat_edge.config import (
     SensitivityOptions,
     ValidateOptions,
 )
+from qat_edge.data import training_examples
+from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, ModelError, UsageError
+from qat_edge.evaluate import encoder_results, gates
+from qat_edge.evaluate.encoders import cosines, quality
 from qat_edge.export import export
 from qat_edge.finetune import finetune
 from qat_edge.generate import generate
-from qat_edge.kinds import Kind, SentenceEncoder, SequenceClassifier
-from qat_edge.measure import answers, gates
-from qat_edge.measure.encoders import cosines, quality
+from qat_edge.models import task
+from qat_edge.models.merge import base_model, merged_model, rounding_model
+from qat_edge.models.task import Kind, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.quantize import quantize
-from qat_edge.rows import load_rows
 from qat_edge.run import PTQ_METHODS, Run
 from qat_edge.sensitivity import sensitivity
 from qat_edge.train import objectives
@@ -108,10 +110,10 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 
 def batch(run: Run) -> dict[str, Tensor]:
     options = config.load(FinetuneOptions, "finetune", run.config, {})
-    kind, words = kinds.of_run(run), make_tokenizer()
+    kind, words = task.of_run(run), make_tokenizer()
     model = BertModel(BertConfig(**SIZES))
-    rows = examples.tokenize(kind, load_rows(options.data), model, words, options.max_length).rows
-    return examples.collator(kind, words)(rows)
+    rows = training_examples.tokenize(kind, load_rows(options.data), model, words, options.max_length).rows
+    return training_examples.collator(kind, words)(rows)
 
 
 def answer(kind: Kind, model: Any, given: dict[str, Tensor]) -> Tensor:
@@ -121,7 +123,7 @@ def answer(kind: Kind, model: Any, given: dict[str, Tensor]) -> Tensor:
 
 def check_frozen(run: Run) -> None:
     """What is frozen answers as it was trained, to the rounding."""
-    kind, given = kinds.of_run(run), batch(run)
+    kind, given = task.of_run(run), batch(run)
     quantize(run, QuantizeOptions(), silent)
     found = answer(kind, frozen.load(run.quantized), given)
     trained = answer(kind, rounding_model(run.adapter), given)
@@ -157,7 +159,7 @@ def test_a_head_that_is_a_module_of_two_layers(tmp_path: Path) -> None:
 
 
 def test_it_learns_what_its_rows_say(run: Run) -> None:
-    kind, given = kinds.of_run(run), batch(run)
+    kind, given = task.of_run(run), batch(run)
     quantize(run, QuantizeOptions(), silent)
     objective = objectives.of(kind)
     assert objective is not None
@@ -188,7 +190,7 @@ def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> N
 @pytest.mark.parametrize("method", PTQ_METHODS)
 def test_every_method_quantizes_it(run: Run, method: str) -> None:
     quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100), silent)
-    kind, given = kinds.of_run(run), batch(run)
+    kind, given = task.of_run(run), batch(run)
     reference = answer(kind, merged_model(run.reference, silent).model, given)
     found = answer(kind, frozen.load(quantized.folder), given)
     assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
@@ -246,7 +248,7 @@ def test_what_validate_has_for_others_is_refused_by_name(embedder: Run, flags: l
 def test_a_profile_of_an_encoders_own_limits_is_taken(tmp_path: Path) -> None:
     (tmp_path / "board.toml").write_text("min_cosine = 0.99\nmax_size_mb = 20\n")
     asked = config.load(ValidateOptions, "validate", None, {"profile": str(tmp_path / "board.toml")})
-    found = answers.Answered("qat", "executorch", {"linears": 21_000_000}, 0.5, 0.991)
+    found = encoder_results.Answered("qat", "executorch", {"linears": 21_000_000}, 0.5, 0.991)
     held = {gate.flag: (gate.found, gate.passed) for gate in gates.hold_answers(asked, [found])}
     assert held == {"--min-cosine": (0.991, True), "--max-size-mb": (21.0, False)}
 
@@ -368,15 +370,15 @@ def test_an_embedding_that_is_no_mean_is_refused(tmp_path: Path) -> None:
 def test_labels_follow_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
     own = BertConfig.from_pretrained(two_labels)
     rows = load_rows(write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "off"}]))
-    kind = examples.kind_for(own, rows, "rows")
+    kind = training_examples.kind_for(own, rows, "rows")
     assert kind == SequenceClassifier(("off", "on"))
     model, words = BertModel(BertConfig(**SIZES)), make_tokenizer()
-    assert [row["labels"] for row in examples.tokenize(kind, rows, model, words, 32).rows] == [[1], [0]]
+    assert [row["labels"] for row in training_examples.tokenize(kind, rows, model, words, 32).rows] == [[1], [0]]
     found = [{"text": "a", "label": n} for n in (10, 2, 2)]
     rows = load_rows(write(tmp_path / "b.jsonl", found))
-    assert examples.kind_for(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
+    assert training_examples.kind_for(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
     with pytest.raises(DataError, match="every row has the label '2'"):
-        examples.kind_for(BertConfig(), rows[1:], "rows")
+        training_examples.kind_for(BertConfig(), rows[1:], "rows")
 
 
 def test_objectives_are_their_formulas() -> None:
@@ -393,12 +395,12 @@ def test_objectives_are_their_formulas() -> None:
     torch.testing.assert_close(scored(None, given), torch.tensor(0.25))  # cosines 0 and 1
     cosines = 20 * torch.tensor([[0.0, 0.6], [0.8, 1.0]])
     torch.testing.assert_close(belonging(None, given), -cosines.log_softmax(-1).diagonal().sum())
-    assert objectives.of(kinds.CAUSAL_LM) is None
+    assert objectives.of(task.CAUSAL_LM) is None
 
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "rows.jsonl", [{"text": "x" * 100, "label": "a"}, {"text": "y", "label": "b"}]))
     model = BertModel(BertConfig(**SIZES))
-    done = examples.tokenize(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
+    done = training_examples.tokenize(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
     assert [len(row["input_ids"]) for row in done.rows] == [64, 1] and (done.truncated, done.cut_tokens) == (1, 36)
     assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows cut, 36 tokens lost"

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qat_edge.adapters import base_model, merged_model
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.finetune import finetune
+from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import fake, frozen, numerics, scheme
-from qat_edge.quant.start import Start
+from qat_edge.quant.qat_init import Start
 from qat_edge.run import read_manifest
-from qat_edge.train.border import check_combination
+from qat_edge.train.phases import check_combination
 
 DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_start
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))

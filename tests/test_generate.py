@@ -7,7 +7,7 @@ import io
 import pytest
 
 from qat_edge.generate import _answer, _without_last_newlines
-from qat_edge.llm_runner import STATISTICS
+from qat_edge_exporters.executorch.llm_runner import STATISTICS
 
 
 @pytest.mark.parametrize(

@@ -19,29 +19,22 @@ import torch
 from click.testing import CliRunner
 
 from conftest import train_run
-from qat_edge import cli
-from qat_edge.adapters import float_model, merged_model
+from qat_edge.cli import commands
 from qat_edge.config import ExportOptions, ValidateOptions
+from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, part_off, rounded_without
+from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, rounding_as
 from qat_edge.errors import ArtifactError, RunError
+from qat_edge.evaluate import results
+from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
 from qat_edge.export import export
-from qat_edge.measure import results
-from qat_edge.measure.budget import (
-    FROZEN,
-    HOST,
-    PARTS,
-    TRAINED,
-    part_off,
-    rounded_without,
-)
-from qat_edge.measure.reference import disturbed, load_dequantized, load_exact
-from qat_edge.measure.rounding import BLOCKS, X86, Rounding, rounding_as
+from qat_edge.lazy import resolve
+from qat_edge.models.merge import float_model, merged_model
 from qat_edge.quant import frozen
 from qat_edge.run import MANIFEST, Run, read_manifest
-from qat_edge.tables import resolve
 from qat_edge.validate import Validated, validate
 from qat_edge.verify import require_equal, verify, verify_folder
 from qat_edge_exporters import READERS
-from qat_edge_exporters.onnx import storage
+from qat_edge_exporters.onnx import graph_file
 
 TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
@@ -303,10 +296,10 @@ def test_a_rotary_angle_off_in_a_file_is_named_with_its_layer(run: Run, tmp_path
     copy = Run(tmp_path / "run")
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "executorch", "logs"))
     source, folder = run.exports / "onnx", copy.exports / "onnx"
-    graph = storage.load_graph(source / "model.onnx")
-    tables = {t.name: np.array(storage.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
+    graph = graph_file.load_graph(source / "model.onnx")
+    tables = {t.name: np.array(graph_file.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
     tables["cos_cache"][:, 1] = 1.0
-    storage.save(graph, tables, source, folder)
+    graph_file.save(graph, tables, source, folder)
     (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
     assert found.judged.beyond and found.judged.position != 0
     assert "The file is not what was frozen: model.onnx" in found.judged.where, "its codes and scales are, though"
@@ -325,13 +318,13 @@ def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
 def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.flag, g.passed) for g in report.gates] == [("--max-kl", True), ("--min-exact-match", False)] * 2
     monkeypatch.setattr("qat_edge.validate.validate_devices", lambda *_, **__: Validated([report], {}))
-    missed = CliRunner().invoke(cli.main, ["validate", str(run.path)])
+    missed = CliRunner().invoke(commands.main, ["validate", str(run.path)])
     assert missed.exit_code == 1 and "2 of 4 gates missed" in missed.output
     assert "--min-exact-match 0.5, measured 0" in missed.output
 
 
 def test_the_report_is_written(run: Run, report: results.Report) -> None:
-    written = CliRunner().invoke(cli.main, ["report", str(run.path)])
+    written = CliRunner().invoke(commands.main, ["report", str(run.path)])
     assert written.exit_code == 0, written.output
     assert "<html" in run.report_html.read_text() and (run.path / "report.json").is_file()
 
@@ -347,7 +340,7 @@ def test_every_form_of_the_model_answers(run: Run, source: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_prompt_beyond_the_context_is_a_usage_error(run: Run, target: str) -> None:
-    answer = CliRunner().invoke(cli.main, ["generate", str(run.path), "long " * 200, "--from", target])
+    answer = CliRunner().invoke(commands.main, ["generate", str(run.path), "long " * 200, "--from", target])
     assert answer.exit_code == 2 and "holds 128 with its answer" in answer.output, answer.output
 
 
@@ -370,5 +363,5 @@ def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message
     for part in ("exports", "quantized", damage):
         shutil.rmtree(copy.path / part, ignore_errors=True)
     verbs: dict[str, Any] = {"exports": "verify", "adapter": "export"}
-    answer = CliRunner().invoke(cli.main, [verbs[damage], str(copy.path)])
+    answer = CliRunner().invoke(commands.main, [verbs[damage], str(copy.path)])
     assert answer.exit_code == 1 and message in answer.output, answer.output

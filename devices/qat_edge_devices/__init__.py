@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qat_edge_devices.errors import UnknownNameError
+from qat_edge_devices.device_errors import UnknownNameError
 from qat_edge_devices.transport import Access
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ TRANSPORTS = {
     "adb": "qat_edge_devices.adb:open_adb",
 }
 RUNTIMES = {
-    "executorch": "qat_edge_devices.runtimes.executorch:ExecuTorchRuntime",
-    "onnx": "qat_edge_devices.runtimes.onnx:OnnxRuntime",
+    "executorch": "qat_edge_devices.runtimes.executorch_runtime:ExecuTorchRuntime",
+    "onnx": "qat_edge_devices.runtimes.onnx_runtime:OnnxRuntime",
 }
 
 

@@ -11,13 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from qat_edge_devices.errors import (
-    ConnectionLostError,
-    DeviceTimeoutError,
-    RoomError,
-    TransportError,
-    tail,
-)
+from qat_edge_devices.device_errors import ConnectionLostError, DeviceTimeoutError, RoomError, TransportError, tail
 from qat_edge_devices.remote import RemoteTransport, transfer_timeout_s
 from qat_edge_devices.session import NO_SPACE
 from qat_edge_devices.shell import BOOTSTRAP

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge_devices.errors import UnsuitableError
+from qat_edge_devices.device_errors import UnsuitableError
 from qat_edge_devices.transport import DeviceInfo
 
 MAGIC = b"\x7fELF"

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qat_edge_devices.errors import TransportError, UnknownNameError
+from qat_edge_devices.device_errors import TransportError, UnknownNameError
 from qat_edge_devices.process import Launcher
 from qat_edge_devices.transport import Access, Completed, DeviceInfo, inside, kilobytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qat_edge_devices.errors import TransportError
+from qat_edge_devices.device_errors import TransportError
 from qat_edge_devices.transport import Completed, DeviceInfo
 
 Handler = Callable[[Sequence[str], dict[str, bytes]], Completed]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from qat_edge_devices.errors import CancelledError, DeviceTimeoutError, TransportError, command_line, tail
+from qat_edge_devices.device_errors import CancelledError, DeviceTimeoutError, TransportError, command_line, tail
 from qat_edge_devices.transport import Completed
 
 Feed = Callable[[IO[bytes]], None]

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from qat_edge_devices import shell
-from qat_edge_devices.errors import (
+from qat_edge_devices.device_errors import (
     ConnectionLostError,
     DeviceError,
     IntegrityError,

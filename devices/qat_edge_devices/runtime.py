@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from qat_edge_devices.results import Generated, Scored, Speed, Traced
+from qat_edge_devices.run_results import Generated, Scored, Speed, Traced
 
 
 class Runtime(Protocol):

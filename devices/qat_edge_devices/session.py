@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
 from qat_edge_devices import shell
-from qat_edge_devices.errors import ConnectionLostError, DeviceTimeoutError, RoomError, TransportError, tail
+from qat_edge_devices.device_errors import ConnectionLostError, DeviceTimeoutError, RoomError, TransportError, tail
 from qat_edge_devices.process import Feed, Launcher
 from qat_edge_devices.shell import Script
 from qat_edge_devices.transport import Access, Completed

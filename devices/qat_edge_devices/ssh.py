@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qat_edge_devices.errors import (
+from qat_edge_devices.device_errors import (
     ConnectionLostError,
     DeviceTimeoutError,
     TransportError,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from qat_edge_devices.errors import TransportError
+from qat_edge_devices.device_errors import TransportError
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from benchmarks.lab import ROOT, Lab, Training
 from benchmarks.remaining import partly_rounded, with_table_bits
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
-from qat_edge.adapters import merged_model
 from qat_edge.config import FinetuneOptions
+from qat_edge.diagnose.error_budget import PARTS
 from qat_edge.errors import RunError, UsageError
+from qat_edge.evaluate.reference import load_exact
 from qat_edge.finetune import finetune
-from qat_edge.measure.budget import PARTS
-from qat_edge.measure.reference import load_exact
+from qat_edge.models.merge import merged_model
 from qat_edge.train import trainer
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})

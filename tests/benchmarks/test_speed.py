@@ -24,7 +24,7 @@ from benchmarks.speed_page import Timings
 from conftest import train_run
 from qat_edge.errors import RunError
 from qat_edge.run import Run, write_manifest
-from qat_edge_exporters.executorch import reader
+from qat_edge_exporters.executorch.pte import pte_reader
 
 AMOUNTS = Amounts(prefill=8, decode=4, repeats=3)
 FACTS = Facts("1.0", 2_000_000, "int8 per channel", "int4 by 32", 1_000_000, "abc", {"delegates": 3})
@@ -142,7 +142,7 @@ def test_a_pte_with_int4_tables_is_made_of_any_run(
     shop = Workshop(tmp_path / "work", made, said.append)
     folder = shop.int4_tables()
     engine = engines._pte(PTE_INT4, folder)
-    artifact = reader.read(folder)
+    artifact = pte_reader.read(folder)
     assert artifact.size_bytes["head"] == 0, "the embedding's table"
     assert artifact.faults == [] and artifact.metadata["get_max_context_len"] == 48
     assert (engine.facts.embedding, engine.facts.head) == ("int4 by 32", "int4 by 32")

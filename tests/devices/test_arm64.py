@@ -14,9 +14,10 @@ import torch
 
 from conftest import train_run
 from qat_edge.config import ExportOptions
+from qat_edge.diagnose import runtime_rounding
+from qat_edge.evaluate import reference
+from qat_edge.evaluate.reference import Logits
 from qat_edge.export import export
-from qat_edge.measure import reference, rounding
-from qat_edge.measure.reference import Logits
 from qat_edge.run import Run
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.transport import Access
@@ -86,10 +87,10 @@ def test_onnx_on_arm_rounds_inputs_per_token_and_on_x86_per_block(
 ) -> None:
     expected, floor_db = exact
     arm, x86 = scored(run, "onnx", str(PYTHON)), scored(run, "onnx", None)
-    otherwise = rounding.of_artifact(run.exports / "onnx", "onnx")
+    otherwise = runtime_rounding.of_artifact(run.exports / "onnx", "onnx")
     assert otherwise is not None and not otherwise.applies("aarch64") and otherwise.applies("x86_64")
     model, names = reference.load_dequantized(run.quantized)
-    with rounding.rounding_as(model, names, otherwise):
+    with runtime_rounding.rounding_as(model, names, otherwise):
         per_block = in_torch(model)
     told(
         request, arm_x86=sqnr_db(x86, arm), arm_per_token=sqnr_db(expected, arm), arm_per_block=sqnr_db(per_block, arm),

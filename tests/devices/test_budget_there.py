@@ -15,11 +15,12 @@ from reached import Way, opened, reached, why_not
 
 from conftest import train_run
 from qat_edge.config import ExportOptions, ValidateOptions
-from qat_edge.data import ScoredIds
+from qat_edge.data.tokenization import ScoredIds
+from qat_edge.diagnose import fault_test, locate_fault
+from qat_edge.diagnose.error_budget import DEVICE, FROZEN, HOST, TRAINED
+from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, of_artifact
+from qat_edge.evaluate import results
 from qat_edge.export import export
-from qat_edge.measure import faults, layers, results
-from qat_edge.measure.budget import DEVICE, FROZEN, HOST, TRAINED
-from qat_edge.measure.rounding import BLOCKS, X86, of_artifact
 from qat_edge.run import Run
 from qat_edge.validate import validate_devices
 
@@ -66,9 +67,9 @@ def test_the_last_step_is_the_device(run: Run, way: Way, also_here: bool) -> Non
 
 
 def test_an_artifact_is_looked_into_on_the_device(run: Run, way: Way) -> None:
-    prompts = faults.probes([ScoredIds([3 + i * i % 200 for i in range(300)], [])])
+    prompts = fault_test.probes([ScoredIds([3 + i * i % 200 for i in range(300)], [])])
     torch: Any = SimpleNamespace(roundings={"onnx": of_artifact(run.exports / "onnx", "onnx")}, prompts=prompts)
     with closing(opened(way)) as transport:
-        said = layers.first_words(run.exports / "onnx", "onnx", run.quantized, torch, transport, threads=1)
+        said = locate_fault.first_words(run.exports / "onnx", "onnx", run.quantized, torch, transport, threads=1)
     assert said == f"On {way.device} as on this machine no layer parts from equal inputs"
     assert way.runs() == []

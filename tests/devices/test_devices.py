@@ -15,13 +15,13 @@ from reached import Way, on_the_way, why_not
 from summing import VOCABULARY, write_onnx, write_pte
 
 from conftest import train_run
-from qat_edge import cli
+from qat_edge.cli import commands
 from qat_edge.config import ExportOptions
+from qat_edge.evaluate import results
 from qat_edge.export import export
-from qat_edge.measure import results
 from qat_edge.run import Run
 from qat_edge_devices import open_runtime, open_transport
-from qat_edge_devices.errors import ConnectionLostError, KilledError, RefusedError, UnsuitableError
+from qat_edge_devices.device_errors import ConnectionLostError, KilledError, RefusedError, UnsuitableError
 
 SEQUENCES = [[5], [1, 2, 3, 4], [i % VOCABULARY for i in range(40)]]
 
@@ -145,7 +145,7 @@ def test_devices_are_validated_side_by_side(run: Run, tmp_path: Path, monkeypatc
         for device, keys in profiles.items():
             (tmp_path / f"{device[:3]}.toml").write_text(keys)
             flags += ["--device-profile", f"{device}={tmp_path / device[:3]}.toml"]
-        answer = CliRunner().invoke(cli.main, ["validate", str(run.path), *asked.split(), *flags])
+        answer = CliRunner().invoke(commands.main, ["validate", str(run.path), *asked.split(), *flags])
         assert answer.exit_code == 1, answer.output
         assert f"1 of {len(devices)} devices failed" in answer.output
         assert "ssh:nowhere: cannot be reached" in answer.output
@@ -164,7 +164,7 @@ def test_devices_are_validated_side_by_side(run: Run, tmp_path: Path, monkeypatc
             assert (other.exact_match, other.same_answers) == (one.exact_match, one.same_answers)
             assert (other.size_bytes, other.runtime) == (one.size_bytes, one.runtime)
             assert (other.speed is None) is (other.target == "torch")
-    shown = CliRunner().invoke(cli.main, ["report", str(run.path)])
+    shown = CliRunner().invoke(commands.main, ["report", str(run.path)])
     assert shown.exit_code == 0 and all(f"Measured on {d}" in run.report_html.read_text() for d in devices[:-1])
 
 

@@ -18,17 +18,17 @@ from click.testing import CliRunner
 from reached import reached, why_not
 
 from conftest import train_run
-from qat_edge import cli
+from qat_edge.cli import commands
 from qat_edge.config import ExportOptions
+from qat_edge.evaluate import results
 from qat_edge.export import export
-from qat_edge.measure import results
 from qat_edge.report import report
 from qat_edge.run import Run
 from qat_edge_devices import open_transport
+from qat_edge_devices.device_errors import ConnectionLostError, ProgramError, ResultError, UnsuitableError
 from qat_edge_devices.elf import Program, read_program
-from qat_edge_devices.errors import ConnectionLostError, ProgramError, ResultError, UnsuitableError
 from qat_edge_devices.mock import MockTransport
-from qat_edge_devices.runtimes.native import NativeRunner
+from qat_edge_devices.runtimes.native_runtime import NativeRunner
 from qat_edge_devices.transport import Completed, Transport
 
 WIDTH, VOCABULARY = 8, 13  # of the stand-in's program
@@ -225,7 +225,7 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def validated(run: Run, *flags: str) -> tuple[int, str]:
     asked = "--tokens 64 --prompts 2 --max-new-tokens 4 --threads 1 --prefill 8 --decode 4 --repeats 2 --force"
-    answer = CliRunner().invoke(cli.main, ["validate", str(run.path), *asked.split(), *flags])
+    answer = CliRunner().invoke(commands.main, ["validate", str(run.path), *asked.split(), *flags])
     return answer.exit_code, answer.output
 
 

@@ -10,7 +10,7 @@ import pytest
 from summing import VOCABULARY, write_onnx, write_pte
 
 from benchmarks import overhead
-from qat_edge_devices.agent import models
+from qat_edge_devices.agent import loaded_models
 
 AMOUNTS = {"prefill": 5, "decode": 4, "turns": 1}
 
@@ -25,7 +25,7 @@ def test_bare_steps_and_the_agents_go_on_from_each_other(
     pte = target == "executorch"
     artifact = write_pte(tmp_path / "made") / "model.pte" if pte else write_onnx(tmp_path / "made")
     request = {"backend": target, "task": "speed", **AMOUNTS}
-    model: Any = models.choose_backend(request)
+    model: Any = loaded_models.choose_backend(request)
     assert model.runtime == runtime
     model.load(artifact, request, 1)
     bare, ours = overhead.steps(model, request, bare_first)

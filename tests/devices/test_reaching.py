@@ -12,7 +12,7 @@ import pytest
 from reached import WAYS, Cable, Way, large_file, on_the_way, opened
 
 from qat_edge_devices import open_transport
-from qat_edge_devices.errors import ConnectionLostError, TransportError, UnknownNameError
+from qat_edge_devices.device_errors import ConnectionLostError, TransportError, UnknownNameError
 from qat_edge_devices.transport import Access
 
 

@@ -29,7 +29,7 @@ from reached import (
     opened,
 )
 
-from qat_edge_devices.errors import CancelledError, ConnectionLostError, DeviceTimeoutError, TransportError
+from qat_edge_devices.device_errors import CancelledError, ConnectionLostError, DeviceTimeoutError, TransportError
 from qat_edge_devices.remote import RemoteTransport
 from qat_edge_devices.transport import Completed
 

@@ -14,7 +14,7 @@ import pytest
 from reached import FOREVER, LARGE, WAYS, Way, assert_ends, assert_gone, large_file, on_the_way, opened
 
 from qat_edge_devices import remote
-from qat_edge_devices.errors import ConnectionLostError, IntegrityError, RoomError
+from qat_edge_devices.device_errors import ConnectionLostError, IntegrityError, RoomError
 from qat_edge_devices.transport import Completed
 
 

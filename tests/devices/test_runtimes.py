@@ -16,8 +16,8 @@ import pytest
 from summing import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, write_pte
 
 from qat_edge_devices import open_runtime
-from qat_edge_devices.agent import agent, machine, models
-from qat_edge_devices.errors import (
+from qat_edge_devices.agent import agent, loaded_models, machine
+from qat_edge_devices.device_errors import (
     ConnectionLostError,
     KilledError,
     MissingPackageError,
@@ -31,11 +31,11 @@ from qat_edge_devices.errors import (
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.mock import MockTransport
 from qat_edge_devices.runtime import Runtime
-from qat_edge_devices.runtimes import agent as runtime_side
-from qat_edge_devices.runtimes.executorch import ExecuTorchRuntime
+from qat_edge_devices.runtimes import agent_runtime as runtime_side
+from qat_edge_devices.runtimes.executorch_runtime import ExecuTorchRuntime
 from qat_edge_devices.transport import Completed
 
-AGENT = ["agent/__init__.py", "agent/agent.py", "agent/machine.py", "agent/models.py"]
+AGENT = ["agent/__init__.py", "agent/agent.py", "agent/machine.py", "agent/loaded_models.py"]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
@@ -94,10 +94,10 @@ def test_a_sequence_read_at_once_and_then_token_by_token_says_the_same(runtime: 
 
 def test_tokens_are_read_many_at_once_and_decoded_one_at_a_time() -> None:
     ids = list(range(300))
-    assert list(models.pieces(ids, None)) == [ids[:256], ids[256:]]
-    assert list(models.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
-    assert list(models.pieces(ids[:2], 3)) == [[0, 1]]
-    assert list(models.pieces(ids[:2], 0)) == [[0], [1]]
+    assert list(loaded_models.pieces(ids, None)) == [ids[:256], ids[256:]]
+    assert list(loaded_models.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
+    assert list(loaded_models.pieces(ids[:2], 3)) == [[0, 1]]
+    assert list(loaded_models.pieces(ids[:2], 0)) == [[0], [1]]
 
 
 def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: LocalTransport) -> None:
@@ -224,7 +224,7 @@ def test_without_genai_plain_onnxruntime_generates_the_same(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     request = {"backend": "onnx", "task": "generate", "prompts": [[1, 2], [1]], "eos_ids": [11], "max_new_tokens": 6}
-    model = models.choose_backend(request)
+    model = loaded_models.choose_backend(request)
     assert model.runtime == "onnxruntime"
     model.load(onnx_folder, request, 1)
     answers = agent.generate(model, request, tmp_path)["answers"]

@@ -11,10 +11,10 @@ import pytest
 
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
-from qat_edge.measure.devices import connect, report_paths, side_by_side
-from qat_edge.measure.results import Agreement, Gate, Report
+from qat_edge.evaluate.devices import connect, report_paths, side_by_side
+from qat_edge.evaluate.results import Agreement, Gate, Report
 from qat_edge.validate import Validated, require_success
-from qat_edge_devices.errors import KilledError
+from qat_edge_devices.device_errors import KilledError
 from qat_edge_devices.mock import MockTransport
 from qat_edge_devices.transport import Completed, Transport
 
@@ -60,7 +60,7 @@ def test_an_interrupt_cancels_every_device(monkeypatch: pytest.MonkeyPatch) -> N
     def interrupt(futures: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qat_edge.measure.devices.wait", interrupt)
+    monkeypatch.setattr("qat_edge.evaluate.devices.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         side_by_side(transports, lambda device, transport: cancelled.wait(10))
     assert cancelled.is_set()

@@ -11,8 +11,8 @@ import pytest
 from summing import CONTEXT, greedy, sums, write_pte
 
 from qat_edge_devices import open_runtime, open_transport
-from qat_edge_devices.agent import models
-from qat_edge_devices.errors import RefusedError
+from qat_edge_devices.agent import loaded_models
+from qat_edge_devices.device_errors import RefusedError
 from qat_edge_devices.runtime import Runtime
 from qat_edge_devices.transport import Access, Transport
 from tests.exporters.tiny import export_into, freeze, llama
@@ -37,9 +37,9 @@ def test_the_torch_free_runtime_is_taken_where_torchs_cannot_be(
     installed: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
-    monkeypatch.setattr(models, "ExecuTorchModel", lambda: "with torch")
-    monkeypatch.setattr(models, "NumpyModel", lambda: "without")
-    assert models.choose_backend({"backend": "executorch", "task": "score"}) == chosen
+    monkeypatch.setattr(loaded_models, "ExecuTorchModel", lambda: "with torch")
+    monkeypatch.setattr(loaded_models, "NumpyModel", lambda: "without")
+    assert loaded_models.choose_backend({"backend": "executorch", "task": "score"}) == chosen
 
 
 @pytest.fixture

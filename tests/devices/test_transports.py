@@ -14,7 +14,7 @@ import pytest
 from reached import assert_ends
 
 from qat_edge_devices import RUNTIMES, TRANSPORTS, open_runtime, open_transport
-from qat_edge_devices.errors import DeviceTimeoutError, TransportError, UnknownNameError
+from qat_edge_devices.device_errors import DeviceTimeoutError, TransportError, UnknownNameError
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.mock import MockTransport
 from qat_edge_devices.transport import Completed

@@ -22,9 +22,11 @@ from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
 from qat_edge.verify import Verified, verify_folder
 from qat_edge_exporters import READERS
-from qat_edge_exporters.executorch import backends, contract, delegates, other_readers, runtimes
-from qat_edge_exporters.executorch.facts import Program
-from qat_edge_exporters.executorch.inspection import inspect
+from qat_edge_exporters.executorch import known_runtimes
+from qat_edge_exporters.executorch.backends import registry
+from qat_edge_exporters.executorch.pte import backend_readers, delegates, runner_contract
+from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.executorch.pte.program_info import Program
 
 needs_coremltools = pytest.mark.skipif(find_spec("coremltools") is None, reason="coremltools is not installed")
 LAYERS = 1
@@ -76,7 +78,7 @@ def packed(codes: np.ndarray[Any, Any], offset: int) -> bytes:
 
 def traced_logits(name: str, checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What the graph that is lowered computes, a prompt and then token by token."""
-    model, compiler = frozen.load(checkpoint), backends.compiler(name)
+    model, compiler = frozen.load(checkpoint), registry.compiler(name)
     compiler.prepare(model)
     program = compiler.trace(model, CONTEXT).module()
     steps = [(0, 7), *((i, i + 1) for i in range(7, tokens.shape[1]))]
@@ -114,9 +116,9 @@ def test_coreml_lowers_the_function_without_rounded_inputs(checkpoint: Path, tok
 
 def loading(program: Program) -> list[str]:
     """Apps that load it, once the LLM runner is found to have all that it asks for."""
-    assert [entry.name for entry in contract.entries(program) if entry.problem] == []
-    assert contract.forward_problems(program) == []
-    return [check.runtime for check in runtimes.check(program, RUNTIMES[1:], {}) if check.loads]
+    assert [entry.name for entry in runner_contract.entries(program) if entry.problem] == []
+    assert runner_contract.forward_problems(program) == []
+    return [check.runtime for check in known_runtimes.check(program, RUNTIMES[1:], {}) if check.loads]
 
 
 def test_vulkan_program(vulkan: Exported) -> None:
@@ -176,7 +178,7 @@ def test_coreml_program(coreml: Exported) -> None:
     program = inspect(coreml.pte)
     assert loading(program) == ["ios-app"]
     assert program.delegates == {"CoreMLBackend": 1} and program.operators == {}
-    sizes = other_readers.read_coreml(coreml.folder).size_bytes
+    sizes = backend_readers.read_coreml(coreml.folder).size_bytes
     assert sum(sizes.values()) == sum(p.stat().st_size for p in coreml.folder.iterdir())
     assert sizes["embedding"] == 288 * (64 + 4) and sizes["head"] == 0  # one table for both
 
@@ -187,7 +189,7 @@ def test_coreml_reads_back_what_was_frozen(coreml: Exported, tmp_path: Path) -> 
 
 
 def test_a_missing_compiler_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"needs coremltools.*pip install 'qat-edge\[coreml\]'"):
         export_into(tmp_path / "no checkpoint", tmp_path / "out", backend="coreml")
     with pytest.raises(ExportError, match="needs coremltools"):
@@ -197,9 +199,9 @@ def test_a_missing_compiler_is_named_first(tmp_path: Path, monkeypatch: pytest.M
 def test_codes_that_cannot_be_read_are_not_called_equal(
     vulkan: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     with pytest.raises(ArtifactError, match=r"codes cannot be read, nothing is proved.*coremltools"):
-        other_readers.read_coreml(vulkan.folder)
+        backend_readers.read_coreml(vulkan.folder)
 
 
 def test_vulkan_refuses_a_window(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_combinations_that_cannot_be(options: ExportOptions, message: str, tmp_p
         exporting.export(Run(tmp_path), options, silent)
 
 
-@pytest.mark.parametrize("name", backends.BACKENDS)
+@pytest.mark.parametrize("name", registry.BACKENDS)
 def test_has_a_folder_of_its_own_and_tells_what_differs(name: str, tmp_path: Path) -> None:
     variant, said, given = Variant(tmp_path), [], {}
 
@@ -242,7 +244,7 @@ def test_has_a_folder_of_its_own_and_tells_what_differs(name: str, tmp_path: Pat
     folder = f"executorch-{name}"
     assert variant.targets() == [folder, "onnx"]
     assert given == {folder: {"backend": name}, "onnx": {}}
-    differences = list(backends.BACKENDS[name].differences)
+    differences = list(registry.BACKENDS[name].differences)
     assert read_manifest(variant.exports / folder)["differences"] == differences
     assert all(any(difference in line for line in said) for difference in differences)
     assert read_manifest(variant.exports / "onnx")["differences"] == []
@@ -250,11 +252,11 @@ def test_has_a_folder_of_its_own_and_tells_what_differs(name: str, tmp_path: Pat
 
 
 def test_every_backend_is_an_option_with_a_reader() -> None:
-    assert (backends.XNNPACK, *backends.BACKENDS) == BACKENDS
-    assert {*ARTIFACTS} == {*READERS} == {*TARGETS, *(backend.folder for backend in backends.BACKENDS.values())}
+    assert (registry.XNNPACK, *registry.BACKENDS) == BACKENDS
+    assert {*ARTIFACTS} == {*READERS} == {*TARGETS, *(backend.folder for backend in registry.BACKENDS.values())}
 
 
-@pytest.mark.parametrize("artifact", [backend.folder for backend in backends.BACKENDS.values()])
+@pytest.mark.parametrize("artifact", [backend.folder for backend in registry.BACKENDS.values()])
 def test_cannot_run_here(artifact: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     write_manifest(run.exports / artifact, "export", quantized_sha256="")
@@ -265,4 +267,4 @@ def test_cannot_run_here(artifact: str, tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(RunError, match="nothing exported"):
         validate.validate(run, ValidateOptions(), said.append)
-    assert said == [f"Left out {backends.runs_elsewhere(artifact)}"]
+    assert said == [f"Left out {registry.runs_elsewhere(artifact)}"]

@@ -23,13 +23,13 @@ from transformers import (
     T5Config,
 )
 
-from qat_edge import kinds
 from qat_edge.errors import ExportError
-from qat_edge.kinds import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models import task
+from qat_edge.models.task import Kind, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import support
-from qat_edge_exporters.executorch.inspection import inspect
+from qat_edge_exporters.executorch import pte_support
+from qat_edge_exporters.executorch.pte.inspection import inspect
 
 POSITIONS = 48  # fewer than CONTEXT
 SIZES: dict[str, Any] = {
@@ -138,15 +138,15 @@ def test_what_is_for_text_that_is_generated_is_refused(tmp_path: Path, options: 
 
 
 def test_what_cannot_be_exported_is_known_from_the_configuration() -> None:
-    assert [support.missing(config()) for config, _ in FAMILIES.values()] == [""] * len(FAMILIES)
-    assert "attention of its own" in support.missing(DebertaV2Config())
-    assert "see a part of the text only" in support.missing(ModernBertConfig())
+    assert [pte_support.missing(config()) for config, _ in FAMILIES.values()] == [""] * len(FAMILIES)
+    assert "attention of its own" in pte_support.missing(DebertaV2Config())
+    assert "see a part of the text only" in pte_support.missing(ModernBertConfig())
 
 
 def test_kinds_follow_from_configurations() -> None:
     config = BertConfig(architectures=["BertForSequenceClassification"])
-    assert kinds.of_config(config) == SequenceClassifier()
-    assert kinds.of_config(BertConfig(architectures=["BertForMaskedLM"])) == SentenceEncoder()
-    assert kinds.of_config(BertConfig(is_decoder=True)) == kinds.CAUSAL_LM
-    assert not kinds.is_encoder(T5Config())
+    assert task.of_config(config) == SequenceClassifier()
+    assert task.of_config(BertConfig(architectures=["BertForMaskedLM"])) == SentenceEncoder()
+    assert task.of_config(BertConfig(is_decoder=True)) == task.CAUSAL_LM
+    assert not task.is_encoder(T5Config())
     assert CONTEXT > POSITIONS

@@ -33,10 +33,11 @@ from transformers import (
 from conftest import make_tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import attention, contract, delegates, tracing
-from qat_edge_exporters.executorch.export import export
-from qat_edge_exporters.executorch.portable import PortableCache
-from qat_edge_exporters.executorch.reader import read
+from qat_edge_exporters.executorch.export_pte import export
+from qat_edge_exporters.executorch.graph import attention, tracing
+from qat_edge_exporters.executorch.graph.portable_attention import PortableCache
+from qat_edge_exporters.executorch.pte import delegates, runner_contract
+from qat_edge_exporters.executorch.pte.pte_reader import read
 
 LENGTHS = (1, 2, 7, 33)  # tokens of prompts
 STEPS = 3  # tokens decoded after each
@@ -199,7 +200,7 @@ def test_portable_computes_the_same_without_custom_operators(exported: Exported,
     result = verify_folder(tmp_path / "portable", "executorch", exported.frozen)
     assert result.faults == [] and result.linears_equal == result.linears == 14
     assert result.embedding_equal and result.head_equal
-    plan = next(p for p in delegates.open_pte(files[0]).program.execution_plan if p.name == contract.FORWARD)
+    plan = next(p for p in delegates.open_pte(files[0]).program.execution_plan if p.name == runner_contract.FORWARD)
     assert {operator.name.partition("::")[0] for operator in plan.operators} == {"aten"}
     assert len(plan.delegates) == 5  # attention lies inside: no more delegates than with custom operators
 

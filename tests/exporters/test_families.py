@@ -37,13 +37,13 @@ from transformers import (
 )
 
 from conftest import make_tokenizer
-from qat_edge import models
 from qat_edge.config import ExportOptions, FinetuneOptions
 from qat_edge.errors import ExportError
+from qat_edge.evaluate.reference import load_exact
 from qat_edge.export import export
 from qat_edge.finetune import finetune
 from qat_edge.generate import generate
-from qat_edge.measure.reference import load_exact
+from qat_edge.models import load
 from qat_edge.run import Run
 from qat_edge.verify import verify_folder
 from qat_edge_exporters.onnx import architecture
@@ -261,6 +261,6 @@ GAPS: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, str]]] = {
 @pytest.mark.parametrize("name", GAPS)
 def test_a_configuration_says_what_a_target_lacks(name: str) -> None:
     config, wanted = GAPS[name]
-    found = models.export_gaps(config())
+    found = load.export_gaps(config())
     assert found.keys() == wanted.keys()
     assert all(words in found[target] for target, words in wanted.items())

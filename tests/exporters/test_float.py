@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from conftest import make_model, make_tokenizer
 from qat_edge.errors import ExportError
-from qat_edge.measure.reference import load_exact
+from qat_edge.evaluate.reference import load_exact
+from qat_edge.lazy import resolve
+from qat_edge.models.tokenizer import FILES
 from qat_edge.quant import frozen, scheme
-from qat_edge.tables import resolve
-from qat_edge.tokenizer import FILES
 from qat_edge_exporters import EXPORTERS, READERS
 from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
 

@@ -21,20 +21,20 @@ from tiny import CONTEXT, export_into, freeze, llama
 from transformers import AutoModelForCausalLM
 
 from qat_edge.config import ValidateOptions
-from qat_edge.data import ScoredIds
-from qat_edge.measure import budget, faults, layers
-from qat_edge.measure.bench import Bench, Material
-from qat_edge.measure.faults import Parting
-from qat_edge.measure.layers import Looked
-from qat_edge.measure.results import Judgement
-from qat_edge.measure.rounding import Rounding, of_artifact
-from qat_edge_devices.agent import agent, machine, models
+from qat_edge.data.tokenization import ScoredIds
+from qat_edge.diagnose import error_budget, fault_test, locate_fault
+from qat_edge.diagnose.fault_test import Parting
+from qat_edge.diagnose.locate_fault import Looked
+from qat_edge.diagnose.runtime_rounding import Rounding, of_artifact
+from qat_edge.evaluate.evaluator import Bench, Material
+from qat_edge.evaluate.results import Judgement
+from qat_edge_devices.agent import agent, loaded_models, machine
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.transport import Completed
 from qat_edge_exporters.artifact import Passage
-from qat_edge_exporters.executorch import delegates
-from qat_edge_exporters.onnx import export as onnx_export
-from qat_edge_exporters.onnx import storage
+from qat_edge_exporters.executorch.pte import delegates
+from qat_edge_exporters.onnx import export_onnx as onnx_export
+from qat_edge_exporters.onnx import graph_file
 
 # The head's input of 96 features is three blocks in ONNX Runtime, though its scales are one a row.
 WIDTH, HEAD = 96, 16
@@ -58,11 +58,11 @@ class Made:
     def look(self, target: str, folder: Path | None = None) -> Looked:
         with closing(LocalTransport()) as transport:
             place = folder or self.folders[target]
-            return layers.look(place, target, self.frozen, self.torch_side(target), transport, threads=1)
+            return locate_fault.look(place, target, self.frozen, self.torch_side(target), transport, threads=1)
 
     def passages(self, target: str, ids: list[int]) -> dict[str, Passage]:
         with closing(LocalTransport()) as transport:
-            (found,) = layers.passages(self.folders[target], target, [ids], transport, threads=1)
+            (found,) = locate_fault.passages(self.folders[target], target, [ids], transport, threads=1)
             return found
 
 
@@ -77,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     for folder in (onnx_folder, pte_folder):
         (folder / "manifest.json").write_text('{"format": 2, "options": {}}')
     text = np.random.default_rng(0).integers(3, 250, 4000)
-    prompts = faults.probes([ScoredIds(text.tolist(), [])])
+    prompts = fault_test.probes([ScoredIds(text.tolist(), [])])
     return Made(root / "frozen", {"onnx": onnx_folder, "executorch": pte_folder}, prompts)
 
 
@@ -102,7 +102,7 @@ def test_what_passes_through_an_artifact_is_what_passes_through_the_checkpoint(m
     model = AutoModelForCausalLM.from_pretrained(made.frozen)
     ids = made.prompts[0].ids[:8]
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    expected = faults.trace(model, names, lambda: model(torch.tensor([ids])))
+    expected = fault_test.trace(model, names, lambda: model(torch.tensor([ids])))
     in_onnx, in_pte = made.passages("onnx", ids), made.passages("executorch", ids)
     assert set(in_onnx) == set(names)
     assert list(in_pte) == ["model.embed_tokens", FIRST_ATTENTION, "model.layers.0", SECOND_ATTENTION, "lm_head"]
@@ -118,7 +118,7 @@ def test_rows_of_a_table_in_the_heads_order_are_seen_in_theirs(tmp_path: Path) -
     model = freeze(llama(), 32, tmp_path / "frozen", table_bits=(4, 4))
     folder = export_into(tmp_path / "frozen", tmp_path / "executorch").folder
     with closing(LocalTransport()) as transport:
-        (found,) = layers.passages(folder, "executorch", [[5, 6, 7]], transport, threads=1)
+        (found,) = locate_fault.passages(folder, "executorch", [[5, 6, 7]], transport, threads=1)
     rows = model.get_input_embeddings()(torch.tensor([[5, 6, 7]])).detach()[0]
     np.testing.assert_allclose(found["model.embed_tokens"].outputs, rows, atol=1e-6)  # type: ignore[arg-type]
 
@@ -127,7 +127,9 @@ def test_rows_of_a_table_in_the_heads_order_are_seen_in_theirs(tmp_path: Path) -
 
 
 def rotary_angle(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
-    tables = {t.name: np.array(storage.tensor(t, folder)) for t in graph.graph.initializer if t.name.endswith("_cache")}
+    tables = {
+        t.name: np.array(graph_file.tensor(t, folder)) for t in graph.graph.initializer if t.name.endswith("_cache")
+    }
     angles = np.arange(tables["cos_cache"].shape[0]) * 0.5
     tables["cos_cache"][:, 1], tables["sin_cache"][:, 1] = np.cos(angles), np.sin(angles)
     return tables
@@ -174,7 +176,7 @@ def truncated_scales(graph: onnx.ModelProto, folder: Path) -> dict[str, Any]:
 
 def scales_of(graph: onnx.ModelProto, folder: Path, start: str) -> dict[str, Any]:
     return {
-        t.name: np.array(storage.tensor(t, folder))
+        t.name: np.array(graph_file.tensor(t, folder))
         for t in graph.graph.initializer
         if t.name.startswith(start) and t.name.endswith(".scales")
     }
@@ -183,8 +185,8 @@ def scales_of(graph: onnx.ModelProto, folder: Path, start: str) -> dict[str, Any
 def planted(made: Made, plant: Callable[[onnx.ModelProto, Path], dict[str, Any]], folder: Path) -> Path:
     source = made.folders["onnx"]
     shutil.copytree(source, folder)
-    graph = storage.load_graph(source / "model.onnx")
-    storage.save(graph, plant(graph, source), source, folder)
+    graph = graph_file.load_graph(source / "model.onnx")
+    graph_file.save(graph, plant(graph, source), source, folder)
     return folder
 
 
@@ -210,10 +212,10 @@ def judged(made: Made, target: str, exports: Path, scratch: Path) -> Judgement:
     run: Any = SimpleNamespace(exports=exports, quantized=made.frozen)
     torch_side = made.torch_side(target)
     kinds = {"": Rounding(), **torch_side.roundings}
-    torch_side.expected = {key: budget._expected(run, made.prompts, one) for key, one in kinds.items()}
+    torch_side.expected = {key: error_budget._expected(run, made.prompts, one) for key, one in kinds.items()}
     bench = Bench(Material([], [], [0], 0, None), ValidateOptions(threads=1), scratch, lambda text: None)
     with closing(LocalTransport()) as transport:
-        return budget.judge(run, bench, torch_side, target, transport)
+        return error_budget.judge(run, bench, torch_side, target, transport)
 
 
 def test_a_fault_of_decoding_alone_is_flagged_in_an_onnx_folder(
@@ -221,10 +223,10 @@ def test_a_fault_of_decoding_alone_is_flagged_in_an_onnx_folder(
 ) -> None:
     planted(made, cache_one_late, tmp_path / "onnx")
     found = judged(made, "onnx", tmp_path, tmp_path)
-    assert found.beyond and found.position == faults.DECODED_FROM
+    assert found.beyond and found.position == fault_test.DECODED_FROM
     correct = judged(made, "onnx", made.folders["onnx"].parent, tmp_path)
     assert not correct.beyond, correct
-    monkeypatch.setattr(faults, "DECODED_FROM", faults.LENGTH)
+    monkeypatch.setattr(fault_test, "DECODED_FROM", fault_test.LENGTH)
     assert not judged(made, "onnx", tmp_path, tmp_path).beyond, "a prompt read at once does not show it"
 
 
@@ -304,7 +306,7 @@ def test_a_fault_of_prompts_alone_is_flagged_in_a_pte(
     assert found.beyond and found.position == 1, "its first token sees no other, alone"
     correct = judged(made, "executorch", made.folders["executorch"].parent, tmp_path)
     assert not correct.beyond, correct
-    monkeypatch.setattr(faults, "DECODED_FROM", 0)
+    monkeypatch.setattr(fault_test, "DECODED_FROM", 0)
     assert not judged(made, "executorch", tmp_path, tmp_path).beyond, "tokens given one at a time do not show it"
 
 
@@ -330,7 +332,7 @@ def phone() -> Iterator[LocalTransport]:
 
 def words(made: Made, transport: LocalTransport, folder: Path | None = None) -> str:
     folder = folder or made.folders["onnx"]
-    return layers.first_words(folder, "onnx", made.frozen, made.torch_side("onnx"), transport, threads=1)
+    return locate_fault.first_words(folder, "onnx", made.frozen, made.torch_side("onnx"), transport, threads=1)
 
 
 def test_a_fault_of_the_file_is_named_once_for_the_device_and_this_machine(
@@ -346,13 +348,13 @@ def test_a_fault_of_the_file_is_named_once_for_the_device_and_this_machine(
 def test_a_runtime_that_computes_otherwise_is_told_from_a_fault_of_the_file(
     made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def multiplied(model: models.OnnxModel, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
+    def multiplied(model: loaded_models.OnnxModel, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         (name,) = (o for o in model.outputs if o.startswith("/model/layers.1/mlp/up_proj/"))
         for piece in read(model, ids, decode_from):
             yield piece | ({name: piece[name] * 1.01} if Path.cwd() == phone.folder else {})
 
-    read = models.OnnxModel.read
-    monkeypatch.setattr(models.OnnxModel, "read", multiplied)
+    read = loaded_models.OnnxModel.read
+    monkeypatch.setattr(loaded_models.OnnxModel, "read", multiplied)
     on_the_phone, _, here = words(made, phone).partition(". ")
     assert on_the_phone == f"On ssh:phone the first layer at which outputs part: {Parting(LINEAR, at_input=False)}"
     assert here == ("On this machine no layer parts from equal inputs: it is what the runtime makes of the file there")

@@ -20,7 +20,7 @@ from qat_edge.config import DoctorOptions, ExportOptions
 from qat_edge.errors import ExportError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
-from qat_edge_exporters.executorch import attention, tracing
+from qat_edge_exporters.executorch.graph import attention, tracing
 
 LENGTHS = (1, 2, 7, 33)  # tokens of prompts
 STEPS = 3  # tokens decoded after each

@@ -14,7 +14,8 @@ from tiny import SHAPE, Exported, export_into, freeze, llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, PretrainedConfig
 
-from qat_edge_exporters.executorch import contract, delegates, lowering, passes, tracing
+from qat_edge_exporters.executorch.graph import lowering, passes, tracing
+from qat_edge_exporters.executorch.pte import delegates, runner_contract
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def test_no_layer_copies_its_heads(exported: Exported) -> None:
     """Only the cosines and the sines, which all layers share, are laid out for heads behind positions."""
     pte = delegates.open_pte(exported.pte)
-    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
+    plan = next(p for p in pte.program.execution_plan if p.name == runner_contract.FORWARD)
     kinds = Counter(node["xnode_union_type"] for graph in delegates.graphs(pte, plan) for node in graph["xnodes"])
     assert kinds["XNNStaticTranspose"] <= 2 and kinds["XNNReciprocalSquareRoot"] == 5
     assert kinds["XNNAdd"] == 2 * (2 + 2)  # of each of two layers: to the hidden states, and in its rotary embeddings

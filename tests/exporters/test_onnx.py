@@ -33,8 +33,8 @@ from qat_edge.errors import ArtifactError, ExportError
 from qat_edge.quant import frozen, numerics, rotation, scheme
 from qat_edge.run import write_manifest
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.onnx import export as onnx_export
-from qat_edge_exporters.onnx.reader import read, unpack
+from qat_edge_exporters.onnx import export_onnx as onnx_export
+from qat_edge_exporters.onnx.onnx_reader import read, unpack
 
 CONTEXT = 64
 IDS = np.array([1, 40, 17, 90, 5, 61, 200, 33, 8, 12])

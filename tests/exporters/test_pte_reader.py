@@ -13,8 +13,8 @@ from tiny import MIXED, Exported, disturb_turn, export_into, freeze, llama
 from qat_edge.errors import ArtifactError
 from qat_edge.quant import frozen
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import contract, delegates
-from qat_edge_exporters.executorch.reader import read
+from qat_edge_exporters.executorch.pte import delegates, runner_contract
+from qat_edge_exporters.executorch.pte.pte_reader import read
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
 def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
     """Key and bytes of a layer's codes."""
     pte = delegates.open_pte(folder / "model.pte")
-    plan = next(p for p in pte.program.execution_plan if p.name == contract.FORWARD)
+    plan = next(p for p in pte.program.execution_plan if p.name == runner_contract.FORWARD)
     order = json.loads((folder / "layers.json").read_text())["linears"]
     key = delegates.products(pte, plan)[order.index(layer)].codes_key
     return key, delegates.constants(pte)[key]

@@ -16,10 +16,10 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch, _
 from tiny import Exported, export_into, freeze, llama
 
 from qat_edge.verify import verify_folder
-from qat_edge_exporters.executorch import delegates, sharing
-from qat_edge_exporters.executorch.export import MODEL
-from qat_edge_exporters.executorch.inspection import inspect
-from qat_edge_exporters.executorch.reader import read
+from qat_edge_exporters.executorch.export_pte import MODEL
+from qat_edge_exporters.executorch.pte import delegates, shared_table
+from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.executorch.pte.pte_reader import read
 
 TABLE = 288 * 64 + 288 * 4  # bytes of int8 codes and float32 scales, both multiples of what segments are aligned to
 
@@ -27,14 +27,14 @@ TABLE = 288 * 64 + 288 * 4  # bytes of int8 codes and float32 scales, both multi
 def exported(root: Path, tied: bool) -> tuple[Exported, Path]:
     """An export, and beside it the program as ExecuTorch's serializer wrote it."""
     freeze(llama(num_hidden_layers=1, tie_word_embeddings=tied), 32, root / "frozen")
-    share = sharing.share
+    share = shared_table.share
 
     def kept(path: Path) -> int:
         shutil.copyfile(path, root / "plain.pte")
         return share(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "share", kept)
+        patch.setattr(shared_table, "share", kept)
         return export_into(root / "frozen", root / "export"), root / "plain.pte"
 
 
@@ -58,7 +58,7 @@ def test_the_file_is_smaller_by_the_table_and_holds_the_same(tied: tuple[Exporte
     one, other = delegates.open_pte(made.pte), delegates.open_pte(plain)
     assert delegates.constants(one) == delegates.constants(other)
     assert one.program == other.program
-    assert sharing.share(made.pte) == 0  # nothing is left to share
+    assert shared_table.share(made.pte) == 0  # nothing is left to share
 
 
 def test_logits_are_the_same_to_the_bit(tied: tuple[Exported, Path]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from qat_edge_exporters.executorch.simplify import simplify
+from qat_edge_exporters.executorch.graph.simplify import simplify
 
 HEADS, WIDTH = 4, 8
 COSINES = torch.linspace(-1, 1, WIDTH)

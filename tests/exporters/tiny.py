@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import make_tokenizer, stored_tensors
-from qat_edge.kinds import CAUSAL_LM, Kind
+from qat_edge.models.task import CAUSAL_LM, Kind
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.run import write_manifest
-from qat_edge_exporters.executorch.export import export
+from qat_edge_exporters.executorch.export_pte import export
 
 CONTEXT = 64
 SIZES: dict[str, Any] = {

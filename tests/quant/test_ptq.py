@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qat_edge.errors import DataError, ModelError, UsageError
-from qat_edge.quant import awq, descent, fake, frozen, gptaq, gptq, numerics, ptq, scheme
-from qat_edge.quant.blocks import Block, find_blocks, relative_error, walk
-from qat_edge.quant.replay import Replay
-from qat_edge.quant.scales import search_scales
+from qat_edge.quant import fake, frozen, numerics, scheme
+from qat_edge.quant.ptq import awq, coordinate_descent, gptaq, gptq, methods
+from qat_edge.quant.ptq.activation_cache import Replay
+from qat_edge.quant.ptq.blockwise import Block, find_blocks, relative_error, walk
+from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import PTQ_METHODS
 
@@ -83,7 +84,7 @@ def test_searched_scales_are_never_worse_than_the_largest_weights() -> None:
 
 def test_hqq_scales_are_representable_and_of_less_error() -> None:
     w = weight()
-    scales = ptq.hqq_scales(w, 4, 32)
+    scales = methods.hqq_scales(w, 4, 32)
     assert scales.shape == (48, 4) and torch.equal(scales, numerics.representable(scales))
     rounded = numerics.dequantize(numerics.quantize(w, scales, 4), scales)
     assert (rounded - w).square().sum() < (numerics.fake_quantize_weight(w, 4, 32) - w).square().sum()
@@ -195,7 +196,7 @@ def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled:
     with torch.no_grad():
         expected = model(ids).logits
         said: list[str] = []
-        ptq.apply(model, scheme.choose(model, 32), "awq", batches(), said.append)
+        methods.apply(model, scheme.choose(model, 32), "awq", batches(), said.append)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     changed = {n.split(".")[-2] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {"input_layernorm", "q_proj", "gate_proj", "up_proj", "down_proj"} <= changed
@@ -282,7 +283,7 @@ def test_gptaq_comes_closer_to_the_float_model_than_gptq(tiny_model_folder: Path
         model, plan = load(tiny_model_folder)
         with torch.no_grad():
             expected = [model(**batch).logits for batch in batches()]
-            frozen.freeze(model, plan, ptq.apply(model, plan, method, batches(), silent))
+            frozen.freeze(model, plan, methods.apply(model, plan, method, batches(), silent))
             found = [model(**batch).logits for batch in batches()]
         masks = [batch["attention_mask"].bool() for batch in batches()]
         errors[method] = sum(float((f - e)[m].square().sum()) for f, e, m in zip(found, expected, masks, strict=True))
@@ -297,7 +298,7 @@ def test_int8_layers_make_up_for_what_lies_before_them(tiny_model_folder: Path, 
     own = {name: model.get_submodule(name).weight.detach().clone() for name in wide}
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches()]
-        scales = ptq.apply(model, plan, method, batches(), silent)
+        scales = methods.apply(model, plan, method, batches(), silent)
         errors = []
         for kept in ({}, own):
             judged = copy.deepcopy(model)
@@ -319,7 +320,7 @@ def test_codes_and_scales_are_those_of_passes_that_compute_everything(
         monkeypatch.setattr(Replay, "finish", finish)
         model = make().eval()
         with torch.no_grad():
-            scales = ptq.apply(model, scheme.choose(model, 32), "cd", batches(), silent)
+            scales = methods.apply(model, scheme.choose(model, 32), "cd", batches(), silent)
         found.append((scales, model.state_dict()))
     for replayed, computed in zip(found[0], found[1], strict=True):
         assert replayed.keys() == computed.keys()
@@ -346,7 +347,7 @@ def descended(sweeps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     x, target = torch.randn(300, 64) @ torch.randn(64, 64), weight(16, 64)
     scales = numerics.choose_scales(target, 4, 32)
-    found, scales = descent.refine(target, x.T @ x, target, scales, SPEC, sweeps)
+    found, scales = coordinate_descent.refine(target, x.T @ x, target, scales, SPEC, sweeps)
     return target, x.T @ x, found, scales
 
 
@@ -395,7 +396,7 @@ def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path,
     ids = torch.arange(3, 43).unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-    scales = ptq.apply(model, plan, method, batches(), silent)
+    scales = methods.apply(model, plan, method, batches(), silent)
     assert set(scales) == set(plan.linears)
     for name, found in scales.items():
         out, width = model.get_submodule(name).weight.shape
@@ -411,24 +412,24 @@ def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path,
     assert float((logits - expected).norm() / expected.norm()) < 0.3
 
 
-@pytest.mark.parametrize("method", ptq.CALIBRATED)
+@pytest.mark.parametrize("method", methods.CALIBRATED)
 def test_adapters_that_add_nothing_change_nothing(tiny_model_folder: Path, method: str) -> None:
     plain, plan = load(tiny_model_folder)
     wrapped, _ = load(tiny_model_folder)
     fake.insert(wrapped, plan)
     fake.add_adapters(wrapped, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    expected = ptq.apply(plain, plan, method, batches(), silent)
-    found = ptq.apply(wrapped, plan, method, batches(), silent)
+    expected = methods.apply(plain, plan, method, batches(), silent)
+    found = methods.apply(wrapped, plan, method, batches(), silent)
     for name in plan.linears:
         assert torch.equal(found[name], expected[name])
         assert torch.equal(wrapped.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("method", ptq.CALIBRATED)
+@pytest.mark.parametrize("method", methods.CALIBRATED)
 def test_hooks_and_modes_are_as_before(tiny_model_folder: Path, method: str) -> None:
     model, plan = load(tiny_model_folder)
     model.train()
-    ptq.apply(model, plan, method, batches(), silent)
+    methods.apply(model, plan, method, batches(), silent)
     assert model.training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -443,11 +444,11 @@ def test_under_autocast_statistics_are_still_float32(tiny_model_folder: Path) ->
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         walk(model, plan, batches(), treat, "test")
-        scales = ptq.apply(model, plan, "gptq", batches(), silent)
+        scales = methods.apply(model, plan, "gptq", batches(), silent)
     assert {h.dtype for h in found.values()} == {torch.float32} == {s.dtype for s in scales.values()}
 
 
-@pytest.mark.parametrize("method", ptq.CALIBRATED)
+@pytest.mark.parametrize("method", methods.CALIBRATED)
 def test_autocast_sees_every_change_of_a_weight(tiny_model_folder: Path, method: str) -> None:
     """Autocast keeps the casts of parameters that may be trained; a weight rounded in between would go unseen."""
     found = []
@@ -455,7 +456,7 @@ def test_autocast_sees_every_change_of_a_weight(tiny_model_folder: Path, method:
         model, plan = load(tiny_model_folder)
         model.requires_grad_(trainable)
         with torch.autocast("cpu", torch.bfloat16):
-            scales = ptq.apply(model, plan, method, batches(), silent)
+            scales = methods.apply(model, plan, method, batches(), silent)
         found.append({**scales, **{name: model.get_submodule(name).weight.detach() for name in plan.linears}})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -465,16 +466,16 @@ def test_int8_layers_keep_the_scales_of_their_largest_weights(tiny_model_folder:
     name = "model.layers.0.self_attn.k_proj"
     plan = scheme.choose(model, 32, {name: 8})
     for method in PTQ_METHODS:
-        scales = ptq.apply(model, plan, method, batches(), silent)
+        scales = methods.apply(model, plan, method, batches(), silent)
         assert torch.equal(scales[name], numerics.choose_scales(model.get_submodule(name).weight, 8, 64))
 
 
 def test_what_cannot_be_is_said(tiny_model_folder: Path) -> None:
     model, plan = load(tiny_model_folder)
     with pytest.raises(UsageError, match="rtn, hqq, gptq, gptaq, cd, awq"):
-        ptq.apply(model, plan, "magic", [], silent)
+        methods.apply(model, plan, "magic", [], silent)
     with pytest.raises(DataError, match="No calibration data"):
-        ptq.apply(model, plan, "gptq", [], silent)
+        methods.apply(model, plan, "gptq", [], silent)
     flat = nn.ModuleDict({"layer": nn.Linear(32, 32)})
     with pytest.raises(ModelError, match="no list of blocks"):
         find_blocks(Scheme(32, False, "e", "h", {"layer": SPEC}), flat)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qat_edge.errors import ModelError
-from qat_edge.quant import fake, numerics, rotation, scheme, start, turned
+from qat_edge.quant import fake, numerics, qat_init, rotated_norm, rotation, scheme
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,17 +98,17 @@ def test_a_shared_table_parts_where_its_users_differ(parts: str) -> None:
     before = logits(model)
     rotation.rotate(model, plan, 0)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    assert not turned.turns_of(model) and not fake.base_of(model).config.tie_word_embeddings
+    assert not rotated_norm.turns_of(model) and not fake.base_of(model).config.tie_word_embeddings
 
 
 def test_a_turned_norm_stays_float32_under_autocast() -> None:
     norm = nn.RMSNorm(8)
-    turned.turn_output(norm, rotation.random_hadamard(8, 0))
+    rotated_norm.turn_output(norm, rotation.random_hadamard(8, 0))
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    expected = nn.functional.linear(nn.functional.rms_norm(x, (8,)), turned.turns_of(norm)[""])
+    expected = nn.functional.linear(nn.functional.rms_norm(x, (8,)), rotated_norm.turns_of(norm)[""])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(norm(x), expected)
-    turned.turn_output(norm, torch.eye(8))
+    rotated_norm.turn_output(norm, torch.eye(8))
     torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (8,)))
     assert type(norm).__name__ == "TurnedRMSNorm"
 
@@ -196,11 +196,11 @@ def test_a_start_in_turned_coordinates_is_restored_bit_for_bit(tiny_model_folder
     model, switch, plan = prepared()
     float_logits = logits(model)
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    made = start.make(model, plan, "gptq", [batch], lambda text: None, rotation_seed=0)
+    made = qat_init.make(model, plan, "gptq", [batch], lambda text: None, rotation_seed=0)
     digest = made.save(tmp_path / "start", method="gptq")
     assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # what GPTQ changed, no more
     other, other_switch, _ = prepared()
-    start.Start.load(tmp_path / "start", digest).apply(other.get_base_model())
+    qat_init.Start.load(tmp_path / "start", digest).apply(other.get_base_model())
     other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
     switch.enabled = other_switch.enabled = True
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qat_edge.data import IGNORED
+from qat_edge.data.tokenization import IGNORED
 from qat_edge.quant import fake, scheme
 from qat_edge.train import distill
 from qat_edge.train.distill import CachedTeacher, LiveTeacher, write_cache

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conftest import make_model
-from qat_edge import models
-from qat_edge.adapters import base_model, merged_model
 from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.finetune import finetune
+from qat_edge.models import load
+from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import frozen
 from qat_edge.quantize import quantize
 from qat_edge.run import Run, read_manifest
@@ -74,7 +74,7 @@ def test_harm_is_the_divergence_without_the_layer(tokenizer: Any) -> None:
         log_p = model(IDS).logits.log_softmax(-1)
         for i in range(LAYERS):
             other = four_layers(tokenizer)
-            models.keep_layers(other, [j for j in range(LAYERS) if j != i])
+            load.keep_layers(other, [j for j in range(LAYERS) if j != i])
             log_q = other(IDS, use_cache=False).logits.log_softmax(-1)
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
             assert found[i] == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -93,7 +93,7 @@ def test_layers_that_add_nothing_can_go(tokenizer: Any) -> None:
     """What is left answers as before, with a KV cache as without, and after it was saved and loaded."""
     model, whole = four_layers(tokenizer), four_layers(tokenizer)
     kept = [i for i in range(LAYERS) if i not in HARMLESS]
-    models.keep_layers(model, kept)
+    load.keep_layers(model, kept)
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-3, atol=1e-4)
@@ -111,7 +111,7 @@ def test_settings_of_each_layer_follow_it(tmp_path: Path) -> None:
         eos_token_id=[1, 2, 3, 4],
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
-    models.keep_layers(model, [1, 2])
+    load.keep_layers(model, [1, 2])
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
     assert model.config.eos_token_id == [1, 2, 3, 4]
     model.save_pretrained(tmp_path / "pruned")
@@ -126,7 +126,7 @@ def test_what_a_configuration_cannot_say_is_refused(tokenizer: Any) -> None:
     wide = torch.nn.Linear(64, 96, bias=False)
     model.model.layers[3].mlp.up_proj = wide
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
-        models.keep_layers(model, [0, 3])
+        load.keep_layers(model, [0, 3])
 
 
 @pytest.mark.parametrize("count", [0, 5])

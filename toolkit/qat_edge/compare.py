@@ -21,20 +21,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qat_edge import adapters, config, kinds, tokenizer
+from qat_edge import config
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
-from qat_edge.console import bar
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
+from qat_edge.evaluate import reference, results
+from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
+from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.evaluate.results import Measured
 from qat_edge.export import export_one
-from qat_edge.measure import reference, results
-from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.measure.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
-from qat_edge.measure.results import Measured
+from qat_edge.lazy import resolve
+from qat_edge.models import merge, task, tokenizer
+from qat_edge.progress import bar
 from qat_edge.quant import frozen
 from qat_edge.quantize import QAT, quantize_if_missing
-from qat_edge.report.comparison import render
+from qat_edge.report.comparison_page import render
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
-from qat_edge.tables import resolve
 from qat_edge.validate import DEVICE
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
@@ -117,7 +118,7 @@ def compare(
         RunError: no finished training, or an artifact of the run is out of date.
         DataError: no evaluation rows.
     """
-    kinds.require_generating(run, "compare")
+    task.require_generating(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
     exporting = config.load(ExportOptions, "export", source, {"backend": config.BACKENDS[0]})  # others cannot run here
@@ -233,9 +234,9 @@ def _write_checkpoint(job: Job, name: str, work: Path) -> dict[str, Any]:
             if path.name != MANIFEST:
                 _share(path, work / path.name)
     elif name == "merged":
-        adapters.merged_model(run.reference, job.say).model.save_pretrained(work)
+        merge.merged_model(run.reference, job.say).model.save_pretrained(work)
     else:
-        model = adapters.base_model(run.reference)
+        model = merge.base_model(run.reference)
         if name == "naive":
             plan = frozen.read_scheme(run.quantized)
             frozen.freeze(model, plan)

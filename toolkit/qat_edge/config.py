@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qat_edge import run
+from qat_edge import profiles, run
 from qat_edge.errors import UsageError
-from qat_edge.measure import profiles
 
 Options = TypeVar("Options")
 TARGETS = ("executorch", "onnx")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qat_edge import config, models
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.console import console
+from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
+from qat_edge.models import load
+from qat_edge.progress import console
 from qat_edge.run import Run
-from qat_edge.tasks import assistant
 from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
@@ -47,7 +48,7 @@ def demo(out: Path, config_path: Path | None, say: Callable[[str], None]) -> lis
     if not given:
         train, held_out = assistant.write(out.parent / f"{out.name}-data")
         say(f"Data: {assistant.TRAIN_ROWS} made-up requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}")
-        source = models.demo_model(_cache(), say)
+        source = load.demo_model(_cache(), say)
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
     else:
         config.load(FinetuneOptions, "finetune", config_path, {})

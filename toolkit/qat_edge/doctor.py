@@ -14,13 +14,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qat_edge import tokenizer
 from qat_edge.config import RUNTIMES, DoctorOptions
 from qat_edge.errors import ArtifactError, ModelError
+from qat_edge.models import tokenizer
 from qat_edge.run import MANIFEST, library_version
-from qat_edge_exporters.executorch import contract, probe, runtimes
-from qat_edge_exporters.executorch.facts import Cache, Check, Entry, Program, Words
-from qat_edge_exporters.executorch.inspection import inspect
+from qat_edge_exporters.executorch import known_runtimes, runtime_probe
+from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.executorch.pte.program_info import Cache, Check, Entry, Program, Words
 
 MODEL, TOKENIZER = "model.pte", "tokenizer.json"
 BUILT_AGAINST = ("executorch", "torch", "torchao")
@@ -57,14 +58,14 @@ def doctor(path: Path, options: DoctorOptions, say: Callable[[str], None]) -> Di
     words = path.parent / TOKENIZER
     texts = [*TEXTS, *_special_texts(words)]
     say("Loading it with the installed executorch")
-    probed = probe.ask(path, words, texts)
-    checks = runtimes.check(program, options.runtime or RUNTIMES, probed)
+    probed = runtime_probe.ask(path, words, texts)
+    checks = known_runtimes.check(program, options.runtime or RUNTIMES, probed)
     runner, found, faults = [], None, []
     if program.is_language_model:
-        runner = contract.entries(program)
+        runner = runner_contract.entries(program)
         found = _words(words, probed["tokenizer"], texts)
         faults = [f"{entry.name}: {entry.problem}" for entry in runner if entry.problem]
-        faults += contract.forward_problems(program) + _word_faults(words, found, program)
+        faults += runner_contract.forward_problems(program) + _word_faults(words, found, program)
     installed = {name: library_version(name) or "none" for name in BUILT_AGAINST}
     return Diagnosis(path, program, checks, runner, found, _written_by(path.parent), installed, faults)
 

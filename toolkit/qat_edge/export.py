@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qat_edge import config, kinds
+from qat_edge import config
 from qat_edge.config import ExportOptions
 from qat_edge.errors import RunError, UsageError
+from qat_edge.lazy import resolve
+from qat_edge.models import task
 from qat_edge.quantize import QAT, place, quantize_if_missing
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
-from qat_edge.tables import resolve
 from qat_edge_exporters import EXPORTERS
-from qat_edge_exporters.executorch.backends import BACKENDS, XNNPACK, require_package
+from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, require_package
 
 PORTABLE = "executorch"  # the target that has programs without custom operators, and a cache in int8
 FLOAT = "float32"  # a KV cache that every target has
@@ -132,7 +133,7 @@ def _check_kind(run: Run, options: ExportOptions) -> None:
     flags += [f"--kv-cache {options.kv_cache}"] if options.kv_cache != FLOAT else []
     flags += [f"--backend {options.backend}"] if options.backend != XNNPACK else []
     for flag in flags:
-        kinds.require_generating(run, flag)
+        task.require_generating(run, flag)
 
 
 def _methods(options: ExportOptions) -> list[str]:

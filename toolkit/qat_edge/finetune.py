@@ -18,15 +18,17 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from qat_edge import adapters, config, examples
+from qat_edge import config
 from qat_edge.config import FinetuneOptions
-from qat_edge.console import bar
+from qat_edge.data import training_examples
 from qat_edge.errors import RunError, UsageError
+from qat_edge.models import merge
+from qat_edge.progress import bar
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
 from qat_edge.train import objectives
-from qat_edge.train.border import Crossing, check_combination
-from qat_edge.train.prepare import Job, describe_device, prepare, trainable
+from qat_edge.train.phases import Crossing, check_combination
+from qat_edge.train.setup import Job, describe_device, prepare, trainable
 from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
@@ -78,7 +80,7 @@ def finetune(
         trainer.train(resume_from_checkpoint=resume or None)
     if not phases.crossed:
         crossing.finish()
-    adapters.save(adapted, run.adapter, "adapter", job.facts | crossing.facts)
+    merge.save(adapted, run.adapter, "adapter", job.facts | crossing.facts)
     return _log(run, job, trainer, start, time.monotonic() - began)
 
 
@@ -110,7 +112,7 @@ def _crossing(
     return Crossing(
         adapted=adapted, switch=switch, scheme=job.plan, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
-        snapshot=lambda: adapters.save(adapted, run.reference, "reference", job.facts, scales=False),
+        snapshot=lambda: merge.save(adapted, run.reference, "reference", job.facts, scales=False),
         teach=trainer.learn_from, forget=trainer.forget_averages, say=say,
     )  # fmt: skip
 
@@ -119,7 +121,7 @@ def _trainer(adapted: Any, job: Job, options: FinetuneOptions, run: Run) -> QatT
     trainer = QatTrainer(
         model=adapted,
         args=_arguments(options, run, job),
-        data_collator=examples.collator(job.kind, job.tokenizer),
+        data_collator=training_examples.collator(job.kind, job.tokenizer),
         train_dataset=job.rows.rows,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from qat_edge import kinds, llm_runner, tokenizer
 from qat_edge.errors import ArtifactError, RunError, UsageError
+from qat_edge.models import task, tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
-from qat_edge_exporters.executorch.backends import runs_elsewhere
+from qat_edge_exporters.executorch import llm_runner
+from qat_edge_exporters.executorch.backends.registry import runs_elsewhere
 
 Emit = Callable[[str], None]
 
@@ -31,7 +32,7 @@ def generate(
         RunError: nothing to generate with, or an artifact for another machine.
         UsageError: a chat was asked for and the tokenizer has no template, or the prompt fills the context.
     """
-    kinds.require_generating(run, "generate")
+    task.require_generating(run, "generate")
     elsewhere = runs_elsewhere(source)
     if elsewhere:
         raise RunError(f"{elsewhere} Ask the same codes in another artifact, or the torch model.")

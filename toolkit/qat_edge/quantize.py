@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_edge import calibration, config, examples, kinds
-from qat_edge.adapters import WHOLE_MODEL, Merged, adapter_facts, merged_model
-from qat_edge.bits import load_bits
+from qat_edge import config
 from qat_edge.config import FinetuneOptions, QuantizeOptions
+from qat_edge.data import calibration, training_examples
+from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
-from qat_edge.quant import frozen, ptq, rotation, scheme
-from qat_edge.rows import load_rows
+from qat_edge.models import task
+from qat_edge.models.merge import WHOLE_MODEL, Merged, adapter_facts, merged_model
+from qat_edge.quant import frozen, rotation, scheme
+from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.ptq import methods
 from qat_edge.run import Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +61,7 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     if options.rotate:
-        kinds.require_generating(run, "--rotate")
+        task.require_generating(run, "--rotate")
     variant, adapter = place(run, options.method)
     if variant.quantized.exists() and not force:
         return _made_before(variant, adapter, options, say)
@@ -140,12 +143,12 @@ def _scales(
     """Group scales of the merged weights, which GPTQ and AWQ change as well, and what was calibrated on."""
     if options.method == QAT:
         return merged.scales, None
-    if options.method not in ptq.CALIBRATED:
-        return ptq.apply(merged.model, merged.scheme, options.method, [], say), None
+    if options.method not in methods.CALIBRATED:
+        return methods.apply(merged.model, merged.scheme, options.method, [], say), None
     batches, facts = _calibration(run, merged, options, say)
     # bfloat16 products as in training: four times faster here; statistics and rounding stay float32.
     with torch.autocast("cpu", torch.bfloat16):
-        return ptq.apply(merged.model, merged.scheme, options.method, batches, say), facts
+        return methods.apply(merged.model, merged.scheme, options.method, batches, say), facts
 
 
 def _calibration(
@@ -154,8 +157,8 @@ def _calibration(
     """Batches for `ptq.apply`, tokenized as for training, and what the manifest records of them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
-    kind, loaded = kinds.of_run(run), load_rows(source, "train")
-    rows = examples.tokenize(kind, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    kind, loaded = task.of_run(run), load_rows(source, "train")
+    rows = training_examples.tokenize(kind, loaded, merged.model, merged.tokenizer, trained.max_length).rows
     tokens = calibration.tokens_to_take(options.calibration_tokens, rows, say)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     say(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")

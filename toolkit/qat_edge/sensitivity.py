@@ -15,9 +15,17 @@ from typing import Any
 
 import torch
 
-from qat_edge import config, data, kinds
-from qat_edge.adapters import adapter_facts, merged_model
-from qat_edge.bits import (
+from qat_edge import config
+from qat_edge.config import FinetuneOptions, SensitivityOptions
+from qat_edge.data import tokenization
+from qat_edge.data.calibration import by_length, choose_rows
+from qat_edge.data.formats import load_rows
+from qat_edge.errors import RunError, UsageError
+from qat_edge.models import task
+from qat_edge.models.merge import adapter_facts, merged_model
+from qat_edge.progress import bar
+from qat_edge.quant import layer_sensitivity, scheme
+from qat_edge.quant.bit_allocation import (
     MEASURED,
     Choice,
     Cost,
@@ -29,14 +37,8 @@ from qat_edge.bits import (
     within_budget,
     within_kl,
 )
-from qat_edge.calibration import by_length, choose_rows
-from qat_edge.config import FinetuneOptions, SensitivityOptions
-from qat_edge.console import bar
-from qat_edge.errors import RunError, UsageError
-from qat_edge.quant import probe, scheme
 from qat_edge.report.figures import megabytes, number
-from qat_edge.report.sensitivity import raised, render
-from qat_edge.rows import load_rows
+from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
 
 BITS, PAGE = "bits.yaml", "sensitivity.html"
@@ -73,7 +75,7 @@ def sensitivity(run: Run, options: SensitivityOptions, say: Callable[[str], None
     """
     if options.budget_mb is not None and options.max_kl is not None:
         raise UsageError("--budget-mb and --max-kl: one limit picks the bits. Give one of them.")
-    kinds.require_generating(run, "sensitivity")
+    task.require_generating(run, "sensitivity")
     folder = run.path / "sensitivity"
     picking = options.budget_mb is not None or options.max_kl is not None
     if (folder / MANIFEST).is_file() and picking and not force:
@@ -103,7 +105,7 @@ def measure(run: Run, options: SensitivityOptions, say: Callable[[str], None], f
     began = time.monotonic()
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     merged = merged_model(run.reference, say, force)
-    tokenized = data.tokenize(load_rows(trained.data, "train"), merged.tokenizer, trained.max_length)
+    tokenized = tokenization.tokenize(load_rows(trained.data, "train"), merged.tokenizer, trained.max_length)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, trained.data, "--tokens")
     found = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed, say)
     source = adapter_facts(run.reference)["model"]["identity"]["name"]
@@ -121,14 +123,14 @@ def measure_model(
     """Cost of every weight of a float model on tokenized rows {"input_ids", "labels"}."""
     began = time.monotonic()
     plan = scheme.choose(model, group_size)
-    schemes = probe.candidates(plan)
+    schemes = layer_sensitivity.candidates(plan)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = list(_batches(rows, tokenizer, device))
     total = len(batches) * sum(map(len, schemes.values()))
     say(f"Measuring {len(schemes)} weights on {sum(len(row['input_ids']) for row in rows)} tokens, on {device}")
     with bar("measuring", total) as progress:
         done = iter(range(1, total + 1))
-        found = probe.probe(
+        found = layer_sensitivity.probe(
             model.to(device), schemes, batches, lambda name, bits: progress.update(next(done), f"{name} int{bits}")
         )
     model.to("cpu")
@@ -160,12 +162,14 @@ def pick(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
     return None
 
 
-def _batches(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Iterator[probe.Batch]:
-    for tensors in map(data.Collator(tokenizer), by_length(rows, BATCH_TOKENS)):
+def _batches(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Iterator[layer_sensitivity.Batch]:
+    for tensors in map(tokenization.Collator(tokenizer), by_length(rows, BATCH_TOKENS)):
         compared = torch.zeros_like(tensors["labels"], dtype=torch.bool)
-        compared[:, :-1] = tensors["labels"][:, 1:] != data.IGNORED
+        compared[:, :-1] = tensors["labels"][:, 1:] != tokenization.IGNORED
         if compared.any():
-            yield probe.Batch(*(t.to(device) for t in (tensors["input_ids"], tensors["attention_mask"], compared)))
+            yield layer_sensitivity.Batch(
+                *(t.to(device) for t in (tensors["input_ids"], tensors["attention_mask"], compared))
+            )
 
 
 def _layer_cost(
@@ -173,7 +177,7 @@ def _layer_cost(
 ) -> LayerCost:
     rows, width = model.get_submodule(name).weight.shape
     return LayerCost(
-        layer=probe.layer_index(name),
+        layer=layer_sensitivity.layer_index(name),
         kind=name.rpartition(".")[2],
         shape=(rows, width),
         costs={

@@ -17,19 +17,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qat_edge import adapters, config, kinds
+from qat_edge import config
 from qat_edge.config import ValidateOptions
+from qat_edge.diagnose import locate_fault
+from qat_edge.diagnose.error_budget import TorchSide, budget, judge, score_here, torch_side
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
-from qat_edge.measure import layers, native
-from qat_edge.measure.bench import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.measure.budget import TorchSide, budget, judge, score_here, torch_side
-from qat_edge.measure.devices import LOCAL, connect, report_paths, side_by_side
-from qat_edge.measure.gates import hold, require_gates, require_measurable
-from qat_edge.measure.results import Agreement, Budget, Judgement, Measured, Report, save
+from qat_edge.evaluate import native_runner
+from qat_edge.evaluate.devices import LOCAL, connect, report_paths, side_by_side
+from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
+from qat_edge.evaluate.gates import hold, require_gates, require_measurable
+from qat_edge.evaluate.results import Agreement, Budget, Judgement, Measured, Report, save
+from qat_edge.models import merge, task
 from qat_edge.run import Run, Variant, read_manifest
 from qat_edge.verify import verify_folder
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.executorch.backends import runs_elsewhere
+from qat_edge_exporters.executorch.backends.registry import runs_elsewhere
 
 Say = Callable[[str], None]
 Artifacts = list[tuple[Variant, str]]  # by their targets
@@ -85,7 +87,7 @@ def validate_devices(
         UsageError: a device is named twice, or is of no known kind.
         RunError, DataError: as `validate`.
     """
-    kinds.require_generating(run, "validate")
+    task.require_generating(run, "validate")
     asked = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
     _require_possible(asked.values(), paths.values(), force)
@@ -140,7 +142,7 @@ def _require_possible(asked: Iterable[ValidateOptions], paths: Iterable[Path], f
     for options in asked:
         require_measurable(options)
         if options.runner_binary is not None:
-            native.require_possible(options)
+            native_runner.require_possible(options)
     for path in paths:
         if path.exists() and not force:
             raise RunError(f"{path} exists already. Give --force to measure again.")
@@ -155,8 +157,8 @@ def _set_by_profiles(options: ValidateOptions, asked: Iterable[ValidateOptions])
 def _torch(run: Run, bench: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> Torch:
     """All that needs no device; is_reported: this machine has a report of its own, and so measures the artifacts."""
     own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
-    tuned = bench.fine_tuned(adapters.merged_model(run.reference, bench.say).model)
-    models = [bench.base(adapters.base_model(run.reference)), tuned]
+    tuned = bench.fine_tuned(merge.merged_model(run.reference, bench.say).model)
+    models = [bench.base(merge.base_model(run.reference)), tuned]
     floor = bench.noise_floor(run.quantized)
     side = torch_side(run, bench, models, own) if bench.options.budget else None
     if side is not None and not is_reported:
@@ -190,8 +192,8 @@ def _artifact(variant: Variant, target: str, transport: Transport, bench: Bench,
     """One artifact on one device, in the runtime there or in the user's own runner."""
     if bench.options.runner_binary is None:
         return bench.artifact(variant, target, transport, own)
-    binary = native.require_possible(bench.options)
-    return native.measure(bench, binary, variant, target, transport, own)
+    binary = native_runner.require_possible(bench.options)
+    return native_runner.measure(bench, binary, variant, target, transport, own)
 
 
 def _identities(run: Run, bench: Bench) -> dict[str, str]:
@@ -226,7 +228,7 @@ def _fault(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Tra
     # Position 0 has nothing to attend to.
     what = "attention (rotary angles, mask or cache)" if judged.position else "what the runtime makes of them"
     told = told or "Its codes and scales are those that were frozen"
-    first = layers.first_words(folder, target, run.quantized, torch, transport, bench.options.threads)
+    first = locate_fault.first_words(folder, target, run.quantized, torch, transport, bench.options.threads)
     return f"{told}. It parts at position {judged.position} of a prompt: {what}. {first}"
 
 
@@ -239,7 +241,7 @@ def _elsewhere(model: Measured) -> Measured:
 
 def _why_not(target: str, options: ValidateOptions) -> str:
     """Why an artifact cannot be measured as was asked, a sentence; empty where it can."""
-    return runs_elsewhere(target) if options.runner_binary is None else native.why_not(target)
+    return runs_elsewhere(target) if options.runner_binary is None else native_runner.why_not(target)
 
 
 def _artifacts_by_target(run: Run, asked: Iterable[ValidateOptions], say: Say) -> dict[tuple[str, ...], Artifacts]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from qat_edge import tokenizer
 from qat_edge.errors import ArtifactError, RunError
-from qat_edge.quant import frozen, turned
+from qat_edge.lazy import resolve
+from qat_edge.models import tokenizer
+from qat_edge.quant import frozen, rotated_norm
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
-from qat_edge.tables import resolve
 from qat_edge_exporters import READERS
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 
@@ -144,8 +144,8 @@ def _turn_faults(quantized: Path, artifact: Artifact) -> list[str]:
     if artifact.floats is None:
         return []
     return [
-        f"{name}.{turned.TURN}: not in the artifact as it was frozen"
-        for name, turn in turned.stored_turns(quantized).items()
+        f"{name}.{rotated_norm.TURN}: not in the artifact as it was frozen"
+        for name, turn in rotated_norm.stored_turns(quantized).items()
         if hashlib.sha256(turn.numpy().tobytes()).hexdigest() not in artifact.floats
     ]
 

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 # The folder travels under a shorter name.
 from . import machine  # noqa: TID252
-from .models import PIP_NAMES, Model, Refusal, choose_backend  # noqa: TID252
+from .loaded_models import PIP_NAMES, Model, Refusal, choose_backend  # noqa: TID252
 
 FORMAT = 1  # of request and result
 EXIT_REFUSED = 65

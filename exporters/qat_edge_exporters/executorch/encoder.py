@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qat_edge.errors import ExportError
-from qat_edge.kinds import Kind
-from qat_edge_exporters.executorch import contract, lowering, tracing
-from qat_edge_exporters.executorch.attention import MASKED, attention_through
-from qat_edge_exporters.executorch.portable import laid_out, rows_of
+from qat_edge.models.task import Kind
+from qat_edge_exporters.executorch.graph import lowering, tracing
+from qat_edge_exporters.executorch.graph.attention import MASKED, attention_through
+from qat_edge_exporters.executorch.graph.portable_attention import laid_out, rows_of
+from qat_edge_exporters.executorch.pte import runner_contract
 
 LEAST = 2  # tokens of a text: its first and last are special ones
 
@@ -112,5 +113,5 @@ def lower(
         program = torch.export.export(encoder, ids, dynamic_shapes=(tokens, tokens), strict=False)
     say(f"texts of up to {length} tokens, answered by {answer.shape[1]} numbers")
     say("preparing the graph for XNNPACK")
-    methods = contract.encoder_methods(length, answer.shape[1])
+    methods = runner_contract.encoder_methods(length, answer.shape[1])
     return lowering.lower(program, methods, say), names

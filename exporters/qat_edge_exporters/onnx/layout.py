@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge.quant.turned import GAIN, WEIGHT
+from qat_edge.quant.rotated_norm import GAIN, WEIGHT
 from qat_edge_exporters.onnx import names
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # of MatMulNBits on the CPU

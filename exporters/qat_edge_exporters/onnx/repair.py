@@ -27,10 +27,10 @@ from onnx import helper
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.checkpoint import Adapter
-from qat_edge_exporters.onnx import names, storage
-from qat_edge_exporters.onnx.adapters import add_adapters
+from qat_edge_exporters.onnx import graph_file, names
 from qat_edge_exporters.onnx.architecture import Architecture, metadata
 from qat_edge_exporters.onnx.layout import block_scales, block_size, packed_codes
+from qat_edge_exporters.onnx.unmerged_adapters import add_adapters
 
 EMBEDDING_GATHER = "/model/embed_tokens/Gather"
 EMBEDDING_SCALE = "/model/embed_tokens/Mul"
@@ -54,7 +54,7 @@ def repair(
     Raises:
         ExportError: the builder left a frozen matrix out, or stored it otherwise than asked.
     """
-    model = storage.load_graph(built / names.MODEL_FILE)
+    model = graph_file.load_graph(built / names.MODEL_FILE)
     _check_matrices(model, weights)
     tensors = _shaped_scales(model, built) | _rotary_tables(model, architecture)
     tensors |= _embedding_scale(model, architecture.embedding_scale)
@@ -69,7 +69,7 @@ def repair(
     if turn is not None:
         tensors |= _turned_input(model, turn)
     tensors |= add_adapters(model, adapters)
-    storage.save(model, tensors, built, out)
+    graph_file.save(model, tensors, built, out)
 
 
 def _check_matrices(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight]) -> None:
@@ -104,7 +104,7 @@ def _shaped_scales(model: onnx.ModelProto, built: Path) -> dict[str, NDArray[Any
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             codes, scales = (initializers[name] for name in node.input[1:3])
-            shaped[scales.name] = storage.tensor(scales, built).reshape(tuple(codes.dims)[:2])
+            shaped[scales.name] = graph_file.tensor(scales, built).reshape(tuple(codes.dims)[:2])
     return shaped
 
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat_edge.errors import UsageError
-from qat_edge.quant import numerics, storage
+from qat_edge.quant import numerics, qlora_base
+from qat_edge.quant.qlora_base import StoredLinear, StoredWeight
 from qat_edge.quant.scheme import Scheme, WeightScheme
-from qat_edge.quant.storage import StoredLinear, StoredWeight
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 SCALE_FACTOR = "scale_factor"  # in the names of the parameters that learned scales are made of
@@ -147,7 +147,7 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.switch.enabled:
             return super().forward(input)
-        weight, scales = storage.held(self), self.trained_scales
+        weight, scales = qlora_base.held(self), self.trained_scales
         return MergedFakeQuantLinear.apply(input, weight, self.bias, None, None, scales, 1.0, self.spec)
 
 
@@ -196,7 +196,7 @@ class LoraFakeQuantLinear(lora.Linear):
         lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         lora_a = lora_a * self.lora_dropout[ADAPTER](torch.ones_like(lora_a[:1]))
         return MergedFakeQuantLinear.apply(
-            x, storage.held(base), base.bias, lora_a, lora_b, self.trained_scales, self.scaling[ADAPTER], base.spec
+            x, qlora_base.held(base), base.bias, lora_a, lora_b, self.trained_scales, self.scaling[ADAPTER], base.spec
         )
 
 
@@ -228,7 +228,7 @@ def set_scales(model: nn.Module, scales_of: Mapping[str, Tensor]) -> None:
     """Give linear layers prepared by `insert` scales of their own, by module name: (out, in // group)."""
     for name, scales in scales_of.items():
         layer = linear(model, name)
-        layer.scales = scales.to(storage.held(layer).device, torch.float32)
+        layer.scales = scales.to(qlora_base.held(layer).device, torch.float32)
 
 
 def linear(model: nn.Module, name: str) -> FakeQuantLinear:
@@ -315,7 +315,7 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
                 scales[name] = numerics.representable(module.trained_scales)
             layer = linear(base_of(model), name)
             if isinstance(module, LoraFakeQuantLinear) or isinstance(layer, StoredLinear):
-                storage.make_dense(layer, _merged_weight(module))
+                qlora_base.make_dense(layer, _merged_weight(module))
             layer.scale_factor = None
     return (model.unload() if isinstance(model, PeftModel) else model), scales
 
@@ -323,15 +323,15 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
 def _merged_weight(layer: Any) -> Tensor:
     """W + s B A of an adapted layer, W of any other: (out, in) in float32."""
     if not isinstance(layer, LoraFakeQuantLinear):
-        return _merged(storage.held(layer), None, None, 1.0)
+        return _merged(qlora_base.held(layer), None, None, 1.0)
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return _merged(storage.held(layer.get_base_layer()), lora_a, lora_b, layer.scaling[ADAPTER])
+    return _merged(qlora_base.held(layer.get_base_layer()), lora_a, lora_b, layer.scaling[ADAPTER])
 
 
 def _scale_factor(layer: FakeQuantLinear) -> nn.Parameter:
     """Of learned scales at their start: ones (out, in // group)."""
     shape = layer.out_features, layer.in_features // layer.spec.group_size
-    return nn.Parameter(torch.ones(shape, device=storage.held(layer).device))
+    return nn.Parameter(torch.ones(shape, device=qlora_base.held(layer).device))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -340,7 +340,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _merged(held: Tensor | StoredWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-    weight = storage.dense(held)
+    weight = qlora_base.dense(held)
     if lora_a is None or lora_b is None:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
     return numerics.merge(weight, lora_a, lora_b, scaling)

@@ -32,9 +32,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-from qat_edge import kinds
 from qat_edge.errors import RunError
-from qat_edge.quant import numerics, turned
+from qat_edge.models import task
+from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import read_manifest
 
@@ -91,9 +91,9 @@ def load(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
-    kind = kinds.of_folder(folder)
+    kind = task.of_folder(folder)
     read = partial(kind.auto.from_pretrained, dtype=torch.float32, local_files_only=True)
-    model = turned.load(read, folder).eval()
+    model = rotated_norm.load(read, folder).eval()
     kind.settle(model)
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):

@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qat_edge.errors import ModelError
-from qat_edge.quant import fake, turned
+from qat_edge.quant import fake, rotated_norm
 from qat_edge.quant.scheme import Scheme
 
 PROBE = 8  # tokens
@@ -105,7 +105,7 @@ def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
             gains = first_gains if norm is stream.norms[0] else torch.ones_like(first_gains)
             gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn / gains
             if norm is last:
-                turned.turn_output(norm.module, turn.T @ gained)
+                rotated_norm.turn_output(norm.module, turn.T @ gained)
             else:
                 for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
                     _right(matrix, gained)

@@ -12,7 +12,7 @@ from qat_edge.report.collect import collect
 from qat_edge.report.encoder_page import render as render_encoder
 from qat_edge.report.history import Entry, history
 from qat_edge.report.history_page import render as render_history
-from qat_edge.report.page import render
+from qat_edge.report.run_page import render
 from qat_edge.run import Run, write_text
 
 HISTORY = "history.html"

@@ -10,9 +10,9 @@ from typing import Any
 
 from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
-from qat_edge.measure import answers
-from qat_edge.measure.answers import Comparison
-from qat_edge.measure.results import Report, load
+from qat_edge.evaluate import encoder_results
+from qat_edge.evaluate.encoder_results import Comparison
+from qat_edge.evaluate.results import Report, load
 from qat_edge.report.verdict import Verdict, of_encoder, verdict
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256
 
@@ -87,7 +87,7 @@ def collect(run: Run) -> Story:
     """
     missing: dict[str, str] = {}
     reports = [load(path) for path in sorted(run.reports.glob("*.json"))]
-    answered = answers.load(run.answers) if run.answers.is_file() else None
+    answered = encoder_results.load(run.answers) if run.answers.is_file() else None
     if not reports and answered is None:
         raise RunError(
             f"{run.reports} holds no report, so there is nothing to show. Run `qat-edge validate {run.path}` first."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qat_edge.measure.answers import CORRELATION, Answered, Comparison
-from qat_edge.report import facts, tables
+from qat_edge.evaluate.encoder_results import CORRELATION, Answered, Comparison
+from qat_edge.report import run_details, tables
 from qat_edge.report.collect import Story
 from qat_edge.report.figures import cosine, label, megabytes, number, percent, quantized, role, span
-from qat_edge.report.page import Tile, environment, parts_plot, style, subtitle, training_plot
+from qat_edge.report.run_page import Tile, environment, parts_plot, style, subtitle, training_plot
 from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
 
 
@@ -26,10 +26,10 @@ def render(story: Story) -> str:
         summary=_summary(found),
         parity=_parity(found.answered),
         plots=[training_plot(story, "per row"), parts_plot(found.answered, 0)],
-        words=facts.encoder_words(found),
-        facts=facts.about_answers(found),
-        about=facts.about_run(story),
-        artifacts=facts.artifacts(story),
+        words=run_details.encoder_words(found),
+        facts=run_details.about_answers(found),
+        about=run_details.about_run(story),
+        artifacts=run_details.artifacts(story),
         verified=story.verified,
         missing=story.missing,
         version=story.quantized.get("qat_edge"),

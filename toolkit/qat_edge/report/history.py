@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from qat_edge.measure.results import Measured, Report, Spread
+from qat_edge.evaluate.results import Measured, Report, Spread
 from qat_edge.report.collect import Story, finite
-from qat_edge.report.facts import flatten, versions
 from qat_edge.report.figures import label
+from qat_edge.report.run_details import flatten, versions
 from qat_edge.report.tables import COLUMNS, Column
 from qat_edge.report.verdict import within_chance
 

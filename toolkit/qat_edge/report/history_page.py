@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qat_edge import __version__
-from qat_edge.report import facts
-from qat_edge.report.facts import Facts
+from qat_edge.report import run_details
 from qat_edge.report.figures import ROLES, TARGETS, label, number, plain, role
 from qat_edge.report.history import FIGURES, Change, Figure, History, Point, Series
-from qat_edge.report.page import Plot, environment, style
 from qat_edge.report.plots import SHAPES
+from qat_edge.report.run_details import Facts
+from qat_edge.report.run_page import Plot, environment, style
 from qat_edge.report.tables import Cell, Row, Table
 from qat_edge.report.trend import trend
 
@@ -43,7 +43,7 @@ def render(history: History) -> str:
         runs=_runs(history, names),
         devices=[_device(history, names, device, index) for index, device in enumerate(history.devices)],
         changes=_changes(history, names),
-        words=facts.WORDS,
+        words=run_details.WORDS,
         version=__version__,
     )  # fmt: skip
 

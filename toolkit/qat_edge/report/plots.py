@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from qat_edge.measure.results import Measured, Spread
+from qat_edge.evaluate.results import Measured, Spread
 from qat_edge.report.charts import (
     LINE,
     WIDTH,

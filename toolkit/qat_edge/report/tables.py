@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from qat_edge.measure.results import Agreement, Gate, Measured, Report, Speed, Spread
+from qat_edge.evaluate.results import Agreement, Gate, Measured, Report, Speed, Spread
 from qat_edge.report.figures import Model, cosine, label, megabytes, number, percent, plain, quantized, role
 from qat_edge.report.plots import ordered_parts
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qat_edge.measure.answers import CORRELATION, Answered, Comparison
-from qat_edge.measure.results import Measured, Report
+from qat_edge.evaluate.encoder_results import CORRELATION, Answered, Comparison
+from qat_edge.evaluate.results import Measured, Report
 from qat_edge.report.figures import cosine, number, percent, role, span, whole_percent
 
 Z_95 = 1.96  # two-sided 95% of a normal distribution

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from qat_edge.measure.results import Agreement, Budget, Step
+from qat_edge.evaluate.results import Agreement, Budget, Step
 from qat_edge.report.charts import (
     WIDTH,
     Scale,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from qat_edge.data import IGNORED
+from qat_edge.data.tokenization import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat_edge import calibration
-from qat_edge.console import bar
-from qat_edge.data import TokenizedRows
+from qat_edge.data import calibration
+from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import UsageError
-from qat_edge.quant.probe import LOGIT_ROWS, decoder_layers
+from qat_edge.progress import bar
+from qat_edge.quant.layer_sensitivity import LOGIT_ROWS, decoder_layers
 
 TOKENS = 2048  # of the training rows that harm is measured on, where there are as many
 

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qat_edge.config import FinetuneOptions
-from qat_edge.console import Bar
-from qat_edge.quant import ptq
+from qat_edge.progress import Bar
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
+from qat_edge.quant.ptq import methods
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.objectives import Objective
 
@@ -150,7 +150,7 @@ def qat_learning_rate(options: FinetuneOptions) -> float:
     """Peak learning rate of phase 2: as given, or what goes with the start and the schedule."""
     if options.qat_learning_rate is not None:
         return options.qat_learning_rate
-    compensated = options.ptq_start in ptq.COMPENSATED
+    compensated = options.ptq_start in methods.COMPENSATED
     return options.learning_rate * ((COMPENSATED_RATIO if compensated else QAT_RATIO) if options.lr_restart else 1.0)
 
 

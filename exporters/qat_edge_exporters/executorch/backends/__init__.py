@@ -1,0 +1,1 @@
+"""Backends that a .pte can be lowered to, one file each."""

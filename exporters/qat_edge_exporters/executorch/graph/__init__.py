@@ -1,0 +1,1 @@
+"""Model to exported program: tracing, attention, graph passes, lowering to XNNPACK."""

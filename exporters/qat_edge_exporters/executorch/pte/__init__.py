@@ -1,0 +1,1 @@
+"""The bytes of a .pte: read, check and rewrite."""

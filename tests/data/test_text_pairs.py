@@ -1,0 +1,130 @@
+"""A classifier of two texts: their types are found by the model itself, in training, in torch and in the .pte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from conftest import train_run
+from qat_edge.config import ExportOptions
+from qat_edge.data import training_examples
+from qat_edge.data.formats import load_rows
+from qat_edge.errors import DataError
+from qat_edge.export import export
+from qat_edge.models import task
+from qat_edge.models.merge import base_model
+from qat_edge.models.task import SequenceClassifier
+from qat_edge.quant import frozen
+from qat_edge.run import Run
+from qat_edge_exporters.executorch.encoder_runtime import answers
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
+LABELS = ("other", "same")
+ROWS = [
+    {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
+]
+
+
+def make_tokenizer() -> Any:
+    """Words, with separators as BERT's tokenizer puts them."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
+    )
+
+
+def make_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, id2label=dict(enumerate(LABELS)), label2id={"other": 0, "same": 1},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trained on pairs, frozen and exported."""
+    root = tmp_path_factory.mktemp("pairs")
+    torch.manual_seed(0)
+    BertForSequenceClassification(make_config()).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    made = train_run(root / "model", root, ROWS)
+    export(made, ExportOptions(target=("executorch",), ptq=("none",)), lambda text: None)
+    return made
+
+
+@pytest.mark.parametrize(("text", "pair"), [("the w1", "w2 w3 the"), ("w1", None), ("w1 " * 9, "w2 " * 20), ("", "w1")])
+def test_types_are_those_of_the_tokenizer(text: str, pair: str | None) -> None:
+    given = make_tokenizer()(
+        text,
+        pair,
+        truncation=True,
+        max_length=16,
+        padding="max_length",
+        return_token_type_ids=True,
+        return_tensors="pt",
+    )
+    kept = given.attention_mask.bool()
+    found = task.token_types(given.input_ids, given.attention_mask)
+    assert torch.equal(found[kept], given.token_type_ids[kept])
+
+
+def test_the_model_finds_the_types_itself_in_torch_and_in_the_artifact(run: Run) -> None:
+    kind = task.of_run(run)
+    assert kind == SequenceClassifier(LABELS, pairs=True)
+    rows = [make_tokenizer()(row["text"], row["text_pair"], return_token_type_ids=True) for row in ROWS[:8]]
+    artifact = answers(run.exports / "executorch", [row.input_ids for row in rows])
+    frozen_alone = AutoModelForSequenceClassification.from_pretrained(run.quantized).eval()
+    plain = BertForSequenceClassification(make_config()).eval()
+    plain.load_state_dict(base_model(run.adapter).state_dict())
+    for ours, theirs in ((base_model(run.adapter), plain), (frozen.load(run.quantized), frozen_alone)):
+        for row, ran in zip(rows, artifact, strict=True):
+            ids, mask, types = (torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids"))
+            with torch.no_grad():
+                found = kind.answer(ours, ids, mask)
+                torch.testing.assert_close(found, theirs(ids, mask, types).logits)
+                apart = (found - theirs(ids, mask, types * 0).logits).abs().max()
+            assert apart > 0
+            if theirs is frozen_alone:
+                assert (found - torch.from_numpy(ran)).abs().max() < 0.1 * apart
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "w1", "text_pair": 3, "label": "same"}, "1: 'text_pair' must be a string, found a number"),
+        ({"text": "w1 [SEP] w2", "text_pair": "w3", "label": 1}, "1: the tokenizer begins the second text elsewhere"),
+    ],
+)
+def test_pairs_that_cannot_be_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    model = BertForSequenceClassification(make_config())
+    with pytest.raises(DataError, match=message):
+        training_examples.tokenize(
+            SequenceClassifier(LABELS, pairs=True), load_rows(str(tmp_path / "rows.jsonl")), model, make_tokenizer(), 16
+        )
+
+
+def test_pairs_for_a_classifier_of_single_texts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    rows, model = load_rows(str(tmp_path / "rows.jsonl")), BertForSequenceClassification(make_config())
+    with pytest.raises(DataError, match="1: two texts, and the classifier learned single ones"):
+        training_examples.tokenize(SequenceClassifier(LABELS), rows, model, make_tokenizer(), 16)

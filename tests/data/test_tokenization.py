@@ -1,0 +1,300 @@
+"""Rows are read with their line numbers, the loss lies where it should, nothing is cut in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from qat_edge.data import tokenization
+from qat_edge.data.formats import Chat, Completion, Row, Text, load_rows
+from qat_edge.data.tokenization import IGNORED, Collator
+from qat_edge.errors import DataError
+
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the first thing"},
+    {"role": "assistant", "content": "the answer"},
+    {"role": "user", "content": "another"},
+    {"role": "assistant", "content": "\nand on"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_lines(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def learned(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
+    """Runs of tokens with loss, decoded."""
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    runs: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def test_the_three_shapes(tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "rows.jsonl", {"messages": DIALOGUE}, {"prompt": "a", "completion": "b", "id": 7}, {"text": "c"}
+    )
+    chat, completion, text = load_rows(source)
+    assert chat == Chat(DIALOGUE, f"{source}:1")
+    assert completion == Completion("a", "b", f"{source}:2")
+    assert text == Text("c", f"{source}:3")
+
+
+def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
+    records = [{"prompt": "one, two", "completion": "three\nfour"}, {"prompt": "five", "completion": "six"}]
+    write_lines(tmp_path / "rows.jsonl", *records)
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    frame = datasets.Dataset.from_list(records)
+    frame.to_csv(tmp_path / "rows.csv")
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "saved"):
+        rows = load_rows(str(tmp_path / name))
+        found = [(row.prompt, row.completion) for row in rows if isinstance(row, Completion)]
+        assert found == [("one, two", "three\nfour"), ("five", "six")], name
+
+
+def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", {"text": "learn"})
+    write_lines(folder / "test.jsonl", {"text": "examine"})
+    assert load_rows(str(folder)) == [Text("learn", f"{folder}:train, row 1")]
+    assert load_rows(str(folder), "test") == load_rows(f"{folder}:test", "train")
+    assert load_rows(str(folder), "test") == [Text("examine", f"{folder}:test, row 1")]
+    with pytest.raises(DataError, match="no data set with a part 'nonsense'"):
+        load_rows(str(folder), "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"question": "a", "answer": "b"}, "keys found: 'question', 'answer'; expected 'messages'"),
+        ({"prompt": "a", "completion": None}, "keys found: 'prompt'; expected"),
+        ({"prompt": "a", "completion": 3}, "'completion' must be a string, found a number"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"text": ["a"]}, "'text' must be a string, found a list"),
+        ({"messages": "a"}, "'messages' must be a list of {role, content}, found a string"),
+        ({"messages": []}, "found an empty list"),
+        ({"messages": [{"role": "user"}]}, "message 1: 'content' must be a string, found nothing"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of role 'assistant'"),
+        (["text"], "expected an object with 'messages'"),
+        ({}, "keys found: none"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, complaint: str) -> None:
+    source = write_lines(tmp_path / "rows.jsonl", {"text": "good"}, record)
+    with pytest.raises(DataError) as caught:
+        load_rows(source)
+    assert str(caught.value).startswith(f"{source}:2: ")
+    assert complaint in str(caught.value)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: is no JSON"):
+        load_rows(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match="is no UTF-8 text"):
+        load_rows(str(tmp_path / "latin.jsonl"))
+    (tmp_path / "object.json").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match="expected a JSON list of rows, found an object"):
+        load_rows(str(tmp_path / "object.json"))
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        load_rows(str(tmp_path / "rows.parquet"))
+    (tmp_path / "rows.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"cannot read \.xlsx; use \.jsonl"):
+        load_rows(str(tmp_path / "rows.xlsx"))
+
+
+def test_a_csv_row_is_named_by_the_line_it_ends_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n"two\nlines",b\nc\n')
+    with pytest.raises(DataError, match=r"rows\.csv:4: keys found: 'prompt'"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.txt"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n" if name == "empty.jsonl" else "")
+    with pytest.raises(DataError, match="holds no rows"):
+        load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "somebody/no-such-data"])
+def test_missing_sources(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_rows(name)
+
+
+# --- where the loss lies -----------------------------------------------------------------------------------
+
+
+def test_loss_on_every_assistant_message_and_its_end_token(tokenizer: Any) -> None:
+    done = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512)
+    (row,) = done.rows
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    assert learned(row["input_ids"], row["labels"], tokenizer) == ["the answer<|im_end|>", "\nand on<|im_end|>"]
+    assert (done.truncated, done.cut_tokens, done.dropped) == (0, 0, 0)
+    assert done.tokens == len(row["input_ids"])
+    assert done.trained_tokens == sum(label != IGNORED for label in row["labels"])
+
+
+def test_a_prompt_is_a_prefix_of_its_training_row_even_where_tokens_merge(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.add_special_tokens(["t\nx"])  # straddles "assistant\n" and "x..."
+    row = Chat([{"role": "user", "content": "go"}, {"role": "assistant", "content": "xylophone"}], "row")
+    ((prompt, expected),) = tokenization.prompts([row], tokenizer)
+    (trained,) = tokenization.tokenize([row], tokenizer, 512).rows
+    assert expected == "xylophone"
+    assert trained["input_ids"][: len(prompt)] == prompt
+    assert trained["labels"][: len(prompt)] == [IGNORED] * len(prompt)
+    assert learned(**_pair(trained), tokenizer=tokenizer) == ["xylophone<|im_end|>"]
+
+
+def test_a_template_that_rewrites_past_turns_gives_one_row_an_answer(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    done = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512)
+    assert [learned(**_pair(row), tokenizer=tokenizer) for row in done.rows] == [
+        ["<think></think>the answer<|im_end|>"],
+        ["<think></think>\nand on<|im_end|>"],
+    ]
+
+
+def test_a_template_whose_answer_does_not_follow_its_prompt_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    with pytest.raises(DataError, match="f:9: the chat template does not render message 3"):
+        tokenization.tokenize([Chat(DIALOGUE, "f:9")], tokenizer, 512)
+
+
+def test_no_or_a_strict_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"f:9: .*refuses the roles system, user.*must alternate"):
+        tokenization.tokenize([Chat(DIALOGUE, "f:9")], tokenizer, 512)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"tokenizer of --model has no chat template.*--data"):
+        tokenization.tokenize([Chat(DIALOGUE, "f:9")], tokenizer, 512)
+
+
+def test_loss_on_the_completion_and_the_end_token(tokenizer: Any) -> None:
+    (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows
+    assert tokenizer.decode(row["input_ids"]) == "in the then<|im_end|>"
+    assert learned(row["input_ids"], row["labels"], tokenizer) == ["then<|im_end|>"]
+    ((prompt, expected),) = tokenization.prompts([Completion("in the ", "then", "row"), Text("x", "row")], tokenizer)
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert expected == "then"
+
+
+def test_a_border_inside_a_merge(tokenizer: Any) -> None:
+    (row,) = tokenization.tokenize([Completion("t", "he end", "row")], tokenizer, 64).rows  # "the" would be one token
+    assert learned(row["input_ids"], row["labels"], tokenizer) == ["he end<|im_end|>"]
+
+
+def test_texts_are_packed_into_full_windows_and_lose_nothing(tokenizer: Any) -> None:
+    texts = ["abcdefghij" * 3, "klm", "nopqrst" * 4]
+    done = tokenization.tokenize([Text(t, "row") for t in texts], tokenizer, 16)
+    stream = [token for row in done.rows for token in row["input_ids"]]
+    assert tokenizer.decode(stream) == "".join(t + "<|im_end|>" for t in texts)
+    assert [len(row["input_ids"]) for row in done.rows[:-1]] == [16] * (len(done.rows) - 1)
+    assert all(row["labels"] == row["input_ids"] for row in done.rows)
+    assert (done.truncated, done.cut_tokens) == (0, 0)
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenization.leading_ids(tokenizer) == [1]
+    rows = tokenization.tokenize([Text("abcdefghij" * 3, "row"), Completion("t", "he", "row")], tokenizer, 16).rows
+    assert [row["input_ids"][0] for row in rows] == [1] * 4
+    assert [row["input_ids"].count(1) for row in rows] == [1] * 4
+    assert learned(**_pair(rows[-1]), tokenizer=tokenizer) == ["he<|im_end|>"]
+    (chat,) = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512).rows
+    assert chat["input_ids"].count(1) == len(DIALOGUE)
+
+
+def test_what_is_cut_and_dropped_is_counted(tokenizer: Any) -> None:
+    fits, cut, lost = Completion("ab", "cd", "1"), Completion("ab", "c" * 20, "2"), Completion("a" * 30, "b", "3")
+    done = tokenization.tokenize([fits, cut, lost], tokenizer, 10)
+    assert [len(row["input_ids"]) for row in done.rows] == [5, 10]
+    assert (done.truncated, done.cut_tokens, done.dropped) == (2, (23 - 10) + (32 - 10), 1)
+    assert done.summary() == (
+        "2 rows, 15 tokens, 11 of them with loss; 2 rows cut, 35 tokens lost; "
+        "1 rows dropped: nothing to learn was left of them"
+    )
+    with pytest.raises(DataError, match="None of 1 rows has anything to learn within 10 tokens"):
+        tokenization.tokenize([lost], tokenizer, 10)
+
+
+# --- batches, windows --------------------------------------------------------------------------------------
+
+
+def test_collator_pads_right_without_loss(tokenizer: Any) -> None:
+    rows = [{"input_ids": [5, 2, 7], "labels": [IGNORED, 2, 7]}, {"input_ids": list(range(9)), "labels": [IGNORED] * 9}]
+    batch = Collator(tokenizer)(rows)
+    assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(batch, (2, 16))
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert batch["input_ids"][0].tolist() == [5, 2, 7] + [tokenizer.pad_token_id] * 13
+    assert batch["labels"][0].tolist() == [IGNORED, 2, 7] + [IGNORED] * 13
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 9]  # the token 2, which also pads, is attended to
+    tokenizer.pad_token = None
+    assert Collator(tokenizer, multiple_of=1)(rows)["input_ids"][0, -1] == tokenizer.eos_token_id
+
+
+def test_a_model_is_compared_where_training_puts_loss(tokenizer: Any) -> None:
+    rows: list[Row] = [Chat(DIALOGUE, "1"), Completion("ab", "cd", "2")]
+    trained = tokenization.tokenize(rows, tokenizer, 64).rows
+    for scored, row in zip(tokenization.scored_ids(rows, tokenizer, 64, 1000), trained, strict=True):
+        expected = [label for label in row["labels"][1:] if label != tokenization.IGNORED]
+        assert scored.targets.tolist() == expected
+        assert scored.ids == row["input_ids"][: len(scored.ids)]
+        assert scored.positions[-1] + 2 == len(scored.ids)  # nothing is fed that no comparison needs
+
+
+def test_rows_beyond_the_limit_are_not_tokenized(tokenizer: Any) -> None:
+    rows: list[Row] = [Completion("ab", "cd", "1"), Chat([{"role": "user", "content": "x"}], "2")]  # the second is bad
+    assert [len(scored.positions) for scored in tokenization.scored_ids(rows, tokenizer, 64, 3)] == [3]
+    assert next(tokenization.prompts(rows, tokenizer))[1] == "cd"
+
+
+def test_nothing_to_compare_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="None of 1 rows has anything to compare within 2 tokens"):
+        tokenization.scored_ids([Completion("a long prompt", "x", "1")], tokenizer, 2, 10)
+
+
+def test_no_more_positions_than_the_limit(tokenizer: Any) -> None:
+    found = tokenization.scored_ids([Text("abcdefghijklmnopqrstuvwxyz" * 3, "row")], tokenizer, 16, 20)
+    assert [len(scored.positions) for scored in found] == [15, 5]
+    assert found[1].positions == [0, 1, 2, 3, 4]
+
+
+def _pair(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {"ids": row["input_ids"], "labels": row["labels"]}

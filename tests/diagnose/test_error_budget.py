@@ -1,0 +1,119 @@
+"""The error budget's arithmetic, on logits made up here. The budget of real artifacts is in test_line.py."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qat_edge.config import ValidateOptions
+from qat_edge.data.tokenization import ScoredIds
+from qat_edge.diagnose.error_budget import DEVICE, FROZEN, HOST, TRAINED, TorchSide, budget, compare, score_here
+from qat_edge.diagnose.runtime_rounding import BLOCKS, Rounding
+from qat_edge.evaluate import metrics
+from qat_edge.evaluate.evaluator import Bench, Material
+from qat_edge.evaluate.reference import LogitStore
+from qat_edge.evaluate.results import Judgement, Step
+from qat_edge.run import Run
+from qat_edge_devices.device_errors import KilledError
+
+VOCABULARY = 16
+SEQUENCES = [ScoredIds(list(range(begin, begin + 6)), [1, 2, 4]) for begin in range(8)]
+JUDGED = Judgement(False, 0.5, None, "")
+PHONE = "ssh:phone"
+
+
+def logits(seed: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.normal(size=(3, VOCABULARY)).astype(np.float32) for _ in SEQUENCES]
+
+
+def fill(store: LogitStore, seed: int) -> None:
+    for index, rows in enumerate(logits(seed)):
+        store.put(index, rows)
+
+
+def between(one: int, other: int) -> metrics.Comparison:
+    targets = np.concatenate([sequence.targets for sequence in SEQUENCES])
+    return metrics.compare(np.concatenate(logits(one)), np.concatenate(logits(other)), targets)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    made = Bench(Material(SEQUENCES, [], [0], 0, None), ValidateOptions(), tmp_path, lambda text: None)
+    fill(made.fp32, 0)
+    fill(made.exact, 1)
+    return made
+
+
+def torch_side(**more: Any) -> TorchSide:
+    steps = [Step(name, 2.0, None, None) for name in ("FP32 base", "FP32 fine-tuned", TRAINED, FROZEN)]
+    known: dict[str, Any] = {"prompts": [], "expected": {}, "parts": [], "floor": [], "floor_nats": []}
+    return TorchSide(steps=steps, converted="", **known | {"roundings": {}, "rounded": {}} | more)
+
+
+@pytest.mark.parametrize(
+    ("measured_here", "names", "before"),
+    [(True, [HOST, DEVICE], [1, 2]), (False, [DEVICE], [1])],  # this machine may have failed where the phone did not
+)
+def test_each_step_is_held_against_the_one_before(
+    bench: Bench, measured_here: bool, names: list[str], before: list[int]
+) -> None:
+    if measured_here:
+        fill(bench.kept("local", "executorch"), 2)
+    fill(bench.kept(PHONE, "executorch"), 3)
+    steps = budget(bench, torch_side(), "executorch", PHONE, JUDGED).steps[4:]
+    assert [step.name for step in steps] == names
+    for step, earlier, now in zip(steps, before, [2, 3][-len(names) :], strict=True):
+        assert step.change is not None and step.agreement is not None
+        assert step.change.kl_nats == pytest.approx(between(earlier, now).kl_nats)
+        assert step.agreement.kl_nats == pytest.approx(between(0, now).kl_nats)
+        assert step.perplexity == pytest.approx(between(0, now).perplexity)
+
+
+def test_what_fails_on_this_machine_is_left_out(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(self: Bench, *_: object) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, logits(2)[0]
+        raise KilledError("local: ended by SIGKILL")
+
+    said: list[str] = []
+    monkeypatch.setattr(Bench, "artifact_rows", rows)
+    score_here(Run(tmp_path), replace(bench, say=said.append), ["executorch"])
+    assert "left out of the budget: local: ended by SIGKILL" in said[-1]
+    fill(bench.kept(PHONE, "executorch"), 3)
+    steps = budget(bench, torch_side(), "executorch", PHONE, JUDGED).steps[4:]
+    assert [step.name for step in steps] == [DEVICE], "one sequence of eight is no step"
+
+
+def test_what_the_runtime_rounds_otherwise_is_a_step_of_its_own(bench: Bench, tmp_path: Path) -> None:
+    fill(rounded := LogitStore(tmp_path / "rounded"), 4)
+    fill(bench.kept("local", "onnx"), 2)
+    side = torch_side(roundings={"onnx": Rounding(BLOCKS)}, rounded={"onnx": rounded})
+    steps = {step.name: step for step in budget(bench, side, "onnx", "local", JUDGED).steps[4:]}
+    assert list(steps) == [BLOCKS, HOST]
+    assert steps[HOST].change is not None
+    assert steps[HOST].change.kl_nats == pytest.approx(between(4, 2).kl_nats)
+    nats = math.log(between(0, 2).perplexity / between(0, 4).perplexity)
+    assert math.log(steps[HOST].perplexity / steps[BLOCKS].perplexity) == pytest.approx(nats)
+
+
+def test_a_few_sequences_are_held_however_many_there_are(bench: Bench) -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def rows() -> Iterator[np.ndarray]:
+        for index in range(len(SEQUENCES)):
+            made = logits(5)[index].copy()
+            alive.append(weakref.ref(made))
+            assert sum(one() is not None for one in alive) <= 3
+            yield made
+            del made
+
+    against, after = compare(bench, rows(), [bench.fp32, bench.exact])
+    assert against.kl_nats == pytest.approx(between(0, 5).kl_nats)
+    assert after.kl_nats == pytest.approx(between(5, 1).kl_nats)

@@ -1,0 +1,303 @@
+"""Limits: where they come from, what they are held against, and what CI is told of them."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from qat_edge import config, profiles
+from qat_edge.cli import commands
+from qat_edge.config import PROFILES, ValidateOptions
+from qat_edge.errors import GateError, UsageError
+from qat_edge.evaluate import gates
+from qat_edge.evaluate.encoder_results import Answered
+from qat_edge.evaluate.results import Agreement, Budget, Gate, Judgement, Measured, Report, Speed, Spread
+from qat_edge.run import Run
+from qat_edge.validate import Validated, _set_by_profiles
+
+ROOT = Path(__file__).parents[2]
+WORKFLOW = ROOT / "examples" / "github-actions.yml"
+ALL_LIMITS = [name for name in vars(ValidateOptions()) if profiles.is_limit(name)]
+LIMITS = [name for name in ALL_LIMITS if name not in gates.ENCODERS_ALONE]  # of models that generate text
+
+
+def spread(value: float) -> Spread:
+    return Spread(value, value, value)
+
+
+TUNED = Measured("fp32 fine-tuned", "torch", "torch", {"float": 1}, 10.0)
+QAT = Measured(
+    "qat", "onnx", "onnxruntime", {"linears": 50_000_000}, 11.0, Agreement(64, 0.05, 0.9, 20.0), exact_match=0.8,
+    speed=Speed(2, 8, 4, 2, spread(100), spread(10), spread(80)), memory_bytes=300_000_000, runtime_bytes=100_000_000,
+)  # fmt: skip
+BARE = Measured("qat", "executorch", "executorch", {"linears": 50_000_000}, math.nan)
+AT = {
+    "max_kl": 0.05, "min_top1": 0.9, "max_perplexity_ratio": 1.1, "min_exact_match": 0.8, "max_size_mb": 50.0,
+    "max_memory_mb": 200.0, "min_prefill": 100.0, "min_decode": 10.0, "max_fault_chance": 0.75,
+}  # fmt: skip
+
+
+def options(path: Path | None = None, **flags: Any) -> ValidateOptions:
+    return config.load(ValidateOptions, "validate", path, flags)
+
+
+def budget(chance: float, where: str = "") -> Budget:
+    return Budget("onnx", Judgement(bool(where), chance, 1 if where else None, where), "", [], [], [], [])
+
+
+def report(*held: Gate, device: str = "local") -> Report:
+    return Report("2026-01-02T03:04:05+00:00", device, {}, {}, 64, Agreement(64, 0.0, 1.0, None), [], list(held))
+
+
+# --- gates -------------------------------------------------------------------------------------------------
+
+
+def test_every_limit_is_met_at_its_value_and_missed_beyond_it() -> None:
+    assert sorted(AT) == sorted(LIMITS)
+    asked = options(**AT)
+    budgets = [budget(0.75)]
+    assert [gate.passed for gate in gates.hold(asked, [TUNED, QAT], budgets)] == [True] * len(LIMITS)
+    beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in AT.items()}
+    held = gates.hold(options(**beyond), [TUNED, QAT], budgets)
+    assert [gate.passed for gate in held] == [False] * len(LIMITS)
+    assert {gate.flag: pytest.approx(gate.found) for gate in held} == {
+        config.flag_name(name): value for name, value in AT.items()
+    }
+
+
+def test_what_was_not_measured_passes_no_limit() -> None:
+    loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in LIMITS}
+    missed = [gate.flag for gate in gates.hold(options(**loosest), [TUNED, BARE]) if not gate.passed]
+    assert sorted(missed) == sorted(config.flag_name(name) for name in LIMITS if name != "max_size_mb")
+
+
+def test_an_encoders_limits_are_met_at_their_values_and_missed_beyond_them() -> None:
+    at = {"min_quality": 0.8, "min_cosine": 0.99, "min_top1": 0.95, "max_size_mb": 50.0}
+    assert list(at) == list(gates.FOR_ENCODERS) and set(at) <= set(ALL_LIMITS)
+    qat = Answered("qat", "executorch", {"linears": 50_000_000}, 0.8, 0.99, 0.5, 0.95, 1.0)
+    rows = [Answered("fp32 fine-tuned", "torch", {}, 0.0), qat, replace(qat, name="ptq (GPTQ)", quality=0.1)]
+    assert [gate.passed for gate in gates.hold_answers(options(**at), rows)] == [True] * 4
+    beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in at.items()}
+    held = gates.hold_answers(options(**beyond), rows)
+    assert [gate.passed for gate in held] == [False] * 4
+    assert {gate.flag: gate.found for gate in held} == {config.flag_name(name): value for name, value in at.items()}
+    (unmeasured,) = gates.hold_answers(options(min_top1=0.0), [replace(qat, agreement=None)])
+    assert not unmeasured.passed and math.isnan(unmeasured.found)
+
+
+@pytest.mark.parametrize("name", gates.ENCODERS_ALONE)
+def test_an_encoders_limit_is_refused_of_a_model_that_generates(run_folder: Path, name: str) -> None:
+    flag = config.flag_name(name)
+    answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), flag, "0.9"])
+    assert answer.exit_code == 2 and f"{flag} is for classifiers and sentence encoders" in answer.output
+    assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_fault_misses_its_limit_with_its_place(tmp_path: Path) -> None:
+    asked = options(max_fault_chance=0.75, budget=True)
+    (held,) = gates.hold(asked, [TUNED, QAT], [budget(0.98, "The first layer is lm_head")])
+    assert (held.passed, held.found) == (False, 0.98)
+    with pytest.raises(GateError, match=r"--max-fault-chance 0\.75, measured 0\.98\. The first layer is lm_head"):
+        gates.require_gates(report(held))
+    (failure,) = ET.fromstring(gates.junit([report(held)], {})).iter("failure")
+    assert "The first layer is lm_head" in str(failure.get("message"))
+    (tmp_path / "board.toml").write_text("max_fault_chance = 0.75\nbudget = true\n")
+    assert options(profile=str(tmp_path / "board.toml")) == replace(asked, profile=str(tmp_path / "board.toml"))
+    assert gates.hold(asked, [TUNED, QAT], [budget(0.52)])[0].passed
+
+
+def test_a_limit_on_faults_that_nobody_looks_for_is_refused(run_folder: Path) -> None:
+    answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--max-fault-chance", "0.75"])
+    assert answer.exit_code == 2 and "Give it, too" in answer.output
+    assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
+
+
+# --- profiles ----------------------------------------------------------------------------------------------
+
+
+def test_the_profiles_are_those_that_help_lists() -> None:
+    folder = ROOT / "devices" / "qat_edge_devices" / "profiles"
+    assert sorted(p.stem for p in folder.glob("*.toml")) == sorted(PROFILES)
+    for path in folder.iterdir():
+        assert "not measurements" in path.read_text()
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_sets_limits_threads_and_repeats(name: str) -> None:
+    asked, (_, keys) = options(profile=name), profiles.read(name)
+    assert {"threads", "repeats", "max_size_mb", "max_memory_mb", "min_decode", "max_kl"} <= set(keys)
+    assert {key: config.plain(asked)[key] for key in keys} == keys
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_profile(tmp_path: Path) -> None:
+    profile, file = tmp_path / "board.toml", tmp_path / "c.yaml"
+    profile.write_text("threads = 3\nmax_kl = 0.3\nmin_decode = 3\nmin_top1 = 0.3\n")
+    file.write_text(f"validate: {{profile: {profile}, max_kl: 0.2, min_top1: null}}\n")
+    asked = options(file, max_kl=0.1)
+    assert (asked.max_kl, asked.min_top1, asked.min_decode, asked.threads) == (0.1, None, 3.0, 3)
+    config.save(tmp_path / "saved.yaml", "validate", asked)
+    profile.unlink()
+    assert options(tmp_path / "saved.yaml") == asked, "what a run was measured with does not change with the profile"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_kll = 1", r"board\.toml: unknown key 'max_kll'\. Did you mean 'max_kl'\?"),
+        ("device = 'local'", r"board\.toml: unknown key 'device'"),
+        ("max_new_tokens = 5", r"board\.toml: unknown key 'max_new_tokens'"),
+        ("max_kl = 'low'", r"board\.toml: max_kl: expected float, found 'low'"),
+        ("threads = 2.5", r"board\.toml: threads: expected int, found 2\.5"),
+        ("threads = 0", r"board\.toml: threads: 0 is below the least permitted value, 1"),
+        ("target = ['gguf']", r"board\.toml: target: 'gguf' is not one of executorch, onnx"),
+        ("target = 3", r"board\.toml: target: expected a list, found 3"),
+        ("[limits]\nmax_kl = 1", r"board\.toml: unknown key 'limits'"),
+        ("max_kl = ", r"board\.toml: cannot be read as TOML"),
+    ],
+)
+def test_a_bad_profile_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "board.toml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        options(profile=str(tmp_path / "board.toml"))
+
+
+def test_a_profile_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"--profile pi4: no such profile\. Known: laptop, minimal, .*, pi5; or give"):
+        options(profile="pi4")
+
+
+def own(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
+    return config.of_devices(options(path, **flags), path, flags)
+
+
+def test_a_device_has_its_own_profile_in_place_of_the_one_for_all(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("validate: {min_top1: 0.3}\n")
+    (tmp_path / "a=b.toml").write_text("threads = 3\nmax_kl = 0.3\nmin_top1 = 0.9\ntarget = ['onnx']\n")
+    pairs = (f"ssh:a={tmp_path / 'a=b.toml'}", "adb=minimal")
+    given = {"device": ("local", "ssh:a", "adb"), "profile": "pi5", "device_profile": pairs, "max_kl": 0.2}
+    asked, found = options(file, **given), own(file, **given)
+    assert list(found) == ["ssh:a", "adb"] and (asked.threads, asked.max_size_mb) == (4, 1000.0)
+    its = {"threads": 3, "min_top1": 0.3, "target": ("onnx",), "profile": str(tmp_path / "a=b.toml")}
+    assert found["ssh:a"] == replace(options(), **given | its)
+    assert found["adb"] == options(file, **given | {"profile": "minimal"})
+    assert not own(file, device=("local",), profile="pi5")
+
+
+def test_profiles_of_devices_are_found_again_in_what_a_run_was_measured_with(tmp_path: Path) -> None:
+    given = {"device": ("local", "ssh:a"), "device_profile": ("local=laptop", "ssh:a=pi5"), "threads": 3}
+    asked, found = options(**given), own(**given)
+    left_out = _set_by_profiles(asked, [*found.values(), asked])
+    assert {"max_size_mb", "min_prefill", "min_decode"} <= left_out and not {"threads", "profile"} & left_out
+    config.save(tmp_path / "saved.yaml", "validate", asked, left_out=left_out)
+    assert (options(tmp_path / "saved.yaml"), own(tmp_path / "saved.yaml")) == (asked, found)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (
+            ("pi5",),
+            r"--device-profile pi5: begins with none of the devices, local, ssh:a\. Write DEVICE=PROFILE .*=pi5",
+        ),
+        (("ssh:b=pi5",), r"--device-profile ssh:b=pi5: begins with none of the devices, local, ssh:a\."),
+        (("ssh:a=pi5", "ssh:a=laptop"), r"--device-profile ssh:a=laptop: ssh:a is given pi5 as well"),
+        (("ssh:a=pi4",), r"--device-profile ssh:a=pi4: --profile pi4: no such profile"),
+        (("ssh:a=board.toml",), r"--device-profile ssh:a=board.toml: board\.toml: unknown key 'max_kll'"),
+    ],
+)
+def test_a_bad_profile_of_a_device_is_named_with_the_device(
+    tmp_path: Path, pairs: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("board.toml").write_text("max_kll = 1")
+    with pytest.raises(UsageError, match=message):
+        own(device=("local", "ssh:a"), device_profile=pairs)
+
+
+def test_limits_of_one_device_are_enough_for_junit() -> None:
+    given = {"device": ("local", "ssh:a"), "device_profile": ("ssh:a=pi5",)}
+    gates.require_limits(options(**given), *own(**given).values())
+    with pytest.raises(UsageError, match="no limit was set"):
+        gates.require_limits(options(), options())
+
+
+# --- JUnit -------------------------------------------------------------------------------------------------
+
+
+def test_junit_has_a_case_for_each_limit_and_artifact() -> None:
+    held = gates.hold(options(max_kl=0.1, min_decode=20.0), [TUNED, QAT, BARE])
+    root = ET.fromstring(gates.junit([report(*held), report(held[0], device="ssh:a")], {"adb:x": "gone \x1b[1m"}))
+    assert root.attrib | {"name": ""} == {"name": "", "tests": "6", "failures": "1", "errors": "3"}
+    local, other, failed = root
+    assert [suite.get("name") for suite in root] == ["local", "ssh:a", "adb:x"]
+    cases = [(c.get("classname"), c.get("name"), [(f.tag, f.get("message")) for f in c]) for c in local]
+    assert cases == [
+        ("qat, onnx", "--max-kl", []),
+        ("qat, onnx", "--min-decode", [("failure", "--min-decode 20, measured 10")]),
+        ("qat, executorch", "--max-kl", [("error", "--max-kl 0.1, not measured")]),
+        ("qat, executorch", "--min-decode", [("error", "--min-decode 20, not measured")]),
+    ]
+    assert (other.get("tests"), other.get("failures"), other.get("errors")) == ("1", "0", "0")
+    assert (failed.get("tests"), failed.get("errors")) == ("1", "1") and "gone" in str(failed[0][0].get("message"))
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    Run(tmp_path / "run").config.write_text("{}")
+    return tmp_path / "run"
+
+
+def test_the_file_is_there_whatever_became_of_the_limits(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = gates.hold(options(max_kl=0.01), [TUNED, QAT])
+    whole = replace(report(*held), measured=[TUNED, QAT])
+    monkeypatch.setattr("qat_edge.validate.validate_devices", lambda *_, **__: Validated([whole], {"adb": "gone"}))
+    answer = CliRunner().invoke(
+        commands.main, ["validate", str(run_folder), "--max-kl", "0.01", "--junit", str(tmp_path / "out" / "j.xml")]
+    )
+    assert answer.exit_code == 1 and "adb: gone" in answer.output
+    root = ET.parse(tmp_path / "out" / "j.xml").getroot()
+    assert (root.get("failures"), root.get("errors")) == ("1", "1")
+
+
+def test_no_earlier_file_stands_for_a_run_that_broke_off(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "j.xml"
+    path.write_text("<testsuites/>")
+    answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--profile", "pi5", "--junit", str(path)])
+    assert answer.exit_code == 1 and not path.exists(), answer.output
+    path.write_text("<testsuites/>")
+    answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--junit", str(path)])
+    assert answer.exit_code == 2 and "no limit was set" in answer.output
+
+
+# --- the workflow in examples/ -----------------------------------------------------------------------------
+
+
+def test_the_workflows_commands_parse() -> None:
+    steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["validate"]["steps"]
+    lines = [line for step in steps for line in re.findall(r"^qat-edge (.+)$", step.get("run", ""), flags=re.M)]
+    assert [line.split()[0] for line in lines] == ["verify", "validate", "report"]
+    for name, *arguments in map(shlex.split, lines):
+        command = commands.main.commands[name]
+        # click keeps the first help option that it makes of a command, so the group's settings must be there.
+        parent = click.Context(commands.main, info_name="qat-edge", **commands.main.context_settings)
+        with click.Context(command, parent, info_name=name) as context:
+            assert command.parse_args(context, list(arguments)) == []
+            if name == "validate":
+                flags = {f: context.params[f] for f in vars(ValidateOptions())}
+                asked = commands.load_options(ValidateOptions, "validate", None, flags)
+                gates.require_limits(asked)
+                assert str(context.params["junit"]) in WORKFLOW.read_text().split("path: |")[1]

@@ -1,0 +1,1 @@
+"""Training and evaluation data: file formats, tokenization, encoder examples, calibration batches."""

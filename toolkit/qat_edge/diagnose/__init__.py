@@ -1,0 +1,1 @@
+"""Explain a loss of accuracy: error budget, fault test, first diverging layer, runtime rounding."""

@@ -1,0 +1,1 @@
+"""Load base models, merge adapters, and find out what task a model is for."""

@@ -1,0 +1,1 @@
+"""Post-training quantization (PTQ): one file per method, each named after the method."""
