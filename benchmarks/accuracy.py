@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks import settings
 from benchmarks.settings import PARTS, SETTINGS
+from qat_edge import progress
+from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.logs import quiet_libraries
 
@@ -42,7 +44,7 @@ def main() -> None:
         # Of all parts and recipes, whatever was run now: what is missing stands there as not measured.
         whole = replace(lab, setting=replace(lab.setting, ablation_rows=len(settings.ABLATION)))
         path = document.write(whole, plan.plan(whole, PARTS, given.seeds), given.seeds, given.out)
-        lab.say(f"Wrote {path}")
+        progress.info(f"Wrote {path}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
@@ -81,19 +83,19 @@ def _lab(given: argparse.Namespace) -> Lab:
         raise UsageError(f"--recipes {given.recipes}: there are {len(settings.ABLATION)}.")
     from benchmarks.lab import Lab
     from qat_edge.models import load
-    from qat_edge.progress import say
     from qat_edge.train.setup import choose_device
 
     device = choose_device(given.device)
     setting = SETTINGS[given.setting or ("full" if device == "cuda" else "reduced")]
     if given.recipes is not None:
         setting = replace(setting, ablation_rows=given.recipes)
-    model = given.model or load.demo_model(ROOT / ".cache" / "qat-edge", say)
+    model = given.model or load.demo_model(ROOT / ".cache" / "qat-edge")
     if Path(model).exists():
         model = str(Path(model).resolve())
-    say(f"Setting {setting.name} on {device}: {setting.steps} steps, seeds {' '.join(map(str, given.seeds))}")
-    return Lab(given.work, model, device, setting, say, keep=given.keep, published=given.out.with_suffix(".json"))
+    progress.info(f"Setting {setting.name} on {device}: {setting.steps} steps, seeds {' '.join(map(str, given.seeds))}")
+    return Lab(given.work, model, device, setting, keep=given.keep, published=given.out.with_suffix(".json"))
 
 
 if __name__ == "__main__":
+    progress.use(ConsoleReporter())
     main()

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from qat_edge import config
+from qat_edge import config, progress
+from qat_edge.cli.console import ConsoleReporter
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError
-from qat_edge.finetune import finetune
 from qat_edge.logs import quiet_libraries
-from qat_edge.progress import say
 from qat_edge.run import write_text
 from qat_edge.train.trainer import peak_memory_bytes
+from qat_edge.verbs.finetune import finetune
 
 PHASE_ONE = 2  # steps; distillation needs an adapter to learn from
 WARM_UP = 1
@@ -44,7 +44,7 @@ def measure(options: FinetuneOptions, out: Path) -> dict[str, float]:
 
     Trainer.training_step = timed
     try:
-        finetune(options, out, say, force=out.exists())
+        finetune(options, out, force=out.exists())
     finally:
         Trainer.training_step = original
     counted = starts[PHASE_ONE + WARM_UP :]
@@ -84,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    progress.use(ConsoleReporter())
     main()

@@ -21,7 +21,7 @@ from pathlib import Path
 from qat_edge.config import ValidateOptions
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import Run
-from qat_edge.validate import require_success, validate_devices
+from qat_edge.verbs.validate import require_success, validate_devices
 from qat_edge_devices import TRANSPORTS
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.transport import Access, Completed
@@ -74,7 +74,7 @@ def timed(run: Run, asked: ValidateOptions, count: int, recording: Recording) ->
     recording.at_work.clear()
     options = replace(asked, device=tuple(f"{KIND}:{n}" for n in range(count)))
     began = time.perf_counter()
-    require_success(validate_devices(run, options, lambda text: None, force=True))
+    require_success(validate_devices(run, options, force=True))
     return time.perf_counter() - began, max(recording.at_work) - min(recording.at_work)
 
 

@@ -22,6 +22,7 @@ from onnx import helper
 
 from benchmarks.bandwidth import pinned
 from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerError, Workshop
+from qat_edge import progress
 from qat_edge.errors import QatEdgeError
 from qat_edge.evaluate.devices import FAILURES, LOCAL
 from qat_edge.run import Run, library_version, sha256
@@ -78,9 +79,9 @@ class Engine:
         return {"engine": self.name, "threads": threads, **{phase: median(each) for phase, each in rates.items()}}
 
 
-def gather(run: Run, work: Path, say: Callable[[str], None]) -> tuple[list[Engine], dict[str, str]]:
+def gather(run: Run, work: Path) -> tuple[list[Engine], dict[str, str]]:
     """The engines that can be had here, and why the others cannot. Peers that are missing are made."""
-    workshop = Workshop(work, run, say)
+    workshop = Workshop(work, run)
     makers: dict[str, Callable[[], Engine]] = {
         PTE: lambda: _pte(PTE, run.exports / PTE_TARGET),
         PTE_INT4: lambda: _pte(PTE_INT4, workshop.int4_tables()),
@@ -96,7 +97,7 @@ def gather(run: Run, work: Path, say: Callable[[str], None]) -> tuple[list[Engin
             engines.append(engine)
         except QatEdgeError as error:
             reasons[name] = str(error)
-            say(f"{name}: not measured. {error}")
+            progress.info(f"{name}: not measured. {error}")
     return engines, reasons
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import Any
 
 from benchmarks.cells import Cell, CellStore, digest
 from benchmarks.export_step import CONTEXT, GROUP_SIZE, MODELS, VOCABULARY, Shape
+from qat_edge import progress
+from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import sha256, work_folder, write_text
 
@@ -33,27 +35,26 @@ def main() -> None:
     """Export synthetic models of growing size, and write the report."""
     given = _parser().parse_args()
     from benchmarks import export_page
-    from qat_edge.progress import say
 
     try:
         result = given.work / RESULT
         if not given.document:
-            documents = measured(given.only or list(MODELS), given.work, say)
+            documents = measured(given.only or list(MODELS), given.work)
             write_text(result, json.dumps(documents, indent=1) + "\n")
-        say(f"Wrote {export_page.write(result, given.out)}")
+        progress.info(f"Wrote {export_page.write(result, given.out)}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: finished exports are kept. Run it again to go on.") from None
 
 
-def measured(names: Sequence[str], work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def measured(names: Sequence[str], work: Path) -> dict[str, Any]:
     """What is known of every model by this exporter's code, those of `names` exported now where they are missing."""
     store, found = CellStore(work / "cells"), {}
     for name, shape in MODELS.items():
         cell = _cell(shape)
         if name in names and store.get(cell) is None:
-            say(f"Exporting {name}: {shape.parameters / 1e6:.0f} M parameters in {shape.layers} layers")
+            progress.info(f"Exporting {name}: {shape.parameters / 1e6:.0f} M parameters in {shape.layers} layers")
             began = time.monotonic()
             figures = exported(shape, work)
             store.put(cell, figures, time.monotonic() - began)
@@ -117,4 +118,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    progress.use(ConsoleReporter())
     main()

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qat_edge import progress
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import write_manifest, write_text
 from qat_edge_devices.agent.machine import forget_peak, peak_bytes, resident_bytes
 
 HEAD_SIZE, VOCABULARY, GROUP_SIZE, CONTEXT = 64, 49152, 32, 1024
-PARTITIONS = "lowering partition"  # begins what the exporter says before each; together they are one stage
+PARTITIONS = "lowering partitions"  # title of the exporter's progress bar
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def measure(checkpoint: Path, out: Path) -> dict[str, Any]:
 
     stages = _Stages()
     runtime = resident_bytes()
-    export(checkpoint, out, CONTEXT, stages.begin)
+    with progress.report_to(stages):
+        export(checkpoint, out, CONTEXT)
     stages.end()
     return {
         "seconds": sum(stage.seconds for stage in stages.found),
@@ -110,18 +114,23 @@ class _Stage:
     peak_bytes: int = 0
 
 
-class _Stages:
-    """What the exporter says begins a stage, which lasts until it speaks again."""
+class _Stages(progress.LogReporter):
+    """Reporter for which each message of the exporter begins a stage, which lasts until the next message."""
 
     def __init__(self) -> None:
         self.found: list[_Stage] = []
         self._began = time.perf_counter(), time.process_time()
 
-    def begin(self, words: str) -> None:
+    def info(self, text: str) -> None:
+        """End the stage before and begin one named `text`."""
         self.end()
-        name = PARTITIONS if words.startswith(PARTITIONS) else words
-        if not self.found or self.found[-1].name != name:
-            self.found.append(_Stage(name))
+        self.found.append(_Stage(text))
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[progress.Bar]:
+        """Begin one stage for the whole of a progress bar."""
+        self.info(title)
+        yield progress.LineBar(title, total, lambda line: None)
 
     def end(self) -> None:
         now = time.perf_counter(), time.process_time()

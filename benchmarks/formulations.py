@@ -15,7 +15,7 @@ int4 in the groups of their layer; where a width is no multiple of it, one group
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.nn import functional
 
-from qat_edge import config
+from qat_edge import config, progress
+from qat_edge.cli.console import ConsoleReporter
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError, UsageError
-from qat_edge.finetune import finetune
 from qat_edge.logs import quiet_libraries
 from qat_edge.models import load, merge
-from qat_edge.progress import say
 from qat_edge.quant import fake, numerics, scheme
 from qat_edge.quant.fake import ADAPTER, LoraFakeQuantLinear
 from qat_edge.quant.scheme import WeightScheme
+from qat_edge.verbs.finetune import finetune
 
 ADAPTER_BITS = 4
 
@@ -111,13 +111,12 @@ def train(
     name: str,
     options: FinetuneOptions,
     out: Path,
-    say: Callable[[str], None],
     resume: bool = False,
     force: bool = False,
 ) -> None:
     """`finetune` with another forward pass and nothing else changed."""
     with _adapters_of(name):
-        finetune(options, out, say, resume=resume, force=force)
+        finetune(options, out, resume=resume, force=force)
 
 
 def own_forward(adapter: Path, name: str) -> Any:
@@ -167,10 +166,11 @@ def main() -> None:
     quiet_libraries(verbose=False)
     try:
         options = config.load(FinetuneOptions, "finetune", given.config, {})
-        train(given.name, options, given.out, say, resume=given.resume, force=given.force)
+        train(given.name, options, given.out, resume=given.resume, force=given.force)
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
 
 
 if __name__ == "__main__":
+    progress.use(ConsoleReporter())
     main()

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from benchmarks import settings
 from benchmarks.cells import Cell, CellStore, digest, slug
 from benchmarks.settings import FP32, RECOMMENDED, Setting, Task
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import USUAL_TOKENS
@@ -40,13 +40,13 @@ from qat_edge.evaluate import reference, results
 from qat_edge.evaluate.metrics import Comparison, LogitComparison
 from qat_edge.evaluate.reference import LogitStore
 from qat_edge.evaluate.results import Measured
-from qat_edge.finetune import TRAINING_LOG
 from qat_edge.lazy import resolve
 from qat_edge.models import merge
 from qat_edge.quant.ptq.methods import CALIBRATED
-from qat_edge.quantize import QAT, quantize_if_missing
 from qat_edge.run import PTQ_METHODS, Run, replace_folder, sha256
 from qat_edge.train.trainer import qat_learning_rate
+from qat_edge.verbs.finetune import TRAINING_LOG
+from qat_edge.verbs.quantize import QAT, quantize_if_missing
 
 ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 64
@@ -79,7 +79,6 @@ class Lab:
     model: str
     device: str
     setting: Setting
-    say: Callable[[str], None]
     keep: bool = False
     published: Path | None = None
     _yardstick: tuple[Training, Yardstick] | None = field(default=None, init=False)
@@ -158,7 +157,7 @@ class Lab:
             what = ["qat_edge", "finetune", "--config", str(path), "--out", str(run.path)]
         begun = any(run.checkpoints.glob("checkpoint-*")) and run.config.is_file()
         how = ["--resume"] if begun else ["--force"] * run.path.exists()
-        self.say(f"  training {run.path.name}{' (resumed)' if begun else ''}")
+        progress.info(f"  training {run.path.name}{' (resumed)' if begun else ''}")
         self.command([*what, *how], run.path.name)
         return run
 
@@ -209,11 +208,11 @@ class Lab:
 
     def frozen(self, run: Run) -> Path:
         """The run's own frozen checkpoint, made where it is missing."""
-        return quantize_if_missing(run, QAT, self.quiet).quantized
+        return quantize_if_missing(run, QAT).quantized
 
     def post_training(self, run: Run, method: str) -> Path:
         """The frozen checkpoint of one PTQ method on the run's FP32 reference, made where it is missing."""
-        return quantize_if_missing(run, method, self.quiet).quantized
+        return quantize_if_missing(run, method).quantized
 
     def validated(self, run: Run, methods: Sequence[str], task: Task) -> results.Report:
         """Export QAT and the PTQ methods to every target, run the artifacts, and return what validate reports."""
@@ -267,15 +266,12 @@ class Lab:
                 "What is finished is kept: run the benchmark again to go on."
             )
 
-    def quiet(self, text: str) -> None:
-        """Where the product says what is already known here."""
-
 
 class Yardstick:
     """An FP32 fine-tune that models are held against, on the tokens that validate would compare."""
 
     def __init__(self, adapter: Path, eval_data: Path, task: Task, tokens: int, work: Path) -> None:
-        merged = merge.merged_model(adapter, lambda text: None)
+        merged = merge.merged_model(adapter)
         self.sequences = tokenization.scored_ids(
             load_rows(str(eval_data), "eval"), merged.tokenizer, task.window, tokens
         )

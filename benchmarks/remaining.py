@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ TABLE_BITS = {f"{embedding} / {head}": (embedding, head) for head in (8, 4) for 
 
 
 @contextmanager
-def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...], say: Callable[[str], None]) -> Iterator[Any]:
+def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...]) -> Iterator[Any]:
     """The frozen model of `quantized`, with the parts `off` as they were in `snapshot`, where plain LoRA ended.
 
     With nothing off it computes what `reference.load_exact(quantized)` does, with all parts what the snapshot does.
     """
     model, names = reference.load_dequantized(quantized)
-    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized, say)
+    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized)
     with ExitStack() as stack:
         for part in off:
             stack.enter_context(error_budget.part_off(model, floats, plan, part))
@@ -43,16 +43,14 @@ def partly_rounded(snapshot: Path, quantized: Path, off: tuple[str, ...], say: C
 
 
 @contextmanager
-def with_table_bits(
-    snapshot: Path, quantized: Path, bits: tuple[int, int], say: Callable[[str], None]
-) -> Iterator[Any]:
+def with_table_bits(snapshot: Path, quantized: Path, bits: tuple[int, int]) -> Iterator[Any]:
     """The frozen model of `quantized` with an embedding and a head of other bits, rounded to nearest.
 
     bits: of embedding and head; 8 with one scale a row, 4 in groups, as `finetune --embedding-bits` and `--head-bits`.
     snapshot: where plain LoRA ended, which has the tables in float.
     """
     model, names = reference.load_dequantized(quantized)
-    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized, say)
+    plan, floats = frozen.read_scheme(quantized), merge.float_model(snapshot, quantized)
     for name, width in zip((plan.embedding, plan.head), bits, strict=True):
         table = floats.get_parameter(f"{name}.weight")
         group = plan.group_size if width == 4 else table.shape[1]

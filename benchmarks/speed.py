@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ import psutil
 
 from benchmarks import bandwidth
 from benchmarks.cells import Cell, CellStore
+from qat_edge import progress
+from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import Run, write_text
@@ -35,26 +37,23 @@ def main() -> None:
     given = _parser().parse_args()
     quiet_libraries(verbose=False)
     from benchmarks import engines, speed_page  # they import torch
-    from qat_edge.progress import say
 
     try:
         result = given.work / RESULT
         if not given.document:
             amounts = engines.Amounts(given.prefill, given.decode, given.repeats)
-            ready, reasons = engines.gather(Run.open(given.run), given.work, say)
-            documents = rounds(ready, CellStore(given.work / "cells"), amounts, given.rounds, say)
+            ready, reasons = engines.gather(Run.open(given.run), given.work)
+            documents = rounds(ready, CellStore(given.work / "cells"), amounts, given.rounds)
             found = {"engines": engines.facts(ready), "reasons": reasons, "rounds": documents}
             write_text(result, json.dumps(found, indent=1) + "\n")
-        say(f"Wrote {speed_page.write(result, given.out)}")
+        progress.info(f"Wrote {speed_page.write(result, given.out)}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: finished rounds are kept. Run it again to go on.") from None
 
 
-def rounds(
-    engines: Sequence[Engine], store: CellStore, amounts: Amounts, count: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def rounds(engines: Sequence[Engine], store: CellStore, amounts: Amounts, count: int) -> list[dict[str, Any]]:
     """The finished rounds of these engines, those that are missing taken now."""
     from dataclasses import asdict
 
@@ -63,7 +62,7 @@ def rounds(
     for index in range(count):
         cell = Cell("speed", "", index, "round", what)
         if store.get(cell) is None:
-            say(f"Round {index + 1} of {count}")
+            progress.info(f"Round {index + 1} of {count}")
             began = time.monotonic()
             store.put(cell, one_round(engines, index, amounts), time.monotonic() - began)
         documents.append(store.document(cell) or {})
@@ -97,4 +96,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    progress.use(ConsoleReporter())
     main()

@@ -22,9 +22,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qat_edge import progress
 from qat_edge.config import FinetuneOptions
-from qat_edge.finetune import finetune
 from qat_edge.run import Run
+from qat_edge.verbs.finetune import finetune
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in SmolLM2
 MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("o", "n"), ("r", "e"), ("o", "u"))
@@ -86,7 +87,7 @@ def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), st
         steps=steps, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
     )  # fmt: skip
     made = Run(folder / "run")
-    finetune(options, made.path, lambda text: None)
+    finetune(options, made.path)
     return made
 
 
@@ -99,6 +100,27 @@ def stored_tensors(checkpoint: Path) -> Iterator[dict[str, torch.Tensor]]:
     tensors = load_file(path)
     yield tensors
     save_file(tensors, path, metadata)
+
+
+class Recorder(progress.LogReporter):
+    """Reporter that keeps the lines it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """Lines that the code under test reports, in order."""
+    recorder = Recorder()
+    with progress.report_to(recorder):
+        yield recorder.lines
 
 
 @pytest.fixture

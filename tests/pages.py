@@ -19,8 +19,8 @@ from qat_edge import config
 from qat_edge.config import FinetuneOptions
 from qat_edge.evaluate import results
 from qat_edge.evaluate.results import Agreement, Budget, Gate, Judgement, Measured, Part, Report, Speed, Spread, Step
-from qat_edge.report import report
 from qat_edge.run import Run, write_manifest
+from qat_edge.verbs.report import report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"
 SIZES = {"linears": 53_084_160, "scales": 6_635_520, "embedding": 28_508_160, "head": 28_508_160, "graph": 512_000}
@@ -134,7 +134,7 @@ def make_run(folder: Path, *reports: Report, whole: bool = True, target: str = "
 
 
 def write(run: Run) -> str:
-    return report([run], lambda text: None).read_text(encoding="utf-8")
+    return report([run]).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):

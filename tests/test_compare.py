@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from pages import svgs
-from qat_edge import compare, config
+from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.cli.terminal_tables import deployment_table
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
@@ -24,11 +24,12 @@ from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.evaluate import deployments
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Agreement, Measured, Speed, Spread
-from qat_edge.finetune import finetune
 from qat_edge.models import merge
 from qat_edge.quant import frozen
 from qat_edge.report.comparison_page import render, verdict
 from qat_edge.run import Run, read_manifest
+from qat_edge.verbs import compare
+from qat_edge.verbs.finetune import finetune
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
 ASKED = CompareOptions(target=("executorch",), method=("rtn", "hqq"))
@@ -61,7 +62,7 @@ def run(tiny_model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFa
         model=str(tiny_model_folder), data=str(data), eval_data=str(data), steps=8, qat_start=0.5, batch_size=4,
         lora_rank=4, learning_rate=2e-2, track=(),
     )  # fmt: skip
-    finetune(options, made.path, silent)
+    finetune(options, made.path)
     config.save(made.config, "validate", MEASURED)
     config.save(made.config, "export", ExportOptions(context_length=128))
     return made
@@ -69,7 +70,7 @@ def run(tiny_model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def table(run: Run) -> DeploymentTable:
-    return compare.compare(run, ASKED, None, silent)
+    return compare.compare(run, ASKED, None)
 
 
 def test_every_row_is_there_and_measured(table: DeploymentTable) -> None:
@@ -129,7 +130,7 @@ def test_nothing_is_measured_twice(run: Run, table: DeploymentTable, monkeypatch
 
     for name in ("_measure_row", "export_one", "_write_checkpoint"):
         monkeypatch.setattr(compare, name, refuse)
-    again = compare.compare(run, ASKED, None, silent)
+    again = compare.compare(run, ASKED, None)
     assert again.deployments == table.deployments and again.reference == table.reference
 
 
@@ -138,23 +139,24 @@ def test_other_tokens_are_measured_again(run: Run, table: DeploymentTable, tmp_p
     sections = {"validate": {**config.plain(MEASURED), "tokens": 80}, "export": {"context_length": 128}}
     path.write_text(yaml.safe_dump(sections))
     options = dataclasses.replace(ASKED, deployment=("qat",))
-    again = compare.compare(run, options, path, silent)
+    again = compare.compare(run, options, path)
     (row,) = again.deployments
     assert row.measured and row.measured.agreement and row.measured.agreement.tokens == 80
 
 
-def test_what_cannot_be_expressed_is_said(run: Run, table: DeploymentTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_expressed_is_said(
+    run: Run, table: DeploymentTable, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
     def refuse(variant: Any, target: str, *_: Any) -> None:
         raise ExportError("no place for adapters")
 
     shutil.rmtree(run.path / "compare" / "lora" / "exports")
     monkeypatch.setattr(compare, "export_one", refuse)
-    said: list[str] = []
-    again = compare.compare(run, ASKED, None, said.append)
+    again = compare.compare(run, ASKED, None)
     assert [row.name for row in again.deployments] == ROWS
     (row,) = [row for row in again.deployments if row.measured is None]
     assert (row.name, row.reason) == ("lora", "not expressible: no place for adapters")
-    assert any("LoRA unmerged" in line for line in said)
+    assert any("LoRA unmerged" in line for line in messages)
     assert "no place for adapters" in (run.path / "compare" / "compare.html").read_text()
     assert deployments.load(run.path / "compare" / "compare.json") == again
 
@@ -164,13 +166,13 @@ def test_a_method_that_cannot_be_is_a_row_with_a_reason(
 ) -> None:
     made = compare.quantize_if_missing
 
-    def refuse(of: Run, method: str, say: Any) -> Any:
+    def refuse(of: Run, method: str) -> Any:
         if method == "qat":
-            return made(of, method, say)
+            return made(of, method)
         raise DataError("rows.jsonl: 12 tokens are missing. Give --calibration-tokens 5.")
 
     monkeypatch.setattr(compare, "quantize_if_missing", refuse)
-    found = compare.compare(run, dataclasses.replace(ASKED, deployment=("ptq",), method=("gptq",)), None, silent)
+    found = compare.compare(run, dataclasses.replace(ASKED, deployment=("ptq",), method=("gptq",)), None)
     (row,) = found.deployments
     assert row.measured is None and "are missing" in row.reason and "--calibration-tokens" in row.reason
 
@@ -179,7 +181,7 @@ def test_an_artifact_of_another_length_needs_force(run: Run, table: DeploymentTa
     path = tmp_path / "longer.yaml"
     path.write_text(yaml.safe_dump({"export": {"context_length": 256}, "validate": config.plain(MEASURED)}))
     with pytest.raises(RunError, match="--force"):
-        compare.compare(run, dataclasses.replace(ASKED, deployment=("qat",)), path, silent)
+        compare.compare(run, dataclasses.replace(ASKED, deployment=("qat",)), path)
 
 
 def test_the_command_trains_first(tiny_model_folder: Path, data: Path, tmp_path: Path) -> None:

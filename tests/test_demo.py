@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qat_edge.demo import demo
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.run import Run
+from qat_edge.verbs.demo import demo
 
 
 @pytest.fixture
@@ -29,16 +29,15 @@ def configuration(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_runs_the_whole_line(configuration: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    stations = demo(tmp_path / "demo", configuration, said.append)
+def test_runs_the_whole_line(configuration: Path, tmp_path: Path, messages: list[str]) -> None:
+    stations = demo(tmp_path / "demo", configuration)
     assert [s.name for s in stations] == ["finetune", "export", "verify", "validate", "report", "generate"]
     assert all(s.wall_s > 0 and s.peak_memory_bytes > 10_000_000 for s in stations)
     assert Run(tmp_path / "demo").report_html.is_file()
-    assert [line.split()[2] for line in said if line.startswith("\n$ qat-edge")] == [s.name for s in stations]
+    assert [line.split()[2] for line in messages if line.startswith("\n$ qat-edge")] == [s.name for s in stations]
 
 
 def test_stops_where_a_station_fails(configuration: Path, tmp_path: Path) -> None:
     configuration.write_text(configuration.read_text().replace("context_length: 256", "context_length: 99999"))
     with pytest.raises(QatEdgeError, match="`qat-edge export` ended with exit code 1"):
-        demo(tmp_path / "demo", configuration, lambda text: None)
+        demo(tmp_path / "demo", configuration)

@@ -19,13 +19,13 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import make_tokenizer
-from qat_edge import doctor
-from qat_edge import export as exporting
 from qat_edge.cli import commands
 from qat_edge.config import RUNTIMES, DoctorOptions, ExportOptions
 from qat_edge.errors import ArtifactError, UsageError
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run, Variant, library_version, write_manifest
+from qat_edge.verbs import doctor
+from qat_edge.verbs import export as exporting
 from qat_edge_exporters.executorch import known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.pte import runner_contract
@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {"custom": root / "custom", "portable": root / "portable"}
     for name, folder in folders.items():
         folder.mkdir()
-        export(root / "frozen", folder, CONTEXT, silent, portable=name == "portable")
+        export(root / "frozen", folder, CONTEXT, portable=name == "portable")
         write_manifest(folder, "export")
     return folders
 
@@ -82,7 +82,7 @@ def folder(
 
 
 def faults(path: Path) -> list[str]:
-    return doctor.doctor(path, ALL, silent).faults
+    return doctor.doctor(path, ALL).faults
 
 
 def test_the_installed_runtime_loads_both(answers: dict[str, dict[str, Any]]) -> None:
@@ -93,7 +93,7 @@ def test_the_installed_runtime_loads_both(answers: dict[str, dict[str, Any]]) ->
 
 
 def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Path) -> None:
-    found = doctor.doctor(folder, ALL, silent)
+    found = doctor.doctor(folder, ALL)
     assert [check.runtime for check in found.runtimes if check.loads] == list(RUNTIMES[:-1])
     assert found.runtimes[-1].missing_operators == CUSTOM
     assert found.faults == [] and found.path == folder / "model.pte"
@@ -102,7 +102,7 @@ def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Pat
     doctor.require_loadable(found, ALL)
     named = DoctorOptions(runtime=("minimal",))
     with pytest.raises(ArtifactError, match=r"minimal cannot load it: it lacks llama.*--portable"):
-        doctor.require_loadable(doctor.doctor(folder, named, silent), named)
+        doctor.require_loadable(doctor.doctor(folder, named), named)
 
 
 def test_a_portable_program_loads_everywhere(
@@ -110,14 +110,14 @@ def test_a_portable_program_loads_everywhere(
 ) -> None:
     monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["portable"])
     named = DoctorOptions(runtime=RUNTIMES)
-    found = doctor.doctor(made["portable"] / "model.pte", named, silent)
+    found = doctor.doctor(made["portable"] / "model.pte", named)
     doctor.require_loadable(found, named)
     assert not [name for name in found.program.operators if not name.startswith("aten::")]
     assert found.program.constants["use_sdpa_with_kv_cache"] is False
 
 
 def test_what_is_in_the_file(folder: Path) -> None:
-    found = doctor.doctor(folder, ALL, silent)
+    found = doctor.doctor(folder, ALL)
     program = found.program
     assert str(program.forward) == f"forward(int64 [1, <={CONTEXT}], int64 [1]) -> float32 [1, 1, {VOCABULARY}]"
     sizes = program.size_bytes
@@ -228,15 +228,15 @@ def test_a_tokenizer_that_splits_otherwise(folder: Path) -> None:
 
 
 def test_versions(folder: Path) -> None:
-    line = doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+    line = doctor.lines(doctor.doctor(folder, ALL))[-1]
     assert f"executorch {library_version('executorch')}" in line and line.endswith("the same are installed")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["libraries"]["executorch"] = "0.9.9"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    line = doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+    line = doctor.lines(doctor.doctor(folder, ALL))[-1]
     assert "written by qat-edge" in line and "executorch 0.9.9" in line and "installed: executorch" in line
     (folder / "manifest.json").unlink()
-    assert "not told by the file" in doctor.lines(doctor.doctor(folder, ALL, silent))[-1]
+    assert "not told by the file" in doctor.lines(doctor.doctor(folder, ALL))[-1]
 
 
 @pytest.mark.parametrize(
@@ -282,16 +282,16 @@ def test_the_command(folder: Path) -> None:
 
 def test_portable_is_for_executorch(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--portable is for --target executorch"):
-        exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True), silent)
+        exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True))
     told: dict[str, dict[str, Any]] = {}
 
-    def exporter(checkpoint: Path, out: Path, context_length: int, say: Any, **extras: Any) -> None:
+    def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
         told[out.name.split(".")[1]] = extras
 
     variant, options = Variant(tmp_path), ExportOptions(portable=True)
     write_manifest(variant.quantized, "quantized")
     for target in options.target:
-        exporting.export_one(variant, target, exporter, options, silent)
+        exporting.export_one(variant, target, exporter, options)
     assert told == {"executorch": {"portable": True}, "onnx": {}}
     for target, kept in (("executorch", False), ("onnx", True)):
         assert exporting._is_current(variant.exports / target, options)

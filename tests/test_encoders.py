@@ -31,7 +31,6 @@ from transformers import (
 from conftest import make_tokenizer, train_run
 from qat_edge import config
 from qat_edge.cli.commands import main
-from qat_edge.compare import compare
 from qat_edge.config import (
     CompareOptions,
     ExportOptions,
@@ -45,18 +44,19 @@ from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, ModelError, UsageError
 from qat_edge.evaluate import encoder_results, gates
 from qat_edge.evaluate.encoders import cosines, quality
-from qat_edge.export import export
-from qat_edge.finetune import finetune
-from qat_edge.generate import generate
-from qat_edge.models import task
+from qat_edge.models import tasks
 from qat_edge.models.merge import base_model, merged_model, rounding_model
-from qat_edge.models.task import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models.tasks import Kind, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
-from qat_edge.quantize import quantize
 from qat_edge.run import PTQ_METHODS, Run
-from qat_edge.sensitivity import sensitivity
 from qat_edge.train import objectives
-from qat_edge.verify import verify
+from qat_edge.verbs.compare import compare
+from qat_edge.verbs.export import export
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.generate import generate
+from qat_edge.verbs.quantize import quantize
+from qat_edge.verbs.sensitivity import sensitivity
+from qat_edge.verbs.verify import verify
 
 WORDS = ("alarm", "light", "music")
 LABELLED = [{"text": f"{WORDS[i % 3]} {i}", "label": WORDS[i % 3]} for i in range(48)]
@@ -110,7 +110,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 
 def batch(run: Run) -> dict[str, Tensor]:
     options = config.load(FinetuneOptions, "finetune", run.config, {})
-    kind, words = task.of_run(run), make_tokenizer()
+    kind, words = tasks.of_run(run), make_tokenizer()
     model = BertModel(BertConfig(**SIZES))
     rows = training_examples.tokenize(kind, load_rows(options.data), model, words, options.max_length).rows
     return training_examples.collator(kind, words)(rows)
@@ -123,11 +123,11 @@ def answer(kind: Kind, model: Any, given: dict[str, Tensor]) -> Tensor:
 
 def check_frozen(run: Run) -> None:
     """What is frozen answers as it was trained, to the rounding."""
-    kind, given = task.of_run(run), batch(run)
-    quantize(run, QuantizeOptions(), silent)
+    kind, given = tasks.of_run(run), batch(run)
+    quantize(run, QuantizeOptions())
     found = answer(kind, frozen.load(run.quantized), given)
     trained = answer(kind, rounding_model(run.adapter), given)
-    plain = answer(kind, merged_model(run.adapter, silent).model, given)
+    plain = answer(kind, merged_model(run.adapter).model, given)
     apart, rounding = (found - trained).abs().mean(), (trained - plain).abs().mean()
     # Inputs in int8 may fall to the other side of a tie; rounding changes an answer by 0.003 to 0.05 of it.
     assert apart < 1e-3 * trained.abs().mean() and apart < 0.2 * rounding
@@ -147,7 +147,7 @@ def test_what_is_frozen_answers_as_it_was_trained(run: Run) -> None:
 )
 def test_other_trainings_end_in_what_was_trained(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
     before = config.load(FinetuneOptions, "finetune", run.config, {})
-    finetune(replace(before, steps=4, **changes), tmp_path / "other", silent)
+    finetune(replace(before, steps=4, **changes), tmp_path / "other")
     check_frozen(Run(tmp_path / "other"))
 
 
@@ -159,8 +159,8 @@ def test_a_head_that_is_a_module_of_two_layers(tmp_path: Path) -> None:
 
 
 def test_it_learns_what_its_rows_say(run: Run) -> None:
-    kind, given = task.of_run(run), batch(run)
-    quantize(run, QuantizeOptions(), silent)
+    kind, given = tasks.of_run(run), batch(run)
+    quantize(run, QuantizeOptions())
     objective = objectives.of(kind)
     assert objective is not None
     with torch.no_grad():
@@ -169,14 +169,14 @@ def test_it_learns_what_its_rows_say(run: Run) -> None:
 
 
 def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> None:
-    quantize(classifier, QuantizeOptions(), silent)
+    quantize(classifier, QuantizeOptions())
     given = batch(classifier)
     model = AutoModelForSequenceClassification.from_pretrained(classifier.quantized)
     assert model.config.id2label == dict(enumerate(WORDS))
     ours = answer(SequenceClassifier(), frozen.load(classifier.quantized), given)
     torch.testing.assert_close(answer(SequenceClassifier(), model.eval(), given), ours)
     assert (ours.argmax(-1) == given["labels"]).float().mean() > 0.9
-    merged = merged_model(classifier.adapter, silent)
+    merged = merged_model(classifier.adapter)
     base = base_model(classifier.adapter)
     for name in merged.scheme.heads:
         new, old = (m.get_submodule(name).weight for m in (merged.model, base))
@@ -189,19 +189,18 @@ def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> N
 
 @pytest.mark.parametrize("method", PTQ_METHODS)
 def test_every_method_quantizes_it(run: Run, method: str) -> None:
-    quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100), silent)
-    kind, given = task.of_run(run), batch(run)
-    reference = answer(kind, merged_model(run.reference, silent).model, given)
+    quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100))
+    kind, given = tasks.of_run(run), batch(run)
+    reference = answer(kind, merged_model(run.reference).model, given)
     found = answer(kind, frozen.load(quantized.folder), given)
     assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
 
 
-def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path) -> None:
-    said: list[str] = []
-    export(classifier, ExportOptions(target=("executorch",), ptq=("none",), context_length=40), said.append)
-    (result,) = verify(classifier, (), silent)
+def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, messages: list[str]) -> None:
+    export(classifier, ExportOptions(target=("executorch",), ptq=("none",), context_length=40))
+    (result,) = verify(classifier, ())
     assert result.faults == [] and result.linears_equal == result.linears == 12
-    assert "texts of up to 40 tokens, answered by 3 numbers" in said
+    assert "texts of up to 40 tokens, answered by 3 numbers" in messages
     labels = json.loads((classifier.exports / "executorch" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == list(WORDS)
     junit = tmp_path / "gates.xml"
@@ -268,11 +267,11 @@ def test_quality_is_its_formula() -> None:
 def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: Path) -> None:
     options = config.load(FinetuneOptions, "finetune", classifier.config, {})
     options = replace(options, steps=6, save_every=2)
-    finetune(options, tmp_path / "run", silent)
+    finetune(options, tmp_path / "run")
     whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    finetune(options, tmp_path / "run", silent, resume=True)
+    finetune(options, tmp_path / "run", resume=True)
     again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
@@ -280,11 +279,11 @@ def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("what", "do"),
     [
-        ("--target onnx", lambda run: export(run, ExportOptions(), silent)),
-        ("--kv-cache int8", lambda run: export(run, ExportOptions(target=("executorch",), kv_cache="int8"), silent)),
-        ("--rotate", lambda run: quantize(run, QuantizeOptions(method="gptq", rotate=True), silent)),
-        ("sensitivity", lambda run: sensitivity(run, SensitivityOptions(), silent)),
-        ("compare", lambda run: compare(run, CompareOptions(), None, silent)),
+        ("--target onnx", lambda run: export(run, ExportOptions())),
+        ("--kv-cache int8", lambda run: export(run, ExportOptions(target=("executorch",), kv_cache="int8"))),
+        ("--rotate", lambda run: quantize(run, QuantizeOptions(method="gptq", rotate=True))),
+        ("sensitivity", lambda run: sensitivity(run, SensitivityOptions())),
+        ("compare", lambda run: compare(run, CompareOptions(), None)),
         (
             "generate",
             lambda run: generate(run, "hello", "torch", silent, raw=True, system=None, max_new_tokens=4),
@@ -330,7 +329,7 @@ def test_rows_that_an_encoder_cannot_learn_are_named(
     two_labels: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        finetune(options(two_labels, write(tmp_path / "rows.jsonl", rows)), tmp_path / "run", silent)
+        finetune(options(two_labels, write(tmp_path / "rows.jsonl", rows)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -347,14 +346,14 @@ def test_options_for_generation_are_refused(
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "on"}])
     with pytest.raises(UsageError, match=f"{flag} is for models that generate text; .* is an encoder"):
-        finetune(options(two_labels, rows, **changes), tmp_path / "run", silent)
+        finetune(options(two_labels, rows, **changes), tmp_path / "run")
 
 
 def test_an_encoder_that_no_target_takes_is_refused(tmp_path: Path) -> None:
     DebertaV2Config().save_pretrained(tmp_path / "model")
     rows = write(tmp_path / "rows.jsonl", LABELLED)
     with pytest.raises(ModelError, match="could not be exported: deberta-v2 has attention of its own"):
-        finetune(options(tmp_path / "model", rows), tmp_path / "run", silent)
+        finetune(options(tmp_path / "model", rows), tmp_path / "run")
 
 
 def test_an_embedding_that_is_no_mean_is_refused(tmp_path: Path) -> None:
@@ -364,7 +363,7 @@ def test_an_embedding_that_is_no_mean_is_refused(tmp_path: Path) -> None:
     (model / "1_Pooling" / "config.json").write_text(json.dumps(modes))
     rows = write(tmp_path / "rows.jsonl", BELONGING)
     with pytest.raises(ModelError, match="pooling_mode_cls_token; qat-edge makes an embedding of the mean"):
-        finetune(options(model, rows), tmp_path / "run", silent)
+        finetune(options(model, rows), tmp_path / "run")
 
 
 def test_labels_follow_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
@@ -395,7 +394,7 @@ def test_objectives_are_their_formulas() -> None:
     torch.testing.assert_close(scored(None, given), torch.tensor(0.25))  # cosines 0 and 1
     cosines = 20 * torch.tensor([[0.0, 0.6], [0.8, 1.0]])
     torch.testing.assert_close(belonging(None, given), -cosines.log_softmax(-1).diagonal().sum())
-    assert objectives.of(task.CAUSAL_LM) is None
+    assert objectives.of(tasks.CAUSAL_LM) is None
 
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
-from qat_edge.finetune import Finetuned, finetune, qat_start_step
 from qat_edge.models.merge import merged_model
 from qat_edge.run import read_manifest
+from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
 
 
 def silent(text: str) -> None:
@@ -53,7 +52,7 @@ def adapter(run: Path, part: str) -> dict[str, Any]:
 
 def test_leaves_a_whole_run(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = finetune(options, out, silent)
+    result = finetune(options, out)
     assert isinstance(result, Finetuned) and (result.steps, result.qat_start_step) == (6, 3)
     assert config.load(FinetuneOptions, "finetune", out / "config.yaml", {}) == options
     rows = json.loads((out / "training.json").read_text())["curve"]
@@ -69,10 +68,10 @@ def test_leaves_a_whole_run(options: FinetuneOptions, tmp_path: Path) -> None:
 
 
 def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(options, tmp_path / "run", silent)
+    finetune(options, tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(tmp_path / "run" / "reference")).eval()
-    ours = merged_model(tmp_path / "run" / "reference", silent).model
+    ours = merged_model(tmp_path / "run" / "reference").model
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         # 2e-6 here: peft adds the adapter's product to the output, we add it to the weight.
@@ -80,7 +79,7 @@ def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path
 
 
 def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(options, tmp_path / "whole", silent)
+    finetune(options, tmp_path / "whole")
     config.save(tmp_path / "options.yaml", "finetune", options)
     command = [sys.executable, "-m", "qat_edge", "finetune", "--config", str(tmp_path / "options.yaml")]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
@@ -92,7 +91,7 @@ def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp
     process.wait()
     for late in sorted((tmp_path / "cut" / "checkpoints").glob("checkpoint-[!2]*")):
         shutil.rmtree(late)  # a fast machine may have gone further than the kill was meant to let it
-    finetune(options, tmp_path / "cut", silent, resume=True)
+    finetune(options, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = adapter(tmp_path / "whole", "adapter"), adapter(tmp_path / "cut", "adapter")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
@@ -111,29 +110,31 @@ def test_a_run_resumed_past_the_border_ends_the_same(
     options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     out, options = tmp_path / "run", replace(options, **changes)
-    finetune(options, out, silent)
+    finetune(options, out)
     whole, curve = adapter(out, "adapter"), losses(out)
     shutil.rmtree(out / "checkpoints" / "checkpoint-6")
     shutil.rmtree(out / "adapter")
-    finetune(options, out, silent, resume=True)
+    finetune(options, out, resume=True)
     assert losses(out) == curve
     again = adapter(out, "adapter")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(replace(options, qat_start=6), tmp_path / "run", silent)
+    finetune(replace(options, qat_start=6), tmp_path / "run")
     facts = read_manifest(tmp_path / "run" / "adapter")
     assert facts["start"]["method"] == "cd" and facts["learned_scales"]
-    merged = merged_model(tmp_path / "run" / "adapter", silent)
+    merged = merged_model(tmp_path / "run" / "adapter")
     assert set(merged.scales) == set(merged.scheme.linears)
-    reference = merged_model(tmp_path / "run" / "reference", silent)
+    reference = merged_model(tmp_path / "run" / "reference")
     name = next(iter(merged.scales))
     assert not reference.scales
     assert not torch.equal(merged.model.get_submodule(name).weight, reference.model.get_submodule(name).weight)
 
 
-def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
+def test_hidden_states_that_cannot_be_turned_stay(
+    options: FinetuneOptions, tmp_path: Path, tokenizer: Any, messages: list[str]
+) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = Gemma3TextConfig(**sizes, vocab_size=288, num_key_value_heads=1, head_dim=32, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(shape)
@@ -143,13 +144,12 @@ def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_
     tokenizer.save_pretrained(tmp_path / "gemma")
     gemma = replace(options, model=str(tmp_path / "gemma"))
     with pytest.raises(UsageError, match=r"--rotate on: Gemma3ForCausalLM: .* Take --rotate auto"):
-        finetune(replace(gemma, rotate="on"), tmp_path / "run", silent)
+        finetune(replace(gemma, rotate="on"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    said: list[str] = []
-    finetune(gemma, tmp_path / "run", said.append)
-    assert any(line.startswith("The hidden states stay in their coordinates: Gemma3") for line in said)
+    finetune(gemma, tmp_path / "run")
+    assert any(line.startswith("The hidden states stay in their coordinates: Gemma3") for line in messages)
     assert read_manifest(tmp_path / "run" / "adapter")["start"]["rotation_seed"] is None
-    finetune(options, tmp_path / "turned", silent)
+    finetune(options, tmp_path / "turned")
     assert read_manifest(tmp_path / "turned" / "adapter")["start"]["rotation_seed"] == options.seed
 
 
@@ -157,7 +157,7 @@ def test_hidden_states_that_cannot_be_turned_stay(options: FinetuneOptions, tmp_
 def test_the_optimizer_begins_anew_where_weights_are_turned(
     options: FinetuneOptions, tmp_path: Path, rotate: str, steps: int
 ) -> None:
-    finetune(replace(options, rotate=rotate), tmp_path / "run", silent)
+    finetune(replace(options, rotate=rotate), tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "checkpoints" / "checkpoint-6" / "optimizer.pt", weights_only=True)
     adapters = [saved["state"][name]["step"] for name in saved["param_groups"][0]["params"]]
     assert {int(step) for step in adapters} == {steps}  # averaged over phase 2 alone, or over both
@@ -166,13 +166,13 @@ def test_the_optimizer_begins_anew_where_weights_are_turned(
 def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(RunError, match="nothing to resume"):
-        finetune(options, out, silent, resume=True)
-    finetune(options, out, silent)
+        finetune(options, out, resume=True)
+    finetune(options, out)
     with pytest.raises(UsageError, match="--learning-rate differ"):
-        finetune(replace(options, learning_rate=1.0), out, silent, resume=True)
+        finetune(replace(options, learning_rate=1.0), out, resume=True)
     Path(options.data).write_text(json.dumps({"text": "something else entirely"}) + "\n")
     with pytest.raises(RunError, match="data changed"):
-        finetune(options, out, silent, resume=True)
+        finetune(options, out, resume=True)
 
 
 def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_pat
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(RunError):
-            finetune(options, tmp_path / "mine", silent, force=force)
+            finetune(options, tmp_path / "mine", force=force)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -197,39 +197,41 @@ def test_another_base_model_is_refused(options: FinetuneOptions, tmp_path: Path,
         make_model(tokenizer, seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if seed == 0:
-            finetune(replace(options, model=str(folder)), tmp_path / "run", silent)
+            finetune(replace(options, model=str(folder)), tmp_path / "run")
     with pytest.raises(RunError, match="not the model that was trained"):
-        merged_model(tmp_path / "run" / "adapter", silent)
+        merged_model(tmp_path / "run" / "adapter")
 
 
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_a_usage_error(options: FinetuneOptions, tmp_path: Path, device: str) -> None:
     with pytest.raises(UsageError, match="no CUDA GPU"):
-        finetune(replace(options, device=device), tmp_path / "run", silent)
+        finetune(replace(options, device=device), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_force_never_removes_its_own_input(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    finetune(options, out, silent)
+    finetune(options, out)
     (out / "mine.jsonl").write_text(Path(options.data).read_text())
     with pytest.raises(UsageError, match=r"--data .* lies inside"):
-        finetune(replace(options, data=str(out / "mine.jsonl")), out, silent, force=True)
+        finetune(replace(options, data=str(out / "mine.jsonl")), out, force=True)
     assert (out / "mine.jsonl").is_file()
 
 
-def test_other_numerics_than_trained_are_refused_with_the_difference(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(options, tmp_path / "run", silent)
-    path, said = tmp_path / "run" / "adapter" / "manifest.json", []
+def test_other_numerics_than_trained_are_refused_with_the_difference(
+    options: FinetuneOptions, tmp_path: Path, messages: list[str]
+) -> None:
+    finetune(options, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["libraries"]["torchao"] = "0.1.0"
     manifest["quantizer"] = "another"
     path.write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"torchao 0\.18\.\S+ \(trained with 0\.1\.0\), quantizer .* --force"):
-        merged_model(tmp_path / "run" / "adapter", silent)
-    merged_model(tmp_path / "run" / "adapter", said.append, force=True)
-    assert "trained with 0.1.0" in said[0]
+        merged_model(tmp_path / "run" / "adapter")
+    merged_model(tmp_path / "run" / "adapter", force=True)
+    assert "trained with 0.1.0" in messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -238,26 +240,24 @@ def test_other_numerics_than_trained_are_refused_with_the_difference(options: Fi
 )
 def test_target_modules_that_cannot_be(options: FinetuneOptions, tmp_path: Path, target: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        finetune(replace(options, target_modules=(target,)), tmp_path / "run", silent)
+        finetune(replace(options, target_modules=(target,)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_some_target_modules_and_the_rest_rounded_all_the_same(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(replace(options, target_modules=("q_proj", "lm_head")), tmp_path / "run", silent)
+    finetune(replace(options, target_modules=("q_proj", "lm_head")), tmp_path / "run")
     names = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter(tmp_path / "run", "adapter")}
     assert names == {"q_proj", "lm_head"}
 
 
 def test_a_tracker_that_is_not_there_is_a_usage_error(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--track wandbb"):
-        finetune(replace(options, track=("wandbb",)), tmp_path / "run", silent)
+        finetune(replace(options, track=("wandbb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-def test_trains_on_cuda(options: FinetuneOptions, tmp_path: Path) -> None:
-    said: list[str] = []
-    say: Callable[[str], None] = said.append
-    finetune(replace(options, device="auto"), tmp_path / "run", say)
-    assert torch.cuda.get_device_name() in said[0]
+def test_trains_on_cuda(options: FinetuneOptions, tmp_path: Path, messages: list[str]) -> None:
+    finetune(replace(options, device="auto"), tmp_path / "run")
+    assert torch.cuda.get_device_name() in messages[0]

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
-from qat_edge.finetune import finetune
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import fake, frozen, numerics, scheme
 from qat_edge.quant.qat_init import Start
 from qat_edge.run import read_manifest
 from qat_edge.train.phases import check_combination
+from qat_edge.verbs.finetune import finetune
 
 DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_start
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -82,49 +82,49 @@ def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tm
 )
 def test_leaves_whole_models(options: FinetuneOptions, tmp_path: Path, schemes: dict[str, Any]) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, **schemes), out, silent)
+    finetune(replace(options, **schemes), out)
     for part in ("adapter", "reference"):
         assert set(read_manifest(out / part)["files"]) == {"model.safetensors", "config.json"}
     factors = {n for n in tensors(out) if "scale_factor" in n}
     assert len(factors) == (0 if schemes else 2 * 7) and not any("scale_factor" in n for n in tensors(out, "reference"))
-    merged = merged_model(out / "adapter", silent)
+    merged = merged_model(out / "adapter")
     state = merged.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in tensors(out).items() if n not in factors)
     assert set(merged.scales) == (set() if schemes.get("scales") == "absmax" else set(merged.scheme.linears))
     plain = AutoModelForCausalLM.from_pretrained(out / "reference", dtype=torch.float32).eval()
     base = base_model(out / "reference")
     with torch.no_grad():
-        reference = merged_model(out / "reference", silent).model(IDS).logits
+        reference = merged_model(out / "reference").model(IDS).logits
         torch.testing.assert_close(plain(IDS).logits, reference, rtol=0, atol=0)
         assert (base(IDS).logits != reference).any()
 
 
 def test_a_resumed_run_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(options, tmp_path / "whole", silent)
+    finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
     shutil.rmtree(tmp_path / "cut" / "adapter")
-    finetune(options, tmp_path / "cut", silent, resume=True)
+    finetune(options, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
 
 
 def test_a_cached_teacher_teaches_all_weights(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(replace(options, distill_weight=0.5, distill_top_k=8), tmp_path / "run", silent)
+    finetune(replace(options, distill_weight=0.5, distill_top_k=8), tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 6
 
 
 def test_weights_that_are_not_there_are_named(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, steps=2), out, silent)
+    finetune(replace(options, steps=2), out)
     short = {name: tensor for name, tensor in tensors(out, "reference").items() if name != "model.norm.weight"}
     save_file(short, out / "reference" / "model.safetensors")
     with pytest.raises(RunError, match=r"another model \(model\.norm\.weight\)"):
-        merged_model(out / "reference", silent)
+        merged_model(out / "reference")
     (out / "reference" / "model.safetensors").unlink()
     with pytest.raises(RunError, match=r"model\.safetensors is missing"):
-        merged_model(out / "reference", silent)
+        merged_model(out / "reference")
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,18 @@ def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], na
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 @pytest.mark.parametrize("start", ["hqq", "none"])
-def test_trains_adapters_over_a_stored_base(options: FinetuneOptions, tmp_path: Path, base: str, start: str) -> None:
-    said: list[str] = []
+def test_trains_adapters_over_a_stored_base(
+    options: FinetuneOptions, tmp_path: Path, base: str, start: str, messages: list[str]
+) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, method="lora", base=base, ptq_start=start), out, said.append)
-    assert any(f"linear layers as {base}, " in line for line in said)
+    finetune(replace(options, method="lora", base=base, ptq_start=start), out)
+    assert any(f"linear layers as {base}, " in line for line in messages)
     stored = base_model(out / "reference")
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     changed = {n for n, p in stored.named_parameters() if not torch.equal(p, original.get_parameter(n))}
     plan = scheme.choose(original, 32)
     assert changed == {f"{name}.weight" for name in plan.linears}
-    merged = merged_model(out / "adapter", silent)
+    merged = merged_model(out / "adapter")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
     for name in plan.linears:
         stem = f"base_model.model.{name}.lora_"
@@ -167,9 +168,9 @@ def test_trains_adapters_over_a_stored_base(options: FinetuneOptions, tmp_path: 
 
 def test_a_resumed_run_over_a_stored_base_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
     options = replace(options, method="lora", base="nf4", ptq_start="hqq")
-    finetune(options, tmp_path / "whole", silent)
+    finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
     shutil.rmtree(tmp_path / "cut" / "adapter")
-    finetune(options, tmp_path / "cut", silent, resume=True)
+    finetune(options, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from qat_edge.generate import _answer, _without_last_newlines
+from qat_edge.verbs.generate import _answer, _without_last_newlines
 from qat_edge_exporters.executorch.llm_runner import STATISTICS
 
 

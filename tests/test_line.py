@@ -26,13 +26,13 @@ from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, rounding_a
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
-from qat_edge.export import export
 from qat_edge.lazy import resolve
 from qat_edge.models.merge import float_model, merged_model
 from qat_edge.quant import frozen
 from qat_edge.run import MANIFEST, Run, read_manifest
-from qat_edge.validate import Validated, validate
-from qat_edge.verify import require_equal, verify, verify_folder
+from qat_edge.verbs.export import export
+from qat_edge.verbs.validate import Validated, validate
+from qat_edge.verbs.verify import require_equal, verify, verify_folder
 from qat_edge_exporters import READERS
 from qat_edge_exporters.onnx import graph_file
 
@@ -52,13 +52,13 @@ def silent(text: str) -> None:
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of a few steps exported to both targets, round-to-nearest beside it. Tests copy what they change."""
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("line"))
-    export(made, ExportOptions(context_length=128), silent)
+    export(made, ExportOptions(context_length=128))
     return made
 
 
 @pytest.fixture(scope="module")
 def report(run: Run) -> results.Report:
-    return validate(run, ASKED, silent)
+    return validate(run, ASKED)
 
 
 @pytest.fixture(params=TARGETS)
@@ -83,7 +83,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def test_every_matrix_is_equal_in_every_artifact(run: Run) -> None:
-    found = verify(run, (), silent)
+    found = verify(run, ())
     assert [(v.folder.parent.parent.name, v.target) for v in found] == [
         ("run", "executorch"), ("run", "onnx"), ("rtn", "executorch"), ("rtn", "onnx"),
     ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_manifests_say_what_was_exported(run: Run, target: str) -> None:
 
 def test_exporting_again_needs_force(run: Run) -> None:
     with pytest.raises(RunError, match="--force"):
-        export(run, ExportOptions(context_length=128), silent)
+        export(run, ExportOptions(context_length=128))
 
 
 def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_all_parts_off_are_the_fine_tune(run: Run, report: results.Report) -> No
     tuned = float_model(run.reference, run.quantized, silent)
     ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), ExitStack() as stack:
-        expected = merged_model(run.reference, silent).model(ids).logits
+        expected = merged_model(run.reference).model(ids).logits
         torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-3, atol=1e-4)  # in other coordinates
         with rounding_as(model, names, Rounding()):
             before = model(ids).logits
@@ -287,7 +287,7 @@ def test_a_doubled_scale_in_a_file_is_told_from_rounding_and_named(run: Run, tmp
     scales[5, 1] *= 2
     content[start : start + scales.nbytes] = scales.tobytes()
     path.write_bytes(content)
-    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
+    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), force=True).budgets
     assert found.judged.beyond and found.judged.position == 0
     assert f"{name}: 1 scales differ, first at row 5, group 1" in found.judged.where
 
@@ -300,7 +300,7 @@ def test_a_rotary_angle_off_in_a_file_is_named_with_its_layer(run: Run, tmp_path
     tables = {t.name: np.array(graph_file.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
     tables["cos_cache"][:, 1] = 1.0
     graph_file.save(graph, tables, source, folder)
-    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), silent, force=True).budgets
+    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), force=True).budgets
     assert found.judged.beyond and found.judged.position != 0
     assert "The file is not what was frozen: model.onnx" in found.judged.where, "its codes and scales are, though"
     assert "outputs part: model.layers.0.self_attn.o_proj: another input" in found.judged.where
@@ -312,12 +312,12 @@ def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
 
 def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
     with pytest.raises(RunError, match="--force"):
-        validate(run, ASKED, silent)
+        validate(run, ASKED)
 
 
 def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.flag, g.passed) for g in report.gates] == [("--max-kl", True), ("--min-exact-match", False)] * 2
-    monkeypatch.setattr("qat_edge.validate.validate_devices", lambda *_, **__: Validated([report], {}))
+    monkeypatch.setattr("qat_edge.verbs.validate.validate_devices", lambda *_, **__: Validated([report], {}))
     missed = CliRunner().invoke(commands.main, ["validate", str(run.path)])
     assert missed.exit_code == 1 and "2 of 4 gates missed" in missed.output
     assert "--min-exact-match 0.5, measured 0" in missed.output
@@ -350,7 +350,7 @@ def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_
     with (copy.quantized / MANIFEST).open("a") as file:
         file.write("\n")
     with pytest.raises(RunError, match="exported from an earlier"):
-        validate(copy, ASKED, silent, force=True)
+        validate(copy, ASKED, force=True)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from qat_edge.cli import commands
 from qat_edge.config import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
-from qat_edge.export import export
-from qat_edge.finetune import finetune
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq import methods
-from qat_edge.quantize import quantize, quantize_if_missing
 from qat_edge.run import MANIFEST, PTQ_METHODS, Run, read_manifest
+from qat_edge.verbs.export import export
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.quantize import quantize, quantize_if_missing
 
 ROWS = 40
 TOKENS = 600
@@ -42,7 +42,7 @@ def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         model=str(tiny_model_folder), data=str(folder / "train.jsonl"), steps=4, qat_start=0.5, batch_size=4,
         lora_rank=4, learning_rate=1e-2, track=(), ptq_start="none", scales="absmax",
     )  # fmt: skip
-    finetune(options, folder / "run", silent)
+    finetune(options, folder / "run")
     return Run(folder / "run")
 
 
@@ -91,7 +91,7 @@ def test_batches_hold_every_token_once_and_mark_the_padding(tokenizer: Any) -> N
 
 @pytest.mark.parametrize("method", ["qat", *PTQ_METHODS])
 def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run, method: str, tokenizer: Any) -> None:
-    result = quantize(run, options(method), silent)
+    result = quantize(run, options(method))
     folder = run.quantized if method == "qat" else run.path / "ptq" / method / "quantized"
     assert result.folder == folder and result.method == method and "14 int4" in result.weights
     manifest = read_manifest(folder)
@@ -101,7 +101,7 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
     else:
         assert manifest["calibration"] is None
     ids = tokenizer("say 7 it is 7, and 49 is its square", return_tensors="pt").input_ids
-    tuned = merged_model(run.adapter if method == "qat" else run.reference, silent).model
+    tuned = merged_model(run.adapter if method == "qat" else run.reference).model
     with torch.no_grad():
         expected, logits = tuned(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     error = float((logits - expected).norm() / expected.norm())
@@ -110,8 +110,8 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
 
 
 def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:
-    quantize(run, options("rtn"), silent)
-    model = merged_model(run.reference, silent).model
+    quantize(run, options("rtn"))
+    model = merged_model(run.reference).model
     for name, found in frozen.read_weights(run.ptq("rtn").quantized).items():
         weight = model.get_submodule(name).weight.detach()
         group = weight.shape[1] // found.scales.shape[1]
@@ -121,15 +121,14 @@ def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:
         )
 
 
-def test_made_once_and_again_only_by_force(run: Run) -> None:
-    said: list[str] = []
-    quantize(run, options("gptq"), said.append)
-    again = quantize(run, options("gptq"), said.append)
+def test_made_once_and_again_only_by_force(run: Run, messages: list[str]) -> None:
+    quantize(run, options("gptq"))
+    again = quantize(run, options("gptq"))
     assert again.calibration == read_manifest(again.folder)["calibration"]
-    assert len([line for line in said if line.startswith("Frozen")]) == 1
+    assert len([line for line in messages if line.startswith("Frozen")]) == 1
     with pytest.raises(RunError, match=r"other options.*--seed 0"):
-        quantize(run, options("gptq", seed=1), silent)
-    quantize(run, options("gptq", seed=1), silent, force=True)
+        quantize(run, options("gptq", seed=1))
+    quantize(run, options("gptq", seed=1), force=True)
     assert read_manifest(run.ptq("gptq").quantized)["options"]["seed"] == 1
 
 
@@ -137,17 +136,17 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj"
     (tmp_path / "bits.yaml").write_text(f"bits: {{{name}: 8}}\n")
     asked = options("awq", bits=str(tmp_path / "bits.yaml"))
-    quantize(run, asked, silent)
+    quantize(run, asked)
     bits = {n: w.bits for n, w in frozen.read_weights(run.ptq("awq").quantized).items()}
     assert bits[name] == 8 and sum(b == 4 for b in bits.values()) == 13
     with pytest.raises(UsageError, match="--bits and --method qat"):
-        quantize(run, replace(asked, method="qat"), silent)
+        quantize(run, replace(asked, method="qat"))
 
 
 def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) -> None:
-    folder = quantize(run, options("cd", rotate=True), silent).folder
+    folder = quantize(run, options("cd", rotate=True)).folder
     assert frozen.read_scheme(folder).tied
-    tuned = merged_model(run.reference, silent).model
+    tuned = merged_model(run.reference).model
     stored, head = (frozen.read_weights(folder)[name] for name in ("model.embed_tokens", "lm_head"))
     assert torch.equal(stored.codes, head.codes) and torch.equal(stored.scales, head.scales)
     table = numerics.dequantize(stored.codes, stored.scales)
@@ -160,16 +159,16 @@ def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) ->
         logits = frozen.load(folder)(ids).logits
     assert 0 < float((logits - expected).norm() / expected.norm()) < 0.04
     with pytest.raises(UsageError, match="--rotate and --method qat"):
-        quantize(run, options("qat", rotate=True), silent)
+        quantize(run, options("qat", rotate=True))
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
-    quantize(run, options("qat"), silent)
+    quantize(run, options("qat"))
     shutil.copy(run.reference / "adapter_model.safetensors", run.adapter)
-    for attempt in (lambda: quantize(run, options("qat"), silent), lambda: quantize_if_missing(run, "qat", silent)):
+    for attempt in (lambda: quantize(run, options("qat")), lambda: quantize_if_missing(run, "qat")):
         with pytest.raises(RunError, match="another adapter"):
             attempt()
-    quantize_if_missing(run, "qat", silent, force=True)
+    quantize_if_missing(run, "qat", force=True)
 
 
 def test_too_little_calibration_data_is_said_by_the_command(run: Run, tmp_path: Path) -> None:
@@ -192,44 +191,44 @@ def test_the_command_prints_what_it_made(run: Run) -> None:
 # --- export of variants ------------------------------------------------------------------------------------
 
 
-def copying(quantized: Path, work: Path, context_length: int, say: Any) -> None:
+def copying(quantized: Path, work: Path, context_length: int) -> None:
     (work / "model").write_text(f"{read_manifest(quantized)['method']} {context_length}")
 
 
 @pytest.fixture
 def quick_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_edge.export.resolve", lambda table, name, what: copying)
+    monkeypatch.setattr("qat_edge.verbs.export.resolve", lambda table, name, what: copying)
 
 
 @pytest.mark.usefixtures("quick_exporters")
 def test_methods_are_exported_beside_the_run_and_can_be_added(run: Run) -> None:
     first = ExportOptions(target=("onnx",))
-    assert [e.folder for e in export(run, first, silent)] == [run.exports / "onnx", run.ptq("rtn").exports / "onnx"]
+    assert [e.folder for e in export(run, first)] == [run.exports / "onnx", run.ptq("rtn").exports / "onnx"]
     added = replace(first, ptq=("rtn", "hqq"))
-    assert [e.folder for e in export(run, added, silent)] == [run.ptq("hqq").exports / "onnx"]
+    assert [e.folder for e in export(run, added)] == [run.ptq("hqq").exports / "onnx"]
     assert (run.ptq("hqq").exports / "onnx" / "model").read_text() == "hqq 1024"
     assert [v.name for v in run.variants()] == ["qat", "ptq (round-to-nearest)", "ptq (HQQ)"]
     for asked in (added, replace(added, ptq=("rtn", "hqq", "gptq"), context_length=64)):
         with pytest.raises(RunError, match="--force"):
-            export(run, asked, silent)
+            export(run, asked)
     assert not run.ptq("gptq").path.exists(), "refused before anything was made"
 
 
 @pytest.mark.usefixtures("quick_exporters")
 def test_force_exports_again_from_the_checkpoint_that_is_there(run: Run) -> None:
-    quantize(run, options("gptq"), silent)
+    quantize(run, options("gptq"))
     before = (run.ptq("gptq").quantized / MANIFEST).read_text()
     asked = ExportOptions(target=("onnx",), ptq=("gptq",))
     for _ in range(2):
-        assert len(export(run, asked, silent, force=True)) == 2
+        assert len(export(run, asked, force=True)) == 2
     assert (run.ptq("gptq").quantized / MANIFEST).read_text() == before
 
 
 @pytest.mark.usefixtures("quick_exporters")
 @pytest.mark.parametrize("nothing", [(), ("none",)])
 def test_post_training_quantization_can_be_left_out(run: Run, nothing: tuple[str, ...]) -> None:
-    assert [e.folder for e in export(run, ExportOptions(ptq=nothing), silent)] == [
+    assert [e.folder for e in export(run, ExportOptions(ptq=nothing))] == [
         run.exports / "executorch", run.exports / "onnx",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--ptq none cannot be combined with --ptq hqq"):
-        export(run, ExportOptions(ptq=("none", "hqq")), silent)
+        export(run, ExportOptions(ptq=("none", "hqq")))

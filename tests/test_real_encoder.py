@@ -17,11 +17,11 @@ from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.demo_data import python_reference
 from qat_edge.errors import ModelError
 from qat_edge.evaluate import encoders
-from qat_edge.export import export
-from qat_edge.finetune import finetune
 from qat_edge.models import load
 from qat_edge.run import Run, replace_folder, work_folder
-from qat_edge.verify import verify
+from qat_edge.verbs.export import export
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.verify import verify
 
 pytestmark = pytest.mark.model
 
@@ -73,11 +73,10 @@ def test_a_sentence_encoder_from_pairs_to_its_pte(minilm: Path, tmp_path: Path) 
             model=str(minilm), data=files[0], eval_data=files[1], qat_start=0.5, calibration_tokens=4096, **options
         ),
         run.path,
-        silent,
     )
-    export(run, ExportOptions(target=("executorch",), ptq=("none",)), silent)
-    assert all(not result.faults for result in verify(run, (), silent))
-    tuned, ours = encoders.validate(run, ValidateOptions(), silent).answered
+    export(run, ExportOptions(target=("executorch",), ptq=("none",)))
+    assert all(not result.faults for result in verify(run, ()))
+    tuned, ours = encoders.validate(run, ValidateOptions()).answered
     assert ours.cosine is not None and ours.parity is not None
     assert ours.cosine > 0.9 and ours.quality > tuned.quality - 0.1
     assert ours.parity > 0.999 and ours.total_bytes < 26e6

@@ -25,7 +25,7 @@ from qat_edge.lazy import resolve
 from qat_edge.models import load
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import write_manifest
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access
 from qat_edge_exporters import EXPORTERS
@@ -57,7 +57,7 @@ def silent(*_: object) -> None:
 
 def freeze(folder: Path, layers: Sequence[int] | None = None) -> Any:
     """The real model rounded to nearest, whole or with `layers` alone; returns its tokenizer."""
-    model, tokenizer, _ = load.load_model(load.demo_model(CACHE, silent))
+    model, tokenizer, _ = load.load_model(load.demo_model(CACHE))
     if layers is not None:
         model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
         for index, layer in enumerate(model.model.layers):
@@ -73,7 +73,7 @@ def freeze(folder: Path, layers: Sequence[int] | None = None) -> Any:
 
 def export(quantized: Path, folder: Path, target: str) -> Path:
     folder.mkdir()
-    resolve(EXPORTERS, target, "target")(quantized, folder, 256, silent)
+    resolve(EXPORTERS, target, "target")(quantized, folder, 256)
     return folder
 
 

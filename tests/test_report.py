@@ -34,13 +34,13 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.results import Gate, Measured, Report
-from qat_edge.report import report
 from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin
 from qat_edge.report.figures import number, percent, whole_percent
 from qat_edge.report.plots import loss_curve
 from qat_edge.report.tables import COLUMNS, parts
 from qat_edge.report.verdict import verdict
 from qat_edge.run import MANIFEST, sha256, write_manifest
+from qat_edge.verbs.report import report
 
 
 @pytest.fixture
@@ -204,21 +204,20 @@ def test_each_device_has_its_own_plots(tmp_path: Path) -> None:
     assert len(names) == len(set(names))
 
 
-def test_missing_pieces_are_named(tmp_path: Path) -> None:
+def test_missing_pieces_are_named(tmp_path: Path, messages: list[str]) -> None:
     bare = [
         Measured(row.name, row.target, row.runtime, row.size_bytes, row.perplexity, prompts=row.prompts)
         for row in example().measured
     ]
-    said: list[str] = []
     run = make_run(tmp_path, replace(example(), measured=bare, gates=[], machine={}), whole=False)
-    html = report([run], said.append).read_text(encoding="utf-8")
+    html = report([run]).read_text(encoding="utf-8")
     words = Page(html).words
     assert "Not measured: training.json is missing" in words
     assert "Not measured: no artifact was compared with its frozen checkpoint" in words
     assert "None were set." in words
     assert "not measured" in words
-    assert any("training.json is missing" in line for line in said)
-    assert any("quantized" in line for line in said)
+    assert any("training.json is missing" in line for line in messages)
+    assert any("quantized" in line for line in messages)
     assert "times the perplexity" in words
 
 
@@ -243,7 +242,7 @@ def test_figures_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_no_report_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="qat-edge validate"):
-        report([make_run(tmp_path)], print)
+        report([make_run(tmp_path)])
     assert not (tmp_path / "report.html").exists()
 
 
@@ -251,7 +250,7 @@ def test_damaged_report_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path, example())
     (run.reports / "0.json").write_text("{}")
     with pytest.raises(RunError, match="damaged"):
-        report([run], print)
+        report([run])
 
 
 def test_verdict_says_what_qat_keeps() -> None:
@@ -332,7 +331,7 @@ def test_long_training_stays_small(tmp_path: Path) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
 def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
-    check_renders(report([make_run(tmp_path, with_budgets())], print), width, dark)
+    check_renders(report([make_run(tmp_path, with_budgets())]), width, dark)
 
 
 def test_what_verify_found_is_shown_while_the_artifact_is_the_same(tmp_path: Path) -> None:

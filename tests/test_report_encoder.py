@@ -15,9 +15,9 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison
 from qat_edge.evaluate.results import Gate
-from qat_edge.report import report
 from qat_edge.report.verdict import of_encoder
 from qat_edge.run import MANIFEST, Run, sha256
+from qat_edge.verbs.report import report
 
 PARTS = {"linears": 10_700_000, "scales": 1_300_000, "embedding": 12_000_000, "head": 0, "graph": 250_000}
 DECODERS = (
@@ -132,14 +132,14 @@ def test_a_damaged_file_and_a_history_are_named(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", example())
     other = run_with(tmp_path / "other", example())
     with pytest.raises(UsageError, match="holds an encoder; a history is of models that generate text"):
-        report([run, other], print)
+        report([run, other])
     run.answers.write_text(json.dumps({"kind": "text-classification"}))
     with pytest.raises(RunError, match=r"answers\.json: damaged .*Run validate again"):
-        report([run], print)
+        report([run])
     assert not run.report_html.exists() and not (other.path / "history.html").exists()
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
-    check_renders(report([run_with(tmp_path, example())], print), width, dark)
+    check_renders(report([run_with(tmp_path, example())]), width, dark)

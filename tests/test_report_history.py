@@ -18,10 +18,10 @@ from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.results import Report
-from qat_edge.report import report
 from qat_edge.report.collect import collect
 from qat_edge.report.history import Entry, History, history
 from qat_edge.run import MANIFEST, Run
+from qat_edge.verbs.report import report
 
 SAME = {"tokens": "t", "prompts": "p", "reference": "r"}
 
@@ -103,7 +103,7 @@ def test_runs_that_do_not_compare_are_marked(
     # What was never recorded stays unknown between the later two; what is the same again compares.
     assert (qat_onnx(found, "Perplexity")[2].before.amount is None) is (not changes.get("identities", SAME))
     assert qat_onnx(found, min(apart))[2].first.amount is None
-    html = report(runs, print).read_text(encoding="utf-8")
+    html = report(runs).read_text(encoding="utf-8")
     shown = Page(html).words
     assert f"2 run 1 ≠ 1 run 0: {words}" in shown and "≠ 1" in shown
     broken = [svg for svg in svgs(html) if any(e.get("class") == "apart" for e in svg.iter("line"))]
@@ -121,13 +121,13 @@ def test_what_differs_between_neighbours_is_listed(tmp_path: Path) -> None:
     assert told["finetune · steps"] == ("200", "7") and told["version · torch"][1] == "9.9"
     assert all(name.startswith(("finetune · steps", "version · ")) for name in told)
     assert second == []
-    shown = Page(report(runs, print).read_text()).words
+    shown = Page(report(runs).read_text()).words
     assert "200 → 7" in shown and "Nothing that was recorded." in shown
 
 
 def test_the_page_of_several_runs_shows_what_its_json_holds(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, later(0), later(0.1), replace(later(0.2), device="ssh:pi"))
-    page = report(runs, print)
+    page = report(runs)
     assert page == runs[-1].path / "history.html" and not runs[-1].report_html.exists()
     html = page.read_text(encoding="utf-8")
     check_self_contained(html)
@@ -144,7 +144,7 @@ def test_hostile_text_in_several_runs_is_escaped(tmp_path: Path) -> None:
     rows += [replace(row, perplexity=math.inf, speed=None) for row in example().measured[:2]]
     hostile = later(0, measured=rows, device=HOSTILE, created=HOSTILE, machine={HOSTILE: HOSTILE})
     runs = make_runs(tmp_path, hostile, replace(hostile, machine={}))
-    page = report(runs, print)
+    page = report(runs)
     check_self_contained(page.read_text())
     assert "<script>alert(1)</script>" in Page(page.read_text()).words
     json.loads(page.with_suffix(".json").read_text(), parse_constant=lambda word: pytest.fail(word))
@@ -164,10 +164,10 @@ def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
         assert answer.exit_code == code and words in answer.output.replace("\n", ""), answer.output
     assert [p.name for p in (tmp_path / "bare").iterdir()] == ["config.yaml"]
     with pytest.raises(UsageError, match="the oldest first"):
-        report([runs[0], runs[0]], print)
+        report([runs[0], runs[0]])
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
 def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
-    check_renders(report(make_runs(tmp_path, later(0), later(0.1, identities={})), print), width, dark)
+    check_renders(report(make_runs(tmp_path, later(0), later(0.1, identities={}))), width, dark)

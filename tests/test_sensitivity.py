@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from conftest import make_model, make_tokenizer
-from qat_edge import config, sensitivity
+from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
@@ -30,6 +30,7 @@ from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
 from qat_edge.quant.bit_allocation import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
 from qat_edge.run import Run, write_manifest
+from qat_edge.verbs import sensitivity
 
 GROUP = 32
 UP = "model.layers.1.mlp.up_proj"
@@ -396,21 +397,21 @@ def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
 
 
 def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:
-    sensitivity.sensitivity(run, SensitivityOptions(tokens=64), silent)
+    sensitivity.sensitivity(run, SensitivityOptions(tokens=64))
     path = run.path / "sensitivity/sensitivity.json"
     whole = path.read_text()
     path.write_text(whole[:100])
     with pytest.raises(RunError, match=r"sensitivity.json: missing or damaged .*--force"):
-        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0), silent)
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0))
     path.write_text(whole)
     write_manifest(run.reference, "reference", model={"identity": {"name": "other"}})
     with pytest.raises(RunError, match="another fine-tune"):
-        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0), silent)
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0))
 
 
 def test_too_little_data(run: Run) -> None:
     with pytest.raises(
         DataError, match=r"train.jsonl: 40 rows hold \d+ tokens, --tokens asks for 50000: \d+ are missing"
     ):
-        sensitivity.sensitivity(run, SensitivityOptions(tokens=50_000), silent)
+        sensitivity.sensitivity(run, SensitivityOptions(tokens=50_000))
     assert not (run.path / "sensitivity").exists()

@@ -1,4 +1,4 @@
-"""One package per target. Nothing is imported here: the tables name what `qat_edge.export` and `verify` resolve."""
+"""Exporters, one package per target."""
 
 EXPORTERS = {
     "executorch": "qat_edge_exporters.executorch.export_pte:export",

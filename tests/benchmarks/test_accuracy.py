@@ -27,9 +27,9 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.diagnose.error_budget import PARTS
 from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate.reference import load_exact
-from qat_edge.finetune import finetune
 from qat_edge.models.merge import merged_model
 from qat_edge.train import trainer
+from qat_edge.verbs.finetune import finetune
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
 TINY = replace(SETTINGS["reduced"], steps=3, tokens=32, factors=(), side_tasks=("python-reference",))
@@ -55,7 +55,7 @@ def test_a_changed_setting_is_another_cell() -> None:
 
 
 def test_a_finished_cell_is_not_measured_again(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    lab = Lab(tmp_path, "model", "cpu", TINY)
     counted: list[int] = []
 
     def measure() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_a_finished_cell_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_a_failed_cell_leaves_nothing(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    lab = Lab(tmp_path, "model", "cpu", TINY)
     with pytest.raises(ZeroDivisionError):
         lab.measured(CELL, lambda: {"perplexity": 1 / 0})
     assert lab.store.get(CELL) is None
@@ -250,7 +250,7 @@ def test_rows_that_change_nothing_are_left_out() -> None:
 
 def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path, tmp_path: Path) -> None:
     for setting in SETTINGS.values():
-        lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting, silent)
+        lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting)
         jobs = plan.plan(lab, settings.PARTS, (0, 1, 2))
         kinds = {job.cell.kind for job in jobs}
         assert kinds == {"emulated", "artifacts", "formulation", "remaining", "tables", "cost"}
@@ -263,7 +263,7 @@ def test_what_one_fine_tune_is_needed_for_stays_in_one_process(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = replace(SETTINGS["reduced"], factors=(2.0,))
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting, silent)
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting)
     jobs = plan.plan(lab, settings.PARTS, (0, 1))
     groups = plan._by_finetune(lab, jobs)
     assert groups[0] == ("python-reference", 0, 36), "the longest first"
@@ -285,7 +285,7 @@ def test_a_process_beside_others_has_one_thread_and_nothing_to_say() -> None:
 
 def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: Path, tmp_path: Path) -> None:
     few, many = (
-        Lab(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows), silent)
+        Lab(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows))
         for rows in (2, 5)
     )
     cells = [{job.cell.file_name for job in plan.plan(lab, settings.PARTS, (0,))} for lab in (few, many)]
@@ -293,7 +293,7 @@ def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: 
 
 
 def test_the_reduced_setting_ends_within_two_hours_by_its_own_estimate(tiny_model_folder: Path, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"], silent)
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"])
     assert plan.estimate_s(lab, plan.plan(lab, settings.PARTS, (0, 1, 2))) < 7200
 
 
@@ -304,7 +304,7 @@ def test_what_is_left_is_reckoned_at_this_machine_s_pace() -> None:
 def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
     tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
     before = lab.identity(tuned), lab.identity(qat)
     recipe = settings.recipe
@@ -317,7 +317,7 @@ def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
 def test_other_formulations_learn_at_the_rate_of_the_fine_tune_they_are_held_against(
     tiny_model_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
     tuned = lab.options(Training("assistant", 0, 36, FP32))
     other = lab.options(Training("assistant", 0, 36, name, formulation=True))
     rates = [
@@ -330,7 +330,7 @@ def test_other_formulations_learn_at_the_rate_of_the_fine_tune_they_are_held_aga
 def test_a_new_learning_rate_behind_an_unset_option_is_another_cell(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY, silent)
+    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
     tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
     before = lab.identity(tuned), lab.identity(qat)
     monkeypatch.setattr(trainer, "COMPENSATED_RATIO", 2 * trainer.COMPENSATED_RATIO)
@@ -339,7 +339,7 @@ def test_a_new_learning_rate_behind_an_unset_option_is_another_cell(
 
 
 def test_tidying_spares_what_can_be_resumed(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY, silent)
+    lab = Lab(tmp_path, "model", "cpu", TINY)
     runs = {name: tmp_path / "runs" / f"assistant-{name}-seed0-3-abc" for name in ("fp32", "qat")}
     for folder in runs.values():
         (folder / "checkpoints").mkdir(parents=True)
@@ -366,9 +366,9 @@ class InThisProcess(Lab):
         path, out = Path(arguments[3]), Path(arguments[-1])
         if arguments[0] == "benchmarks.formulations":
             options = config.load(FinetuneOptions, "finetune", Path(arguments[2]), {})
-            formulations.train(arguments[1], options, out, silent)
+            formulations.train(arguments[1], options, out)
         else:
-            finetune(config.load(FinetuneOptions, "finetune", path, {}), out, silent)
+            finetune(config.load(FinetuneOptions, "finetune", path, {}), out)
 
 
 def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -386,10 +386,10 @@ def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path
     ids, quantized = torch.arange(20).unsqueeze(0), lab.post_training(run, "rtn")
     with torch.no_grad():
         exact = load_exact(quantized)(ids).logits
-        whole = merged_model(run.reference, silent).model(ids).logits
+        whole = merged_model(run.reference).model(ids).logits
 
     def logits(*off: str) -> torch.Tensor:
-        with torch.no_grad(), partly_rounded(run.reference, quantized, off, silent) as model:
+        with torch.no_grad(), partly_rounded(run.reference, quantized, off) as model:
             found: torch.Tensor = model(ids).logits
         return found
 
@@ -399,7 +399,7 @@ def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path
     assert not torch.equal(one, exact) and not torch.equal(one, whole)
 
     def with_bits(embedding: int, head: int) -> torch.Tensor:
-        with torch.no_grad(), with_table_bits(run.reference, quantized, (embedding, head), silent) as model:
+        with torch.no_grad(), with_table_bits(run.reference, quantized, (embedding, head)) as model:
             found: torch.Tensor = model(ids).logits
         return found
 

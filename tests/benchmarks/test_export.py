@@ -63,11 +63,16 @@ def test_a_fit_says_how_far_from_a_line_it_is() -> None:
 
 def test_a_stage_lasts_until_the_next_and_partitions_are_one() -> None:
     stages = export_step._Stages()
-    for words in ("loading", "lowering partition 1 of 2", "lowering partition 2 of 2", "writing"):
-        stages.begin(words)
-        sum(range(200_000))
+    stages.info("loading")
+    sum(range(200_000))
+    with stages.progress(export_step.PARTITIONS, 2) as bar:
+        for done in (1, 2):
+            bar.update(done)
+            sum(range(200_000))
+    stages.info("writing")
+    sum(range(200_000))
     stages.end()
-    assert [stage.name for stage in stages.found] == ["loading", "lowering partition", "writing"]
+    assert [stage.name for stage in stages.found] == ["loading", "lowering partitions", "writing"]
     loading, lowering, _ = stages.found
     assert lowering.cpu_seconds > loading.cpu_seconds > 0 and lowering.peak_bytes > 0
 
@@ -99,9 +104,9 @@ def test_a_finished_export_is_not_repeated(tmp_path: Path, monkeypatch: pytest.M
         return made(1.0, 1e9)["figures"]
 
     monkeypatch.setattr(export, "exported", exported)
-    assert set(export.measured(["50M"], tmp_path, silent)) == {"50M"}
+    assert set(export.measured(["50M"], tmp_path)) == {"50M"}
     # 30 layers of SmolLM2's width are the 135M: one export, both names.
-    assert set(export.measured(["50M", "135M"], tmp_path, silent)) == {"50M", "135M", "30 layers"}
+    assert set(export.measured(["50M", "135M"], tmp_path)) == {"50M", "135M", "30 layers"}
     assert done == [SIZES["50M"], SIZES["135M"]]
 
 
@@ -113,7 +118,7 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path) -> None:
 def test_a_tiny_model_is_exported_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(heads=3, layers=1)
     figures = export.exported(shape, tmp_path)
-    assert {"exporting the graph", "lowering partition", "writing model.pte"} <= {s["name"] for s in figures["stages"]}
+    assert {"exporting the graph", "lowering partitions", "writing model.pte"} <= {s["name"] for s in figures["stages"]}
     assert sum(stage["cpu_seconds"] for stage in figures["stages"]) == pytest.approx(figures["cpu_seconds"])
     # One int8 table and int4 matrices: about a third of what they take in float.
     assert 49152 * shape.width < figures["file_bytes"] < shape.float_bytes * 0.35

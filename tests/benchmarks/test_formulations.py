@@ -124,7 +124,7 @@ def test_the_patch_ends_with_the_training(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(formulations, "finetune", trained)
     for name in ("split", "separate"):
         with pytest.raises(RuntimeError, match="stopped"):
-            formulations.train(name, None, tmp_path, print)  # type: ignore[arg-type]
+            formulations.train(name, None, tmp_path)  # type: ignore[arg-type]
         assert fake.add_adapters is original
     assert seen == [SplitLinear, SeparateLinear]
 

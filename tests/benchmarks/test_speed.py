@@ -70,13 +70,13 @@ def test_each_round_begins_with_another_engine() -> None:
 def test_finished_rounds_stay_and_another_model_is_measured_anew(tmp_path: Path) -> None:
     calls: list[str] = []
     store, engine = CellStore(tmp_path), fake("a", 50.0, calls)
-    assert len(speed.rounds([engine], store, AMOUNTS, 1, silent)) == 1
-    assert len(speed.rounds([engine], store, AMOUNTS, 2, silent)) == 2
+    assert len(speed.rounds([engine], store, AMOUNTS, 1)) == 1
+    assert len(speed.rounds([engine], store, AMOUNTS, 2)) == 2
     assert calls == ["a2", "a1"] * 2
     other = replace(engine, facts=replace(engine.facts, sha256="other"))
-    speed.rounds([other], store, AMOUNTS, 1, silent)
+    speed.rounds([other], store, AMOUNTS, 1)
     assert len(calls) == 6
-    speed.rounds([engine, fake("b", 25.0, calls)], store, AMOUNTS, 1, silent)  # and a further engine
+    speed.rounds([engine, fake("b", 25.0, calls)], store, AMOUNTS, 1)  # and a further engine
     assert len(calls) == 10
 
 
@@ -114,7 +114,7 @@ def test_a_shared_table_is_read_once_and_its_precision_named() -> None:
 def test_without_a_compiler_llama_cpp_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(PeerError, match="no C\\+\\+ compiler"):
-        Workshop(tmp_path, Run(tmp_path), silent).llama_bench()
+        Workshop(tmp_path, Run(tmp_path)).llama_bench()
 
 
 def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(engines, "_pte", lambda name, folder: fake(name, 50.0))
     monkeypatch.setattr(engines, "_llama_cpp", lambda workshop: Engine(LLAMA_CPP, FACTS, crash))
     monkeypatch.setattr(Workshop, "genai_int4", lambda self: tmp_path)
-    ready, reasons = engines.gather(Run(tmp_path), tmp_path, silent)
+    ready, reasons = engines.gather(Run(tmp_path), tmp_path)
     assert [engine.name for engine in ready] == [PTE]
     assert reasons[LLAMA_CPP] == "ended by SIGSEGV"
     assert set(reasons) == {PTE_INT4, ONNX, LLAMA_CPP, GENAI} and "model.onnx: missing" in reasons[ONNX]
@@ -132,14 +132,13 @@ def test_an_engine_that_crashes_is_missing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_pte_with_int4_tables_is_made_of_any_run(
-    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     made = train_run(tiny_model_folder, tmp_path, steps=2)
     like = made.exports / "executorch"
     like.mkdir(parents=True)
     write_manifest(like, "export", options={"target": ["executorch", "onnx"], "context_length": 48, "ptq": ["rtn"]})
-    said: list[str] = []
-    shop = Workshop(tmp_path / "work", made, said.append)
+    shop = Workshop(tmp_path / "work", made)
     folder = shop.int4_tables()
     engine = engines._pte(PTE_INT4, folder)
     artifact = pte_reader.read(folder)
@@ -151,14 +150,15 @@ def test_a_pte_with_int4_tables_is_made_of_any_run(
     assert engine.facts.token_bytes == sum(matrices) * (4 + 16 / 32) / 8  # bfloat16 scales of 32 weights each
     assert engine.timed(1, TRIAL)["decode"] > 0
     monkeypatch.setattr(peers, "export", lambda *given: pytest.fail("made again"))
-    assert shop.int4_tables() == folder and len(said) == 1
+    assert shop.int4_tables() == folder
+    assert sum(line.startswith("Exporting the model with int4") for line in messages) == 1
     write_manifest(like, "export", options={"context_length": 64})
     with pytest.raises(pytest.fail.Exception, match="made again"):  # the run was exported anew
         shop.int4_tables()
 
 
 def test_a_failed_step_is_quoted(tmp_path: Path) -> None:
-    shop = Workshop(tmp_path, Run(tmp_path), silent)
+    shop = Workshop(tmp_path, Run(tmp_path))
     with pytest.raises(PeerError, match="no such source"):
         shop._do([sys.executable, "-c", "raise SystemExit('no such source')"], "fetch")
     assert "no such source" in (tmp_path / "logs" / "fetch.log").read_text()

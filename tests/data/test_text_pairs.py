@@ -24,12 +24,12 @@ from qat_edge.config import ExportOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError
-from qat_edge.export import export
-from qat_edge.models import task
+from qat_edge.models import tasks
 from qat_edge.models.merge import base_model
-from qat_edge.models.task import SequenceClassifier
+from qat_edge.models.tasks import SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.run import Run
+from qat_edge.verbs.export import export
 from qat_edge_exporters.executorch.encoder_runtime import answers
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     BertForSequenceClassification(make_config()).save_pretrained(root / "model")
     make_tokenizer().save_pretrained(root / "model")
     made = train_run(root / "model", root, ROWS)
-    export(made, ExportOptions(target=("executorch",), ptq=("none",)), lambda text: None)
+    export(made, ExportOptions(target=("executorch",), ptq=("none",)))
     return made
 
 
@@ -83,12 +83,12 @@ def test_types_are_those_of_the_tokenizer(text: str, pair: str | None) -> None:
         return_tensors="pt",
     )
     kept = given.attention_mask.bool()
-    found = task.token_types(given.input_ids, given.attention_mask)
+    found = tasks.token_types(given.input_ids, given.attention_mask)
     assert torch.equal(found[kept], given.token_type_ids[kept])
 
 
 def test_the_model_finds_the_types_itself_in_torch_and_in_the_artifact(run: Run) -> None:
-    kind = task.of_run(run)
+    kind = tasks.of_run(run)
     assert kind == SequenceClassifier(LABELS, pairs=True)
     rows = [make_tokenizer()(row["text"], row["text_pair"], return_token_type_ids=True) for row in ROWS[:8]]
     artifact = answers(run.exports / "executorch", [row.input_ids for row in rows])

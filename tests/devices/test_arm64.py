@@ -17,8 +17,8 @@ from qat_edge.config import ExportOptions
 from qat_edge.diagnose import runtime_rounding
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.reference import Logits
-from qat_edge.export import export
 from qat_edge.run import Run
+from qat_edge.verbs.export import export
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.transport import Access
 
@@ -35,7 +35,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("arm64"))
-    export(made, ExportOptions(context_length=64, ptq=("none",)), lambda text: None)
+    export(made, ExportOptions(context_length=64, ptq=("none",)))
     return made
 
 

@@ -20,9 +20,9 @@ from qat_edge.diagnose import fault_test, locate_fault
 from qat_edge.diagnose.error_budget import DEVICE, FROZEN, HOST, TRAINED
 from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, of_artifact
 from qat_edge.evaluate import results
-from qat_edge.export import export
 from qat_edge.run import Run
-from qat_edge.validate import validate_devices
+from qat_edge.verbs.export import export
+from qat_edge.verbs.validate import validate_devices
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +37,18 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
 @pytest.fixture(scope="module")
 def run(way: Way, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("budget"))
-    export(made, ExportOptions(target=("onnx",), context_length=128, ptq=("none",)), lambda text: None)
+    export(made, ExportOptions(target=("onnx",), context_length=128, ptq=("none",)))
     return made
 
 
 @pytest.mark.parametrize("also_here", [False, True])
-def test_the_last_step_is_the_device(run: Run, way: Way, also_here: bool) -> None:
-    said: list[str] = []
+def test_the_last_step_is_the_device(run: Run, way: Way, also_here: bool, messages: list[str]) -> None:
     asked = ValidateOptions(
         device=("local", way.device) if also_here else (way.device,), device_python=sys.executable,
         device_folder=str(way.folder), ssh_config=way.ssh_config, tokens=64, window=64, prompts=0, threads=1,
         prefill=8, decode=4, repeats=2, budget=True, max_fault_chance=0.75,
     )  # fmt: skip
-    done = validate_devices(run, asked, said.append, force=True)
+    done = validate_devices(run, asked, force=True)
     assert done.failures == {} and [report.device for report in done.reports] == list(asked.device)
     report = done.reports[-1]
     (budget,) = report.budgets
@@ -60,7 +59,7 @@ def test_the_last_step_is_the_device(run: Run, way: Way, also_here: bool) -> Non
     assert steps[DEVICE].change == results.Agreement(report.tokens, 0.0, 1.0, None)
     assert steps[DEVICE].perplexity == steps[HOST].perplexity
     assert not budget.judged.beyond and [gate.passed for gate in report.gates] == [True]
-    assert any("Scoring" in text and "on this machine" in text for text in said) is not also_here
+    assert any("Scoring" in text and "on this machine" in text for text in messages) is not also_here
     assert way.runs() == [], "nothing is left there"
     if also_here:
         assert [step.name for step in done.reports[0].budgets[0].steps][-1] == HOST

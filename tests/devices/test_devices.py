@@ -18,8 +18,8 @@ from conftest import train_run
 from qat_edge.cli import commands
 from qat_edge.config import ExportOptions
 from qat_edge.evaluate import results
-from qat_edge.export import export
 from qat_edge.run import Run
+from qat_edge.verbs.export import export
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.device_errors import ConnectionLostError, KilledError, RefusedError, UnsuitableError
 
@@ -123,7 +123,7 @@ def test_a_connection_cut_in_the_middle_of_scoring_is_made_again(way: Way, artif
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of a few steps, exported to both targets."""
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("devices"))
-    export(made, ExportOptions(context_length=128, ptq=("none",)), lambda text: None)
+    export(made, ExportOptions(context_length=128, ptq=("none",)))
     return made
 
 

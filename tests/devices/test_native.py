@@ -21,9 +21,9 @@ from conftest import train_run
 from qat_edge.cli import commands
 from qat_edge.config import ExportOptions
 from qat_edge.evaluate import results
-from qat_edge.export import export
-from qat_edge.report import report
 from qat_edge.run import Run
+from qat_edge.verbs.export import export
+from qat_edge.verbs.report import report
 from qat_edge_devices import open_transport
 from qat_edge_devices.device_errors import ConnectionLostError, ProgramError, ResultError, UnsuitableError
 from qat_edge_devices.elf import Program, read_program
@@ -219,7 +219,7 @@ def test_figures_that_cannot_be_read_are_an_error_and_a_lost_connection_is_asked
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("native"))
-    export(made, ExportOptions(target=("executorch",), context_length=32, ptq=("none",)), lambda text: None)
+    export(made, ExportOptions(target=("executorch",), context_length=32, ptq=("none",)))
     return made
 
 
@@ -241,7 +241,7 @@ def test_a_runner_without_logits_is_reported_with_the_reason(run: Run, tmp_path:
     notes = " | ".join(found.notes)
     for words in ("llama_main, built by you", "gives text, not logits", "memory not measured", "compared as text"):
         assert words in notes
-    report([run], lambda text: None)
+    report([run])
     assert "gives text, not logits" in run.report_html.read_text()
 
 

@@ -11,8 +11,8 @@ from reached import on_the_way, why_not
 
 from conftest import train_run
 from qat_edge.config import ExportOptions, ValidateOptions
-from qat_edge.export import export
-from qat_edge.validate import require_success, validate_devices
+from qat_edge.verbs.export import export
+from qat_edge.verbs.validate import require_success, validate_devices
 from qat_edge_devices import remote
 
 MOST_BYTES = 1_000_000
@@ -23,7 +23,7 @@ def test_a_second_validation_sends_no_artifact(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train_run(tiny_model_folder, tmp_path)
-    export(run, ExportOptions(target=("onnx",), context_length=128, ptq=("none",)), lambda text: None)
+    export(run, ExportOptions(target=("onnx",), context_length=128, ptq=("none",)))
     sizes = [path.stat().st_size for path in (run.exports / "onnx").iterdir()]
     large = sum(size for size in sizes if size >= remote.CACHE_BYTES)
     sent: dict[str, list[int]] = {}
@@ -38,7 +38,7 @@ def test_a_second_validation_sends_no_artifact(
             )  # fmt: skip
             for _ in range(2):
                 before = way.sent()
-                require_success(validate_devices(run, asked, lambda text: None, force=True))
+                require_success(validate_devices(run, asked, force=True))
                 sent.setdefault(kind, []).append(way.sent() - before)
     if not sent:
         pytest.skip("neither sshd nor adbd is here (tests/devices/install does it)")

@@ -46,7 +46,7 @@ def between(one: int, other: int) -> metrics.Comparison:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    made = Bench(Material(SEQUENCES, [], [0], 0, None), ValidateOptions(), tmp_path, lambda text: None)
+    made = Bench(Material(SEQUENCES, [], [0], 0, None), ValidateOptions(), tmp_path)
     fill(made.fp32, 0)
     fill(made.exact, 1)
     return made
@@ -77,15 +77,16 @@ def test_each_step_is_held_against_the_one_before(
         assert step.perplexity == pytest.approx(between(0, now).perplexity)
 
 
-def test_what_fails_on_this_machine_is_left_out(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_on_this_machine_is_left_out(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
     def rows(self: Bench, *_: object) -> Iterator[tuple[int, np.ndarray]]:
         yield 0, logits(2)[0]
         raise KilledError("local: ended by SIGKILL")
 
-    said: list[str] = []
     monkeypatch.setattr(Bench, "artifact_rows", rows)
-    score_here(Run(tmp_path), replace(bench, say=said.append), ["executorch"])
-    assert "left out of the budget: local: ended by SIGKILL" in said[-1]
+    score_here(Run(tmp_path), replace(bench), ["executorch"])
+    assert "left out of the budget: local: ended by SIGKILL" in messages[-1]
     fill(bench.kept(PHONE, "executorch"), 3)
     steps = budget(bench, torch_side(), "executorch", PHONE, JUDGED).steps[4:]
     assert [step.name for step in steps] == [DEVICE], "one sequence of eight is no step"

@@ -15,7 +15,7 @@ TUNED = [[5, 6, 7], [5, 6], [8], [1, 2, 3, 4]]
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(Material([], [], [0], 0, None), ValidateOptions(), tmp_path, lambda text: None)
+    return Bench(Material([], [], [0], 0, None), ValidateOptions(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from qat_edge.evaluate import gates
 from qat_edge.evaluate.encoder_results import Answered
 from qat_edge.evaluate.results import Agreement, Budget, Gate, Judgement, Measured, Report, Speed, Spread
 from qat_edge.run import Run
-from qat_edge.validate import Validated, _set_by_profiles
+from qat_edge.verbs.validate import Validated, _set_by_profiles
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "examples" / "github-actions.yml"
@@ -264,7 +264,9 @@ def test_the_file_is_there_whatever_became_of_the_limits(
 ) -> None:
     held = gates.hold(options(max_kl=0.01), [TUNED, QAT])
     whole = replace(report(*held), measured=[TUNED, QAT])
-    monkeypatch.setattr("qat_edge.validate.validate_devices", lambda *_, **__: Validated([whole], {"adb": "gone"}))
+    monkeypatch.setattr(
+        "qat_edge.verbs.validate.validate_devices", lambda *_, **__: Validated([whole], {"adb": "gone"})
+    )
     answer = CliRunner().invoke(
         commands.main, ["validate", str(run_folder), "--max-kl", "0.01", "--junit", str(tmp_path / "out" / "j.xml")]
     )

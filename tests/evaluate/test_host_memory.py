@@ -36,9 +36,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from qat_edge.config import ValidateOptions
-from qat_edge.data import ScoredIds
-from qat_edge.measure import reference
-from qat_edge.measure.bench import Bench, Material
+from qat_edge.data.tokenization import ScoredIds
+from qat_edge.evaluate import reference
+from qat_edge.evaluate.evaluator import Bench, Material
 from qat_edge.train.trainer import peak_rss_bytes
 from qat_edge_devices.local import LocalTransport
 

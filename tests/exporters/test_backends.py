@@ -14,13 +14,13 @@ from tiny import CONTEXT, SHAPE, Exported, export_into, freeze, llama, sqnr
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from conftest import make_tokenizer
-from qat_edge import export as exporting
-from qat_edge import generate, validate
 from qat_edge.config import ARTIFACTS, BACKENDS, RUNTIMES, TARGETS, ExportOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
-from qat_edge.verify import Verified, verify_folder
+from qat_edge.verbs import export as exporting
+from qat_edge.verbs import generate, validate
+from qat_edge.verbs.verify import Verified, verify_folder
 from qat_edge_exporters import READERS
 from qat_edge_exporters.executorch import known_runtimes
 from qat_edge_exporters.executorch.backends import registry
@@ -193,7 +193,7 @@ def test_a_missing_compiler_is_named_first(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ExportError, match=r"needs coremltools.*pip install 'qat-edge\[coreml\]'"):
         export_into(tmp_path / "no checkpoint", tmp_path / "out", backend="coreml")
     with pytest.raises(ExportError, match="needs coremltools"):
-        exporting.export(Run(tmp_path / "no run"), ExportOptions(backend="coreml"), silent)
+        exporting.export(Run(tmp_path / "no run"), ExportOptions(backend="coreml"))
 
 
 def test_codes_that_cannot_be_read_are_not_called_equal(
@@ -228,19 +228,19 @@ def test_float_checkpoints_are_refused(tmp_path: Path) -> None:
 )
 def test_combinations_that_cannot_be(options: ExportOptions, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        exporting.export(Run(tmp_path), options, silent)
+        exporting.export(Run(tmp_path), options)
 
 
 @pytest.mark.parametrize("name", registry.BACKENDS)
 def test_has_a_folder_of_its_own_and_tells_what_differs(name: str, tmp_path: Path) -> None:
     variant, said, given = Variant(tmp_path), [], {}
 
-    def exporter(checkpoint: Path, out: Path, context_length: int, say: Any, **extras: Any) -> None:
+    def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
         given[out.name.split(".")[1]] = extras
 
     write_manifest(variant.quantized, "quantized")
     for target in TARGETS:
-        exporting.export_one(variant, target, exporter, ExportOptions(backend=name), said.append)
+        exporting.export_one(variant, target, exporter, ExportOptions(backend=name))
     folder = f"executorch-{name}"
     assert variant.targets() == [folder, "onnx"]
     assert given == {folder: {"backend": name}, "onnx": {}}
@@ -257,14 +257,13 @@ def test_every_backend_is_an_option_with_a_reader() -> None:
 
 
 @pytest.mark.parametrize("artifact", [backend.folder for backend in registry.BACKENDS.values()])
-def test_cannot_run_here(artifact: str, tmp_path: Path) -> None:
+def test_cannot_run_here(artifact: str, tmp_path: Path, messages: list[str]) -> None:
     run = Run(tmp_path)
     write_manifest(run.exports / artifact, "export", quantized_sha256="")
     with pytest.raises(RunError, match=f"{artifact} cannot run here.*is not in ExecuTorch's Python package"):
         generate.generate(run, "Hello", artifact, silent, raw=True, system=None, max_new_tokens=1)
     with pytest.raises(RunError, match=f"{artifact} cannot run here"):
-        validate.validate(run, ValidateOptions(target=(artifact,)), silent)
-    said: list[str] = []
+        validate.validate(run, ValidateOptions(target=(artifact,)))
     with pytest.raises(RunError, match="nothing exported"):
-        validate.validate(run, ValidateOptions(), said.append)
-    assert said == [f"Left out {registry.runs_elsewhere(artifact)}"]
+        validate.validate(run, ValidateOptions())
+    assert messages == [f"Left out {registry.runs_elsewhere(artifact)}"]

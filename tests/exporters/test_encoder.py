@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from qat_edge.errors import ExportError
-from qat_edge.models import task
-from qat_edge.models.task import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models import tasks
+from qat_edge.models.tasks import Kind, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import pte_support
 from qat_edge_exporters.executorch.pte.inspection import inspect
 
@@ -145,8 +145,8 @@ def test_what_cannot_be_exported_is_known_from_the_configuration() -> None:
 
 def test_kinds_follow_from_configurations() -> None:
     config = BertConfig(architectures=["BertForSequenceClassification"])
-    assert task.of_config(config) == SequenceClassifier()
-    assert task.of_config(BertConfig(architectures=["BertForMaskedLM"])) == SentenceEncoder()
-    assert task.of_config(BertConfig(is_decoder=True)) == task.CAUSAL_LM
-    assert not task.is_encoder(T5Config())
+    assert tasks.of_config(config) == SequenceClassifier()
+    assert tasks.of_config(BertConfig(architectures=["BertForMaskedLM"])) == SentenceEncoder()
+    assert tasks.of_config(BertConfig(is_decoder=True)) == tasks.CAUSAL_LM
+    assert not tasks.is_encoder(T5Config())
     assert CONTEXT > POSITIONS

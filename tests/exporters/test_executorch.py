@@ -32,7 +32,7 @@ from transformers import (
 
 from conftest import make_tokenizer
 from qat_edge.errors import ExportError
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.graph import attention, tracing
 from qat_edge_exporters.executorch.graph.portable_attention import PortableCache
@@ -182,7 +182,7 @@ def test_a_portable_int4_embedding_looks_up_the_same_rows(head_bits: int, tmp_pa
 
 def test_portable_computes_the_same_without_custom_operators(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "portable").mkdir()
-    export(exported.frozen, tmp_path / "portable", CONTEXT, lambda text: None, portable=True)
+    export(exported.frozen, tmp_path / "portable", CONTEXT, portable=True)
     torch.manual_seed(1)
     tokens = torch.randint(3, 288, (1, max(LENGTHS) + STEPS))
     np.save(tmp_path / "tokens.npy", tokens.numpy())
@@ -245,7 +245,7 @@ def refused(config: PretrainedConfig, tmp_path: Path, context_length: int, token
         (tmp_path / "frozen/tokenizer.json").unlink()
     (tmp_path / "export").mkdir()
     with pytest.raises(ExportError) as caught:
-        export(tmp_path / "frozen", tmp_path / "export", context_length, lambda text: None)
+        export(tmp_path / "frozen", tmp_path / "export", context_length)
     assert list((tmp_path / "export").iterdir()) == []
     return str(caught.value)
 

@@ -40,12 +40,12 @@ from conftest import make_tokenizer
 from qat_edge.config import ExportOptions, FinetuneOptions
 from qat_edge.errors import ExportError
 from qat_edge.evaluate.reference import load_exact
-from qat_edge.export import export
-from qat_edge.finetune import finetune
-from qat_edge.generate import generate
 from qat_edge.models import load
 from qat_edge.run import Run
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.export import export
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.generate import generate
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import architecture
 
 WINDOW = 8
@@ -125,8 +125,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
                 track=(),
             )
             run = Run(root / "run")
-            finetune(options, run.path, silent)
-            export(run, ExportOptions(context_length=CONTEXT, ptq=("none",)), silent)
+            finetune(options, run.path)
+            export(run, ExportOptions(context_length=CONTEXT, ptq=("none",)))
             made[family] = Made(run, load_exact(run.quantized))
         return made[family]
 
@@ -233,7 +233,7 @@ def test_fused_projections_come_apart_by_rows(make: Callable[[str], Made]) -> No
 def test_a_context_in_which_rotary_embeddings_change_is_refused(make: Callable[[str], Made], target: str) -> None:
     run = make("phi4").run
     with pytest.raises(ExportError, match=r"--context-length 65: longrope .* 64 or less"):
-        export(run, ExportOptions(target=(target,), context_length=65, ptq=("none",)), silent, force=True)
+        export(run, ExportOptions(target=(target,), context_length=65, ptq=("none",)), force=True)
 
 
 GAPS: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, str]]] = {

@@ -108,7 +108,7 @@ def artifacts(made: Mapping[str, Made], tmp_path_factory: pytest.TempPathFactory
         folder = root / kind / target
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            resolve(EXPORTERS, target, "--target")(made[kind].checkpoint, folder, CONTEXT, lambda text: None)
+            resolve(EXPORTERS, target, "--target")(made[kind].checkpoint, folder, CONTEXT)
         return folder
 
     return export
@@ -215,14 +215,14 @@ def test_adapters_of_another_form_are_refused(target: str, made: Mapping[str, Ma
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(ExportError, match="use_dora"):
-        export(checkpoint, tmp_path, CONTEXT, lambda text: None)
+        export(checkpoint, tmp_path, CONTEXT)
     path.write_text(json.dumps(settings))
     file = path.with_name("adapter_model.safetensors")
     tensors = load_file(file)
     moved = {k.replace("layers.1.mlp.up_proj", "layers.9.mlp.up_proj"): v for k, v in tensors.items()}
     save_file(moved, file)
     with pytest.raises(ExportError, match=r"model\.layers\.9\.mlp\.up_proj"):
-        export(checkpoint, tmp_path, CONTEXT, lambda text: None)
+        export(checkpoint, tmp_path, CONTEXT)
 
 
 def test_rank_stabilized_adapters_have_their_own_scale(made: Mapping[str, Made], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     freeze(llama(hidden_size=WIDTH, num_attention_heads=WIDTH // HEAD), 32, root / "frozen")
     onnx_folder = root / "onnx"
     onnx_folder.mkdir()
-    onnx_export.export(root / "frozen", onnx_folder, CONTEXT, lambda text: None)
+    onnx_export.export(root / "frozen", onnx_folder, CONTEXT)
     pte_folder = export_into(root / "frozen", root / "executorch").folder
     for folder in (onnx_folder, pte_folder):
         (folder / "manifest.json").write_text('{"format": 2, "options": {}}')
@@ -213,7 +213,7 @@ def judged(made: Made, target: str, exports: Path, scratch: Path) -> Judgement:
     torch_side = made.torch_side(target)
     kinds = {"": Rounding(), **torch_side.roundings}
     torch_side.expected = {key: error_budget._expected(run, made.prompts, one) for key, one in kinds.items()}
-    bench = Bench(Material([], [], [0], 0, None), ValidateOptions(threads=1), scratch, lambda text: None)
+    bench = Bench(Material([], [], [0], 0, None), ValidateOptions(threads=1), scratch)
     with closing(LocalTransport()) as transport:
         return error_budget.judge(run, bench, torch_side, target, transport)
 

@@ -14,12 +14,12 @@ from tiny import CONTEXT, SHAPE, Exported, export_into, freeze, llama, sqnr
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, MistralConfig, PretrainedConfig
 
-from qat_edge import doctor
-from qat_edge import export as exporting
 from qat_edge.config import DoctorOptions, ExportOptions
 from qat_edge.errors import ExportError, UsageError
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
+from qat_edge.verbs import doctor
+from qat_edge.verbs import export as exporting
 from qat_edge_exporters.executorch.graph import attention, tracing
 
 LENGTHS = (1, 2, 7, 33)  # tokens of prompts
@@ -118,12 +118,12 @@ def test_prefill_in_parts_is_prefill_at_once(exported: Exported) -> None:
 
 def test_doctor_and_export_tell_its_size(exported: Exported) -> None:
     write_manifest(exported.folder, "export")
-    diagnosis = doctor.doctor(exported.folder, DoctorOptions(), lambda text: None)
+    diagnosis = doctor.doctor(exported.folder, DoctorOptions())
     assert diagnosis.faults == [] and [c.runtime for c in diagnosis.runtimes if not c.loads] == ["minimal"]
     each = 2 * 2 * 2 * (16 + 4 + 1)  # layers, keys and values, heads; codes, scale and zero point
     line = f"cache      keys and values in int8: {CONTEXT * each / 1e3:.1f} kB for {CONTEXT} tokens, {each} bytes each"
     assert line in doctor.lines(diagnosis)
-    assert f"KV cache in int8: {each} bytes a token, 0.0 MB for {CONTEXT}" in exported.said
+    assert f"KV cache in int8: {each} bytes a token, 0.0 MB for {CONTEXT}" in exported.messages
 
 
 def test_a_float_cache_is_told_too() -> None:
@@ -149,18 +149,18 @@ def test_capped_scores_are_refused_by_name(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_a_usage_error(options: ExportOptions, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        exporting.export(Run(tmp_path), options, lambda text: None)
+        exporting.export(Run(tmp_path), options)
 
 
 def test_the_manifest_says_it_and_another_cache_is_exported_again(tmp_path: Path) -> None:
     told: dict[str, Any] = {}
 
-    def exporter(checkpoint: Path, out: Path, context_length: int, say: Any, **extras: Any) -> None:
+    def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
         told.update(extras)
 
     variant, options = Variant(tmp_path), ExportOptions(target=("executorch",), kv_cache="int8")
     write_manifest(variant.quantized, "quantized")
-    exporting.export_one(variant, "executorch", exporter, options, lambda text: None)
+    exporting.export_one(variant, "executorch", exporter, options)
     folder = variant.exports / "executorch"
     assert told == {"kv_cache": "int8"} and read_manifest(folder)["options"]["kv_cache"] == "int8"
     assert exporting._is_current(folder, options) and not exporting._is_current(folder, ExportOptions())

@@ -69,7 +69,7 @@ def test_fewer_tracings_write_the_same_file(
     monkeypatch.setattr(lowering, "_shared_constants", nullcontext)
     theirs = export_into(tmp_path / "frozen", tmp_path / "theirs", portable=portable)
     assert ours.pte.read_bytes() == theirs.pte.read_bytes()
-    assert ours.said == theirs.said
+    assert ours.messages == theirs.messages
     assert run_by_us < sum(found) / 3
 
 
@@ -116,5 +116,5 @@ def test_no_table_is_put_in_float_to_trace_a_model(tmp_path: Path) -> None:
 
 def test_says_what_it_is_doing(exported: Exported) -> None:
     # One delegate a layer, and one each for positions, before the first attention and for the head.
-    assert "lowering partition 5 of 5" in exported.said
-    assert exported.said[0] == "loading the frozen checkpoint"
+    assert "  lowering partitions 5/5" in exported.messages
+    assert exported.messages[0] == "loading the frozen checkpoint"

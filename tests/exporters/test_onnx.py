@@ -32,7 +32,7 @@ from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
 from qat_edge.quant import frozen, numerics, rotation, scheme
 from qat_edge.run import write_manifest
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import export_onnx as onnx_export
 from qat_edge_exporters.onnx.onnx_reader import read, unpack
 
@@ -132,7 +132,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
             turned = name.startswith("turned")
             plain, plan = freeze(config(), group_size, root / "frozen", bits, table_bits, turned)
             (root / "onnx").mkdir()
-            onnx_export.export(root / "frozen", root / "onnx", CONTEXT, lambda text: None)
+            onnx_export.export(root / "frozen", root / "onnx", CONTEXT)
             made[name] = Exported(root / "frozen", root / "onnx", plain, plan)
         return made[name]
 
@@ -403,7 +403,7 @@ def test_a_wrong_configuration_is_a_fault(make: Callable[[str], Exported], tmp_p
 
 def test_a_context_longer_than_the_models_is_refused(make: Callable[[str], Exported], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--context-length 257"):
-        onnx_export.export(make("llama_tied").frozen, tmp_path, 257, lambda text: None)
+        onnx_export.export(make("llama_tied").frozen, tmp_path, 257)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -413,7 +413,7 @@ def test_an_architecture_the_builder_does_not_know_is_refused(make: Callable[[st
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["StarlingForCausalLM"]}))
     with pytest.raises(ExportError, match="StarlingForCausalLM"):
-        onnx_export.export(source, out, CONTEXT, lambda text: None)
+        onnx_export.export(source, out, CONTEXT)
     assert list(out.iterdir()) == []
 
 
@@ -424,4 +424,4 @@ def test_layers_without_a_name_there_are_refused(
     renamed = {name.replace("q_proj", "W_pack"): weight for name, weight in frozen.read_weights(folder).items()}
     monkeypatch.setattr(onnx_export, "read_weights", lambda _: renamed)
     with pytest.raises(ExportError, match="W_pack"):
-        onnx_export.export(folder, tmp_path, CONTEXT, lambda text: None)
+        onnx_export.export(folder, tmp_path, CONTEXT)

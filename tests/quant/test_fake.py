@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qat_edge.config import FinetuneOptions
-from qat_edge.finetune import finetune
 from qat_edge.quant import fake, frozen, numerics, scheme
 from qat_edge.quant.scheme import WeightScheme
-from qat_edge.quantize import quantize_if_missing
 from qat_edge.run import Run
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.quantize import quantize_if_missing
 
 SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -126,7 +126,9 @@ def test_every_adapter_learns_under_fake_quantization(tiny_model_folder: Path) -
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_keeps_the_bits_of_its_tables(tiny_model_folder: Path, tmp_path: Path, method: str) -> None:
+def test_a_run_keeps_the_bits_of_its_tables(
+    tiny_model_folder: Path, tmp_path: Path, method: str, messages: list[str]
+) -> None:
     """From the options through both phases and the merge into the checkpoints of QAT and of PTQ."""
     rows = [{"prompt": f"say {i}", "completion": f"{i}!"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,11 +136,10 @@ def test_a_run_keeps_the_bits_of_its_tables(tiny_model_folder: Path, tmp_path: P
         model=str(tiny_model_folder), data=str(tmp_path / "rows.jsonl"), method=method, embedding_bits=4, head_bits=4,
         steps=4, qat_start=0.5, ptq_start="hqq", batch_size=2, track=(),
     )  # fmt: skip
-    said: list[str] = []
-    finetune(options, tmp_path / "run", said.append)
-    assert [line for line in said if "embedding and head share a table: int4 (group 32)" in line]
+    finetune(options, tmp_path / "run")
+    assert [line for line in messages if "embedding and head share a table: int4 (group 32)" in line]
     for name in ("qat", "rtn"):
-        folder = quantize_if_missing(Run(tmp_path / "run"), name, said.append).quantized
+        folder = quantize_if_missing(Run(tmp_path / "run"), name).quantized
         plan, weights = frozen.read_scheme(folder), frozen.read_weights(folder)
         assert plan.table_bits == (4, 4) and plan.tied
         embedding, head = weights[plan.embedding], weights[plan.head]

@@ -184,7 +184,7 @@ def gemma() -> Gemma2ForCausalLM:
         (gemma, {"o_proj"}),
     ],
 )
-def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled: set[str]) -> None:
+def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled: set[str], messages: list[str]) -> None:
     model = make().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -195,13 +195,12 @@ def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled:
     ids = batches()[0]["input_ids"]
     with torch.no_grad():
         expected = model(ids).logits
-        said: list[str] = []
-        methods.apply(model, scheme.choose(model, 32), "awq", batches(), said.append)
+        methods.apply(model, scheme.choose(model, 32), "awq", batches())
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     changed = {n.split(".")[-2] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {"input_layernorm", "q_proj", "gate_proj", "up_proj", "down_proj"} <= changed
     kinds = {
-        word for line in said if "not scaled" in line for word in ("o_proj", "down_proj", "q_proj") if word in line
+        word for line in messages if "not scaled" in line for word in ("o_proj", "down_proj", "q_proj") if word in line
     }
     assert kinds == unscaled
 
@@ -283,7 +282,7 @@ def test_gptaq_comes_closer_to_the_float_model_than_gptq(tiny_model_folder: Path
         model, plan = load(tiny_model_folder)
         with torch.no_grad():
             expected = [model(**batch).logits for batch in batches()]
-            frozen.freeze(model, plan, methods.apply(model, plan, method, batches(), silent))
+            frozen.freeze(model, plan, methods.apply(model, plan, method, batches()))
             found = [model(**batch).logits for batch in batches()]
         masks = [batch["attention_mask"].bool() for batch in batches()]
         errors[method] = sum(float((f - e)[m].square().sum()) for f, e, m in zip(found, expected, masks, strict=True))
@@ -298,7 +297,7 @@ def test_int8_layers_make_up_for_what_lies_before_them(tiny_model_folder: Path, 
     own = {name: model.get_submodule(name).weight.detach().clone() for name in wide}
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches()]
-        scales = methods.apply(model, plan, method, batches(), silent)
+        scales = methods.apply(model, plan, method, batches())
         errors = []
         for kept in ({}, own):
             judged = copy.deepcopy(model)
@@ -320,7 +319,7 @@ def test_codes_and_scales_are_those_of_passes_that_compute_everything(
         monkeypatch.setattr(Replay, "finish", finish)
         model = make().eval()
         with torch.no_grad():
-            scales = methods.apply(model, scheme.choose(model, 32), "cd", batches(), silent)
+            scales = methods.apply(model, scheme.choose(model, 32), "cd", batches())
         found.append((scales, model.state_dict()))
     for replayed, computed in zip(found[0], found[1], strict=True):
         assert replayed.keys() == computed.keys()
@@ -396,7 +395,7 @@ def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path,
     ids = torch.arange(3, 43).unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-    scales = methods.apply(model, plan, method, batches(), silent)
+    scales = methods.apply(model, plan, method, batches())
     assert set(scales) == set(plan.linears)
     for name, found in scales.items():
         out, width = model.get_submodule(name).weight.shape
@@ -418,8 +417,8 @@ def test_adapters_that_add_nothing_change_nothing(tiny_model_folder: Path, metho
     wrapped, _ = load(tiny_model_folder)
     fake.insert(wrapped, plan)
     fake.add_adapters(wrapped, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    expected = methods.apply(plain, plan, method, batches(), silent)
-    found = methods.apply(wrapped, plan, method, batches(), silent)
+    expected = methods.apply(plain, plan, method, batches())
+    found = methods.apply(wrapped, plan, method, batches())
     for name in plan.linears:
         assert torch.equal(found[name], expected[name])
         assert torch.equal(wrapped.get_submodule(name).weight, plain.get_submodule(name).weight)
@@ -429,7 +428,7 @@ def test_adapters_that_add_nothing_change_nothing(tiny_model_folder: Path, metho
 def test_hooks_and_modes_are_as_before(tiny_model_folder: Path, method: str) -> None:
     model, plan = load(tiny_model_folder)
     model.train()
-    methods.apply(model, plan, method, batches(), silent)
+    methods.apply(model, plan, method, batches())
     assert model.training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -444,7 +443,7 @@ def test_under_autocast_statistics_are_still_float32(tiny_model_folder: Path) ->
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         walk(model, plan, batches(), treat, "test")
-        scales = methods.apply(model, plan, "gptq", batches(), silent)
+        scales = methods.apply(model, plan, "gptq", batches())
     assert {h.dtype for h in found.values()} == {torch.float32} == {s.dtype for s in scales.values()}
 
 
@@ -456,7 +455,7 @@ def test_autocast_sees_every_change_of_a_weight(tiny_model_folder: Path, method:
         model, plan = load(tiny_model_folder)
         model.requires_grad_(trainable)
         with torch.autocast("cpu", torch.bfloat16):
-            scales = methods.apply(model, plan, method, batches(), silent)
+            scales = methods.apply(model, plan, method, batches())
         found.append({**scales, **{name: model.get_submodule(name).weight.detach() for name in plan.linears}})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -466,16 +465,16 @@ def test_int8_layers_keep_the_scales_of_their_largest_weights(tiny_model_folder:
     name = "model.layers.0.self_attn.k_proj"
     plan = scheme.choose(model, 32, {name: 8})
     for method in PTQ_METHODS:
-        scales = methods.apply(model, plan, method, batches(), silent)
+        scales = methods.apply(model, plan, method, batches())
         assert torch.equal(scales[name], numerics.choose_scales(model.get_submodule(name).weight, 8, 64))
 
 
 def test_what_cannot_be_is_said(tiny_model_folder: Path) -> None:
     model, plan = load(tiny_model_folder)
     with pytest.raises(UsageError, match="rtn, hqq, gptq, gptaq, cd, awq"):
-        methods.apply(model, plan, "magic", [], silent)
+        methods.apply(model, plan, "magic", [])
     with pytest.raises(DataError, match="No calibration data"):
-        methods.apply(model, plan, "gptq", [], silent)
+        methods.apply(model, plan, "gptq", [])
     flat = nn.ModuleDict({"layer": nn.Linear(32, 32)})
     with pytest.raises(ModelError, match="no list of blocks"):
         find_blocks(Scheme(32, False, "e", "h", {"layer": SPEC}), flat)

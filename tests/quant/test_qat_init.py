@@ -93,7 +93,7 @@ def test_the_function_trained_from_a_start_is_the_function_frozen(
     tiny_model_folder: Path, tmp_path: Path, method: str, rotation_seed: int | None
 ) -> None:
     model, switch, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, method, calibration(), silent, rotation_seed)
+    qat_init.make(model, plan, method, calibration(), rotation_seed)
     disturb_factors(model)
     switch.enabled = True
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_function_trained_from_a_start_is_the_function_frozen(
 
 def test_a_turned_checkpoint_runs_rightly_or_not_at_all(tiny_model_folder: Path, tmp_path: Path) -> None:
     model, _, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, "rtn", calibration(), silent)
+    qat_init.make(model, plan, "rtn", calibration())
     rotation.rotate(model, plan, 0)
     merged, _ = fake.merge_adapters(model)
     frozen.freeze(merged, plan)
@@ -128,8 +128,8 @@ def test_a_turned_checkpoint_runs_rightly_or_not_at_all(tiny_model_folder: Path,
 def test_the_start_is_what_the_method_makes_of_the_merged_model(tiny_model_folder: Path, method: str) -> None:
     model, _, plan = adapted(tiny_model_folder)
     plain, _ = fake.merge_adapters(adapted(tiny_model_folder)[0])
-    expected = methods.apply(plain, plan, method, calibration(), silent)
-    qat_init.make(model, plan, method, calibration(), silent)
+    expected = methods.apply(plain, plan, method, calibration())
+    qat_init.make(model, plan, method, calibration())
     merged, scales = fake.merge_adapters(model)
     for name, spec in plan.linears.items():
         # The adapters' products are added in another order: a scale may fall on the other side of a bfloat16 tie.
@@ -143,14 +143,14 @@ def test_without_rounding_a_start_that_keeps_weights_changes_nothing(tiny_model_
     model, switch, plan = adapted(tiny_model_folder)
     with torch.no_grad():
         before = model(IDS).logits
-        qat_init.make(model, plan, "hqq", [], silent)
+        qat_init.make(model, plan, "hqq", [])
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-5, atol=1e-6)
     assert not switch.enabled
 
 
 def test_a_saved_start_is_applied_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
     model, switch, plan = adapted(tiny_model_folder)
-    made = qat_init.make(model, plan, "gptq", calibration(), silent)
+    made = qat_init.make(model, plan, "gptq", calibration())
     digest = made.save(tmp_path / "start", method="gptq")
     assert qat_init.recorded_sha256(tmp_path / "start") == digest
     other, other_switch, _ = adapted(tiny_model_folder)
@@ -170,7 +170,7 @@ def test_another_start_or_none_is_refused(tmp_path: Path) -> None:
 
 def test_scales_and_adapters_learn_together(tiny_model_folder: Path) -> None:
     model, switch, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, "rtn", [], silent)
+    qat_init.make(model, plan, "rtn", [])
     switch.enabled = True
     model(IDS, labels=IDS).loss.backward()
     trained: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}

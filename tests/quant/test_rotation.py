@@ -196,7 +196,7 @@ def test_a_start_in_turned_coordinates_is_restored_bit_for_bit(tiny_model_folder
     model, switch, plan = prepared()
     float_logits = logits(model)
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    made = qat_init.make(model, plan, "gptq", [batch], lambda text: None, rotation_seed=0)
+    made = qat_init.make(model, plan, "gptq", [batch], rotation_seed=0)
     digest = made.save(tmp_path / "start", method="gptq")
     assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # what GPTQ changed, no more
     other, other_switch, _ = prepared()

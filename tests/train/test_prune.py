@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qw
 from conftest import make_model
 from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.finetune import finetune
 from qat_edge.models import load
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import frozen
-from qat_edge.quantize import quantize
 from qat_edge.run import Run, read_manifest
 from qat_edge.train import prune
+from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.quantize import quantize
 
 IDS = torch.randint(0, 200, (2, 24), generator=torch.Generator().manual_seed(1))
 LAYERS = 4
@@ -132,7 +132,7 @@ def test_what_a_configuration_cannot_say_is_refused(tokenizer: Any) -> None:
 @pytest.mark.parametrize("count", [0, 5])
 def test_as_many_as_there_are_not(options: FinetuneOptions, tmp_path: Path, count: int) -> None:
     with pytest.raises(UsageError, match=f"--keep-layers {count}: the model has 4 layers"):
-        finetune(replace(options, keep_layers=count), tmp_path / "run", silent)
+        finetune(replace(options, keep_layers=count), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -141,14 +141,14 @@ def test_a_run_keeps_its_layers(
     options: FinetuneOptions, folder: Path, tmp_path: Path, how: str, kept: list[int]
 ) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, prune=how), out, silent)
+    finetune(replace(options, prune=how), out)
     assert all(read_manifest(out / part)["kept_layers"] == kept for part in ("adapter", "reference"))
     original, base = AutoModelForCausalLM.from_pretrained(folder), base_model(out / "reference")
     for place, i in enumerate(kept):
         weights = (m.model.layers[at].mlp.up_proj.weight for m, at in ((base, place), (original, i)))
         assert torch.equal(*weights)
-    assert len(merged_model(out / "reference", silent).scheme.linears) == 2 * 7
-    quantize(Run(out), QuantizeOptions(), silent)
+    assert len(merged_model(out / "reference").scheme.linears) == 2 * 7
+    quantize(Run(out), QuantizeOptions())
     quantized = frozen.load(out / "quantized")
     assert quantized.config.num_hidden_layers == 2
     assert quantized.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
@@ -157,19 +157,19 @@ def test_a_run_keeps_its_layers(
 def test_a_resumed_run_keeps_the_layers_it_had(
     options: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finetune(options, tmp_path / "whole", silent)
+    finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
     shutil.rmtree(tmp_path / "cut" / "adapter")
     monkeypatch.setattr(prune, "choose_layers", lambda *given: pytest.fail("measured again"))
-    finetune(options, tmp_path / "cut", silent, resume=True)
+    finetune(options, tmp_path / "cut", resume=True)
     ends = [read_manifest(tmp_path / run / "adapter")["files"] for run in ("whole", "cut")]
     assert ends[0]["adapter_model.safetensors"] == ends[1]["adapter_model.safetensors"]
 
 
 def test_pruned_weights_are_trained_as_a_whole(options: FinetuneOptions, tmp_path: Path) -> None:
-    finetune(replace(options, method="full", lora_rank=16, learning_rate=1e-4), tmp_path / "run", silent)
+    finetune(replace(options, method="full", lora_rank=16, learning_rate=1e-4), tmp_path / "run")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference", dtype=torch.float32).eval()
-    ours = merged_model(tmp_path / "run" / "reference", silent).model
+    ours = merged_model(tmp_path / "run" / "reference").model
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS).logits, plain(IDS).logits, rtol=0, atol=0)

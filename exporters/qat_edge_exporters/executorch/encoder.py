@@ -17,8 +17,9 @@ from executorch.exir import EdgeProgramManager
 from torch import Tensor, nn
 from torch.export import Dim
 
+from qat_edge import progress
 from qat_edge.errors import ExportError
-from qat_edge.models.task import Kind
+from qat_edge.models.tasks import Kind
 from qat_edge_exporters.executorch.graph import lowering, tracing
 from qat_edge_exporters.executorch.graph.attention import MASKED, attention_through
 from qat_edge_exporters.executorch.graph.portable_attention import laid_out, rows_of
@@ -94,16 +95,14 @@ class EncoderIdioms(tracing.Idioms):
         return normed if bias is None else normed + bias
 
 
-def lower(
-    model: Any, kind: Kind, length: int, portable: bool, say: Callable[[str], None]
-) -> tuple[EdgeProgramManager, dict[str, str]]:
+def lower(model: Any, kind: Kind, length: int, portable: bool) -> tuple[EdgeProgramManager, dict[str, str]]:
     """A frozen encoder for texts of up to `length` tokens, in XNNPACK's delegates; names of its weights' buffers.
 
     Raises:
         ExportError: attention of another form, or code that cannot be traced or compiled.
     """
     names = tracing.quantize_modules(model, portable)
-    say("exporting the graph")
+    progress.info("exporting the graph")
     encoder = Encoder(model, kind).eval()
     ids = torch.zeros(1, LEAST + 1, dtype=torch.int64), torch.ones(1, LEAST + 1, dtype=torch.int64)
     with attention_through(encoder.attention, model.config), tracing.traced(model):
@@ -111,7 +110,7 @@ def lower(
         tracing.check_attention(model, len(encoder.attention.layers))
         tokens = {1: Dim("tokens", min=LEAST, max=length)}
         program = torch.export.export(encoder, ids, dynamic_shapes=(tokens, tokens), strict=False)
-    say(f"texts of up to {length} tokens, answered by {answer.shape[1]} numbers")
-    say("preparing the graph for XNNPACK")
+    progress.info(f"texts of up to {length} tokens, answered by {answer.shape[1]} numbers")
+    progress.info("preparing the graph for XNNPACK")
     methods = runner_contract.encoder_methods(length, answer.shape[1])
-    return lowering.lower(program, methods, say), names
+    return lowering.lower(program, methods), names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from executorch.exir import EdgeProgramManager
 from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from qat_edge import progress
 from qat_edge.errors import ExportError, RunError
-from qat_edge.models import task, tokenizer
-from qat_edge.models.task import Kind
+from qat_edge.models import tasks, tokenizer
+from qat_edge.models.tasks import Kind
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.run import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
@@ -32,7 +32,6 @@ def export(
     frozen: Path,
     out: Path,
     context_length: int,
-    say: Callable[[str], None],
     *,
     portable: bool = False,
     kv_cache: str = "float32",
@@ -52,20 +51,20 @@ def export(
         RunError: no checkpoint, or no space to write.
     """
     compiler = None if backend == registry.XNNPACK else registry.compiler(backend)
-    model, adapters = _load(frozen, say)
+    model, adapters = _load(frozen)
     _require_expressible(model, frozen)
-    kind = task.of_model(model)
+    kind = tasks.of_model(model)
     if kind.encodes:
         asked = {"--backend": compiler is not None, "--kv-cache": kv_cache != "float32"}
         flags = [flag for flag, given in asked.items() if given]
-        lowered = _encoder(model, kind, frozen, context_length, portable, flags, say)
+        lowered = _encoder(model, kind, frozen, context_length, portable, flags)
     else:
         if compiler is not None and (adapters or not is_frozen(frozen)):
             raise ExportError(
                 f"--backend {backend} is for frozen checkpoints; {frozen} holds float weights or adapters."
             )
-        lowered = _decoder(model, adapters, frozen, context_length, portable, kv_cache, compiler, say)
-    _write(lowered, frozen, out, say, shares=compiler is None and not kind.encodes)
+        lowered = _decoder(model, adapters, frozen, context_length, portable, kv_cache, compiler)
+    _write(lowered, frozen, out, shares=compiler is None and not kind.encodes)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,6 @@ def _decoder(
     portable: bool,
     kv_cache: str,
     compiler: Any,
-    say: Callable[[str], None],
 ) -> _Lowered:
     """A model that generates text; compiler: None for XNNPACK."""
     attention.check_length(model.config, context_length)
@@ -100,15 +98,15 @@ def _decoder(
     if compiler is None:
         cache = tracing.choose_cache(model.config, context_length, portable, kv_cache)
         names = tracing.prepare(model, adapters, portable)
-        say("exporting the graph")
+        progress.info("exporting the graph")
         program = tracing.trace(tracing.Decoder(model, cache))
-        say(cache.describe())
-        say("preparing the graph for XNNPACK")
-        edge = lowering.lower(program, methods, say)
+        progress.info(cache.describe())
+        progress.info("preparing the graph for XNNPACK")
+        edge = lowering.lower(program, methods)
     else:
         names = compiler.prepare(model)
-        say("exporting the graph")
-        edge = compiler.lower(compiler.trace(model, context_length), methods, say)
+        progress.info("exporting the graph")
+        edge = compiler.lower(compiler.trace(model, context_length), methods)
     return _Lowered(edge, names, {"embedding": embedding, "head": head, "float_bytes": floats})
 
 
@@ -119,29 +117,28 @@ def _encoder(
     length: int,
     portable: bool,
     flags: list[str],
-    say: Callable[[str], None],
 ) -> _Lowered:
     """A model that answers a text as a whole; flags: those given that it has no use for."""
     if flags:
         raise ExportError(f"{flags[0]} is for models that generate text; {model.config.model_type} is {kind.title}.")
     if not is_frozen(frozen) or read_adapters(frozen):
         raise ExportError(f"{frozen} holds float weights or adapters; of {kind.title} only frozen checkpoints export.")
-    plan, longest = checkpoint.read_scheme(frozen), task.longest_text(model, tokenizer.load(frozen))
-    edge, names = encoder.lower(model, kind, min(length, longest), portable, say)
+    plan, longest = checkpoint.read_scheme(frozen), tasks.longest_text(model, tokenizer.load(frozen))
+    edge, names = encoder.lower(model, kind, min(length, longest), portable)
     tables = [names[buffer] for buffer in lowering.table_order(edge) if buffer in names]
     return _Lowered(edge, names, {"embedding": plan.embedding, "head": plan.head, "tables": tables})
 
 
-def _write(lowered: _Lowered, frozen: Path, out: Path, say: Callable[[str], None], *, shares: bool) -> None:
+def _write(lowered: _Lowered, frozen: Path, out: Path, *, shares: bool) -> None:
     """Program, layers.json and what else belongs beside it; shares: whether the head may use the embedding's table."""
     linears = [lowered.names[b] for b in lowering.linear_order(lowered.edge) if b in lowered.names]
-    say("writing model.pte")
+    progress.info("writing model.pte")
     with disk_errors(out), (out / MODEL).open("wb") as file:
         lowering.emit(lowered.edge).write_to_file(file)
     with disk_errors(out):
         saved = shared_table.share(out / MODEL) if shares else 0
     if saved:
-        say(f"stored once for embedding and head: {saved / 1e6:.1f} MB")
+        progress.info(f"stored once for embedding and head: {saved / 1e6:.1f} MB")
         if "head" in lowered.layers["float_bytes"]:
             lowered.layers["float_bytes"]["head"] = 0
     write_text(out / LAYERS, json.dumps(lowered.layers | {"linears": linears}, indent=1) + "\n")
@@ -166,10 +163,10 @@ def _copy_files(frozen: Path, out: Path) -> None:
                 shutil.copyfile(frozen / name, out / name)
 
 
-def _load(folder: Path, say: Callable[[str], None]) -> tuple[Any, dict[str, Adapter]]:
+def _load(folder: Path) -> tuple[Any, dict[str, Adapter]]:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no checkpoint here. `qat-edge export` makes one.")
-    say(f"loading the {'frozen' if is_frozen(folder) else 'float'} checkpoint")
+    progress.info(f"loading the {'frozen' if is_frozen(folder) else 'float'} checkpoint")
     return checkpoint.load(folder), read_adapters(folder)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import MODEL_MAPPING
 
-from qat_edge.models import task
+from qat_edge.models import tasks
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def missing(config: Any) -> str:
     """Why the model cannot become a .pte, as a sentence; empty where nothing speaks against it."""
-    if task.is_encoder(config):
+    if tasks.is_encoder(config):
         return _missing_for_encoder(config)
     strange = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
     if strange:

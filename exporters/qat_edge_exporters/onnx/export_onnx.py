@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
@@ -36,7 +37,7 @@ BUILDER_OPTIONS = (
 LOG_LINES = 5  # of a failed builder, that the error quotes
 
 
-def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], None]) -> None:
+def export(frozen: Path, out: Path, context_length: int) -> None:
     """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer into the empty folder `out`.
 
     frozen: a frozen checkpoint, or a float one, which stays in float32; adapters in it stay beside its weights.
@@ -56,14 +57,14 @@ def export(frozen: Path, out: Path, context_length: int, say: Callable[[str], No
             scheme, weights = read_scheme(frozen), architecture.split(read_weights(frozen), facts.fused)
             _check_names(config, weights)
             shared = scheme.tied and _equal(weights[names.EMBEDDING], weights[names.HEAD])
-            say(f"Packing {len(weights)} matrices for the builder")
-            _build_frozen(frozen, built, config | {"tie_word_embeddings": shared}, scheme.group_size, weights, say)
+            progress.info(f"Packing {len(weights)} matrices for the builder")
+            _build_frozen(frozen, built, config | {"tie_word_embeddings": shared}, scheme.group_size, weights)
         else:
             _check_names(config, adapters)
             weights, shared = {}, True
-            say("Building the graph with onnxruntime-genai's builder")
+            progress.info("Building the graph with onnxruntime-genai's builder")
             run_builder(frozen, built, "fp32", Path(scratch) / "cache")
-        say("Repairing the graph")
+        progress.info("Repairing the graph")
         turn = next((turn.numpy() for turn in stored_turns(frozen).values()), None)
         repair(built, out, weights, adapters, shared, facts, turn)
         genai = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
@@ -79,13 +80,12 @@ def _build_frozen(
     config: dict[str, Any],
     group_size: int,
     weights: Mapping[str, FrozenWeight],
-    say: Callable[[str], None],
 ) -> None:
     layout = built.with_name("layout")
     layout.mkdir()
     write_layout(frozen, layout, config, group_size, weights)
     tokenizer.copy_files(frozen, layout)
-    say("Building the graph with onnxruntime-genai's builder")
+    progress.info("Building the graph with onnxruntime-genai's builder")
     run_builder(layout, built, "int4", layout / "cache")
     shutil.rmtree(layout)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from qat_edge import __version__, config
+from qat_edge import __version__, config, progress
+from qat_edge.cli.console import ConsoleReporter, console
 from qat_edge.config import (
     CompareOptions,
     DoctorOptions,
@@ -90,7 +91,8 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="qat-edge")
 @click.option("-v", "--verbose", is_flag=True, help="Show the libraries' logs and warnings.")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
     """Fine-tune a small language model with QAT-LoRA and ship exactly the function that was trained.
 
     finetune -> export -> verify -> validate -> report, each reading and writing one run folder.
@@ -98,6 +100,7 @@ def main(verbose: bool) -> None:
     from qat_edge.logs import quiet_libraries
 
     quiet_libraries(verbose)
+    ctx.with_resource(progress.report_to(ConsoleReporter()))
 
 
 @main.command()
@@ -111,13 +114,14 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     """Train LoRA adapters, then go on with the deployed rounding in the forward pass."""
     source = _open(out).config if resume and config_path is None else config_path
     options = load_options(FinetuneOptions, "finetune", source, flags)
-    from qat_edge.finetune import finetune as verb
-    from qat_edge.progress import say
+    from qat_edge.verbs.finetune import finetune as verb
 
-    result = verb(options, out, say, resume=resume, force=force)
+    result = verb(options, out, resume=resume, force=force)
     if as_json:
         _print_json(result)
-    say(f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s. Next: qat-edge export {out}")
+    progress.info(
+        f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s. Next: qat-edge export {out}"
+    )
 
 
 @main.command()
@@ -131,14 +135,13 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
     options = load_options(SensitivityOptions, "sensitivity", config_path, flags)
     opened = _open(run)
     from qat_edge.cli.terminal_tables import sensitivity_table
-    from qat_edge.progress import console, say
-    from qat_edge.sensitivity import sensitivity as verb
+    from qat_edge.verbs.sensitivity import sensitivity as verb
 
-    result = verb(opened, options, say, force=force)
+    result = verb(opened, options, force=force)
     if as_json:
         _print_json(result)
-    console.print(sensitivity_table(result.measured, result.choice))
-    say(result.describe())
+    console().print(sensitivity_table(result.measured, result.choice))
+    progress.info(result.describe())
 
 
 @main.command()
@@ -151,14 +154,13 @@ def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     """Freeze the trained weights (export does it too), or quantize the FP32 fine-tune without training."""
     options = load_options(QuantizeOptions, "quantize", config_path, flags)
     opened = _open(run)
-    from qat_edge.progress import say
-    from qat_edge.quantize import quantize as verb
+    from qat_edge.verbs.quantize import quantize as verb
 
-    result = verb(opened, options, say, force=force)
+    result = verb(opened, options, force=force)
     if as_json:
         _print_json(result)
     ptq = "" if options.method == "qat" else f" --ptq {options.method}"
-    say(f"Wrote {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
+    progress.info(f"Wrote {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
 
 
 @main.command()
@@ -171,13 +173,12 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
     """Merge and freeze the weights once, then write .pte and ONNX artifacts from them."""
     options = load_options(ExportOptions, "export", config_path, flags)
     opened = _open(run)
-    from qat_edge.export import export as verb
-    from qat_edge.progress import say
+    from qat_edge.verbs.export import export as verb
 
-    written = verb(opened, options, say, force=force)
+    written = verb(opened, options, force=force)
     if as_json:
         _print_json(written)
-    say(f"Wrote {len(written)} artifacts below {run}. Next: qat-edge verify {run}")
+    progress.info(f"Wrote {len(written)} artifacts below {run}. Next: qat-edge verify {run}")
 
 
 @main.command()
@@ -189,17 +190,16 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     """Read codes and scales back out of every artifact and compare them with the frozen checkpoint."""
     opened = _open(run)
-    from qat_edge.progress import say
-    from qat_edge.verify import require_equal
-    from qat_edge.verify import verify as verb
+    from qat_edge.verbs.verify import require_equal
+    from qat_edge.verbs.verify import verify as verb
 
-    results = verb(opened, target, say)
+    results = verb(opened, target)
     if as_json:
         _print_json(results)
     for result in results:
         click.echo(result.describe(), err=as_json)
     require_equal(results)
-    say(f"Verified {len(results)} artifacts: what was frozen is what ships. Next: qat-edge validate {run}")
+    progress.info(f"Verified {len(results)} artifacts: what was frozen is what ships. Next: qat-edge validate {run}")
 
 
 @main.command()
@@ -212,11 +212,10 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
     Exits with 1 where something is wrong, or where a runtime named by --runtime lacks what the program needs.
     """
     options = load_options(DoctorOptions, "doctor", None, flags)
-    from qat_edge.doctor import doctor as verb
-    from qat_edge.doctor import lines, require_loadable
-    from qat_edge.progress import say
+    from qat_edge.verbs.doctor import doctor as verb
+    from qat_edge.verbs.doctor import lines, require_loadable
 
-    diagnosis = verb(program, options, say)
+    diagnosis = verb(program, options)
     if as_json:
         _print_json(diagnosis)
     for line in lines(diagnosis):
@@ -236,29 +235,28 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
     options = load_options(ValidateOptions, "validate", config_path, flags)
     own = config.of_devices(options, config_path, {k: v for k, v in flags.items() if v != ()})
     opened = _open(run)
-    from qat_edge import validate as verb
     from qat_edge.cli.terminal_tables import summary_table
     from qat_edge.evaluate import gates
     from qat_edge.evaluate.devices import report_paths
-    from qat_edge.models import task
-    from qat_edge.progress import console, say
+    from qat_edge.models import tasks
     from qat_edge.run import write_text
+    from qat_edge.verbs import validate as verb
 
     if junit is not None:
         gates.require_limits(*(own.get(device, options) for device in options.device))
         junit.unlink(missing_ok=True)  # no earlier result may stand for this one
-    if task.of_run(opened).encodes:
+    if tasks.of_run(opened).encodes:
         _validate_encoder(opened, options, junit, force, as_json)
         return
-    done = verb.validate_devices(opened, options, say, force=force, own=own)
+    done = verb.validate_devices(opened, options, force=force, own=own)
     if junit is not None:
         write_text(junit, gates.junit(done.reports, done.failures))
     if as_json and (done.reports or len(options.device) > 1):
         _print_json(done.reports if len(options.device) > 1 else done.reports[0])
     paths = report_paths(opened.reports, [report.device for report in done.reports])
     for report in done.reports:
-        console.print(summary_table(report))
-        say(f"Wrote {paths[report.device]}. Next: qat-edge report {run}")
+        console().print(summary_table(report))
+        progress.info(f"Wrote {paths[report.device]}. Next: qat-edge report {run}")
     verb.require_success(done)
 
 
@@ -281,19 +279,18 @@ def compare(
         raise UsageError("Nothing to compare: give a finished RUN, or --model, --data and --out to train one first.")
     opened: Any = None if run is None else _open(run)
     from qat_edge.cli.terminal_tables import deployment_table
-    from qat_edge.compare import compare as verb
-    from qat_edge.compare import train
     from qat_edge.evaluate.deployments import document
-    from qat_edge.progress import console, say
+    from qat_edge.verbs.compare import compare as verb
+    from qat_edge.verbs.compare import train
 
     if out is not None:
-        opened = train(options, out, config_path, say, force=force)
-    table = verb(opened, options, config_path, say, force=force)
+        opened = train(options, out, config_path, force=force)
+    table = verb(opened, options, config_path, force=force)
     if as_json:
         click.echo(json.dumps(document(table), indent=1, default=str))
     for target in table.targets:
-        console.print(deployment_table(table, target))
-    say(f"Wrote {opened.path / 'compare' / 'compare.html'} and compare.json beside it")
+        console().print(deployment_table(table, target))
+    progress.info(f"Wrote {opened.path / 'compare' / 'compare.html'} and compare.json beside it")
 
 
 @main.command()
@@ -305,11 +302,10 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     RUN/report.html of one run; history.html in the last of several. A JSON file beside it holds its figures.
     """
     opened = [_open(run) for run in runs]
-    from qat_edge.progress import say
-    from qat_edge.report import report as verb
+    from qat_edge.verbs.report import report as verb
 
-    path = verb(opened, say)
-    say(f"Wrote {path}")
+    path = verb(opened)
+    progress.info(f"Wrote {path}")
     if open_it:
         click.launch(str(path))
 
@@ -331,7 +327,7 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
 def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None, max_new_tokens: int) -> None:
     """Answer PROMPT greedily, printing the text as it comes."""
     opened = _open(run)
-    from qat_edge.generate import generate as verb
+    from qat_edge.verbs.generate import generate as verb
 
     verb(
         opened, prompt, source, lambda piece: click.echo(piece, nl=False),
@@ -352,26 +348,27 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
 )
 def demo(out: Path, config_path: Path | None) -> None:
     """The whole line on SmolLM2-135M-Instruct and a phone-assistant task, replacing an earlier demo."""
-    from qat_edge.demo import demo as verb
-    from qat_edge.progress import say
+    from qat_edge.cli.terminal_tables import stage_table
+    from qat_edge.verbs.demo import demo as verb
 
-    verb(out, config_path, say)
+    stages = verb(out, config_path)
+    console().print(stage_table(stages))
+    progress.info(f"Open {out / 'report.html'} in a browser.")
 
 
 def _validate_encoder(run: Any, options: ValidateOptions, junit: Path | None, force: bool, as_json: bool) -> None:
     from qat_edge.evaluate import gates
     from qat_edge.evaluate.encoders import validate
-    from qat_edge.progress import say
     from qat_edge.run import write_text
 
-    result = validate(run, options, say, force=force)
+    result = validate(run, options, force=force)
     if junit is not None:
         write_text(junit, gates.junit([result], {}))
     if as_json:
         _print_json(result)
     for line in result.lines():
         click.echo(line, err=as_json)
-    say(f"Wrote {run.answers}. Next: qat-edge report {run.path}")
+    progress.info(f"Wrote {run.answers}. Next: qat-edge report {run.path}")
     gates.require_gates(result)
 
 

@@ -9,6 +9,7 @@ from qat_edge.evaluate.results import Measured, Report, Spread
 from qat_edge.quant.bit_allocation import Choice, Sensitivity
 from qat_edge.report.figures import megabytes, number
 from qat_edge.run import PTQ_METHODS
+from qat_edge.verbs.demo import Stage
 
 # Short, so that the table fits a terminal of 80 columns.
 COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")
@@ -101,3 +102,15 @@ def _short(name: str) -> str:
 
 def _median(spread: Spread | None) -> str:
     return "-" if spread is None else f"{spread.median:.0f}"
+
+
+def stage_table(stages: list[Stage]) -> Table:
+    """Wall time and peak memory of each stage of the demo."""
+    table = Table(title="Where the time went")
+    table.add_column("command")
+    table.add_column("wall time", justify="right")
+    table.add_column("peak memory", justify="right")
+    for stage in stages:
+        table.add_row(stage.name, f"{stage.wall_s:.0f} s", f"{stage.peak_memory_bytes / 1e9:.2f} GB")
+    table.add_row("total", f"{sum(s.wall_s for s in stages) / 60:.1f} min", "")
+    return table

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.errors import DataError
 
@@ -18,13 +19,13 @@ BATCH_TOKENS = 1024  # about what one forward pass takes, padding included
 TokenIds = dict[str, list[int]]
 
 
-def tokens_to_take(asked: int | None, rows: Sequence[TokenIds], say: Callable[[str], None]) -> int:
+def tokens_to_take(asked: int | None, rows: Sequence[TokenIds]) -> int:
     """As many as asked for; where nobody asked, USUAL_TOKENS or all that the rows hold, which is said aloud."""
     if asked is not None:
         return asked
     available = sum(len(row["input_ids"]) for row in rows)
     if available < USUAL_TOKENS:
-        say(f"Calibration has all {available} tokens there are, {USUAL_TOKENS - available} fewer than usual.")
+        progress.info(f"Calibration has all {available} tokens there are, {USUAL_TOKENS - available} fewer than usual.")
     return min(USUAL_TOKENS, available)
 
 

@@ -18,8 +18,8 @@ from qat_edge.data import tokenization
 from qat_edge.data.formats import Pair, Row, Text
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError
-from qat_edge.models import task
-from qat_edge.models.task import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models import tasks
+from qat_edge.models.tasks import Kind, SentenceEncoder, SequenceClassifier
 
 MULTIPLE = 8  # of tokens, which batches are padded to
 Collate = Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]
@@ -51,7 +51,7 @@ def kind_for(config: Any, rows: Sequence[Row], source: str) -> Kind:
         return SentenceEncoder(scored=rows[0].score is not None)
     found = sorted({_label(row) for row in rows}, key=lambda label: (label.isdecimal() and int(label), label))
     pairs = any(isinstance(row, Text) and row.pair is not None for row in rows)
-    if task.of_config(config) == SequenceClassifier():
+    if tasks.of_config(config) == SequenceClassifier():
         return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
     if len(found) < 2:
         raise DataError(f"{source}: every row has the label {found[0]!r}, so there is nothing to tell apart.")
@@ -66,7 +66,7 @@ def tokenize(kind: Kind, rows: Sequence[Row], model: Any, tokenizer: Any, max_le
     """
     if not kind.encodes:
         return tokenization.tokenize(rows, tokenizer, max_length)
-    length = min(max_length, task.longest_text(model, tokenizer)) // MULTIPLE * MULTIPLE
+    length = min(max_length, tasks.longest_text(model, tokenizer)) // MULTIPLE * MULTIPLE
     done: list[dict[str, Any]] = []
     cut: list[int] = []
     for row in rows:
@@ -99,7 +99,7 @@ def _check_types(row: Row, encoded: Any) -> None:
         DataError: names the row.
     """
     ids = torch.tensor([encoded.input_ids])
-    if task.token_types(ids, torch.ones_like(ids)).tolist() != [list(encoded.token_type_ids)]:
+    if tasks.token_types(ids, torch.ones_like(ids)).tolist() != [list(encoded.token_type_ids)]:
         raise DataError(
             f"{row.where}: the tokenizer begins the second text elsewhere than after the first separator, where the "
             "model will see it begin. Take separators such as [SEP] out of the texts, or another model."

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from qat_edge import progress
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
@@ -80,7 +81,7 @@ def torch_side(run: Run, bench: Bench, measured: Sequence[Measured], targets: It
     Raises:
         RunError: the adapter, the base model or the checkpoint is not as it was.
     """
-    bench.say("  error budget: the trained forward, each part of the rounding switched off, the noise floor")
+    progress.info("  error budget: the trained forward, each part of the rounding switched off, the noise floor")
     base, tuned = measured
     steps = [
         Step("FP32 base", base.perplexity, base.agreement, None),
@@ -122,12 +123,12 @@ def score_here(run: Run, bench: Bench, targets: Iterable[str]) -> None:
     """
     with closing(open_transport(LOCAL)) as transport:
         for target in targets:
-            bench.say(f"Scoring {run.exports / target} on this machine, for the error budget")
+            progress.info(f"Scoring {run.exports / target} on this machine, for the error budget")
             try:
                 for index, logits in bench.artifact_rows(run.exports / target, target, transport):
                     bench.kept(LOCAL, target).put(index, logits)
             except TransportLevelError as error:
-                bench.say(f"  left out of the budget: {error}")
+                progress.info(f"  left out of the budget: {error}")
 
 
 def judge(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Transport) -> Judgement:
@@ -213,7 +214,7 @@ def _parts_off(run: Run, bench: Bench) -> Iterator[Part]:
     """The frozen checkpoint with one part at a time as the fine-tune has it."""
     plan = frozen.read_scheme(run.quantized)
     model, names = reference.load_dequantized(run.quantized)
-    tuned = merge.float_model(run.reference, run.quantized, bench.say)
+    tuned = merge.float_model(run.reference, run.quantized)
     for part in PARTS:
         with part_off(model, tuned, plan, part), rounding_as(model, rounded_without(names, plan, part), Rounding()):
             found = compare(bench, reference.rows(model, bench.material.sequences), [bench.fp32])[0]

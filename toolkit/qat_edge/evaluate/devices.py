@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,7 +87,10 @@ def _started(
 ) -> dict[str, Future[Result]]:
     """One finished future a device."""
     with ThreadPoolExecutor(len(transports)) as pool:
-        futures = {device: pool.submit(work, device, transport) for device, transport in transports.items()}
+        # A new thread has an empty context: hand it ours, with the reporter in force.
+        futures = {
+            device: pool.submit(copy_context().run, work, device, transport) for device, transport in transports.items()
+        }
         try:
             wait(futures.values())
         except BaseException:

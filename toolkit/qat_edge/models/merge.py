@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qat_edge import progress
 from qat_edge.errors import RunError
-from qat_edge.models import load, task
+from qat_edge.models import load, tasks
 from qat_edge.quant import fake, frozen, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.qat_init import Start
@@ -56,7 +56,7 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     return read_manifest(folder)
 
 
-def merged_model(adapter: Path, say: Callable[[str], None], force: bool = False) -> Merged:
+def merged_model(adapter: Path, force: bool = False) -> Merged:
     """Base model with the adapters of one folder merged in float32.
 
     force: merge although the quantizer or libraries have other versions than those of the training.
@@ -65,22 +65,22 @@ def merged_model(adapter: Path, say: Callable[[str], None], force: bool = False)
         RunError: no adapter there, or the base model, the start or a library is not the one of the training.
     """
     facts = adapter_facts(adapter)
-    _same_numerics(adapter, facts, say, force)
+    _same_numerics(adapter, facts, force)
     trained, _, tokenizer, plan = _trained(adapter, facts)
     # A stored base is dequantized on the device of the training, too.
-    merged, scales = fake.merge_adapters(trained.to(_merge_device(facts["device"], say)))
+    merged, scales = fake.merge_adapters(trained.to(_merge_device(facts["device"])))
     merged = merged.to("cpu").eval().requires_grad_(False)
     return Merged(merged, tokenizer, plan, {name: s.cpu() for name, s in scales.items()})
 
 
-def float_model(reference: Path, quantized: Path, say: Callable[[str], None]) -> Any:
+def float_model(reference: Path, quantized: Path) -> Any:
     """The FP32 fine-tune in the coordinates of a checkpoint that was frozen of its run: one may stand in for parts of
     the other.
 
     Raises:
         RunError: see `merged_model`.
     """
-    merged = merged_model(reference, say)
+    merged = merged_model(reference)
     seed = read_manifest(quantized).get("rotation_seed")
     if seed is not None:
         rotation.rotate(merged.model, replace(merged.scheme, tied=frozen.read_scheme(quantized).tied), seed)
@@ -162,7 +162,7 @@ def _load_whole(model: Any, folder: Path) -> Any:
 def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
     """As it was prepared for training: pruned, its weights held as they were then. With tokenizer and scheme."""
     recorded = facts["model"]
-    kind = task.recorded(recorded)
+    kind = tasks.recorded(recorded)
     model, tokenizer, identity = load.load_model(recorded["source"], recorded["trust_remote_code"], kind=kind)
     found, trained = dataclasses.asdict(identity), recorded["identity"]
     changed = [k for k in ("revision", "files") if found[k] != trained[k]]
@@ -179,7 +179,7 @@ def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
     return model, tokenizer, plan
 
 
-def _same_numerics(adapter: Path, facts: dict[str, Any], say: Callable[[str], None], force: bool) -> None:
+def _same_numerics(adapter: Path, facts: dict[str, Any], force: bool) -> None:
     """Refuse to merge under other numerics than were trained, unless forced."""
     trained = facts["libraries"] | {"quantizer": facts["quantizer"]}
     current = {name: library_version(name) for name in NUMERIC_LIBRARIES} | {"quantizer": numerics.QUANTIZER}
@@ -189,12 +189,14 @@ def _same_numerics(adapter: Path, facts: dict[str, Any], say: Callable[[str], No
     told = f"{adapter} was trained under other numerics: {', '.join(changed)}. A code at a rounding tie may differ."
     if not force:
         raise RunError(f"{told} Install those versions, train again, or give --force to go on.")
-    say(f"--force: {told}")
+    progress.info(f"--force: {told}")
 
 
-def _merge_device(trained_on: str, say: Callable[[str], None]) -> str:
+def _merge_device(trained_on: str) -> str:
     """Merge where it was trained: the last bit of B A, and with it a code at a tie, depends on the device."""
     if trained_on == "cuda" and not torch.cuda.is_available():
-        say("Trained on CUDA, merged on this CPU: a few codes at rounding ties may differ from those in training.")
+        progress.info(
+            "Trained on CUDA, merged on this CPU: a few codes at rounding ties may differ from those in training."
+        )
         return "cpu"
     return trained_on

@@ -33,7 +33,7 @@ from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge.errors import RunError
-from qat_edge.models import task
+from qat_edge.models import tasks
 from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import read_manifest
@@ -91,7 +91,7 @@ def load(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
-    kind = task.of_folder(folder)
+    kind = tasks.of_folder(folder)
     read = partial(kind.auto.from_pretrained, dtype=torch.float32, local_files_only=True)
     model = rotated_norm.load(read, folder).eval()
     kind.settle(model)

@@ -8,7 +8,7 @@ training sees them, so what is stored is what was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,6 @@ def make(
     scheme: Scheme,
     method: str,
     calibration: Sequence[Mapping[str, Tensor]],
-    say: Callable[[str], None],
     rotation_seed: int | None = None,
 ) -> Start:
     """Quantize the merged weights of a training model by `method`; the adapters go on as they are.
@@ -96,7 +95,7 @@ def make(
     """
     model = fake.base_of(trained)
     if method not in methods.CALIBRATED:  # it only looks, so that no weight changes by so much as a bit
-        start = Start(methods.apply(fake.MergedWeights(trained), scheme, method, calibration, say), {})
+        start = Start(methods.apply(fake.MergedWeights(trained), scheme, method, calibration), {})
         start.apply(model)
         return start
     vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1}
@@ -104,7 +103,7 @@ def make(
         rotation.rotate(trained, scheme, rotation_seed)
     layers = {name: model.get_submodule(name) for name in scheme.linears}
     with torch.no_grad(), _folded(list(layers.values())):
-        scales = methods.apply(model, scheme, method, calibration, say)
+        scales = methods.apply(model, scheme, method, calibration)
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
     turns = rotated_norm.turns_of(model)
     tables = () if rotation_seed is None else (scheme.embedding, *(() if turns else (scheme.head,)))

@@ -12,7 +12,7 @@ from torch import nn
 
 from qat_edge.config import GROUP_SIZES, WIDTHS
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import task
+from qat_edge.models import tasks
 
 HEAD_REASON = "after the blocks, where nothing makes up for its rounding: int8 per channel"
 
@@ -108,7 +108,7 @@ def choose(
             cannot have; an encoder's head is to have 4 bits.
         ModelError: the model has no token embedding, or is a causal language model without an output head.
     """
-    encodes = task.of_model(model).encodes
+    encodes = tasks.of_model(model).encodes
     ends = _encoder_ends(model, table_bits[1]) if encodes else _decoder_ends(model)
     weights = {}
     for name, module in model.named_modules():
@@ -149,7 +149,7 @@ def _encoder_ends(model: Any, head_bits: int) -> _Ends:
         raise ModelError(f"{type(model).__name__}: no token embedding found, which an encoder needs to have.")
     if head_bits != 8:
         raise UsageError(f"--head-bits {head_bits}: {type(model).__name__} is an encoder, whose head stays at 8 bits.")
-    return _Ends(task.tables(model), task.head_layers(model))
+    return _Ends(tasks.tables(model), tasks.head_layers(model))
 
 
 def share_table(model: Any) -> bool:

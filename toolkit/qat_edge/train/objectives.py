@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_edge.models.task import Kind, SentenceEncoder
+from qat_edge.models.tasks import Kind, SentenceEncoder
 
 SHARPNESS = 20.0  # what cosines are multiplied by
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat_edge import progress
 from qat_edge.config import FinetuneOptions, flag_name
 from qat_edge.data import calibration, tokenization
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import UsageError
-from qat_edge.progress import bar
 from qat_edge.quant import fake
 from qat_edge.quant import qat_init as starts
 from qat_edge.quant.ptq import methods
@@ -49,7 +49,6 @@ class Crossing:
     snapshot: Callable[[], None]
     teach: Callable[[Teacher], None]
     forget: Callable[[], None]
-    say: Callable[[str], None]
     start_sha256: str | None = field(default=None, init=False)
 
     def cross(self) -> None:
@@ -108,19 +107,17 @@ class Crossing:
         facts: dict[str, Any] = {"method": method}
         if method in methods.CALIBRATED:
             rows = self.rows.rows
-            facts["calibration_tokens"] = tokens = calibration.tokens_to_take(
-                self.options.calibration_tokens, rows, self.say
-            )
-            self.say(f"Preparing the second phase: {method.upper()} on {tokens} tokens of the training rows")
+            facts["calibration_tokens"] = tokens = calibration.tokens_to_take(self.options.calibration_tokens, rows)
+            progress.info(f"Preparing the second phase: {method.upper()} on {tokens} tokens of the training rows")
             chosen = calibration.choose_rows(rows, tokens, self.options.seed, self.options.data, "--calibration-tokens")
             seen = calibration.batches(chosen, self.tokenizer)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-            start = starts.make(self.adapted, self.scheme, method, seen, self.say, self.rotation_seed)
+            start = starts.make(self.adapted, self.scheme, method, seen, self.rotation_seed)
         return start.save(self.run.start, **facts)
 
     def _ask_beforehand(self, teacher: LiveTeacher) -> None:
-        with bar("asking the teacher", len(self.rows.rows)) as progress:
-            write_cache(teacher, self._batches(), self.options.distill_top_k, self._cache, progress.update)
+        with progress.bar("asking the teacher", len(self.rows.rows)) as shown:
+            write_cache(teacher, self._batches(), self.options.distill_top_k, self._cache, shown.update)
 
     def _batches(self) -> Iterator[Batch]:
         collate, size = tokenization.Collator(self.tokenizer), self.options.batch_size

@@ -9,17 +9,17 @@ output, which asks nothing of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qat_edge import progress
 from qat_edge.data import calibration
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import UsageError
-from qat_edge.progress import bar
 from qat_edge.quant.layer_sensitivity import LOGIT_ROWS, decoder_layers
 
 TOKENS = 2048  # of the training rows that harm is measured on, where there are as many
@@ -33,7 +33,6 @@ def choose_layers(
     tokenizer: Any,
     seed: int,
     device: str,
-    say: Callable[[str], None],
 ) -> list[int]:
     """Indices of the layers to keep, ascending. how: "first", or "least-harmful" to take out.
 
@@ -48,12 +47,14 @@ def choose_layers(
         return list(range(keep_layers))
     tokens = min(TOKENS, rows.tokens)
     chosen = calibration.choose_rows(rows.rows, tokens, seed, "the training rows", "--prune least-harmful")
-    say(f"Skipping each of {count} layers alone on {tokens} tokens of the training rows, to see what it costs")
+    progress.info(
+        f"Skipping each of {count} layers alone on {tokens} tokens of the training rows, to see what it costs"
+    )
     found = harms(model.to(device), calibration.batches(chosen, tokenizer))
     model.to("cpu")  # what follows is the same wherever it was measured
     least = sorted(range(count), key=lambda i: found[i])[: count - keep_layers]
     for i in sorted(least):
-        say(f"  layer {i} is taken out: skipped alone, KL {found[i]:.4f} nats a token")
+        progress.info(f"  layer {i} is taken out: skipped alone, KL {found[i]:.4f} nats a token")
     return [i for i in range(count) if i not in least]
 
 
@@ -61,7 +62,7 @@ def harms(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
     """What skipping each layer alone costs: mean KL from the whole model, nats a token."""
     layers = decoder_layers(model)
     sums, tokens = [0.0] * len(layers), 0
-    with torch.no_grad(), bar("measuring layers", len(layers) * len(batches)) as progress:
+    with torch.no_grad(), progress.bar("measuring layers", len(layers) * len(batches)) as shown:
         for done, batch in enumerate(batches):
             wanted = batch["attention_mask"].to(model.device).bool()
             tokens += int(wanted.sum())
@@ -72,7 +73,7 @@ def harms(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
                     sums[i] += _divergence(log_p, _logits(model, batch)[wanted])
                 finally:
                     hook.remove()
-                progress.update(done * len(layers) + i + 1)
+                shown.update(done * len(layers) + i + 1)
     return [total / tokens for total in sums]
 
 

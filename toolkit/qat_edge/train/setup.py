@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from peft import LoraConfig
 from transformers.integrations import get_available_reporting_integrations
 
+from qat_edge import progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.data import tokenization, training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load
-from qat_edge.models.task import CAUSAL_LM, Kind
+from qat_edge.models.tasks import CAUSAL_LM, Kind
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq import methods
@@ -46,7 +47,7 @@ class Job:
     facts: dict[str, Any]
 
 
-def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: list[int] | None = None) -> Job:
+def prepare(options: FinetuneOptions, kept_layers: list[int] | None = None) -> Job:
     """Load model and data, and say aloud what was found and chosen.
 
     kept_layers: those that a resumed run kept, where it was pruned.
@@ -54,36 +55,38 @@ def prepare(options: FinetuneOptions, say: Callable[[str], None], kept_layers: l
     device = choose_device(options.device)
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
-    say(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
-    kind = _kind(options, say)
+    progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    kind = _kind(options)
     model, tokenizer, identity = load.load_model(options.model, options.trust_remote_code, kind=kind)
-    say(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+    progress.info(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     for target, why in load.export_gaps(model.config).items():
-        say(f"Warning: what is trained here cannot be exported to {target}: {why}")
+        progress.info(f"Warning: what is trained here cannot be exported to {target}: {why}")
     bits = load_bits(Path(options.bits)) if options.bits else {}
-    read = partial(_tokenize, options=options, kind=kind, model=model, tokenizer=tokenizer, say=say)
+    read = partial(_tokenize, options=options, kind=kind, model=model, tokenizer=tokenizer)
     rows = read(options.data, "train")
     eval_rows = read(options.eval_data, "eval") if options.eval_data else None
     if options.keep_layers is not None:
         kept_layers = kept_layers or prune.choose_layers(
-            model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device, say
+            model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
         )
         load.keep_layers(model, kept_layers)
-        say(f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
+        progress.info(
+            f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
+        )
     plan = scheme.choose(model, options.group_size, bits, (options.embedding_bits, options.head_bits))
-    say(f"Quantization: {plan.summary()}; {plan.tables()}")
+    progress.info(f"Quantization: {plan.summary()}; {plan.tables()}")
     for name, reason in plan.exceptions.items():
-        say(f"  {name}: {reason}")
+        progress.info(f"  {name}: {reason}")
     facts = _facts(options, kind, identity, rows, eval_rows) | {
         "device": device,
         "bits": bits,
         "kept_layers": kept_layers,
     }
-    rotation_seed = None if kind.encodes else _rotation_seed(model, plan, options, say)
+    rotation_seed = None if kind.encodes else _rotation_seed(model, plan, options)
     return Job(kind, model, tokenizer, plan, rows, eval_rows, device, precision, rotation_seed, facts)
 
 
-def _kind(options: FinetuneOptions, say: Callable[[str], None]) -> Kind:
+def _kind(options: FinetuneOptions) -> Kind:
     """What the model is trained for: an encoder for what its rows say, any other to generate text.
 
     Raises:
@@ -106,11 +109,11 @@ def _kind(options: FinetuneOptions, say: Callable[[str], None]) -> Kind:
         if given:
             raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
     kind = training_examples.kind_for(config, load_rows(options.data), options.data)
-    say(f"{config.model_type} is an encoder, and these rows make it {kind.title}")
+    progress.info(f"{config.model_type} is an encoder, and these rows make it {kind.title}")
     return kind
 
 
-def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, say: Callable[[str], None]) -> int | None:
+def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions) -> int | None:
     """The seed where the start is to turn the hidden states, None where they stay.
 
     Raises:
@@ -123,9 +126,9 @@ def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions, sa
     if obstacle and options.rotate == "on":
         raise UsageError(f"--rotate on: {obstacle} Take --rotate auto.")
     if obstacle:
-        say(f"The hidden states stay in their coordinates: {obstacle}")
+        progress.info(f"The hidden states stay in their coordinates: {obstacle}")
         return None
-    say("The hidden states will be turned before the start")
+    progress.info("The hidden states will be turned before the start")
     return options.seed
 
 
@@ -152,7 +155,7 @@ def _facts(
     }
 
 
-def trainable(job: Job, options: FinetuneOptions, say: Callable[[str], None]) -> tuple[Any, fake.Switch]:
+def trainable(job: Job, options: FinetuneOptions) -> tuple[Any, fake.Switch]:
     """The model ready to be trained, fake quantization inserted and off: with adapters, or all of it.
 
     Raises:
@@ -160,12 +163,14 @@ def trainable(job: Job, options: FinetuneOptions, say: Callable[[str], None]) ->
     """
     if options.base != "fp32":
         before, after = qlora_base.store(job.model, job.plan.linears, options.base)
-        say(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
+        progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
     switch = fake.insert(job.model, job.plan, options.scales == "learned")
     torch.manual_seed(options.seed)
     if options.method == "full":
         trained = sum(p.numel() for p in job.model.parameters()) / 1e6
-        say(f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters")
+        progress.info(
+            f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters"
+        )
         return fake.train_weights(job.model), switch
     return fake.add_adapters(job.model, _lora_config(options, job)), switch
 
@@ -223,10 +228,9 @@ def _tokenize(
     kind: Kind,
     model: Any,
     tokenizer: Any,
-    say: Callable[[str], None],
 ) -> tokenization.TokenizedRows:
     rows = training_examples.tokenize(kind, load_rows(source, split), model, tokenizer, options.max_length)
-    say(f"{split}: {rows.summary()}")
+    progress.info(f"{split}: {rows.summary()}")
     return rows
 
 

@@ -6,7 +6,7 @@ computes in float32: scales that are bfloat16 numbers stay what they are, and fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import coremltools
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from qat_edge import progress
 from qat_edge_exporters.executorch.graph import affine, lowering, tracing
 from qat_edge_exporters.executorch.graph.portable_attention import PortableCache, rows_of
 
@@ -82,13 +83,13 @@ def trace(model: Any, context_length: int) -> ExportedProgram:
     return tracing.trace(CoreMLDecoder(model, StateCache(context_length)))
 
 
-def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str], None]) -> EdgeProgramManager:
+def lower(program: ExportedProgram, methods: dict[str, Any]) -> EdgeProgramManager:
     """`program` as one CoreML delegate, and `methods` as its constant methods.
 
     Raises:
         ExportError: ExecuTorch's or CoreML's compiler failed.
     """
-    say(f"lowering to CoreML with coremltools {coremltools.__version__}")
+    progress.info(f"lowering to CoreML with coremltools {coremltools.__version__}")
     specs = CoreMLBackend.generate_compile_specs(
         compute_precision=coremltools.precision.FLOAT32, minimum_deployment_target=coremltools.target.iOS18
     )

@@ -6,7 +6,6 @@ What each computes otherwise than trained stands here too: `qat-edge export` pri
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,7 +48,7 @@ class Compiler(Protocol):
     def trace(self, model: Any, context_length: int) -> Any:
         """The exported program of what `prepare` made."""
 
-    def lower(self, program: Any, methods: dict[str, Any], say: Callable[[str], None]) -> Any:
+    def lower(self, program: Any, methods: dict[str, Any]) -> Any:
         """That program in delegates of this backend, `methods` beside it as constant methods."""
 
 

@@ -7,7 +7,6 @@ of a decoder, its cache included, becomes one delegate. A float32 program stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge_exporters.executorch.graph import affine, lowering, tracing
 from qat_edge_exporters.executorch.graph.attention import KeyValueCache
@@ -69,13 +69,13 @@ def trace(model: Any, context_length: int) -> ExportedProgram:
     return tracing.trace(affine.PlainDecoder(model, UnmaskedCache(context_length)))
 
 
-def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str], None]) -> EdgeProgramManager:
+def lower(program: ExportedProgram, methods: dict[str, Any]) -> EdgeProgramManager:
     """`program` with all but int8 weights in Vulkan's delegates, and `methods` as its constant methods.
 
     Raises:
         ExportError: ExecuTorch's compiler failed.
     """
-    say("lowering to Vulkan, and int8 weights to XNNPACK")
+    progress.info("lowering to Vulkan, and int8 weights to XNNPACK")
     linear = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ == "LinearConfig"]
     partitioners = [
         Partitioner({"require_dynamic_shapes": True}, nn_module_blocklist=list(ON_CPU)),

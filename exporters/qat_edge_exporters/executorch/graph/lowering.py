@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.passes.infra.partitioner import Partition
 
+from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge_exporters.executorch.graph import passes
 from qat_edge_exporters.executorch.graph.simplify import simplify
@@ -35,7 +36,7 @@ PRODUCTS = {"aten.linear.default": 1, "aten.mm.default": 1, "aten.addmm.default"
 NOT_DELEGATED = ("SinConfig", "CosConfig")
 
 
-def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str], None]) -> EdgeProgramManager:
+def lower(program: ExportedProgram, methods: dict[str, Any]) -> EdgeProgramManager:
     """`program` with what XNNPACK can compute in delegates, and `methods` as its constant methods.
 
     Raises:
@@ -44,10 +45,18 @@ def lower(program: ExportedProgram, methods: dict[str, Any], say: Callable[[str]
     simplify(program)
     configs = [c for c in ALL_PARTITIONER_CONFIGS if c.__name__ not in NOT_DELEGATED]
     partitioner, done = Partitioner(configs=configs), itertools.count(1)
-    with (
-        _shared_constants(program),
-        passes.xnnpack_where_they_act(lambda: say(f"lowering partition {next(done)} of {partitioner.count}")),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(_shared_constants(program))
+
+        def show() -> None:
+            # The number of partitions is known once the first of them is lowered.
+            count = next(done)
+            if count == 1:
+                shown.append(stack.enter_context(progress.bar("lowering partitions", partitioner.count)))
+            shown[0].update(count)
+
+        shown: list[progress.Bar] = []
+        stack.enter_context(passes.xnnpack_where_they_act(show))
         return compile_for("XNNPACK", passes.Undecomposed.of(program), [partitioner], methods)
 
 

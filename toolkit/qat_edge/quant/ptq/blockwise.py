@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_edge import progress
 from qat_edge.errors import DataError, ModelError
-from qat_edge.progress import bar
 from qat_edge.quant import numerics
 from qat_edge.quant.ptq.activation_cache import Replay
 from qat_edge.quant.scheme import Scheme, WeightScheme
@@ -236,7 +236,7 @@ def _walk(
     modules = list(model.get_submodule(prefix))
     batches = [_enter(model, scheme, modules, batch) for batch in calibration]
     scales: dict[str, Tensor] = {}
-    with bar(title, len(modules)) as progress:
+    with progress.bar(title, len(modules)) as shown:
         for index, module in enumerate(modules):
             specs = {n: s for n, s in scheme.linears.items() if n.startswith(f"{prefix}.{index}.")}
             linears = {name: model.get_submodule(name) for name in specs}
@@ -246,7 +246,7 @@ def _walk(
                 for batch in batches:
                     batch.hidden = block.run(batch)
             scales |= found
-            progress.update(index + 1)
+            shown.update(index + 1)
     return scales
 
 

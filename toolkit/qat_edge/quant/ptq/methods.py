@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_scale_only_hqq
 
+from qat_edge import progress
 from qat_edge.errors import UsageError
 from qat_edge.quant import numerics
 from qat_edge.quant.ptq.awq import Balancer
@@ -45,9 +46,7 @@ CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weig
 Scales = Callable[[Tensor, int, int], Tensor]
 
 
-def apply(
-    model: Any, scheme: Scheme, method: str, calibration: Sequence[Calibration], say: Callable[[str], None]
-) -> dict[str, Tensor]:
+def apply(model: Any, scheme: Scheme, method: str, calibration: Sequence[Calibration]) -> dict[str, Tensor]:
     """Make a float model's weights, in place, those that rounding turns into the method's codes.
 
     model: its `get_submodule(name)` has a `.weight` (out, in) in float32 for each name of the scheme.
@@ -75,10 +74,10 @@ def apply(
     finally:
         model.train(training)
     for line in treatment.summary():
-        say(line)
+        progress.info(line)
     outside = [n for n, spec in scheme.linears.items() if spec.bits == 4 and n not in scales]
     if outside:
-        say(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
+        progress.info(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
     return _without_data(model, scheme, numerics.choose_scales) | scales
 
 

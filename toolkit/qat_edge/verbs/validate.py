@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import ValidateOptions
 from qat_edge.diagnose import locate_fault
 from qat_edge.diagnose.error_budget import TorchSide, budget, judge, score_here, torch_side
@@ -27,9 +27,9 @@ from qat_edge.evaluate.devices import LOCAL, connect, report_paths, side_by_side
 from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
 from qat_edge.evaluate.gates import hold, require_gates, require_measurable
 from qat_edge.evaluate.results import Agreement, Budget, Judgement, Measured, Report, save
-from qat_edge.models import merge, task
+from qat_edge.models import merge, tasks
 from qat_edge.run import Run, Variant, read_manifest
-from qat_edge.verify import verify_folder
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.executorch.backends.registry import runs_elsewhere
 
@@ -58,7 +58,7 @@ class Torch:
     budget: TorchSide | None
 
 
-def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) -> Report:
+def validate(run: Run, options: ValidateOptions, force: bool = False) -> Report:
     """Measure the artifacts of the run and of its PTQ variants on the one device of `options`.
 
     The report is RUN/reports/DEVICE.json.
@@ -70,14 +70,14 @@ def validate(run: Run, options: ValidateOptions, say: Say, force: bool = False) 
     """
     if len(options.device) != 1:
         raise UsageError(f"--device: expected one device, found {len(options.device)}.")
-    validated = validate_devices(run, options, say, force=force)
+    validated = validate_devices(run, options, force=force)
     if validated.failures:
         require_success(validated)
     return validated.reports[0]
 
 
 def validate_devices(
-    run: Run, options: ValidateOptions, say: Say, force: bool = False, own: Mapping[str, ValidateOptions] | None = None
+    run: Run, options: ValidateOptions, force: bool = False, own: Mapping[str, ValidateOptions] | None = None
 ) -> Validated:
     """The same on every device of `options`, side by side; a device that fails does not stop the others.
 
@@ -87,25 +87,29 @@ def validate_devices(
         UsageError: a device is named twice, or is of no known kind.
         RunError, DataError: as `validate`.
     """
-    task.require_generating(run, "validate")
+    tasks.require_generating(run, "validate")
     asked = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
     _require_possible(asked.values(), paths.values(), force)
-    artifacts = _artifacts_by_target(run, asked.values(), say)
-    material = gather_material(run, options, say)
+    artifacts = _artifacts_by_target(run, asked.values())
+    material = gather_material(run, options)
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
         for device, reason in failures.items():
-            say(f"Left out {device}: {reason}")
+            progress.info(f"Left out {device}: {reason}")
         if not transports:
             return Validated([], failures)
         shared = dataclasses.replace(options, budget=any(one.budget for one in asked.values()))
-        bench = Bench(material, shared, scratch, say)
+        bench = Bench(material, shared, scratch)
         torch = _torch(run, bench, artifacts.values(), is_reported=LOCAL in transports)
 
         def measure(device: str, transport: Transport) -> Report:
-            beside = dataclasses.replace(bench if len(transports) == 1 else bench.beside(device), options=asked[device])
-            report = _measure(run, artifacts[asked[device].target], device, transport, beside, torch)
+            own_bench = dataclasses.replace(bench, options=asked[device])
+            # Several devices report at the same time: each line then begins with its device's name.
+            reporter = progress.current()
+            reporter = reporter if len(transports) == 1 else progress.PrefixedReporter(device, reporter)
+            with progress.report_to(reporter):
+                report = _measure(run, artifacts[asked[device].target], device, transport, own_bench, torch)
             save(report, paths[device])
             return report
 
@@ -157,7 +161,7 @@ def _set_by_profiles(options: ValidateOptions, asked: Iterable[ValidateOptions])
 def _torch(run: Run, bench: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> Torch:
     """All that needs no device; is_reported: this machine has a report of its own, and so measures the artifacts."""
     own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
-    tuned = bench.fine_tuned(merge.merged_model(run.reference, bench.say).model)
+    tuned = bench.fine_tuned(merge.merged_model(run.reference).model)
     models = [bench.base(merge.base_model(run.reference)), tuned]
     floor = bench.noise_floor(run.quantized)
     side = torch_side(run, bench, models, own) if bench.options.budget else None
@@ -214,7 +218,7 @@ def _budget(run: Run, target: str, transport: Transport, bench: Bench, torch: To
     judged = judge(run, bench, torch, target, transport)
     if judged.beyond:
         judged = dataclasses.replace(judged, where=_fault(run, bench, torch, target, transport, judged))
-        bench.say(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
+        progress.info(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
     return budget(bench, torch, target, transport.name, judged)
 
 
@@ -244,18 +248,18 @@ def _why_not(target: str, options: ValidateOptions) -> str:
     return runs_elsewhere(target) if options.runner_binary is None else native_runner.why_not(target)
 
 
-def _artifacts_by_target(run: Run, asked: Iterable[ValidateOptions], say: Say) -> dict[tuple[str, ...], Artifacts]:
+def _artifacts_by_target(run: Run, asked: Iterable[ValidateOptions]) -> dict[tuple[str, ...], Artifacts]:
     """What to measure, by what --target was where: profiles may choose."""
     chosen = {options.target: options for options in asked}
-    return {target: _artifacts(run, options, say) for target, options in chosen.items()}
+    return {target: _artifacts(run, options) for target, options in chosen.items()}
 
 
-def _artifacts(run: Run, options: ValidateOptions, say: Say) -> Artifacts:
+def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     elsewhere = {t: reason for t in options.target or run.targets() if (reason := _why_not(t, options))}
     for reason in elsewhere.values():
         if options.target:
             raise RunError(f"{reason} Leave it out of --target; verify reads its codes back.")
-        say(f"Left out {reason}")
+        progress.info(f"Left out {reason}")
     wanted = [t for t in options.target or run.targets() if t not in elsewhere]
     missing = [t for t in wanted if t not in run.targets()]
     if missing or not wanted:

@@ -6,7 +6,7 @@ The one moment at which a weight is rounded for good; exporters pack what is wri
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
-from qat_edge.models import task
+from qat_edge.models import tasks
 from qat_edge.models.merge import WHOLE_MODEL, Merged, adapter_facts, merged_model
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
@@ -41,7 +41,7 @@ class Quantized:
     wall_s: float
 
 
-def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], force: bool = False) -> Quantized:
+def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantized:
     """Freeze the run's model into RUN/quantized, or one of post-training quantization into RUN/ptq/METHOD/quantized.
 
     A checkpoint that was made of the same adapter with the same options stays as it is.
@@ -61,11 +61,11 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     if options.rotate:
-        task.require_generating(run, "--rotate")
+        tasks.require_generating(run, "--rotate")
     variant, adapter = place(run, options.method)
     if variant.quantized.exists() and not force:
-        return _made_before(variant, adapter, options, say)
-    merged = merged_model(adapter, say, force)
+        return _made_before(variant, adapter, options)
+    merged = merged_model(adapter, force)
     if options.bits is not None:
         asked, trained = load_bits(Path(options.bits)), merged.scheme
         plan = scheme.choose(merged.model, trained.group_size, asked, trained.table_bits)
@@ -74,7 +74,7 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
         rotation.rotate(merged.model, merged.scheme, options.seed)
         tied = merged.scheme.tied and scheme.share_table(merged.model)
         merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
-    scales, calibrated = _scales(run, merged, options, say)
+    scales, calibrated = _scales(run, merged, options)
     frozen.freeze(merged.model, merged.scheme, scales)
     with replace_folder(variant.quantized, force=True) as work:
         merged.model.save_pretrained(work)
@@ -90,12 +90,12 @@ def quantize(run: Run, options: QuantizeOptions, say: Callable[[str], None], for
             scheme=frozen.scheme_facts(merged.scheme),
             **{k: v for k, v in adapter_facts(adapter).items() if k in ("model", "data", "seed", "device")},
         )
-    say(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
+    progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
     wall_s = time.monotonic() - began
     return Quantized(options.method, variant.quantized, merged.scheme.summary(), calibrated, wall_s)
 
 
-def quantize_if_missing(run: Run, method: str, say: Callable[[str], None], force: bool = False) -> Variant:
+def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
     """The variant of one method, frozen with the default options unless that was done with whatever options.
 
     force: freeze again where the checkpoint there was made of another adapter.
@@ -105,7 +105,7 @@ def quantize_if_missing(run: Run, method: str, say: Callable[[str], None], force
     """
     variant, adapter = place(run, method)
     if not variant.quantized.exists() or (force and not _is_of(variant, adapter)):
-        quantize(run, QuantizeOptions(method=method), say, force=force)
+        quantize(run, QuantizeOptions(method=method), force=force)
     elif not _is_of(variant, adapter):
         raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
     return variant
@@ -116,7 +116,7 @@ def place(run: Run, method: str) -> tuple[Variant, Path]:
     return (run, run.adapter) if method == QAT else (run.ptq(method), run.reference)
 
 
-def _made_before(variant: Variant, adapter: Path, options: QuantizeOptions, say: Callable[[str], None]) -> Quantized:
+def _made_before(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:
     """The checkpoint that is there.
 
     Raises:
@@ -128,7 +128,7 @@ def _made_before(variant: Variant, adapter: Path, options: QuantizeOptions, say:
     if facts["options"] != config.plain(options):
         before = ", ".join(f"{config.flag_name(k)} {v}" for k, v in facts["options"].items())
         raise RunError(f"{variant.quantized} was made with other options ({before}). Give --force to make it again.")
-    say(f"{variant.quantized} is there already, of the same adapter and options")
+    progress.info(f"{variant.quantized} is there already, of the same adapter and options")
     summary = frozen.read_scheme(variant.quantized).summary()
     return Quantized(options.method, variant.quantized, summary, facts["calibration"], 0.0)
 
@@ -137,31 +137,27 @@ def _is_of(variant: Variant, adapter: Path) -> bool:
     return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
 
 
-def _scales(
-    run: Run, merged: Merged, options: QuantizeOptions, say: Callable[[str], None]
-) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+def _scales(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """Group scales of the merged weights, which GPTQ and AWQ change as well, and what was calibrated on."""
     if options.method == QAT:
         return merged.scales, None
     if options.method not in methods.CALIBRATED:
-        return methods.apply(merged.model, merged.scheme, options.method, [], say), None
-    batches, facts = _calibration(run, merged, options, say)
+        return methods.apply(merged.model, merged.scheme, options.method, []), None
+    batches, facts = _calibration(run, merged, options)
     # bfloat16 products as in training: four times faster here; statistics and rounding stay float32.
     with torch.autocast("cpu", torch.bfloat16):
-        return methods.apply(merged.model, merged.scheme, options.method, batches, say), facts
+        return methods.apply(merged.model, merged.scheme, options.method, batches), facts
 
 
-def _calibration(
-    run: Run, merged: Merged, options: QuantizeOptions, say: Callable[[str], None]
-) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+def _calibration(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Batches for `ptq.apply`, tokenized as for training, and what the manifest records of them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
-    kind, loaded = task.of_run(run), load_rows(source, "train")
+    kind, loaded = tasks.of_run(run), load_rows(source, "train")
     rows = training_examples.tokenize(kind, loaded, merged.model, merged.tokenizer, trained.max_length).rows
-    tokens = calibration.tokens_to_take(options.calibration_tokens, rows, say)
+    tokens = calibration.tokens_to_take(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
-    say(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
+    progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
     facts = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
     return calibration.batches(chosen, merged.tokenizer), facts
 

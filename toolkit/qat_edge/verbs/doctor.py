@@ -7,13 +7,13 @@ that the exporter keeps. What a device does with its own memory and processor is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from qat_edge import progress
 from qat_edge.config import RUNTIMES, DoctorOptions
 from qat_edge.errors import ArtifactError, ModelError
 from qat_edge.models import tokenizer
@@ -46,18 +46,18 @@ class Diagnosis:
     faults: list[str]
 
 
-def doctor(path: Path, options: DoctorOptions, say: Callable[[str], None]) -> Diagnosis:
+def doctor(path: Path, options: DoctorOptions) -> Diagnosis:
     """Examine a .pte, or the one in an export folder, for the runtimes named, or for all known.
 
     Raises:
         ArtifactError: there is no .pte, or it cannot be read at all.
     """
     path = path / MODEL if path.is_dir() else path
-    say(f"Reading {path}")
+    progress.info(f"Reading {path}")
     program = inspect(path)
     words = path.parent / TOKENIZER
     texts = [*TEXTS, *_special_texts(words)]
-    say("Loading it with the installed executorch")
+    progress.info("Loading it with the installed executorch")
     probed = runtime_probe.ask(path, words, texts)
     checks = known_runtimes.check(program, options.runtime or RUNTIMES, probed)
     runner, found, faults = [], None, []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qat_edge.errors import ArtifactError, RunError, UsageError
-from qat_edge.models import task, tokenizer
+from qat_edge.models import tasks, tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
 from qat_edge_exporters.executorch import llm_runner
@@ -32,7 +32,7 @@ def generate(
         RunError: nothing to generate with, or an artifact for another machine.
         UsageError: a chat was asked for and the tokenizer has no template, or the prompt fills the context.
     """
-    task.require_generating(run, "generate")
+    tasks.require_generating(run, "generate")
     elsewhere = runs_elsewhere(source)
     if elsewhere:
         raise RunError(f"{elsewhere} Ask the same codes in another artifact, or the torch model.")

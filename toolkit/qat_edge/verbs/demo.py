@@ -7,18 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models import load
-from qat_edge.progress import console
 from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 
@@ -29,7 +25,7 @@ VALIDATE = ["--tokens", "1024", "--prompts", "160"]
 
 
 @dataclass(frozen=True)
-class Station:
+class Stage:
     """One command of the line: wall time in seconds, peak memory of its largest process in bytes."""
 
     name: str
@@ -37,39 +33,39 @@ class Station:
     peak_memory_bytes: int
 
 
-def demo(out: Path, config_path: Path | None, say: Callable[[str], None]) -> list[Station]:
+def demo(out: Path, config_path: Path | None) -> list[Stage]:
     """Run finetune, export, verify, validate, report and generate into `out`, replacing an earlier demo there.
 
     Raises:
-        QatEdgeError: a station failed; it has said why.
+        QatEdgeError: a stage failed; it has said why.
     """
-    say("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
+    progress.info("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
     given = ["--config", str(config_path)] if config_path else []
     if not given:
         train, held_out = assistant.write(out.parent / f"{out.name}-data")
-        say(f"Data: {assistant.TRAIN_ROWS} made-up requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}")
-        source = load.demo_model(_cache(), say)
+        progress.info(
+            f"Data: {assistant.TRAIN_ROWS} made-up requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
+        )
+        source = load.demo_model(_cache())
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
     else:
         config.load(FinetuneOptions, "finetune", config_path, {})
         given_finetune = given
     run = str(out)
     replace = ["--force"] if Run(out).config.is_file() else []
-    stations = [
-        _station(["finetune", *given_finetune, "--out", run, *replace], say),
-        _station(["export", run, *given], say),
-        _station(["verify", run], say),
-        _station(["validate", run, *(given or VALIDATE)], say),
-        _station(["report", run], say),
-        _station(["generate", run, "--from", "executorch", "--system", assistant.SYSTEM, QUESTION], say),
+    stages = [
+        _run_stage(["finetune", *given_finetune, "--out", run, *replace]),
+        _run_stage(["export", run, *given]),
+        _run_stage(["verify", run]),
+        _run_stage(["validate", run, *(given or VALIDATE)]),
+        _run_stage(["report", run]),
+        _run_stage(["generate", run, "--from", "executorch", "--system", assistant.SYSTEM, QUESTION]),
     ]
-    console.print(_table(stations))
-    say(f"Open {Run(out).report_html} in a browser.")
-    return stations
+    return stages
 
 
-def _station(arguments: list[str], say: Callable[[str], None]) -> Station:
-    say(f"\n$ qat-edge {shlex.join(arguments)}")
+def _run_stage(arguments: list[str]) -> Stage:
+    progress.info(f"\n$ qat-edge {shlex.join(arguments)}")
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments])
     try:
@@ -81,20 +77,9 @@ def _station(arguments: list[str], say: Callable[[str], None]) -> Station:
     process.returncode = code
     if code != 0:
         raise QatEdgeError(f"The demo stops here: `qat-edge {arguments[0]}` ended with exit code {code}.")
-    return Station(arguments[0], time.monotonic() - began, peak_rss_bytes(usage))
+    return Stage(arguments[0], time.monotonic() - began, peak_rss_bytes(usage))
 
 
 def _cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "qat-edge"
-
-
-def _table(stations: list[Station]) -> Table:
-    table = Table(title="Where the time went")
-    table.add_column("command")
-    table.add_column("wall time", justify="right")
-    table.add_column("peak memory", justify="right")
-    for station in stations:
-        table.add_row(station.name, f"{station.wall_s:.0f} s", f"{station.peak_memory_bytes / 1e9:.2f} GB")
-    table.add_row("total", f"{sum(s.wall_s for s in stations) / 60:.1f} min", "")
-    return table

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import ExportOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.lazy import resolve
-from qat_edge.models import task
-from qat_edge.quantize import QAT, place, quantize_if_missing
+from qat_edge.models import tasks
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
+from qat_edge.verbs.quantize import QAT, place, quantize_if_missing
 from qat_edge_exporters import EXPORTERS
 from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, require_package
 
@@ -38,7 +38,7 @@ class Exported:
     wall_s: float
 
 
-def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: bool = False) -> list[Exported]:
+def export(run: Run, options: ExportOptions, force: bool = False) -> list[Exported]:
     """Write every target of the run, and of the FP32 fine-tune quantized by each method of `options.ptq`.
 
     An artifact that is there already, of the same checkpoint and context length, is kept unless `force` is set, so
@@ -59,13 +59,13 @@ def export(run: Run, options: ExportOptions, say: Callable[[str], None], force: 
     methods = [QAT, *_methods(options)]
     folders = {place(run, m)[0].exports / artifact_name(t, options): (m, t) for m in methods for t in exporters}
     pending = list(folders) if force else _pending(list(folders), options)
-    variants = {m: quantize_if_missing(run, m, say, force) for m in methods}
+    variants = {m: quantize_if_missing(run, m, force) for m in methods}
     written = []
     for folder, (method, target) in folders.items():
         if folder in pending:
-            written.append(export_one(variants[method], target, exporters[target], options, say))
+            written.append(export_one(variants[method], target, exporters[target], options))
         else:
-            say(f"Kept {folder}: exported before from the same checkpoint")
+            progress.info(f"Kept {folder}: exported before from the same checkpoint")
     config.save(run.config, "export", options)
     return written
 
@@ -133,7 +133,7 @@ def _check_kind(run: Run, options: ExportOptions) -> None:
     flags += [f"--kv-cache {options.kv_cache}"] if options.kv_cache != FLOAT else []
     flags += [f"--backend {options.backend}"] if options.backend != XNNPACK else []
     for flag in flags:
-        task.require_generating(run, flag)
+        tasks.require_generating(run, flag)
 
 
 def _methods(options: ExportOptions) -> list[str]:
@@ -148,13 +148,12 @@ def export_one(
     target: str,
     exporter: Callable[..., None],
     options: ExportOptions,
-    say: Callable[[str], None],
 ) -> Exported:
     """Write one artifact of one variant into its exports, replacing what is there."""
     folder = variant.exports / artifact_name(target, options)
     backend = BACKENDS.get(options.backend) if target == PORTABLE else None
     began = time.monotonic()
-    say(f"Exporting {folder}")
+    progress.info(f"Exporting {folder}")
     with replace_folder(folder, force=True) as work:
         if options.portable and target == PORTABLE:
             exporter = partial(exporter, portable=True)
@@ -162,7 +161,7 @@ def export_one(
             exporter = partial(exporter, kv_cache=options.kv_cache)
         if backend is not None:
             exporter = partial(exporter, backend=backend.name)
-        exporter(variant.quantized, work, options.context_length, say)
+        exporter(variant.quantized, work, options.context_length)
         wall_s = time.monotonic() - began
         write_manifest(
             work,
@@ -175,6 +174,6 @@ def export_one(
         )
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     for difference in backend.differences if backend else ():
-        say(f"{folder.name} is not exactly what was trained: {difference}")
-    say(f"Wrote {folder}: {size / 1e6:.1f} MB in {wall_s:.0f} s")
+        progress.info(f"{folder.name} is not exactly what was trained: {difference}")
+    progress.info(f"Wrote {folder}: {size / 1e6:.1f} MB in {wall_s:.0f} s")
     return Exported(target, folder, size, wall_s)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qat_edge import progress
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.lazy import resolve
 from qat_edge.models import tokenizer
@@ -48,7 +49,7 @@ class Verified:
         return [("embedding", self.embedding_equal), *head]
 
 
-def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list[Verified]:
+def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     """Compare the run's artifacts, and those of its post-training quantizations, with their checkpoints.
 
     RUN/verified.json keeps what was found, for the report.
@@ -64,7 +65,7 @@ def verify(run: Run, targets: Sequence[str], say: Callable[[str], None]) -> list
         raise RunError(f"{run.exports}: {what} not exported yet. `qat-edge export {run.path}` does it.")
     results = []
     for variant, target in found:
-        say(f"Reading {variant.exports / target}")
+        progress.info(f"Reading {variant.exports / target}")
         results.append(verify_folder(variant.exports / target, target, variant.quantized))
     write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
     return results

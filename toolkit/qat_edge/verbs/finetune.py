@@ -11,19 +11,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.data import training_examples
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import merge
-from qat_edge.progress import bar
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
 from qat_edge.train import objectives
@@ -48,9 +46,7 @@ class Finetuned:
     peak_memory_bytes: int
 
 
-def finetune(
-    options: FinetuneOptions, out: Path, say: Callable[[str], None], resume: bool = False, force: bool = False
-) -> Finetuned:
+def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: bool = False) -> Finetuned:
     """Train into the run folder `out`.
 
     Raises:
@@ -60,8 +56,8 @@ def finetune(
     run = _check_folder(options, out, resume, force)
     check_combination(options)
     began = time.monotonic()
-    job = prepare(options, say, _recorded_inputs(run).get("kept_layers") if resume else None)
-    adapted, switch = trainable(job, options, say)
+    job = prepare(options, _recorded_inputs(run).get("kept_layers") if resume else None)
+    adapted, switch = trainable(job, options)
     if not resume:
         # Not before: whatever was asked wrongly has been found by now, and has cost nobody a run.
         shutil.rmtree(out, ignore_errors=True)
@@ -70,13 +66,13 @@ def finetune(
     start = qat_start_step(options)
     trainer = _trainer(adapted, job, options, run)
     trainer.configure(options, start)
-    crossing = _crossing(adapted, switch, job, options, run, trainer, say)
+    crossing = _crossing(adapted, switch, job, options, run, trainer)
     phases = TwoPhases(switch, start, crossing)
     trainer.add_callback(phases)
     plainly = "LoRA" if options.method == "lora" else "full fine-tuning"
-    say(f"{start} steps of {plainly}, then {options.steps - start} with fake quantization")
-    with bar("training", options.steps) as progress, disk_errors(run.path):
-        trainer.add_callback(ShowProgress(progress, phases, plainly))
+    progress.info(f"{start} steps of {plainly}, then {options.steps - start} with fake quantization")
+    with progress.bar("training", options.steps) as shown, disk_errors(run.path):
+        trainer.add_callback(ShowProgress(shown, phases, plainly))
         trainer.train(resume_from_checkpoint=resume or None)
     if not phases.crossed:
         crossing.finish()
@@ -107,13 +103,12 @@ def _crossing(
     options: FinetuneOptions,
     run: Run,
     trainer: QatTrainer,
-    say: Callable[[str], None],
 ) -> Crossing:
     return Crossing(
         adapted=adapted, switch=switch, scheme=job.plan, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
         snapshot=lambda: merge.save(adapted, run.reference, "reference", job.facts, scales=False),
-        teach=trainer.learn_from, forget=trainer.forget_averages, say=say,
+        teach=trainer.learn_from, forget=trainer.forget_averages,
     )  # fmt: skip
 
 

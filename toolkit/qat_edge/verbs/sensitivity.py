@@ -8,22 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import by_length, choose_rows
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
-from qat_edge.models import task
+from qat_edge.models import tasks
 from qat_edge.models.merge import adapter_facts, merged_model
-from qat_edge.progress import bar
 from qat_edge.quant import layer_sensitivity, scheme
 from qat_edge.quant.bit_allocation import (
     MEASURED,
@@ -65,7 +64,7 @@ class Result:
         )
 
 
-def sensitivity(run: Run, options: SensitivityOptions, say: Callable[[str], None], force: bool = False) -> Result:
+def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> Result:
     """Measure into RUN/sensitivity, or take what was measured there, and pick bits where `options` asks for it.
 
     Raises:
@@ -75,17 +74,17 @@ def sensitivity(run: Run, options: SensitivityOptions, say: Callable[[str], None
     """
     if options.budget_mb is not None and options.max_kl is not None:
         raise UsageError("--budget-mb and --max-kl: one limit picks the bits. Give one of them.")
-    task.require_generating(run, "sensitivity")
+    tasks.require_generating(run, "sensitivity")
     folder = run.path / "sensitivity"
     picking = options.budget_mb is not None or options.max_kl is not None
     if (folder / MANIFEST).is_file() and picking and not force:
-        measured = _same_finetune(run, folder, options, say)
+        measured = _same_finetune(run, folder, options)
     else:
         if folder.exists() and not force:
             raise RunError(
                 f"{folder} exists already. Give --budget-mb or --max-kl to pick from it, or --force to measure again."
             )
-        measured = measure(run, options, say, force)
+        measured = measure(run, options, force)
         with replace_folder(folder, force=True) as work:
             write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
             _write_page(run, work, measured, None)
@@ -96,7 +95,7 @@ def sensitivity(run: Run, options: SensitivityOptions, say: Callable[[str], None
     return Result(folder, measured, choice)
 
 
-def measure(run: Run, options: SensitivityOptions, say: Callable[[str], None], force: bool = False) -> Sensitivity:
+def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensitivity:
     """Measure the FP32 fine-tune of a run on its own training rows.
 
     Raises:
@@ -104,10 +103,10 @@ def measure(run: Run, options: SensitivityOptions, say: Callable[[str], None], f
     """
     began = time.monotonic()
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
-    merged = merged_model(run.reference, say, force)
+    merged = merged_model(run.reference, force)
     tokenized = tokenization.tokenize(load_rows(trained.data, "train"), merged.tokenizer, trained.max_length)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, trained.data, "--tokens")
-    found = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed, say)
+    found = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
     source = adapter_facts(run.reference)["model"]["identity"]["name"]
     return dataclasses.replace(found, model=source, wall_s=time.monotonic() - began)
 
@@ -118,7 +117,6 @@ def measure_model(
     group_size: int,
     rows: Sequence[dict[str, list[int]]],
     seed: int,
-    say: Callable[[str], None],
 ) -> Sensitivity:
     """Cost of every weight of a float model on tokenized rows {"input_ids", "labels"}."""
     began = time.monotonic()
@@ -127,11 +125,13 @@ def measure_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = list(_batches(rows, tokenizer, device))
     total = len(batches) * sum(map(len, schemes.values()))
-    say(f"Measuring {len(schemes)} weights on {sum(len(row['input_ids']) for row in rows)} tokens, on {device}")
-    with bar("measuring", total) as progress:
+    progress.info(
+        f"Measuring {len(schemes)} weights on {sum(len(row['input_ids']) for row in rows)} tokens, on {device}"
+    )
+    with progress.bar("measuring", total) as shown:
         done = iter(range(1, total + 1))
         found = layer_sensitivity.probe(
-            model.to(device), schemes, batches, lambda name, bits: progress.update(next(done), f"{name} int{bits}")
+            model.to(device), schemes, batches, lambda name, bits: shown.update(next(done), f"{name} int{bits}")
         )
     model.to("cpu")
     return Sensitivity(
@@ -191,14 +191,14 @@ def _float_bytes(model: Any, plan: scheme.Scheme) -> int:
     return sum(4 * p.numel() for name, p in model.named_parameters() if name not in quantized)
 
 
-def _same_finetune(run: Run, folder: Path, options: SensitivityOptions, say: Callable[[str], None]) -> Sensitivity:
+def _same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> Sensitivity:
     """What was measured before, if it was measured on the fine-tune that the run holds now."""
     if read_manifest(folder)["reference_sha256"] != _reference_sha256(run):
         raise RunError(f"{folder} was measured on another fine-tune. Give --force to measure again.")
     measured = read_measured(folder)
     other = (options.tokens, options.seed) != (measured.tokens, measured.seed)
     again = f"; --force measures again, on {options.tokens} (seed {options.seed})" if other else ""
-    say(f"Picking from {folder}, measured on {measured.tokens} tokens (seed {measured.seed}){again}")
+    progress.info(f"Picking from {folder}, measured on {measured.tokens} tokens (seed {measured.seed}){again}")
     return measured
 
 

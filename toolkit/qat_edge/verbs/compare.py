@@ -21,22 +21,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config
+from qat_edge import config, progress
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.evaluate import reference, results
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
 from qat_edge.evaluate.results import Measured
-from qat_edge.export import export_one
 from qat_edge.lazy import resolve
-from qat_edge.models import merge, task, tokenizer
-from qat_edge.progress import bar
+from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.quant import frozen
-from qat_edge.quantize import QAT, quantize_if_missing
 from qat_edge.report.comparison_page import render
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
-from qat_edge.validate import DEVICE
+from qat_edge.verbs.export import export_one
+from qat_edge.verbs.quantize import QAT, quantize_if_missing
+from qat_edge.verbs.validate import DEVICE
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters import EXPORTERS
@@ -72,7 +71,6 @@ class Job:
 
     run: Run
     exporting: ExportOptions
-    say: Say
     force: bool
 
     @property
@@ -85,7 +83,7 @@ class Job:
         return Shipped(self.folder / name)
 
 
-def train(options: CompareOptions, out: Path, config_path: Path | None, say: Say, force: bool = False) -> Run:
+def train(options: CompareOptions, out: Path, config_path: Path | None, force: bool = False) -> Run:
     """Run `finetune` into `out` in a process of its own, with compare's model and data and the rest of --config.
 
     Raises:
@@ -99,7 +97,7 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, say: Say
     flags = [text for key, value in given.items() for text in (config.flag_name(key), value)]
     flags += ["--config", str(config_path)] if config_path else []
     flags += ["--force"] if Run(out).config.is_file() else []
-    say(f"Training {out}")
+    progress.info(f"Training {out}")
     command = [sys.executable, "-m", "qat_edge", "finetune", "--out", str(out), *flags]
     code = subprocess.run(command, check=False).returncode
     if code != 0:
@@ -107,9 +105,7 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, say: Say
     return Run.open(out)
 
 
-def compare(
-    run: Run, options: CompareOptions, config_path: Path | None, say: Say, force: bool = False
-) -> DeploymentTable:
+def compare(run: Run, options: CompareOptions, config_path: Path | None, force: bool = False) -> DeploymentTable:
     """Make, run and measure every deployment; write RUN/compare/compare.json and compare.html.
 
     What was measured before, of the same artifact on the same tokens, is taken over unless `force` is set.
@@ -118,17 +114,17 @@ def compare(
         RunError: no finished training, or an artifact of the run is out of date.
         DataError: no evaluation rows.
     """
-    task.require_generating(run, "compare")
+    tasks.require_generating(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
     exporting = config.load(ExportOptions, "export", source, {"backend": config.BACKENDS[0]})  # others cannot run here
-    job = Job(run, exporting, say, force)
-    quantize_if_missing(run, QAT, say)
-    material = gather_material(run, measuring, say)
+    job = Job(run, exporting, force)
+    quantize_if_missing(run, QAT)
+    material = gather_material(run, measuring)
     made = {(n, t): _make(job, n, t) for n in row_names(options.deployment, options.method) for t in options.target}
     _checkpoint(job, "merged")
     with scratch_folder(run) as scratch, device_errors(), closing(open_transport(DEVICE)) as transport:
-        tuned, measured = _measure(job, Bench(material, measuring, scratch, say), transport, made)
+        tuned, measured = _measure(job, Bench(material, measuring, scratch), transport, made)
         machine = dataclasses.asdict(transport.info())
     table = DeploymentTable(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -170,7 +166,7 @@ def _make(job: Job, name: str, target: str) -> Variant | str:
         variant = _checkpoint(job, name)
         _export(job, variant, target)
     except SHOWN as error:
-        job.say(f"{TITLES[name]}, {target}: {error}")
+        progress.info(f"{TITLES[name]}, {target}: {error}")
         return f"not expressible: {error}" if isinstance(error, ExportError) else str(error)
     return variant
 
@@ -191,7 +187,7 @@ def _export(job: Job, variant: Variant, target: str) -> None:
             f"{folder} is of another checkpoint, or for another --context-length than {job.exporting.context_length}. "
             f"Export again: `qat-edge export {job.run.path} --force`."
         )
-    export_one(variant, target, resolve(EXPORTERS, target, "--target"), job.exporting, job.say)
+    export_one(variant, target, resolve(EXPORTERS, target, "--target"), job.exporting)
 
 
 def _is_current(variant: Variant, folder: Path, context_length: int) -> bool:
@@ -210,7 +206,7 @@ def _checkpoint(job: Job, name: str) -> Variant:
     if name == QAT:
         return run
     if name.startswith(PTQ):
-        return quantize_if_missing(run, name.removeprefix(PTQ), job.say)
+        return quantize_if_missing(run, name.removeprefix(PTQ))
     if name in ("lora", "naive") and not (run.reference / ADAPTER_FILES[0]).is_file():
         raise ExportError("this run trained the weights themselves, so it has no adapters to ship")
     if name == "lora":
@@ -219,7 +215,7 @@ def _checkpoint(job: Job, name: str) -> Variant:
     made_of = sha256(run.reference / MANIFEST)
     if (shipped.quantized / MANIFEST).is_file() and read_manifest(shipped.quantized)["made_of"] == made_of:
         return shipped
-    job.say(f"Making {shipped.quantized}")
+    progress.info(f"Making {shipped.quantized}")
     with replace_folder(shipped.quantized, force=True) as work:
         facts = _write_checkpoint(job, name, work)
         write_manifest(work, "checkpoint", made_of=made_of, **facts)
@@ -234,7 +230,7 @@ def _write_checkpoint(job: Job, name: str, work: Path) -> dict[str, Any]:
             if path.name != MANIFEST:
                 _share(path, work / path.name)
     elif name == "merged":
-        merge.merged_model(run.reference, job.say).model.save_pretrained(work)
+        merge.merged_model(run.reference).model.save_pretrained(work)
     else:
         model = merge.base_model(run.reference)
         if name == "naive":
@@ -281,7 +277,7 @@ def _measure(
             if isinstance(measured, Measured):
                 _write(_row_path(job, *row), keys[row], measured)
         elif isinstance(measured, Measured):
-            job.say(f"{TITLES[row[0]]}, {row[1]}: measured before")
+            progress.info(f"{TITLES[row[0]]}, {row[1]}: measured before")
         found = measured if isinstance(measured, Measured) else None
         rows.append(Deployment(*row, measured=found, reason=measured if isinstance(measured, str) else ""))
     return tuned, rows
@@ -295,7 +291,7 @@ def _measure_row(
         with device_errors():
             return bench.artifact(variant, row[1], transport, own=False)
     except SHOWN as error:
-        job.say(f"{TITLES[row[0]]}, {row[1]}: {error}")
+        progress.info(f"{TITLES[row[0]]}, {row[1]}: {error}")
         return f"not measured: {error}"
 
 
@@ -312,8 +308,8 @@ def _reference(job: Job, bench: Bench, asked: dict[str, Any], needed: bool) -> M
         _write(path, key, known)
         return known
     sequences = bench.material.sequences
-    with bar("FP32 fine-tune", len(sequences)) as progress:
-        reference.score(model, sequences, bench.fp32, progress.update)
+    with progress.bar("FP32 fine-tune", len(sequences)) as shown:
+        reference.score(model, sequences, bench.fp32, shown.update)
     return known
 
 
