@@ -21,7 +21,7 @@ from qat_edge.run import write_text
 NO_LOSS = "PTQ loses nothing"
 NAMES = {
     "base": "base", FP32: "FP32 fine-tune", "rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ",
-    "cd": "coordinate descent", "awq": "AWQ",
+    "coordinate-descent": "coordinate descent", "awq": "AWQ",
     RECOMMENDED: "QAT",
 }  # fmt: skip
 TORCH = "torch"

@@ -52,7 +52,7 @@ ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 64
 # Options that plain LoRA never reads: whatever they are, it is the same cell.
 PHASE_TWO = (
-    "ptq_start", "rotate", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight",
+    "ptq_init", "rotate", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight",
     "distill_temperature", "distill_top_k", "qat_learning_rate", "lr_restart",
 )  # fmt: skip
 PATHS = ("model", "data", "eval_data")
@@ -128,7 +128,7 @@ class Lab:
         options = {k: v for k, v in config.plain(resolved).items() if k not in PATHS}
         if training.recipe == FP32:
             options = {k: v for k, v in options.items() if k not in PHASE_TWO}
-        elif options["ptq_start"] in CALIBRATED and options["calibration_tokens"] is None:
+        elif options["ptq_init"] in CALIBRATED and options["calibration_tokens"] is None:
             options["calibration_tokens"] = USUAL_TOKENS
         if training.formulation:
             options["formulation"] = training.recipe

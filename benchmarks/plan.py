@@ -311,6 +311,6 @@ def _training_s(lab: Lab, training: Training) -> float:
     options, share, prepared_s = lab.options(training), 1.0, 0.0
     if training.recipe != FP32:
         share = options.qat_start if options.qat_start < 1 else min(options.qat_start / training.steps, 1.0)
-        prepared_s = _method_s(lab, options.ptq_start)
+        prepared_s = _method_s(lab, options.ptq_init)
     seconds = share * lab.setting.lora_step_s + (1 - share) * lab.setting.qat_step_s
     return START_S + prepared_s + training.steps * seconds * TASKS[training.task].step_tokens / 1024

@@ -19,7 +19,7 @@ Overrides = Mapping[str, Any]
 RECOMMENDED = "qat"  # no overrides: the defaults of finetune
 FP32 = "fp32"
 # Phase 1 takes all the steps ("qat_start" is set to their number): plain LoRA, and nothing of phase 2 is prepared.
-PLAIN_LORA: Overrides = {"scales": "absmax", "ptq_start": "none", "distill_weight": 0.0, "distill_top_k": 0}
+PLAIN_LORA: Overrides = {"scales": "absmax", "ptq_init": "none", "distill_weight": 0.0, "distill_top_k": 0}
 # The formulations differ in the forward pass alone: everything else that QAT may add is off, and plain LoRA's learning
 # rate is theirs from the first step to the last.
 FORMULATION: Overrides = {**PLAIN_LORA, "qat_start": 0.0, "lr_restart": False}
@@ -31,12 +31,12 @@ _TAUGHT: Overrides = {"distill_top_k": 64}
 # that is the default already is left out when the table is run.
 ABLATION: Mapping[str, Overrides] = {
     "hidden states not turned": {"rotate": "off"},
-    "no PTQ start": {"ptq_start": "none"},
+    "no PTQ start": {"ptq_init": "none"},
     "no QAT: the start after all steps": {"qat_start": AFTER_ALL},
     "QAT after three quarters of the steps": {"qat_start": 0.75},
-    "GPTAQ start": {"ptq_start": "gptaq"},
+    "GPTAQ start": {"ptq_init": "gptaq"},
     "scales fixed at the start": {"scales": "fixed"},
-    "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_start": "none"},
+    "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_init": "none"},
     "distillation, half the loss": {"distill_weight": 0.5, **_TAUGHT},
     "QAT after a quarter of the steps": {"qat_start": 0.25},
     "QAT after half of the steps": {"qat_start": 0.5},
@@ -48,9 +48,9 @@ ABLATION: Mapping[str, Overrides] = {
     "learning rate of QAT 1e-3": {"qat_learning_rate": 1e-3},
     "learning rate of the scales 1e-3": {"scale_learning_rate": 1e-3},
     "learning rate of the scales 2e-2": {"scale_learning_rate": 2e-2},
-    "GPTQ start": {"ptq_start": "gptq"},
-    "AWQ start": {"ptq_start": "awq"},
-    "HQQ start": {"ptq_start": "hqq"},
+    "GPTQ start": {"ptq_init": "gptq"},
+    "AWQ start": {"ptq_init": "awq"},
+    "HQQ start": {"ptq_init": "hqq"},
     "no distillation": {"distill_weight": 0.0, "distill_top_k": 0},
     "distillation alone": {"distill_weight": 1.0, **_TAUGHT},
     "QAT from the first step and nothing else": FORMULATION,
@@ -68,7 +68,7 @@ COSTS: Mapping[str, Overrides] = {
 
 PARTS = ("main", "steps", "ablation", "formulations", "remaining", "tables", "cost")
 BASELINES = ("rtn", "hqq")  # recovery is counted against the better of these
-METHODS = (*BASELINES, "gptq", "gptaq", "cd", "awq")
+METHODS = (*BASELINES, "gptq", "gptaq", "coordinate-descent", "awq")
 
 
 @dataclass(frozen=True)

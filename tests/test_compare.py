@@ -304,7 +304,7 @@ def test_the_terminals_table_fits_80_columns() -> None:
 
 def test_the_verdict_names_every_method_once() -> None:
     rows = [Deployment(n, "onnx", measured(p)) for n, p in (("base", 16.0), ("naive", 32.0), ("qat", 4.001))]
-    rows += [Deployment(f"ptq-{method}", "onnx", measured(8.0)) for method in ("rtn", "cd")]
+    rows += [Deployment(f"ptq-{method}", "onnx", measured(8.0)) for method in ("rtn", "coordinate-descent")]
     said = verdict(made_table(*rows), "onnx")
     assert "99% of the gain in log perplexity" in said  # 99.98%: not all of it
     assert said.endswith(

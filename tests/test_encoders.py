@@ -141,8 +141,8 @@ def test_what_is_frozen_answers_as_it_was_trained(run: Run) -> None:
     "changes",
     [
         {"method": "full", "learning_rate": 1e-3, "lora_rank": 16},  # the default: there are no adapters
-        {"base": "int8", "ptq_start": "hqq"},
-        {"ptq_start": "none", "scales": "absmax"},
+        {"base": "int8", "ptq_init": "hqq"},
+        {"ptq_init": "none", "scales": "absmax"},
     ],
 )
 def test_other_trainings_end_in_what_was_trained(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -337,7 +337,7 @@ def test_rows_that_an_encoder_cannot_learn_are_named(
     ("changes", "flag"),
     [
         ({"keep_layers": 1}, "--keep-layers"),
-        ({"distill_weight": 0.5, "ptq_start": "none"}, "--distill-weight"),
+        ({"distill_weight": 0.5, "ptq_init": "none"}, "--distill-weight"),
         ({"rotate": "on"}, "--rotate on"),
     ],
 )

@@ -101,8 +101,8 @@ def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp
     "changes",
     [
         {},
-        {"ptq_start": "awq", "scales": "fixed"},
-        {"ptq_start": "none", "distill_weight": 0.5, "distill_temperature": 2.0},
+        {"ptq_init": "awq", "scales": "fixed"},
+        {"ptq_init": "none", "distill_weight": 0.5, "distill_temperature": 2.0},
         {"distill_weight": 1.0, "distill_top_k": 8},
     ],
 )
@@ -123,7 +123,7 @@ def test_a_run_resumed_past_the_border_ends_the_same(
 def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, qat_start=6), tmp_path / "run")
     facts = read_manifest(tmp_path / "run" / "adapter")
-    assert facts["start"]["method"] == "cd" and facts["learned_scales"]
+    assert facts["start"]["method"] == "coordinate-descent" and facts["learned_scales"]
     merged = merged_model(tmp_path / "run" / "adapter")
     assert set(merged.scales) == set(merged.scheme.linears)
     reference = merged_model(tmp_path / "run" / "reference")

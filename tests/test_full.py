@@ -22,7 +22,7 @@ from qat_edge.run import read_manifest
 from qat_edge.train.phases import check_combination
 from qat_edge.verbs.finetune import finetune
 
-DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_start
+DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_init
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
 
 
@@ -78,7 +78,7 @@ def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    "schemes", [{}, {"ptq_start": "awq", "scales": "fixed"}, {"ptq_start": "none", "scales": "absmax"}]
+    "schemes", [{}, {"ptq_init": "awq", "scales": "fixed"}, {"ptq_init": "none", "scales": "absmax"}]
 )
 def test_leaves_whole_models(options: FinetuneOptions, tmp_path: Path, schemes: dict[str, Any]) -> None:
     out = tmp_path / "run"
@@ -130,11 +130,11 @@ def test_weights_that_are_not_there_are_named(options: FinetuneOptions, tmp_path
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"base": "nf4"}, ("--base nf4", f"--ptq-start {DEFAULT_START} (the default)", "Give --ptq-start hqq")),
-        ({"base": "int8", "ptq_start": "awq"}, ("--base int8", "--ptq-start awq")),
-        ({"base": "nf4", "ptq_start": "hqq", "method": "full"}, ("--base nf4", "--method full")),
+        ({"base": "nf4"}, ("--base nf4", f"--ptq-init {DEFAULT_START} (the default)", "Give --ptq-init hqq")),
+        ({"base": "int8", "ptq_init": "awq"}, ("--base int8", "--ptq-init awq")),
+        ({"base": "nf4", "ptq_init": "hqq", "method": "full"}, ("--base nf4", "--method full")),
         ({"method": "full", "lora_rank": 4, "lora_dropout": 0.5}, ("--method full", "--lora-rank, --lora-dropout")),
-        ({"method": "full", "distill_weight": 0.5, "ptq_start": "hqq"}, ("--distill-weight", "--method full")),
+        ({"method": "full", "distill_weight": 0.5, "ptq_init": "hqq"}, ("--distill-weight", "--method full")),
     ],
 )
 def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -149,7 +149,7 @@ def test_trains_adapters_over_a_stored_base(
     options: FinetuneOptions, tmp_path: Path, base: str, start: str, messages: list[str]
 ) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, method="lora", base=base, ptq_start=start), out)
+    finetune(replace(options, method="lora", base=base, ptq_init=start), out)
     assert any(f"linear layers as {base}, " in line for line in messages)
     stored = base_model(out / "reference")
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -167,7 +167,7 @@ def test_trains_adapters_over_a_stored_base(
 
 
 def test_a_resumed_run_over_a_stored_base_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
-    options = replace(options, method="lora", base="nf4", ptq_start="hqq")
+    options = replace(options, method="lora", base="nf4", ptq_init="hqq")
     finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")

@@ -40,7 +40,7 @@ TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
 ASKED = ValidateOptions(
     tokens=64, window=64, prompts=3, max_new_tokens=6, threads=1, prefill=8, decode=4, repeats=2,
-    max_kl=100.0, min_exact_match=0.5, budget=True,
+    max_kl=100.0, min_exact_match=0.5, error_budget=True,
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def trained(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = FinetuneOptions(
         model=str(tiny_model_folder), data=str(folder / "train.jsonl"), steps=4, qat_start=0.5, batch_size=4,
-        lora_rank=4, learning_rate=1e-2, track=(), ptq_start="none", scales="absmax",
+        lora_rank=4, learning_rate=1e-2, track=(), ptq_init="none", scales="absmax",
     )  # fmt: skip
     finetune(options, folder / "run")
     return Run(folder / "run")
@@ -144,7 +144,7 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) -> None:
-    folder = quantize(run, options("cd", rotate=True)).folder
+    folder = quantize(run, options("coordinate-descent", rotate=True)).folder
     assert frozen.read_scheme(folder).tied
     tuned = merged_model(run.reference).model
     stored, head = (frozen.read_weights(folder)[name] for name in ("model.embed_tokens", "lm_head"))

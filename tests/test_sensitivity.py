@@ -193,7 +193,7 @@ def test_a_budget_raises_what_saves_most_first() -> None:
     everything = bit_allocation.within_budget(costs, 1000, 100.0)
     assert eights(everything) == {"0.q_proj", "1.q_proj", "0.up_proj"}  # 8 bits cost layer 1's up_proj more
     assert everything.kl_nats == pytest.approx(0.1 + 0.01 + 0.0 + 0.01 + 2 * 0.001)
-    with pytest.raises(UsageError, match=r"--budget-mb 0.001: .* MB, the least possible"):
+    with pytest.raises(UsageError, match=r"--max-size-mb 0.001: .* MB, the least possible"):
         bit_allocation.within_budget(costs, 1000, 0.001)
 
 
@@ -380,16 +380,16 @@ def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_what_is_there_is_kept_unless_forced(run: Run) -> None:
     assert call(run, "--tokens", "64").exit_code == 0
     again = call(run, "--tokens", "96")
-    assert again.exit_code == 1 and "exists already" in again.output and "--budget-mb" in again.output
+    assert again.exit_code == 1 and "exists already" in again.output and "--max-size-mb" in again.output
     assert call(run, "--tokens", "96", "--force").exit_code == 0
     assert bit_allocation.read_measured(run.path / "sensitivity").tokens == 96
 
 
 def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
-    both = call(run, "--tokens", "64", "--max-kl", "1", "--budget-mb", "1")
-    assert both.exit_code == 2 and "--budget-mb and --max-kl" in both.output
+    both = call(run, "--tokens", "64", "--max-kl", "1", "--max-size-mb", "1")
+    assert both.exit_code == 2 and "--max-size-mb and --max-kl" in both.output
     assert not (run.path / "sensitivity").exists()
-    little = call(run, "--tokens", "64", "--budget-mb", "0.01")
+    little = call(run, "--tokens", "64", "--max-size-mb", "0.01")
     assert little.exit_code == 2 and "the least possible" in little.output
     assert (
         bit_allocation.read_measured(run.path / "sensitivity").tokens == 64

@@ -232,7 +232,7 @@ def test_every_recipe_is_one_that_finetune_takes() -> None:
     [
         ({"scale": "learned"}, r"TABLE 'x': finetune has no option 'scale'. It has .*scales"),
         ({"scales": "guessed"}, r"TABLE 'x': finetune.scales: 'guessed' is not one of"),
-        ({"ptq_start": "gptq", "scales": "absmax"}, r"TABLE 'x': --ptq-start gptq and --scales absmax"),
+        ({"ptq_init": "gptq", "scales": "absmax"}, r"TABLE 'x': --ptq-init gptq and --scales absmax"),
     ],
 )
 def test_a_recipe_that_cannot_be_says_which(overrides: dict[str, Any], message: str) -> None:

@@ -46,7 +46,7 @@ def test_the_last_step_is_the_device(run: Run, way: Way, also_here: bool, messag
     asked = ValidateOptions(
         device=("local", way.device) if also_here else (way.device,), device_python=sys.executable,
         device_folder=str(way.folder), ssh_config=way.ssh_config, tokens=64, window=64, prompts=0, threads=1,
-        prefill=8, decode=4, repeats=2, budget=True, max_fault_chance=0.75,
+        prefill=8, decode=4, repeats=2, error_budget=True, max_fault_chance=0.75,
     )  # fmt: skip
     done = validate_devices(run, asked, force=True)
     assert done.failures == {} and [report.device for report in done.reports] == list(asked.device)

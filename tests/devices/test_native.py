@@ -270,7 +270,7 @@ def test_what_a_runner_cannot_be_asked_is_a_usage_error(run: Run, tmp_path: Path
     runner = ["--runner-binary", str(tmp_path / "runner")]
     for flags, code, words in (
         (["--runner-binary", str(tmp_path / "absent")], 2, "there is no such file"),
-        ([*runner, "--budget"], 2, "--budget: needs logits of whole sequences"),
+        ([*runner, "--error-budget"], 2, "--error-budget: needs logits of whole sequences"),
         ([*runner, "--target", "onnx"], 1, "onnx cannot run in --runner-binary, which takes a .pte"),
         (runner, 1, "runner is built for aarch64, 64-bit"),
     ):

@@ -104,7 +104,7 @@ def test_an_encoders_limit_is_refused_of_a_model_that_generates(run_folder: Path
 
 
 def test_a_fault_misses_its_limit_with_its_place(tmp_path: Path) -> None:
-    asked = options(max_fault_chance=0.75, budget=True)
+    asked = options(max_fault_chance=0.75, error_budget=True)
     (held,) = gates.hold(asked, [TUNED, QAT], [budget(0.98, "The first layer is lm_head")])
     assert (held.passed, held.found) == (False, 0.98)
     with pytest.raises(GateError, match=r"--max-fault-chance 0\.75, measured 0\.98\. The first layer is lm_head"):

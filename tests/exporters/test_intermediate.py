@@ -208,7 +208,7 @@ def test_a_fault_in_an_onnx_folder_is_found_at_its_layer(
 
 
 def judged(made: Made, target: str, exports: Path, scratch: Path) -> Judgement:
-    """What `--budget` thinks of the artifact below `exports`."""
+    """What `--error-budget` thinks of the artifact below `exports`."""
     run: Any = SimpleNamespace(exports=exports, quantized=made.frozen)
     torch_side = made.torch_side(target)
     kinds = {"": Rounding(), **torch_side.roundings}

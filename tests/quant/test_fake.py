@@ -134,7 +134,7 @@ def test_a_run_keeps_the_bits_of_its_tables(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = FinetuneOptions(
         model=str(tiny_model_folder), data=str(tmp_path / "rows.jsonl"), method=method, embedding_bits=4, head_bits=4,
-        steps=4, qat_start=0.5, ptq_start="hqq", batch_size=2, track=(),
+        steps=4, qat_start=0.5, ptq_init="hqq", batch_size=2, track=(),
     )  # fmt: skip
     finetune(options, tmp_path / "run")
     assert [line for line in messages if "embedding and head share a table: int4 (group 32)" in line]

@@ -17,11 +17,11 @@ OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"ptq_start": "hqq", "scales": "absmax"}, ("--ptq-start hqq", "--scales absmax")),
-        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-start cd")),
+        ({"ptq_init": "hqq", "scales": "absmax"}, ("--ptq-init hqq", "--scales absmax")),
+        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-init coordinate-descent")),
         ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
         ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
-        ({"rotate": "on", "ptq_start": "hqq"}, ("--rotate on", "--ptq-start hqq")),
+        ({"rotate": "on", "ptq_init": "hqq"}, ("--rotate on", "--ptq-init hqq")),
         ({"rotate": "on", "method": "full"}, ("--rotate on", "--method full")),
         ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
     ],

@@ -27,9 +27,11 @@ def test_the_second_phase_has_a_schedule_of_its_own() -> None:
     assert factor(99) < 0.01
 
 
-@pytest.mark.parametrize(("ptq_start", "peak"), [("none", 0.3), ("hqq", 0.3), ("gptq", 0.1), ("cd", 0.1)])
-def test_a_start_that_made_up_for_its_rounding_is_changed_less(ptq_start: str, peak: float) -> None:
-    assert learning_rate_factor(replace(OPTIONS, ptq_start=ptq_start), start=50)(54) == pytest.approx(peak)
+@pytest.mark.parametrize(
+    ("ptq_init", "peak"), [("none", 0.3), ("hqq", 0.3), ("gptq", 0.1), ("coordinate-descent", 0.1)]
+)
+def test_a_start_that_made_up_for_its_rounding_is_changed_less(ptq_init: str, peak: float) -> None:
+    assert learning_rate_factor(replace(OPTIONS, ptq_init=ptq_init), start=50)(54) == pytest.approx(peak)
 
 
 def test_scales_do_not_follow_the_adapters_second_peak() -> None:

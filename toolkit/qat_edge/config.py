@@ -32,7 +32,7 @@ BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
-PTQ_STARTS = ("none", "hqq", "gptq", "gptaq", "cd", "awq")
+PTQ_INITS = ("none", "hqq", "gptq", "gptaq", "coordinate-descent", "awq")
 
 
 def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
@@ -68,7 +68,9 @@ class FinetuneOptions:
     qat_start: float = option(
         "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.9, minimum=0
     )
-    ptq_start: str = option("What prepares weights and scales when fake quantization starts.", "cd", PTQ_STARTS)
+    ptq_init: str = option(
+        "What prepares weights and scales when fake quantization starts.", "coordinate-descent", PTQ_INITS
+    )
     rotate: str = option(
         "Turn the hidden states before the start, so that no channel stands out; auto where model and start allow it.",
         "auto", ("auto", "on", "off"),
@@ -78,7 +80,7 @@ class FinetuneOptions:
         None, minimum=1,
     )  # fmt: skip
     scales: str = option(
-        "Group scales from then on: of the largest weight at each step, as --ptq-start left them, or learned.",
+        "Group scales from then on: of the largest weight at each step, as --ptq-init left them, or learned.",
         "learned", ("absmax", "fixed", "learned"),
     )  # fmt: skip
     scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0)
@@ -97,7 +99,7 @@ class FinetuneOptions:
     )
     qat_learning_rate: float | None = option(
         "Peak learning rate after --qat-start, of all but scales; where it restarts, by default 0.1 times "
-        "--learning-rate after gptq, gptaq and cd, 0.3 times after other starts.",
+        "--learning-rate after gptq, gptaq and coordinate-descent, 0.3 times after other starts.",
         None, minimum=0,
     )  # fmt: skip
     lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", True)
@@ -131,7 +133,7 @@ class QuantizeOptions:
     bits: str | None = option("Bits by layer, where not those of finetune; not with --method qat.", None)
     rotate: bool = option("Turn the hidden states first, as finetune --rotate does; not with --method qat.", False)
     calibration_data: str | None = option(
-        "Rows that gptq, gptaq, cd and awq look at, where not those of finetune.", None
+        "Rows that gptq, gptaq, coordinate-descent and awq look at, where not those of finetune.", None
     )
     calibration_tokens: int | None = option("Tokens of those rows; 49152 or all there are by default.", None, minimum=1)
     seed: int = option("Seed of the choice of rows.", 0, minimum=0)
@@ -204,7 +206,7 @@ class ValidateOptions:
     prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1)
     decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2)
     repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1)
-    budget: bool = option(
+    error_budget: bool = option(
         "Tell what each step and each part of the rounding costs, and a fault from rounding; many more passes.", False
     )
     max_kl: float | None = option("Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0)
@@ -221,7 +223,7 @@ class ValidateOptions:
     min_prefill: float | None = option("Gate: least speed of reading the prompt, tokens per second.", None, minimum=0)
     min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
     max_fault_chance: float | None = option(
-        "Gate, with --budget: largest chance that a token errs more than rounding does; a fault is above 0.75.",
+        "Gate, with --error-budget: largest chance that a token errs more than rounding does; a fault is above 0.75.",
         None, minimum=0,
     )  # fmt: skip
     min_quality: float | None = option(
@@ -250,7 +252,7 @@ class SensitivityOptions:
 
     tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16)
     seed: int = option("Seed of the choice of rows.", 0, minimum=0)
-    budget_mb: float | None = option(
+    max_size_mb: float | None = option(
         "Pick bits: most KL saved while the weights stay within this, in megabytes (10^6 bytes).", None, minimum=0
     )
     max_kl: float | None = option(

@@ -11,7 +11,7 @@ from typing import Any
 from qat_edge.errors import UsageError
 
 # What a profile may hold beside limits.
-OTHERS = ("target", "threads", "repeats", "prefill", "decode", "budget")
+OTHERS = ("target", "threads", "repeats", "prefill", "decode", "error_budget")
 SUFFIX = ".toml"
 
 

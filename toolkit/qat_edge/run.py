@@ -40,8 +40,13 @@ MANIFEST = "manifest.json"
 OLD = ".old"  # ends the name of a hidden folder that holds what is being replaced
 # And what reports call them.
 PTQ_METHODS = {
-    "rtn": "round-to-nearest", "hqq": "HQQ", "gptq": "GPTQ", "gptaq": "GPTAQ", "cd": "coordinate descent", "awq": "AWQ",
-}  # fmt: skip
+    "rtn": "round-to-nearest",
+    "hqq": "HQQ",
+    "gptq": "GPTQ",
+    "gptaq": "GPTAQ",
+    "coordinate-descent": "coordinate descent",
+    "awq": "AWQ",
+}
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",

@@ -196,7 +196,7 @@ class Bench:
     ) -> tuple[Comparison, Comparison | None]:
         """The artifact's logits against FP32's and, where it is the run's own, against the frozen checkpoint's."""
         accuracy, parity = LogitComparison(), LogitComparison()
-        keep = self.kept(transport.name, target) if own and self.options.budget else None
+        keep = self.kept(transport.name, target) if own and self.options.error_budget else None
         for index, logits in self.artifact_rows(folder, target, transport):
             targets = self.material.sequences[index].targets
             accuracy.add(self.fp32.get(index), logits, targets)

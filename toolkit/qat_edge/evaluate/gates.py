@@ -81,8 +81,8 @@ def require_measurable(options: ValidateOptions) -> None:
                 f"{flag_name(name)} is for classifiers and sentence encoders; of a model that generates text nothing "
                 "of the kind is measured. Give --min-exact-match, --max-kl or --min-top1."
             )
-    if options.max_fault_chance is not None and not options.budget:
-        raise UsageError("--max-fault-chance: only --budget looks for faults. Give it, too.")
+    if options.max_fault_chance is not None and not options.error_budget:
+        raise UsageError("--max-fault-chance: only --error-budget looks for faults. Give it, too.")
 
 
 def require_limits(*options: ValidateOptions) -> None:

@@ -53,8 +53,10 @@ def require_possible(options: ValidateOptions) -> Path:
     binary = Path(options.runner_binary or "")
     if not binary.is_file():
         raise UsageError(f"--runner-binary {binary}: there is no such file. Give an executor_runner or a llama_main.")
-    if options.budget:
-        raise UsageError("--budget: needs logits of whole sequences, which no --runner-binary gives. Leave one out.")
+    if options.error_budget:
+        raise UsageError(
+            "--error-budget: needs logits of whole sequences, which no --runner-binary gives. Leave one out."
+        )
     return binary
 
 

@@ -119,27 +119,27 @@ def weight_bytes(rows: int, width: int, bits: int, group_size: int) -> int:
     return rows * width * bits // 8 + scales
 
 
-def within_budget(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int, budget_mb: float) -> Choice:
-    """The bits that save most KL a byte while all weights together stay within `budget_mb` (10^6 bytes).
+def within_budget(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int, max_size_mb: float) -> Choice:
+    """The bits that save most KL a byte while all weights together stay within `max_size_mb` (10^6 bytes).
 
     costs: module name -> bits -> cost. float_bytes: of parameters that stay float.
 
     Raises:
         UsageError: less than the least possible size.
     """
-    budget = budget_mb * MEGABYTE
+    budget = max_size_mb * MEGABYTE
     picked = _narrowest(costs)
     size = _size(costs, picked) + float_bytes
     if size > budget:
         raise UsageError(
-            f"--budget-mb {budget_mb:g}: at their fewest bits the weights take {_round_up(size / MEGABYTE)} MB, the "
+            f"--max-size-mb {max_size_mb:g}: at their fewest bits the weights are {_round_up(size / MEGABYTE)} MB, the "
             "least possible. Give that much or more, or fine-tune with a larger --group-size."
         )
     for name, wider, extra in _by_worth(costs, picked):
         if size + extra <= budget:
             picked[name] = wider
             size += extra
-    return _choice(costs, picked, float_bytes, f"--budget-mb {budget_mb:g}")
+    return _choice(costs, picked, float_bytes, f"--max-size-mb {max_size_mb:g}")
 
 
 def within_kl(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int, max_kl: float) -> Choice:
@@ -196,7 +196,7 @@ def load_bits(path: Path) -> dict[str, int]:
         document: Any = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except FileNotFoundError as error:
         raise UsageError(
-            f"--bits {path}: no such file. `qat-edge sensitivity RUN --budget-mb X` writes one."
+            f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one."
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--bits {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error

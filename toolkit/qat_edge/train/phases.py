@@ -23,7 +23,7 @@ from qat_edge.run import Run
 from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
-METHOD_OF = {"none": "rtn"}  # --ptq-start none keeps the weights, and what learned scales begin from
+METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights, and what learned scales begin from
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Crossing:
             "learned_scales": learned,
             "start": self.start_sha256
             and {
-                "method": self.options.ptq_start,
+                "method": self.options.ptq_init,
                 "sha256": self.start_sha256,
                 "rotation_seed": self.rotation_seed,
             },
@@ -102,7 +102,7 @@ class Crossing:
         return teacher
 
     def _make_start(self) -> str:
-        method = METHOD_OF.get(self.options.ptq_start, self.options.ptq_start)
+        method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
         seen: list[dict[str, Tensor]] = []
         facts: dict[str, Any] = {"method": method}
         if method in methods.CALIBRATED:
@@ -135,7 +135,7 @@ class Crossing:
 
 def needs_start(options: FinetuneOptions) -> bool:
     """Whether phase 2 has scales, or weights, that have to be kept beside the adapters."""
-    return options.ptq_start != "none" or options.scales != "absmax"
+    return options.ptq_init != "none" or options.scales != "absmax"
 
 
 def check_combination(options: FinetuneOptions) -> None:
@@ -151,11 +151,11 @@ def check_combination(options: FinetuneOptions) -> None:
 
 def _refused_schemes(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
     """What excludes each other in start, scales and teacher: whether it is so, and what to say then."""
-    changes_base = options.ptq_start in methods.CALIBRATED
+    changes_base = options.ptq_init in methods.CALIBRATED
     return (
         (
-            options.ptq_start != "none" and options.scales == "absmax",
-            f"--ptq-start {options.ptq_start} and --scales absmax: the scales it chooses would be thrown away. "
+            options.ptq_init != "none" and options.scales == "absmax",
+            f"--ptq-init {options.ptq_init} and --scales absmax: the scales it chooses would be thrown away. "
             "Take --scales learned or fixed.",
         ),
         (
@@ -173,7 +173,7 @@ def _refused_schemes(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
         ),
         (
             options.distill_weight > 0 and options.distill_top_k == 0 and changes_base,
-            f"--distill-weight and --ptq-start {options.ptq_start}: it changes the base weights that the teacher "
+            f"--distill-weight and --ptq-init {options.ptq_init}: it changes the base weights that the teacher "
             "needs. Add --distill-top-k 64, which asks the teacher beforehand.",
         ),
     )
@@ -191,16 +191,16 @@ def _refused_bases(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
             "Take --base fp32 or --method lora.",
         ),
         (
-            stored and options.ptq_start in methods.CALIBRATED,
-            f"--base {options.base} and --ptq-start {options.ptq_start}"
-            f"{' (the default)' if options.ptq_start == defaults['ptq_start'] else ''}: it would write into the base "
-            f"weights, which are held as {options.base}. Give --ptq-start hqq, which only looks at them, or none.",
+            stored and options.ptq_init in methods.CALIBRATED,
+            f"--base {options.base} and --ptq-init {options.ptq_init}"
+            f"{' (the default)' if options.ptq_init == defaults['ptq_init'] else ''}: it would write into the base "
+            f"weights, which are held as {options.base}. Give --ptq-init hqq, which only looks at them, or none.",
         ),
         (
-            options.rotate == "on" and (full or options.ptq_start not in methods.CALIBRATED),
-            f"--rotate on and {'--method full' if full else f'--ptq-start {options.ptq_start}'}: weights are turned "
+            options.rotate == "on" and (full or options.ptq_init not in methods.CALIBRATED),
+            f"--rotate on and {'--method full' if full else f'--ptq-init {options.ptq_init}'}: weights are turned "
             "where a start changes them under adapters. "
-            f"Take --method lora, --ptq-start {'|'.join(methods.CALIBRATED)}.",
+            f"Take --method lora, --ptq-init {'|'.join(methods.CALIBRATED)}.",
         ),
         (
             full and bool(given),

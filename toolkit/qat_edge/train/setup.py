@@ -119,7 +119,7 @@ def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions) ->
     Raises:
         UsageError: they are to be turned, and cannot be.
     """
-    suits = options.method == "lora" and options.ptq_start in methods.COMPENSATED
+    suits = options.method == "lora" and options.ptq_init in methods.COMPENSATED
     if options.rotate == "off" or (options.rotate == "auto" and not suits):
         return None
     obstacle = rotation.obstacle(model, plan)

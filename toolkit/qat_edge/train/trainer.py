@@ -150,7 +150,7 @@ def qat_learning_rate(options: FinetuneOptions) -> float:
     """Peak learning rate of phase 2: as given, or what goes with the start and the schedule."""
     if options.qat_learning_rate is not None:
         return options.qat_learning_rate
-    compensated = options.ptq_start in methods.COMPENSATED
+    compensated = options.ptq_init in methods.COMPENSATED
     return options.learning_rate * ((COMPENSATED_RATIO if compensated else QAT_RATIO) if options.lr_restart else 1.0)
 
 

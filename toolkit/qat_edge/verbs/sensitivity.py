@@ -1,6 +1,6 @@
 """What every layer of the FP32 fine-tune costs at 4 and at 8 bits, and the bits to give it.
 
-Measured once into RUN/sensitivity/; `--budget-mb` and `--max-kl` pick from what was measured, as often as wanted.
+Measured once into RUN/sensitivity/; `--max-size-mb` and `--max-kl` pick from what was measured, as often as wanted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Result:
     def describe(self) -> str:
         """The line that `qat-edge sensitivity` ends with."""
         if self.choice is None:
-            return f"Wrote {self.folder / PAGE}. --budget-mb or --max-kl now picks the bits, without measuring again"
+            return f"Wrote {self.folder / PAGE}. --max-size-mb or --max-kl now picks the bits, without measuring again"
         picked, path = self.choice, self.folder / BITS
         return (
             f"Wrote {path}: {raised(self.measured, picked)}, {megabytes(picked.size_bytes)} MB and KL "
@@ -72,17 +72,17 @@ def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> R
         RunError: already measured and nothing to pick (without `force`), or measured on another fine-tune.
         DataError: fewer calibration tokens than asked for.
     """
-    if options.budget_mb is not None and options.max_kl is not None:
-        raise UsageError("--budget-mb and --max-kl: one limit picks the bits. Give one of them.")
+    if options.max_size_mb is not None and options.max_kl is not None:
+        raise UsageError("--max-size-mb and --max-kl: one limit picks the bits. Give one of them.")
     tasks.require_generating(run, "sensitivity")
     folder = run.path / "sensitivity"
-    picking = options.budget_mb is not None or options.max_kl is not None
+    picking = options.max_size_mb is not None or options.max_kl is not None
     if (folder / MANIFEST).is_file() and picking and not force:
         measured = _same_finetune(run, folder, options)
     else:
         if folder.exists() and not force:
             raise RunError(
-                f"{folder} exists already. Give --budget-mb or --max-kl to pick from it, or --force to measure again."
+                f"{folder} exists already. Give --max-size-mb or --max-kl to pick from it, or --force to measure again."
             )
         measured = measure(run, options, force)
         with replace_folder(folder, force=True) as work:
@@ -155,8 +155,8 @@ def pick(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
     Raises:
         UsageError: the limit cannot be kept.
     """
-    if options.budget_mb is not None:
-        return within_budget(measured.costs, measured.float_bytes, options.budget_mb)
+    if options.max_size_mb is not None:
+        return within_budget(measured.costs, measured.float_bytes, options.max_size_mb)
     if options.max_kl is not None:
         return within_kl(measured.costs, measured.float_bytes, options.max_kl)
     return None

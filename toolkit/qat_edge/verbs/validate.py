@@ -99,7 +99,7 @@ def validate_devices(
             progress.info(f"Left out {device}: {reason}")
         if not transports:
             return Validated([], failures)
-        shared = dataclasses.replace(options, budget=any(one.budget for one in asked.values()))
+        shared = dataclasses.replace(options, error_budget=any(one.error_budget for one in asked.values()))
         bench = Bench(material, shared, scratch)
         torch = _torch(run, bench, artifacts.values(), is_reported=LOCAL in transports)
 
@@ -164,7 +164,7 @@ def _torch(run: Run, bench: Bench, artifacts: Iterable[Artifacts], is_reported: 
     tuned = bench.fine_tuned(merge.merged_model(run.reference).model)
     models = [bench.base(merge.base_model(run.reference)), tuned]
     floor = bench.noise_floor(run.quantized)
-    side = torch_side(run, bench, models, own) if bench.options.budget else None
+    side = torch_side(run, bench, models, own) if bench.options.error_budget else None
     if side is not None and not is_reported:
         score_here(run, bench, own)
     return Torch(_identities(run, bench), models, floor, side)
@@ -176,7 +176,7 @@ def _measure(run: Run, artifacts: Artifacts, device: str, transport: Transport, 
     budgets = [
         _budget(run, target, transport, bench, torch.budget)
         for variant, target in artifacts
-        if torch.budget is not None and bench.options.budget and variant is run
+        if torch.budget is not None and bench.options.error_budget and variant is run
     ]
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

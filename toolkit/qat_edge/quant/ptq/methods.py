@@ -41,7 +41,7 @@ from qat_edge.quant.ptq.gptq import Compensator
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import PTQ_METHODS
 
-COMPENSATED = ("gptq", "gptaq", "cd")  # weights make up for each other's rounding errors
+COMPENSATED = ("gptq", "gptaq", "coordinate-descent")  # weights make up for each other's rounding errors
 CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights beside choosing scales
 Scales = Callable[[Tensor, int, int], Tensor]
 
@@ -65,7 +65,7 @@ def apply(model: Any, scheme: Scheme, method: str, calibration: Sequence[Calibra
         raise UsageError(f"Quantization method '{method}' is not known. Known: {', '.join(PTQ_METHODS)}.")
     if method not in CALIBRATED:
         return _without_data(model, scheme, hqq_scales if method == "hqq" else numerics.choose_scales)
-    treatment = {"gptq": Compensator, "gptaq": Aligner, "cd": Descender, "awq": Balancer}[method]()
+    treatment = {"gptq": Compensator, "gptaq": Aligner, "coordinate-descent": Descender, "awq": Balancer}[method]()
     training = model.training
     model.eval()
     try:
