@@ -218,7 +218,7 @@ class Lab:
         """Export QAT and the PTQ methods to every target, run the artifacts, and return what validate reports."""
         path, setting = str(run.path), self.setting
         ptq = [word for method in methods or ("none",) for word in ("--ptq", method)]
-        targets = [word for target in config.TARGETS for word in ("--target", target)]
+        targets = [word for target in config.FORMATS for word in ("--target", target)]
         self.command(
             ["qat_edge", "export", path, *targets, *ptq, "--context-length", "512"],
             f"{run.path.name}-export",

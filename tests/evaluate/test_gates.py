@@ -177,7 +177,7 @@ def test_a_profile_that_is_not_there() -> None:
 
 
 def own(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
-    return config.of_devices(options(path, **flags), path, flags)
+    return config.for_devices(options(path, **flags), path, flags)
 
 
 def test_a_device_has_its_own_profile_in_place_of_the_one_for_all(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""One frozen dataclass per verb: the only home of a default, its help text and its permitted values.
+"""Options of every verb: one frozen dataclass each, the only home of a default, its help text and its permitted values.
 
-`cli.py` makes its flags from these fields, `load` reads them from YAML, `save` writes them back resolved.
-The precedence is flag, then configuration file, then default.
+The command line makes its flags from these fields (`cli.options`), `load` reads them from YAML, `save` writes them back
+resolved. A value comes from the flag, else the configuration file, else a device profile, else the default.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,145 +20,204 @@ import yaml
 
 from qat_edge import profiles, run
 from qat_edge.errors import UsageError
+from qat_edge.run import PTQ_METHODS
+from qat_edge_exporters.targets import EXPORT_BACKENDS, FORMATS, TARGETS
 
 Options = TypeVar("Options")
-TARGETS = ("executorch", "onnx")
-BACKENDS = ("xnnpack", "vulkan", "coreml")  # of a .pte; artifacts for others than the first run on other machines only
-ARTIFACTS = (*TARGETS, *(f"executorch-{name}" for name in BACKENDS[1:]))
+
+ARTIFACTS = tuple(TARGETS)  # every kind of artifact; FORMATS is what `export --target` writes
 GROUP_SIZES = (32, 64, 128)
-WIDTHS = (4, 8)  # bits a weight may be given: int4 in groups, int8 per channel
+WIDTHS = (4, 8)  # bits of a weight: int4 in groups, int8 per channel
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
 PTQ_INITS = ("none", "hqq", "gptq", "gptaq", "coordinate-descent", "awq")
+SECTIONS = ("finetune", "quantize", "export", "validate", "sensitivity", "compare")  # of a configuration file
+
+# Values renamed since 0.1.0; the old ones still work.
+RENAMED_VALUES = run.RENAMED_METHODS
+
+# Headings of `--help`, in this order.
+DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"
+MEASURING, GATES, HARDWARE, OUTPUT = "What to measure", "Gates", "Hardware", "Output"
+GROUPS = (DATA, TRAINING, QUANTIZATION, MEASURING, GATES, HARDWARE, OUTPUT)
 
 
-def option(help: str, default: Any = MISSING, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
-    """A dataclass field that carries what its flag needs: help, permitted values, lower bound."""
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+def option(
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    group: str = OUTPUT,
+    old_name: str = "",
+) -> Any:
+    """Return a dataclass field that carries what its flag needs.
+
+    Args:
+        help: text for `--help` and the reference.
+        default: none makes the option required.
+        choices: permitted values; empty for any.
+        minimum: least permitted value.
+        group: heading of `--help` that the flag stands under.
+        old_name: the field's name in 0.1.0, where it was renamed since.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "group": group, "old_name": old_name}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How to train. Steps are optimizer steps; lengths are tokens."""
+    """How to train. Steps are optimizer steps; lengths are in tokens."""
 
-    model: str = option("Hub id, local folder or .gguf file of a causal language model, or of an encoder.")
-    data: str = option("Training rows: a .jsonl file, or what datasets.load_dataset reads.")
+    model: str = option("Hub id, local folder or .gguf file of a causal language model or an encoder.", group=DATA)
+    data: str = option("Training rows: a .jsonl file, or anything datasets.load_dataset reads.", group=DATA)
     eval_data: str | None = option(
-        "Rows never trained on, for validate and the loss curve; NAME:PART picks a split.", None
+        "Held-out rows for validate and the loss curve; NAME:PART picks a split.", None, group=DATA
     )
-    group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES)
-    bits: str | None = option("Bits by layer: a file that `qat-edge sensitivity` wrote.", None)
-    embedding_bits: int = option("Bits of the token embedding, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS)
-    head_bits: int = option("Bits of the output head, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS)
-    method: str = option("Train adapters, or the weights themselves.", "lora", ("lora", "full"))
-    base: str = option("How the frozen weights under the adapters are held while they train.", "fp32", BASES)
-    keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1)
-    prune: str = option(
-        "Which layers --keep-layers keeps: the first, or those whose lack costs most.",
-        "least-harmful", ("least-harmful", "first"),
+    max_length: int = option(
+        "Longest row; longer rows are truncated, counted and reported.", 512, minimum=8, group=DATA
+    )
+    trust_remote_code: bool = option("Run Python code that comes with the model.", False, group=DATA)
+
+    method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
+    steps: int = option("Optimizer steps of both phases together.", 200, minimum=1, group=TRAINING)
+    batch_size: int = option("Rows per device and batch.", 8, minimum=1, group=TRAINING)
+    gradient_accumulation: int = option("Batches per optimizer step.", 1, minimum=1, group=TRAINING)
+    learning_rate: float = option(
+        "Peak learning rate of AdamW; with --method full, try about a twentieth of the default.",
+        1e-3, minimum=0, group=TRAINING,
     )  # fmt: skip
-    lora_rank: int = option("Rank of the adapters.", 16, minimum=1)
-    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1)
-    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0)
-    target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",))
-    steps: int = option("Optimizer steps in all.", 200, minimum=1)
+    lr_schedule: str = option(
+        "Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"), group=TRAINING
+    )
+    warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0, group=TRAINING)
+    weight_decay: float = option("AdamW weight decay.", 0.0, minimum=0, group=TRAINING)
+    lora_rank: int = option("Rank of the adapters.", 16, minimum=1, group=TRAINING)
+    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1, group=TRAINING)
+    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0, group=TRAINING)
+    target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",), group=TRAINING)
+    keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1, group=TRAINING)
+    prune: str = option(
+        "Which layers --keep-layers keeps: the first, or those whose removal raises the loss most.",
+        "least-harmful", ("least-harmful", "first"), group=TRAINING,
+    )  # fmt: skip
+    distill_weight: float = option(
+        "Share of the loss that is KL divergence from the model at the end of phase 1, 0 to 1.",
+        0.0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    distill_temperature: float = option("Temperature of that divergence.", 1.0, minimum=0.01, group=TRAINING)
+    distill_top_k: int = option(
+        "Tokens per position of the teacher's prediction to precompute; 0 runs the teacher at every step.",
+        0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    eval_every: int = option(
+        "Steps between evaluations on --eval-data; 0 evaluates at the end of each phase only.",
+        0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    eval_rows: int = option("Rows of --eval-data in each of those evaluations.", 128, minimum=1, group=TRAINING)
+    seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0, group=TRAINING)
+
     qat_start: float = option(
-        "Where fake quantization starts: a fraction of the steps (< 1) or a step.", 0.9, minimum=0
+        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step.", 0.9, minimum=0, group=QUANTIZATION
+    )
+    group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES, group=QUANTIZATION)
+    bits: str | None = option("Bits by layer: a file written by `qat-edge sensitivity`.", None, group=QUANTIZATION)
+    embedding_bits: int = option(
+        "Bits of the token embedding, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS, group=QUANTIZATION
+    )
+    head_bits: int = option(
+        "Bits of the output head, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS, group=QUANTIZATION
     )
     ptq_init: str = option(
-        "What prepares weights and scales when fake quantization starts.", "coordinate-descent", PTQ_INITS
-    )
+        "PTQ method that initializes weights and scales at the start of QAT.",
+        "coordinate-descent", PTQ_INITS, group=QUANTIZATION, old_name="ptq_start",
+    )  # fmt: skip
     rotate: str = option(
-        "Turn the hidden states before the start, so that no channel stands out; auto where model and start allow it.",
-        "auto", ("auto", "on", "off"),
+        "Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates where the "
+        "model and the method allow it.",
+        "auto", ("auto", "on", "off"), group=QUANTIZATION,
     )  # fmt: skip
     calibration_tokens: int | None = option(
-        "Tokens of the training rows that the start looks at; 49152 or all there are by default.",
-        None, minimum=1,
+        "Tokens of the training rows for PTQ initialization; by default 49152, or all if there are fewer.",
+        None, minimum=1, group=QUANTIZATION,
     )  # fmt: skip
     scales: str = option(
-        "Group scales from then on: of the largest weight at each step, as --ptq-init left them, or learned.",
-        "learned", ("absmax", "fixed", "learned"),
+        "Group scales during QAT: learned, fixed as initialized, or the largest weight at each step.",
+        "learned", ("absmax", "fixed", "learned"), group=QUANTIZATION,
     )  # fmt: skip
-    scale_learning_rate: float = option("Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0)
-    distill_weight: float = option(
-        "Share of the loss that is divergence from the model at the end of plain LoRA, 0 to 1.", 0.0, minimum=0
-    )
-    distill_temperature: float = option("Temperature of that divergence.", 1.0, minimum=0.01)
-    distill_top_k: int = option(
-        "Tokens of that model's answer kept beforehand for every row; 0 to ask it at every step.", 0, minimum=0
-    )
-    batch_size: int = option("Rows a device takes at once.", 8, minimum=1)
-    gradient_accumulation: int = option("Batches summed before a step.", 1, minimum=1)
-    gradient_checkpointing: bool = option("Recompute activations in the backward pass to save memory.", False)
-    learning_rate: float = option(
-        "Peak learning rate of AdamW; --method full wants about a twentieth of the default.", 1e-3, minimum=0
+    scale_learning_rate: float = option(
+        "Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0, group=QUANTIZATION
     )
     qat_learning_rate: float | None = option(
-        "Peak learning rate after --qat-start, of all but scales; where it restarts, by default 0.1 times "
-        "--learning-rate after gptq, gptaq and coordinate-descent, 0.3 times after other starts.",
-        None, minimum=0,
+        "Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate: 0.1 after gptq, "
+        "gptaq and coordinate-descent, 0.3 after other initializations.",
+        None, minimum=0, group=QUANTIZATION,
     )  # fmt: skip
-    lr_restart: bool = option("Warm up and schedule anew at --qat-start; otherwise one schedule spans both.", True)
-    lr_schedule: str = option("Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"))
-    warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0)
-    weight_decay: float = option("AdamW weight decay on the adapters.", 0.0, minimum=0)
-    max_length: int = option("Longest row; what is cut is counted and reported.", 512, minimum=8)
-    eval_every: int = option(
-        "Steps between evaluations on --eval-data; 0 for the end of each phase only.", 0, minimum=0
-    )
-    eval_rows: int = option("Rows of --eval-data in each of those evaluations.", 128, minimum=1)
-    save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
-    device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"))
+    lr_restart: bool = option(
+        "Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.",
+        True, group=QUANTIZATION,
+    )  # fmt: skip
+
+    device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"), group=HARDWARE)
     precision: str = option(
-        "Autocast of the matrix products; weights and rounding stay float32.", "auto", ("auto", "bf16", "fp32")
+        "Autocast of matrix products; weights and rounding stay float32.",
+        "auto", ("auto", "bf16", "fp32"), group=HARDWARE,
+    )  # fmt: skip
+    base: str = option("Storage of the frozen base weights under the adapters.", "fp32", BASES, group=HARDWARE)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass to save memory.", False, group=HARDWARE
     )
-    track: tuple[str, ...] = option("Experiment trackers, by the trainer's names.", ("tensorboard",))
-    seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0)
-    trust_remote_code: bool = option("Run Python code that comes with the model.", False)
+
+    save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
+    track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to quantize, how, and what to calibrate on."""
+    """What to quantize, how, and on which calibration data."""
 
     method: str = option(
-        "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training.",
-        "qat",
-        ("qat", *run.PTQ_METHODS),
+        "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ).",
+        "qat", ("qat", *PTQ_METHODS), group=QUANTIZATION,
+    )  # fmt: skip
+    bits: str | None = option(
+        "Bits by layer, instead of those of finetune; not with --method qat.", None, group=QUANTIZATION
     )
-    bits: str | None = option("Bits by layer, where not those of finetune; not with --method qat.", None)
-    rotate: bool = option("Turn the hidden states first, as finetune --rotate does; not with --method qat.", False)
+    rotate: bool = option(
+        "Rotate the hidden states first, as finetune --rotate does; not with --method qat.",
+        False, group=QUANTIZATION,
+    )  # fmt: skip
     calibration_data: str | None = option(
-        "Rows that gptq, gptaq, coordinate-descent and awq look at, where not those of finetune.", None
+        "Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training rows.",
+        None, group=DATA,
+    )  # fmt: skip
+    calibration_tokens: int | None = option(
+        "Tokens of those rows; by default 49152, or all if there are fewer.", None, minimum=1, group=DATA
     )
-    calibration_tokens: int | None = option("Tokens of those rows; 49152 or all there are by default.", None, minimum=1)
-    seed: int = option("Seed of the choice of rows.", 0, minimum=0)
+    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=DATA)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write, and for how long a conversation."""
+    """What to write, and for which context length."""
 
-    target: tuple[str, ...] = option("What to write.", TARGETS, TARGETS)
-    context_length: int = option("Tokens the KV cache holds, prompt and answer together.", 1024, minimum=16)
+    target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS)
+    context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, minimum=16)
     ptq: tuple[str, ...] = option(
-        "Post-training quantization of the FP32 fine-tune to export beside it, to show what QAT gains; none for none.",
-        ("rtn",),
-        (*run.PTQ_METHODS, "none"),
-    )
+        "PTQ methods to export next to QAT, for comparison; none for no comparison.",
+        ("rtn",), (*PTQ_METHODS, "none"),
+    )  # fmt: skip
     portable: bool = option(
-        "A .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized operators.", False
+        "Write a .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized operators.", False
     )
     backend: str = option(
-        "What a .pte is lowered to; beside xnnpack, each has a folder of its own, exports/executorch-BACKEND.",
-        BACKENDS[0], BACKENDS,
+        "Backend that a .pte is lowered to; others than xnnpack go to exports/executorch-BACKEND.",
+        EXPORT_BACKENDS[0], EXPORT_BACKENDS,
     )  # fmt: skip
     kv_cache: str = option(
-        "How a .pte keeps keys and values; int8 takes about a quarter of the memory.", "float32", KV_CACHES
+        "Storage of keys and values in a .pte; int8 takes about a quarter of the memory.", "float32", KV_CACHES
     )
 
 
@@ -167,116 +226,150 @@ class DoctorOptions:
     """Which runtimes a program has to load in."""
 
     runtime: tuple[str, ...] = option(
-        "Runtimes that must load it; without this all are looked at, and one must.", (), RUNTIMES
+        "Runtimes that must load the program; without this, all are checked and one must load it.", (), RUNTIMES
     )
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What to measure, where, and the limits that set the exit code."""
+    """What to measure, on which devices, and the gates that set the exit code."""
+
+    target: tuple[str, ...] = option(
+        "Artifacts to measure; by default all that run here.", (), ARTIFACTS, group=MEASURING
+    )
+    eval_data: str | None = option("Evaluation rows, instead of finetune's --eval-data.", None, group=MEASURING)
+    text: str | None = option("UTF-8 text for perplexity, instead of the evaluation rows.", None, group=MEASURING)
+    tokens: int = option("Tokens compared with the reference.", 2048, minimum=64, group=MEASURING)
+    window: int = option("Tokens of context in each compared sequence.", 128, minimum=16, group=MEASURING)
+    prompts: int = option(
+        "Evaluation rows to generate answers for, for exact match; 0 for none.", 64, minimum=0, group=MEASURING
+    )
+    max_new_tokens: int = option("Longest generated answer.", 96, minimum=1, group=MEASURING)
+    prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1, group=MEASURING)
+    decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2, group=MEASURING)
+    repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1, group=MEASURING)
+    error_budget: bool = option(
+        "Measure the loss of each step and of each part of the rounding, and tell a fault from rounding noise; "
+        "takes many more passes.",
+        False, group=MEASURING, old_name="budget",
+    )  # fmt: skip
 
     device: tuple[str, ...] = option(
-        "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several are measured side by side.", ("local",)
-    )
+        "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.",
+        ("local",), group=HARDWARE,
+    )  # fmt: skip
     device_python: str | None = option(
-        "Python with numpy and the runtimes on devices reached by ssh or adb; python3 by default.", None
+        "Python with numpy and the runtimes on ssh and adb devices; python3 by default.", None, group=HARDWARE
     )
     device_folder: str | None = option(
-        "Folder on those devices for artifacts and results; a cache folder of the user there by default.", None
-    )
-    ssh_config: str | None = option("OpenSSH configuration file in place of your own.", None)
-    runner_binary: str | None = option(
-        "executor_runner or llama_main that you built for the device, to run the .pte in place of Python.", None
-    )
-    profile: str | None = option(
-        f"Limits and timing for a kind of device: {', '.join(PROFILES)}, or a FILE.toml; flags win over it.",
-        None,
-    )
-    device_profile: tuple[str, ...] = option(
-        "DEVICE=PROFILE: what one of several devices has in place of --profile; once for each.", ()
-    )
-    target: tuple[str, ...] = option("Artifacts to measure; all that run here where not given.", (), ARTIFACTS)
-    eval_data: str | None = option("Evaluation rows, where not those of finetune.", None)
-    text: str | None = option("UTF-8 text for perplexity, where not the evaluation rows.", None)
-    tokens: int = option("Tokens compared against the reference.", 2048, minimum=64)
-    window: int = option("Tokens of context in each compared sequence.", 128, minimum=16)
-    prompts: int = option("Evaluation rows answered by generation for exact match; 0 for none.", 64, minimum=0)
-    max_new_tokens: int = option("Longest generated answer.", 96, minimum=1)
-    threads: int = option("CPU threads each runtime may use.", 2, minimum=1)
-    prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1)
-    decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2)
-    repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1)
-    error_budget: bool = option(
-        "Tell what each step and each part of the rounding costs, and a fault from rounding; many more passes.", False
-    )
-    max_kl: float | None = option("Gate: largest mean KL divergence from the FP32 reference, nats.", None, minimum=0)
-    min_top1: float | None = option(
-        "Gate: least share of tokens with the reference's first choice, of texts with its label; 0 to 1.",
-        None, minimum=0,
+        "Folder on those devices for artifacts and results; by default a cache folder of the user.",
+        None, group=HARDWARE,
     )  # fmt: skip
-    max_perplexity_ratio: float | None = option("Gate: largest perplexity over the reference's.", None, minimum=0)
-    min_exact_match: float | None = option("Gate: least share of prompts answered exactly, 0 to 1.", None, minimum=0)
-    max_size_mb: float | None = option("Gate: largest artifact, in megabytes (10^6 bytes).", None, minimum=0)
-    max_memory_mb: float | None = option(
-        "Gate: most memory above the runtime's own, in megabytes (10^6 bytes).", None, minimum=0
+    ssh_config: str | None = option("OpenSSH configuration file to use instead of your own.", None, group=HARDWARE)
+    runner_binary: str | None = option(
+        "executor_runner or llama_main built for the device, to run the .pte instead of Python.",
+        None, group=HARDWARE,
+    )  # fmt: skip
+    profile: str | None = option(
+        f"Gates and timing for a class of device: {', '.join(PROFILES)}, or a FILE.toml; flags override it.",
+        None, group=HARDWARE,
+    )  # fmt: skip
+    device_profile: tuple[str, ...] = option(
+        "DEVICE=PROFILE: profile of one of several devices, instead of --profile; repeat for each.",
+        (), group=HARDWARE,
+    )  # fmt: skip
+    threads: int = option("CPU threads each runtime may use.", 2, minimum=1, group=HARDWARE)
+
+    max_kl: float | None = option(
+        "Largest mean KL divergence from the FP32 reference, nats per token.", None, minimum=0, group=GATES
     )
-    min_prefill: float | None = option("Gate: least speed of reading the prompt, tokens per second.", None, minimum=0)
-    min_decode: float | None = option("Gate: least decode speed, tokens per second.", None, minimum=0)
+    min_top1: float | None = option(
+        "Least share of tokens (encoders: texts) with the reference's first choice, 0 to 1.",
+        None, minimum=0, group=GATES,
+    )  # fmt: skip
+    max_perplexity_ratio: float | None = option(
+        "Largest ratio of perplexity to the reference's.", None, minimum=0, group=GATES
+    )
+    min_exact_match: float | None = option(
+        "Least share of prompts answered exactly, 0 to 1.", None, minimum=0, group=GATES
+    )
+    max_size_mb: float | None = option("Largest artifact, in megabytes (10^6 bytes).", None, minimum=0, group=GATES)
+    max_memory_mb: float | None = option(
+        "Most memory above the runtime's own, in megabytes (10^6 bytes).", None, minimum=0, group=GATES
+    )
+    min_prefill: float | None = option("Least prefill speed, tokens per second.", None, minimum=0, group=GATES)
+    min_decode: float | None = option("Least decode speed, tokens per second.", None, minimum=0, group=GATES)
     max_fault_chance: float | None = option(
-        "Gate, with --error-budget: largest chance that a token errs more than rounding does; a fault is above 0.75.",
-        None, minimum=0,
+        "With --error-budget: largest probability that a token's error exceeds rounding noise; a fault is above 0.75.",
+        None, minimum=0, group=GATES,
     )  # fmt: skip
     min_quality: float | None = option(
-        "Gate, encoders: least accuracy, retrieval or rank correlation, as the rows have it; 0 to 1.", None, minimum=0
-    )
+        "Encoders: least accuracy, retrieval or rank correlation, whichever the rows allow; 0 to 1.",
+        None, minimum=0, group=GATES,
+    )  # fmt: skip
     min_cosine: float | None = option(
-        "Gate, encoders: least mean cosine with the FP32 reference's answers, 0 to 1.", None, minimum=0
+        "Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.", None, minimum=0, group=GATES
     )
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Which ways of shipping to compare. How to measure them is validate's section of --config, or of the run."""
+    """Which deployments to compare. How they are measured is the validate section of --config, or of the run."""
 
-    model: str | None = option("Train first, with --out: the base model, as finetune takes it.", None)
-    data: str | None = option("Train first: training rows, as finetune takes them.", None)
-    eval_data: str | None = option("Train first: rows never trained on, as finetune takes them.", None)
-    target: tuple[str, ...] = option("Runtimes to compare in.", TARGETS, TARGETS)
-    deployment: tuple[str, ...] = option("Rows of the table.", DEPLOYMENTS, DEPLOYMENTS)
-    method: tuple[str, ...] = option("Methods of the merged PTQ rows.", tuple(run.PTQ_METHODS), tuple(run.PTQ_METHODS))
+    model: str | None = option("Train first, with --out: the base model, as for finetune.", None, group=DATA)
+    data: str | None = option("Train first: training rows, as for finetune.", None, group=DATA)
+    eval_data: str | None = option("Train first: held-out rows, as for finetune.", None, group=DATA)
+    target: tuple[str, ...] = option("Formats to compare in.", FORMATS, FORMATS, group=MEASURING)
+    deployment: tuple[str, ...] = option("Rows of the table.", DEPLOYMENTS, DEPLOYMENTS, group=MEASURING)
+    method: tuple[str, ...] = option(
+        "PTQ methods of the merged PTQ rows.", tuple(PTQ_METHODS), tuple(PTQ_METHODS), group=MEASURING
+    )
 
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What to measure each layer on, and what to pick its bits by."""
+    """On what to measure each layer, and how to pick its bits."""
 
-    tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16)
-    seed: int = option("Seed of the choice of rows.", 0, minimum=0)
+    tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16, group=MEASURING)
+    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=MEASURING)
     max_size_mb: float | None = option(
-        "Pick bits: most KL saved while the weights stay within this, in megabytes (10^6 bytes).", None, minimum=0
-    )
+        "Pick bits: lowest KL while the weights stay within this size, in megabytes (10^6 bytes).",
+        None, minimum=0, group=QUANTIZATION, old_name="budget_mb",
+    )  # fmt: skip
     max_kl: float | None = option(
-        "Pick bits: least size with a predicted KL within this, nats per token.", None, minimum=0
-    )
+        "Pick bits: smallest size with a predicted KL within this, nats per token.",
+        None, minimum=0, group=QUANTIZATION,
+    )  # fmt: skip
 
 
-def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, Any]) -> Options:
-    """Options of one verb: `flags` (None where not given) over the file's `section` over a profile over the defaults.
+def load(cls: type[Options], section: str, path: Path | None, flags: Mapping[str, Any]) -> Options:
+    """Resolve the options of one verb.
+
+    Args:
+        cls: the verb's dataclass.
+        section: its section in the file.
+        path: configuration file, or None.
+        flags: values given by flags; None where a flag was not given.
 
     Raises:
-        UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value,
-            or a required option that nobody gave.
+        UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value, or a required
+            option that nobody gave.
     """
-    values = _section(section, path)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    values = _current_names(fields, _section(section, path))
     for key in values:
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{section}.{key}'.{_nearest(key, list(fields))}")
-    values.update({k: v for k, v in flags.items() if v is not None})
+
+    # Flags override the file. Names and values of 0.1.0 count as today's.
+    values.update({k: v for k, v in _current_names(fields, flags).items() if v is not None})
     checked = _checked(cls, values, f"{section}.")
-    resolved = all(n in checked for n in fields if profiles.permitted(n))  # as in a run's config.yaml
+
+    # A profile fills in what neither flag nor file gave; a run's config.yaml has everything resolved already.
+    resolved = all(n in checked for n in fields if profiles.permitted(n))
     if checked.get("profile") is not None and not resolved:
         checked = _of_profile(cls, checked["profile"]) | checked
+
     missing = [n for n, f in fields.items() if f.default is MISSING and n not in checked]
     if missing:
         flag = flag_name(missing[0])
@@ -284,11 +377,30 @@ def load(cls: type[Options], section: str, path: Path | None, flags: dict[str, A
     return cls(**checked)
 
 
-def of_devices(options: ValidateOptions, path: Path | None, flags: dict[str, Any]) -> dict[str, ValidateOptions]:
-    """What holds for devices with a profile of their own; `options` were loaded from the same file and flags.
+def renamed_in_use(cls: type, section: str, path: Path | None, flags: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each name or value of 0.1.0 among the flags and in the file, with today's."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = [(path, _section(section, path)), (None, {k: v for k, v in flags.items() if v is not None})]
+    found = []
+    for file, values in given:
+        where = f"{file}: " if file else ""
+        write = flag_name if file is None else (lambda name: f"'{section}.{name}'")
+        for name, spec in fields.items():
+            old = spec.metadata["old_name"]
+            if old and old in values:
+                found.append(f"{where}{write(old)} is now {write(name)}; the old name still works.")
+        for key, value in _current_names(fields, values).items():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if key in fields and _is_renamed(item, fields[key]):
+                    found.append(f"{where}{write(key)} {item} is now {RENAMED_VALUES[item]}; the old name still works.")
+    return found
+
+
+def for_devices(options: ValidateOptions, path: Path | None, flags: Mapping[str, Any]) -> dict[str, ValidateOptions]:
+    """Resolve the options of devices with a profile of their own; `options` were loaded from the same file and flags.
 
     Raises:
-        UsageError: a profile for no device of `options`, or one that cannot be; names the device, too.
+        UsageError: a profile for a device that is not among `options.device`, or an invalid one; names the device.
     """
     found = {}
     for device, name in profiles.by_device(options.device_profile, options.device).items():
@@ -300,12 +412,12 @@ def of_devices(options: ValidateOptions, path: Path | None, flags: dict[str, Any
 
 
 def flag_name(name: str) -> str:
-    """Spelling of a field on the command line."""
+    """Return a field's flag: "qat_start" -> "--qat-start"."""
     return "--" + name.replace("_", "-")
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """All sections of a configuration file.
+    """Read all sections of a configuration file.
 
     Raises:
         UsageError: the file is missing, is no YAML, or names a verb that takes no configuration.
@@ -316,45 +428,66 @@ def read_sections(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: no such file.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+
     if not isinstance(document, dict):
         raise UsageError(f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}.")
-    known = ["finetune", "quantize", "export", "validate", "sensitivity", "compare"]
     for key, value in document.items():
-        if key not in known:
-            raise UsageError(f"{path}: unknown section '{key}'.{_nearest(str(key), known)}")
+        if key not in SECTIONS:
+            raise UsageError(f"{path}: unknown section '{key}'.{_nearest(str(key), list(SECTIONS))}")
         if value is not None and not isinstance(value, dict):
             raise UsageError(f"{path}: section '{key}' must hold 'key: value' lines.")
     return document
 
 
 def save(path: Path, section: str, options: Any, left_out: Collection[str] = ()) -> None:
-    """Write the resolved options of one verb but those left out into the run's config.yaml, beside other sections."""
+    """Write the resolved options of one verb, without those `left_out`, next to the other sections of config.yaml."""
     document = read_sections(path) if path.is_file() else {}
     document[section] = {name: value for name, value in plain(options).items() if name not in left_out}
     run.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def plain(options: Any) -> dict[str, Any]:
-    """Options as YAML and JSON hold them: lists for tuples."""
+    """Return options as YAML and JSON hold them: lists for tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
 
 
+def current_values(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options recorded in a manifest under today's names and values."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    current = _current_names(fields, recorded)
+    return {k: RENAMED_VALUES[v] if k in fields and _is_renamed(v, fields[k]) else v for k, v in current.items()}
+
+
+def _current_names(fields: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with keys of 0.1.0 under today's names; where both are given, today's name wins."""
+    renamed = {f.metadata["old_name"]: name for name, f in fields.items() if f.metadata["old_name"]}
+    old = {renamed[k]: v for k, v in values.items() if k in renamed and k not in fields}
+    new = {k: v for k, v in values.items() if k in fields or k not in renamed}
+    return old | {k: v for k, v in new.items() if v is not None or k not in old}
+
+
+def _is_renamed(value: Any, spec: dataclasses.Field[Any]) -> bool:
+    """Return whether `value` is one of 0.1.0 that the field knows under another name today."""
+    return isinstance(value, str) and RENAMED_VALUES.get(value) in (spec.metadata["choices"] or ())
+
+
 def _of_profile(cls: type, name: str) -> dict[str, Any]:
-    """Options that a device profile sets.
+    """Return the options that a device profile sets.
 
     Raises:
-        UsageError: no such profile, or one with a key or a value that cannot be; names the file and the key.
+        UsageError: no such profile, or an invalid key or value in it; names the file and the key.
     """
     path, values = profiles.read(name)
-    known = [f.name for f in dataclasses.fields(cls) if profiles.permitted(f.name)]
+    fields = {f.name: f for f in dataclasses.fields(cls) if profiles.permitted(f.name)}
+    values = _current_names(fields, values)
     for key in values:
-        if key not in known:
-            raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, known)}")
+        if key not in fields:
+            raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, list(fields))}")
     return _checked(cls, values, f"{path}: ")
 
 
 def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Values as the fields have them; prefix: what an error puts before the field's name."""
+    """Return values with the fields' types; an error begins with `prefix` and the field's name."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     return {k: _coerce(v, hints[k], fields[k], f"{prefix}{k}") for k, v in values.items()}
@@ -370,26 +503,39 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> Any:
-    """`value` as the field's type, checked against its choices and minimum."""
+    """Return `value` as the field's type, checked against its choices and minimum."""
+    # Optional fields: None stays None, anything else is checked as the other type.
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
             return None
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
+
+    # Lists: a single string counts as a list of one.
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, str | list | tuple):
             raise UsageError(f"{name}: expected a list, found {value!r}.")
         items = [value] if isinstance(value, str) else list(value)
         return tuple(_coerce(v, typing.get_args(hint)[0], spec, name) for v in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
+
+    value = _converted(value, hint, spec)
     if type(value) is not hint:
         raise UsageError(f"{name}: expected {hint.__name__}, found {value!r}.")
+
     choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
     if choices and value not in choices:
         raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}.")
     if minimum is not None and value < minimum:
         raise UsageError(f"{name}: {value} is below the least permitted value, {minimum:g}.")
+    return value
+
+
+def _converted(value: Any, hint: Any, spec: dataclasses.Field[Any]) -> Any:
+    """Return `value` converted where YAML or 0.1.0 write it otherwise than the field does."""
+    if _is_renamed(value, spec):
+        return RENAMED_VALUES[value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value

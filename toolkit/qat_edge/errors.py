@@ -1,13 +1,13 @@
-"""Every error a user can cause or meet. `cli.main` turns them into one paragraph and an exit code.
+"""Errors with a message for the user. The command line prints each as one paragraph and sets the exit code.
 
 QatEdgeError                 exit 1
-├── UsageError               exit 2: a flag, a configuration key or a combination that cannot be
+├── UsageError               exit 2: an unknown or impossible flag, configuration key or combination
 ├── ModelError               a model or tokenizer that cannot be used
 ├── DataError                a data file or row
-├── RunError                 a run folder: missing, of another version, already there
+├── RunError                 a run folder: missing, of another version, or in the way
 ├── ExportError              a model that a target cannot express, or a compiler that failed
 ├── ArtifactError            an exported file that is damaged or differs from what was frozen
-├── GateError                a limit set with --max-... or --min-... was missed
+├── GateError                a gate (--max-... or --min-...) was missed
 └── DeviceError              a device that cannot be reached or a runtime that failed there
 """
 
@@ -19,7 +19,7 @@ class QatEdgeError(Exception):
 
 
 class UsageError(QatEdgeError):
-    """What was asked for cannot be: the message names the flag or key."""
+    """A flag, a configuration key or a combination of them is impossible; the message names it."""
 
     exit_code = 2
 
@@ -33,7 +33,7 @@ class DataError(QatEdgeError):
 
 
 class RunError(QatEdgeError):
-    """A run folder or one of its parts is missing, foreign or in the way."""
+    """A run folder or one of its parts is missing, of another version, or in the way."""
 
 
 class ExportError(QatEdgeError):
@@ -41,11 +41,11 @@ class ExportError(QatEdgeError):
 
 
 class ArtifactError(QatEdgeError):
-    """An exported artifact is damaged, incomplete or not what was frozen."""
+    """An exported artifact is damaged, incomplete or differs from the frozen checkpoint."""
 
 
 class GateError(QatEdgeError):
-    """A measured figure missed the limit set for it."""
+    """A measured figure missed its gate."""
 
 
 class DeviceError(QatEdgeError):

@@ -1,16 +1,20 @@
 """The run folder: where each verb reads and writes, and the manifest that says what made each part.
 
-RUN/config.yaml            resolved options, one section a verb
-RUN/checkpoints/           the trainer's own, for --resume
+RUN/config.yaml            resolved options, one section per verb
+RUN/training.json          loss curve, time and memory of finetune
+RUN/checkpoints/           checkpoints of the Hugging Face Trainer, for --resume
 RUN/adapter/               peft adapter at the end of training
 RUN/reference/             peft adapter at the end of phase 1: the FP32 fine-tune
-RUN/start/                 weights and scales that phase 2 began from, where a PTQ method or learned scales need it
+RUN/start/                 weights and scales from PTQ initialization, at the start of QAT
 RUN/quantized/             frozen checkpoint: codes and scales
 RUN/exports/TARGET/        artifacts of the quantized model
 RUN/ptq/METHOD/            post-training quantization of the reference: quantized/, exports/TARGET/
-RUN/reports/               what validate measured, one JSON file a device
-RUN/answers.json           what it measured of an encoder
-RUN/report.html            and history.html, where the run is the last of several in a report
+RUN/verified.json          results of verify
+RUN/reports/DEVICE.json    results of validate, one file per device
+RUN/answers.json           results of validate for an encoder
+RUN/sensitivity/           results of sensitivity
+RUN/compare/               results of compare
+RUN/report.html            the report; history.html where the run is the last of several in one
 """
 
 from __future__ import annotations
@@ -35,10 +39,10 @@ from safetensors import SafetensorError
 from qat_edge import __version__
 from qat_edge.errors import RunError
 
-FORMAT = 2  # of the run folder; raised when an older reader could not make sense of a newer folder
+FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
 MANIFEST = "manifest.json"
-OLD = ".old"  # ends the name of a hidden folder that holds what is being replaced
-# And what reports call them.
+OLD = ".old"  # suffix of the hidden folder that keeps what is being replaced
+# Methods of post-training quantization, and how reports write them.
 PTQ_METHODS = {
     "rtn": "round-to-nearest",
     "hqq": "HQQ",
@@ -47,6 +51,7 @@ PTQ_METHODS = {
     "coordinate-descent": "coordinate descent",
     "awq": "AWQ",
 }
+RENAMED_METHODS = {"cd": "coordinate-descent"}  # methods of 0.1.0 -> today's names
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",
@@ -55,14 +60,15 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantized model and what was exported from it: the run's own, or one of post-training quantization."""
+    """One quantized model and its exports: the run's own, or one made by post-training quantization."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """What reports call it: "ptq (GPTQ)"."""
-        return f"ptq ({PTQ_METHODS.get(self.path.name, self.path.name)})"
+        """Return its name in reports: "ptq (GPTQ)"."""
+        method = RENAMED_METHODS.get(self.path.name, self.path.name)
+        return f"ptq ({PTQ_METHODS.get(method, method)})"
 
     @property
     def quantized(self) -> Path:
@@ -73,16 +79,20 @@ class Variant:
         return self.path / "exports"
 
     def targets(self) -> list[str]:
-        """Names of the targets exported so far, sorted."""
+        """Return the names of the targets exported so far, sorted."""
         if not self.exports.is_dir():
             return []
         return sorted(p.name for p in self.exports.iterdir() if (p / MANIFEST).is_file())
 
     def require_current(self, target: str, again: str) -> None:
-        """Require that an artifact was made of the checkpoint that is there; again: the command that makes it so.
+        """Require that an artifact was exported from the current checkpoint.
+
+        Args:
+            target: name of the artifact.
+            again: command that exports it again, for the error.
 
         Raises:
-            RunError: it was exported from an earlier one.
+            RunError: it was exported from an earlier checkpoint.
         """
         folder = self.exports / target
         if read_manifest(folder)["quantized_sha256"] != sha256(self.quantized / MANIFEST):
@@ -95,10 +105,10 @@ class Run(Variant):
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """The run folder at `path`.
+        """Open the run folder at `path`.
 
         Raises:
-            RunError: there is none, or another version of qat-edge wrote it.
+            RunError: there is none, or a version of qat-edge with another format wrote it.
         """
         run = cls(path)
         if not path.is_dir():
@@ -124,7 +134,7 @@ class Run(Variant):
 
     @property
     def start(self) -> Path:
-        """What a PTQ method prepared for the quantization-aware phase: weights and scales."""
+        """Weights and scales from PTQ initialization, at the start of QAT."""
         return self.path / "start"
 
     @property
@@ -137,12 +147,12 @@ class Run(Variant):
 
     @property
     def verified(self) -> Path:
-        """What verify found."""
+        """Results of verify."""
         return self.path / "verified.json"
 
     @property
     def answers(self) -> Path:
-        """What validate measured of an encoder."""
+        """Results of validate for an encoder."""
         return self.path / "answers.json"
 
     @property
@@ -151,7 +161,7 @@ class Run(Variant):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Return its name in reports."""
         return "qat"
 
     @property
@@ -159,19 +169,22 @@ class Run(Variant):
         return self.path / "ptq"
 
     def ptq(self, method: str) -> Variant:
-        """The FP32 fine-tune quantized by `method` without training, exported like the run itself."""
-        return Variant(self.ptq_folder / method)
+        """Return the FP32 fine-tune quantized by `method` without training; its folder may not exist yet."""
+        old = next((old for old, new in RENAMED_METHODS.items() if new == method), method)
+        # A run of 0.1.0 keeps the folder that it has.
+        in_use = old if (self.ptq_folder / old).is_dir() else method
+        return Variant(self.ptq_folder / in_use)
 
     def variants(self) -> list[Variant]:
-        """The run itself, then every post-training quantization of it that was made."""
+        """Return the run itself, then every PTQ variant that exists."""
         return [self, *(v for v in map(self.ptq, PTQ_METHODS) if v.path.is_dir())]
 
 
 @contextmanager
 def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name once the block ends without an error.
+    """Yield an empty folder next to `target` that takes its name when the block ends without an error.
 
-    Whatever goes wrong, the final name holds either the whole new folder or what was there before.
+    Whatever goes wrong, `target` is either the whole new folder or the old one, unchanged.
 
     Raises:
         RunError: `target` exists and `force` is not set, or the disk is full.
@@ -192,7 +205,7 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def work_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield an empty hidden folder in `parent` that is gone at the end, or the next time if this process is killed."""
+    """Yield an empty hidden folder in `parent`, removed at the end (or by the next call, if this process is killed)."""
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
     work = _hidden_folder(parent, name)
@@ -203,12 +216,12 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _hidden_folder(parent: Path, name: str) -> Path:
-    """A new folder whose name says which process on which machine it belongs to."""
+    """Make a hidden folder whose name holds the machine and process that it belongs to."""
     return Path(tempfile.mkdtemp(prefix=f".{name}.{platform.node()}-{os.getpid()}-", dir=parent))
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed processes left in `parent`; what one of them was just replacing gets its name back."""
+    """Remove the work folders of killed processes; a folder that one of them was replacing gets its name back."""
     ours = re.compile(rf"\.(.+?)({re.escape(OLD)})?\.{re.escape(platform.node())}-(\d{{1,9}})-[a-z0-9_]{{8}}")
     for folder in list(parent.glob(".*")):
         found = ours.fullmatch(folder.name)
@@ -226,12 +239,12 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's, but there
+        pass  # it runs, under another user
     return True
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then give it its own: readers see the old text or the new."""
+    """Write a file under a temporary name, then rename it: readers see the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -247,7 +260,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Name the file and the cause where the operating system would only say errno, and libraries not even that.
+    """Turn errors of writing to disk into a RunError that names the file and the cause.
 
     Raises:
         RunError: no space, no permission, a read-only file system.
@@ -264,7 +277,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def _storage_reason(error: Exception) -> str | None:
-    """Why writing failed, None where the error is about something else."""
+    """Return why writing failed, or None where the error is about something else."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno is not None else None
     found = re.search(r"os error (\d+)", str(error))  # safetensors, written in Rust
@@ -274,7 +287,7 @@ def _storage_reason(error: Exception) -> str | None:
 
 
 def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
-    """Record what made `folder`: sha256 of every file, library versions, git revision and `facts`."""
+    """Write the manifest of `folder`: sha256 of every file, library versions, git revision, and `facts`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     manifest = {
         "format": FORMAT,
@@ -291,19 +304,19 @@ def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`.
+    """Read the manifest of `folder`.
 
     Raises:
-        RunError: there is none, it cannot be parsed, or its format is another.
+        RunError: there is none, it cannot be parsed, or it has another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise RunError(f"{folder}: no {MANIFEST} here, so nothing is known about it; make the folder again.")
+        raise RunError(f"{folder}: no {MANIFEST} here, so its origin is unknown. Make the folder again.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}); make the folder again.") from error
+        raise RunError(f"{path}: damaged ({error}). Make the folder again.") from error
     if found != FORMAT:
         raise RunError(
             f"{path}: run folder format {found}, written by qat-edge {manifest.get('qat_edge')}; this is "
@@ -313,13 +326,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def library_version(name: str) -> str | None:
-    """Installed version of a distribution, None where it is not installed."""
+    """Return the installed version of a distribution, or None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -327,12 +340,12 @@ def library_version(name: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout qat-edge runs from, None for an installed wheel."""
+    """Return the commit of the checkout that qat-edge runs from, or None for an installed wheel."""
     here = Path(__file__).parent
     if shutil.which("git") is None or not (here.parents[1] / ".git").exists():
         return None
-    answer = subprocess.run(
+    done = subprocess.run(
         ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -233,7 +233,7 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
 def validate(run: Path, config_path: Path | None, junit: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
-    own = config.of_devices(options, config_path, {k: v for k, v in flags.items() if v != ()})
+    own = config.for_devices(options, config_path, {k: v for k, v in flags.items() if v != ()})
     opened = _open(run)
     from qat_edge.cli.terminal_tables import summary_table
     from qat_edge.evaluate import gates

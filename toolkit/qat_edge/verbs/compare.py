@@ -28,7 +28,6 @@ from qat_edge.evaluate import reference, results
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
 from qat_edge.evaluate.results import Measured
-from qat_edge.lazy import resolve
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.quant import frozen
 from qat_edge.report.comparison_page import render
@@ -38,8 +37,8 @@ from qat_edge.verbs.quantize import QAT, quantize_if_missing
 from qat_edge.verbs.validate import DEVICE
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters import EXPORTERS
 from qat_edge_exporters.checkpoint import ADAPTER
+from qat_edge_exporters.targets import target_named
 
 Say = Callable[[str], None]
 FOLDER = "compare"
@@ -117,7 +116,9 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     tasks.require_generating(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
-    exporting = config.load(ExportOptions, "export", source, {"backend": config.BACKENDS[0]})  # others cannot run here
+    exporting = config.load(
+        ExportOptions, "export", source, {"backend": config.EXPORT_BACKENDS[0]}
+    )  # others cannot run here
     job = Job(run, exporting, force)
     quantize_if_missing(run, QAT)
     material = gather_material(run, measuring)
@@ -187,7 +188,7 @@ def _export(job: Job, variant: Variant, target: str) -> None:
             f"{folder} is of another checkpoint, or for another --context-length than {job.exporting.context_length}. "
             f"Export again: `qat-edge export {job.run.path} --force`."
         )
-    export_one(variant, target, resolve(EXPORTERS, target, "--target"), job.exporting)
+    export_one(variant, target_named(target), job.exporting)
 
 
 def _is_current(variant: Variant, folder: Path, context_length: int) -> bool:

@@ -62,7 +62,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     if options.rotate:
         tasks.require_generating(run, "--rotate")
-    variant, adapter = place(run, options.method)
+    variant, adapter = checkpoint_of(run, options.method)
     if variant.quantized.exists() and not force:
         return _made_before(variant, adapter, options)
     merged = merged_model(adapter, force)
@@ -103,7 +103,7 @@ def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
     Raises:
         RunError: it was made of another adapter, and `force` is not set.
     """
-    variant, adapter = place(run, method)
+    variant, adapter = checkpoint_of(run, method)
     if not variant.quantized.exists() or (force and not _is_of(variant, adapter)):
         quantize(run, QuantizeOptions(method=method), force=force)
     elif not _is_of(variant, adapter):
@@ -111,7 +111,7 @@ def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
     return variant
 
 
-def place(run: Run, method: str) -> tuple[Variant, Path]:
+def checkpoint_of(run: Run, method: str) -> tuple[Variant, Path]:
     """Where a method's checkpoint and exports lie, and the adapter that it is made of."""
     return (run, run.adapter) if method == QAT else (run.ptq(method), run.reference)
 

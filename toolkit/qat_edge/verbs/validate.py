@@ -81,7 +81,7 @@ def validate_devices(
 ) -> Validated:
     """The same on every device of `options`, side by side; a device that fails does not stop the others.
 
-    own: by device what holds for it in place of `options`, by a profile of its own (`config.of_devices`).
+    own: by device what holds for it in place of `options`, by a profile of its own (`config.for_devices`).
 
     Raises:
         UsageError: a device is named twice, or is of no known kind.

@@ -1,4 +1,7 @@
-"""Read every artifact back and compare it with the frozen checkpoint, matrix by matrix, code by code."""
+"""Read every artifact back and compare it with the frozen checkpoint: every code and every scale of every matrix.
+
+The target's reader unpacks the file (`Target.read`); this module compares what it found with `quant.frozen`'s weights.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,27 @@ import numpy as np
 
 from qat_edge import progress
 from qat_edge.errors import ArtifactError, RunError
-from qat_edge.lazy import resolve
 from qat_edge.models import tokenizer
 from qat_edge.quant import frozen, rotated_norm
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
-from qat_edge_exporters import READERS
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.targets import target_named
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What one artifact was found to hold. faults: one sentence each; none means equal in every code and scale.
+    """Result of comparing one artifact with its checkpoint.
 
-    head_equal: None of a model that ends with its blocks.
+    Attributes:
+        folder: the artifact's.
+        target: its name.
+        linears: number of quantized linear layers in the checkpoint.
+        linears_equal: how many of them are equal in every code and scale.
+        embedding_equal: whether all embeddings are.
+        head_equal: whether the output head is; None for a model without one.
+        faults: one sentence for each difference; empty where the artifact equals the checkpoint.
     """
 
     folder: Path
@@ -40,7 +49,7 @@ class Verified:
     faults: list[str]
 
     def describe(self) -> str:
-        """The line that `qat-edge verify` prints."""
+        """Return the line that `qat-edge verify` prints."""
         rest = [f"{name} {'equal' if equal else 'DIFFERS'}" for name, equal in self._tables()]
         return f"{self.folder}: {self.linears_equal} of {self.linears} linear layers equal, {', '.join(rest)}"
 
@@ -50,9 +59,16 @@ class Verified:
 
 
 def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
-    """Compare the run's artifacts, and those of its post-training quantizations, with their checkpoints.
+    """Compare the run's artifacts, and those of its PTQ variants, with their checkpoints.
 
-    RUN/verified.json keeps what was found, for the report.
+    Writes the results to RUN/verified.json, which the report shows.
+
+    Args:
+        run: a run with exports.
+        targets: names of targets to compare; all that were exported where empty.
+
+    Returns:
+        One result for each artifact. `require_equal` raises what they found.
 
     Raises:
         RunError: nothing was exported, or a named target was not.
@@ -72,31 +88,36 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
 
 
 def _record(run: Run, result: Verified) -> dict[str, Any]:
-    """What the report shows of one artifact; the manifest's hash tells which export it was."""
-    facts = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
-    return facts | {"manifest_sha256": sha256(result.folder / MANIFEST)}
+    """Return one artifact's entry in verified.json; the manifest's hash identifies the export."""
+    entry = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
+    return entry | {"manifest_sha256": sha256(result.folder / MANIFEST)}
 
 
 def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     """Compare the artifact in `folder` with the frozen checkpoint in `quantized`."""
-    plan, expected = frozen.read_scheme(quantized), frozen.read_weights(quantized)
-    artifact: Artifact = resolve(READERS, target, "--target")(folder)
-    differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in plan.weights}
+    scheme, expected = frozen.read_scheme(quantized), frozen.read_weights(quantized)
+    artifact = target_named(target).read(folder)
+
+    # Every matrix of the scheme has to be in the artifact, equal in bits, codes and scales.
+    differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in scheme.weights}
+
+    # Beyond the matrices: what the reader itself found wrong, extra matrices, the head's rotation, other files.
     faults = [*artifact.faults, *(text for text in differing.values() if text)]
-    faults += _unexpected(plan, artifact) + _turn_faults(quantized, artifact) + _file_faults(folder, quantized)
+    faults += _unexpected(scheme, artifact) + _rotation_faults(quantized, artifact) + _file_faults(folder, quantized)
+
     return Verified(
         folder=folder,
         target=target,
-        linears=len(plan.linears),
-        linears_equal=sum(not differing[name] for name in plan.linears),
-        embedding_equal=not any(differing[name] for name in plan.embeddings),
-        head_equal=not any(differing[name] for name in plan.heads) if plan.heads else None,
+        linears=len(scheme.linears),
+        linears_equal=sum(not differing[name] for name in scheme.linears),
+        embedding_equal=not any(differing[name] for name in scheme.embeddings),
+        head_equal=not any(differing[name] for name in scheme.heads) if scheme.heads else None,
         faults=faults,
     )
 
 
 def require_equal(results: Sequence[Verified]) -> None:
-    """Raise what `verify` found as one error.
+    """Raise the faults that `verify` found as one error.
 
     Raises:
         ArtifactError: an artifact differs from its checkpoint.
@@ -109,7 +130,7 @@ def require_equal(results: Sequence[Verified]) -> None:
 
 
 def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None) -> str:
-    """What is different about one matrix, empty where nothing is."""
+    """Return how one matrix differs, as a sentence; empty where it is equal."""
     if found is None:
         return f"{name}: not in the artifact"
     codes, scales = expected.codes.numpy(), expected.scales.float().numpy()
@@ -117,31 +138,33 @@ def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None)
         return (
             f"{name}: int{found.bits} {found.codes.shape} in the artifact, int{expected.bits} {codes.shape} was frozen"
         )
-    places = np.argwhere(found.codes != codes)
-    if len(places):
-        row, column = places[0]
+    positions = np.argwhere(found.codes != codes)
+    if len(positions):
+        row, column = positions[0]
         return (
-            f"{name}: {len(places)} of {codes.size} codes differ, first at row {row}, column {column}: "
+            f"{name}: {len(positions)} of {codes.size} codes differ, first at row {row}, column {column}: "
             f"{found.codes[row, column]} in the artifact, {codes[row, column]} was frozen"
         )
-    # A runtime may want finer blocks; then a group's scale stands there several times.
+
+    # A runtime may use smaller blocks than the groups of training: a group's scale is then repeated.
     finer = found.scales.shape[1] // scales.shape[1]
     if found.scales.shape != (scales.shape[0], scales.shape[1] * finer):
         return f"{name}: scales {found.scales.shape} in the artifact, {scales.shape} were frozen"
-    places = np.argwhere(found.scales != np.repeat(scales, finer, axis=1))
-    if len(places):
-        row, column = places[0]
-        return f"{name}: {len(places)} scales differ, first at row {row}, group {column}"
+    positions = np.argwhere(found.scales != np.repeat(scales, finer, axis=1))
+    if len(positions):
+        row, column = positions[0]
+        return f"{name}: {len(positions)} scales differ, first at row {row}, group {column}"
     return ""
 
 
-def _unexpected(plan: Scheme, artifact: Artifact) -> list[str]:
-    extra = sorted(set(artifact.weights) - set(plan.weights))
+def _unexpected(scheme: Scheme, artifact: Artifact) -> list[str]:
+    """Name matrices of the artifact that the checkpoint does not have."""
+    extra = sorted(set(artifact.weights) - set(scheme.weights))
     return [f"{name}: in the artifact, but not in the checkpoint" for name in extra]
 
 
-def _turn_faults(quantized: Path, artifact: Artifact) -> list[str]:
-    """What turns the head's input, bit for bit, where the artifact's float constants were read."""
+def _rotation_faults(quantized: Path, artifact: Artifact) -> list[str]:
+    """Compare the rotation of the head's input, bit for bit, where the reader read float constants."""
     if artifact.floats is None:
         return []
     return [
@@ -152,7 +175,7 @@ def _turn_faults(quantized: Path, artifact: Artifact) -> list[str]:
 
 
 def _file_faults(folder: Path, quantized: Path) -> list[str]:
-    """Tokenizer of the artifact against the checkpoint's, and every file against the manifest."""
+    """Compare the artifact's tokenizer with the checkpoint's, and every file with the manifest."""
     faults = []
     for name in tokenizer.FILES:
         if not (quantized / name).is_file():
@@ -162,9 +185,9 @@ def _file_faults(folder: Path, quantized: Path) -> list[str]:
         elif sha256(folder / name) != sha256(quantized / name):
             faults.append(f"{name}: not the tokenizer the model was trained with")
     if (folder / MANIFEST).is_file():
-        for name, facts in read_manifest(folder)["files"].items():
+        for name, entry in read_manifest(folder)["files"].items():
             if not (folder / name).is_file():
                 faults.append(f"{name}: listed in {MANIFEST}, but missing")
-            elif sha256(folder / name) != facts["sha256"]:
+            elif sha256(folder / name) != entry["sha256"]:
                 faults.append(f"{name}: changed since it was exported (its sha256 is not the one in {MANIFEST})")
     return faults

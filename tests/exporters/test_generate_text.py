@@ -1,4 +1,4 @@
-"""What is shown of the text that ExecuTorch's runner prints."""
+"""The text that is taken from what ExecuTorch's runner prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from qat_edge.verbs.generate import _answer, _without_last_newlines
+from qat_edge_exporters.executorch.generate_text import generated_text, without_last_newlines
 from qat_edge_exporters.executorch.llm_runner import STATISTICS
 
 
@@ -24,19 +24,19 @@ from qat_edge_exporters.executorch.llm_runner import STATISTICS
 @pytest.mark.parametrize("end", ["", STATISTICS + ' {"a":1}\n'])
 def test_the_answer_alone_is_shown(printed: str, shown: str, end: str) -> None:
     stream = io.BytesIO((printed + end).encode())
-    assert "".join(_answer(stream, ["<|im_start|>", "<|im_end|>"])) == shown
+    assert "".join(generated_text(stream, ["<|im_start|>", "<|im_end|>"])) == shown
 
 
 def test_bytes_that_are_no_text_are_marked() -> None:
-    assert "".join(_answer(io.BytesIO(b"a\xf0\x9fb"), [])) == "a\ufffdb"
+    assert "".join(generated_text(io.BytesIO(b"a\xf0\x9fb"), [])) == "a\ufffdb"
 
 
 def test_line_feeds_at_the_end_are_the_runners_own() -> None:
-    assert list(_without_last_newlines("a\n\nb\n")) == ["a", "\n\nb"]
+    assert list(without_last_newlines("a\n\nb\n")) == ["a", "\n\nb"]
 
 
 def test_text_comes_as_soon_as_it_can_be_told_from_a_mark() -> None:
     stream = io.BytesIO(b"one<")
-    pieces = _answer(stream, ["<end>"])
+    pieces = generated_text(stream, ["<end>"])
     assert next(pieces) == "o"
     assert stream.tell() == 1

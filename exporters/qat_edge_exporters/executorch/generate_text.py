@@ -1,0 +1,90 @@
+"""Generate text with a .pte in ExecuTorch's own LLM runner, the one inside its phone apps."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from transformers import PreTrainedTokenizerBase
+
+from qat_edge.errors import ArtifactError
+from qat_edge_exporters.executorch import llm_runner
+
+
+def generate(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    emit: Callable[[str], None],
+    max_new_tokens: int,
+) -> None:
+    """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
+
+    Raises:
+        ArtifactError: the runner refused the program.
+    """
+    command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
+    # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, env=os.environ | llm_runner.ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(prompt.encode())
+        process.stdin.close()
+
+        for piece in without_last_newlines(generated_text(process.stdout, tokenizer.all_special_tokens)):
+            emit(piece)
+
+        if process.wait() != 0:
+            log.seek(0)
+            raise ArtifactError(
+                f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {_reason(log)}. Export it again, with the "
+                "installed versions."
+            )
+
+
+def _reason(log: IO[str]) -> str:
+    """Return the last line that ExecuTorch logged as an error, or the last line at all."""
+    lines = [line.strip() for line in log if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("E ")), lines[-1] if lines else "")
+
+
+def generated_text(stream: IO[bytes], special_tokens: Sequence[str]) -> Iterator[str]:
+    """Yield the text that the runner prints, without special tokens and without the statistics at its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    marks = (llm_runner.STATISTICS, *special_tokens)
+    pending = ""
+    for byte in iter(lambda: stream.read(1), b""):
+        pending += decoder.decode(byte)
+        for token in special_tokens:
+            pending = pending.replace(token, "")
+
+        if pending.startswith(llm_runner.STATISTICS):
+            stream.read()
+            return
+
+        # Text that may still become a special token or the statistics waits for the next bytes.
+        while pending and not any(mark.startswith(pending) for mark in marks):
+            yield pending[0]
+            pending = pending[1:]
+    yield pending
+
+
+def without_last_newlines(pieces: Iterable[str]) -> Iterator[str]:
+    """Drop the newlines at the end: the runner prints one of its own. Others appear once text follows them."""
+    newlines = ""
+    for piece in pieces:
+        if piece == "\n":
+            newlines += piece
+            continue
+        yield newlines + piece
+        newlines = ""

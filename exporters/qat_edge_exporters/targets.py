@@ -1,0 +1,205 @@
+"""Every kind of artifact, one `Target` record each: who writes it, who reads it back, where it runs.
+
+Nothing heavy is imported here: a record names functions as "module:function", and its methods import them when they
+are called. A new kind of artifact is one more record in `TARGETS`; no other module has a list of targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat_edge.errors import UsageError
+from qat_edge.lazy import load
+from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from qat_edge_exporters.artifact import Artifact, Exposed
+    from qat_edge_exporters.executorch.diagnosis import Diagnosis
+
+EXECUTORCH, ONNX = "executorch", "onnx"
+KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
+
+# Options of `export` that only some targets take: name -> the value that changes nothing.
+NEUTRAL = {"portable": False, "kv_cache": KV_CACHE_FLOAT}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of artifact.
+
+    Attributes:
+        name: of its folder below RUN/exports, and what `verify`, `validate` and `generate` call it.
+        format: what `export --target` calls it; several targets may share a format and differ in the backend.
+        title: how reports write it.
+        marker: shape of its points in plots.
+        exporter: writes it: (checkpoint, empty folder, context_length, **options).
+        reader: reads codes, scales and sizes back: (folder) -> Artifact.
+        support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
+        expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
+        generator: generates text on this machine: (folder, tokenizer, prompt, emit, max_new_tokens).
+        encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
+        doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
+        options: names of `export` options that it takes beyond the context length.
+        backend: compiler other than the format's usual one; None for the usual one.
+    """
+
+    name: str
+    format: str
+    title: str
+    marker: str
+    exporter: str
+    reader: str
+    support: str
+    generator: str = ""
+    expose: str = ""
+    encoder: str = ""
+    doctor: str = ""
+    options: tuple[str, ...] = ()
+    backend: Backend | None = None
+    # Sentences that say why two options exclude each other, by the names of both.
+    exclusions: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def runs_elsewhere(self) -> str:
+        """Return why the artifact cannot run on this machine, as a sentence; empty where it can."""
+        if self.backend is None:
+            return ""
+        lacking = f"{self.backend.delegate} is not in ExecuTorch's Python package"
+        return f"{self.name} cannot run here: {lacking}. It runs on {self.backend.runs_on}."
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Return how what it computes may differ from what was trained, a sentence each."""
+        return self.backend.differences if self.backend else ()
+
+    def export(self, checkpoint: Path, out: Path, context_length: int, **options: Any) -> None:
+        """Write the artifact of a checkpoint into the empty folder `out`.
+
+        Raises:
+            ExportError: the target cannot express the model, or its compiler failed.
+        """
+        given = {"backend": self.backend.name} if self.backend else {}
+        load(self.exporter)(checkpoint, out, context_length, **given, **options)
+
+    def read(self, folder: Path) -> Artifact:
+        """Read codes, scales, metadata and sizes back out of an exported folder.
+
+        Raises:
+            ArtifactError: the files cannot be read.
+        """
+        artifact: Artifact = load(self.reader)(folder)
+        return artifact
+
+    def missing_for(self, config: PretrainedConfig) -> str:
+        """Return what the target lacks for a model of this configuration, as a sentence; empty where nothing."""
+        return str(load(self.support)(config))
+
+    def expose_outputs(self, folder: Path, out: Path) -> Exposed:
+        """Write a copy of the artifact that also returns the inputs and outputs of its matrices."""
+        exposed: Exposed = load(self.expose)(folder, out)
+        return exposed
+
+    def generate(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str,
+        emit: Callable[[str], None],
+        max_new_tokens: int,
+    ) -> None:
+        """Continue `prompt` greedily in the artifact's own runtime; each piece of text goes to `emit`."""
+        load(self.generator)(folder, tokenizer, prompt, emit, max_new_tokens)
+
+    def run_encoder(self, folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]:
+        """Return an encoder's output for each text's token ids, shape (texts, width)."""
+        outputs: NDArray[np.float32] = load(self.encoder)(folder, texts)
+        return outputs
+
+    def diagnose(self, path: Path, runtimes: Sequence[str]) -> Diagnosis:
+        """Find out in which of the named runtimes the artifact loads."""
+        diagnosis: Diagnosis = load(self.doctor)(path, runtimes)
+        return diagnosis
+
+
+_PTE = "qat_edge_exporters.executorch"
+_ONNX = "qat_edge_exporters.onnx"
+
+
+def _other_backend(name: str, reader: str) -> Target:
+    """A .pte lowered to another backend than XNNPACK: it takes no options and runs on other machines only."""
+    backend = BACKENDS[name]
+    return Target(
+        name=backend.folder,
+        format=EXECUTORCH,
+        title=f"ExecuTorch, {name}",
+        marker="diamond",
+        exporter=f"{_PTE}.export_pte:export",
+        reader=f"{_PTE}.pte.backend_readers:{reader}",
+        support=f"{_PTE}.pte_support:missing",
+        backend=backend,
+    )
+
+
+_ALL = (
+    Target(
+        name=EXECUTORCH,
+        format=EXECUTORCH,
+        title="ExecuTorch",
+        marker="circle",
+        exporter=f"{_PTE}.export_pte:export",
+        reader=f"{_PTE}.pte.pte_reader:read",
+        support=f"{_PTE}.pte_support:missing",
+        generator=f"{_PTE}.generate_text:generate",
+        expose=f"{_PTE}.pte.intermediate_outputs:expose",
+        encoder=f"{_PTE}.encoder_runtime:run_encoder",
+        doctor=f"{_PTE}.diagnosis:diagnose_pte",
+        options=("portable", "kv_cache"),
+        exclusions={("kv_cache", "portable"): "no operator of ATen reads such a cache"},
+    ),
+    Target(
+        name=ONNX,
+        format=ONNX,
+        title="ONNX",
+        marker="square",
+        exporter=f"{_ONNX}.export_onnx:export",
+        reader=f"{_ONNX}.onnx_reader:read",
+        support=f"{_ONNX}.onnx_support:missing",
+        generator=f"{_ONNX}.genai_text:generate",
+        expose=f"{_ONNX}.matrix_outputs:expose",
+    ),
+    _other_backend("vulkan", "read_vulkan"),
+    _other_backend("coreml", "read_coreml"),
+)
+TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
+FORMATS = tuple(dict.fromkeys(target.format for target in _ALL))
+EXPORT_BACKENDS = (XNNPACK, *BACKENDS)  # values of `export --backend`
+
+
+def target_named(name: str) -> Target:
+    """Return the record of one kind of artifact.
+
+    Raises:
+        UsageError: there is none of that name; the known ones are listed.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"--target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
+    return TARGETS[name]
+
+
+def target_for(format: str, backend: str) -> Target:
+    """Return the target of `export --target FORMAT --backend BACKEND`; a format without that backend ignores it.
+
+    Raises:
+        UsageError: no such format.
+    """
+    found = [target for target in _ALL if target.format == format]
+    if not found:
+        raise UsageError(f"--target '{format}' is not known. Known: {', '.join(sorted(FORMATS))}.")
+    return next((t for t in found if t.backend is not None and t.backend.name == backend), found[0])
