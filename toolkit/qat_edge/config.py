@@ -21,11 +21,13 @@ import yaml
 from qat_edge import profiles, run
 from qat_edge.errors import UsageError
 from qat_edge.run import PTQ_METHODS
-from qat_edge_exporters.targets import EXPORT_BACKENDS, FORMATS, TARGETS
+from qat_edge_exporters import targets
 
 Options = TypeVar("Options")
 
-ARTIFACTS = tuple(TARGETS)  # every kind of artifact; FORMATS is what `export --target` writes
+FORMATS = targets.FORMATS  # what `export --target` writes
+EXPORT_BACKENDS = targets.EXPORT_BACKENDS
+ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered to one of its backends
 GROUP_SIZES = (32, 64, 128)
 WIDTHS = (4, 8)  # bits of a weight: int4 in groups, int8 per channel
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")

@@ -1,20 +1,22 @@
-"""The commands: each parses, calls one function and prints. Nothing heavy is imported before a verb runs."""
+"""The commands: each parses its arguments, calls one function of `qat_edge.verbs` and prints the result.
+
+Nothing heavy is imported before a verb runs, so that `--help` is instant.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qat_edge import __version__, config, progress
 from qat_edge.cli.console import ConsoleReporter, console
+from qat_edge.cli.options import GroupedCommand, load_options, options_of, without_empty
 from qat_edge.config import (
     CompareOptions,
     DoctorOptions,
@@ -26,58 +28,32 @@ from qat_edge.config import (
 )
 from qat_edge.errors import QatEdgeError, UsageError
 
-Command = Callable[..., Any]
+if TYPE_CHECKING:
+    from qat_edge.run import Run
+    from qat_edge.verbs.validate import Validated
+
 RUN = click.argument("run", type=click.Path(path_type=Path))
-FORCE = click.option("--force", is_flag=True, help="Replace what is there already.")
+FORCE = click.option("--force", is_flag=True, help="Replace what exists already.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 CONFIG = click.option(
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
-    help="YAML file with these options; flags win over it.",
+    help="YAML file with these options; flags override it.",
 )
 
 
-def options_of(cls: type) -> Callable[[Command], Command]:
-    """One flag per field of an options dataclass; None where not given, so that file and defaults can follow."""
-
-    def decorate(command: Command) -> Command:
-        for field in reversed(dataclasses.fields(cls)):
-            command = _flag(field, typing.get_type_hints(cls)[field.name])(command)
-        return command
-
-    return decorate
-
-
-def _flag(field: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
-    name, text = config.flag_name(field.name), field.metadata["help"]
-    if field.default is dataclasses.MISSING:
-        text += "  [required, here or in --config]"
-    elif field.default not in (None, ()):
-        shown = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default).lower()
-        text += f"  [default: {shown}]"
-    if hint is bool:
-        return click.option(f"{name}/--no-{name[2:]}", field.name, default=None, help=text)
-    multiple = typing.get_origin(hint) is tuple
-    if multiple or typing.get_origin(hint) is types.UnionType:
-        hint = typing.get_args(hint)[0]
-    choices = field.metadata["choices"]
-    kind = click.Choice([str(c) for c in choices]) if choices and hint is str else hint
-    return click.option(name, field.name, type=kind, multiple=multiple, default=None, help=text)
-
-
-def load_options(cls: type[config.Options], section: str, path: Path | None, flags: dict[str, Any]) -> config.Options:
-    """Options of one verb from its flags and file; an empty multiple flag counts as not given."""
-    return config.load(cls, section, path, {k: None if v == () else v for k, v in flags.items()})
-
-
 class Commands(click.Group):
-    """Lists commands in the order of the work, and turns our errors into one paragraph and an exit code."""
+    """Group that lists its commands in the order of the work, and prints an error as one paragraph."""
+
+    command_class = GroupedCommand
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names as they were added."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit with the error's code, or 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except QatEdgeError as error:
@@ -93,7 +69,7 @@ class Commands(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Show the libraries' logs and warnings.")
 @click.pass_context
 def main(ctx: click.Context, verbose: bool) -> None:
-    """Fine-tune a small language model with QAT-LoRA and ship exactly the function that was trained.
+    """Fine-tune a small language model for int4 and ship exactly the function that was trained.
 
     finetune -> export -> verify -> validate -> report, each reading and writing one run folder.
     """
@@ -103,15 +79,17 @@ def main(ctx: click.Context, verbose: bool) -> None:
     ctx.with_resource(progress.report_to(ConsoleReporter()))
 
 
-@main.command()
+@main.command(
+    example="qat-edge finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out runs/mine"
+)
 @options_of(FinetuneOptions)
 @CONFIG
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to make.")
-@click.option("--resume", is_flag=True, help="Go on with the run folder's last checkpoint, exactly.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
+@click.option("--resume", is_flag=True, help="Continue from the run folder's last checkpoint, bit for bit.")
 @FORCE
 @JSON
 def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_json: bool, **flags: Any) -> None:
-    """Train LoRA adapters, then go on with the deployed rounding in the forward pass."""
+    """Train LoRA adapters, then continue with fake quantization in the forward pass (QAT)."""
     source = _open(out).config if resume and config_path is None else config_path
     options = load_options(FinetuneOptions, "finetune", source, flags)
     from qat_edge.verbs.finetune import finetune as verb
@@ -124,14 +102,14 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     )
 
 
-@main.command()
+@main.command(example="qat-edge sensitivity runs/mine --max-kl 0.01")
 @RUN
 @options_of(SensitivityOptions)
 @CONFIG
 @FORCE
 @JSON
 def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """Measure what each layer costs at 4 and at 8 bits, and pick bits within a size or a KL divergence."""
+    """Measure the loss of each layer at 4 and at 8 bits, and pick bits by layer."""
     options = load_options(SensitivityOptions, "sensitivity", config_path, flags)
     opened = _open(run)
     from qat_edge.cli.terminal_tables import sensitivity_table
@@ -144,7 +122,7 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
     progress.info(result.describe())
 
 
-@main.command()
+@main.command(example="qat-edge quantize runs/mine --method gptq")
 @RUN
 @options_of(QuantizeOptions)
 @CONFIG
@@ -163,14 +141,14 @@ def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     progress.info(f"Wrote {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
 
 
-@main.command()
+@main.command(example="qat-edge export runs/mine --target executorch --target onnx")
 @RUN
 @options_of(ExportOptions)
 @CONFIG
 @FORCE
 @JSON
 def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """Merge and freeze the weights once, then write .pte and ONNX artifacts from them."""
+    """Merge the adapters and freeze the codes once, then write .pte and ONNX artifacts from them."""
     options = load_options(ExportOptions, "export", config_path, flags)
     opened = _open(run)
     from qat_edge.verbs.export import export as verb
@@ -181,10 +159,10 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
     progress.info(f"Wrote {len(written)} artifacts below {run}. Next: qat-edge verify {run}")
 
 
-@main.command()
+@main.command(example="qat-edge verify runs/mine")
 @RUN
 @click.option(
-    "--target", multiple=True, type=click.Choice(config.ARTIFACTS), help="Artifacts to check; all by default."
+    "--target", multiple=True, type=click.Choice(config.ARTIFACTS), help="Artifacts to verify; all by default."
 )
 @JSON
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
@@ -199,15 +177,15 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     for result in results:
         click.echo(result.describe(), err=as_json)
     require_equal(results)
-    progress.info(f"Verified {len(results)} artifacts: what was frozen is what ships. Next: qat-edge validate {run}")
+    progress.info(f"Verified {len(results)} artifacts: equal to the frozen checkpoint. Next: qat-edge validate {run}")
 
 
-@main.command()
+@main.command(example="qat-edge doctor runs/mine/exports/executorch --runtime android-app")
 @click.argument("program", metavar="FILE", type=click.Path(path_type=Path))
 @options_of(DoctorOptions)
 @JSON
 def doctor(program: Path, as_json: bool, **flags: Any) -> None:
-    """Say where a .pte loads: operators, runner metadata, tokenizer, sizes; FILE may be its export folder.
+    """Find out where a .pte loads: operators, runner metadata, tokenizer, sizes. FILE may be its export folder.
 
     Exits with 1 where something is wrong, or where a runtime named by --runtime lacks what the program needs.
     """
@@ -223,44 +201,28 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
     require_loadable(diagnosis, options)
 
 
-@main.command()
+@main.command(example="qat-edge validate runs/mine --max-kl 0.1 --min-exact-match 0.8")
 @RUN
 @options_of(ValidateOptions)
 @CONFIG
-@click.option("--junit", type=click.Path(path_type=Path), help="Write what became of the limits as JUnit XML.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the results of the gates as JUnit XML.")
 @FORCE
 @JSON
 def validate(run: Path, config_path: Path | None, junit: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
-    own = config.for_devices(options, config_path, {k: v for k, v in flags.items() if v != ()})
+    by_device = config.for_devices(options, config_path, without_empty(flags))
     opened = _open(run)
-    from qat_edge.cli.terminal_tables import summary_table
-    from qat_edge.evaluate import gates
-    from qat_edge.evaluate.devices import report_paths
-    from qat_edge.models import tasks
-    from qat_edge.run import write_text
     from qat_edge.verbs import validate as verb
 
-    if junit is not None:
-        gates.require_limits(*(own.get(device, options) for device in options.device))
-        junit.unlink(missing_ok=True)  # no earlier result may stand for this one
-    if tasks.of_run(opened).encodes:
-        _validate_encoder(opened, options, junit, force, as_json)
-        return
-    done = verb.validate_devices(opened, options, force=force, own=own)
-    if junit is not None:
-        write_text(junit, gates.junit(done.reports, done.failures))
-    if as_json and (done.reports or len(options.device) > 1):
-        _print_json(done.reports if len(options.device) > 1 else done.reports[0])
-    paths = report_paths(opened.reports, [report.device for report in done.reports])
-    for report in done.reports:
-        console().print(summary_table(report))
-        progress.info(f"Wrote {paths[report.device]}. Next: qat-edge report {run}")
-    verb.require_success(done)
+    result = verb.validate_run(opened, options, force=force, by_device=by_device, junit=junit)
+    if as_json and (result.reports or len(options.device) > 1):
+        _print_json(result.reports if len(options.device) > 1 else result.reports[0])
+    _print_validated(result, run, as_json)
+    verb.require_success(result)
 
 
-@main.command()
+@main.command(example="qat-edge compare runs/mine")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @options_of(CompareOptions)
 @CONFIG
@@ -270,7 +232,7 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
 def compare(
     run: Path | None, config_path: Path | None, out: Path | None, force: bool, as_json: bool, **flags: Any
 ) -> None:
-    """Ship one fine-tune in every way (base, LoRA unmerged, naive PTQ, merged, merged PTQ, QAT) and compare them."""
+    """Deploy one fine-tune in every way (base, LoRA unmerged, naive PTQ, merged, merged PTQ, QAT) and compare them."""
     options = load_options(CompareOptions, "compare", config_path, flags)
     given = [config.flag_name(k) for k in ("model", "data", "eval_data") if getattr(options, k) is not None]
     if run is not None and (out is not None or given):
@@ -290,16 +252,17 @@ def compare(
         click.echo(json.dumps(document(table), indent=1, default=str))
     for target in table.targets:
         console().print(deployment_table(table, target))
-    progress.info(f"Wrote {opened.path / 'compare' / 'compare.html'} and compare.json beside it")
+    progress.info(f"Wrote {opened.path / 'compare' / 'compare.html'}, and compare.json next to it")
 
 
-@main.command()
+@main.command(example="qat-edge report runs/mine --open")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--open", "open_it", is_flag=True, help="Open the report in a browser.")
 def report(runs: tuple[Path, ...], open_it: bool) -> None:
-    """Write one self-contained HTML file of what validate measured; of several runs, the oldest first, their history.
+    """Write one self-contained HTML file of what validate measured; of several runs, their history.
 
-    RUN/report.html of one run; history.html in the last of several. A JSON file beside it holds its figures.
+    RUN/report.html for one run. For several, the oldest first: history.html in the last. A JSON file of the same name
+    has the figures.
     """
     opened = [_open(run) for run in runs]
     from qat_edge.verbs.report import report as verb
@@ -310,7 +273,7 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
         click.launch(str(path))
 
 
-@main.command()
+@main.command(example='qat-edge generate runs/mine --from executorch "Set an alarm for seven"')
 @RUN
 @click.argument("prompt")
 @click.option(
@@ -319,13 +282,13 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     default="torch",
     type=click.Choice(["torch", *config.ARTIFACTS]),
     show_default=True,
-    help="What answers: the frozen model in torch, or an artifact in its own runtime.",
+    help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", help="System message before the prompt.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
 def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None, max_new_tokens: int) -> None:
-    """Answer PROMPT greedily, printing the text as it comes."""
+    """Generate an answer to PROMPT greedily, printing the text as it comes."""
     opened = _open(run)
     from qat_edge.verbs.generate import generate as verb
 
@@ -336,7 +299,7 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
     click.echo()
 
 
-@main.command()
+@main.command(example="qat-edge demo")
 @click.option(
     "--out", default=Path("runs/demo"), show_default=True, type=click.Path(path_type=Path), help="Run folder."
 )
@@ -347,7 +310,7 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
     help="Configuration instead of the demo's own.",
 )
 def demo(out: Path, config_path: Path | None) -> None:
-    """The whole line on SmolLM2-135M-Instruct and a phone-assistant task, replacing an earlier demo."""
+    """Run every step on SmolLM2-135M-Instruct and a phone-assistant task, replacing an earlier demo."""
     from qat_edge.cli.terminal_tables import stage_table
     from qat_edge.verbs.demo import demo as verb
 
@@ -356,28 +319,27 @@ def demo(out: Path, config_path: Path | None) -> None:
     progress.info(f"Open {out / 'report.html'} in a browser.")
 
 
-def _validate_encoder(run: Any, options: ValidateOptions, junit: Path | None, force: bool, as_json: bool) -> None:
-    from qat_edge.evaluate import gates
-    from qat_edge.evaluate.encoders import validate
-    from qat_edge.run import write_text
+def _print_validated(result: Validated, run: Path, as_json: bool) -> None:
+    """Print a table per device, or the lines of an encoder, and where the report was written."""
+    from qat_edge.cli.terminal_tables import summary_table
+    from qat_edge.evaluate.results import Report
 
-    result = validate(run, options, force=force)
-    if junit is not None:
-        write_text(junit, gates.junit([result], {}))
-    if as_json:
-        _print_json(result)
-    for line in result.lines():
-        click.echo(line, err=as_json)
-    progress.info(f"Wrote {run.answers}. Next: qat-edge report {run.path}")
-    gates.require_gates(result)
+    for report in result.reports:
+        if isinstance(report, Report):
+            console().print(summary_table(report))
+        else:
+            for line in report.lines():
+                click.echo(line, err=as_json)
+        progress.info(f"Wrote {result.paths[report.device]}. Next: qat-edge report {run}")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> Run:
     from qat_edge.run import Run
 
     return Run.open(path)
 
 
 def _print_json(result: Any) -> None:
+    """Print one dataclass, or a list of them, on stdout."""
     rows = [dataclasses.asdict(r) for r in result] if isinstance(result, Iterable) else dataclasses.asdict(result)
     click.echo(json.dumps(rows, indent=1, default=str))

@@ -26,6 +26,7 @@ from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, Vali
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.evaluate import reference, results
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
+from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
 from qat_edge.evaluate.results import Measured
 from qat_edge.models import merge, tasks, tokenizer
@@ -34,7 +35,6 @@ from qat_edge.report.comparison_page import render
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
 from qat_edge.verbs.export import export_one
 from qat_edge.verbs.quantize import QAT, quantize_if_missing
-from qat_edge.verbs.validate import DEVICE
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.checkpoint import ADAPTER
@@ -124,13 +124,13 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     material = gather_material(run, measuring)
     made = {(n, t): _make(job, n, t) for n in row_names(options.deployment, options.method) for t in options.target}
     _checkpoint(job, "merged")
-    with scratch_folder(run) as scratch, device_errors(), closing(open_transport(DEVICE)) as transport:
+    with scratch_folder(run) as scratch, device_errors(), closing(open_transport(LOCAL)) as transport:
         tuned, measured = _measure(job, Bench(material, measuring, scratch), transport, made)
         machine = dataclasses.asdict(transport.info())
     table = DeploymentTable(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=_model_name(run),
-        device=DEVICE,
+        device=LOCAL,
         machine=machine,
         options={**config.plain(measuring), "context_length": job.exporting.context_length},
         tokens=material.tokens,

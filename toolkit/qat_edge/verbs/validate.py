@@ -1,9 +1,13 @@
 """Run every artifact in its own runtime, in a process of its own, and compare it with the FP32 fine-tune.
 
-Everything is compared in token ids, teacher-forced, on the tokens that training would put loss on. Beside
-the comparison with FP32 stands `parity`: the same artifact against the frozen checkpoint in torch, which
-an exact runtime matches down to the arithmetic noise floor (the checkpoint against itself, disturbed).
-The torch side is computed here, once, whatever devices the artifacts run on.
+Models are compared in token ids, teacher-forced, on the tokens that carry loss in training. Next to the comparison with
+FP32 there is `parity`: the same artifact against the frozen checkpoint in torch, which an exact runtime matches down to
+the arithmetic noise floor (the checkpoint against itself with a disturbance of 1e-7 in its embeddings). What torch
+computes is computed here, once, whatever devices the artifacts run on.
+
+    validate_run      the command: gates first, encoder or decoder, JUnit
+    validate_devices  a model that generates text: evaluation set -> torch side -> every device -> reports
+    _measure          one device: every artifact (`evaluate.evaluator`), error budgets (`diagnose.error_budget`), gates
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,35 +26,48 @@ from qat_edge.config import ValidateOptions
 from qat_edge.diagnose import locate_fault
 from qat_edge.diagnose.error_budget import TorchSide, budget, judge, score_here, torch_side
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate import native_runner
+from qat_edge.evaluate import encoders, native_runner
 from qat_edge.evaluate.devices import LOCAL, connect, report_paths, side_by_side
+from qat_edge.evaluate.encoder_results import Comparison
 from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.evaluate.gates import hold, require_gates, require_measurable
+from qat_edge.evaluate.gates import hold, require_gates, require_limits, require_measurable
+from qat_edge.evaluate.gates import junit as junit_xml
 from qat_edge.evaluate.results import Agreement, Budget, Judgement, Measured, Report, save
 from qat_edge.models import merge, tasks
-from qat_edge.run import Run, Variant, read_manifest
+from qat_edge.run import Run, Variant, read_manifest, write_text
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.executorch.backends.registry import runs_elsewhere
+from qat_edge_exporters.targets import target_named
 
-Say = Callable[[str], None]
-Artifacts = list[tuple[Variant, str]]  # by their targets
-DEVICE = LOCAL  # where nothing else is asked for
+Artifacts = list[tuple[Variant, str]]  # variants, each with the target of one of its artifacts
 NOT_THERE = "speed not given: torch ran on the machine that validates, not on this device"
 
 
 @dataclass(frozen=True)
 class Validated:
-    """What became of every device. failures: why there is no report, by device."""
+    """Result on every device.
 
-    reports: list[Report]
+    Attributes:
+        reports: one per device that was measured, or the one of an encoder.
+        failures: by device, why there is no report.
+        paths: by device, where its report was written.
+    """
+
+    reports: Sequence[Report | Comparison]
     failures: dict[str, str]
+    paths: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Torch:
-    """What torch said on this machine: the FP32 models, how far the frozen checkpoint parts from itself, and, where
-    it was asked for, the torch side of the error budget. identities: see `Report`."""
+class TorchResults:
+    """Results of the models that run in torch on this machine, shared by the reports of all devices.
+
+    Attributes:
+        identities: digests of what two reports must share to be compared; see `Report`.
+        models: the FP32 base model and the FP32 fine-tune.
+        noise_floor: the frozen checkpoint against itself, disturbed.
+        budget: torch side of the error budget; None without --error-budget.
+    """
 
     identities: dict[str, str]
     models: list[Measured]
@@ -58,14 +75,52 @@ class Torch:
     budget: TorchSide | None
 
 
-def validate(run: Run, options: ValidateOptions, force: bool = False) -> Report:
-    """Measure the artifacts of the run and of its PTQ variants on the one device of `options`.
+def validate_run(
+    run: Run,
+    options: ValidateOptions,
+    force: bool = False,
+    by_device: Mapping[str, ValidateOptions] | None = None,
+    junit: Path | None = None,
+) -> Validated:
+    """Validate a run of any task, on every device of `options`, and write the gates' results as JUnit XML.
 
-    The report is RUN/reports/DEVICE.json.
+    Args:
+        run: a run with exports.
+        options: what to measure and where.
+        force: replace reports that exist.
+        by_device: options of devices with a profile of their own, in place of `options`.
+        junit: file for the results of the gates, or None.
 
     Raises:
-        RunError: nothing exported, or a report exists and `force` is not set.
-        DataError: no evaluation rows.
+        UsageError: an impossible combination of options; `junit` without a gate.
+        RunError: nothing was exported, or a report exists and `force` is not set.
+        DataError: there are no evaluation rows.
+    """
+    if junit is not None:
+        of_devices = by_device or {}
+        require_limits(*(of_devices.get(device, options) for device in options.device))
+        junit.unlink(missing_ok=True)  # an earlier result must not be taken for this one
+
+    if tasks.of_run(run).encodes:
+        encoder = encoders.validate(run, options, force=force)
+        result = Validated([encoder], {}, {encoder.device: run.answers})
+    else:
+        paths = report_paths(run.reports, options.device)
+        result = dataclasses.replace(validate_devices(run, options, force=force, own=by_device), paths=paths)
+
+    if junit is not None:
+        write_text(junit, junit_xml(result.reports, result.failures))
+    return result
+
+
+def validate(run: Run, options: ValidateOptions, force: bool = False) -> Report:
+    """Measure the artifacts of a run that generates text, on the one device of `options`.
+
+    The report is also written to RUN/reports/DEVICE.json.
+
+    Raises:
+        RunError: nothing was exported, or a report exists and `force` is not set.
+        DataError: there are no evaluation rows.
         DeviceError: the device cannot be reached, or a runtime failed there.
     """
     if len(options.device) != 1:
@@ -73,77 +128,92 @@ def validate(run: Run, options: ValidateOptions, force: bool = False) -> Report:
     validated = validate_devices(run, options, force=force)
     if validated.failures:
         require_success(validated)
-    return validated.reports[0]
+    report = validated.reports[0]
+    assert isinstance(report, Report)
+    return report
 
 
 def validate_devices(
     run: Run, options: ValidateOptions, force: bool = False, own: Mapping[str, ValidateOptions] | None = None
 ) -> Validated:
-    """The same on every device of `options`, side by side; a device that fails does not stop the others.
+    """Measure the artifacts on every device of `options` at the same time; a failing device does not stop the others.
 
-    own: by device what holds for it in place of `options`, by a profile of its own (`config.for_devices`).
+    Args:
+        run: a run that generates text, with exports.
+        options: what to measure and where.
+        force: replace reports that exist.
+        own: options of devices with a profile of their own, in place of `options` (`config.for_devices`).
 
     Raises:
-        UsageError: a device is named twice, or is of no known kind.
+        UsageError: a device is named twice, or is of an unknown type.
         RunError, DataError: as `validate`.
     """
+    # Everything that can be refused is refused before anything is computed.
     tasks.require_generating(run, "validate")
-    asked = {**dict.fromkeys(options.device, options), **(own or {})}
+    options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
-    _require_possible(asked.values(), paths.values(), force)
-    artifacts = _artifacts_by_target(run, asked.values())
-    material = gather_material(run, options)
+    _require_possible(options_of.values(), paths.values(), force)
+    artifacts = _artifacts_by_target(run, options_of.values())
+    eval_set = gather_material(run, options)
+
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
         for device, reason in failures.items():
-            progress.info(f"Left out {device}: {reason}")
+            progress.warn(f"Left out {device}: {reason}")
         if not transports:
             return Validated([], failures)
-        shared = dataclasses.replace(options, error_budget=any(one.error_budget for one in asked.values()))
-        bench = Bench(material, shared, scratch)
-        torch = _torch(run, bench, artifacts.values(), is_reported=LOCAL in transports)
+
+        # The torch side is computed once, with an error budget if any device needs one.
+        shared = dataclasses.replace(options, error_budget=any(each.error_budget for each in options_of.values()))
+        evaluator = Bench(eval_set, shared, scratch)
+        torch_results = _run_torch(run, evaluator, artifacts.values(), is_reported=LOCAL in transports)
 
         def measure(device: str, transport: Transport) -> Report:
-            own_bench = dataclasses.replace(bench, options=asked[device])
+            own_evaluator = dataclasses.replace(evaluator, options=options_of[device])
             # Several devices report at the same time: each line then begins with its device's name.
             reporter = progress.current()
             reporter = reporter if len(transports) == 1 else progress.PrefixedReporter(device, reporter)
             with progress.report_to(reporter):
-                report = _measure(run, artifacts[asked[device].target], device, transport, own_bench, torch)
+                report = _measure(
+                    run, artifacts[options_of[device].target], device, transport, own_evaluator, torch_results
+                )
             save(report, paths[device])
             return report
 
-        reports, broken = side_by_side(transports, measure)
-    config.save(run.config, "validate", options, left_out=_set_by_profiles(options, asked.values()))
-    return Validated(list(reports.values()), failures | broken)
+        reports, failed = side_by_side(transports, measure)
+
+    config.save(run.config, "validate", options, left_out=_set_by_profiles(options, options_of.values()))
+    return Validated(list(reports.values()), failures | failed)
 
 
 def require_success(validated: Validated) -> None:
-    """Raise where a device failed or a limit was missed on one.
+    """Raise where a device failed or missed a gate.
 
     Raises:
-        DeviceError, GateError: all of it, by device.
+        DeviceError: a device failed; missed gates of the others follow.
+        GateError: gates were missed, by device.
     """
     missed = []
     for report in validated.reports:
         try:
             require_gates(report)
         except GateError as error:
-            missed.append(f"{report.device}: {error}")
+            missed.append(f"{report.device}: {error}" if isinstance(report, Report) else str(error))
+
     if validated.failures:
         if len(validated.failures) == 1 and not validated.reports:
             raise DeviceError(*validated.failures.values())
         count = len(validated.failures)
         failed = [f"{device}: {reason}" for device, reason in validated.failures.items()]
-        found = "\n".join([*failed, *missed])
-        raise DeviceError(f"{count} of {count + len(validated.reports)} devices failed.\n{found}")
+        lines = "\n".join([*failed, *missed])
+        raise DeviceError(f"{count} of {count + len(validated.reports)} devices failed.\n{lines}")
     if missed:
         raise GateError("\n".join(missed))
 
 
-def _require_possible(asked: Iterable[ValidateOptions], paths: Iterable[Path], force: bool) -> None:
-    """Refuse before any work what cannot be measured, or would replace a report."""
-    for options in asked:
+def _require_possible(options_by_device: Iterable[ValidateOptions], paths: Iterable[Path], force: bool) -> None:
+    """Refuse what cannot be measured, or would replace a report."""
+    for options in options_by_device:
         require_measurable(options)
         if options.runner_binary is not None:
             native_runner.require_possible(options)
@@ -152,119 +222,147 @@ def _require_possible(asked: Iterable[ValidateOptions], paths: Iterable[Path], f
             raise RunError(f"{path} exists already. Give --force to measure again.")
 
 
-def _set_by_profiles(options: ValidateOptions, asked: Iterable[ValidateOptions]) -> set[str]:
-    """Options that are one device's own: left out of the run's configuration, its --device-profile gives them again."""
+def _set_by_profiles(options: ValidateOptions, options_by_device: Iterable[ValidateOptions]) -> set[str]:
+    """Return the options that differ between devices. config.yaml leaves them out: --device-profile sets them again."""
     shared = vars(options)
-    return {k for one in asked for k, value in vars(one).items() if value != shared[k]} - {"profile"}
+    return {k for each in options_by_device for k, value in vars(each).items() if value != shared[k]} - {"profile"}
 
 
-def _torch(run: Run, bench: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> Torch:
-    """All that needs no device; is_reported: this machine has a report of its own, and so measures the artifacts."""
-    own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
-    tuned = bench.fine_tuned(merge.merged_model(run.reference).model)
-    models = [bench.base(merge.base_model(run.reference)), tuned]
-    floor = bench.noise_floor(run.quantized)
-    side = torch_side(run, bench, models, own) if bench.options.error_budget else None
-    if side is not None and not is_reported:
-        score_here(run, bench, own)
-    return Torch(_identities(run, bench), models, floor, side)
+def _run_torch(run: Run, evaluator: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> TorchResults:
+    """Run everything that needs no device.
+
+    Args:
+        run: the run.
+        evaluator: measures the models.
+        artifacts: those of each device.
+        is_reported: whether this machine has a report of its own, and so measures the artifacts anyway.
+    """
+    tuned = evaluator.fine_tuned(merge.merged_model(run.reference).model)
+    models = [evaluator.base(merge.base_model(run.reference)), tuned]
+    floor = evaluator.noise_floor(run.quantized)
+
+    # The error budget needs the trained forward pass, and the artifacts' logits on this machine as a step of their own.
+    side = None
+    if evaluator.options.error_budget:
+        own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
+        side = torch_side(run, evaluator, models, own)
+        if not is_reported:
+            score_here(run, evaluator, own)
+    return TorchResults(_identities(run, evaluator), models, floor, side)
 
 
-def _measure(run: Run, artifacts: Artifacts, device: str, transport: Transport, bench: Bench, torch: Torch) -> Report:
-    measured = [model if device == LOCAL else _elsewhere(model) for model in torch.models]
-    measured += [_artifact(variant, target, transport, bench, own=variant is run) for variant, target in artifacts]
+def _measure(
+    run: Run, artifacts: Artifacts, device: str, transport: Transport, evaluator: Bench, torch_results: TorchResults
+) -> Report:
+    """Measure every artifact on one device and check the gates."""
+    options = evaluator.options
+    measured = [model if device == LOCAL else _without_speed(model) for model in torch_results.models]
+    measured += [_artifact(variant, target, transport, evaluator, own=variant is run) for variant, target in artifacts]
+
     budgets = [
-        _budget(run, target, transport, bench, torch.budget)
+        _budget(run, target, transport, evaluator, torch_results.budget)
         for variant, target in artifacts
-        if torch.budget is not None and bench.options.error_budget and variant is run
+        if torch_results.budget is not None and options.error_budget and variant is run
     ]
+
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device=device,
         machine=dataclasses.asdict(transport.info()),
-        options=config.plain(bench.options),
-        tokens=bench.material.tokens,
-        noise_floor=torch.noise_floor,
+        options=config.plain(options),
+        tokens=evaluator.material.tokens,
+        noise_floor=torch_results.noise_floor,
         measured=measured,
-        gates=hold(bench.options, measured, budgets),
+        gates=hold(options, measured, budgets),
         budgets=budgets,
-        identities=torch.identities,
+        identities=torch_results.identities,
     )
 
 
-def _artifact(variant: Variant, target: str, transport: Transport, bench: Bench, own: bool) -> Measured:
-    """One artifact on one device, in the runtime there or in the user's own runner."""
-    if bench.options.runner_binary is None:
-        return bench.artifact(variant, target, transport, own)
-    binary = native_runner.require_possible(bench.options)
-    return native_runner.measure(bench, binary, variant, target, transport, own)
+def _artifact(variant: Variant, target: str, transport: Transport, evaluator: Bench, own: bool) -> Measured:
+    """Measure one artifact on one device, in the device's runtime or in the runner that the user built."""
+    if evaluator.options.runner_binary is None:
+        return evaluator.artifact(variant, target, transport, own)
+    binary = native_runner.require_possible(evaluator.options)
+    return native_runner.measure(evaluator, binary, variant, target, transport, own)
 
 
-def _identities(run: Run, bench: Bench) -> dict[str, str]:
-    """Digests of what figures of two runs must share to be compared; see `Report`."""
-    material, reference = bench.material, read_manifest(run.reference)
-    weights = {name: facts["sha256"] for name, facts in reference["files"].items() if name.endswith(".safetensors")}
-    base = reference["model"]["identity"]
+def _identities(run: Run, evaluator: Bench) -> dict[str, str]:
+    """Return digests of what the figures of two runs must share to be compared; see `Report`."""
+    eval_set, manifest = evaluator.material, read_manifest(run.reference)
+    weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    base = manifest["model"]["identity"]
     parts = {
-        "tokens": [(sequence.ids, sequence.positions) for sequence in material.sequences],
-        "prompts": [material.prompts, bench.options.max_new_tokens],
-        "reference": [base.get("files") or base, reference.get("kept_layers"), weights],
+        "tokens": [(sequence.ids, sequence.positions) for sequence in eval_set.sequences],
+        "prompts": [eval_set.prompts, evaluator.options.max_new_tokens],
+        "reference": [base.get("files") or base, manifest.get("kept_layers"), weights],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def _budget(run: Run, target: str, transport: Transport, bench: Bench, torch: TorchSide) -> Budget:
-    """The error budget of one artifact, with the place of a fault where there is one."""
-    judged = judge(run, bench, torch, target, transport)
+def _budget(run: Run, target: str, transport: Transport, evaluator: Bench, side: TorchSide) -> Budget:
+    """Return the error budget of one artifact, with the location of a fault where there is one."""
+    judged = judge(run, evaluator, side, target, transport)
     if judged.beyond:
-        judged = dataclasses.replace(judged, where=_fault(run, bench, torch, target, transport, judged))
-        progress.info(f"  {target}: differs from the frozen checkpoint beyond rounding. {judged.where}")
-    return budget(bench, torch, target, transport.name, judged)
+        judged = dataclasses.replace(judged, where=_locate(run, evaluator, side, target, transport, judged))
+        progress.warn(f"{target}: differs from the frozen checkpoint by more than rounding noise. {judged.where}")
+    return budget(evaluator, side, target, transport.name, judged)
 
 
-def _fault(run: Run, bench: Bench, torch: TorchSide, target: str, transport: Transport, judged: Judgement) -> str:
-    """What is known of the place of a fault: the file is read back, then looked into layer by layer."""
+def _locate(run: Run, evaluator: Bench, side: TorchSide, target: str, transport: Transport, judged: Judgement) -> str:
+    """Describe where a fault is: the file is read back first, then its layers are compared one by one."""
     folder = run.exports / target
-    found = verify_folder(folder, target, run.quantized)
-    told = f"The file is not what was frozen: {found.faults[0]}" if found.faults else ""
-    if found.linears_equal < found.linears or not (found.embedding_equal and found.head_equal):
-        return told
-    # Position 0 has nothing to attend to.
-    what = "attention (rotary angles, mask or cache)" if judged.position else "what the runtime makes of them"
-    told = told or "Its codes and scales are those that were frozen"
-    first = locate_fault.first_words(folder, target, run.quantized, torch, transport, bench.options.threads)
-    return f"{told}. It parts at position {judged.position} of a prompt: {what}. {first}"
+    verified = verify_folder(folder, target, run.quantized)
+    in_file = f"The file differs from the frozen checkpoint: {verified.faults[0]}" if verified.faults else ""
+    if verified.linears_equal < verified.linears or not (verified.embedding_equal and verified.head_equal):
+        return in_file
+
+    # At position 0 there is nothing to attend to, so a difference there is not one of attention.
+    cause = "attention (rotary angles, mask or cache)" if judged.position else "how the runtime computes them"
+    in_file = in_file or "Its codes and scales equal the frozen checkpoint's"
+    layer = locate_fault.first_words(folder, target, run.quantized, side, transport, evaluator.options.threads)
+    return f"{in_file}. It diverges at position {judged.position} of a prompt: {cause}. {layer}"
 
 
-def _elsewhere(model: Measured) -> Measured:
-    """A torch model in the report of a device it did not run on."""
+def _without_speed(model: Measured) -> Measured:
+    """Return a torch model for the report of a device that it did not run on."""
     if model.speed is None:
         return model
     return dataclasses.replace(model, speed=None, notes=(*model.notes, NOT_THERE))
 
 
 def _why_not(target: str, options: ValidateOptions) -> str:
-    """Why an artifact cannot be measured as was asked, a sentence; empty where it can."""
-    return runs_elsewhere(target) if options.runner_binary is None else native_runner.why_not(target)
+    """Return why an artifact cannot be measured with these options, as a sentence; empty where it can."""
+    if options.runner_binary is not None:
+        return native_runner.why_not(target)
+    return target_named(target).runs_elsewhere
 
 
-def _artifacts_by_target(run: Run, asked: Iterable[ValidateOptions]) -> dict[tuple[str, ...], Artifacts]:
-    """What to measure, by what --target was where: profiles may choose."""
-    chosen = {options.target: options for options in asked}
+def _artifacts_by_target(run: Run, options_by_device: Iterable[ValidateOptions]) -> dict[tuple[str, ...], Artifacts]:
+    """Return the artifacts to measure, by the value of --target: profiles may choose different ones."""
+    chosen = {options.target: options for options in options_by_device}
     return {target: _artifacts(run, options) for target, options in chosen.items()}
 
 
 def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
-    elsewhere = {t: reason for t in options.target or run.targets() if (reason := _why_not(t, options))}
-    for reason in elsewhere.values():
+    """Return the artifacts to measure: those of --target, or all that can run.
+
+    Raises:
+        RunError: one was asked for that cannot run or was not exported, or none is left.
+    """
+    chosen = options.target or run.targets()
+    reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}
+    for reason in reasons.values():
         if options.target:
             raise RunError(f"{reason} Leave it out of --target; verify reads its codes back.")
-        progress.info(f"Left out {reason}")
-    wanted = [t for t in options.target or run.targets() if t not in elsewhere]
-    missing = [t for t in wanted if t not in run.targets()]
+        progress.warn(f"Left out {reason}")
+
+    wanted = [target for target in chosen if target not in reasons]
+    missing = [target for target in wanted if target not in run.targets()]
     if missing or not wanted:
-        raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Do `qat-edge export {run.path}`.")
-    found = [(v, t) for v in run.variants() for t in wanted if t in v.targets()]
+        raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Run `qat-edge export {run.path}`.")
+
+    found = [(variant, target) for variant in run.variants() for target in wanted if target in variant.targets()]
     for variant, target in found:
         variant.require_current(target, f"qat-edge export {run.path} --force")
     return found

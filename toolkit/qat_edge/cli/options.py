@@ -1,0 +1,130 @@
+"""Flags made from the option dataclasses of `qat_edge.config`, and commands whose `--help` groups them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qat_edge import config, progress
+
+Command = Callable[..., Any]
+
+
+def options_of(cls: type) -> Callable[[Command], Command]:
+    """Decorate a command with one flag per field of an options dataclass, and one hidden flag per renamed field.
+
+    A flag that is not given is None, so that the configuration file and the defaults can follow.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(cls)
+        for field in reversed(dataclasses.fields(cls)):
+            command = _flag(field, hints[field.name])(command)
+            if field.metadata["old_name"]:
+                command = _flag(field, hints[field.name], field.metadata["old_name"])(command)
+        return command
+
+    return decorate
+
+
+def load_options(
+    cls: type[config.Options], section: str, path: Path | None, flags: Mapping[str, Any]
+) -> config.Options:
+    """Resolve the options of one verb from its flags and file; warn about names of 0.1.0."""
+    given = without_empty(flags)
+    for sentence in config.renamed_in_use(cls, section, path, given):
+        progress.warn(sentence)
+    return config.load(cls, section, path, given)
+
+
+def without_empty(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags with None in place of (): a repeatable flag that was not given."""
+    return {name: None if value == () else value for name, value in flags.items()}
+
+
+class GroupedCommand(click.Command):
+    """Command whose help begins with an example and lists its options under headings.
+
+    A command gives its example as `@main.command(example="qat-edge export runs/mine")`.
+    """
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example after the description."""
+        super().format_help_text(ctx, formatter)
+        if self.example:
+            with formatter.section("Example"):
+                for line in self.example.splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group; those that are not of an options dataclass belong to the output."""
+        records: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                records.setdefault(getattr(parameter, "group", config.OUTPUT), []).append(record)
+
+        # A command with one group needs no headings.
+        if len(records) == 1:
+            records = {"Options": next(iter(records.values()))}
+        for group in ("Options", *config.GROUPS):
+            if group in records:
+                with formatter.section(group):
+                    formatter.write_dl(records[group])
+
+
+class _GroupedOption(click.Option):
+    """Option that knows the heading it stands under."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class _RenamedChoice(click.Choice[str]):
+    """Choice that also accepts the values' names of 0.1.0; `load_options` warns about them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Pass a known old value on as it is."""
+        if config.RENAMED_VALUES.get(value) in self.choices:
+            return value
+        return super().convert(value, param, ctx)
+
+
+def _flag(field: dataclasses.Field[Any], hint: Any, old_name: str = "") -> Callable[[Command], Command]:
+    """Return the decorator that adds a field's flag, or the hidden one of its old name."""
+    name = old_name or field.name
+    flag = config.flag_name(name)
+    shared = {"cls": _GroupedOption, "group": field.metadata["group"], "default": None, "hidden": bool(old_name)}
+    shared["help"] = _help_text(field)
+    if hint is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, **shared)
+
+    # tuple[str, ...] is a repeatable flag, and X | None an X.
+    multiple = typing.get_origin(hint) is tuple
+    if multiple or typing.get_origin(hint) is types.UnionType:
+        hint = typing.get_args(hint)[0]
+    choices = field.metadata["choices"]
+    kind = _RenamedChoice([str(choice) for choice in choices]) if choices and hint is str else hint
+    return click.option(flag, name, type=kind, multiple=multiple, **shared)
+
+
+def _help_text(field: dataclasses.Field[Any]) -> str:
+    """Return the field's help with its default."""
+    text = str(field.metadata["help"])
+    if field.default is dataclasses.MISSING:
+        return text + "  [required, here or in --config]"
+    if field.default in (None, ()):
+        return text
+    shown = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default).lower()
+    return text + f"  [default: {shown}]"
