@@ -197,7 +197,7 @@ def copying(quantized: Path, work: Path, context_length: int) -> None:
 
 @pytest.fixture
 def quick_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_edge.verbs.export.resolve", lambda table, name, what: copying)
+    monkeypatch.setattr("qat_edge_exporters.targets.load", lambda entry: copying)
 
 
 @pytest.mark.usefixtures("quick_exporters")

@@ -1,3 +1,29 @@
-"""qat-edge: fine-tune with QAT-LoRA, export, verify and validate; the function trained is the function shipped."""
+"""Fine-tune a small language model for int4, export it, and prove that the trained function is the one that ships.
+
+    from qat_edge import finetune, quantize, export, verify, validate, generate, load_frozen, Run
+
+The functions are documented in `qat_edge.api`; importing this package imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qat_edge.api import export, finetune, generate, load_frozen, quantize, validate, verify
+    from qat_edge.run import Run
 
 __version__ = "0.1.0"
+__all__ = ["Run", "__version__", "export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("qat_edge.run" if name == "Run" else "qat_edge.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

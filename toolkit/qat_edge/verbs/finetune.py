@@ -1,7 +1,11 @@
-"""Train LoRA adapters, or all weights, first plainly, then with the deployed rounding in the forward pass.
+"""Train LoRA adapters, or all weights: plain fine-tuning first, then QAT.
 
-Phase 1 is ordinary; what it trained is kept as `reference/`, the FP32 fine-tune everything is measured against.
-Phase 2 goes on from there with `quant.fake` switched on, and ends in `adapter/`.
+    setup    `train.setup`: device, model, data, quantization scheme, adapters
+    phase 1  ordinary fine-tuning; its end is saved as RUN/reference, the FP32 fine-tune that all else is compared with
+    start    `train.phases`: rotation and PTQ initialization of weights and scales, the teacher of distillation
+    phase 2  the same training with fake quantization (`quant.fake`) in the forward pass; ends in RUN/adapter
+
+`train.trainer` is the Hugging Face Trainer with these phases.
 """
 
 from __future__ import annotations
@@ -30,13 +34,22 @@ from qat_edge.train.setup import Job, describe_device, prepare, trainable
 from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
-INPUTS_FILE = "inputs.json"  # beside the checkpoints
-INPUTS = ("model", "data", "eval_data", "kept_layers")  # the facts it holds
+INPUTS_FILE = "inputs.json"  # next to the checkpoints
+INPUTS = ("model", "data", "eval_data", "kept_layers")  # what it identifies, by the keys of the job's metadata
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What finetune leaves. loss: of the last step, nats per token."""
+    """Result of a fine-tune.
+
+    Attributes:
+        run: the run folder.
+        steps: optimizer steps of both phases.
+        qat_start_step: last step of phase 1.
+        loss: of the last step, nats per token.
+        wall_s: time of this process.
+        peak_memory_bytes: of this process, or of the GPU.
+    """
 
     run: Path
     steps: int
@@ -49,31 +62,46 @@ class Finetuned:
 def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: bool = False) -> Finetuned:
     """Train into the run folder `out`.
 
+    Args:
+        options: what to train, and how.
+        out: run folder to write.
+        resume: continue from its last checkpoint.
+        force: replace a run folder that exists.
+
     Raises:
         RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
-        UsageError, ModelError, DataError: what was asked for cannot be trained.
+        UsageError: an impossible combination of options.
+        ModelError: the model cannot be loaded or trained.
+        DataError: the rows cannot be used.
     """
+    # Check the options and set everything up; nothing is written yet.
     run = _check_folder(options, out, resume, force)
     check_combination(options)
     began = time.monotonic()
     job = prepare(options, _recorded_inputs(run).get("kept_layers") if resume else None)
     adapted, switch = trainable(job, options)
+
+    # All options are validated by now, so an earlier run is never deleted for a bad flag.
     if not resume:
-        # Not before: whatever was asked wrongly has been found by now, and has cost nobody a run.
         shutil.rmtree(out, ignore_errors=True)
         config.save(run.config, "finetune", options)
     _same_inputs(run, job.facts, resume)
+
+    # The Trainer calls back at the end of phase 1, where the crossing into QAT happens.
     start = qat_start_step(options)
     trainer = _trainer(adapted, job, options, run)
     trainer.configure(options, start)
     crossing = _crossing(adapted, switch, job, options, run, trainer)
     phases = TwoPhases(switch, start, crossing)
     trainer.add_callback(phases)
-    plainly = "LoRA" if options.method == "lora" else "full fine-tuning"
-    progress.info(f"{start} steps of {plainly}, then {options.steps - start} with fake quantization")
+    phase_1 = "LoRA" if options.method == "lora" else "full fine-tuning"
+    progress.info(f"{start} steps of {phase_1}, then {options.steps - start} of QAT")
+
     with progress.bar("training", options.steps) as shown, disk_errors(run.path):
-        trainer.add_callback(ShowProgress(shown, phases, plainly))
+        trainer.add_callback(ShowProgress(shown, phases, phase_1))
         trainer.train(resume_from_checkpoint=resume or None)
+
+    # With no step of QAT, the start of QAT comes after the last step.
     if not phases.crossed:
         crossing.finish()
     merge.save(adapted, run.adapter, "adapter", job.facts | crossing.facts)
@@ -81,7 +109,7 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
 
 
 def _log(run: Run, job: Job, trainer: QatTrainer, start: int, wall_s: float) -> Finetuned:
-    """Write RUN/training.json. start: last step of phase 1."""
+    """Write RUN/training.json and return the result; `start` is the last step of phase 1."""
     steps = curve(trainer.state.log_history, start)
     result = Finetuned(
         run=run.path,
@@ -104,6 +132,7 @@ def _crossing(
     run: Run,
     trainer: QatTrainer,
 ) -> Crossing:
+    """Return the start of QAT as a callback of the Trainer."""
     return Crossing(
         adapted=adapted, switch=switch, scheme=job.plan, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
@@ -113,6 +142,7 @@ def _crossing(
 
 
 def _trainer(adapted: Any, job: Job, options: FinetuneOptions, run: Run) -> QatTrainer:
+    """Return the Trainer with the rows, the loss and the options."""
     trainer = QatTrainer(
         model=adapted,
         args=_arguments(options, run, job),
@@ -126,43 +156,66 @@ def _trainer(adapted: Any, job: Job, options: FinetuneOptions, run: Run) -> QatT
 
 
 def qat_start_step(options: FinetuneOptions) -> int:
-    """Last step of phase 1: `qat_start` is a share of the steps below 1, a step from 1 on."""
+    """Return the last step of phase 1: below 1, `qat_start` is a fraction of the steps; from 1 on, a step."""
     start = options.qat_start * options.steps if options.qat_start < 1 else options.qat_start
     return min(round(start), options.steps)
 
 
 def _check_folder(options: FinetuneOptions, out: Path, resume: bool, force: bool) -> Run:
+    """Return the run folder to train into.
+
+    Raises:
+        RunError: it exists without `force` or `resume`, or cannot be resumed.
+        UsageError: the options differ from those of the run to resume, or an input would be deleted by `force`.
+    """
     run = Run(out)
     if resume:
-        if not run.config.is_file():
-            raise RunError(
-                f"--resume: {out} holds no config.yaml, so there is nothing to resume. Train without --resume."
-            )
-        if not any(run.checkpoints.glob("checkpoint-*")):
-            raise RunError(f"--resume: {run.checkpoints} holds no checkpoint. Train with --force instead of --resume.")
-        saved = config.load(FinetuneOptions, "finetune", run.config, {})
-        changed = [k for k, v in dataclasses.asdict(saved).items() if getattr(options, k) != v]
-        if changed:
-            raise UsageError(
-                f"--resume: {', '.join(config.flag_name(k) for k in changed)} differ from {run.config}; "
-                "a resumed run goes on exactly as it began."
-            )
+        _check_resumable(options, run)
         return run
-    if out.exists():
-        if not force:
-            raise RunError(f"{out} exists already. Give --force to replace it, or --resume to go on with it.")
-        Run.open(out)  # --force replaces a run folder, never a folder that is something else
-        for name in ("model", "data", "eval_data"):
-            if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
-                raise UsageError(
-                    f"{config.flag_name(name)} {getattr(options, name)} lies inside {out}, which --force would "
-                    "remove. Move it, or choose another --out."
-                )
+    if not out.exists():
+        return run
+
+    if not force:
+        raise RunError(f"{out} exists already. Give --force to replace it, or --resume to continue it.")
+    Run.open(out)  # --force replaces a run folder, never a folder that is something else
+    for name in ("model", "data", "eval_data"):
+        if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                f"{config.flag_name(name)} {getattr(options, name)} is inside {out}, which --force would "
+                "remove. Move it, or choose another --out."
+            )
     return run
 
 
+def _check_resumable(options: FinetuneOptions, run: Run) -> None:
+    """Require a checkpoint, and the very options that the run began with.
+
+    Raises:
+        RunError: there is nothing to resume.
+        UsageError: options differ; the message names their flags.
+    """
+    if not run.config.is_file():
+        raise RunError(
+            f"--resume: {run.path} has no config.yaml, so there is nothing to resume. Train without --resume."
+        )
+    if not any(run.checkpoints.glob("checkpoint-*")):
+        raise RunError(f"--resume: {run.checkpoints} has no checkpoint. Train with --force instead of --resume.")
+
+    saved = config.load(FinetuneOptions, "finetune", run.config, {})
+    changed = [k for k, v in dataclasses.asdict(saved).items() if getattr(options, k) != v]
+    if changed:
+        raise UsageError(
+            f"--resume: {', '.join(config.flag_name(k) for k in changed)} differ from {run.config}. "
+            "A resumed run continues exactly as it began: give the same options, or none."
+        )
+
+
 def _same_inputs(run: Run, facts: dict[str, Any], resume: bool) -> None:
-    """Keep model and data identity with the checkpoints, and refuse to resume on others."""
+    """Save the identity of model and data next to the checkpoints; refuse to resume with others.
+
+    Raises:
+        RunError: model or data changed since the run began.
+    """
     current = json.loads(json.dumps({k: facts[k] for k in INPUTS}, default=str))
     if not resume:
         write_text(run.checkpoints / INPUTS_FILE, json.dumps(current, indent=1))
@@ -170,7 +223,7 @@ def _same_inputs(run: Run, facts: dict[str, Any], resume: bool) -> None:
     saved = _recorded_inputs(run)
     changed = [k for k in current if current[k] != saved.get(k)]
     if changed:
-        raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} was begun. Train anew with --force.")
+        raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
 
 
 def _recorded_inputs(run: Run) -> dict[str, Any]:
@@ -179,6 +232,7 @@ def _recorded_inputs(run: Run) -> dict[str, Any]:
 
 
 def _arguments(options: FinetuneOptions, run: Run, job: Job) -> TrainingArguments:
+    """Translate the options into those of the Hugging Face Trainer."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "logs")
     return TrainingArguments(
         output_dir=str(run.checkpoints),
@@ -191,7 +245,7 @@ def _arguments(options: FinetuneOptions, run: Run, job: Job) -> TrainingArgument
         bf16=job.precision == "bf16",
         use_cpu=job.device == "cpu",
         seed=options.seed,
-        # Evaluation at the end of each phase is asked for by TwoPhases; "steps" only opens the door.
+        # TwoPhases requests the evaluation at the end of each phase; "steps" makes the Trainer able to evaluate.
         eval_strategy="no" if job.eval_rows is None else "steps",
         eval_steps=options.eval_every or options.steps + 1,
         prediction_loss_only=True,

@@ -1,6 +1,7 @@
-"""Freeze the codes: of the trained adapters, or of the FP32 fine-tune by post-training quantization.
+"""Freeze codes and scales: of the trained model, or of the FP32 fine-tune by post-training quantization (PTQ).
 
-The one moment at which a weight is rounded for good; exporters pack what is written here.
+This is the only place where a deployed weight is rounded. `models.merge` merges the adapters, `quant.frozen` computes
+codes and scales and writes the frozen checkpoint; exporters pack what it holds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ QAT = "qat"
 
 @dataclass(frozen=True)
 class Quantized:
-    """One frozen checkpoint. weights: how many got which bits. calibration: what was looked at, None for nothing."""
+    """Result: one frozen checkpoint.
+
+    Attributes:
+        method: "qat", or the PTQ method.
+        folder: the checkpoint.
+        weights: how many weights have which bits, as text.
+        calibration: source, rows, tokens and seed of the calibration data; None where the method uses none.
+        wall_s: time it took; 0 where the checkpoint existed.
+    """
 
     method: str
     folder: Path
@@ -42,40 +51,44 @@ class Quantized:
 
 
 def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantized:
-    """Freeze the run's model into RUN/quantized, or one of post-training quantization into RUN/ptq/METHOD/quantized.
+    """Freeze the run's model into RUN/quantized, or a PTQ variant of it into RUN/ptq/METHOD/quantized.
 
-    A checkpoint that was made of the same adapter with the same options stays as it is.
+    A checkpoint of the same adapter, made with the same options, is kept as it is.
 
-    force: make it in any case, and merge although libraries have other versions than in training.
+    Args:
+        run: a run whose training is finished.
+        options: method, bits, rotation and calibration data.
+        force: replace the checkpoint that exists, and merge even if library versions differ from those in training.
 
     Raises:
-        UsageError: --bits or --rotate for what was trained under other bits, or turned; a file of bits that does not
-            fit the model.
-        RunError: another checkpoint is there (without `force`), or there is no adapter to make one of.
+        UsageError: --bits or --rotate for the trained model; a file of bits that does not fit the model.
+        RunError: another checkpoint exists (without `force`), or there is no adapter.
         DataError: too little calibration data.
-        ModelError: a model that the method cannot go through, or whose hidden states cannot be turned.
+        ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
     """
     began = time.monotonic()
-    if options.method == QAT and options.bits is not None:
-        raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
-    if options.method == QAT and options.rotate:
-        raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
-    if options.rotate:
-        tasks.require_generating(run, "--rotate")
+    _check_options(run, options)
     variant, adapter = checkpoint_of(run, options.method)
     if variant.quantized.exists() and not force:
-        return _made_before(variant, adapter, options)
+        return _existing(variant, adapter, options)
+
+    # Merge the adapters in float32: W + s B A.
     merged = merged_model(adapter, force)
+
+    # PTQ may choose other bits and another basis than training; QAT has trained with its own.
     if options.bits is not None:
-        asked, trained = load_bits(Path(options.bits)), merged.scheme
-        plan = scheme.choose(merged.model, trained.group_size, asked, trained.table_bits)
-        merged = replace(merged, scheme=plan)
+        bits, trained = load_bits(Path(options.bits)), merged.scheme
+        new_scheme = scheme.choose(merged.model, trained.group_size, bits, trained.table_bits)
+        merged = replace(merged, scheme=new_scheme)
     if options.rotate:
         rotation.rotate(merged.model, merged.scheme, options.seed)
         tied = merged.scheme.tied and scheme.share_table(merged.model)
         merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
-    scales, calibrated = _scales(run, merged, options)
+
+    # Scales come first: codes are what rounding by them gives.
+    scales, calibration_record = _scales(run, merged, options)
     frozen.freeze(merged.model, merged.scheme, scales)
+
     with replace_folder(variant.quantized, force=True) as work:
         merged.model.save_pretrained(work)
         merged.tokenizer.save_pretrained(work)
@@ -84,7 +97,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
             "quantized",
             method=options.method,
             options=config.plain(options),
-            calibration=calibrated,
+            calibration=calibration_record,
             rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=_weights_sha256(adapter),
             scheme=frozen.scheme_facts(merged.scheme),
@@ -92,78 +105,101 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
     wall_s = time.monotonic() - began
-    return Quantized(options.method, variant.quantized, merged.scheme.summary(), calibrated, wall_s)
+    return Quantized(options.method, variant.quantized, merged.scheme.summary(), calibration_record, wall_s)
+
+
+def _check_options(run: Run, options: QuantizeOptions) -> None:
+    """Refuse options that only PTQ has, for the trained model.
+
+    Raises:
+        UsageError: names the option.
+    """
+    if options.method == QAT and options.bits is not None:
+        raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
+    if options.method == QAT and options.rotate:
+        raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
+    if options.rotate:
+        tasks.require_generating(run, "--rotate")
 
 
 def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
-    """The variant of one method, frozen with the default options unless that was done with whatever options.
+    """Return the variant of one method; it is frozen with the default options where it does not exist.
 
-    force: freeze again where the checkpoint there was made of another adapter.
+    Args:
+        run: a run whose training is finished.
+        method: "qat", or a PTQ method.
+        force: freeze again where the existing checkpoint was made from another adapter.
 
     Raises:
-        RunError: it was made of another adapter, and `force` is not set.
+        RunError: it was made from another adapter, and `force` is not set.
     """
     variant, adapter = checkpoint_of(run, method)
     if not variant.quantized.exists() or (force and not _is_of(variant, adapter)):
         quantize(run, QuantizeOptions(method=method), force=force)
     elif not _is_of(variant, adapter):
-        raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
+        raise RunError(f"{variant.quantized} was made from another adapter. Give --force to make it again.")
     return variant
 
 
 def checkpoint_of(run: Run, method: str) -> tuple[Variant, Path]:
-    """Where a method's checkpoint and exports lie, and the adapter that it is made of."""
+    """Return the variant with a method's checkpoint and exports, and the adapter that it is made from."""
     return (run, run.adapter) if method == QAT else (run.ptq(method), run.reference)
 
 
-def _made_before(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:
-    """The checkpoint that is there.
+def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:
+    """Return the checkpoint that exists.
 
     Raises:
-        RunError: it is not what was asked for.
+        RunError: it was made from another adapter, or with other options.
     """
-    facts = read_manifest(variant.quantized)
+    manifest = read_manifest(variant.quantized)
     if not _is_of(variant, adapter):
-        raise RunError(f"{variant.quantized} was made of another adapter. Give --force to make it again.")
-    if facts["options"] != config.plain(options):
-        before = ", ".join(f"{config.flag_name(k)} {v}" for k, v in facts["options"].items())
+        raise RunError(f"{variant.quantized} was made from another adapter. Give --force to make it again.")
+    before_options = config.current_values(QuantizeOptions, manifest["options"])
+    if before_options != config.plain(options):
+        before = ", ".join(f"{config.flag_name(k)} {v}" for k, v in before_options.items())
         raise RunError(f"{variant.quantized} was made with other options ({before}). Give --force to make it again.")
-    progress.info(f"{variant.quantized} is there already, of the same adapter and options")
+    progress.info(f"{variant.quantized} exists already, from the same adapter and options")
     summary = frozen.read_scheme(variant.quantized).summary()
-    return Quantized(options.method, variant.quantized, summary, facts["calibration"], 0.0)
+    return Quantized(options.method, variant.quantized, summary, manifest["calibration"], 0.0)
 
 
 def _is_of(variant: Variant, adapter: Path) -> bool:
+    """Return whether a variant's checkpoint was made from this adapter."""
     return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
 
 
 def _scales(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
-    """Group scales of the merged weights, which GPTQ and AWQ change as well, and what was calibrated on."""
+    """Return the group scales by weight, and a record of the calibration data.
+
+    Methods that compensate rounding errors (GPTQ, GPTAQ, coordinate descent, AWQ) also change the merged weights.
+    """
     if options.method == QAT:
         return merged.scales, None
     if options.method not in methods.CALIBRATED:
         return methods.apply(merged.model, merged.scheme, options.method, []), None
-    batches, facts = _calibration(run, merged, options)
-    # bfloat16 products as in training: four times faster here; statistics and rounding stay float32.
+
+    batches, record = _calibration(run, merged, options)
+    # Matrix products in bfloat16, as in training: four times faster on this CPU. Statistics and rounding stay float32.
     with torch.autocast("cpu", torch.bfloat16):
-        return methods.apply(merged.model, merged.scheme, options.method, batches), facts
+        return methods.apply(merged.model, merged.scheme, options.method, batches), record
 
 
 def _calibration(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Batches for `ptq.apply`, tokenized as for training, and what the manifest records of them."""
+    """Return calibration batches, tokenized as for training, and what the manifest records about them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
-    kind, loaded = tasks.of_run(run), load_rows(source, "train")
-    rows = training_examples.tokenize(kind, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    task, loaded = tasks.of_run(run), load_rows(source, "train")
+    rows = training_examples.tokenize(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
     tokens = calibration.tokens_to_take(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
-    facts = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
-    return calibration.batches(chosen, merged.tokenizer), facts
+    record = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
+    return calibration.batches(chosen, merged.tokenizer), record
 
 
 def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
-    """Of the coordinates the checkpoint is in; None where they are the base model's."""
+    """Return the seed of the checkpoint's rotation; None without rotation."""
     if options.method == QAT:
         seed: int | None = (adapter_facts(adapter)["start"] or {}).get("rotation_seed")
         return seed
@@ -171,6 +207,6 @@ def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
 
 
 def _weights_sha256(adapter: Path) -> str | None:
-    """Of the adapters or the whole model; None where there is neither: what is asked of it next says so."""
+    """Return the hash of the adapters, or of the whole model; None where there is neither (loading it reports that)."""
     found = [path for name in (ADAPTER_WEIGHTS, WHOLE_MODEL) if (path := adapter / name).is_file()]
     return sha256(found[0]) if found else None

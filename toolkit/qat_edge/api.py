@@ -1,0 +1,540 @@
+"""The public Python API: every verb as a function, with the command's flags as keyword arguments.
+
+    from qat_edge import export, finetune, validate, verify
+
+    run = finetune("HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/mine", eval_data="eval.jsonl").run
+    export(run, target=["executorch"])
+    verify(run)
+    report, = validate(run, max_kl=0.1)
+
+Every function raises the errors of `qat_edge.errors`, with the same messages as the command line. Messages and progress
+go to the `qat_edge` logger; `qat_edge.progress.report_to` sends them elsewhere. Nothing heavy is imported before a
+function is called. An argument equal to its default counts as not given: a device profile may set it.
+
+This file is generated from `qat_edge.config` by tools/write_api.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat_edge import config
+from qat_edge.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qat_edge.evaluate.encoder_results import Comparison
+    from qat_edge.evaluate.results import Report
+    from qat_edge.verbs.export import Exported
+    from qat_edge.verbs.finetune import Finetuned
+    from qat_edge.verbs.quantize import Quantized
+    from qat_edge.verbs.verify import Verified
+
+__all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    eval_data: str | Path | None = None,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    method: str = "lora",
+    steps: int = 200,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    learning_rate: float = 0.001,
+    lr_schedule: str = "cosine",
+    warmup_steps: int = 5,
+    weight_decay: float = 0.0,
+    lora_rank: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] = ("all-linear",),
+    keep_layers: int | None = None,
+    prune: str = "least-harmful",
+    distill_weight: float = 0.0,
+    distill_temperature: float = 1.0,
+    distill_top_k: int = 0,
+    eval_every: int = 0,
+    eval_rows: int = 128,
+    seed: int = 0,
+    qat_start: float = 0.9,
+    group_size: int = 32,
+    bits: str | Path | None = None,
+    embedding_bits: int = 8,
+    head_bits: int = 8,
+    ptq_init: str = "coordinate-descent",
+    rotate: str = "auto",
+    calibration_tokens: int | None = None,
+    scales: str = "learned",
+    scale_learning_rate: float = 0.001,
+    qat_learning_rate: float | None = None,
+    lr_restart: bool = True,
+    device: str = "auto",
+    precision: str = "auto",
+    base: str = "fp32",
+    gradient_checkpointing: bool = False,
+    save_every: int = 50,
+    track: Sequence[str] = ("tensorboard",),
+    resume: bool = False,
+    force: bool = False,
+) -> Finetuned:
+    """Train LoRA adapters, then continue with fake quantization in the forward pass (QAT).
+
+    Args:
+        model: Hub id, local folder or .gguf file of a causal language model or an encoder.
+        data: Training rows: a .jsonl file, or anything datasets.load_dataset reads.
+        out: run folder to write.
+        eval_data: Held-out rows for validate and the loss curve; NAME:PART picks a split.
+        max_length: Longest row; longer rows are truncated, counted and reported.
+        trust_remote_code: Run Python code that comes with the model.
+        method: Train LoRA adapters, or all weights. One of lora, full.
+        steps: Optimizer steps of both phases together.
+        batch_size: Rows per device and batch.
+        gradient_accumulation: Batches per optimizer step.
+        learning_rate: Peak learning rate of AdamW; with --method full, try about a twentieth of the default.
+        lr_schedule: Learning rate after warm-up. One of cosine, constant, linear.
+        warmup_steps: Steps to reach the peak learning rate.
+        weight_decay: AdamW weight decay.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Adapters are scaled by alpha / rank.
+        lora_dropout: Dropout on the adapters' input.
+        target_modules: Linear layers that get adapters.
+        keep_layers: Decoder layers to keep; all by default.
+        prune: Which layers --keep-layers keeps: the first, or those whose removal raises the loss most. One of
+            least-harmful, first.
+        distill_weight: Share of the loss that is KL divergence from the model at the end of phase 1, 0 to 1.
+        distill_temperature: Temperature of that divergence.
+        distill_top_k: Tokens per position of the teacher's prediction to precompute; 0 runs the teacher at every
+            step.
+        eval_every: Steps between evaluations on --eval-data; 0 evaluates at the end of each phase only.
+        eval_rows: Rows of --eval-data in each of those evaluations.
+        seed: Seed of initialization, shuffling and dropout.
+        qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step.
+        group_size: Weights that share one int4 scale. One of 32, 64, 128.
+        bits: Bits by layer: a file written by `qat-edge sensitivity`.
+        embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        head_bits: Bits of the output head, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        ptq_init: PTQ method that initializes weights and scales at the start of QAT. One of none, hqq, gptq, gptaq,
+            coordinate-descent, awq.
+        rotate: Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates
+            where the model and the method allow it. One of auto, on, off.
+        calibration_tokens: Tokens of the training rows for PTQ initialization; by default 49152, or all if there
+            are fewer.
+        scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
+            absmax, fixed, learned.
+        scale_learning_rate: Peak learning rate of learned scales, relative to a scale.
+        qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
+            0.1 after gptq, gptaq and coordinate-descent, 0.3 after other initializations.
+        lr_restart: Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.
+        device: Where to train. One of auto, cpu, cuda.
+        precision: Autocast of matrix products; weights and rounding stay float32. One of auto, bf16, fp32.
+        base: Storage of the frozen base weights under the adapters. One of fp32, nf4, int8.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        save_every: Steps between checkpoints for --resume.
+        track: Experiment trackers, by the Trainer's names.
+        resume: continue from the run folder's last checkpoint, bit for bit.
+        force: replace what exists already.
+
+    Returns:
+        The run folder, steps, last loss, time and memory.
+
+    Raises:
+        UsageError: an impossible value or combination of options.
+        ModelError: the model cannot be loaded or trained.
+        DataError: the rows cannot be used.
+        RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
+    """
+    given = _changed(
+        config.FinetuneOptions,
+        {
+            "model": model,
+            "data": data,
+            "eval_data": eval_data,
+            "max_length": max_length,
+            "trust_remote_code": trust_remote_code,
+            "method": method,
+            "steps": steps,
+            "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "learning_rate": learning_rate,
+            "lr_schedule": lr_schedule,
+            "warmup_steps": warmup_steps,
+            "weight_decay": weight_decay,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": target_modules,
+            "keep_layers": keep_layers,
+            "prune": prune,
+            "distill_weight": distill_weight,
+            "distill_temperature": distill_temperature,
+            "distill_top_k": distill_top_k,
+            "eval_every": eval_every,
+            "eval_rows": eval_rows,
+            "seed": seed,
+            "qat_start": qat_start,
+            "group_size": group_size,
+            "bits": bits,
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
+            "ptq_init": ptq_init,
+            "rotate": rotate,
+            "calibration_tokens": calibration_tokens,
+            "scales": scales,
+            "scale_learning_rate": scale_learning_rate,
+            "qat_learning_rate": qat_learning_rate,
+            "lr_restart": lr_restart,
+            "device": device,
+            "precision": precision,
+            "base": base,
+            "gradient_checkpointing": gradient_checkpointing,
+            "save_every": save_every,
+            "track": track,
+        },
+    )
+    options = config.load(config.FinetuneOptions, "finetune", None, given)
+    from qat_edge.verbs.finetune import finetune as verb
+
+    return verb(options, Path(out), resume=resume, force=force)
+
+
+def quantize(
+    run: Run | str | Path,
+    *,
+    method: str = "qat",
+    bits: str | Path | None = None,
+    rotate: bool = False,
+    calibration_data: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> Quantized:
+    """Freeze the trained weights, or quantize the FP32 fine-tune without training (PTQ).
+
+    Args:
+        run: a finished run, or its folder.
+        method: qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ). One
+            of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
+        bits: Bits by layer, instead of those of finetune; not with --method qat.
+        rotate: Rotate the hidden states first, as finetune --rotate does; not with --method qat.
+        calibration_data: Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training
+            rows.
+        calibration_tokens: Tokens of those rows; by default 49152, or all if there are fewer.
+        seed: Seed for choosing the rows.
+        force: replace what exists already.
+
+    Returns:
+        The frozen checkpoint and how it was made.
+
+    Raises:
+        UsageError: an impossible value or combination of options.
+        RunError: another checkpoint exists (without `force`), or training is not finished.
+        DataError: too little calibration data.
+        ModelError: a model that the method cannot process.
+    """
+    given = _changed(
+        config.QuantizeOptions,
+        {
+            "method": method,
+            "bits": bits,
+            "rotate": rotate,
+            "calibration_data": calibration_data,
+            "calibration_tokens": calibration_tokens,
+            "seed": seed,
+        },
+    )
+    options = config.load(config.QuantizeOptions, "quantize", None, given)
+    from qat_edge.verbs.quantize import quantize as verb
+
+    return verb(_opened(run), options, force=force)
+
+
+def export(
+    run: Run | str | Path,
+    *,
+    target: Sequence[str] = ("executorch", "onnx"),
+    context_length: int = 1024,
+    ptq: Sequence[str] = ("rtn",),
+    portable: bool = False,
+    backend: str = "xnnpack",
+    kv_cache: str = "float32",
+    force: bool = False,
+) -> list[Exported]:
+    """Merge the adapters and freeze the codes once, then write .pte and ONNX artifacts from them.
+
+    Args:
+        run: a finished run, or its folder.
+        target: Format to write. One of executorch, onnx.
+        context_length: Tokens in the KV cache, prompt and answer together.
+        ptq: PTQ methods to export next to QAT, for comparison; none for no comparison. One of rtn, hqq, gptq,
+            gptaq, coordinate-descent, awq, none.
+        portable: Write a .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized
+            operators.
+        backend: Backend that a .pte is lowered to; others than xnnpack go to exports/executorch-BACKEND. One of
+            xnnpack, vulkan, coreml.
+        kv_cache: Storage of keys and values in a .pte; int8 takes about a quarter of the memory. One of float32,
+            int8.
+        force: replace what exists already.
+
+    Returns:
+        One entry per artifact that was written.
+
+    Raises:
+        UsageError: an impossible value or combination of options.
+        RunError: the artifacts exist and `force` is not set, or training is not finished.
+        ExportError: a target cannot express the model, or a compiler failed.
+    """
+    given = _changed(
+        config.ExportOptions,
+        {
+            "target": target,
+            "context_length": context_length,
+            "ptq": ptq,
+            "portable": portable,
+            "backend": backend,
+            "kv_cache": kv_cache,
+        },
+    )
+    options = config.load(config.ExportOptions, "export", None, given)
+    from qat_edge.verbs.export import export as verb
+
+    return verb(_opened(run), options, force=force)
+
+
+def validate(
+    run: Run | str | Path,
+    *,
+    target: Sequence[str] = (),
+    eval_data: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int = 2048,
+    window: int = 128,
+    prompts: int = 64,
+    max_new_tokens: int = 96,
+    prefill: int = 128,
+    decode: int = 64,
+    repeats: int = 5,
+    error_budget: bool = False,
+    device: Sequence[str] = ("local",),
+    device_python: str | None = None,
+    device_folder: str | None = None,
+    ssh_config: str | Path | None = None,
+    runner_binary: str | Path | None = None,
+    profile: str | Path | None = None,
+    device_profile: Sequence[str] = (),
+    threads: int = 2,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_perplexity_ratio: float | None = None,
+    min_exact_match: float | None = None,
+    max_size_mb: float | None = None,
+    max_memory_mb: float | None = None,
+    min_prefill: float | None = None,
+    min_decode: float | None = None,
+    max_fault_chance: float | None = None,
+    min_quality: float | None = None,
+    min_cosine: float | None = None,
+    force: bool = False,
+) -> list[Report | Comparison]:
+    """Run every artifact in its own runtime and compare it with the FP32 fine-tune.
+
+    Args:
+        run: a run with exports, or its folder.
+        target: Artifacts to measure; by default all that run here. One of executorch, onnx, executorch-vulkan,
+            executorch-coreml.
+        eval_data: Evaluation rows, instead of finetune's --eval-data.
+        text: UTF-8 text for perplexity, instead of the evaluation rows.
+        tokens: Tokens compared with the reference.
+        window: Tokens of context in each compared sequence.
+        prompts: Evaluation rows to generate answers for, for exact match; 0 for none.
+        max_new_tokens: Longest generated answer.
+        prefill: Prompt tokens of the speed measurement.
+        decode: Generated tokens of the speed measurement.
+        repeats: Timed repeats after the warm-up.
+        error_budget: Measure the loss of each step and of each part of the rounding, and tell a fault from rounding
+            noise; takes many more passes.
+        device: Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.
+        device_python: Python with numpy and the runtimes on ssh and adb devices; python3 by default.
+        device_folder: Folder on those devices for artifacts and results; by default a cache folder of the user.
+        ssh_config: OpenSSH configuration file to use instead of your own.
+        runner_binary: executor_runner or llama_main built for the device, to run the .pte instead of Python.
+        profile: Gates and timing for a class of device: laptop, minimal, phone-flagship, phone-midrange, pi5, or a
+            FILE.toml; flags override it.
+        device_profile: DEVICE=PROFILE: profile of one of several devices, instead of --profile; repeat for each.
+        threads: CPU threads each runtime may use.
+        max_kl: Largest mean KL divergence from the FP32 reference, nats per token.
+        min_top1: Least share of tokens (encoders: texts) with the reference's first choice, 0 to 1.
+        max_perplexity_ratio: Largest ratio of perplexity to the reference's.
+        min_exact_match: Least share of prompts answered exactly, 0 to 1.
+        max_size_mb: Largest artifact, in megabytes (10^6 bytes).
+        max_memory_mb: Most memory above the runtime's own, in megabytes (10^6 bytes).
+        min_prefill: Least prefill speed, tokens per second.
+        min_decode: Least decode speed, tokens per second.
+        max_fault_chance: With --error-budget: largest probability that a token's error exceeds rounding noise; a
+            fault is above 0.75.
+        min_quality: Encoders: least accuracy, retrieval or rank correlation, whichever the rows allow; 0 to 1.
+        min_cosine: Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.
+        force: replace what exists already.
+
+    Returns:
+        One report per device; of an encoder, a `Comparison`.
+
+    Raises:
+        UsageError: an impossible value or combination of options.
+        RunError: nothing was exported, or a report exists and `force` is not set.
+        DataError: there are no evaluation rows.
+        DeviceError: a device cannot be reached, or a runtime failed there.
+        GateError: a gate was missed; the reports are in RUN/reports.
+    """
+    given = _changed(
+        config.ValidateOptions,
+        {
+            "target": target,
+            "eval_data": eval_data,
+            "text": text,
+            "tokens": tokens,
+            "window": window,
+            "prompts": prompts,
+            "max_new_tokens": max_new_tokens,
+            "prefill": prefill,
+            "decode": decode,
+            "repeats": repeats,
+            "error_budget": error_budget,
+            "device": device,
+            "device_python": device_python,
+            "device_folder": device_folder,
+            "ssh_config": ssh_config,
+            "runner_binary": runner_binary,
+            "profile": profile,
+            "device_profile": device_profile,
+            "threads": threads,
+            "max_kl": max_kl,
+            "min_top1": min_top1,
+            "max_perplexity_ratio": max_perplexity_ratio,
+            "min_exact_match": min_exact_match,
+            "max_size_mb": max_size_mb,
+            "max_memory_mb": max_memory_mb,
+            "min_prefill": min_prefill,
+            "min_decode": min_decode,
+            "max_fault_chance": max_fault_chance,
+            "min_quality": min_quality,
+            "min_cosine": min_cosine,
+        },
+    )
+    options = config.load(config.ValidateOptions, "validate", None, given)
+    from qat_edge.verbs.validate import require_success, validate_run
+
+    opened = _opened(run)
+    by_device = config.for_devices(options, None, given)
+    result = validate_run(opened, options, force=force, by_device=by_device)
+    require_success(result)
+    return list(result.reports)
+
+
+def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verified]:
+    """Read codes and scales back out of every artifact and compare them with the frozen checkpoint.
+
+    Args:
+        run: a run with exports, or its folder.
+        target: artifacts to verify; all by default.
+
+    Returns:
+        One result per artifact.
+
+    Raises:
+        RunError: nothing was exported.
+        ArtifactError: an artifact is damaged or differs from the checkpoint.
+    """
+    from qat_edge.verbs.verify import require_equal
+    from qat_edge.verbs.verify import verify as verb
+
+    results = verb(_opened(run), list(target))
+    require_equal(results)
+    return results
+
+
+def generate(
+    run: Run | str | Path,
+    prompt: str,
+    *,
+    source: str = "torch",
+    raw: bool = False,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    emit: Callable[[str], None] | None = None,
+) -> str:
+    """Generate an answer to `prompt` greedily.
+
+    Args:
+        run: a finished run, or its folder.
+        prompt: the user's message; with `raw`, the text to continue.
+        source: "torch" for the frozen checkpoint, or an exported target such as "executorch" or "onnx".
+        raw: continue the text as it is, without the chat template.
+        system: system message before the prompt.
+        max_new_tokens: longest answer, in tokens.
+        emit: called with each piece of text as it comes.
+
+    Returns:
+        The whole answer.
+
+    Raises:
+        RunError: there is nothing to generate with.
+        UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
+    """
+    from qat_edge.verbs.generate import generate as verb
+
+    pieces: list[str] = []
+
+    def collect(piece: str) -> None:
+        pieces.append(piece)
+        if emit is not None:
+            emit(piece)
+
+    verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
+    return "".join(pieces)
+
+
+def load_frozen(run: Run | str | Path) -> PreTrainedModel:
+    """Load a frozen checkpoint: the model whose logits every artifact reproduces.
+
+    Args:
+        run: a run, its folder, or the folder of a frozen checkpoint, such as RUN/ptq/gptq/quantized.
+
+    Raises:
+        RunError: there is no frozen checkpoint.
+    """
+    from qat_edge.errors import RunError
+    from qat_edge.quant import frozen
+
+    folder = run.quantized if isinstance(run, Run) else Path(run)
+    folder = folder / "quantized" if (folder / "quantized").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge quantize` or `qat-edge export` makes one.")
+    model: PreTrainedModel = frozen.load(folder)
+    return model
+
+
+def _opened(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else Run.open(Path(run))
+
+
+def _changed(options: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that differ from their defaults, as a configuration file has them.
+
+    Arguments left at their defaults do not count as given, so that a device profile can set them.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    plain = {
+        name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in plain.items()
+    }
+    return {name: value for name, value in plain.items() if value != defaults[name]}
