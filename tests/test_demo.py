@@ -1,4 +1,4 @@
-"""The demo's line of commands, on a tiny model given by a configuration file."""
+"""The demo, on a tiny model given by a configuration file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def configuration(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_runs_the_whole_line(configuration: Path, tmp_path: Path, messages: list[str]) -> None:
-    stations = demo(tmp_path / "demo", configuration)
-    assert [s.name for s in stations] == ["finetune", "export", "verify", "validate", "report", "generate"]
-    assert all(s.wall_s > 0 and s.peak_memory_bytes > 10_000_000 for s in stations)
+def test_runs_every_stage(configuration: Path, tmp_path: Path, messages: list[str]) -> None:
+    stages = demo(tmp_path / "demo", configuration)
+    assert [s.name for s in stages] == ["finetune", "export", "verify", "validate", "report", "generate"]
+    assert all(s.wall_s > 0 and s.peak_memory_bytes > 10_000_000 for s in stages)
     assert Run(tmp_path / "demo").report_html.is_file()
-    assert [line.split()[2] for line in messages if line.startswith("\n$ qat-edge")] == [s.name for s in stations]
+    assert [line.split()[2] for line in messages if line.startswith("\n$ qat-edge")] == [s.name for s in stages]
 
 
-def test_stops_where_a_station_fails(configuration: Path, tmp_path: Path) -> None:
+def test_stops_at_the_stage_that_fails(configuration: Path, tmp_path: Path) -> None:
     configuration.write_text(configuration.read_text().replace("context_length: 256", "context_length: 99999"))
     with pytest.raises(QatEdgeError, match="`qat-edge export` ended with exit code 1"):
         demo(tmp_path / "demo", configuration)

@@ -1,4 +1,4 @@
-"""What a reader finds in an exported artifact: the common shape that `verify` compares and `validate` sizes."""
+"""Contents of an exported artifact, as every target's reader returns them. `verify` compares them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 class ArtifactWeight:
     """One quantized matrix as the file holds it, unpacked.
 
-    codes: int8, (out, in). scales: float32, (out, in // group_size); one column where per channel. block: features that
-    share a scale where the runtime rounds a layer's input by blocks, those of the file even where scales repeat.
+    Attributes:
+        codes: int8, shape (out, in).
+        scales: float32, shape (out, in // group_size); one column where per channel.
+        bits: 4 or 8.
+        block: input features that share a scale, in a runtime that rounds a layer's input by blocks; else None.
     """
 
     codes: NDArray[np.int8]
@@ -26,7 +29,12 @@ class ArtifactWeight:
 
 @dataclass(frozen=True)
 class Passage:
-    """What went into a module and what came out of it, float32 (tokens, features); None where that is not seen."""
+    """Input and output of one module, for one sequence.
+
+    Attributes:
+        inputs: float32, shape (tokens, in); None where the artifact does not return it.
+        outputs: float32, shape (tokens, out); None where the artifact does not return it.
+    """
 
     inputs: NDArray[np.float32] | None
     outputs: NDArray[np.float32] | None
@@ -34,16 +42,17 @@ class Passage:
 
 @dataclass(frozen=True)
 class Exposed:
-    """Where a copy of an artifact returns what passes through it.
+    """Outputs of a copy of an artifact that also returns what its modules compute.
 
-    places: by module the output that is what goes into it, None where that is not seen, and those that, side by side,
-        are what comes out of it.
+    Attributes:
+        places: by module, the name of the output that is the module's input (or None), and the names of those that,
+            concatenated, are its output.
     """
 
     places: Mapping[str, tuple[str | None, Sequence[str]]]
 
     def passages(self, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, Passage]:
-        """By module, out of all that the copy returned for one sequence."""
+        """Return each module's input and output, from all outputs of the copy for one sequence."""
         return {
             module: Passage(
                 None if before is None else outputs[before],
@@ -57,13 +66,14 @@ class Exposed:
 class Artifact:
     """Everything read back out of one export folder.
 
-    weights: by module name of the frozen checkpoint ("model.layers.0.self_attn.q_proj", "lm_head", ...).
-    faults: what is wrong with the file itself (a constant whose bytes do not match their hash, a missing
-        method), one sentence each, naming the layer and the place where known.
-    metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
-    size_bytes: by part: linears, scales, embedding, head, graph, tokenizer; sums to the folder's files,
-        manifest and logs aside. A table that embedding and head share is the embedding's, and the head has none.
-    floats: sha256 of float32 constants as the checkpoint has them, row by row; None where they were not read.
+    Attributes:
+        weights: by module name of the frozen checkpoint ("model.layers.0.self_attn.q_proj", "lm_head", ...).
+        metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
+        size_bytes: by part (linears, scales, embedding, head, graph, tokenizer); the sum is that of the folder's files,
+            without manifest and logs. A table shared by embedding and head counts as the embedding's.
+        faults: one sentence for each fault of the file itself (a constant whose bytes do not match their hash, a
+            missing method), naming the layer and the position where known.
+        floats: sha256 of float32 constants as the checkpoint has them, row by row; None where they were not read.
     """
 
     weights: dict[str, ArtifactWeight]

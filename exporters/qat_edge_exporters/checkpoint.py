@@ -1,7 +1,7 @@
-"""What an exporter is given: a Hugging Face folder, frozen or float, with LoRA adapters in it or none.
+"""Checkpoint that an exporter reads: a Hugging Face folder, frozen or float, with or without LoRA adapters.
 
-Adapters lie in its folder `adapter/` as peft saves them, and are not merged: the artifact computes
-W x + s B (A x), with W rounded or in float, and A, B in float.
+Adapters are in its folder `adapter/`, as peft saves them, and stay unmerged: the artifact computes W x + s B (A x),
+with W rounded or in float, and A, B in float.
 """
 
 from __future__ import annotations
@@ -19,40 +19,47 @@ from qat_edge.errors import ExportError
 
 ADAPTER = "adapter"
 PREFIX = "base_model.model."  # of every tensor that peft saves
-# Settings of peft under which its layer computes something else than W x + s B (A x).
+# Settings of peft with which a layer computes something other than W x + s B (A x).
 OTHER_FORMS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One layer's adapter in float32. down: A, (rank, in); up: s B, (out, rank)."""
+    """Adapter of one layer, in float32.
+
+    Attributes:
+        down: A, shape (rank, in).
+        up: s B, shape (out, rank).
+    """
 
     down: Tensor
     up: Tensor
 
     @property
     def size_bytes(self) -> int:
-        """Of both matrices."""
+        """Size of both matrices."""
         return self.down.nbytes + self.up.nbytes
 
 
 def is_frozen(checkpoint: Path) -> bool:
-    """Whether the folder's weights are codes and scales."""
+    """Return whether the folder's weights are codes and scales."""
     document = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     return document.get("quantization_config") is not None
 
 
 def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
-    """Adapters by module name; empty where the folder holds none.
+    """Read the adapters by module name; empty where the folder has none.
 
     Raises:
-        ExportError: adapters of a form that is not W x + s B (A x).
+        ExportError: adapters that do not compute W x + s B (A x).
     """
     folder = checkpoint / ADAPTER
     if not folder.is_dir():
         return {}
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     scaling = _scaling(folder, settings)
+
+    # Every tensor must belong to a pair of matrices A and B.
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
     found = {}
@@ -63,12 +70,14 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
             raise ExportError(f"{folder}: {module or 'a tensor'} has no pair of matrices A and B of a linear layer.")
         found[module] = Adapter(down.float(), up.float() * scaling)
     if tensors:
-        raise ExportError(f"{folder}: {next(iter(tensors))} is no part of an adapter that can be exported unmerged.")
+        raise ExportError(
+            f"{folder}: {next(iter(tensors))} does not belong to an adapter that can be exported unmerged."
+        )
     return found
 
 
 def _scaling(folder: Path, settings: dict[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling (https://arxiv.org/abs/2312.03732)."""
+    """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling (https://arxiv.org/abs/2312.03732)."""
     other = [name for name in OTHER_FORMS if settings.get(name)]
     if settings.get("peft_type") != "LORA" or other:
         raise ExportError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat_edge.errors import UsageError
 from qat_edge.lazy import load
-from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend
+from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend, require_package
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +78,15 @@ class Target:
     def differences(self) -> tuple[str, ...]:
         """Return how what it computes may differ from what was trained, a sentence each."""
         return self.backend.differences if self.backend else ()
+
+    def require_compiler(self) -> None:
+        """Check that the backend's compiler is installed.
+
+        Raises:
+            ExportError: it is not; the message says how to install it.
+        """
+        if self.backend is not None:
+            require_package(self.backend)
 
     def export(self, checkpoint: Path, out: Path, context_length: int, **options: Any) -> None:
         """Write the artifact of a checkpoint into the empty folder `out`.
@@ -179,7 +188,8 @@ _ALL = (
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 FORMATS = tuple(dict.fromkeys(target.format for target in _ALL))
-EXPORT_BACKENDS = (XNNPACK, *BACKENDS)  # values of `export --backend`
+USUAL_BACKEND = XNNPACK  # of a .pte
+EXPORT_BACKENDS = (USUAL_BACKEND, *BACKENDS)  # values of `export --backend`
 
 
 def target_named(name: str) -> Target:

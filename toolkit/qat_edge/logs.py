@@ -1,4 +1,4 @@
-"""The libraries' own logs, warnings and progress bars: hidden unless asked for."""
+"""Hide the logs, warnings and progress bars of the libraries."""
 
 from __future__ import annotations
 

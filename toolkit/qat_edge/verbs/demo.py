@@ -1,4 +1,4 @@
-"""The whole line on a real model: the commands a user would type, each in a process of its own, timed."""
+"""Run every step on a real model: the commands that a user would type, each in its own process, timed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
-# Two cores take about a quarter of an hour for the line with these.
+# With these, two cores take less than ten minutes for everything.
 FINETUNE = ["--steps", "100", "--batch-size", "16", "--eval-rows", "64", "--max-length", "192"]
 VALIDATE = ["--tokens", "1024", "--prompts", "160"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the line: wall time in seconds, peak memory of its largest process in bytes."""
+    """One command of the demo.
+
+    Attributes:
+        name: of the command.
+        wall_s: time it took.
+        peak_memory_bytes: of its largest process.
+    """
 
     name: str
     wall_s: float
@@ -34,23 +40,28 @@ class Stage:
 
 
 def demo(out: Path, config_path: Path | None) -> list[Stage]:
-    """Run finetune, export, verify, validate, report and generate into `out`, replacing an earlier demo there.
+    """Run finetune, export, verify, validate, report and generate into `out`, replacing an earlier demo.
+
+    Args:
+        out: run folder; the data is written next to it.
+        config_path: configuration of model, data and steps, in place of the demo's own.
 
     Raises:
-        QatEdgeError: a stage failed; it has said why.
+        QatEdgeError: a stage failed; it has printed the reason.
     """
     progress.info("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
     given = ["--config", str(config_path)] if config_path else []
     if not given:
         train, held_out = assistant.write(out.parent / f"{out.name}-data")
         progress.info(
-            f"Data: {assistant.TRAIN_ROWS} made-up requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
+            f"Data: {assistant.TRAIN_ROWS} generated requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
         )
         source = load.demo_model(_cache())
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
     else:
         config.load(FinetuneOptions, "finetune", config_path, {})
         given_finetune = given
+
     run = str(out)
     replace = ["--force"] if Run(out).config.is_file() else []
     stages = [
@@ -65,10 +76,16 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
 
 
 def _run_stage(arguments: list[str]) -> Stage:
+    """Run one command in its own process, whose output goes to the terminal.
+
+    Raises:
+        QatEdgeError: it failed.
+    """
     progress.info(f"\n$ qat-edge {shlex.join(arguments)}")
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments])
     try:
+        # wait4 tells the peak memory, too.
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:
         process.wait()
@@ -81,5 +98,6 @@ def _run_stage(arguments: list[str]) -> Stage:
 
 
 def _cache() -> Path:
+    """Return the folder that keeps the demo's model between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "qat-edge"

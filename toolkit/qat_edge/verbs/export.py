@@ -18,8 +18,14 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.models import tasks
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
 from qat_edge.verbs.quantize import QAT, checkpoint_of, quantize_if_missing
-from qat_edge_exporters.executorch.backends.registry import XNNPACK, require_package
-from qat_edge_exporters.targets import EXECUTORCH, KV_CACHE_FLOAT, NEUTRAL, Target, target_for
+from qat_edge_exporters.targets import (
+    EXECUTORCH,
+    KV_CACHE_FLOAT,
+    NEUTRAL,
+    USUAL_BACKEND,
+    Target,
+    target_for,
+)
 
 
 @dataclass(frozen=True)
@@ -150,18 +156,18 @@ def _check_options(targets: list[Target], options: ExportOptions) -> None:
 
 def _check_backend(targets: list[Target], options: ExportOptions) -> None:
     """Refuse a backend without its target, with options that it does not take, or that is not installed."""
-    if options.backend == XNNPACK:
+    if options.backend == USUAL_BACKEND:
         return
     flag = f"--backend {options.backend}"
     lowered = next((target for target in targets if target.backend is not None), None)
-    if lowered is None or lowered.backend is None:
+    if lowered is None:
         raise UsageError(f"{flag} is for --target {EXECUTORCH}, which is not asked for. Give both, or neither.")
 
     for name, neutral in NEUTRAL.items():
         if getattr(options, name) != neutral and name not in lowered.options:
             other = _flag(name, options)
-            raise UsageError(f"{other} is for --backend {XNNPACK}; {flag} has operators and a cache of its own.")
-    require_package(lowered.backend)
+            raise UsageError(f"{other} is for --backend {USUAL_BACKEND}; {flag} has operators and a cache of its own.")
+    lowered.require_compiler()
 
 
 def _check_kv_cache(targets: list[Target], options: ExportOptions) -> None:
@@ -183,7 +189,7 @@ def _check_encoder(run: Run, targets: list[Target], options: ExportOptions) -> N
     """
     flags = [f"--target {target.format}" for target in targets if target.format != EXECUTORCH]
     flags += [_flag("kv_cache", options)] if options.kv_cache != KV_CACHE_FLOAT else []
-    flags += [f"--backend {options.backend}"] if options.backend != XNNPACK else []
+    flags += [f"--backend {options.backend}"] if options.backend != USUAL_BACKEND else []
     for flag in flags:
         tasks.require_generating(run, flag)
 
