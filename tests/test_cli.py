@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from qat_edge import config
-from qat_edge.cli import commands
+from qat_edge.cli import commands, options
 from qat_edge.config import (
     CompareOptions,
     DoctorOptions,
@@ -167,3 +167,61 @@ def test_errors_are_one_paragraph(
     assert result.exit_code == code
     assert message in result.output and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+# --- names of 0.1.0 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "old", "field", "value", "now"),
+    [
+        ("finetune", ["--ptq-start", "hqq"], "ptq_init", "hqq", "--ptq-start is now --ptq-init"),
+        ("finetune", ["--ptq-init", "cd"], "ptq_init", "coordinate-descent", "--ptq-init cd is now coordinate-descent"),
+        ("quantize", ["--method", "cd"], "method", "coordinate-descent", "--method cd is now coordinate-descent"),
+        ("export", ["--ptq", "cd"], "ptq", ("coordinate-descent",), "--ptq cd is now coordinate-descent"),
+        ("validate", ["--budget"], "error_budget", True, "--budget is now --error-budget"),
+        ("sensitivity", ["--budget-mb", "90"], "max_size_mb", 90.0, "--budget-mb is now --max-size-mb"),
+    ],
+)
+def test_old_names_work_with_a_warning(
+    verb: str, old: list[str], field: str, value: Any, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Stop(UsageError):
+        pass
+
+    def capture(cls: type, *given: Any) -> Any:
+        seen.append(options.load_options(cls, *given))
+        raise Stop("seen")
+
+    monkeypatch.setattr(commands, "load_options", capture)
+    required = ["--model", "m", "--data", "d", "--out", "x"] if verb == "finetune" else ["run"]
+    result = CliRunner().invoke(commands.main, [verb, *required, *old])
+    assert getattr(seen[0], field) == value
+    assert now in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("verb", ["finetune", "validate", "sensitivity"])
+def test_old_names_are_not_in_the_help(verb: str) -> None:
+    shown = CliRunner().invoke(commands.main, [verb, "--help"]).output
+    assert not [old for old in ("--ptq-start", "--budget ", "--budget-mb") if old in shown]
+
+
+def test_old_names_in_files_are_read_and_reported(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("finetune: {model: m, data: d, ptq_start: cd}\nvalidate: {budget: true}\n")
+    assert config.load(FinetuneOptions, "finetune", path, {}).ptq_init == "coordinate-descent"
+    assert config.load(ValidateOptions, "validate", path, {}).error_budget is True
+    assert config.renamed_in_use(FinetuneOptions, "finetune", path, {}) == [
+        f"{path}: 'finetune.ptq_start' is now 'finetune.ptq_init'; the old name still works.",
+        f"{path}: 'finetune.ptq_init' cd is now coordinate-descent; the old name still works.",
+    ]
+    assert config.renamed_in_use(FinetuneOptions, "finetune", None, {"model": "m"}) == []
+
+
+def test_help_has_an_example_and_groups() -> None:
+    shown = CliRunner().invoke(commands.main, ["finetune", "--help"]).output
+    order = ["Example:", "Model and data:", "Training:", "Quantization:", "Hardware:", "Output:"]
+    assert sorted(order, key=shown.index) == order
+    assert shown.index("--ptq-init") > shown.index("Quantization:")

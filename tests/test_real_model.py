@@ -21,14 +21,13 @@ from qat_edge.data.formats import Chat, Row
 from qat_edge.demo_data import assistant
 from qat_edge.evaluate.metrics import LogitComparison, first_divergence
 from qat_edge.evaluate.reference import answer, disturbed, load_exact
-from qat_edge.lazy import resolve
 from qat_edge.models import load
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import write_manifest
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access
-from qat_edge_exporters import EXPORTERS
+from qat_edge_exporters.targets import FORMATS, target_named
 from tests.devices.reached import on_the_way
 
 pytestmark = pytest.mark.model
@@ -73,7 +72,7 @@ def freeze(folder: Path, layers: Sequence[int] | None = None) -> Any:
 
 def export(quantized: Path, folder: Path, target: str) -> Path:
     folder.mkdir()
-    resolve(EXPORTERS, target, "target")(quantized, folder, 256)
+    target_named(target).export(quantized, folder, 256)
     return folder
 
 
@@ -85,7 +84,7 @@ def conversations(tokenizer: Any, count: int) -> list[Row]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("real")
     tokenizer = freeze(folder / "quantized")
-    folders = {target: export(folder / "quantized", folder / target, target) for target in EXPORTERS}
+    folders = {target: export(folder / "quantized", folder / target, target) for target in FORMATS}
     rows = conversations(tokenizer, PROMPTS)
     return Exported(
         quantized=folder / "quantized",
@@ -120,7 +119,7 @@ def compared(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], s
     return comparison.result()
 
 
-@pytest.mark.parametrize("target", list(EXPORTERS))
+@pytest.mark.parametrize("target", FORMATS)
 def test_every_layer_is_equal(exported: Exported, target: str) -> None:
     found = verify_folder(exported.folders[target], target, exported.quantized)
     assert (found.linears_equal, found.linears, found.faults) == (210, 210, [])

@@ -53,8 +53,8 @@ class LineBar:
     _done: int = 0
     _first: int = 0
     _shown: int = 0
-    _started: float = field(default_factory=time.monotonic)
-    _last_line: float = field(default_factory=time.monotonic)
+    _started: float = field(default_factory=lambda: time.monotonic())
+    _last_line: float = field(default_factory=lambda: time.monotonic())
 
     def start_at(self, done: int) -> None:
         """Begin at `done` steps."""
