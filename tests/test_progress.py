@@ -40,9 +40,9 @@ def test_steps_of_an_earlier_process_do_not_count_for_the_estimate(monkeypatch: 
     lines: list[str] = []
     bar = LineBar("training", 100, lines.append)
     bar.start_at(45)
-    now[0] = 10.0
+    now[0] = 5.0
     bar.update(50)
-    assert lines == ["  training 50/100    100 s left"]
+    assert lines == ["  training 50/100    50 s left"]
 
 
 def test_a_reporter_is_in_force_inside_its_block_only() -> None:

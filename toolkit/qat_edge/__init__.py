@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qat_edge.api import export, finetune, generate, load_frozen, quantize, validate, verify
     from qat_edge.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Run", "__version__", "export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
 
 
