@@ -153,3 +153,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         Run.open(tmp_path / "nothing")
     with pytest.raises(RunError, match="not a run folder"):
         Run.open(tmp_path)
+
+
+def test_a_run_of_0_1_0_keeps_the_folder_of_a_renamed_method(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (run.ptq_folder / "cd").mkdir(parents=True)
+    variant = run.ptq("coordinate-descent")
+    assert variant.path == run.ptq_folder / "cd" and variant.name == "ptq (coordinate descent)"
+    assert [each.path.name for each in run.variants()[1:]] == ["cd"]
+    assert Run(tmp_path / "new").ptq("coordinate-descent").path.name == "coordinate-descent"
