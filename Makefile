@@ -31,8 +31,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The generated pages first, then the site, into site/. Offline; a broken link is an error.
 docs: $(STAMP)
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/write_api.py
+	$(BIN)/python tools/write_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 setup: $(STAMP)
 
@@ -44,4 +47,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site
