@@ -1,7 +1,8 @@
-"""How fast this machine reads memory: `python -m benchmarks.bandwidth THREADS` prints bytes per second.
+"""Memory bandwidth of this machine: `python -m benchmarks.bandwidth THREADS` prints bytes per second.
 
-Decoding reads every weight once a token, so no engine is faster than this divided by the bytes of its weights. The
-buffer is about as large as those, and is read over and over as they are: a cache that would hold them holds it too.
+Decoding reads every weight once per token, so no engine can decode faster than this bandwidth divided by the bytes of
+its weights. The buffer is about as large as the weights and is read repeatedly, as they are, so a CPU cache helps both
+alike.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-THREADS = (2, 1)  # of every measurement
+THREADS = (2, 1)  # numbers of threads that are measured
 BUFFER_BYTES = 128 * 1024**2
 PASSES = 24
 
 
-def measured(threads: int) -> float:
-    """Bytes read per second by `threads` threads, in a process of its own: the fastest of several passes."""
+def measure(threads: int) -> float:
+    """Return bytes read per second by `threads` threads of a new process: the fastest of several passes."""
     command = [sys.executable, "-m", "benchmarks.bandwidth", str(threads)]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with pinned(threads):
-        answer = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return float(answer.stdout)
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
 
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Processes started within the block may use the first `threads` of this process's CPUs."""
+    """Restrict processes started within the block to the first `threads` CPUs of this process."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -42,12 +43,13 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def read_rate(threads: int, buffer_bytes: int = BUFFER_BYTES, passes: int = PASSES) -> float:
-    """Bytes per second of the fastest pass of a dot product of the buffer with itself."""
+    """Return bytes per second of the fastest pass: a dot product of a buffer with itself."""
     import torch
 
     torch.set_num_threads(threads)
     buffer = torch.ones(buffer_bytes // 4)
     torch.dot(buffer, buffer)  # starts the threads
+
     times = []
     for _ in range(passes):
         began = time.perf_counter()

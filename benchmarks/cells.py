@@ -1,8 +1,8 @@
-"""One measured figure, or a few that belong together, as one JSON file: what makes the benchmark resumable.
+"""Store of measurements: one JSON file per cell, so that an interrupted benchmark can be resumed.
 
-A cell is known by everything that decides its figures. A changed setting is another cell, measured anew; the old file
-stays where it is and is read by nobody. The cells behind a report lie beside it, one a line, so that whoever checks
-the report out goes on from there.
+A cell is one measured figure, or a few that are measured together. Its identity is everything that decides the
+figures: after a changed setting it is another cell and is measured anew, while the old file stays unused. The cells
+behind a report are stored next to it, one per line, so that a fresh checkout does not measure them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured. kind: which measurement; name: of the model in the tables; settings: what else decides it."""
+    """Identity of one measurement.
+
+    Attributes:
+        kind: type of measurement, such as "emulated".
+        task: data set, empty where there is none.
+        seed: random seed, or number of the round.
+        name: name of the model in the tables.
+        settings: everything else that decides the figures.
+    """
 
     kind: str
     task: str
@@ -39,58 +47,72 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that differ where anything differs."""
+        """Twelve hex digits that identify the cell."""
         return digest(asdict(self))
 
     @property
     def file_name(self) -> str:
-        """Readable at the front, unique at the end."""
+        """File name: a readable beginning and a unique end."""
         parts = (self.kind, self.task, slug(self.name), f"seed{self.seed}", self.digest)
         return "-".join(part for part in parts if part) + ".json"
 
     @property
     def title(self) -> str:
-        """One cell in words, for progress lines."""
+        """Description for progress lines."""
         steps = f", {self.settings['steps']} steps" if "steps" in self.settings else ""
         return f"{self.kind}: {self.name}" + (f", {self.task}" if self.task else "") + f", seed {self.seed}{steps}"
 
 
 @dataclass(frozen=True)
 class CellStore:
-    """The finished cells of a work folder, and those of a report that was written earlier.
+    """Finished cells of a work folder and of an earlier report.
 
-    published: what `publish` wrote, None for none; the work folder's own come first.
+    Attributes:
+        folder: one JSON file per cell; takes precedence over `published`.
+        published: file that `publish` wrote, None for none.
     """
 
     folder: Path
     published: Path | None = None
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """Figures of a finished cell, None where it has not been measured.
+        """Return the figures of a finished cell, None where it has not been measured.
 
         Raises:
             RunError: the file is damaged.
         """
-        document = self.document(cell)
-        return None if document is None else dict(document["figures"])
+        record = self.record(cell)
+        return None if record is None else dict(record["figures"])
 
-    def document(self, cell: Cell) -> dict[str, Any] | None:
-        """All that is recorded about a finished cell: figures, versions, machine, date, seconds it took."""
+    def record(self, cell: Cell) -> dict[str, Any] | None:
+        """Return figures, versions, machine, date and duration of a finished cell, None where it is missing.
+
+        Raises:
+            RunError: the file is damaged.
+        """
         path = self.folder / cell.file_name
         if not path.is_file():
             return None if self.published is None else _published(self.published).get(cell.digest)
         try:
-            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] != FORMAT or document["cell"] != _plain(asdict(cell)):
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if record["format"] != FORMAT or record["cell"] != _plain(asdict(cell)):
                 raise ValueError("it describes another cell")
-            document["figures"].keys()
+            record["figures"].keys()  # fails where this is no table of figures
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path}: no cell of this benchmark ({error}). Remove it; it is measured again.") from error
-        return document
+            raise RunError(f"{path}: not a cell of this benchmark ({error}). Delete it to measure it again.") from error
+        return record
 
     def put(self, cell: Cell, figures: dict[str, Any], wall_s: float, gpu: str = "") -> None:
-        """Keep the figures of a cell, with what they were measured under. gpu: its name, where one was used."""
-        document = {
+        """Store the figures of a cell with versions, machine and date.
+
+        Args:
+            cell: identity of the measurement.
+            figures: plain JSON values.
+            wall_s: seconds that measuring took.
+            gpu: name of the GPU, empty where none was used.
+        """
+        # The provenance is stored with every cell: the cells of one report may come from several days and machines.
+        record = {
             "format": FORMAT,
             "cell": asdict(cell),
             "figures": figures,
@@ -101,25 +123,25 @@ class CellStore:
             "libraries": {name: library_version(name) for name in LIBRARIES},
             "git_revision": git_revision(),
         }
-        write_text(self.folder / cell.file_name, json.dumps(document, indent=1, default=str) + "\n")
+        write_text(self.folder / cell.file_name, json.dumps(record, indent=1, default=str) + "\n")
 
 
-def publish(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the cells behind a report, one a line, so that a later version shows what was measured anew."""
-    lines = [json.dumps(document, sort_keys=True, default=str) for document in documents]
+def publish(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the cells behind a report, one per line, so that a diff shows which were measured anew."""
+    lines = [json.dumps(record, sort_keys=True, default=str) for record in records]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 @cache
 def machine() -> str:
-    """The kind of machine, without its name."""
+    """Return architecture, number of cores and CPU model of this machine, without its host name."""
     with closing(open_transport("local")) as transport:
         return f"{platform.machine()}, {os.cpu_count()} cores, {transport.info().cpu_model}"
 
 
 @cache
 def _published(path: Path) -> dict[str, dict[str, Any]]:
-    """What `publish` wrote, by the cells' digests; empty where there is no such file.
+    """Records that `publish` wrote, by digest of the cell; empty where there is no such file.
 
     Raises:
         RunError: the file is damaged.
@@ -127,22 +149,22 @@ def _published(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        documents = json.loads(path.read_text(encoding="utf-8"))
-        return {digest(document["cell"]): document for document in documents if document["format"] == FORMAT}
+        records = json.loads(path.read_text(encoding="utf-8"))
+        return {digest(record["cell"]): record for record in records if record["format"] == FORMAT}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: not the cells of a report ({error}). Restore it from version control.") from error
 
 
 def digest(value: Any) -> str:
-    """Twelve hex digits of a plain value, whatever the order of its keys."""
+    """Return twelve hex digits of the SHA-256 of a plain value; the order of its keys does not count."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def slug(words: str) -> str:
-    """Words as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
+def slug(title: str) -> str:
+    """Return a title as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON gives it back: lists for tuples, text for keys."""
+    """Return the value as JSON reads it back: lists for tuples, text for keys."""
     return json.loads(json.dumps(value, default=str))

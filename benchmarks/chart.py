@@ -1,4 +1,4 @@
-"""The plots of the benchmarks' reports: a panel each, a row each model or engine, a mark each measured value."""
+"""SVG dot plots of the benchmark reports: panels of rows (a model or engine each) with a mark per measured value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Dots:
-    """What a plot is about. marks: kind -> shape and its words in the legend; axis: name of the values."""
+    """Description of a dot plot.
+
+    Attributes:
+        name: identifier of the SVG.
+        title: title of the SVG.
+        description: sentence for readers who do not see the plot.
+        axis: label of the axis.
+        marks: kind of mark -> its shape and its label in the legend.
+    """
 
     name: str
     title: str
@@ -31,51 +39,58 @@ class Dots:
 
 PERPLEXITIES = Dots(
     "perplexity",
-    "Perplexity of the FP32 fine-tune and of what quantization makes of it",
-    "Lower is better; one mark a seed and runtime.",
+    "Perplexity of the FP32 fine-tune and of its quantized versions",
+    "Lower is better; one mark per seed and runtime.",
     "perplexity, lower is better",
     {"torch": ("circle", "torch"), "executorch": ("square", ".pte"), "onnx": ("diamond", "ONNX")},
 )
 
 
-def dots(about: Dots, panels: Mapping[str, Mapping[str, Points]]) -> str:
-    """panel -> row -> points, as SVG; empty where nothing was measured."""
+def dots(plot: Dots, panels: Mapping[str, Mapping[str, Points]]) -> str:
+    """Return a dot plot as SVG; empty where nothing was measured.
+
+    Args:
+        plot: its description.
+        panels: title of the panel -> title of the row -> points.
+    """
     drawn = {title: rows for title, rows in panels.items() if any(rows.values())}
     if not drawn:
         return ""
     heights = [HEAD + FOOT + ROW * len(rows) for rows in drawn.values()]
-    root = canvas(about.name, about.title, about.description, sum(heights))
+    root = canvas(plot.name, plot.title, plot.description, sum(heights))
     root.set("xmlns", "http://www.w3.org/2000/svg")
     ET.SubElement(root, "style").text = STYLE
     rect(root, 0, 0, WIDTH, sum(heights), "paper")
     top = 0.0
     for (title, rows), height in zip(drawn.items(), heights, strict=True):
-        _panel(root, about, title, rows, top)
+        _panel(root, plot, title, rows, top)
         top += height
     return to_svg(root)
 
 
-def _panel(root: ET.Element, about: Dots, title: str, rows: Mapping[str, Points], top: float) -> None:
+def _panel(root: ET.Element, plot: Dots, title: str, rows: Mapping[str, Points], top: float) -> None:
+    # The scale leaves a margin, so that no mark is cut off at either end.
     values = [value for points in rows.values() for _, value in points]
     pad = (max(values) - min(values)) * 0.06 or 1.0
     scale = Scale(min(values) - pad, max(values) + pad, LEFT, WIDTH - 14)
     text(root, 8, top + 18, title, "head")
-    _legend(root, about, top + 18)
+    _legend(root, plot, top + 18)
+
     for index, (row, points) in enumerate(rows.items()):
         y = top + HEAD + ROW * (index + 0.5)
         text(root, LEFT - 10, y + 4, row, "", "end")
         line(root, (LEFT, y), (WIDTH - 14, y), "row")
         for kind, value in points:
-            shape, words = about.marks[kind]
-            marker(root, scale(value), y, shape, shape, f"{row}, {words}: {value:.4g}")
+            shape, label = plot.marks[kind]
+            marker(root, scale(value), y, shape, shape, f"{row}, {label}: {value:.4g}")
         if not points:
             text(root, LEFT + 4, y + 4, "not measured", "tick")
-    x_axis(root, scale, top + HEAD + ROW * len(rows), about.axis)
+    x_axis(root, scale, top + HEAD + ROW * len(rows), plot.axis)
 
 
-def _legend(root: ET.Element, about: Dots, y: float) -> None:
+def _legend(root: ET.Element, plot: Dots, y: float) -> None:
     x = LEFT + 60
-    for shape, words in about.marks.values():
+    for shape, label in plot.marks.values():
         marker(root, x, y - 4, shape, shape)
-        text(root, x + 10, y, words, "tick")
-        x += 30 + text_width(words)
+        text(root, x + 10, y, label, "tick")
+        x += 30 + text_width(label)

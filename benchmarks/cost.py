@@ -1,7 +1,7 @@
-"""Step time and peak memory of a training scheme, measured in a process of its own.
+"""Measure step time and peak memory of a training scheme, in a process of its own.
 
 `python -m benchmarks.cost CONFIG OUT RESULT` trains a few steps and writes {"step_s": ..., "peak_bytes": ...}. The
-steps of phase 1 and the first of what follows are left out of the time.
+steps of the LoRA phase and the first step after it are not timed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,24 @@ from qat_edge.run import write_text
 from qat_edge.train.trainer import peak_memory_bytes
 from qat_edge.verbs.finetune import finetune
 
-PHASE_ONE = 2  # steps; distillation needs an adapter to learn from
+PHASE_ONE = 2  # steps of plain LoRA: distillation needs a trained adapter as its teacher
 WARM_UP = 1
 
 
 def measure(options: FinetuneOptions, out: Path) -> dict[str, float]:
-    """Train `options` into `out`. step_s: median from step to step; peak_bytes: of the GPU, else of the process."""
+    """Train `options` into the run folder `out`.
+
+    Returns:
+        step_s: median seconds from the start of a step to the start of the next.
+        peak_bytes: peak memory of the GPU, of the process where there is none.
+    """
+    # The trainer is measured as it is: its step is wrapped, and nothing else changes.
     starts: list[float] = []
     original = Trainer.training_step
 
     def timed(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the step before may still be running
         starts.append(time.perf_counter())
         return original(trainer, *args, **kwargs)
 
@@ -47,20 +53,22 @@ def measure(options: FinetuneOptions, out: Path) -> dict[str, float]:
         finetune(options, out, force=out.exists())
     finally:
         Trainer.training_step = original
+
+    # From start to start, so that a step's time includes loading its batch and the optimizer.
     counted = starts[PHASE_ONE + WARM_UP :]
     steps = [later - earlier for earlier, later in pairwise(counted)]
     return {"step_s": median(steps), "peak_bytes": float(peak_bytes())}
 
 
 def steps_for(timed: int) -> int:
-    """Optimizer steps in all, so that `timed` of them are timed."""
+    """Return how many optimizer steps to train so that `timed` of them are timed."""
     return PHASE_ONE + WARM_UP + timed + 1
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process alone.
+    """Return the peak memory of this process, or of the GPU where one is used.
 
-    Linux: from /proc, as the resource usage of a new process begins with the peak of the one that started it.
+    On Linux it is read from /proc: the resource usage of a new process starts with the peak of its parent.
     """
     status = Path("/proc/self/status")
     if torch.cuda.is_available() or not status.is_file():
@@ -70,7 +78,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Measure the finetune section of a configuration file."""
+    """Measure the training that a configuration file describes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=main.__doc__)
     for name in ("config", "out", "result"):
         parser.add_argument(name, type=Path)

@@ -1,7 +1,7 @@
-"""The engines of the speed benchmark: how each is timed, and what its file holds.
+"""Engines of the speed benchmark: how each is timed, and how its file stores the weights.
 
-All do the same work: a prompt of so many tokens from an empty cache, then so many tokens one after the other behind
-it. Ours and onnxruntime-genai's are timed by the product's own runtimes, a process each; llama.cpp by its llama-bench.
+All engines do the same work: a prompt with an empty cache, then single tokens after it. The product's own runtimes time
+our files and those of onnxruntime-genai, each in a process of its own; llama-bench times llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguf import GGUFReader
-from onnx import helper
+from onnx import ModelProto, TensorProto, helper
 
 from benchmarks.bandwidth import pinned
-from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerError, Workshop
+from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerBuilder, PeerError
 from qat_edge import progress
 from qat_edge.errors import QatEdgeError
 from qat_edge.evaluate.devices import FAILURES, LOCAL
@@ -38,22 +38,48 @@ NAMES = (PTE, PTE_INT4, ONNX, LLAMA_CPP, GENAI)
 
 @dataclass(frozen=True)
 class Amounts:
-    """What one timing does. prefill, decode: tokens; repeats: timed rounds in one process, after one warm-up."""
+    """Work of one timing.
+
+    Attributes:
+        prefill: tokens of the prompt.
+        decode: tokens decoded after it.
+        repeats: timed repeats in one process, after a warm-up.
+    """
 
     prefill: int
     decode: int
     repeats: int
 
 
+class OnnxWeights(NamedTuple):
+    """Storage of the weights of an ONNX model.
+
+    Attributes:
+        embedding: precision, such as "int8 by 64".
+        head: precision.
+        token_bytes: bytes that MatMulNBits nodes read, each tensor counted once.
+    """
+
+    embedding: str
+    head: str
+    token_bytes: int
+
+
 TRIAL = Amounts(prefill=8, decode=2, repeats=1)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What does not depend on the clock. token_bytes: of matrices that are read for each new token.
+class EngineInfo:
+    """Properties of an engine and its model that do not depend on the clock.
 
-    size_bytes: of the model, tokenizer aside. embedding, head: precision as stored. graph: what the .pte's graph is
-    made of, empty for the others. sha256: of the weights, so that another model is measured anew.
+    Attributes:
+        version: of the engine.
+        size_bytes: of the model, without the tokenizer.
+        embedding: precision as stored, such as "int8 by 64".
+        head: precision as stored.
+        token_bytes: bytes of the matrices that are read for each new token.
+        sha256: of the weights, so that another model is measured anew.
+        graph: calls in the graph of a .pte, empty for the other engines.
     """
 
     version: str
@@ -67,83 +93,100 @@ class Facts:
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine with its model, ready to be timed. time: threads and amounts -> tokens per second of each repeat."""
+    """One engine with its model, ready to be timed.
+
+    Attributes:
+        name: as in the tables.
+        info: engine and model.
+        time: (threads, amounts) -> tokens per second of each repeat, by phase.
+    """
 
     name: str
-    facts: Facts
+    info: EngineInfo
     time: Callable[[int, Amounts], Mapping[str, list[float]]]
 
     def timed(self, threads: int, amounts: Amounts) -> dict[str, Any]:
-        """Medians over the repeats: prefill and decode in tokens per second."""
+        """Return the medians over the repeats: prefill and decode in tokens per second."""
         rates = self.time(threads, amounts)
         return {"engine": self.name, "threads": threads, **{phase: median(each) for phase, each in rates.items()}}
 
 
 def gather(run: Run, work: Path) -> tuple[list[Engine], dict[str, str]]:
-    """The engines that can be had here, and why the others cannot. Peers that are missing are made."""
-    workshop = Workshop(work, run)
+    """Build the missing engines and models.
+
+    Returns:
+        The engines that work on this machine, and for each of the others the reason.
+    """
+    builder = PeerBuilder(work, run)
+    # Functions, because making an engine may fail or take minutes.
     makers: dict[str, Callable[[], Engine]] = {
         PTE: lambda: _pte(PTE, run.exports / PTE_TARGET),
-        PTE_INT4: lambda: _pte(PTE_INT4, workshop.int4_tables()),
+        PTE_INT4: lambda: _pte(PTE_INT4, builder.int4_tables()),
         ONNX: lambda: _onnx(ONNX, run.exports / "onnx"),
-        LLAMA_CPP: lambda: _llama_cpp(workshop),
-        GENAI: lambda: _onnx(GENAI, workshop.genai_int4()),
+        LLAMA_CPP: lambda: _llama_cpp(builder),
+        GENAI: lambda: _onnx(GENAI, builder.genai_int4()),
     }
     engines, reasons = [], {}
     for name, make in makers.items():
         try:
             engine = make()
-            engine.timed(1, TRIAL)  # what crashes is missing, too
+            engine.timed(1, TRIAL)  # an engine that crashes counts as missing
             engines.append(engine)
         except QatEdgeError as error:
             reasons[name] = str(error)
-            progress.info(f"{name}: not measured. {error}")
+            progress.warn(f"{name}: not measured. {error}")
     return engines, reasons
 
 
-def facts(engines: list[Engine]) -> dict[str, dict[str, Any]]:
-    """Facts by engine, as plain values."""
-    return {engine.name: asdict(engine.facts) for engine in engines}
+def engine_info(engines: list[Engine]) -> dict[str, dict[str, Any]]:
+    """Return the info of each engine by its name, as plain values."""
+    return {engine.name: asdict(engine.info) for engine in engines}
 
 
-# --- ours, and onnxruntime-genai ---------------------------------------------------------------------------------
+# --- our files, and onnxruntime-genai ---------------------------------------------------------------------------------
 
 
 def _pte(name: str, folder: Path) -> Engine:
+    """Engine of one of our .pte files."""
     artifact, path = pte_reader.read(folder), folder / pte_reader.MODEL
-    sizes, words = artifact.size_bytes, inspect(path)
+    sizes, program = artifact.size_bytes, inspect(path)
+
+    # Codes have shape (out, in), scales (out, in // group).
     precisions = {}
     for module, weight in artifact.weights.items():
         groups = weight.scales.shape[1]
         spread = "per channel" if groups == 1 else f"by {weight.codes.shape[1] // groups}"
         precisions[module] = f"int{weight.bits} {spread}"
-    found = Facts(
+
+    found = EngineInfo(
         version=f"executorch {library_version('executorch')}",
         size_bytes=path.stat().st_size,
         embedding=precisions.get(names.EMBEDDING, "float32"),
         head=precisions.get(names.HEAD, "float32"),
-        token_bytes=sizes["linears"] + sizes["scales"] + sizes["head"] + words.shared_bytes,
+        token_bytes=sizes["linears"] + sizes["scales"] + sizes["head"] + program.shared_bytes,
         sha256=sha256(path),
-        graph={"delegates": sum(words.delegates.values()), **words.operators},
+        graph={"delegates": sum(program.delegates.values()), **program.operators},
     )
     return Engine(name, found, lambda threads, amounts: _by_runtime(PTE_TARGET, folder, threads, amounts))
 
 
 def _onnx(name: str, folder: Path) -> Engine:
+    """Engine of an ONNX folder, ours or onnxruntime-genai's own."""
     model = graph_file.load_graph(folder / names.MODEL_FILE)
     version = f"onnxruntime-genai {library_version('onnxruntime-genai')}"
-    embedding, head, token_bytes = onnx_weights(model)
+    weights = onnx_weights(model)
     data = folder / names.DATA_FILE
     size = sum(path.stat().st_size for path in (folder / names.MODEL_FILE, data))
-    found = Facts(version, size, embedding, head, token_bytes, sha256(data), {})
+    found = EngineInfo(version, size, weights.embedding, weights.head, weights.token_bytes, sha256(data), {})
     return Engine(name, found, lambda threads, amounts: _by_runtime("onnx", folder, threads, amounts))
 
 
-def onnx_weights(model: Any) -> tuple[str, str, int]:
-    """Precision of embedding and head, and bytes of all that MatMulNBits nodes read, each tensor once."""
+def onnx_weights(model: ModelProto) -> OnnxWeights:
+    """Return how a model stores its weights, as its GatherBlockQuantized and MatMulNBits nodes describe them."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     made_by = {output: node for node in model.graph.node for output in node.output}
     embedding, head, read = "float32", "float32", {}
+
     for node in model.graph.node:
         integers = {attribute.name: attribute.i for attribute in node.attribute}
         precision = f"int{integers.get('bits', 4)} by {integers.get('block_size')}"
@@ -153,17 +196,19 @@ def onnx_weights(model: Any) -> tuple[str, str, int]:
             continue
         head = precision if node.name.startswith("/lm_head/") else head
         for value in node.input[1:]:
-            source = value if value in tensors or value not in made_by else made_by[value].input[0]  # a Reshape
+            # The scales of a shared table pass through a Reshape, whose input is the tensor.
+            source = value if value in tensors or value not in made_by else made_by[value].input[0]
             if source in tensors:
                 read[source] = _tensor_bytes(tensors[source])
-    return embedding, head, sum(read.values())
+    return OnnxWeights(embedding, head, sum(read.values()))
 
 
-def _tensor_bytes(tensor: Any) -> int:
+def _tensor_bytes(tensor: TensorProto) -> int:
     return int(prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _by_runtime(target: str, folder: Path, threads: int, amounts: Amounts) -> Mapping[str, list[float]]:
+    """Time an artifact with the product's own runtime on this machine."""
     try:
         with closing(open_transport(LOCAL)) as transport:
             runtime = open_runtime(target, transport, threads)
@@ -177,14 +222,16 @@ def _by_runtime(target: str, folder: Path, threads: int, amounts: Amounts) -> Ma
 # --- llama.cpp -----------------------------------------------------------------------------------------------------
 
 
-def _llama_cpp(workshop: Workshop) -> Engine:
-    program, model = workshop.llama_bench(), workshop.q4_0()
+def _llama_cpp(builder: PeerBuilder) -> Engine:
+    """Engine of llama.cpp with the model in Q4_0."""
+    program, model = builder.llama_bench(), builder.q4_0()
     package, version = LLAMA_CPP_PACKAGE
     types = {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in GGUFReader(model).tensors}
     embedding = types["token_embd.weight"]
     shared = "output.weight" not in types
+    # A table of its own is only looked up; one that is the head as well is read as a whole.
     everything = sum(size for _, size in types.values())
-    found = Facts(
+    found = EngineInfo(
         version=f"llama.cpp of {package} {version}, without AMX",
         size_bytes=model.stat().st_size,
         embedding=embedding[0],
@@ -197,15 +244,15 @@ def _llama_cpp(workshop: Workshop) -> Engine:
 
 
 def _by_llama_bench(program: Path, model: Path, threads: int, amounts: Amounts) -> Mapping[str, list[float]]:
-    """Decoding begins behind the prompt (`-d`), as it does in the other engines."""
+    """Time with llama-bench. Decoding starts after the prompt (`-d`), as in the other engines."""
     phases = {
         "prefill": ("-p", str(amounts.prefill), "-n", "0"),
         "decode": ("-p", "0", "-n", str(amounts.decode), "-d", str(amounts.prefill)),
     }
     rates = {}
-    for phase, asked in phases.items():
+    for phase, flags in phases.items():
         command = [
-            str(program), "-m", str(model), "-t", str(threads), "-r", str(amounts.repeats), "-o", "json", *asked,
+            str(program), "-m", str(model), "-t", str(threads), "-r", str(amounts.repeats), "-o", "json", *flags,
         ]  # fmt: skip
         with pinned(threads):
             done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
@@ -213,6 +260,6 @@ def _by_llama_bench(program: Path, model: Path, threads: int, amounts: Amounts) 
             (test,) = json.loads(done.stdout)
             rates[phase] = [float(rate) for rate in test["samples_ts"]]
         except (ValueError, KeyError, TypeError) as error:
-            said = " ".join(done.stderr.split())[-300:]
-            raise PeerError(f"llama-bench, exit code {done.returncode}, gave no figures: {said}") from error
+            message = " ".join(done.stderr.split())[-300:]
+            raise PeerError(f"llama-bench printed no figures, exit code {done.returncode}: {message}") from error
     return rates

@@ -1,7 +1,7 @@
-"""One synthetic model, made or exported, in a process of its own: `python -m benchmarks.export_step STEP ...`.
+"""Make or export one synthetic model in a process of its own: `python -m benchmarks.export_step STEP ...`.
 
-make HEADS LAYERS FOLDER       a Llama of random weights, rounded to nearest, as a frozen checkpoint
-measure FOLDER OUT RESULT      its .pte in OUT; RESULT says how long each stage took and how much memory it held
+make HEADS LAYERS FOLDER     write a Llama of random weights, rounded to nearest, as a frozen checkpoint
+measure FOLDER OUT RESULT    export it to OUT, and write time and peak memory of each stage to RESULT
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat_edge import progress
 from qat_edge.logs import quiet_libraries
 from qat_edge.run import write_manifest, write_text
 from qat_edge_devices.agent.machine import forget_peak, peak_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 HEAD_SIZE, VOCABULARY, GROUP_SIZE, CONTEXT = 64, 49152, 32, 1024
 PARTITIONS = "lowering partitions"  # title of the exporter's progress bar
@@ -26,29 +29,35 @@ PARTITIONS = "lowering partitions"  # title of the exporter's progress bar
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model of SmolLM2's proportions: a third as many KV heads, an MLP 8/3 as wide, tied embeddings."""
+    """Size of a Llama-like model with SmolLM2's proportions: KV heads 1/3, MLP width 8/3, tied embeddings.
+
+    Attributes:
+        heads: query heads of HEAD_SIZE each.
+        layers: decoder layers.
+    """
 
     heads: int
     layers: int
 
     @property
     def width(self) -> int:
+        """Hidden size."""
         return self.heads * HEAD_SIZE
 
     @property
     def parameters(self) -> int:
-        """Of the tied table, the projections and the norms."""
+        """Number of parameters: tied table, projections and norms."""
         width, kv = self.width, self.width // 3
         layer = 2 * width * width + 2 * width * kv + 3 * width * (width * 8 // 3) + 2 * width
         return VOCABULARY * width + self.layers * layer + width
 
     @property
     def float_bytes(self) -> int:
-        """Of the weights in float32."""
+        """Bytes of the weights in float32."""
         return 4 * self.parameters
 
-    def config(self) -> Any:
-        """Its configuration in transformers."""
+    def config(self) -> LlamaConfig:
+        """Return the configuration for transformers."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -58,7 +67,7 @@ class Shape:
         )  # fmt: skip
 
 
-# The 135M is SmolLM2's own shape; those by layers have its width.
+# 135M is the shape of SmolLM2 itself; the models of LAYERS have its width.
 SIZES = {
     "50M": Shape(6, 20), "135M": Shape(9, 30), "360M": Shape(15, 32), "680M": Shape(21, 32), "1.0B": Shape(27, 29),
     "1.5B": Shape(33, 29),
@@ -68,7 +77,7 @@ MODELS = SIZES | LAYERS
 
 
 def make(shape: Shape, folder: Path) -> None:
-    """Write a frozen checkpoint of random weights into an empty folder, with a tokenizer of bytes."""
+    """Write a frozen checkpoint of random weights and a byte tokenizer into an empty folder."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -76,26 +85,33 @@ def make(shape: Shape, folder: Path) -> None:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(shape.config()).eval()
-    plan = scheme.choose(model, GROUP_SIZE)
-    frozen.freeze(model, plan)
+    rounding = scheme.choose_scheme(model, GROUP_SIZE)
+    frozen.freeze(model, rounding)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+    write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(rounding))
 
 
 def measure(checkpoint: Path, out: Path) -> dict[str, Any]:
-    """Export into an empty folder.
+    """Export a frozen checkpoint into an empty folder.
 
-    Returns seconds by the clock and of this process's CPU time, in all and by stage, and bytes: resident before
-    anything is loaded, at most in each stage and in all, and of the file.
+    Returns:
+        seconds and cpu_seconds: elapsed time and CPU time of this process.
+        peak_bytes: largest resident memory.
+        runtime_bytes: resident memory before anything is loaded.
+        file_bytes: size of the .pte.
+        stages: name, times and peak memory of each stage.
     """
     from qat_edge_exporters.executorch.export_pte import MODEL, export
 
+    # Importing the exporter loads torch and ExecuTorch: their memory is there before the model is.
     stages = _Stages()
     runtime = resident_bytes()
+
     with progress.report_to(stages):
         export(checkpoint, out, CONTEXT)
     stages.end()
+
     return {
         "seconds": sum(stage.seconds for stage in stages.found),
         "cpu_seconds": sum(stage.cpu_seconds for stage in stages.found),
@@ -108,6 +124,8 @@ def measure(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 @dataclass
 class _Stage:
+    """Time and peak memory of one stage."""
+
     name: str
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -115,48 +133,49 @@ class _Stage:
 
 
 class _Stages(progress.LogReporter):
-    """Reporter for which each message of the exporter begins a stage, which lasts until the next message."""
+    """Reporter that measures stages: each message of the exporter starts one, which lasts until the next message."""
 
     def __init__(self) -> None:
         self.found: list[_Stage] = []
         self._began = time.perf_counter(), time.process_time()
 
     def info(self, text: str) -> None:
-        """End the stage before and begin one named `text`."""
+        """End the current stage and start one named `text`."""
         self.end()
         self.found.append(_Stage(text))
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[progress.Bar]:
-        """Begin one stage for the whole of a progress bar."""
+        """Start one stage for all of a progress bar."""
         self.info(title)
         yield progress.LineBar(title, total, lambda line: None)
 
     def end(self) -> None:
+        """End the current stage: add the time since its start, and its peak memory."""
         now = time.perf_counter(), time.process_time()
         if self.found:
             stage = self.found[-1]
             stage.seconds += now[0] - self._began[0]
             stage.cpu_seconds += now[1] - self._began[1]
             stage.peak_bytes = max(stage.peak_bytes, peak_bytes())
-        forget_peak()
+        forget_peak()  # the next stage counts from what is resident now
         self._began = now
 
 
-def _tokenizer() -> Any:
-    """256 bytes and two special tokens: exporting needs one to copy, and reads its end token."""
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """Tokenizer of 256 bytes and three special tokens: an export copies it and reads its end token."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
-    backend = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    vocabulary = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def main(argv: list[str]) -> None:
-    """Do one step; the arguments are described above."""
+    """Run one step; the module describes the arguments."""
     quiet_libraries(verbose=False)
     step, *rest = argv
     if step == "make":

@@ -1,15 +1,15 @@
-"""Other tools' forward passes for QAT with LoRA, trained by the same trainer, to show what they lose on deployment.
+"""Forward passes of other tools' QAT with LoRA, trained by our trainer, to measure what they lose on deployment.
 
-Whatever is trained, what ships is Q(W + s B A): the adapters are merged and the sum is rounded. With fq(X) for the
-int8 input, the forward passes are
+Every tool ships Q(W + s B A): the adapters are merged, then the sum is rounded. With fq(X) for the int8 input, the
+forward passes in training are
 
-    merged     fq(X) fq(W + s B A)^T                       ours: what is trained is what ships
-    split      fq(X) fq(W)^T + s X A^T B^T                 torchtune's QAT-LoRA: adapters never rounded
-    separate   fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T     unsloth's: each adapter matrix rounded by itself
+    merged     fq(X) fq(W + s B A)^T                       ours: the function that is shipped
+    split      fq(X) fq(W)^T + s X A^T B^T                 torchtune's QAT-LoRA: adapters are not rounded
+    separate   fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T     unsloth's: each adapter matrix is rounded by itself
 
-All use the same rounding (quant.numerics), also for embedding and head, and a straight-through estimator. A and B get
-int4 in the groups of their layer; where a width is no multiple of it, one group a row.
-`python -m benchmarks.formulations NAME CONFIG OUT` trains one.
+All of them use the same rounding (quant.numerics), for embedding and head too, and a straight-through estimator. A and
+B are rounded to int4 in groups of their layer's size; a width that is no multiple of it has one group per row.
+`python -m benchmarks.formulations NAME CONFIG OUT` trains one formulation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qat_edge import config, progress
@@ -40,24 +40,25 @@ ADAPTER_BITS = 4
 
 
 class StraightThrough(torch.autograd.Function):
-    """`rounded` in the forward pass, the gradient of `value` as it comes in the backward pass."""
+    """Straight-through estimator: `rounded` in the forward pass, the unchanged gradient for `value` in the backward."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        """value and rounded: of one shape."""
+        """Return `rounded`, which has the shape of `value`."""
         ctx.dtype = value.dtype
         return rounded.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        """The gradient, unchanged."""
+        """Return the gradient unchanged, in the dtype of `value`."""
         return grads[0].to(ctx.dtype), None
 
 
 class SplitLinear(LoraFakeQuantLinear):
-    """`fq(X) fq(W)^T + s X A^T B^T`: the base is rounded, the adapters are not."""
+    """Adapted layer with `fq(X) fq(W)^T + s X A^T B^T`: the base is rounded, the adapters are not."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map x (..., in) to (..., out); plain LoRA while rounding is off."""
         base = self.get_base_layer()
         if not base.switch.enabled or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
@@ -67,7 +68,7 @@ class SplitLinear(LoraFakeQuantLinear):
         return output + self.scaling[ADAPTER] * self.low_rank(x, rounded_x, base.spec)
 
     def low_rank(self, x: Tensor, rounded_x: Tensor, spec: WeightScheme) -> Tensor:
-        """The adapters' share, unscaled. x and rounded_x: (..., in) -> (..., out)."""
+        """Return the output of the adapters without its scaling: x and rounded_x (..., in) -> (..., out)."""
         dropped = self.lora_dropout[ADAPTER](x)
         return functional.linear(
             functional.linear(dropped, self.lora_A[ADAPTER].weight.to(dropped.dtype)),
@@ -76,10 +77,10 @@ class SplitLinear(LoraFakeQuantLinear):
 
 
 class SeparateLinear(SplitLinear):
-    """`fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T`: base and both adapter matrices are rounded, each by itself."""
+    """Adapted layer with `fq(X) fq(W)^T + s fq(X) fq(A)^T fq(B)^T`: all three matrices are rounded separately."""
 
     def low_rank(self, x: Tensor, rounded_x: Tensor, spec: WeightScheme) -> Tensor:
-        """The adapters' share, unscaled. x and rounded_x: (..., in) -> (..., out)."""
+        """Return the output of the adapters without its scaling: x and rounded_x (..., in) -> (..., out)."""
         dropped = self.lora_dropout[ADAPTER](rounded_x)
         lora_a = _rounded(self.lora_A[ADAPTER].weight, spec.group_size)
         lora_b = _rounded(self.lora_B[ADAPTER].weight, spec.group_size)
@@ -93,14 +94,14 @@ FORMULATIONS: Mapping[str, type[LoraFakeQuantLinear]] = {
 }
 
 
-def convert(model: Any, name: str) -> Any:
-    """Give every adapted layer of a model the forward of one formulation. In place; parameters stay.
+def convert(model: PeftModel, name: str) -> PeftModel:
+    """Give every adapted layer of a model the forward pass of one formulation, in place; parameters are unchanged.
 
     Raises:
         UsageError: an unknown formulation.
     """
     if name not in FORMULATIONS:
-        raise UsageError(f"formulation {name!r}: not known. There are {', '.join(FORMULATIONS)}.")
+        raise UsageError(f"formulation {name!r}: not known. Known: {', '.join(FORMULATIONS)}.")
     for module in model.modules():
         if isinstance(module, LoraFakeQuantLinear):
             module.__class__ = FORMULATIONS[name]
@@ -114,16 +115,17 @@ def train(
     resume: bool = False,
     force: bool = False,
 ) -> None:
-    """`finetune` with another forward pass and nothing else changed."""
+    """Run `finetune` with the forward pass of a formulation; nothing else is changed."""
     with _adapters_of(name):
         finetune(options, out, resume=resume, force=force)
 
 
-def own_forward(adapter: Path, name: str) -> Any:
-    """The model of an adapter folder as it was trained: unmerged, with the forward of its formulation, rounding."""
-    facts = merge.adapter_facts(adapter)
-    model, _, _ = load.load_model(facts["model"]["source"], facts["model"]["trust_remote_code"])
-    switch = fake.insert(model, scheme.choose(model, facts["group_size"]))
+def own_forward(adapter: Path, name: str) -> PeftModel:
+    """Return the model of an adapter folder as it was trained: unmerged, with its formulation and rounding on."""
+    manifest = merge.adapter_metadata(adapter)
+    source = manifest["model"]
+    model, _, _ = load.load_model(source["source"], source["trust_remote_code"])
+    switch = fake.insert(model, scheme.choose_scheme(model, manifest["group_size"]))
     lora = fake.register(LoraConfig.from_pretrained(str(adapter)))
     adapted = convert(PeftModel.from_pretrained(model, str(adapter), config=lora), name).eval()
     switch.enabled = True
@@ -132,13 +134,13 @@ def own_forward(adapter: Path, name: str) -> Any:
 
 @contextmanager
 def _adapters_of(name: str) -> Iterator[None]:
-    """While it lasts, `fake.add_adapters`, which finetune calls, makes layers of one formulation.
+    """Make `fake.add_adapters`, which finetune calls, create layers of one formulation, within a `with` block.
 
-    The product has no option for it on purpose: nobody should train what cannot be deployed.
+    The product has no such option on purpose: nobody should train a function that cannot be deployed.
     """
     original = fake.add_adapters
 
-    def add_adapters(model: Any, config: LoraConfig) -> PeftModel:
+    def add_adapters(model: nn.Module, config: LoraConfig) -> PeftModel:
         return convert(original(model, config), name)
 
     fake.add_adapters = add_adapters
@@ -149,13 +151,13 @@ def _adapters_of(name: str) -> Iterator[None]:
 
 
 def _rounded(weight: Tensor, group_size: int) -> Tensor:
-    """An adapter matrix (out, in) in int4 with a straight-through gradient."""
+    """Return an adapter matrix (out, in) rounded to int4, with a straight-through gradient."""
     group = group_size if weight.shape[1] % group_size == 0 else weight.shape[1]
     return StraightThrough.apply(weight, numerics.fake_quantize_weight(weight.detach(), ADAPTER_BITS, group))
 
 
 def main() -> None:
-    """Train one formulation from a configuration file's finetune section."""
+    """Train one formulation with the finetune section of a configuration file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.formulations", description=main.__doc__)
     parser.add_argument("name", choices=FORMULATIONS)
     parser.add_argument("config", type=Path)

@@ -1,4 +1,4 @@
-"""What the benchmarks' reports have in common: tables, figures with their spread, what was run where."""
+"""Parts that all benchmark reports share: Markdown tables, figures with their range, provenance."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from qat_edge.report.figures import duration, number
+from qat_edge.report.formatting import duration, number
+from qat_edge.run import LIBRARIES
 
 MISSING = "not measured"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first words are aligned by the reader's renderer."""
+    """Return a Markdown table; `|` within a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def median_of(values: Sequence[float], write: Callable[[float], str] = number) -> str:
-    """`166 (158 to 171)`: the median with the least and the greatest; `not measured` of nothing."""
+    """Return median and range, such as `166 (158 to 171)`; `not measured` where there is no value."""
     if not values:
         return MISSING
     if len(values) == 1:
@@ -26,30 +27,34 @@ def median_of(values: Sequence[float], write: Callable[[float], str] = number) -
     return f"{write(median(values))} ({write(min(values))} to {write(max(values))})"
 
 
-def provenance(documents: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """When, where and with what finished cells were measured, as rows of a table."""
-    days = sorted({document["created"][:10] for document in documents})
-    libraries = _versions(documents)
+def provenance(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return table rows with the dates, machines and versions of finished cells."""
+    days = sorted({record["created"][:10] for record in records})
+    libraries = _versions(records)
     return [
-        ("cells", f"{len(documents)} in {duration(sum(d['wall_s'] for d in documents))}"),
+        ("cells", f"{len(records)} in {duration(sum(record['wall_s'] for record in records))}"),
         ("dates", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"),
-        ("machines", "; ".join(sorted({document["machine"] for document in documents}))),
-        ("revisions", ", ".join(sorted({_revision(document["git_revision"]) for document in documents}))),
+        ("machines", "; ".join(sorted({record["machine"] for record in records}))),
+        ("revisions", ", ".join(sorted({_revision(record["git_revision"]) for record in records}))),
         ("libraries", ", ".join(f"{name} {' or '.join(found)}" for name, found in libraries.items())),
     ]
 
 
 def _revision(described: str | None) -> str:
-    """The commit, shortened, and whether the checkout had changes of its own."""
+    """Shortened commit, and a remark where the checkout had local changes."""
     if described is None:
         return "unknown"
     return described[:12] + (" with local changes" if described.endswith("-dirty") else "")
 
 
-def _versions(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def _versions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Versions by library, in the order of LIBRARIES; the order in a stored record means nothing."""
     found: dict[str, set[str]] = {}
-    for document in documents:
-        for name, version in {"Python": document["python"], **document["libraries"]}.items():
+    for record in records:
+        for name, version in {"Python": record["python"], **record["libraries"]}.items():
             if version is not None:
                 found.setdefault(name, set()).add(version)
-    return {name: sorted(versions) for name, versions in found.items()}
+    order = ["Python", *LIBRARIES]
+    known = [name for name in order if name in found]
+    others = sorted(found.keys() - set(order))
+    return {name: sorted(found[name]) for name in (*known, *others)}

@@ -1,7 +1,7 @@
-"""What our checks add to `adb push`: `python -m benchmarks.push adb:SERIAL` prints times and their ratio.
+"""Cost of our checks on top of `adb push`: `python -m benchmarks.push adb:SERIAL` prints times and their ratio.
 
-Both are timed in turn, several rounds, of a file that the device has never seen: random bytes, made new each time. Ours
-is the whole of it: hashed here, sent, hashed there, kept in the cache and put in its place.
+Each round times both with a file of fresh random bytes, which the device cannot have cached. Our time covers all steps:
+hash the file here, send it, hash it on the device, store it in the cache and place it in the work folder.
 """
 
 from __future__ import annotations
@@ -13,54 +13,68 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from qat_edge_devices.adb import AdbTransport, open_adb
-from qat_edge_devices.device_errors import DeviceError
+from qat_edge_devices.device_errors import DeviceLayerError
 from qat_edge_devices.transport import Access
 
 
+class Round(NamedTuple):
+    """Seconds of both pushes in one round."""
+
+    plain_s: float
+    ours_s: float
+
+
 def main() -> None:
-    """Time our push of a file beside plain `adb push`, and print the medians and the ratio within each round."""
+    """Time our push of a file and plain `adb push`, and print the medians and the ratio within each round."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.push", description=main.__doc__)
-    parser.add_argument("device", help="adb:SERIAL, adb:HOST:PORT, or adb for the only one")
+    parser.add_argument("device", help="adb:SERIAL, adb:HOST:PORT, or adb for the only device")
     parser.add_argument("--megabytes", type=int, default=200, help="size of the file, 200 by default")
-    parser.add_argument("--rounds", type=int, default=7, help="of one each, 7 by default")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds with one push of each kind, 7 by default")
     given = parser.parse_args()
-    way, _, serial = given.device.partition(":")
-    if way != "adb":
-        parser.error(f"{given.device}: plain `adb push` is what is compared with, so give adb:SERIAL")
+    transport, _, serial = given.device.partition(":")
+    if transport != "adb":
+        parser.error(f"{given.device}: the comparison is with plain `adb push`, so give adb:SERIAL")
     try:
-        rounds = timed(serial, given.megabytes, given.rounds)
-    except DeviceError as error:
+        rounds = time_rounds(serial, given.megabytes, given.rounds)
+    except DeviceLayerError as error:
         raise SystemExit(f"Error: {error}") from error
     plain, ours = (median(times) for times in zip(*rounds, strict=True))
     ratios = sorted(mine / theirs for theirs, mine in rounds)
-    words = f"{given.megabytes} MB, medians of {given.rounds}"
-    print(f"{words}: adb push {plain:.2f} s ({given.megabytes / plain:.0f} MB/s), ours {ours:.2f} s")
+    title = f"{given.megabytes} MB, medians of {given.rounds}"
+    print(f"{title}: adb push {plain:.2f} s ({given.megabytes / plain:.0f} MB/s), ours {ours:.2f} s")
     print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), load average {os.getloadavg()[0]:.1f}")
 
 
-def timed(serial: str, megabytes: int, count: int) -> list[tuple[float, float]]:
-    """Seconds of each round, plain and ours; serial: empty for the only device.
+def time_rounds(serial: str, megabytes: int, count: int) -> list[Round]:
+    """Time pushing a new file of random bytes in each of `count` rounds.
+
+    Args:
+        serial: of the device, empty for the only one.
+        megabytes: size of the file.
+        count: rounds.
 
     Raises:
-        DeviceError: the device cannot be reached, or has no space.
+        DeviceLayerError: the device cannot be reached, or has no space.
     """
     rounds = []
     with contextlib.closing(open_adb(serial, Access())) as transport:
         for _ in range(count):
             with tempfile.TemporaryDirectory() as name:
+                # Random bytes, new in each round: neither the device's cache nor compression can help.
                 file = Path(name) / "weights.bin"
                 file.write_bytes(os.urandom(megabytes * 10**6))
-                plain_s = _timed_plainly(transport, file)
+                plain_s = _plain_push_s(transport, file)
                 began = time.perf_counter()
                 transport.push({"weights.bin": file})
-                rounds.append((plain_s, time.perf_counter() - began))
+                rounds.append(Round(plain_s, time.perf_counter() - began))
     return rounds
 
 
-def _timed_plainly(transport: AdbTransport, file: Path) -> float:
-    """Seconds that `adb push` alone takes to a place of its own, which the work folder's end removes."""
+def _plain_push_s(transport: AdbTransport, file: Path) -> float:
+    """Seconds of plain `adb push` into the work folder, which is deleted when the transport is closed."""
     began = time.perf_counter()
     transport.send_file(file, file.stat().st_size, f"{transport.folder}/plain.bin")
     return time.perf_counter() - began

@@ -1,6 +1,6 @@
-"""What the benchmark runs: tasks, training recipes, and how much of everything in each setting. The only place to edit.
+"""Tasks, training recipes and amounts of the accuracy benchmark. To change what is run, edit this file only.
 
-Recipes are overrides of FinetuneOptions' defaults; `check_recipes` refuses a name or value that it does not know.
+Recipes are overrides of FinetuneOptions' defaults; `check_recipes` refuses an unknown option or value.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ Overrides = Mapping[str, Any]
 
 RECOMMENDED = "qat"  # no overrides: the defaults of finetune
 FP32 = "fp32"
-# Phase 1 takes all the steps ("qat_start" is set to their number): plain LoRA, and nothing of phase 2 is prepared.
+# For plain LoRA, "qat_start" is set to the number of steps, so that QAT never begins and needs no preparation.
 PLAIN_LORA: Overrides = {"scales": "absmax", "ptq_init": "none", "distill_weight": 0.0, "distill_top_k": 0}
-# The formulations differ in the forward pass alone: everything else that QAT may add is off, and plain LoRA's learning
-# rate is theirs from the first step to the last.
+# The formulations are compared by their forward pass alone: every other part of QAT is off, and the learning rate is
+# that of plain LoRA from the first step to the last.
 FORMULATION: Overrides = {**PLAIN_LORA, "qat_start": 0.0, "lr_restart": False}
-AFTER_ALL = 1e6  # of qat_start: a step that no training reaches, so that the start is made at the end and ships
-# distill_top_k: a start that changes the base wants the teacher asked beforehand.
-_TAUGHT: Overrides = {"distill_top_k": 64}
+# As "qat_start": a step that no training reaches, so that PTQ initialization runs after the last step and is exported.
+AFTER_ALL = 1e6
+# PTQ initialization changes the base model, so the teacher's outputs have to be stored before it: top-k logits.
+_STORED_TEACHER: Overrides = {"distill_top_k": 64}
 
-# One switch at a time against the defaults, most telling first: the reduced setting stops after a few. An override
-# that is the default already is left out when the table is run.
+# One change at a time against the defaults, the most informative first: the reduced setting runs the first few. A
+# recipe that equals the defaults is left out of the run.
 ABLATION: Mapping[str, Overrides] = {
-    "hidden states not turned": {"rotate": "off"},
-    "no PTQ start": {"ptq_init": "none"},
-    "no QAT: the start after all steps": {"qat_start": AFTER_ALL},
+    "no rotation": {"rotate": "off"},
+    "no PTQ initialization": {"ptq_init": "none"},
+    "no QAT: PTQ initialization after the last step": {"qat_start": AFTER_ALL},
     "QAT after three quarters of the steps": {"qat_start": 0.75},
-    "GPTAQ start": {"ptq_init": "gptaq"},
-    "scales fixed at the start": {"scales": "fixed"},
-    "scales of the largest weights, no PTQ start": {"scales": "absmax", "ptq_init": "none"},
-    "distillation, half the loss": {"distill_weight": 0.5, **_TAUGHT},
+    "GPTAQ initialization": {"ptq_init": "gptaq"},
+    "scales fixed after initialization": {"scales": "fixed"},
+    "absmax scales, no PTQ initialization": {"scales": "absmax", "ptq_init": "none"},
+    "distillation, half the loss": {"distill_weight": 0.5, **_STORED_TEACHER},
     "QAT after a quarter of the steps": {"qat_start": 0.25},
     "QAT after half of the steps": {"qat_start": 0.5},
     "QAT after nine tenths of the steps": {"qat_start": 0.9},
@@ -48,15 +49,15 @@ ABLATION: Mapping[str, Overrides] = {
     "learning rate of QAT 1e-3": {"qat_learning_rate": 1e-3},
     "learning rate of the scales 1e-3": {"scale_learning_rate": 1e-3},
     "learning rate of the scales 2e-2": {"scale_learning_rate": 2e-2},
-    "GPTQ start": {"ptq_init": "gptq"},
-    "AWQ start": {"ptq_init": "awq"},
-    "HQQ start": {"ptq_init": "hqq"},
+    "GPTQ initialization": {"ptq_init": "gptq"},
+    "AWQ initialization": {"ptq_init": "awq"},
+    "HQQ initialization": {"ptq_init": "hqq"},
     "no distillation": {"distill_weight": 0.0, "distill_top_k": 0},
-    "distillation alone": {"distill_weight": 1.0, **_TAUGHT},
+    "distillation only": {"distill_weight": 1.0, **_STORED_TEACHER},
     "QAT from the first step and nothing else": FORMULATION,
 }
 
-# Step time and peak memory are measured for these, in alternation; the first is what the others are divided by.
+# Step time and peak memory are measured for these schemes, one after the other; the first is the unit of the others.
 LORA = "plain LoRA"
 COSTS: Mapping[str, Overrides] = {
     LORA: PLAIN_LORA,
@@ -67,23 +68,29 @@ COSTS: Mapping[str, Overrides] = {
 }
 
 PARTS = ("main", "steps", "ablation", "formulations", "remaining", "tables", "cost")
-BASELINES = ("rtn", "hqq")  # recovery is counted against the better of these
+BASELINES = ("rtn", "hqq")  # recovery is relative to the better of these two
 METHODS = (*BASELINES, "gptq", "gptaq", "coordinate-descent", "awq")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data and what depends on it. write: "module:function" that writes train.jsonl and eval.jsonl into a folder.
+    """Data set of the benchmark, and the options that depend on it.
 
-    window: tokens of context in a compared sequence. answered: whether its rows have one right answer.
+    Attributes:
+        name: as in cells and reports.
+        write: "module:function" that writes train.jsonl and eval.jsonl into a folder.
+        training: overrides of FinetuneOptions.
+        window: tokens of context in a compared sequence.
+        has_answers: each row has one right answer, so exact match can be measured.
+        step_tokens: about how many tokens an optimizer step takes, padding included; for time estimates.
     """
 
     name: str
     write: str
     training: Mapping[str, Any]
     window: int
-    answered: bool
-    step_tokens: int  # about, with padding
+    has_answers: bool
+    step_tokens: int
 
 
 TASKS: Mapping[str, Task] = {
@@ -91,11 +98,11 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task(
             "python-reference", "qat_edge.demo_data.python_reference:write",
-            {"batch_size": 8, "max_length": 128}, window=128, answered=False, step_tokens=1024,
+            {"batch_size": 8, "max_length": 128}, window=128, has_answers=False, step_tokens=1024,
         ),
         Task(
             "assistant", "qat_edge.demo_data.assistant:write",
-            {"batch_size": 8, "max_length": 128}, window=128, answered=True, step_tokens=512,
+            {"batch_size": 8, "max_length": 128}, window=128, has_answers=True, step_tokens=512,
         ),
     )
 }  # fmt: skip
@@ -103,11 +110,26 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How much is run. steps: N, optimizer steps in all; factors: multiples of N beside it.
+    """Amounts of one benchmark run.
 
-    tokens: compared in each model. prompts: answered for exact match. exported: PTQ methods beside QAT, "better"
-    for the better baseline of each seed. The main table has every task and seed; calibrated methods and the other parts
-    have side_tasks and the first side_seeds of the seeds.
+    The main table covers every task and seed. Calibrated PTQ methods and the other parts cover `side_tasks` and the
+    first `side_seeds` seeds.
+
+    Attributes:
+        name: as given to `--setting`.
+        steps: N, optimizer steps in all.
+        tokens: compared tokens of each model.
+        prompts: prompts generated for exact match.
+        exported: PTQ methods exported next to QAT; "better" for the better baseline of each seed.
+        factors: multiples of N for the table with more training.
+        side_tasks: tasks of the parts after the first.
+        side_seeds: seeds of the parts after the first.
+        ablation_rows: recipes of the ablation that are run.
+        cost_rounds: rounds of the cost measurement.
+        cost_steps: timed steps in each of them.
+        lora_step_s: seconds of a plain LoRA step of 1024 tokens; this and the following are for time estimates only.
+        qat_step_s: seconds of a QAT step of 1024 tokens.
+        calibrate_s: seconds of a calibrated PTQ method on the whole model.
     """
 
     name: str
@@ -121,9 +143,9 @@ class Setting:
     ablation_rows: int
     cost_rounds: int
     cost_steps: int
-    lora_step_s: float  # of 1024 tokens; these three are for the estimate of time alone
+    lora_step_s: float
     qat_step_s: float
-    calibrate_s: float  # a calibrated PTQ method on the whole model
+    calibrate_s: float
 
 
 BETTER = "better"
@@ -142,7 +164,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def check_recipes() -> None:
-    """Hold every override of this file against FinetuneOptions.
+    """Check every override of this file against FinetuneOptions.
 
     Raises:
         UsageError: an override that is no option, a value that the option does not take, or a combination that
@@ -155,12 +177,12 @@ def check_recipes() -> None:
 
 
 def check_overrides(where: str, overrides: Overrides) -> None:
-    """Hold one recipe against FinetuneOptions.
+    """Check one recipe against FinetuneOptions.
 
     Raises:
         UsageError: as `check_recipes`; the message starts with `where`.
     """
-    from qat_edge.train.phases import check_combination  # imports torch, which the command line does without
+    from qat_edge.train.option_checks import check_combination  # imports torch, which the command line does without
 
     known = [field.name for field in dataclasses.fields(FinetuneOptions)]
     for name in overrides:
@@ -173,7 +195,7 @@ def check_overrides(where: str, overrides: Overrides) -> None:
 
 
 def recipe(name: str, steps: int) -> dict[str, Any]:
-    """Overrides of a recipe by name: "fp32", "qat", or a row of ABLATION."""
+    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
     overrides = {} if name == RECOMMENDED else dict(ABLATION[name])
@@ -181,7 +203,7 @@ def recipe(name: str, steps: int) -> dict[str, Any]:
 
 
 def ablation_rows(rows: int) -> list[str]:
-    """The first `rows` of ABLATION that change anything against the defaults."""
+    """Return the first `rows` recipes of ABLATION that differ from the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
     changed = [name for name, over in ABLATION.items() if any(defaults[k] != v for k, v in over.items())]
     return changed[:rows]

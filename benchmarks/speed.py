@@ -1,8 +1,8 @@
-"""Speed of the exported files beside other engines': `python -m benchmarks.speed RUN` writes docs/speed.md.
+"""Speed of the exported files compared with other engines: `python -m benchmarks.speed RUN` writes docs/speed.md.
 
-A round times every engine once, one after the other, with two threads and with one; the next round begins with
-another engine. Ratios are of one round's figures, so that what disturbs the machine for longer disturbs both sides.
-Each finished round is a JSON file in the work folder, and a run that was stopped goes on with the next.
+A round times every engine once, one after the other, with two threads and with one thread; each round starts with
+another engine. Ratios compare figures of the same round, so that a longer disturbance affects both sides. Each finished
+round is a JSON file in the work folder; an interrupted benchmark resumes with the next round.
 """
 
 from __future__ import annotations
@@ -33,51 +33,52 @@ RESULT = "speed.json"
 
 
 def main() -> None:
-    """Time the exports of a finished run beside llama.cpp and onnxruntime-genai, and write the report."""
+    """Time the exports of a finished run, llama.cpp and onnxruntime-genai, and write the report."""
     given = _parser().parse_args()
     quiet_libraries(verbose=False)
     from benchmarks import engines, speed_page  # they import torch
 
     try:
         result = given.work / RESULT
-        if not given.document:
+        if not given.page_only:
             amounts = engines.Amounts(given.prefill, given.decode, given.repeats)
             ready, reasons = engines.gather(Run.open(given.run), given.work)
-            documents = rounds(ready, CellStore(given.work / "cells"), amounts, given.rounds)
-            found = {"engines": engines.facts(ready), "reasons": reasons, "rounds": documents}
+            records = rounds(ready, CellStore(given.work / "cells"), amounts, given.rounds)
+            found = {"engines": engines.engine_info(ready), "reasons": reasons, "rounds": records}
             write_text(result, json.dumps(found, indent=1) + "\n")
         progress.info(f"Wrote {speed_page.write(result, given.out)}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted: finished rounds are kept. Run it again to go on.") from None
+        raise SystemExit("Interrupted: finished rounds are kept. Run it again to resume.") from None
 
 
 def rounds(engines: Sequence[Engine], store: CellStore, amounts: Amounts, count: int) -> list[dict[str, Any]]:
-    """The finished rounds of these engines, those that are missing taken now."""
+    """Return the records of the first `count` rounds; measure the missing ones."""
     from dataclasses import asdict
 
-    what = {"amounts": asdict(amounts), "engines": {engine.name: asdict(engine.facts) for engine in engines}}
-    documents = []
+    settings = {"amounts": asdict(amounts), "engines": {engine.name: asdict(engine.info) for engine in engines}}
+    records = []
     for index in range(count):
-        cell = Cell("speed", "", index, "round", what)
+        cell = Cell("speed", "", index, "round", settings)
         if store.get(cell) is None:
             progress.info(f"Round {index + 1} of {count}")
             began = time.monotonic()
             store.put(cell, one_round(engines, index, amounts), time.monotonic() - began)
-        documents.append(store.document(cell) or {})
-    return documents
+        records.append(store.record(cell) or {})
+    return records
 
 
 def one_round(engines: Sequence[Engine], index: int, amounts: Amounts) -> dict[str, Any]:
-    """Every engine timed once with each number of threads, beginning with another one each round."""
+    """Time every engine once with each number of threads; the round's index decides which one is first."""
     first = index % max(len(engines), 1)
     order = [*engines[first:], *engines[:first]]
+    # Cores that other programs keep busy, before anything of ours runs.
     others = psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1)
     rates: dict[str, float] = {}
     rows: list[Mapping[str, Any]] = []
     for threads in bandwidth.THREADS:
-        rates[str(threads)] = bandwidth.measured(threads)
+        rates[str(threads)] = bandwidth.measure(threads)
         rows += [engine.timed(threads, amounts) for engine in order]
     return {"others_busy_cores": others, "bytes_per_s": rates, "rows": rows}
 
@@ -88,10 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="rounds, 7 by default")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats in each process, 5 by default")
     parser.add_argument("--prefill", type=int, default=128, help="tokens of the prompt, 128 by default")
-    parser.add_argument("--decode", type=int, default=64, help="tokens that follow, 64 by default")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speed", help="peers, their models and rounds")
+    parser.add_argument("--decode", type=int, default=64, help="tokens decoded after the prompt, 64 by default")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "speed",
+        help="folder for the other engines, their models and the finished rounds",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md", help="report to write")
-    parser.add_argument("--document", action="store_true", help="measure nothing, write the report of what is there")
+    parser.add_argument(
+        "--page-only",
+        "--document",
+        action="store_true",
+        help="measure nothing, write the report of the finished rounds",
+    )
     return parser
 
 

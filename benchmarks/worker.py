@@ -1,4 +1,4 @@
-"""How a process beside others begins. Nothing here imports a library, which would read and say things before."""
+"""First steps of a worker process. Nothing here imports torch, which reads the environment when it is imported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qat_edge.cli.console import ConsoleReporter
 from qat_edge.logs import quiet_libraries
 
 
-def begin() -> None:
-    """Quietly and with one thread, as are the commands that this process starts."""
+def initialize() -> None:
+    """Silence the libraries, and give this process and the commands it starts one thread each."""
     quiet_libraries(verbose=False)
     progress.use(ConsoleReporter())
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,4 +1,4 @@
-"""doctor: which runtimes load a .pte, what the LLM runner lacks, and errors for files that are none."""
+"""doctor: the runtimes that load a .pte, missing parts of the LLM runner's contract, and files that are no .pte."""
 
 from __future__ import annotations
 
@@ -26,18 +26,15 @@ from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run, Variant, library_version, write_manifest
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
-from qat_edge_exporters.executorch import known_runtimes, runtime_probe
+from qat_edge_exporters.executorch import diagnosis, known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.pte import runner_contract
-from qat_edge_exporters.executorch.pte.program_info import Method, Port, Program
+from qat_edge_exporters.executorch.pte.program_info import MethodInfo, ProgramInfo, TensorInfo
+from qat_edge_exporters.executorch.runtime_probe import Probed
 
 CONTEXT, VOCABULARY, WIDTH = 32, 288, 64
 CUSTOM = ["llama::custom_sdpa.out", "llama::update_cache.out", "quantized_decomposed::embedding_byte.out"]
 ALL = DoctorOptions()
-
-
-def silent(text: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +48,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config).eval()
-    plan = scheme.choose(model, 32)
-    frozen.freeze(model, plan)
+    chosen = scheme.choose_scheme(model, 32)
+    frozen.freeze(model, chosen)
     model.save_pretrained(root / "frozen")
     make_tokenizer().save_pretrained(root / "frozen")
-    write_manifest(root / "frozen", "quantized", scheme=frozen.scheme_facts(plan))
+    write_manifest(root / "frozen", "quantized", scheme=frozen.scheme_metadata(chosen))
     folders = {"custom": root / "custom", "portable": root / "portable"}
     for name, folder in folders.items():
         folder.mkdir()
@@ -65,19 +62,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(made: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """What the installed runtime says of both, asked once."""
-    texts = {name: [*doctor.TEXTS, *doctor._special_texts(folder / doctor.TOKENIZER)] for name, folder in made.items()}
-    return {n: runtime_probe.ask(made[n] / doctor.MODEL, made[n] / doctor.TOKENIZER, texts[n]) for n in made}
+def probed(made: dict[str, Path]) -> dict[str, Probed]:
+    """Load both in the installed runtime, once for all tests."""
+    found = {}
+    for name, folder in made.items():
+        tokenizer = folder / diagnosis.TOKENIZER
+        found[name] = runtime_probe.probe(folder / doctor.MODEL, tokenizer, diagnosis.probe_texts(tokenizer))
+    return found
 
 
 @pytest.fixture
-def folder(
-    made: dict[str, Path], answers: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A copy of the program with custom operators to damage, with the runtime's answer about the whole one."""
+def folder(made: dict[str, Path], probed: dict[str, Probed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the program with custom operators, to be damaged; the runtime reports on the original."""
     shutil.copytree(made["custom"], tmp_path / "copy")
-    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["custom"])
+    monkeypatch.setattr(runtime_probe, "probe", lambda *given: probed["custom"])
     return tmp_path / "copy"
 
 
@@ -85,14 +83,14 @@ def faults(path: Path) -> list[str]:
     return doctor.doctor(path, ALL).faults
 
 
-def test_the_installed_runtime_loads_both(answers: dict[str, dict[str, Any]]) -> None:
-    for answer in answers.values():
-        assert answer["error"] == "" and answer["tokenizer"]["error"] == ""
-        assert {"llama::custom_sdpa.out", "aten::index_put_"} <= set(answer["operators"])
-        assert "XnnpackBackend" in answer["backends"]
+def test_the_installed_runtime_loads_both(probed: dict[str, Probed]) -> None:
+    for found in probed.values():
+        assert found["error"] == "" and found["tokenizer"] is not None and found["tokenizer"]["error"] == ""
+        assert {"llama::custom_sdpa.out", "aten::index_put_"} <= set(found["operators"])
+        assert "XnnpackBackend" in found["backends"]
 
 
-def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Path) -> None:
+def test_custom_operators_load_everywhere_except_in_the_minimal_runtime(folder: Path) -> None:
     found = doctor.doctor(folder, ALL)
     assert [check.runtime for check in found.runtimes if check.loads] == list(RUNTIMES[:-1])
     assert found.runtimes[-1].missing_operators == CUSTOM
@@ -106,9 +104,9 @@ def test_custom_operators_load_everywhere_but_in_the_minimal_runtime(folder: Pat
 
 
 def test_a_portable_program_loads_everywhere(
-    made: dict[str, Path], answers: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    made: dict[str, Path], probed: dict[str, Probed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["portable"])
+    monkeypatch.setattr(runtime_probe, "probe", lambda *given: probed["portable"])
     named = DoctorOptions(runtime=RUNTIMES)
     found = doctor.doctor(made["portable"] / "model.pte", named)
     doctor.require_loadable(found, named)
@@ -116,14 +114,14 @@ def test_a_portable_program_loads_everywhere(
     assert found.program.constants["use_sdpa_with_kv_cache"] is False
 
 
-def test_what_is_in_the_file(folder: Path) -> None:
+def test_contents_of_the_file(folder: Path) -> None:
     found = doctor.doctor(folder, ALL)
     program = found.program
     assert str(program.forward) == f"forward(int64 [1, <={CONTEXT}], int64 [1]) -> float32 [1, 1, {VOCABULARY}]"
     sizes = program.size_bytes
     assert sum(sizes.values()) == (folder / "model.pte").stat().st_size
     assert (sizes["embedding"], sizes["head"]) == (VOCABULARY * (WIDTH + 4), 0)  # int8, a float32 scale a row
-    assert [line for line in doctor.lines(found) if line.endswith("in all; embedding and head share 19.6 kB")]
+    assert [line for line in doctor.lines(found) if line.endswith("in total; embedding and head share 19.6 kB")]
     linears = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * WIDTH
     assert (sizes["linears"], sizes["scales"]) == (linears // 2, linears // 32 * 2)
     assert program.operators["llama::update_cache.out"] == 2
@@ -146,18 +144,19 @@ def test_a_missing_method_is_named(folder: Path, name: str, wanted: str) -> None
     assert [fault for fault in faults(folder) if fault.startswith(wanted)]
 
 
-def program(**constants: Any) -> Program:
-    """A language model for 8 tokens of a vocabulary of 10."""
-    tokens, start, logits = Port("int64", (1, 8), True), Port("int64", (1,)), Port("float32", (1, 1, 10))
-    good = {
+def program(**constants: Any) -> ProgramInfo:
+    """Return a language model for 8 tokens of a vocabulary of 10."""
+    tokens, start = TensorInfo("int64", (1, 8), True), TensorInfo("int64", (1,))
+    logits = TensorInfo("float32", (1, 1, 10))
+    valid = {
         "get_max_seq_len": 8, "get_max_context_len": 8, "enable_dynamic_shape": True, "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True, "get_eos_ids": [1, 2], "get_vocab_size": 10, "get_bos_id": 0,
     }  # fmt: skip
-    method = Method("forward", (tokens, start), (logits,))
-    return Program([method], good | constants, {}, {"XnnpackBackend": 1}, 1, {"program": 1}, 0)
+    method = MethodInfo("forward", (tokens, start), (logits,))
+    return ProgramInfo([method], valid | constants, {}, {"XnnpackBackend": 1}, 1, {"program": 1}, 0)
 
 
-def problems(program: Program) -> list[str]:
+def problems(program: ProgramInfo) -> list[str]:
     return [entry.name for entry in runner_contract.entries(program) if entry.problem]
 
 
@@ -170,32 +169,32 @@ def problems(program: Program) -> list[str]:
     ],
     ids=str,
 )  # fmt: skip
-def test_values_that_cannot_be(constants: dict[str, Any]) -> None:
+def test_invalid_values_are_problems(constants: dict[str, Any]) -> None:
     assert problems(program()) == []
     assert set(constants) <= set(problems(program(**constants)))
 
 
-def test_inputs_that_the_runner_does_not_give() -> None:
+def test_inputs_that_the_runner_does_not_pass() -> None:
     whole = program()
     assert runner_contract.forward_problems(whole) == []
     assert whole.forward is not None
-    static = replace(whole.forward, inputs=(Port("int64", (1, 8)), whole.forward.inputs[1]))
+    static = replace(whole.forward, inputs=(TensorInfo("int64", (1, 8)), whole.forward.inputs[1]))
     assert problems(replace(whole, methods=[static])) == ["enable_dynamic_shape"]
     one = replace(whole.forward, inputs=whole.forward.inputs[:1])
     assert problems(replace(whole, methods=[one])) == ["use_kv_cache"]
     assert "two int64 inputs" in runner_contract.forward_problems(replace(whole, methods=[one]))[0]
-    image = Method("forward", (Port("float32", (1, 3, 8, 8)),), (Port("float32", (1, 10)),))
+    image = MethodInfo("forward", (TensorInfo("float32", (1, 3, 8, 8)),), (TensorInfo("float32", (1, 10)),))
     assert not replace(whole, methods=[image], constants={}).is_language_model
 
 
-def test_a_backend_that_an_app_lacks() -> None:
+def test_a_backend_that_an_app_lacks_is_named() -> None:
     other = replace(program(), delegates={"CoreMLBackend": 3})
-    checks = known_runtimes.check(other, ("android-app", "ios-app"), {})
+    checks = known_runtimes.check_runtimes(other, ("android-app", "ios-app"), None)
     assert [(check.loads, check.missing_backends) for check in checks] == [(False, ["CoreMLBackend"]), (True, [])]
-    assert doctor.reason(checks[0]) == "it lacks backend CoreMLBackend"
+    assert checks[0].reason == "it lacks backend CoreMLBackend"
 
 
-def test_lists_of_operators_are_those_of_the_installed_version() -> None:
+def test_operator_lists_are_those_of_the_installed_version() -> None:
     table = tomllib.loads(known_runtimes.TABLE.read_text(encoding="utf-8"))
     assert set(table["runtimes"]) | {known_runtimes.WHEEL} == set(RUNTIMES)
     assert table["version"] == library_version("executorch")
@@ -209,25 +208,27 @@ def test_lists_of_operators_are_those_of_the_installed_version() -> None:
         assert set(table["libraries"][library]["operators"]) == full
 
 
-def test_without_a_tokenizer(folder: Path, answers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tokenizer_is_a_fault(
+    folder: Path, probed: dict[str, Probed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr(runtime_probe, "ask", lambda *given: answers["custom"] | {"tokenizer": None})
-    assert [fault for fault in faults(folder) if "tokenizer.json is not beside the program" in fault]
+    monkeypatch.setattr(runtime_probe, "probe", lambda *given: {**probed["custom"], "tokenizer": None})
+    assert [fault for fault in faults(folder) if "tokenizer.json is not next to the program" in fault]
 
 
-def test_an_end_token_that_the_program_does_not_know(folder: Path) -> None:
+def test_an_end_token_that_the_program_lacks_is_a_fault(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
-    assert "get_eos_ids is [2], and the model also ends with [7]: an answer would run on." in faults(folder)
+    assert "get_eos_ids is [2], and the model also ends with [7]: generation would not stop there." in faults(folder)
 
 
-def test_a_tokenizer_that_splits_otherwise(folder: Path) -> None:
+def test_a_tokenizer_that_splits_differently_is_a_fault(folder: Path) -> None:
     document = json.loads((folder / "tokenizer.json").read_text())
     document["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(document))
-    assert [fault for fault in faults(folder) if "splits 'Set an alarm for seven.' otherwise" in fault]
+    assert [fault for fault in faults(folder) if "splits 'Set an alarm for seven.' differently" in fault]
 
 
-def test_versions(folder: Path) -> None:
+def test_versions_are_reported(folder: Path) -> None:
     line = doctor.lines(doctor.doctor(folder, ALL))[-1]
     assert f"executorch {library_version('executorch')}" in line and line.endswith("the same are installed")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -236,7 +237,7 @@ def test_versions(folder: Path) -> None:
     line = doctor.lines(doctor.doctor(folder, ALL))[-1]
     assert "written by qat-edge" in line and "executorch 0.9.9" in line and "installed: executorch" in line
     (folder / "manifest.json").unlink()
-    assert "not told by the file" in doctor.lines(doctor.doctor(folder, ALL))[-1]
+    assert "not recorded in the file" in doctor.lines(doctor.doctor(folder, ALL))[-1]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_versions(folder: Path) -> None:
         ("nowhere.pte", None, "nowhere.pte: not there"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_program(folder: Path, name: str, damage: Any, message: str) -> None:
+def test_files_that_are_no_program_are_errors(folder: Path, name: str, damage: Any, message: str) -> None:
     if damage is not None:
         (folder / name).write_bytes(damage((folder / "model.pte").read_bytes()))
     result = CliRunner().invoke(commands.main, ["doctor", str(folder / name)])
@@ -257,17 +258,17 @@ def test_files_that_are_no_program(folder: Path, name: str, damage: Any, message
     assert re.search(message, result.output), result.output
 
 
-def test_a_program_that_the_runtime_refuses(made: dict[str, Path], tmp_path: Path) -> None:
+def test_why_the_runtime_refuses_a_program_is_reported(made: dict[str, Path], tmp_path: Path) -> None:
     data = (made["custom"] / "model.pte").read_bytes()
     assert data.count(b"XH00")
     (tmp_path / "model.pte").write_bytes(data.replace(b"XH00", b"XH99"))
     (tmp_path / "tokenizer.json").write_text("{}")
-    answer = runtime_probe.ask(tmp_path / "model.pte", tmp_path / "tokenizer.json", [])
-    assert "XNNPACK" in answer["error"]
-    assert answer["tokenizer"]["error"]
+    found = runtime_probe.probe(tmp_path / "model.pte", tmp_path / "tokenizer.json", [])
+    assert "XNNPACK" in found["error"]
+    assert found["tokenizer"] is not None and found["tokenizer"]["error"]
 
 
-def test_the_command(folder: Path) -> None:
+def test_the_command_prints_and_exits_by_the_verdict(folder: Path) -> None:
     result = CliRunner().invoke(commands.main, ["doctor", str(folder), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -280,19 +281,19 @@ def test_the_command(folder: Path) -> None:
     assert CliRunner().invoke(commands.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
 
 
-def test_portable_is_for_executorch(tmp_path: Path) -> None:
+def test_portable_is_for_executorch_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--portable is for --target executorch"):
         exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True))
-    told: dict[str, dict[str, Any]] = {}
+    given: dict[str, dict[str, Any]] = {}
 
     def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
-        told[out.name.split(".")[1]] = extras
+        given[out.name.split(".")[1]] = extras
 
     variant, options = Variant(tmp_path), ExportOptions(portable=True)
     write_manifest(variant.quantized, "quantized")
     for target in options.target:
         exporting.export_one(variant, target, exporter, options)
-    assert told == {"executorch": {"portable": True}, "onnx": {}}
+    assert given == {"executorch": {"portable": True}, "onnx": {}}
     for target, kept in (("executorch", False), ("onnx", True)):
         assert exporting._is_current(variant.exports / target, options)
         assert exporting._is_current(variant.exports / target, ExportOptions()) == kept

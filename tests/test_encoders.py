@@ -1,4 +1,4 @@
-"""Encoders through the line: a classifier and a sentence encoder, from rows to codes that answer as was trained."""
+"""Encoders through all commands: a classifier and a sentence encoder, from rows to codes with the trained outputs."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ from qat_edge.errors import DataError, ModelError, UsageError
 from qat_edge.evaluate import encoder_results, gates
 from qat_edge.evaluate.encoders import cosines, quality
 from qat_edge.models import tasks
-from qat_edge.models.merge import base_model, merged_model, rounding_model
-from qat_edge.models.tasks import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
+from qat_edge.models.tasks import ModelTask, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
-from qat_edge.run import PTQ_METHODS, Run
+from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.run import Run
 from qat_edge.train import objectives
 from qat_edge.verbs.compare import compare
 from qat_edge.verbs.export import export
@@ -60,7 +61,7 @@ from qat_edge.verbs.verify import verify
 
 WORDS = ("alarm", "light", "music")
 LABELLED = [{"text": f"{WORDS[i % 3]} {i}", "label": WORDS[i % 3]} for i in range(48)]
-BELONGING = [{"anchor": f"{WORDS[i % 3]} {i}", "positive": f"the {WORDS[i % 3]} {i} of {i}"} for i in range(40)]
+MATCHING = [{"anchor": f"{WORDS[i % 3]} {i}", "positive": f"the {WORDS[i % 3]} {i} of {i}"} for i in range(40)]
 STEPS = 24
 SIZES: dict[str, Any] = {
     "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,7 +72,7 @@ DISTIL = {
 }  # fmt: skip
 
 
-def silent(text: str) -> None:
+def ignore(text: str) -> None:
     pass
 
 
@@ -89,7 +90,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of a model that guessed words, with a new head of two layers."""
+    """A classifier from a masked language model, with a new head of two layers."""
     root = tmp_path_factory.mktemp("classifier")
     model = save(lambda: DistilBertForMaskedLM(DistilBertConfig(**DISTIL)), root / "model")
     return train_run(model, root, LABELLED, STEPS)
@@ -97,43 +98,44 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A sentence encoder trained on matching pairs."""
     root = tmp_path_factory.mktemp("embedder")
-    return train_run(save(lambda: BertModel(BertConfig(**SIZES)), root / "model"), root, BELONGING, STEPS)
+    return train_run(save(lambda: BertModel(BertConfig(**SIZES)), root / "model"), root, MATCHING, STEPS)
 
 
 @pytest.fixture(params=["classifier", "embedder"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
-    """Either, with what it trained alone."""
+    """A copy of either run without its quantized folder."""
     trained: Run = request.getfixturevalue(request.param)
     return Run(Path(shutil.copytree(trained.path, tmp_path / "run", ignore=shutil.ignore_patterns("quantized"))))
 
 
 def batch(run: Run) -> dict[str, Tensor]:
     options = config.load(FinetuneOptions, "finetune", run.config, {})
-    kind, words = tasks.of_run(run), make_tokenizer()
+    task, tokenizer = tasks.task_of_run(run), make_tokenizer()
     model = BertModel(BertConfig(**SIZES))
-    rows = training_examples.tokenize(kind, load_rows(options.data), model, words, options.max_length).rows
-    return training_examples.collator(kind, words)(rows)
+    rows = training_examples.tokenize_for_task(task, load_rows(options.data), model, tokenizer, options.max_length).rows
+    return training_examples.make_collator(task, tokenizer)(rows)
 
 
-def answer(kind: Kind, model: Any, given: dict[str, Tensor]) -> Tensor:
+def predict(task: ModelTask, model: Any, given: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return kind.answer(model, given["input_ids"], given["attention_mask"])
+        return task.predict(model, given["input_ids"], given["attention_mask"])
 
 
 def check_frozen(run: Run) -> None:
-    """What is frozen answers as it was trained, to the rounding."""
-    kind, given = tasks.of_run(run), batch(run)
+    """The frozen model has the outputs of the trained one, up to activations that fall on the other side of a tie."""
+    task, given = tasks.task_of_run(run), batch(run)
     quantize(run, QuantizeOptions())
-    found = answer(kind, frozen.load(run.quantized), given)
-    trained = answer(kind, rounding_model(run.adapter), given)
-    plain = answer(kind, merged_model(run.adapter).model, given)
-    apart, rounding = (found - trained).abs().mean(), (trained - plain).abs().mean()
-    # Inputs in int8 may fall to the other side of a tie; rounding changes an answer by 0.003 to 0.05 of it.
-    assert apart < 1e-3 * trained.abs().mean() and apart < 0.2 * rounding
+    found = predict(task, frozen.load(run.quantized), given)
+    trained = predict(task, fake_quantized_model(run.adapter), given)
+    plain = predict(task, merged_model(run.adapter).model, given)
+    difference, rounding = (found - trained).abs().mean(), (trained - plain).abs().mean()
+    # Inputs in int8 may fall on the other side of a tie; rounding changes an output by 0.003 to 0.05 of it.
+    assert difference < 1e-3 * trained.abs().mean() and difference < 0.2 * rounding
 
 
-def test_what_is_frozen_answers_as_it_was_trained(run: Run) -> None:
+def test_the_frozen_model_has_the_trained_outputs(run: Run) -> None:
     check_frozen(run)
 
 
@@ -145,27 +147,29 @@ def test_what_is_frozen_answers_as_it_was_trained(run: Run) -> None:
         {"ptq_init": "none", "scales": "absmax"},
     ],
 )
-def test_other_trainings_end_in_what_was_trained(run: Run, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_frozen_model_has_the_trained_outputs_with_other_options(
+    run: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     before = config.load(FinetuneOptions, "finetune", run.config, {})
     finetune(replace(before, steps=4, **changes), tmp_path / "other")
     check_frozen(Run(tmp_path / "other"))
 
 
-def test_a_head_that_is_a_module_of_two_layers(tmp_path: Path) -> None:
+def test_a_head_may_be_a_module_of_two_layers(tmp_path: Path) -> None:
     model = save(lambda: RobertaForMaskedLM(RobertaConfig(**SIZES | {"pad_token_id": 1})), tmp_path / "model")
     run = train_run(model, tmp_path, LABELLED)
     check_frozen(run)
     assert frozen.read_scheme(run.quantized).heads == ["classifier.dense", "classifier.out_proj"]
 
 
-def test_it_learns_what_its_rows_say(run: Run) -> None:
-    kind, given = tasks.of_run(run), batch(run)
+def test_training_lowers_the_loss_of_its_rows(run: Run) -> None:
+    task, given = tasks.task_of_run(run), batch(run)
     quantize(run, QuantizeOptions())
-    objective = objectives.of(kind)
+    objective = objectives.objective_for_task(task)
     assert objective is not None
     with torch.no_grad():
         before, after = (float(objective(m, given)) for m in (base_model(run.adapter), frozen.load(run.quantized)))
-    assert after < 0.9 * before  # of 40 texts to choose among, where a batch of the training had 4
+    assert after < 0.9 * before  # the loss is over 40 texts, that of training over batches of 4
 
 
 def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> None:
@@ -173,8 +177,8 @@ def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> N
     given = batch(classifier)
     model = AutoModelForSequenceClassification.from_pretrained(classifier.quantized)
     assert model.config.id2label == dict(enumerate(WORDS))
-    ours = answer(SequenceClassifier(), frozen.load(classifier.quantized), given)
-    torch.testing.assert_close(answer(SequenceClassifier(), model.eval(), given), ours)
+    ours = predict(SequenceClassifier(), frozen.load(classifier.quantized), given)
+    torch.testing.assert_close(predict(SequenceClassifier(), model.eval(), given), ours)
     assert (ours.argmax(-1) == given["labels"]).float().mean() > 0.9
     merged = merged_model(classifier.adapter)
     base = base_model(classifier.adapter)
@@ -188,11 +192,11 @@ def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> N
 
 
 @pytest.mark.parametrize("method", PTQ_METHODS)
-def test_every_method_quantizes_it(run: Run, method: str) -> None:
+def test_every_ptq_method_supports_encoders(run: Run, method: str) -> None:
     quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100))
-    kind, given = tasks.of_run(run), batch(run)
-    reference = answer(kind, merged_model(run.reference).model, given)
-    found = answer(kind, frozen.load(quantized.folder), given)
+    task, given = tasks.task_of_run(run), batch(run)
+    reference = predict(task, merged_model(run.reference).model, given)
+    found = predict(task, frozen.load(quantized.folder), given)
     assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
 
 
@@ -203,11 +207,15 @@ def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, mess
     assert "texts of up to 40 tokens, answered by 3 numbers" in messages
     labels = json.loads((classifier.exports / "executorch" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == list(WORDS)
+
+    # Four gates, of which the size is missed.
     junit = tmp_path / "gates.xml"
-    limits = ["--min-quality", "0.9", "--min-cosine", "0.99", "--min-top1", "0.9", "--max-size-mb", "0.01"]
-    asked = ["validate", str(classifier.path), "--json", "--junit", str(junit), *limits]
-    found = CliRunner().invoke(main, asked)
+    gate_flags = ["--min-quality", "0.9", "--min-cosine", "0.99", "--min-top1", "0.9", "--max-size-mb", "0.01"]
+    command = ["validate", str(classifier.path), "--json", "--junit", str(junit), *gate_flags]
+    found = CliRunner().invoke(main, command)
     assert found.exit_code == 1 and "1 of 4 gates missed" in " ".join(found.output.split()), found.output
+
+    # The figures of the fine-tune and of the artifact.
     document = json.loads((classifier.path / "answers.json").read_text())
     tuned, ours = document["answered"]
     assert document["texts"] == len(LABELLED) and tuned["name"] == "fp32 fine-tuned" and ours["name"] == "qat"
@@ -215,19 +223,23 @@ def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, mess
     size = sum(ours["size_bytes"].values())
     assert size >= (classifier.exports / "executorch" / "model.pte").stat().st_size
     assert sum(tuned["size_bytes"].values()) == 4 * sum(p.numel() for p in base_model(classifier.adapter).parameters())
+
+    # The same figures in the gates, in the JUnit file and in the report.
     figures = (ours["quality"], ours["cosine"], ours["agreement"], size / 1e6)
-    held = {gate["flag"]: (gate["found"], gate["passed"]) for gate in document["gates"]}
-    assert held == dict(zip(limits[::2], zip(figures, (True, True, True, False), strict=True), strict=True))
+    results = {gate["flag"]: (gate["found"], gate["passed"]) for gate in document["gates"]}
+    assert results == dict(zip(gate_flags[::2], zip(figures, (True, True, True, False), strict=True), strict=True))
     suite = ET.parse(junit).getroot()
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "0")
     report = CliRunner().invoke(main, ["report", str(classifier.path)])
     assert report.exit_code == 0 and f"{ours['cosine']:.4f}" in classifier.report_html.read_text(), report.output
+
+    # A second call does not overwrite the first one's results.
     again = CliRunner().invoke(main, ["validate", str(classifier.path)])
     assert again.exit_code == 1 and "answers.json exists already" in again.output
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--max-kl", "0.1"], "validate --max-kl is for models that generate text"),
         (["--threads", "4"], "validate --threads is for models that generate text"),
@@ -237,22 +249,24 @@ def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, mess
         (["--min-top1", "0.9"], "--min-top1 is for models that choose tokens or labels"),
     ],
 )
-def test_what_validate_has_for_others_is_refused_by_name(embedder: Run, flags: list[str], words: str) -> None:
+def test_options_of_validate_for_text_generation_are_refused_by_name(
+    embedder: Run, flags: list[str], message: str
+) -> None:
     found = CliRunner().invoke(main, ["validate", str(embedder.path), *flags])
-    said = " ".join(found.output.split())
-    assert found.exit_code == 2 and words in said and not embedder.answers.exists(), found.output
-    assert "--min-top1" in flags or all(config.flag_name(name) in said for name in gates.FOR_ENCODERS)
+    output = " ".join(found.output.split())
+    assert found.exit_code == 2 and message in output and not embedder.answers.exists(), found.output
+    assert "--min-top1" in flags or all(config.flag_name(name) in output for name in gates.ENCODER_GATES)
 
 
-def test_a_profile_of_an_encoders_own_limits_is_taken(tmp_path: Path) -> None:
+def test_a_profile_may_have_gates_for_encoders(tmp_path: Path) -> None:
     (tmp_path / "board.toml").write_text("min_cosine = 0.99\nmax_size_mb = 20\n")
-    asked = config.load(ValidateOptions, "validate", None, {"profile": str(tmp_path / "board.toml")})
-    found = encoder_results.Answered("qat", "executorch", {"linears": 21_000_000}, 0.5, 0.991)
-    held = {gate.flag: (gate.found, gate.passed) for gate in gates.hold_answers(asked, [found])}
-    assert held == {"--min-cosine": (0.991, True), "--max-size-mb": (21.0, False)}
+    options = config.load(ValidateOptions, "validate", None, {"profile": str(tmp_path / "board.toml")})
+    found = encoder_results.EncoderResult("qat", "executorch", {"linears": 21_000_000}, 0.5, 0.991)
+    results = {gate.flag: (gate.found, gate.passed) for gate in gates.check_encoder_gates(options, [found])}
+    assert results == {"--min-cosine": (0.991, True), "--max-size-mb": (21.0, False)}
 
 
-def test_quality_is_its_formula() -> None:
+def test_quality_equals_its_formula() -> None:
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]], dtype=np.float32)
     assert quality(SequenceClassifier(("a", "b")), logits, np.array([0, 1, 1])) == pytest.approx(2 / 3)
     first = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]], dtype=np.float32)
@@ -264,7 +278,7 @@ def test_quality_is_its_formula() -> None:
     assert cosines(first, second) == pytest.approx([1, 0.8, 0, 0.8])
 
 
-def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: Path) -> None:
+def test_a_run_resumed_in_phase_2_ends_the_same(classifier: Run, tmp_path: Path) -> None:
     options = config.load(FinetuneOptions, "finetune", classifier.config, {})
     options = replace(options, steps=6, save_every=2)
     finetune(options, tmp_path / "run")
@@ -277,7 +291,7 @@ def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("what", "do"),
+    ("feature", "use"),
     [
         ("--target onnx", lambda run: export(run, ExportOptions())),
         ("--kv-cache int8", lambda run: export(run, ExportOptions(target=("executorch",), kv_cache="int8"))),
@@ -286,19 +300,21 @@ def test_a_run_resumed_past_the_border_ends_the_same(classifier: Run, tmp_path: 
         ("compare", lambda run: compare(run, CompareOptions(), None)),
         (
             "generate",
-            lambda run: generate(run, "hello", "torch", silent, raw=True, system=None, max_new_tokens=4),
+            lambda run: generate(run, "hello", "torch", ignore, raw=True, system=None, max_new_tokens=4),
         ),
     ],
 )
-def test_what_is_for_generation_is_refused_before_any_work(run: Run, what: str, do: Callable[[Run], Any]) -> None:
-    with pytest.raises(UsageError, match=f"^{what} is for models that generate text; .* holds a se"):
-        do(run)
+def test_features_for_text_generation_are_refused_before_any_work(
+    run: Run, feature: str, use: Callable[[Run], Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"^{feature} is for models that generate text; .* holds a se"):
+        use(run)
     assert not run.quantized.exists() and not run.ptq_folder.exists()
 
 
 @pytest.fixture(scope="module")
 def two_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with names for its two labels."""
+    """A classifier with two named labels."""
     names = {"id2label": {0: "off", 1: "on"}, "label2id": {"off": 0, "on": 1}}
     folder = tmp_path_factory.mktemp("labels") / "model"
     return save(lambda: BertForSequenceClassification(BertConfig(**SIZES, **names)), folder)
@@ -314,18 +330,18 @@ PAIR = {"text_a": "one", "text_b": "two", "score": 0.5}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a", "label": "on"}, {"text": "b"}], r"2: an encoder learns from rows of 'text' and 'label'"),
-        ([{"prompt": "a", "completion": "b"}], r"1: an encoder learns from rows of 'text' and 'label'"),
+        ([{"text": "a", "label": "on"}, {"text": "b"}], r"2: an encoder is trained on rows of 'text' and 'label'"),
+        ([{"prompt": "a", "completion": "b"}], r"1: an encoder is trained on rows of 'text' and 'label'"),
         ([{"text": "a", "label": True}], r"1: 'label' must be a word or a whole number, found True"),
         ([{"text": "a", "label": "on"}, {"text": "b", "label": "up"}], r"2: the label 'up' is none .*\(off, on\)"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": 2}], r"2: the label '2' is none .*\(off, on\)"),
         ([PAIR, {"anchor": "a", "positive": "b"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
         ([PAIR, {"text": "a", "label": "on"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
-        ([PAIR | {"score": 4.5}], r"1: 'score' is 4.5; a cosine lies between -1 and 1"),
+        ([PAIR | {"score": 4.5}], r"1: 'score' is 4.5; a cosine is between -1 and 1"),
         ([PAIR | {"score": "high"}], r"1: 'score' must be a number, found a string"),
     ],
 )
-def test_rows_that_an_encoder_cannot_learn_are_named(
+def test_rows_that_an_encoder_cannot_be_trained_on_are_named(
     two_labels: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -341,7 +357,7 @@ def test_rows_that_an_encoder_cannot_learn_are_named(
         ({"rotate": "on"}, "--rotate on"),
     ],
 )
-def test_options_for_generation_are_refused(
+def test_training_options_for_text_generation_are_refused(
     two_labels: Path, tmp_path: Path, changes: dict[str, Any], flag: str
 ) -> None:
     rows = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "on"}])
@@ -349,57 +365,63 @@ def test_options_for_generation_are_refused(
         finetune(options(two_labels, rows, **changes), tmp_path / "run")
 
 
-def test_an_encoder_that_no_target_takes_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     DebertaV2Config().save_pretrained(tmp_path / "model")
     rows = write(tmp_path / "rows.jsonl", LABELLED)
     with pytest.raises(ModelError, match="could not be exported: deberta-v2 has attention of its own"):
         finetune(options(tmp_path / "model", rows), tmp_path / "run")
 
 
-def test_an_embedding_that_is_no_mean_is_refused(tmp_path: Path) -> None:
+def test_an_embedding_other_than_the_mean_is_refused(tmp_path: Path) -> None:
     model = save(lambda: BertModel(BertConfig(**SIZES)), tmp_path / "model")
     (model / "1_Pooling").mkdir()
     modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     (model / "1_Pooling" / "config.json").write_text(json.dumps(modes))
-    rows = write(tmp_path / "rows.jsonl", BELONGING)
-    with pytest.raises(ModelError, match="pooling_mode_cls_token; qat-edge makes an embedding of the mean"):
+    rows = write(tmp_path / "rows.jsonl", MATCHING)
+    with pytest.raises(ModelError, match="pooling_mode_cls_token; qat-edge supports embeddings that are the mean"):
         finetune(options(model, rows), tmp_path / "run")
 
 
-def test_labels_follow_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
+def test_labels_come_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
     own = BertConfig.from_pretrained(two_labels)
     rows = load_rows(write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "off"}]))
-    kind = training_examples.kind_for(own, rows, "rows")
-    assert kind == SequenceClassifier(("off", "on"))
-    model, words = BertModel(BertConfig(**SIZES)), make_tokenizer()
-    assert [row["labels"] for row in training_examples.tokenize(kind, rows, model, words, 32).rows] == [[1], [0]]
+    task = training_examples.task_for_rows(own, rows, "rows")
+    assert task == SequenceClassifier(("off", "on"))
+    model, tokenizer = BertModel(BertConfig(**SIZES)), make_tokenizer()
+    assert [row["labels"] for row in training_examples.tokenize_for_task(task, rows, model, tokenizer, 32).rows] == [
+        [1],
+        [0],
+    ]
     found = [{"text": "a", "label": n} for n in (10, 2, 2)]
     rows = load_rows(write(tmp_path / "b.jsonl", found))
-    assert training_examples.kind_for(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
+    assert training_examples.task_for_rows(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
     with pytest.raises(DataError, match="every row has the label '2'"):
-        training_examples.kind_for(BertConfig(), rows[1:], "rows")
+        training_examples.task_for_rows(BertConfig(), rows[1:], "rows")
 
 
-def test_objectives_are_their_formulas() -> None:
+def test_objectives_equal_their_formulas() -> None:
     first = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     second = torch.tensor([[0.0, 1.0], [0.6, 0.8]])
     given = {"input_ids": first, "attention_mask": first, "labels": torch.tensor([0.5, 1.0])}
 
     class Known(SentenceEncoder):
-        def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        def predict(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             return torch.cat([first, second])
 
-    scored, belonging = objectives.of(Known(scored=True)), objectives.of(Known(scored=False))
-    assert scored is not None and belonging is not None
+    scored, matching = (
+        objectives.objective_for_task(Known(scored=True)),
+        objectives.objective_for_task(Known(scored=False)),
+    )
+    assert scored is not None and matching is not None
     torch.testing.assert_close(scored(None, given), torch.tensor(0.25))  # cosines 0 and 1
     cosines = 20 * torch.tensor([[0.0, 0.6], [0.8, 1.0]])
-    torch.testing.assert_close(belonging(None, given), -cosines.log_softmax(-1).diagonal().sum())
-    assert objectives.of(tasks.CAUSAL_LM) is None
+    torch.testing.assert_close(matching(None, given), -cosines.log_softmax(-1).diagonal().sum())
+    assert objectives.objective_for_task(tasks.CAUSAL_LM) is None
 
 
-def test_long_texts_are_cut_at_the_models_positions(tmp_path: Path) -> None:
+def test_long_texts_are_truncated_at_the_models_positions(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "rows.jsonl", [{"text": "x" * 100, "label": "a"}, {"text": "y", "label": "b"}]))
     model = BertModel(BertConfig(**SIZES))
-    done = training_examples.tokenize(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
+    done = training_examples.tokenize_for_task(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
     assert [len(row["input_ids"]) for row in done.rows] == [64, 1] and (done.truncated, done.cut_tokens) == (1, 36)
-    assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows cut, 36 tokens lost"
+    assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows truncated, 36 tokens lost"

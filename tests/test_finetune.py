@@ -1,4 +1,4 @@
-"""Training a tiny model: phases, what is left behind, exact resume after a kill, errors."""
+"""Train a tiny model: both phases, the files of a run, exact resume after a kill, errors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,6 @@ from qat_edge.run import read_manifest
 from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
 
 
-def silent(text: str) -> None:
-    pass
-
-
 @pytest.fixture
 def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
     rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
@@ -44,13 +40,13 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in json.loads((run / "training.json").read_text())["curve"] if "loss" in row]
 
 
-def adapter(run: Path, part: str) -> dict[str, Any]:
+def adapter_tensors(run: Path, part: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(run / part / "adapter_model.safetensors")
 
 
-def test_leaves_a_whole_run(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_a_run_has_all_its_files(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = finetune(options, out)
     assert isinstance(result, Finetuned) and (result.steps, result.qat_start_step) == (6, 3)
@@ -64,7 +60,7 @@ def test_leaves_a_whole_run(options: FinetuneOptions, tmp_path: Path) -> None:
         manifest = read_manifest(part)
         assert set(manifest["files"]) >= {"adapter_model.safetensors", "adapter_config.json"}
         assert manifest["model"]["source"] == options.model and manifest["seed"] == 0
-    assert any((adapter(out, "adapter")[k] != v).any() for k, v in adapter(out, "reference").items())
+    assert any((adapter_tensors(out, "adapter")[k] != v).any() for k, v in adapter_tensors(out, "reference").items())
 
 
 def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path) -> None:
@@ -81,6 +77,8 @@ def test_plain_peft_loads_the_reference(options: FinetuneOptions, tmp_path: Path
 def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(options, tmp_path / "whole")
     config.save(tmp_path / "options.yaml", "finetune", options)
+
+    # Kill the process as soon as its first checkpoint is complete.
     command = [sys.executable, "-m", "qat_edge", "finetune", "--config", str(tmp_path / "options.yaml")]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
@@ -89,11 +87,13 @@ def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+    # Resume from that checkpoint.
     for late in sorted((tmp_path / "cut" / "checkpoints").glob("checkpoint-[!2]*")):
-        shutil.rmtree(late)  # a fast machine may have gone further than the kill was meant to let it
+        shutil.rmtree(late)  # a fast machine may be past the step of the kill
     finetune(options, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    whole, cut = adapter(tmp_path / "whole", "adapter"), adapter(tmp_path / "cut", "adapter")
+    whole, cut = adapter_tensors(tmp_path / "whole", "adapter"), adapter_tensors(tmp_path / "cut", "adapter")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
@@ -106,24 +106,24 @@ def test_a_killed_run_resumes_with_the_same_losses(options: FinetuneOptions, tmp
         {"distill_weight": 1.0, "distill_top_k": 8},
     ],
 )
-def test_a_run_resumed_past_the_border_ends_the_same(
+def test_a_run_resumed_in_phase_2_ends_the_same(
     options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     out, options = tmp_path / "run", replace(options, **changes)
     finetune(options, out)
-    whole, curve = adapter(out, "adapter"), losses(out)
+    whole, curve = adapter_tensors(out, "adapter"), losses(out)
     shutil.rmtree(out / "checkpoints" / "checkpoint-6")
     shutil.rmtree(out / "adapter")
     finetune(options, out, resume=True)
     assert losses(out) == curve
-    again = adapter(out, "adapter")
+    again = adapter_tensors(out, "adapter")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_a_training_without_phase_2_ends_with_the_initialization(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, qat_start=6), tmp_path / "run")
-    facts = read_manifest(tmp_path / "run" / "adapter")
-    assert facts["start"]["method"] == "coordinate-descent" and facts["learned_scales"]
+    manifest = read_manifest(tmp_path / "run" / "adapter")
+    assert manifest["start"]["method"] == "coordinate-descent" and manifest["learned_scales"]
     merged = merged_model(tmp_path / "run" / "adapter")
     assert set(merged.scales) == set(merged.scheme.linears)
     reference = merged_model(tmp_path / "run" / "reference")
@@ -132,29 +132,29 @@ def test_steps_that_are_all_plain_end_in_the_start(options: FinetuneOptions, tmp
     assert not torch.equal(merged.model.get_submodule(name).weight, reference.model.get_submodule(name).weight)
 
 
-def test_hidden_states_that_cannot_be_turned_stay(
+def test_a_model_that_cannot_be_rotated_is_trained_without_rotation(
     options: FinetuneOptions, tmp_path: Path, tokenizer: Any, messages: list[str]
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = Gemma3TextConfig(**sizes, vocab_size=288, num_key_value_heads=1, head_dim=32, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(shape)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # norms whose weights are all alike would turn
+        torch.nn.init.normal_(parameter, std=0.1)  # equal weights of a norm would commute with the rotation
     model.save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
     gemma = replace(options, model=str(tmp_path / "gemma"))
-    with pytest.raises(UsageError, match=r"--rotate on: Gemma3ForCausalLM: .* Take --rotate auto"):
+    with pytest.raises(UsageError, match=r"--rotate on: Gemma3ForCausalLM\b.* Use --rotate auto"):
         finetune(replace(gemma, rotate="on"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     finetune(gemma, tmp_path / "run")
-    assert any(line.startswith("The hidden states stay in their coordinates: Gemma3") for line in messages)
+    assert any(line.startswith("Rotation is off: Gemma3") for line in messages)
     assert read_manifest(tmp_path / "run" / "adapter")["start"]["rotation_seed"] is None
-    finetune(options, tmp_path / "turned")
-    assert read_manifest(tmp_path / "turned" / "adapter")["start"]["rotation_seed"] == options.seed
+    finetune(options, tmp_path / "rotated")
+    assert read_manifest(tmp_path / "rotated" / "adapter")["start"]["rotation_seed"] == options.seed
 
 
 @pytest.mark.parametrize(("rotate", "steps"), [("on", 3), ("off", 6)])
-def test_the_optimizer_begins_anew_where_weights_are_turned(
+def test_the_optimizer_is_reset_if_weights_are_rotated(
     options: FinetuneOptions, tmp_path: Path, rotate: str, steps: int
 ) -> None:
     finetune(replace(options, rotate=rotate), tmp_path / "run")
@@ -175,7 +175,7 @@ def test_resume_refuses_other_options_and_other_data(options: FinetuneOptions, t
         finetune(options, out, resume=True)
 
 
-def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_force_replaces_a_run_and_no_other_folder(options: FinetuneOptions, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for force in (False, True):
@@ -185,11 +185,11 @@ def test_force_replaces_a_run_and_nothing_else(options: FinetuneOptions, tmp_pat
 
 
 @pytest.mark.parametrize(("qat_start", "step"), [(0.0, 0), (0.25, 50), (0.5, 100), (1, 1), (30, 30), (500, 200)])
-def test_where_fake_quantization_starts(options: FinetuneOptions, qat_start: float, step: int) -> None:
+def test_qat_start_is_a_fraction_or_a_step(options: FinetuneOptions, qat_start: float, step: int) -> None:
     assert qat_start_step(replace(options, steps=200, qat_start=float(qat_start))) == step
 
 
-def test_another_base_model_is_refused(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_changed_base_model_is_refused(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
     from conftest import make_model
 
     folder = tmp_path / "base"
@@ -204,13 +204,13 @@ def test_another_base_model_is_refused(options: FinetuneOptions, tmp_path: Path,
 
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_a_usage_error(options: FinetuneOptions, tmp_path: Path, device: str) -> None:
+def test_cuda_without_a_gpu_is_refused(options: FinetuneOptions, tmp_path: Path, device: str) -> None:
     with pytest.raises(UsageError, match="no CUDA GPU"):
         finetune(replace(options, device=device), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_force_never_removes_its_own_input(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_force_does_not_remove_its_own_input(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
     finetune(options, out)
     (out / "mine.jsonl").write_text(Path(options.data).read_text())
@@ -219,7 +219,7 @@ def test_force_never_removes_its_own_input(options: FinetuneOptions, tmp_path: P
     assert (out / "mine.jsonl").is_file()
 
 
-def test_other_numerics_than_trained_are_refused_with_the_difference(
+def test_other_versions_than_in_training_are_refused_by_name(
     options: FinetuneOptions, tmp_path: Path, messages: list[str]
 ) -> None:
     finetune(options, tmp_path / "run")
@@ -238,19 +238,21 @@ def test_other_numerics_than_trained_are_refused_with_the_difference(
     ("target", "message"),
     [("nonsense_proj", "--target-modules: Target modules"), ("embed_tokens", "--target-modules: embed_tokens is a ")],
 )
-def test_target_modules_that_cannot_be(options: FinetuneOptions, tmp_path: Path, target: str, message: str) -> None:
+def test_unusable_target_modules_are_refused(
+    options: FinetuneOptions, tmp_path: Path, target: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         finetune(replace(options, target_modules=(target,)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_some_target_modules_and_the_rest_rounded_all_the_same(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_adapters_on_some_target_modules_alone(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, target_modules=("q_proj", "lm_head")), tmp_path / "run")
-    names = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter(tmp_path / "run", "adapter")}
+    names = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter_tensors(tmp_path / "run", "adapter")}
     assert names == {"q_proj", "lm_head"}
 
 
-def test_a_tracker_that_is_not_there_is_a_usage_error(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_an_unknown_tracker_is_refused(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--track wandbb"):
         finetune(replace(options, track=("wandbb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

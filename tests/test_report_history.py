@@ -1,4 +1,4 @@
-"""The history of several runs: changes only between figures that compare, and everything else that changed."""
+"""History of several runs: changes of comparable metrics, and every setting that changed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,25 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pages import HOSTILE, Page, check_renders, check_self_contained, example, make_run, numbers_in, spread, svgs
+from pages import (
+    HOSTILE,
+    Page,
+    check_fits,
+    check_renders,
+    check_self_contained,
+    example,
+    make_run,
+    numbers_in,
+    spread,
+    svgs,
+)
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.results import Report
 from qat_edge.report.collect import collect
-from qat_edge.report.history import Entry, History, history
+from qat_edge.report.history import History, RunEntry, history
 from qat_edge.run import MANIFEST, Run
 from qat_edge.verbs.report import report
 
@@ -27,7 +38,7 @@ SAME = {"tokens": "t", "prompts": "p", "reference": "r"}
 
 
 def later(gain: float, **changes: Any) -> Report:
-    """The example with QAT's ONNX folder better: less perplexity, more exact matches and tokens per second."""
+    """Return the example with a better QAT ONNX artifact: lower perplexity, higher exact match and decode speed."""
     rows = [
         replace(
             row, perplexity=row.perplexity * (1 - gain), exact_match=(row.exact_match or 0) + gain,
@@ -40,6 +51,7 @@ def later(gain: float, **changes: Any) -> Report:
 
 
 def make_runs(folder: Path, *reports: Report) -> list[Run]:
+    """Write a run folder per report: "run 0", "run 1" and so on."""
     runs = []
     for index, one in enumerate(reports):
         (folder / f"run {index}").mkdir(parents=True)
@@ -48,18 +60,21 @@ def make_runs(folder: Path, *reports: Report) -> list[Run]:
 
 
 def history_of(runs: list[Run]) -> History:
-    return history([Entry(run.path.name, collect(run)) for run in runs])
+    """Return the history that the report verb computes."""
+    return history([RunEntry(run.path.name, collect(run)) for run in runs])
 
 
-def qat_onnx(found: History, figure: str) -> list[Any]:
+def qat_onnx(found: History, metric: str) -> list[Any]:
+    """Return a metric of the QAT ONNX artifact over the runs."""
     (series,) = (s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx"))
-    return series.figures[figure]
+    return series.metrics[metric]
 
 
-def test_a_figure_changes_from_the_run_before_and_from_the_first(tmp_path: Path) -> None:
+def test_a_metric_changes_since_the_previous_and_since_the_first_run(tmp_path: Path) -> None:
     found = history_of(make_runs(tmp_path, later(0), later(0.1), later(0.05)))
     for name, sign in (("Perplexity", -1), ("Exact match", 1), ("Decode", 1)):
         first, second, third = qat_onnx(found, name)
+        # A share changes by percentage points, everything else by a ratio.
         ratio = (lambda a, b: b - a) if name == "Exact match" else lambda a, b: b / a - 1
         assert (first.before, first.first) == (None, None)
         assert second.before == second.first and second.before.since == 0
@@ -70,62 +85,68 @@ def test_a_figure_changes_from_the_run_before_and_from_the_first(tmp_path: Path)
         assert second.before.better and not third.before.better and third.first.better
     (size, again, _), decode = qat_onnx(found, "Size"), qat_onnx(found, "Decode")
     assert again.before.amount == 0 and not again.before.clear and size.value == again.value
-    # 64 prompts cannot tell a tenth, and the spread of the repeats is 5 percent.
+    # A difference of a tenth is not significant with 64 prompts, and the repeats differ by 5 percent.
     assert not qat_onnx(found, "Exact match")[1].before.clear
     assert decode[1].before.clear and not decode[2].before.clear
 
 
-def test_a_run_that_lacks_a_figure_is_no_run_before(tmp_path: Path) -> None:
-    unasked = [replace(row, exact_match=None) for row in later(0).measured]
-    found = history_of(make_runs(tmp_path, later(0), later(0, measured=unasked), later(0.1)))
+def test_a_run_without_a_metric_is_skipped_as_the_previous_run(tmp_path: Path) -> None:
+    without_prompts = [replace(row, exact_match=None) for row in later(0).measured]
+    found = history_of(make_runs(tmp_path, later(0), later(0, measured=without_prompts), later(0.1)))
     _, second, third = qat_onnx(found, "Exact match")
     assert second.value is None and third.before.since == 0
     assert qat_onnx(found, "Perplexity")[2].before.since == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "apart", "words"),
+    ("changes", "incomparable", "words"),
     [
-        ({"identities": SAME | {"tokens": "x"}}, {"Perplexity", "KL", "Top-1"}, "other evaluation tokens"),
-        ({"identities": SAME | {"reference": "x"}}, {"KL", "Top-1"}, "another FP32 fine-tune to compare with"),
-        ({"identities": SAME | {"prompts": "x"}}, {"Exact match"}, "other prompts"),
-        ({"machine": {"machine": "x86_64", "cpu_model": "b", "cores": 2}}, {"Decode", "Prefill"}, "another machine"),
-        ({"identities": {}}, {"Perplexity", "KL", "Top-1", "Exact match"}, "not recorded"),
+        ({"identities": SAME | {"tokens": "x"}}, {"Perplexity", "KL", "Top-1"}, "different evaluation tokens"),
+        ({"identities": SAME | {"reference": "x"}}, {"KL", "Top-1"}, "different FP32 fine-tunes"),
+        ({"identities": SAME | {"prompts": "x"}}, {"Exact match"}, "different prompts"),
+        ({"machine": {"machine": "x86_64", "cpu_model": "b", "cores": 2}}, {"Decode", "Prefill"}, "different machines"),
+        (
+            {"identities": {}},
+            {"Perplexity", "KL", "Top-1", "Exact match"},
+            "possibly different evaluation tokens (not recorded: validate again)",
+        ),
     ],
 )
-def test_runs_that_do_not_compare_are_marked(
-    tmp_path: Path, changes: dict[str, Any], apart: set[str], words: str
+def test_runs_that_are_not_comparable_are_marked(
+    tmp_path: Path, changes: dict[str, Any], incomparable: set[str], words: str
 ) -> None:
     runs = make_runs(tmp_path, later(0), later(0.1, **changes), later(0.2, **changes))
     found = history_of(runs)
-    figures = next(s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx")).figures
-    assert {name for name, points in figures.items() if points[1].before and points[1].before.amount is None} == apart
-    # What was never recorded stays unknown between the later two; what is the same again compares.
+    metrics = next(s for s in found.series if (s.model.name, s.model.target) == ("qat", "onnx")).metrics
+    assert {
+        name for name, points in metrics.items() if points[1].before and points[1].before.amount is None
+    } == incomparable
+    # The later two runs are comparable, unless their conditions were not recorded.
     assert (qat_onnx(found, "Perplexity")[2].before.amount is None) is (not changes.get("identities", SAME))
-    assert qat_onnx(found, min(apart))[2].first.amount is None
+    assert qat_onnx(found, min(incomparable))[2].first.amount is None
     html = report(runs).read_text(encoding="utf-8")
     shown = Page(html).words
     assert f"2 run 1 ≠ 1 run 0: {words}" in shown and "≠ 1" in shown
     broken = [svg for svg in svgs(html) if any(e.get("class") == "apart" for e in svg.iter("line"))]
-    assert {svg[0].text for svg in broken} == {f"{name} by run" for name in apart}
+    assert {svg[0].text for svg in broken} == {f"{name} by run" for name in incomparable}
 
 
-def test_what_differs_between_neighbours_is_listed(tmp_path: Path) -> None:
+def test_changed_settings_are_listed(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, later(0), later(0), later(0))
     config.save(runs[1].config, "finetune", FinetuneOptions(model="org/tiny-model", data="rows.jsonl", steps=7))
     manifest = json.loads((runs[1].quantized / MANIFEST).read_text())
     (runs[1].quantized / MANIFEST).write_text(json.dumps({**manifest, "libraries": {"torch": "9.9"}}))
     shutil.copytree(runs[1].path, runs[2].path, dirs_exist_ok=True)
     first, second = history_of(runs).differences
-    told = {one.name: (one.before, one.after) for one in first}
-    assert told["finetune · steps"] == ("200", "7") and told["version · torch"][1] == "9.9"
-    assert all(name.startswith(("finetune · steps", "version · ")) for name in told)
+    changed = {one.name: (one.before, one.after) for one in first}
+    assert changed["finetune · steps"] == ("200", "7") and changed["version · torch"][1] == "9.9"
+    assert all(name.startswith(("finetune · steps", "version · ")) for name in changed)
     assert second == []
     shown = Page(report(runs).read_text()).words
-    assert "200 → 7" in shown and "Nothing that was recorded." in shown
+    assert "200 → 7" in shown and "No recorded setting changed." in shown
 
 
-def test_the_page_of_several_runs_shows_what_its_json_holds(tmp_path: Path) -> None:
+def test_every_number_on_the_page_of_several_runs_is_in_its_json(tmp_path: Path) -> None:
     runs = make_runs(tmp_path, later(0), later(0.1), replace(later(0.2), device="ssh:pi"))
     page = report(runs)
     assert page == runs[-1].path / "history.html" and not runs[-1].report_html.exists()
@@ -136,7 +157,7 @@ def test_the_page_of_several_runs_shows_what_its_json_holds(tmp_path: Path) -> N
     assert {value for value, _ in shown} <= numbers_in(json.loads(page.with_suffix(".json").read_text()))
     names = [element.get("id") for svg in svgs(html) for element in svg.iter() if element.get("id")]
     assert len(names) == len(set(names)) == 2 * len(svgs(html)) == 2 * 2 * 7
-    assert html.count('class="trend s-qat"') == 2 * 7, "of two artifacts and seven figures, from run 1 to run 2"
+    assert html.count('class="trend s-qat"') == 2 * 7, "two artifacts and seven metrics, from run 1 to run 2"
 
 
 def test_hostile_text_in_several_runs_is_escaped(tmp_path: Path) -> None:
@@ -160,8 +181,8 @@ def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
         ([runs[0].path, tmp_path / "bare"], 1, "holds no report"),
         ([], 2, "RUN..."),
     ):
-        answer = CliRunner().invoke(commands.main, ["report", *map(str, arguments)])
-        assert answer.exit_code == code and words in answer.output.replace("\n", ""), answer.output
+        result = CliRunner().invoke(commands.main, ["report", *map(str, arguments)])
+        assert result.exit_code == code and words in result.output.replace("\n", ""), result.output
     assert [p.name for p in (tmp_path / "bare").iterdir()] == ["config.yaml"]
     with pytest.raises(UsageError, match="the oldest first"):
         report([runs[0], runs[0]])
@@ -171,3 +192,8 @@ def test_the_command_takes_several_runs_once_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
 def test_it_renders_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     check_renders(report(make_runs(tmp_path, later(0), later(0.1, identities={}))), width, dark)
+
+
+@pytest.mark.browser
+def test_its_tables_fit_a_window_of_1200_pixels(tmp_path: Path) -> None:
+    check_fits(report(make_runs(tmp_path, later(0), later(0.1), later(0.2))), 1200)

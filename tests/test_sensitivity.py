@@ -1,4 +1,4 @@
-"""What layers cost at 4 and 8 bits, the bits picked from that, the file that keeps them."""
+"""Loss of each layer at 4 and 8 bits, the choice of bits from it, and the file with the choice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
-from qat_edge.models.merge import Merged
+from qat_edge.models import decoder
+from qat_edge.models.merge import MergedModel
 from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
 from qat_edge.quant.bit_allocation import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
@@ -35,10 +36,6 @@ from qat_edge.verbs import sensitivity
 GROUP = 32
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
-
-
-def silent(text: str) -> None:
-    pass
 
 
 def ignore(name: str, width: int) -> None:
@@ -56,7 +53,7 @@ def tied_model() -> Any:
     return model
 
 
-def batch() -> layer_sensitivity.Batch:
+def batch() -> layer_sensitivity.ProbeBatch:
     """Two rows, the second padded, compared at some of their tokens."""
     torch.manual_seed(2)
     ids = torch.randint(3, 256, (2, 12))
@@ -64,17 +61,17 @@ def batch() -> layer_sensitivity.Batch:
     mask[1, 9:] = 0
     compared = torch.zeros_like(ids, dtype=torch.bool)
     compared[0, 4:11], compared[1, 2:8] = True, True
-    return layer_sensitivity.Batch(ids, mask, compared)
+    return layer_sensitivity.ProbeBatch(ids, mask, compared)
 
 
-def frozen_logits(build: Callable[[], Any], plan: scheme.Scheme, given: layer_sensitivity.Batch) -> torch.Tensor:
-    """Logits of the compared tokens, of a model frozen under `plan`."""
+def frozen_logits(build: Callable[[], Any], chosen: scheme.Scheme, given: layer_sensitivity.ProbeBatch) -> torch.Tensor:
+    """Logits of the compared tokens, of a model frozen under a scheme."""
     model = build()
-    frozen.freeze(model, plan)
+    frozen.freeze(model, chosen)
     with torch.no_grad():
         out = model(input_ids=given.input_ids, attention_mask=given.attention_mask, use_cache=False)
-    found: torch.Tensor = out.logits[given.compared]
-    return found
+    logits: torch.Tensor = out.logits[given.compared]
+    return logits
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -92,56 +89,58 @@ def qwen() -> Any:
 
 
 @pytest.mark.parametrize("build", [tied_model, qwen])
-def test_a_cost_is_what_freezing_that_weight_alone_does(build: Callable[[], Any]) -> None:
-    """Every weight at every width against a model in which torchao's tensors hold that one weight."""
-    plan, given = scheme.choose(build(), GROUP), batch()
-    schemes = layer_sensitivity.candidates(plan)
-    found = layer_sensitivity.probe(build(), schemes, [given], ignore)
+def test_a_cost_is_the_loss_of_freezing_that_weight_alone(build: Callable[[], Any]) -> None:
+    """Compare every weight at every width with a model in which only that weight is a torchao tensor."""
+    chosen, given = scheme.choose_scheme(build(), GROUP), batch()
+    schemes = layer_sensitivity.candidate_schemes(chosen)
+    losses = layer_sensitivity.measure_layers(build(), schemes, [given], ignore)
     with torch.no_grad():
         reference = build()(input_ids=given.input_ids, attention_mask=given.attention_mask).logits[given.compared]
-    assert found.compared == 13
+    assert losses.compared == 13
     for name, by_bits in schemes.items():
         for width, spec in by_bits.items():
             columns = build().get_submodule(name).weight.shape[1]
             full = dataclasses.replace(spec, group_size=columns) if width == 8 else spec
-            alone = dataclasses.replace(plan, weights={name: full})
+            alone = dataclasses.replace(chosen, weights={name: full})
             wanted = divergence(reference, frozen_logits(build, alone, given))
-            # float32 sums of another order, and now and then an activation on a rounding boundary.
-            assert found.alone[name][width] == pytest.approx(wanted, rel=0.02, abs=1e-6), (name, width)
-    assert found.together[4] == pytest.approx(divergence(reference, frozen_logits(build, plan, given)), rel=0.02)
+            # float32 sums in another order, and now and then an activation at a rounding boundary.
+            assert losses.alone[name][width] == pytest.approx(wanted, rel=0.02, abs=1e-6), (name, width)
+    assert losses.together[4] == pytest.approx(divergence(reference, frozen_logits(build, chosen, given)), rel=0.02)
 
 
 def test_layers_before_the_weight_do_not_run_again() -> None:
     model, given = qwen(), batch()
-    plan = scheme.choose(model, GROUP)
+    chosen = scheme.choose_scheme(model, GROUP)
     ran: list[int] = []
-    for index, layer in enumerate(layer_sensitivity.decoder_layers(model)):
+    for index, layer in enumerate(decoder.decoder_layers(model)):
         layer.mlp.register_forward_hook(lambda module, args, out, index=index: ran.append(index))
-    head = {plan.head: {8: plan.weights[plan.head]}}
-    layer_sensitivity.probe(model, head, [given], ignore)
+    head = {chosen.head: {8: chosen.weights[chosen.head]}}
+    layer_sensitivity.measure_layers(model, head, [given], ignore)
     assert ran == [0, 1, 2, 0, 1, 2]  # the reference and all at once; none for the head alone
     ran.clear()
-    layer_sensitivity.probe(model, {UP: {4: plan.weights[UP]}}, [given], ignore)
+    layer_sensitivity.measure_layers(model, {UP: {4: chosen.weights[UP]}}, [given], ignore)
     assert ran == [0, 1, 2, 1, 2, 0, 1, 2]
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_probing_leaves_the_model_unchanged() -> None:
     model, given = tied_model(), batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         logits = model(input_ids=given.input_ids).logits
-    layer_sensitivity.probe(model, layer_sensitivity.candidates(scheme.choose(model, GROUP)), [given], ignore)
+    layer_sensitivity.measure_layers(
+        model, layer_sensitivity.candidate_schemes(scheme.choose_scheme(model, GROUP)), [given], ignore
+    )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         assert torch.equal(model(input_ids=given.input_ids).logits, logits)
 
 
-def test_rounding_the_embedding_leaves_the_head_that_shares_its_table() -> None:
+def test_rounding_the_embedding_does_not_round_the_head_tied_to_it() -> None:
     model = tied_model()
     table = model.lm_head.weight.detach().clone()
-    plan = scheme.choose(model, GROUP)
-    with layer_sensitivity.rounded(model, {plan.embedding: plan.weights[plan.embedding]}):
+    chosen = scheme.choose_scheme(model, GROUP)
+    with layer_sensitivity.fake_quantized(model, {chosen.embedding: chosen.weights[chosen.embedding]}):
         assert not torch.equal(model.model.embed_tokens.weight, table)
         assert torch.equal(model.lm_head.weight, table)
 
@@ -150,11 +149,11 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = tied_model()
     model.config.num_hidden_layers = 5
     with pytest.raises(ModelError, match="no list of 5 decoder layers"):
-        layer_sensitivity.decoder_layers(model)
+        decoder.decoder_layers(model)
 
 
-def made_up() -> Sensitivity:
-    """Four linears of one shape with costs that are easy to order, and tables that can only be int8."""
+def synthetic() -> Sensitivity:
+    """Four linear layers of one shape with costs that are easy to order, and tables that can only be int8."""
     small, large = weight_bytes(64, 64, 4, 32), weight_bytes(64, 64, 8, 32)
     kl = {
         ("q_proj", 0): (0.4, 0.1),
@@ -182,8 +181,8 @@ def test_sizes_of_a_weight() -> None:
     assert weight_bytes(576, 1536, 8, 32) == 576 * 1536 + 4 * 576
 
 
-def test_a_budget_raises_what_saves_most_first() -> None:
-    costs = made_up().costs
+def test_a_size_limit_raises_the_layers_that_save_most_first() -> None:
+    costs = synthetic().costs
     least = sum(min(c.size_bytes for c in by_bits.values()) for by_bits in costs.values()) + 1000
     extra = weight_bytes(64, 64, 8, 32) - weight_bytes(64, 64, 4, 32)
     for raised, names in enumerate([set(), {"0.q_proj"}, {"0.q_proj", "1.q_proj"}]):
@@ -197,8 +196,8 @@ def test_a_budget_raises_what_saves_most_first() -> None:
         bit_allocation.within_budget(costs, 1000, 0.001)
 
 
-def test_the_budget_is_kept_by_the_least_size_that_is_named() -> None:
-    costs = made_up().costs
+def test_the_least_size_named_in_the_error_can_be_met() -> None:
+    costs = synthetic().costs
     with pytest.raises(UsageError) as caught:
         bit_allocation.within_budget(costs, 1000, 0.0)
     named = float(re.findall(r"([\d.]+) MB", str(caught.value))[0])
@@ -206,8 +205,8 @@ def test_the_budget_is_kept_by_the_least_size_that_is_named() -> None:
     assert named * 1e6 == pytest.approx(bit_allocation.within_budget(costs, 1000, named).size_bytes, rel=1e-3)
 
 
-def test_a_limit_on_kl_raises_no_more_than_it_must() -> None:
-    costs = made_up().costs
+def test_a_kl_limit_raises_no_more_layers_than_needed() -> None:
+    costs = synthetic().costs
     assert eights(bit_allocation.within_kl(costs, 1000, 0.7)) == set()
     assert eights(bit_allocation.within_kl(costs, 1000, 0.4)) == {"0.q_proj"}
     assert eights(bit_allocation.within_kl(costs, 1000, 0.2)) == {"0.q_proj", "1.q_proj"}
@@ -219,8 +218,8 @@ def test_a_limit_on_kl_raises_no_more_than_it_must() -> None:
     assert bit_allocation.within_kl(costs, 1000, named).kl_nats <= named
 
 
-def test_the_frontier_falls_and_ends_where_everything_is_raised() -> None:
-    measured = made_up()
+def test_the_frontier_decreases_until_every_layer_is_raised() -> None:
+    measured = synthetic()
     points = frontier(measured.costs, measured.float_bytes)
     assert len(points) == 4
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(points))
@@ -228,8 +227,8 @@ def test_the_frontier_falls_and_ends_where_everything_is_raised() -> None:
     assert points[-1] == (last.size_bytes, pytest.approx(last.kl_nats))
 
 
-def test_the_file_gives_back_the_bits(tmp_path: Path) -> None:
-    choice = bit_allocation.within_kl(made_up().costs, 1000, 0.4)
+def test_bits_survive_their_file(tmp_path: Path) -> None:
+    choice = bit_allocation.within_kl(synthetic().costs, 1000, 0.4)
     bit_allocation.save_bits(tmp_path / "bits.yaml", choice)
     assert load_bits(tmp_path / "bits.yaml") == choice.bits
     document = yaml.safe_load((tmp_path / "bits.yaml").read_text())
@@ -253,10 +252,10 @@ def test_the_file_gives_back_the_bits(tmp_path: Path) -> None:
         ("bits: {a.b: true}", r"'bits.a.b' is True"),
         ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
         ("bits: {3: 8}", r"'bits.3'"),
-        ("bits:\n  a.b: 8\n  a.b: 4\n", "'a.b' stands there twice"),
+        ("bits:\n  a.b: 8\n  a.b: 4\n", "'a.b' is given twice"),
     ],
 )
-def test_a_bad_file_is_named_with_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_an_error_that_names_the_problem(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "b.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
@@ -264,21 +263,21 @@ def test_a_bad_file_is_named_with_what_is_wrong(text: str, message: str, tmp_pat
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_or_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere.yaml: no such file. `qat-edge sensitivity"):
         load_bits(tmp_path / "nowhere.yaml")
     with pytest.raises(UsageError, match="cannot be read"):
         load_bits(tmp_path)
 
 
-def test_shades_fall_by_the_logarithm() -> None:
+def test_shades_are_logarithmic() -> None:
     assert shade(1.0, 1.0) == SHADES and shade(0.9, 1.0) == SHADES
     assert shade(10**-DECADES, 1.0) == shade(1e-9, 1.0) == shade(0.0, 1.0) == 1
     assert 1 < shade(10 ** (-DECADES / 2), 1.0) < SHADES
 
 
-def test_the_plots_hold_every_layer_and_the_choice() -> None:
-    measured = made_up()
+def test_the_plots_show_every_layer_and_the_choice() -> None:
+    measured = synthetic()
     cells = [e for e in ET.fromstring(heat_map("h", measured, 4)).iter() if "heat" in e.get("class", "")]
     assert len(cells) == 4
     assert "layer 0, q_proj: 0.400 nats per token at 4 bits" in {title.text for e in cells for title in e}
@@ -287,7 +286,7 @@ def test_the_plots_hold_every_layer_and_the_choice() -> None:
 
 
 def test_the_page_is_self_contained_and_escaped() -> None:
-    hostile = dataclasses.replace(made_up(), model="<script>alert(1)</script>")
+    hostile = dataclasses.replace(synthetic(), model="<script>alert(1)</script>")
     page = render(hostile, bit_allocation.within_kl(hostile.costs, 1000, 0.4))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
@@ -295,8 +294,8 @@ def test_the_page_is_self_contained_and_escaped() -> None:
     assert "1 of 4 weights get 8 bits" in page
 
 
-def test_a_model_with_fewer_layers_of_one_kind_still_has_its_page() -> None:
-    measured = made_up()
+def test_a_model_without_decoder_layers_still_has_a_page() -> None:
+    measured = synthetic()
     tables = {name: weight for name, weight in measured.weights.items() if weight.layer is None}
     page = render(dataclasses.replace(measured, weights=tables, together={8: 0.002}), None)
     assert "all at 8 bits" in page and "<svg" not in page
@@ -308,7 +307,7 @@ def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH")
-    measured, picture = made_up(), tmp_path / "page.png"
+    measured, picture = synthetic(), tmp_path / "page.png"
     (tmp_path / "page.html").write_text(render(measured, bit_allocation.within_kl(measured.costs, 1000, 0.4)))
     done = subprocess.run(
         [
@@ -325,7 +324,7 @@ def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """A run folder whose FP32 fine-tune is a random model, so that nothing has to be trained."""
+    """A run folder whose FP32 fine-tune is a random model, so that no training is needed."""
     rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = Run(tmp_path / "run")
@@ -335,11 +334,11 @@ def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
     write_manifest(made.reference, "reference", model={"identity": {"name": "tiny"}})
     calls: list[Path] = []
 
-    def merged(adapter: Path, *args: Any) -> Merged:
+    def merged(adapter: Path, *args: Any) -> MergedModel:
         calls.append(adapter)
         model = tied_model()
-        plan = scheme.choose(model, GROUP)
-        return Merged(model=model, tokenizer=make_tokenizer(), scheme=plan, scales={})
+        chosen = scheme.choose_scheme(model, GROUP)
+        return MergedModel(model=model, tokenizer=make_tokenizer(), scheme=chosen, scales={})
 
     monkeypatch.setattr(sensitivity, "merged_model", merged)
     yield made
@@ -350,12 +349,12 @@ def call(run: Run, *arguments: str) -> Any:
     return CliRunner().invoke(commands.main, ["sensitivity", str(run.path), *arguments])
 
 
-def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_are_chosen_without_measuring_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = call(run, "--tokens", "128")
     assert first.exit_code == 0, first.output
     folder = run.path / "sensitivity"
     assert {p.name for p in folder.iterdir()} == {"sensitivity.json", "sensitivity.html", "manifest.json"}
-    measured = bit_allocation.read_measured(folder)
+    measured = bit_allocation.read_sensitivity(folder)
     assert measured.tokens == 128 and len(measured.weights) == 16
     assert measured.weights[DOWN].shape == (64, 128) and set(measured.weights[DOWN].costs) == {4, 8}
     assert set(measured.weights["lm_head"].costs) == {8}
@@ -369,34 +368,33 @@ def test_measured_once_then_picked_from(run: Run, monkeypatch: pytest.MonkeyPatc
     kl = sum(measured.costs[name][width].kl_nats for name, width in chosen.items())
     assert kl <= limit
     can = [name for name in chosen if len(measured.costs[name]) > 1]
-    said = f"{sum(chosen[name] == 8 for name in can)} of {len(can)} weights get 8 bits, "
-    assert said in second.stderr and "quantize" in second.stderr  # embedding and head have 8 bits in any case
+    summary = f"{sum(chosen[name] == 8 for name in can)} of {len(can)} weights get 8 bits, "
+    assert summary in second.stderr and "quantize" in second.stderr  # embedding and head always have 8 bits
     assert "get 8 bits" in (folder / "sensitivity.html").read_text()
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(listed) == {"sensitivity.json", "sensitivity.html", "bits.yaml"}
-    scheme.choose(tied_model(), GROUP, chosen)
+    scheme.choose_scheme(tied_model(), GROUP, chosen)
 
 
-def test_what_is_there_is_kept_unless_forced(run: Run) -> None:
+def test_an_earlier_measurement_is_kept_unless_forced(run: Run) -> None:
     assert call(run, "--tokens", "64").exit_code == 0
     again = call(run, "--tokens", "96")
     assert again.exit_code == 1 and "exists already" in again.output and "--max-size-mb" in again.output
     assert call(run, "--tokens", "96", "--force").exit_code == 0
-    assert bit_allocation.read_measured(run.path / "sensitivity").tokens == 96
+    assert bit_allocation.read_sensitivity(run.path / "sensitivity").tokens == 96
 
 
-def test_one_limit_and_one_that_can_be_kept(run: Run) -> None:
+def test_exactly_one_limit_that_can_be_met_is_accepted(run: Run) -> None:
     both = call(run, "--tokens", "64", "--max-kl", "1", "--max-size-mb", "1")
     assert both.exit_code == 2 and "--max-size-mb and --max-kl" in both.output
     assert not (run.path / "sensitivity").exists()
     little = call(run, "--tokens", "64", "--max-size-mb", "0.01")
     assert little.exit_code == 2 and "the least possible" in little.output
-    assert (
-        bit_allocation.read_measured(run.path / "sensitivity").tokens == 64
-    )  # minutes of measuring are not thrown away
+    # Minutes of measuring are not thrown away.
+    assert bit_allocation.read_sensitivity(run.path / "sensitivity").tokens == 64
 
 
-def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:
+def test_a_measurement_of_another_fine_tune_and_a_damaged_one_are_refused(run: Run) -> None:
     sensitivity.sensitivity(run, SensitivityOptions(tokens=64))
     path = run.path / "sensitivity/sensitivity.json"
     whole = path.read_text()
@@ -409,9 +407,9 @@ def test_another_fine_tune_and_a_damaged_file_are_found(run: Run) -> None:
         sensitivity.sensitivity(run, SensitivityOptions(tokens=64, max_kl=9.0))
 
 
-def test_too_little_data(run: Run) -> None:
+def test_too_few_training_tokens_are_an_error(run: Run) -> None:
     with pytest.raises(
-        DataError, match=r"train.jsonl: 40 rows hold \d+ tokens, --tokens asks for 50000: \d+ are missing"
+        DataError, match=r"train.jsonl: 40 rows have \d+ tokens, --tokens requests 50000: \d+ are missing"
     ):
         sensitivity.sensitivity(run, SensitivityOptions(tokens=50_000))
     assert not (run.path / "sensitivity").exists()

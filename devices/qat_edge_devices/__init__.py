@@ -1,11 +1,29 @@
-"""Devices: a transport reaches the machine, a runtime runs one kind of artifact there.
+"""Devices: a transport reaches the machine, a runtime runs an artifact on it.
 
-No implementation is imported here.
+    with contextlib.closing(open_transport("local")) as transport:
+        runtime = open_runtime("executorch", transport, threads=2)
+        runtime.prepare(Path("runs/demo/exports/executorch"))
+        timed = runtime.speed(prefill=128, decode=64, repeats=5)
 
-with contextlib.closing(open_transport("local")) as transport:
-    runtime = open_runtime("executorch", transport, threads=2)
-    runtime.prepare(Path("runs/demo/exports/executorch"))
-    speed = runtime.speed(prefill=128, decode=64, repeats=5)
+The modules in the order in which `validate --device ssh:...` goes through them:
+
+    transport.py      interface of a transport (push, run, pull, info, cancel, close) and its data classes
+    ssh.py, adb.py    command lines that reach a device's shell, and advice when they fail
+    session.py        one connection: create the work folder, reconnect, retry, report what was done
+    shell.py          POSIX shell scripts sent to a device, and their encoding
+    remote.py         the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
+    process.py        start local programs (ssh and adb among them) so that they end with their children
+    local.py          the transport of this machine
+    mock.py           a transport in memory, for tests
+    runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
+    runtimes/         the runtimes: send the agent or a native runner, write requests, read results
+    agent/            the Python program that is sent to the device and runs the artifact there
+    device_errors.py  the tree of errors
+    profiles/         gates and options for types of devices, read by `--device-profile`
+
+Importing this package imports no implementation, and nothing here imports torch, numpy or `qat_edge`. Only the agent
+needs more than the standard library, on the device: numpy and a runtime (executorch with torch,
+executorch-numpy-runtime, onnxruntime or onnxruntime-genai).
 """
 
 from __future__ import annotations
@@ -27,19 +45,21 @@ TRANSPORTS = {
     "adb": "qat_edge_devices.adb:open_adb",
 }
 RUNTIMES = {
-    "executorch": "qat_edge_devices.runtimes.executorch_runtime:ExecuTorchRuntime",
-    "onnx": "qat_edge_devices.runtimes.onnx_runtime:OnnxRuntime",
+    "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",
+    "onnx": "qat_edge_devices.runtimes.agent_runtime:OnnxRuntime",
 }
 
 
 def open_transport(device: str, access: Access | None = None) -> Transport:
-    """The device that `device` names, connected: a transport, and after a colon the address it needs.
+    """Connect to a device.
 
-    "local"; "ssh:pi@kitchen", "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL",
-    "adb:192.168.1.20:5555".
+    Args:
+        device: name of a transport, followed by a colon and the address if it takes one: "local"; "ssh:pi@kitchen",
+            "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL", "adb:192.168.1.20:5555".
+        access: settings besides the address.
 
     Raises:
-        UnknownNameError: no such transport; the message lists those there are.
+        UnknownNameError: no such transport; the message lists the known ones.
         TransportError: the device cannot be reached or used.
     """
     name, _, address = device.partition(":")
@@ -50,17 +70,24 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
 def open_runtime(
     target: str, transport: Transport, threads: int, progress: Callable[[int, int], None] | None = None
 ) -> Runtime:
-    """What runs artifacts of `target` on the device behind `transport`; `progress` is called as (done, total).
+    """Return the runtime that runs artifacts of `target` on the device behind `transport`.
+
+    Args:
+        target: export target, a key of `RUNTIMES`.
+        transport: an open connection; it stays the caller's to close.
+        threads: CPUs that a process on the device may use.
+        progress: called as (done, total) while a request runs.
 
     Raises:
-        UnknownNameError: nothing runs artifacts of that target; the message lists those that can be run.
+        UnknownNameError: no runtime runs artifacts of that target; the message lists the known ones.
     """
     runtime: Runtime = _resolve("runtime", RUNTIMES, target)(transport, threads, progress=progress)
     return runtime
 
 
-def _resolve(kind: str, table: dict[str, str], name: str) -> Any:
+def _resolve(table_name: str, table: dict[str, str], name: str) -> Any:
+    """Import the function or class that `table` lists under `name` as "module:attribute"."""
     if name not in table:
-        raise UnknownNameError(f"'{name}' is no {kind}. Known: {', '.join(sorted(table))}.")
+        raise UnknownNameError(f"'{name}' is not a known {table_name}. Known: {', '.join(sorted(table))}.")
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

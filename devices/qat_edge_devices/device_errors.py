@@ -1,65 +1,65 @@
-"""What can go wrong between this machine and a device. Callers translate the root of the tree once.
+"""Errors of the device layer. The toolkit catches the root, `DeviceLayerError`, in one place per command.
 
-DeviceError                  names the device
-├── UnknownNameError         a transport or runtime that no table lists
-├── TransportError           a device that cannot be reached, a file that cannot be sent or brought back
-│   ├── ConnectionLostError  ... the connection ended in the middle; tried again before it is reported
-│   ├── RoomError            ... disk or memory of the device cannot hold what was to be sent
-│   └── IntegrityError       ... what lies on the device is not what was sent
-├── UnsuitableError          a device that no runtime of ours was built for
-├── DeviceTimeoutError       a program ran past its time and was stopped
-├── CancelledError           somebody asked for the end, as Ctrl-C does
-├── ProgramError             a program on the device failed: exit code, last lines it wrote
-│   ├── KilledError          ... ended by a signal, as when memory ran out
-│   ├── MissingPackageError  ... lacks a Python package, named as pip knows it
-│   └── RefusedError         ... says that the artifact or the request cannot be run
-└── ResultError              a program ended well and left results that cannot be read
+DeviceLayerError               the message names the device
+├── UnknownNameError           a transport or runtime that is in no table
+├── TransportError             the device cannot be reached, or a file cannot be sent or brought back
+│   ├── ConnectionLostError    ... the connection ended midway; retried before it is reported
+│   ├── CapacityError          ... the device's disk or memory is too small for the files
+│   └── IntegrityError         ... a file on the device differs from the one that was sent
+├── UnsupportedDeviceError     no runtime is built for the device's processor or system
+├── DeviceTimeoutError         a program exceeded its time limit and was stopped
+├── CancelledError             the work was cancelled, as Ctrl-C does
+├── ProgramError               a program on the device failed: exit code, last lines of its stderr
+│   ├── KilledError            ... it was ended by a signal, for example when memory ran out
+│   ├── MissingPackageError    ... a Python package is missing; the message has its name on PyPI
+│   └── RequestRejectedError   ... the runtime cannot run this artifact or this request
+└── ResultError                a program succeeded but its results cannot be read
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-TAIL_LINES = 8
+TAIL_LINES = 8  # of a program's stderr, quoted in a message
 
 
-class DeviceError(Exception):
+class DeviceLayerError(Exception):
     """Base of all errors of this package; the message is written for the user."""
 
 
-class UnknownNameError(DeviceError):
-    """No transport or runtime of that name."""
+class UnknownNameError(DeviceLayerError):
+    """There is no transport or runtime of that name."""
 
 
-class TransportError(DeviceError):
+class TransportError(DeviceLayerError):
     """The device, a file on it or a program on it cannot be reached."""
 
 
 class ConnectionLostError(TransportError):
-    """The connection ended while something was under way."""
+    """The connection ended while something was in progress."""
 
 
-class RoomError(TransportError):
-    """The device's disk or memory cannot hold what was to be sent."""
+class CapacityError(TransportError):
+    """The device's disk or memory is too small for the files to be sent."""
 
 
 class IntegrityError(TransportError):
-    """What lies on the device is not what was sent."""
+    """A file on the device differs from the one that was sent."""
 
 
-class UnsuitableError(DeviceError):
-    """The device's processor or system cannot run what was asked."""
+class UnsupportedDeviceError(DeviceLayerError):
+    """The device's processor or system cannot run the requested program."""
 
 
-class CancelledError(DeviceError):
-    """The work was stopped from outside."""
+class CancelledError(DeviceLayerError):
+    """The work was cancelled from outside."""
 
 
-class DeviceTimeoutError(DeviceError):
-    """A program was stopped because it ran past the time it was given."""
+class DeviceTimeoutError(DeviceLayerError):
+    """A program was stopped because it exceeded its time limit."""
 
 
-class ProgramError(DeviceError):
+class ProgramError(DeviceLayerError):
     """A program on the device failed."""
 
 
@@ -71,20 +71,20 @@ class MissingPackageError(ProgramError):
     """The device's Python lacks a package."""
 
 
-class RefusedError(ProgramError):
-    """The runtime on the device cannot do what was asked."""
+class RequestRejectedError(ProgramError):
+    """The runtime on the device cannot run this artifact or this request."""
 
 
-class ResultError(DeviceError):
+class ResultError(DeviceLayerError):
     """Results are missing or cannot be read."""
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """`argv` as a person would read it."""
+    """Join `argv` for a message. Nothing is quoted: this is for people, not for a shell."""
     return " ".join(argv)
 
 
 def tail(stderr: str) -> str:
-    """The last lines of `stderr`, indented, for the end of a message."""
+    """Return the last lines of `stderr`, indented, to end an error message with."""
     lines = [line for line in stderr.splitlines() if line.strip()][-TAIL_LINES:]
     return "".join(f"\n  {line}" for line in lines) if lines else " It wrote nothing to stderr."

@@ -1,4 +1,4 @@
-"""Run programs of this machine so that they, and whatever they started, end when we say so."""
+"""Start programs on this machine so that they, and all their children, end when they should."""
 
 from __future__ import annotations
 
@@ -9,19 +9,39 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from qat_edge_devices.device_errors import CancelledError, DeviceTimeoutError, TransportError, command_line, tail
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.transport import CompletedProgram
 
-Feed = Callable[[IO[bytes]], None]
-Drain = Callable[[IO[bytes]], None]
-FEEDER_ENDS_S = 5.0  # a feeder whose reader is gone meets a broken pipe at its next write
+Feed = Callable[[IO[bytes]], None]  # writes to the stdin of a program
+Drain = Callable[[IO[bytes]], None]  # reads the stdout of a program
+FEEDER_ENDS_S = 5.0  # once its reader is gone, a feeder fails with a broken pipe at its next write
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Everything that `subprocess.Popen` needs to start one program.
+
+    Attributes:
+        argv: program and arguments.
+        stderr: file descriptor, or subprocess.PIPE.
+        has_stdin: whether its stdin is a pipe; empty otherwise.
+        env: variables added to this process's environment.
+        cwd: folder it starts in; None for the current one.
+    """
+
+    argv: Sequence[str]
+    stderr: int
+    has_stdin: bool
+    env: Mapping[str, str] | None = None
+    cwd: Path | None = None
 
 
 class Launcher:
-    """Starts the programs of one device. `cancel`, from any thread, ends them and lets no other start."""
+    """Starts the programs of one device. `cancel`, from any thread, ends them and prevents further starts."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -40,34 +60,46 @@ class Launcher:
         feed: Feed | None = None,
         drain: Drain | None = None,
         shown: Sequence[str] | None = None,
-    ) -> Completed:
-        """Run `argv` in a process group of its own; the group is killed on timeout and on any exception.
+    ) -> CompletedProgram:
+        """Run `argv` in its own process group, which is killed on timeout and on any exception.
 
-        feed: writes to stdin from another thread, and closes it where the program is to see its end; without one
-        stdin is empty. drain: reads stdout, which is then not in the answer; otherwise `on_line` sees its lines.
-        shown: what messages call the program, where not `argv`.
+        Args:
+            argv: program and arguments.
+            timeout_s: time limit in seconds.
+            env: variables added to its environment.
+            cwd: folder it starts in.
+            on_line: called with each line of stdout.
+            feed: writes to stdin from another thread, and closes it if the program is to see the end; without one,
+                stdin is empty.
+            drain: reads stdout, which is then missing from the result.
+            shown: command line for messages, if not `argv`.
 
         Raises:
-            DeviceTimeoutError: it ran past `timeout_s` seconds.
+            DeviceTimeoutError: it exceeded `timeout_s` seconds.
             CancelledError: `cancel` was called.
             TransportError: there is no such program, or it cannot be started.
         """
-        expired, lines = threading.Event(), list[str]()
+        expired = threading.Event()
+        # A file, not a pipe: nobody has to read stderr while stdout is being read.
         with tempfile.TemporaryFile("w+b") as stderr:
-            started = self._started(argv, env, cwd, stderr.fileno(), feed is not None)
-            with started as process, _attended(process, timeout_s, expired, feed):
-                if process.stdout is not None:
-                    drain(process.stdout) if drain else lines.extend(_read_lines(process.stdout, on_line))
+            start = _Start(argv, stderr.fileno(), feed is not None, env, cwd)
+            with self._started(start) as process, _supervised(process, timeout_s, expired, feed):
+                output = _read_output(process, on_line, drain)
                 process.wait()
             stderr.seek(0)
             errors = stderr.read().decode(errors="replace")
-        self._check(shown or argv, timeout_s, expired, errors)
-        return Completed(process.returncode, "".join(lines), errors)
+
+        # A killed program looks like a failed one, so the reasons of this side come first.
+        self._raise_if_stopped(shown or argv, timeout_s, expired, errors)
+        return CompletedProgram(process.returncode, output, errors)
 
     def hold(self, argv: Sequence[str], first: bytes) -> subprocess.Popen[bytes]:
-        """Start `argv`, give it `first` and keep its stdin open: it is to end once that closes, as when we die."""
-        self._check_cancelled()
-        process = _start(self.device, argv, None, None, subprocess.PIPE, feeds=True)
+        """Start `argv`, write `first` to its stdin, and leave it running.
+
+        The program should exit when its stdin closes, which happens even if this process is killed.
+        """
+        self._raise_if_cancelled()
+        process = _popen(self.device, _Start(argv, subprocess.PIPE, has_stdin=True))
         if process.stdin is not None:
             with suppress(BrokenPipeError):
                 process.stdin.write(first)
@@ -75,28 +107,29 @@ class Launcher:
         return process
 
     def cancel(self) -> None:
-        """End what runs; whoever waits for it gets a CancelledError."""
+        """Kill running programs; callers that wait for one get a CancelledError."""
+        # Set first: a program that is starting now sees it, or is in the set below.
         self._cancelled.set()
         with self._lock:
             for process in self._running:
                 _kill_group(process)
 
     def pause(self, seconds: float) -> None:
-        """Wait, unless `cancel` is called.
+        """Wait for `seconds`, or until `cancel` is called.
 
         Raises:
-            CancelledError: it was.
+            CancelledError: `cancel` was called.
         """
         self._cancelled.wait(seconds)
-        self._check_cancelled()
+        self._raise_if_cancelled()
 
     @contextmanager
-    def _started(
-        self, argv: Sequence[str], env: Mapping[str, str] | None, cwd: Path | None, stderr: int, feeds: bool
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        with self._lock:  # between the check and the entry no cancel may pass unseen
-            self._check_cancelled()
-            process = _start(self.device, argv, env, cwd, stderr, feeds)
+    def _started(self, start: _Start) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a program that `cancel` can kill; close its pipes and wait for it at the end."""
+        # Under the lock, so that a cancel between the check and the registration is not missed.
+        with self._lock:
+            self._raise_if_cancelled()
+            process = _popen(self.device, start)
             self._running.add(process)
         try:
             yield process
@@ -109,60 +142,75 @@ class Launcher:
                         pipe.close()
             process.wait()
 
-    def _check(self, argv: Sequence[str], timeout_s: float, expired: threading.Event, errors: str) -> None:
-        self._check_cancelled()
+    def _raise_if_stopped(self, argv: Sequence[str], timeout_s: float, expired: threading.Event, errors: str) -> None:
+        self._raise_if_cancelled()
         if expired.is_set():
             raise DeviceTimeoutError(
-                f"{self.device}: `{command_line(argv)}` ran past {timeout_s:g} s and was stopped. Ask for less, or "
+                f"{self.device}: `{command_line(argv)}` ran past {timeout_s:g} s and was stopped. Request less, or "
                 f"allow more time. Last lines of its stderr:{tail(errors)}"
             )
 
-    def _check_cancelled(self) -> None:
+    def _raise_if_cancelled(self) -> None:
         if self._cancelled.is_set():
-            raise CancelledError(f"{self.device}: stopped, as was asked.")
+            raise CancelledError(f"{self.device}: cancelled.")
 
 
-def _start(
-    device: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: Path | None, stderr: int, feeds: bool
-) -> subprocess.Popen[bytes]:
+def _popen(device: str, start: _Start) -> subprocess.Popen[bytes]:
     try:
-        # A session of its own: Ctrl-C reaches only us, and one killpg reaches every child.
         return subprocess.Popen(
-            argv, stdin=subprocess.PIPE if feeds else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
-            cwd=cwd, env={**os.environ, **(env or {})}, start_new_session=True,
-        )  # fmt: skip
+            start.argv,
+            stdin=subprocess.PIPE if start.has_stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=start.stderr,
+            cwd=start.cwd,
+            env={**os.environ, **(start.env or {})},
+            # Its own session: Ctrl-C reaches only this process, and one killpg reaches every child.
+            start_new_session=True,
+        )
     except OSError as error:
         raise TransportError(
-            f"{device}: `{command_line(argv)}` cannot be started ({error.strerror}). Check that "
-            f"{argv[0]} exists there and may be executed."
+            f"{device}: `{command_line(start.argv)}` cannot be started ({error.strerror}). Check that "
+            f"{start.argv[0]} exists there and is executable."
         ) from error
 
 
-def _read_lines(stdout: IO[bytes], on_line: Callable[[str], None] | None) -> Iterator[str]:
-    for raw in stdout:
+def _read_output(process: subprocess.Popen[bytes], on_line: Callable[[str], None] | None, drain: Drain | None) -> str:
+    """Read stdout to its end; return it, or "" if `drain` read it."""
+    if process.stdout is None:
+        return ""
+    if drain is not None:
+        drain(process.stdout)
+        return ""
+    lines = []
+    for raw in process.stdout:
         line = raw.decode(errors="replace")
+        lines.append(line)
         if on_line is not None:
             on_line(line.rstrip("\n"))
-        yield line
+    return "".join(lines)
 
 
 def _feed(process: subprocess.Popen[bytes], feed: Feed | None) -> None:
-    if feed is not None and process.stdin is not None:
-        try:
-            feed(process.stdin)
-        except (OSError, ValueError):  # the program ended first, or a file cannot be read: it sees the end, and says so
-            with suppress(OSError, ValueError):
-                process.stdin.close()
+    """Run `feed` on the stdin of a program: the body of the feeder thread."""
+    if feed is None or process.stdin is None:
+        return
+    try:
+        feed(process.stdin)
+    except (OSError, ValueError):
+        # The program ended first, or a file cannot be read. Closed, so that the program sees the end and reports it.
+        with suppress(OSError, ValueError):
+            process.stdin.close()
 
 
 @contextmanager
-def _attended(
+def _supervised(
     process: subprocess.Popen[bytes], timeout_s: float, expired: threading.Event, feed: Feed | None
 ) -> Iterator[None]:
-    """Fed, and killed after `timeout_s` or when the block is left."""
+    """Feed `process`, and kill its group after `timeout_s` or when the block is left."""
     timer = threading.Timer(timeout_s, _expire, (process, expired))
     feeder = threading.Thread(target=_feed, args=(process, feed), daemon=True)
     timer.start()
+    # In a thread, because a program may fill its stdout before it has read all of its stdin.
     feeder.start()
     try:
         yield
@@ -178,6 +226,6 @@ def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # Also after a normal end: a child left behind would keep its CPU, and its files in the work folder.
+    # Also after a normal exit: a child left behind would keep using its CPU, and files in the work folder.
     with suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM for a group of zombies
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,12 +1,14 @@
-"""A device behind a shell: what ssh and adb have in common.
+"""Transport to a device through its shell: everything that ssh and adb have in common.
 
-On the device, below a root folder of ours:
+Folders on the device, below the root folder of qat-edge:
 
-    cache/SHA256     contents sent before, each under its own digest, read-only; complete and checked, or not there
-    runs/ID          the work folder, made new for each connection
+    cache/SHA256     files sent before, named by their digest, read-only; only complete and verified files are here
+    runs/ID          the work folder of one connection, removed at its end (see `session`)
 
-A shell on the device holds the work folder: it waits for the end of its stdin, then ends what still runs there and
-removes the folder, whether we closed the connection, died, or the cable was pulled. Nothing else is ever removed.
+A file goes to the cache once and is then hard-linked into each work folder, so a second run sends only what changed.
+`push` in steps: compare a few sampled blocks with the cache (cheap), hash the files whose samples are there, send the
+others, verify what arrived by a salted sha256, and link. The salt makes the device read the file: a digest that was
+computed before does not help.
 """
 
 from __future__ import annotations
@@ -28,28 +30,38 @@ from typing import IO
 
 from qat_edge_devices import shell
 from qat_edge_devices.device_errors import (
+    CapacityError,
     ConnectionLostError,
-    DeviceError,
+    DeviceLayerError,
     IntegrityError,
-    RoomError,
     TransportError,
     command_line,
 )
 from qat_edge_devices.process import Feed
 from qat_edge_devices.session import SCRIPT_TIMEOUT_S, Session
 from qat_edge_devices.shell import Script
-from qat_edge_devices.transport import Access, Completed, DeviceInfo, inside, kilobytes
+from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, parse_kilobytes, work_path
 
 CACHE_BYTES = 64 * 1024  # smaller files are sent each time
-MARGIN_BYTES = 32 * 1024**2  # of disk that is to stay free: room for requests and results
-SAMPLED_BLOCKS = 8  # of a file; weights that were trained again differ in some
-SLOWEST_BYTES_PER_S = 100_000  # a transfer is given up below this
+MARGIN_BYTES = 32 * 1024**2  # disk space to keep free, for requests and results
+SAMPLED_BLOCKS = 8  # per file; some differ if weights were trained again
+SLOWEST_BYTES_PER_S = 100_000  # a slower transfer is aborted
 SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
+COPY_BYTES = 1024 * 1024  # read and written at once
+DEVICE_TIMEOUT_MARGIN_S = 30  # after the time limit, the device ends a program by itself
 
 
 @dataclass(frozen=True)
 class Content:
-    """One file to be at `remote`. local: no link. data: its bytes, where it is not for the cache."""
+    """One local file to be placed on the device.
+
+    Attributes:
+        remote: its name in the work folder.
+        local: the file, links resolved.
+        size: in bytes.
+        mtime_ns: time of its last change.
+        data: its bytes if it is too small for the cache or must not be kept; None for a file of the cache.
+    """
 
     remote: str
     local: Path
@@ -58,48 +70,51 @@ class Content:
     data: bytes | None
 
     def digest(self) -> str:
-        """Its sha256; the first to ask for that of a large file waits until it is read."""
+        """Return its sha256. The first call for a large file reads it whole."""
         return self._hash().hexdigest()
 
-    def salted(self, word: str) -> str:
-        """That of it and a word after it."""
-        plain = self._hash().copy()
-        plain.update(word.encode())
-        return plain.hexdigest()
+    def salted_digest(self, salt: str) -> str:
+        """Return the sha256 of its bytes followed by `salt`."""
+        salted = self._hash().copy()
+        salted.update(salt.encode())
+        return salted.hexdigest()
 
     def blocks(self) -> list[int]:
-        """Which are looked at before the whole file is."""
-        return [index * (self.size // shell.BLOCK_BYTES) // SAMPLED_BLOCKS for index in range(SAMPLED_BLOCKS)]
+        """Return the indices of the blocks that are compared before the whole file is."""
+        blocks = self.size // shell.BLOCK_BYTES
+        return [index * blocks // SAMPLED_BLOCKS for index in range(SAMPLED_BLOCKS)]
 
     def sample(self) -> str:
-        """The sha256 of `blocks`, "" where the file cannot be read any more."""
-        found = hashlib.sha256()
+        """Return the sha256 of `blocks`, or "" if the file can no longer be read."""
+        sampled = hashlib.sha256()
         with suppress(OSError), self.local.open("rb") as file:
             for block in self.blocks():
                 file.seek(block * shell.BLOCK_BYTES)
-                found.update(file.read(shell.BLOCK_BYTES))
-            return found.hexdigest()
+                sampled.update(file.read(shell.BLOCK_BYTES))
+            return sampled.hexdigest()
         return ""
 
     def _hash(self) -> hashlib._Hash:
-        if self.data is not None:  # the file may be gone by the time this is sent again
+        # From memory where possible: a request file is deleted before a new connection sends it again.
+        if self.data is not None:
             return hashlib.sha256(self.data)
-        return _hashed(self.local, self.size, self.mtime_ns)
+        return _hash_file(self.local, self.size, self.mtime_ns)
 
 
 class RemoteTransport(Session):
-    """A `Transport` over a session; ssh and adb fill in how it is reached."""
+    """A `Transport` over a session. ssh and adb define how the device is reached."""
 
     def __init__(self, name: str, access: Access) -> None:
         super().__init__(name, access)
         self._sent: dict[str, Content] = {}
 
     def push(self, files: Mapping[str, Path], keep: bool = True) -> None:
-        """Send what the device's cache lacks, check it there, and give it its names; see `Transport.push`."""
-        contents = [self._content(remote, local, keep) for remote, local in self._expanded(files)]
-        names = ", ".join(c.remote for c in contents)
-        self.trying(f"send {names}", lambda: self._push(contents))
-        self._sent |= {c.remote: c for c in contents}
+        """Send the files that the device's cache lacks, verify them and link all; see `Transport.push`."""
+        contents = [self._content(remote, local, keep) for remote, local in self._files_below(files)]
+        names = ", ".join(content.remote for content in contents)
+        self.with_retries(f"send {names}", lambda: self._push(contents))
+        # Remembered for `restore`, should the connection be lost later.
+        self._sent |= {content.remote: content for content in contents}
 
     def run(
         self,
@@ -107,18 +122,21 @@ class RemoteTransport(Session):
         timeout_s: float,
         env: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] | None = None,
-    ) -> Completed:
-        """Run a program in the work folder; see `Transport.run`. Above 128, the exit code is a signal's."""
-        if any("\0" in word for word in argv):
-            raise TransportError(f"{self.name}: an argument of `{command_line(argv)}` holds a NUL character.")
-        with self.undertaking(f"run `{command_line(argv)}`"):
-            self.reach()
-            # The device ends the program by itself a little later, should nobody be left to tell it.
-            variables = {"limit": str(int(timeout_s) + 30)}
-            script = self.script(shell.RUN, variables, argv, env)
-            completed = self.send_script(script, timeout_s, feed=_opening(script), on_line=on_line, shown=argv)
+    ) -> CompletedProgram:
+        """Run a program in the work folder; see `Transport.run`. An exit code above 128 stands for a signal."""
+        if any("\0" in argument for argument in argv):
+            raise TransportError(f"{self.name}: an argument of `{command_line(argv)}` contains a NUL character.")
+
+        with self.recorded_step(f"run `{command_line(argv)}`"):
+            self.ensure_connected()
+            # The device has a limit of its own, in case this process dies before it can stop the program.
+            variables = {"limit": str(int(timeout_s) + DEVICE_TIMEOUT_MARGIN_S)}
+            script = self.script(shell.RUN_PROGRAM, variables, argv, env)
+            completed = self.send_script(script, timeout_s, feed=_open_feed(script), on_line=on_line, shown=argv)
             if completed.returncode:
-                self._require_held()  # else the holder lost its connection first, and ended the program as it should
+                # If the holder lost its connection first, it killed the program: that is no failure of the program.
+                self._require_connection()
+
         if completed.returncode == shell.EXIT_ABSENT:
             raise TransportError(
                 f"{self.name}: `{command_line(argv)}` cannot be started: there is no {argv[0]} on the device. "
@@ -127,132 +145,157 @@ class RemoteTransport(Session):
         return completed
 
     def pull(self, remote: str, local: Path) -> None:
-        """Bring a file or a folder to `local`, streamed; see `Transport.pull`."""
-        place = inside(self.name, remote).as_posix()
-        with self.undertaking(f"bring back {remote}"), _temporary(local.parent) as folder:
-            self._require_held()  # a new connection has a new work folder, without what programs wrote
-            faults: list[str] = []
-            script = self.script(shell.PULL, {}, [place])
-            timeout_s = SCRIPT_TIMEOUT_S + self.used_bytes(place) / SLOWEST_BYTES_PER_S
+        """Bring a file or a folder to `local`, streamed as a tar archive; see `Transport.pull`."""
+        path = work_path(self.name, remote).as_posix()
+        with self.recorded_step(f"bring back {remote}"), _temporary_folder(local.parent) as folder:
+            # No reconnection here: a new work folder would not have the results.
+            self._require_connection()
+
+            errors: list[str] = []
+            script = self.script(shell.PULL, {}, [path])
+            timeout_s = SCRIPT_TIMEOUT_S + self.used_bytes(path) / SLOWEST_BYTES_PER_S
             completed = self.send_script(
-                script, timeout_s, drain=lambda out: _unpack(script, out, folder, faults), control=True
+                script, timeout_s, drain=lambda stdout: _unpack(script, stdout, folder, errors), is_short=True
             )
-            if completed.returncode or faults:
-                self._require_held()
-                said = completed.stderr.strip() or "; ".join(faults)
-                raise TransportError(f"{self.name}: {remote} cannot be brought back to {local} ({said}).")
-            (folder / place).rename(local)
+
+            if completed.returncode or errors:
+                self._require_connection()
+                reason = completed.stderr.strip() or "; ".join(errors)
+                raise TransportError(f"{self.name}: {remote} cannot be brought back to {local} ({reason}).")
+            (folder / path).rename(local)
 
     def info(self) -> DeviceInfo:
-        """What the machine says about itself."""
-        return self.trying("ask for the machine", self._info)
+        """Describe the machine."""
+        return self.with_retries("read the machine's description", self._info)
 
     def restore(self) -> None:
-        """Files of the cache are given their names again; only small ones are sent."""
+        """Link files of the cache into the new work folder; only small files are sent again."""
         if self._sent:
             self._push(list(self._sent.values()))
 
-    def send_file(self, local: Path, size: int, place: str) -> None:
-        """Write the bytes of `local` to `place` on the device, through stdin of a shell there."""
-        script = self.script(shell.RECEIVE, {}, [place])
+    def send_file(self, local: Path, size: int, destination: str) -> None:
+        """Write the bytes of `local` to the path `destination` on the device, through stdin of a shell."""
+        script = self.script(shell.RECEIVE, {}, [destination])
 
         def feed(stdin: IO[bytes]) -> None:
             stdin.write(script.line())
             with local.open("rb") as file:
-                shutil.copyfileobj(file, stdin, 1024 * 1024)
+                shutil.copyfileobj(file, stdin, COPY_BYTES)
             stdin.close()
 
-        completed = self.send_script(script, transfer_timeout_s(size), feed=feed, control=True)
+        completed = self.send_script(script, transfer_timeout_s(size), feed=feed, is_short=True)
         self.check(completed, f"{local.name} cannot be sent")
 
-    def _require_held(self) -> None:
-        if not self.is_held():
+    def used_bytes(self, path: str) -> int:
+        """Return the size of `path` in the work folder, as the device's `du` reports it; 0 if it does not."""
+        return parse_kilobytes(self.run_script(shell.USED_KILOBYTES, [path])) or 0
+
+    def _require_connection(self) -> None:
+        if not self.is_connected():
             raise ConnectionLostError(f"{self.name}: the connection was lost.")
 
     # --- files ---------------------------------------------------------------------------------------------
 
-    def _expanded(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
-        """Every file, folders taken apart."""
+    def _files_below(self, files: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+        """Yield (name on the device, local file) of every file, folders expanded."""
         for remote, local in files.items():
-            place = inside(self.name, remote)
+            path = work_path(self.name, remote)
             if not local.is_dir():
-                yield place.as_posix(), local
+                yield path.as_posix(), local
                 continue
-            for path in sorted(local.rglob("*")):
-                if path.is_file():
-                    yield (place / PurePosixPath(path.relative_to(local).as_posix())).as_posix(), path
+            for child in sorted(local.rglob("*")):
+                if child.is_file():
+                    yield (path / PurePosixPath(child.relative_to(local).as_posix())).as_posix(), child
 
     def _content(self, remote: str, local: Path, keep: bool) -> Content:
         try:
-            found = local.stat()
+            status = local.stat()
+            is_cached = keep and status.st_size >= CACHE_BYTES
             with local.open("rb") as file:
-                data = None if keep and found.st_size >= CACHE_BYTES else file.read()
-            # A link may be gone by the time a new connection asks for the file again.
-            return Content(remote, local.resolve(), found.st_size, found.st_mtime_ns, data)
+                data = None if is_cached else file.read()
+            # Resolved: a link may be gone by the time a new connection needs the file again.
+            return Content(remote, local.resolve(), status.st_size, status.st_mtime_ns, data)
         except OSError as error:
             raise TransportError(f"{self.name}: {local} cannot be sent ({error.strerror}).") from error
 
     def _push(self, contents: Sequence[Content]) -> None:
-        large = [c for c in contents if c.data is None]
-        small = [c for c in contents if c.data is not None]
-        disk, *samples = self._stock(large)
-        # A file whose sample is not there need not be hashed to be missed.
-        known = [c for c in large if samples and c.sample() in samples]
-        digests = self._digests((self._cached(c) for c in known), sum(c.size for c in known))
-        held = {c.local for c, found in zip(known, digests, strict=True) if found == c.salted(self.word)}
-        missing = {c.local: c for c in large if c.local not in held}
-        self._check_room(sum(c.size for c in (*missing.values(), *small)), _free_disk(disk))
+        large = [content for content in contents if content.data is None]
+        small = [content for content in contents if content.data is not None]
+        disk, *samples = self._list_cache(large)
+
+        # A file whose sample is not in the cache is certainly missing: no need to hash it first.
+        candidates = [content for content in large if samples and content.sample() in samples]
+        digests = self._hash_on_device((self._cached(c) for c in candidates), sum(c.size for c in candidates))
+        cached = {
+            content.local
+            for content, digest in zip(candidates, digests, strict=True)
+            if digest == content.salted_digest(self.salt)
+        }
+        # By local file: one that goes to several names is sent once.
+        missing = {content.local: content for content in large if content.local not in cached}
+
+        self._check_free_disk(sum(content.size for content in (*missing.values(), *small)), _free_disk_bytes(disk))
         for content in missing.values():
-            self._send_to_cache(content, [c for c in large if c.local == content.local])
-        if held:
-            self._place(shell.PLACE, [], [c for c in large if c.local in held])
-        for content in small:
-            self._send_small(content)
-        found = self._digests((f"{self.folder}/{c.remote}" for c in small), sum(c.size for c in small))
-        for content, digest in zip(small, found, strict=True):
-            self._require_equal(content, digest)
+            self._send_to_cache(content, [other for other in large if other.local == content.local])
+        if cached:
+            self._link(shell.LINK_FROM_CACHE, [], [content for content in large if content.local in cached])
+        self._send_small_files(small)
 
-    def _stock(self, contents: Sequence[Content]) -> list[str]:
-        """The device's line about its disk, then samples of the files of these sizes in the cache."""
-        asked = {" ".join(map(str, (c.size, *c.blocks()))) for c in contents}
-        return self.do(shell.STOCK, sorted(asked)).splitlines()
+    def _list_cache(self, contents: Sequence[Content]) -> list[str]:
+        """Return the device's line about its disk, then samples of the cached files that have one of these sizes."""
+        wanted = {" ".join(map(str, (content.size, *content.blocks()))) for content in contents}
+        return self.run_script(shell.LIST_CACHE, sorted(wanted)).splitlines()
 
-    def _place(self, script: str, first: Sequence[str], contents: Sequence[Content]) -> None:
-        words = [word for c in contents for word in (self._cached(c), c.remote)]
-        timeout_s = SCRIPT_TIMEOUT_S + sum(c.size for c in contents) / SLOWEST_DISK_BYTES_PER_S
-        self.do(script, [*first, *words], "files cannot be put in their places", timeout_s)
+    def _link(self, script: str, first: Sequence[str], contents: Sequence[Content]) -> None:
+        """Link `contents` from the cache into the work folder. `first`: arguments of the script before theirs."""
+        pairs = [argument for content in contents for argument in (self._cached(content), content.remote)]
+        timeout_s = SCRIPT_TIMEOUT_S + sum(content.size for content in contents) / SLOWEST_DISK_BYTES_PER_S
+        self.run_script(script, [*first, *pairs], "files cannot be linked into the work folder", timeout_s)
 
-    def _send_to_cache(self, content: Content, equal: Sequence[Content]) -> None:
-        """Send a file that is to be at all the places of `equal`, which it is among."""
-        incoming = f"{self.folder}/.incoming-{secrets.token_hex(8)}"  # never a name that another file may have had
+    def _send_to_cache(self, content: Content, same_file: Sequence[Content]) -> None:
+        """Send a file and verify it, then link it under every name in `same_file`, its own among them."""
+        incoming = f"{self.folder}/.incoming-{secrets.token_hex(8)}"  # a name that no earlier attempt has used
         began = time.monotonic()
-        if self._sent_and_followed(content, incoming) != content.salted(self.word):
-            (found,) = self._digests([incoming], content.size)
-            self._require_equal(content, found)
-        self._place(shell.KEEP, [incoming], equal)
+        if self._send_and_hash(content, incoming) != content.salted_digest(self.salt):
+            # The hash of the arriving bytes can fail on a slow device; that of the whole file decides.
+            (digest,) = self._hash_on_device([incoming], content.size)
+            self._require_equal(content, digest)
+        self._link(shell.ADD_TO_CACHE, [incoming], same_file)
         took_s = time.monotonic() - began
-        self.done.append(f"sent {content.local.name} ({content.size / 1e6:.1f} MB, {took_s:.1f} s) and checked it")
+        size_mb = content.size / 1e6
+        self.completed_steps.append(f"sent {content.local.name} ({size_mb:.1f} MB, {took_s:.1f} s) and checked it")
 
-    def _sent_and_followed(self, content: Content, incoming: str) -> str:
-        """Send a file, hashed meanwhile on both sides; the salted digest of what was read there as it arrived.
+    def _send_and_hash(self, content: Content, incoming: str) -> str:
+        """Send a file while both sides hash it.
 
-        Empty where it could not be followed.
+        Returns:
+            The salted digest that the device computed as the bytes arrived, or "" if it could not.
         """
-        with ThreadPoolExecutor(2) as beside:
+        with ThreadPoolExecutor(2) as pool:
             timeout_s = transfer_timeout_s(content.size)
-            script = self.script(shell.FOLLOW, {}, [incoming, str(content.size)])
-            digest = beside.submit(self.send_script, script, timeout_s, control=True)
-            beside.submit(content.digest)
+            script = self.script(shell.HASH_WHILE_RECEIVED, {}, [incoming, str(content.size)])
+            device_digest = pool.submit(self.send_script, script, timeout_s, is_short=True)
+            pool.submit(content.digest)  # fills the cache of `_hash_file`
             try:
                 self.send_file(content.local, content.size, incoming)
             except BaseException:
-                with suppress(DeviceError):
-                    self.do(shell.STOP_FOLLOWING, [incoming])
+                # Otherwise leaving the pool would wait for bytes that never arrive.
+                with suppress(DeviceLayerError):
+                    self.run_script(shell.STOP_HASHING, [incoming])
                 raise
             try:
-                return digest.result().stdout.strip()
-            except TransportError:  # the whole file is read again, and a lost connection is told there
-                return ""
+                return device_digest.result().stdout.strip()
+            except TransportError:
+                return ""  # the caller hashes the whole file, which also reports a lost connection
+
+    def _send_small_files(self, contents: Sequence[Content]) -> None:
+        """Send files that do not go to the cache, then verify all of them at once."""
+        for content in contents:
+            self._send_small(content)
+        paths = (f"{self.folder}/{content.remote}" for content in contents)
+        digests = self._hash_on_device(paths, sum(content.size for content in contents))
+        for content, digest in zip(contents, digests, strict=True):
+            self._require_equal(content, digest)
 
     def _send_small(self, content: Content) -> None:
         script = self.script(shell.RECEIVE_SMALL, {}, [content.remote])
@@ -261,74 +304,75 @@ class RemoteTransport(Session):
             stdin.write(script.line() + (content.data or b""))
             stdin.close()
 
-        completed = self.send_script(script, SCRIPT_TIMEOUT_S, feed=feed, control=True)
+        completed = self.send_script(script, SCRIPT_TIMEOUT_S, feed=feed, is_short=True)
         self.check(completed, f"{content.local.name} cannot be sent")
 
     def _require_equal(self, content: Content, found: str) -> None:
-        expected = content.salted(self.word)
+        expected = content.salted_digest(self.salt)
         if found != expected:
             raise IntegrityError(
-                f"{self.name}: {content.local} ({content.size} bytes, sha256 {content.digest()[:12]}...) was sent, and "
-                f"what lies on the device is something else: with the random word {self.word} after it the sha256 "
-                f"should be {expected[:12]}..., the device found {found[:12]}... Either the file changed "
-                "meanwhile, or the device's disk, memory or sha256 program is at fault. Nothing was run."
+                f"{self.name}: {content.local} ({content.size} bytes, sha256 {content.digest()[:12]}...) was sent, but "
+                f"the file on the device is something else: with the random text {self.salt} appended, its sha256 "
+                f"should be {expected[:12]}..., and the device computed {found[:12]}... Either the file changed "
+                "during the transfer, or the device's disk, memory or sha256 program is faulty. Nothing was run."
             )
 
-    def _digests(self, places: Iterable[str], size: int) -> list[str]:
-        """Salted digests of files there, `size` bytes in all; "-" for one that is not there."""
-        asked = list(places)
-        if not asked:
+    def _hash_on_device(self, paths: Iterable[str], size: int) -> list[str]:
+        """Return the salted digests of files on the device, "-" for one that does not exist.
+
+        Args:
+            paths: absolute paths.
+            size: of all files, in bytes, for the time limit.
+        """
+        requested = list(paths)
+        if not requested:
             return []
         timeout_s = SCRIPT_TIMEOUT_S + size / SLOWEST_DISK_BYTES_PER_S
-        found = self.do(shell.DIGEST, asked, "files cannot be checked", timeout_s).split()
-        if len(found) != len(asked):
-            raise IntegrityError(f"{self.name}: asked for {len(asked)} digests, the device gave {len(found)}.")
+        found = self.run_script(shell.HASH_FILES, requested, "files cannot be checked", timeout_s).split()
+        if len(found) != len(requested):
+            raise IntegrityError(f"{self.name}: requested {len(requested)} digests, the device returned {len(found)}.")
         return found
 
-    def _check_room(self, needed: int, free: int | None) -> None:
+    def _check_free_disk(self, needed: int, free: int | None) -> None:
         if free is not None and needed + MARGIN_BYTES > free:
-            raise RoomError(
-                f"{self.name}: {needed / 1e6:.1f} MB are to be sent, {MARGIN_BYTES / 1e6:.0f} MB more are to stay free "
-                f"for results, and {self.root} has {free / 1e6:.1f} MB. Free some space there, or name another disk "
-                "with --device-folder. Nothing was sent."
+            raise CapacityError(
+                f"{self.name}: {needed / 1e6:.1f} MB are to be sent and {MARGIN_BYTES / 1e6:.0f} MB must stay free for "
+                f"results, but {self.root} has {free / 1e6:.1f} MB. Free some space there, or name another disk with "
+                "--device-folder. Nothing was sent."
             )
 
     def _cached(self, content: Content) -> str:
+        """Return the path of `content` in the device's cache."""
         return f"{self.root}/cache/{content.digest()}"
 
-    def used_bytes(self, place: str) -> int:
-        """What lies at `place` in the work folder, as far as the device's `du` says."""
-        return kilobytes(self.do('cd "$run" && du -sk "./$1" 2>/dev/null || echo 0', [place])) or 0
-
     def _info(self) -> DeviceInfo:
-        said: dict[str, list[str]] = {}
-        for line in self.do(shell.INFO).splitlines():
+        # A key can have several values, such as the CPU models of a phone.
+        values: dict[str, list[str]] = {}
+        for line in self.run_script(shell.MACHINE_INFO).splitlines():
             key, _, value = line.partition("\t")
             if value.strip():
-                said.setdefault(key, []).append(value.strip())
-        first = {key: values[0] for key, values in said.items()}
-        total = first.get("memory_total", "")
-        # The kernel counts in kB, sysctl in bytes.
-        memory = kilobytes(total) if "kB" in total else int(total) if total.isdigit() else None
+                values.setdefault(key, []).append(value.strip())
+        first = {key: found[0] for key, found in values.items()}
+
         bits, cores = first.get("bits", ""), first.get("cores", "")
         return DeviceInfo(
             machine=first.get("machine", "unknown"),
-            cpu_model=", ".join(dict.fromkeys(said.get("cpu", []))) or "unknown",
+            cpu_model=", ".join(dict.fromkeys(values.get("cpu", []))) or "unknown",
             cores=int(cores) if cores.isdigit() else 1,
-            memory_bytes=memory or 0,
-            os=", ".join([*said.get("os", []), first.get("kernel", "")]),
+            memory_bytes=_memory_bytes(first.get("memory_total", "")),
+            os=", ".join([*values.get("os", []), first.get("kernel", "")]),
             bits=int(bits) if bits.isdigit() else None,
-            free_memory_bytes=kilobytes(first.get("memory_free", "")),
-            free_disk_bytes=_free_disk(first.get("disk", "")),
+            free_memory_bytes=parse_kilobytes(first.get("memory_free", "")),
+            free_disk_bytes=_free_disk_bytes(first.get("disk", "")),
         )
 
 
 @lru_cache(maxsize=64)
-def _hashed(path: Path, size: int, mtime_ns: int) -> hashlib._Hash:
-    """sha256 of a file, read once for all devices while neither its size nor its time changes.
+def _hash_file(path: Path, size: int, mtime_ns: int) -> hashlib._Hash:
+    """Hash a file. Cached for all devices while neither its size nor its time changes.
 
     Raises:
-        TransportError: it cannot be read any more.
+        TransportError: it can no longer be read.
     """
     try:
         with path.open("rb") as file:
@@ -338,12 +382,12 @@ def _hashed(path: Path, size: int, mtime_ns: int) -> hashlib._Hash:
 
 
 def transfer_timeout_s(size: int) -> float:
-    """How long sending `size` bytes may take."""
+    """Return the time limit for sending `size` bytes, in seconds."""
     return SCRIPT_TIMEOUT_S + size / SLOWEST_BYTES_PER_S
 
 
-def _opening(script: Script) -> Feed:
-    """The script; stdin stays open, for its end means that we are gone."""
+def _open_feed(script: Script) -> Feed:
+    """Return a feed that writes the script and leaves stdin open: its end would stop the program."""
 
     def feed(stdin: IO[bytes]) -> None:
         stdin.write(script.line())
@@ -352,26 +396,36 @@ def _opening(script: Script) -> Feed:
     return feed
 
 
-def _unpack(script: Script, stdout: IO[bytes], folder: Path, faults: list[str]) -> None:
-    """Write the tar archive in `stdout` below `folder`; what is wrong with it goes to `faults`."""
+def _unpack(script: Script, stdout: IO[bytes], folder: Path, errors: list[str]) -> None:
+    """Extract the tar archive in `stdout` below `folder`; problems are appended to `errors`."""
     try:
-        if script.skip_noise(stdout):
+        if script.skip_to_output(stdout):
             with tarfile.open(fileobj=stdout, mode="r|") as archive:
-                archive.extractall(folder, filter="data")  # nothing outside the folder, no devices, no links out
+                # The filter permits nothing outside the folder, no device files, no links that lead out.
+                archive.extractall(folder, filter="data")
     except (tarfile.TarError, OSError) as error:
-        faults.append(str(error))
+        errors.append(str(error))
+
+    # Read the rest, or the device would block on a full pipe.
     with suppress(OSError, ValueError):
-        while stdout.read(1024 * 1024):
+        while stdout.read(COPY_BYTES):
             pass
 
 
 @contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
+def _temporary_folder(parent: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=parent) as name:
         yield Path(name)
 
 
-def _free_disk(line: str) -> int | None:
-    """Bytes available by the last line of `df -Pk`: "NAME 1024-blocks Used Available 9% /mount"."""
+def _memory_bytes(text: str) -> int:
+    """Parse installed memory: "MemTotal: 8051420 kB" of Linux, or plain bytes of sysctl; 0 if it is neither."""
+    if "kB" in text:
+        return parse_kilobytes(text) or 0
+    return int(text) if text.isdigit() else 0
+
+
+def _free_disk_bytes(line: str) -> int | None:
+    """Parse the last line of `df -Pk`: "NAME 1024-blocks Used Available 9% /mount"."""
     found = re.search(r"\s(\d+)\s+\d+%\s", line)
     return None if found is None else int(found[1]) * 1024

@@ -1,7 +1,8 @@
-"""A connection to a device's shell that is held, lost and made again: what a transport's work is built on.
+"""A connection to a device's shell that is re-established when it is lost.
 
-A shell on the device holds the work folder: it waits for the end of its stdin, then ends what still runs there and
-removes the folder, whether we closed the connection, died, or the cable was pulled. Nothing else is ever removed.
+One shell on the device, the holder, keeps the work folder: it waits for the end of its stdin, then kills what still
+runs in the folder and removes it. That covers a closed connection, a crash of this process and a pulled cable alike.
+Nothing outside the work folder is ever removed.
 """
 
 from __future__ import annotations
@@ -16,199 +17,248 @@ from contextlib import contextmanager, suppress
 from typing import IO, TypeVar
 
 from qat_edge_devices import shell
-from qat_edge_devices.device_errors import ConnectionLostError, DeviceTimeoutError, RoomError, TransportError, tail
-from qat_edge_devices.process import Feed, Launcher
+from qat_edge_devices.device_errors import CapacityError, ConnectionLostError, DeviceTimeoutError, TransportError, tail
+from qat_edge_devices.process import Drain, Feed, Launcher
 from qat_edge_devices.shell import Script
-from qat_edge_devices.transport import Access, Completed
+from qat_edge_devices.transport import Access, CompletedProgram
 
 SCRIPT_TIMEOUT_S = 60.0  # of a script that answers at once
 CLOSING_TIMEOUT_S = 20.0  # the device may wait for processes to end
-PAUSES_S = (1.0, 3.0, 9.0)  # before the connection is tried again
+PAUSES_S = (1.0, 3.0, 9.0)  # before each new attempt to connect
+MESSAGE_STEPS = 8  # completed steps that the message of a lost connection lists
 NO_SPACE = re.compile(r"no space left|quota exceeded|disk full", re.IGNORECASE)
 Result = TypeVar("Result")
 
 
 class Session(ABC):
-    """A device behind a command line of this machine that reaches its shell.
+    """A device behind a local command line (ssh or adb) that reaches its shell.
 
-    root: the folder there that holds ours. folder: the work folder of this connection. done: what was done, for
-    the message should the connection be lost.
+    Attributes:
+        roots: candidate folders on the device, as its shell writes them, one of which gets the folder `qat-edge`.
+        root: that folder; empty until the first connection.
+        folder: the work folder of this connection; empty while there is none.
+        completed_steps: descriptions of finished steps, for the message if the connection is lost.
+        salt: random text that is hashed after every file.
     """
 
-    roots: tuple[str, ...]  # folders there, as its shell writes them, one of which holds ours
+    roots: tuple[str, ...]
 
     def __init__(self, name: str, access: Access) -> None:
         self.name = name
         self.python = access.python or "python3"
         self.root = ""
         self.folder = ""
-        self.done: list[str] = []
+        self.completed_steps: list[str] = []
         self.launcher = Launcher(name)
-        self.word = secrets.token_hex(8)
-        self._asked_folder = access.folder
+        self.salt = secrets.token_hex(8)
+        self._requested_folder = access.folder
         self._holder: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
     def command(self) -> list[str]:
-        """What to start here so that `shell.BOOTSTRAP` runs there."""
+        """Return the local command line that runs `shell.BOOTSTRAP` on the device."""
 
     @abstractmethod
     def connect(self) -> None:
-        """Make sure that the device answers, or say why not."""
+        """Check that the device responds, or raise the reason why it does not."""
 
     @abstractmethod
     def disconnect(self) -> None:
-        """Let go of what `connect` holds here."""
+        """Release what `connect` holds on this machine."""
 
     @abstractmethod
     def unreachable(self, stderr: str) -> TransportError:
-        """What to say where `command` did not get through, by what it wrote; ConnectionLostError where it may soon."""
+        """Return the error for a `command` that did not reach the device.
+
+        Args:
+            stderr: the output of the command.
+
+        Returns:
+            ConnectionLostError if another attempt may succeed soon.
+        """
 
     @abstractmethod
     def restore(self) -> None:
-        """Put everything that was sent into the new work folder."""
+        """Put everything that was sent before into the new work folder."""
 
     def open(self) -> None:
-        """Connect and make the work folder.
+        """Connect and create the work folder.
 
         Raises:
-            TransportError: the device cannot be reached, or has no place for our folder.
+            TransportError: the device cannot be reached, or has no writable folder.
         """
         try:
-            self._reach_at_first()
+            self._connect_first_time()
         except BaseException:
             self.close()
             raise
 
-    def _reach_at_first(self) -> None:
+    def _connect_first_time(self) -> None:
         for pause in PAUSES_S:
             try:
-                return self.reach()
-            except ConnectionLostError:  # as `unreachable` says where it may be for the moment only
-                self._let_go()
+                return self.ensure_connected()
+            except ConnectionLostError:  # `unreachable` raises it if the failure may be temporary
+                self._release()
                 self.launcher.pause(pause)
-        return self.reach()
+        return self.ensure_connected()
 
     def cancel(self) -> None:
-        """End what runs and what is being sent; see `Transport.cancel`."""
+        """End running programs and transfers; see `Transport.cancel`."""
         self.launcher.cancel()
 
     def close(self) -> None:
         """Have the device end what runs and remove the work folder; see `Transport.close`.
 
         Raises:
-            TransportError: the device says that it could not remove it.
+            TransportError: the device reports that it could not remove the folder.
         """
-        folder, said = self.folder, self._let_go()
+        folder, output = self.folder, self._release()
         self.disconnect()
-        if said is not None and "removed" not in said.splitlines():
-            raise TransportError(f"{self.name}: {folder} could not be removed on the device; do it by hand.")
-
-    def do(
-        self,
-        body: str,
-        arguments: Sequence[str] = (),
-        what: str = "a question cannot be answered",
-        timeout_s: float = SCRIPT_TIMEOUT_S,
-    ) -> str:
-        """stdout of a script that answers soon.
-
-        Raises:
-            ConnectionLostError: there was no answer.
-            TransportError: it failed; `what` begins the message.
-        """
-        script = self.script(body, {}, arguments)
-        completed = self.send_script(script, timeout_s, control=True)
-        self.check(completed, what)
-        return completed.stdout
+        if output is not None and "removed" not in output.splitlines():
+            raise TransportError(f"{self.name}: {folder} could not be removed on the device; remove it by hand.")
 
     # --- connection ----------------------------------------------------------------------------------------
 
-    def reach(self) -> None:
-        """Connect where there is no connection, with a new work folder that holds all that was pushed."""
-        if self.is_held():
+    def ensure_connected(self) -> None:
+        """Connect if there is no connection, with a new work folder that holds all that was pushed before."""
+        if self.is_connected():
             return
-        self._let_go()
+
+        # A holder whose connection ended may still own a process here.
+        self._release()
         self.connect()
+
         if not self.root:
-            roots = [self._asked_folder] if self._asked_folder else []
-            answer = self.do(shell.ROOT.replace("$roots", " ".join(self.roots)), roots, "there is no place for files")
-            self.root = answer.rstrip("\n")
-        self._hold(f"{self.root}/runs/{secrets.token_hex(8)}")
+            requested = [self._requested_folder] if self._requested_folder else []
+            script = shell.FIND_ROOT.replace("$roots", " ".join(self.roots))
+            self.root = self.run_script(script, requested, "there is no folder for files").rstrip("\n")
+
+        self._create_work_folder(f"{self.root}/runs/{secrets.token_hex(8)}")
         self.restore()
 
-    def is_held(self) -> bool:
-        """Whether the work folder is held by a connection that is there."""
+    def is_connected(self) -> bool:
+        """Return whether the holder of the work folder still runs."""
         return self._holder is not None and self._holder.poll() is None
 
-    def _hold(self, folder: str) -> None:
+    def _create_work_folder(self, folder: str) -> None:
+        """Start the holder of `folder`.
+
+        Raises:
+            ConnectionLostError: the connection ended first.
+            TransportError: the device cannot create the folder.
+        """
         self.folder = folder
-        script = self.script(shell.HOLD, {})
+        script = self.script(shell.HOLD_WORK_FOLDER, {})
         holder = self.launcher.hold(self.command(), script.line())
+
+        # Reading stdout has no timeout of its own: killing the holder ends it.
         timer = threading.Timer(SCRIPT_TIMEOUT_S, holder.kill)
         timer.start()
         stdout = holder.stdout
-        if stdout is not None and script.skip_noise(stdout) and stdout.readline() == b"held\n":
-            timer.cancel()
+        is_held = stdout is not None and script.skip_to_output(stdout) and stdout.readline() == b"held\n"
+        timer.cancel()
+        if is_held:
             self._holder = holder
             return
-        timer.cancel()
+
+        # A script that ended by itself wrote the reason to stderr; give it a moment to arrive.
         with suppress(subprocess.TimeoutExpired):
             holder.wait(1)
         holder.kill()
         _, errors = holder.communicate()
-        stderr, self.folder = errors.decode(errors="replace"), ""
-        kind = TransportError if script.has_ended(stderr) else ConnectionLostError
-        raise kind(f"{self.name}: {folder} cannot be made on the device.{tail(script.without_marks(stderr))}")
+        self.folder = ""
+        stderr = errors.decode(errors="replace")
+        error_class = TransportError if script.has_ended(stderr) else ConnectionLostError
+        reason = tail(script.without_markers(stderr))
+        raise error_class(f"{self.name}: {folder} cannot be created on the device.{reason}")
 
-    def _let_go(self) -> str | None:
-        """End the holder, so that the device cleans up; what it said, None where the connection was gone."""
+    def _release(self) -> str | None:
+        """End the holder, so that the device cleans up.
+
+        Returns:
+            Its output; None if there was no holder or its connection was gone.
+        """
+        # Forgotten first, so that a failure below is not retried with a holder that is half closed.
         holder, self._holder, self.folder = self._holder, None, ""
         if holder is None:
             return None
         try:
-            # communicate closes its stdin, and the end of stdin is the sign.
+            # communicate closes its stdin, which is the signal to clean up.
             stdout, stderr = holder.communicate(timeout=CLOSING_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             holder.kill()
             stdout, stderr = holder.communicate()
         return stdout.decode(errors="replace") if b"qat-edge-end" in stderr else None
 
-    def trying(self, what: str, action: Callable[[], Result]) -> Result:
-        """Do `action`, over a new connection where the old one was lost, some times over."""
+    def with_retries(self, step: str, action: Callable[[], Result]) -> Result:
+        """Run `action`, and run it again over a new connection each time the connection is lost.
+
+        Args:
+            step: description for messages, such as "send model.pte".
+            action: called without arguments; it must be safe to repeat.
+
+        Raises:
+            ConnectionLostError: it was lost at every attempt.
+        """
         for pause in (*PAUSES_S, None):
             try:
-                with self.undertaking(what, tries=len(PAUSES_S) + 1):
-                    self.reach()
+                with self.recorded_step(step, attempts=len(PAUSES_S) + 1):
+                    self.ensure_connected()
                     return action()
             except ConnectionLostError:
-                if pause is None or not self.root:  # without a root it never was connected
+                if pause is None or not self.root:  # without a root it was never connected
                     raise
                 self.launcher.pause(pause)
         raise AssertionError("the last round returns or raises")
 
     @contextmanager
-    def undertaking(self, what: str, tries: int = 1) -> Iterator[None]:
-        """Remember what was done; where the connection is lost, let go of it and say what was not."""
+    def recorded_step(self, step: str, attempts: int = 1) -> Iterator[None]:
+        """Record `step` as completed. If the connection is lost, release it and report what was and was not done."""
+        # Releasing the connection clears self.folder, and the message names it.
         folder = self.folder
         try:
             yield
         except ConnectionLostError as error:
-            self._let_go()
+            self._release()
             if not self.root:
                 raise
-            raise ConnectionLostError(self._story(str(error), what, folder, tries)) from error
-        self.done.append(what)
+            raise ConnectionLostError(self._lost_connection_message(str(error), step, folder, attempts)) from error
+        self.completed_steps.append(step)
 
-    def _story(self, reason: str, what: str, folder: str, tries: int) -> str:
-        done = "; ".join(self.done[-8:]) or "nothing"
-        tried = f"Tried {tries} times. " if tries > 1 else ""
+    def _lost_connection_message(self, reason: str, step: str, folder: str, attempts: int) -> str:
+        done = "; ".join(self.completed_steps[-MESSAGE_STEPS:]) or "nothing"
+        tried = f"Tried {attempts} times. " if attempts > 1 else ""
         return (
-            f"{reason.rstrip()}\n{tried}Done: {done}. Not done: {what}. The device itself ends what ran there and "
-            f"removes {folder or 'its work folder'}; checked files stay in {self.root}/cache and are not sent again."
+            f"{reason.rstrip()}\n{tried}Done: {done}. Not done: {step}. The device itself ends the programs it was "
+            f"running and removes {folder or 'its work folder'}; checked files stay in {self.root}/cache and are not "
+            "sent again."
         )
 
     # --- scripts -------------------------------------------------------------------------------------------
+
+    def run_script(
+        self,
+        body: str,
+        arguments: Sequence[str] = (),
+        failure: str = "a query failed",
+        timeout_s: float = SCRIPT_TIMEOUT_S,
+    ) -> str:
+        """Run a short script on the device and return its stdout.
+
+        Args:
+            body: one of the scripts of `shell`.
+            arguments: its positional parameters.
+            failure: beginning of the error message, such as "files cannot be checked".
+            timeout_s: a script that takes longer counts as a lost connection.
+
+        Raises:
+            ConnectionLostError: the device did not answer.
+            TransportError: the script failed.
+        """
+        script = self.script(body, {}, arguments)
+        completed = self.send_script(script, timeout_s, is_short=True)
+        self.check(completed, failure)
+        return completed.stdout
 
     def script(
         self,
@@ -217,8 +267,8 @@ class Session(ABC):
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> Script:
-        """`body` with the variables of this session; `env` is exported to programs."""
-        ours = {"root": self.root, "run": self.folder, "nonce": self.word}
+        """Return `body` with the variables of this session; `env` is exported to programs."""
+        ours = {"root": self.root, "run": self.folder, "nonce": self.salt}
         return Script(body, secrets.token_hex(8), ours | dict(variables), arguments, env)
 
     def send_script(
@@ -227,45 +277,67 @@ class Session(ABC):
         timeout_s: float,
         *,
         feed: Feed | None = None,
-        drain: Callable[[IO[bytes]], None] | None = None,
+        drain: Drain | None = None,
         on_line: Callable[[str], None] | None = None,
         shown: Sequence[str] | None = None,
-        control: bool = False,
-    ) -> Completed:
-        """Run `script` there to its end. control: it should not take long, so silence is a lost connection."""
-        watch = None if on_line is None else script.after_noise(on_line)
-        try:
-            completed = self.launcher.run(
-                self.command(), timeout_s, on_line=watch, feed=feed or _whole(script), drain=drain, shown=shown
-            )
-        except DeviceTimeoutError as error:
-            if control:
-                raise ConnectionLostError(f"{self.name}: there was no answer within {timeout_s:g} s.") from error
-            raise DeviceTimeoutError(script.without_marks(str(error))) from error
-        answer = script.completed(completed)
-        if answer is None and not self.root:
-            raise self.unreachable(completed.stderr)
-        if answer is None:
-            said = tail(script.without_marks(completed.stderr))
-            raise ConnectionLostError(f"{self.name}: the connection was lost.{said}")
-        return answer
+        is_short: bool = False,
+    ) -> CompletedProgram:
+        """Run `script` on the device to its end.
 
-    def check(self, completed: Completed, what: str) -> None:
-        """Require that a script did what it should.
+        Args:
+            script: the script.
+            timeout_s: time limit in seconds.
+            feed: writes to its stdin, the script first; by default the script alone.
+            drain: reads its stdout, markers included.
+            on_line: called with each line of its output.
+            shown: command line for messages.
+            is_short: the script should not take long, so a timeout is reported as a lost connection.
 
         Raises:
-            RoomError, TransportError: it did not; `what` begins the message.
+            DeviceTimeoutError: it exceeded `timeout_s`.
+            ConnectionLostError: its end did not arrive.
+            TransportError: the device was never reached.
+        """
+        watch = None if on_line is None else script.only_output(on_line)
+        try:
+            completed = self.launcher.run(
+                self.command(), timeout_s, on_line=watch, feed=feed or _feed_script(script), drain=drain, shown=shown
+            )
+        except DeviceTimeoutError as error:
+            if is_short:
+                raise ConnectionLostError(f"{self.name}: there was no answer within {timeout_s:g} s.") from error
+            raise DeviceTimeoutError(script.without_markers(str(error))) from error
+
+        return self._extract(script, completed)
+
+    def _extract(self, script: Script, completed: CompletedProgram) -> CompletedProgram:
+        """Return the script's own result, or raise if its end did not arrive."""
+        answer = script.extract(completed)
+        if answer is not None:
+            return answer
+        # Without a root there never was a connection: the output is that of ssh or adb, with the reason.
+        if not self.root:
+            raise self.unreachable(completed.stderr)
+        reason = tail(script.without_markers(completed.stderr))
+        raise ConnectionLostError(f"{self.name}: the connection was lost.{reason}")
+
+    def check(self, completed: CompletedProgram, failure: str) -> None:
+        """Require that a script succeeded.
+
+        Raises:
+            CapacityError, TransportError: it did not; `failure` begins the message.
         """
         if completed.returncode == 0:
             return
-        message = f"{self.name}: {what}: {completed.stderr.strip() or f'exit code {completed.returncode}'}."
+        reason = completed.stderr.strip() or f"exit code {completed.returncode}"
+        message = f"{self.name}: {failure}: {reason}."
         if NO_SPACE.search(completed.stderr):
-            raise RoomError(f"{message} Free some space on the device, or name another disk with --device-folder.")
+            raise CapacityError(f"{message} Free some space on the device, or name another disk with --device-folder.")
         raise TransportError(message)
 
 
-def _whole(script: Script) -> Feed:
-    """The script, and the end of stdin."""
+def _feed_script(script: Script) -> Feed:
+    """Return a feed that writes the script and closes stdin."""
 
     def feed(stdin: IO[bytes]) -> None:
         stdin.write(script.line())

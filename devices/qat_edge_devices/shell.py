@@ -1,11 +1,16 @@
-"""What is said to a device's shell: any POSIX sh (dash, bash, mksh and toybox on Android, busybox).
+"""POSIX shell scripts sent to a device: they run in dash, bash, busybox, and mksh with toybox on Android.
 
-The command line that travels is always the same, `BOOTSTRAP`, and means the same to any login shell (fish and csh
-quote otherwise than sh). It reads one line of stdin, the script, every character but letters and digits an octal
-escape; so names and arguments are data all the way, and the rest of stdin is free for a file's bytes.
+The command line given to ssh or adb is always the same, `BOOTSTRAP`, and every login shell reads it alike (fish and
+csh quote differently from sh). It reads the script from the first line of stdin, in which every character except
+letters and digits is an octal escape. Names and arguments are therefore never parsed as shell code, and the rest of
+stdin is free for the bytes of a file.
 
-Around each script stand marks with a random word. What a login shell prints of its own comes before the first and
-is dropped; an answer without the last is a lost connection, whatever the client's exit code.
+A script prints a marker with a random id before and after its output. Anything a login shell prints comes before the
+first marker and is dropped; output without the last marker means a lost connection, whatever the exit code of the
+client.
+
+Variables that `Session` sets for every script: $root, the folder of qat-edge on the device; $run, the work folder; and
+$nonce, the salt of file hashes.
 """
 
 from __future__ import annotations
@@ -15,17 +20,17 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.transport import CompletedProgram
 
 BOOTSTRAP = """exec sh -c 'IFS= read -r s && eval "$(printf "$s")"'"""
-BLOCK_BYTES = 65536  # of a sample
-EXIT_ABSENT = 999  # no such program to run; no program can end with it
+BLOCK_BYTES = 65536  # of one sampled block of a cached file
+EXIT_ABSENT = 999  # the program does not exist; no program can exit with this code
 
-# A program in a session of its own. End of stdin (the other side closed it, or died) or $limit seconds end it with
-# all its children; so does its own end. The file .pid.N lets the holder find it should this shell be killed.
-# The two that watch are killed, not asked to end: mksh, Android's shell, may go on reading or waiting for good where a
-# TERM comes just before, and hold stdout meanwhile. A sleep that is left behind so ends within its 3 s.
-RUN = """\
+# Run a program in its own session. It ends with all its children at the end of stdin (the other side closed it, or
+# died), after $limit seconds, and when it exits. The file .pid.N lets HOLD_WORK_FOLDER find it if this shell is killed.
+# The two background loops are killed with KILL rather than TERM: mksh, Android's shell, may keep reading or waiting
+# forever if TERM arrives just before, and would keep stdout open. A `sleep` left behind ends within its 3 s.
+RUN_PROGRAM = """\
 cd "$run" || exit 125
 command -v -- "$1" >/dev/null 2>&1 || { finish 999; exit; }
 exec 3<&0
@@ -44,8 +49,9 @@ rm -f ".pid.$child"
 finish "$code"
 """
 
-# The run folder lives as long as this: until stdin ends. Only processes whose folder it is are ended.
-HOLD = """\
+# Create the work folder and keep it until stdin ends, then kill what still runs there and remove the folder. A process
+# is killed only if its current folder is the work folder: the id in a stale .pid.N may belong to another program.
+HOLD_WORK_FOLDER = """\
 trap '' HUP PIPE
 umask 077
 { mkdir -p "$root/cache" "$root/runs" && mkdir "$run"; } || exit 1
@@ -60,71 +66,76 @@ for pause in 0 1 2 3 5; do sleep "$pause"; rm -rf "$run" 2>/dev/null && break; d
 [ -e "$run" ] || echo removed
 """
 
-# The root folder, in the first of the given places ($roots where none is given) that can be written to.
-ROOT = """\
+# Print the root folder: created in the first writable folder of the arguments, or of $roots if there are none.
+FIND_ROOT = """\
 [ $# -gt 0 ] || set -- $roots
 for base in "$@"; do [ -n "$base" ] && mkdir -p "$base" && [ -w "$base" ] && break; done 2>/dev/null
-[ -w "$base" ] || { echo "none of these can be written to: $*" >&2; exit 1; }
+[ -w "$base" ] || { echo "none of these folders is writable: $*" >&2; exit 1; }
 umask 077
 mkdir -p "$base/qat-edge" && cd "$base/qat-edge" || exit 1
-[ -O . ] || { echo "$base/qat-edge belongs to somebody else" >&2; exit 1; }
+[ -O . ] || { echo "$base/qat-edge belongs to another user" >&2; exit 1; }
 pwd -P
 """
 
-# openssl first: it uses the processor's own instructions for SHA-256, which many a sha256sum does not.
+# openssl first: it uses the processor's SHA-256 instructions, which many builds of sha256sum do not.
 _DIGEST = """\
 if command -v openssl >/dev/null 2>&1; then digest() { openssl dgst -sha256 -r; }
 elif command -v sha256sum >/dev/null 2>&1; then digest() { sha256sum; }
 elif command -v shasum >/dev/null 2>&1; then digest() { shasum -a 256; }
-else echo 'neither sha256sum nor shasum nor openssl is there' >&2; exit 1; fi
+else echo 'neither openssl nor sha256sum nor shasum is installed' >&2; exit 1; fi
 """
 
 _SIZE = """\
 size() { stat -c %s "$1" 2>/dev/null || wc -c <"$1"; }
 """
 
-# Prints the salted digest of each file, "-" where there is none. $nonce: so that no digest can be known beforehand.
-DIGEST = f"""\
+# Print the salted sha256 of each file, "-" if it does not exist. $nonce: no digest can be known beforehand.
+HASH_FILES = f"""\
 {_DIGEST}for file in "$@"; do
   if [ -f "$file" ]; then {{ cat "$file"; printf %s "$nonce"; }} | digest | cut -c 1-64; else echo -; fi
 done
 """
 
-# The same of file $1 while it is written, read as it grows to $2 bytes; a file $1.end, or the loss of $run, ends it.
-FOLLOW = f"""\
+# Print the salted sha256 of file $1 while it is being received: read it as it grows to $2 bytes. A file $1.end, or the
+# removal of $run, stops the script.
+HASH_WHILE_RECEIVED = f"""\
 {_DIGEST}{_SIZE}pause() {{ [ -d "$run" ] && [ ! -e "$1.end" ] && {{ sleep 0.02 2>/dev/null || sleep 1; }}; }}
 while [ ! -f "$1" ]; do pause "$1" || exit 1; done
 {{
-  at=0
-  while there=$(size "$1") && [ "$there" -lt "$2" ]; do
-    blocks=$((there / 1048576 - at))
-    if [ "$blocks" -gt 0 ]; then dd if="$1" bs=1048576 skip="$at" count="$blocks" 2>/dev/null; at=$((at + blocks))
+  hashed=0
+  while bytes=$(size "$1") && [ "$bytes" -lt "$2" ]; do
+    blocks=$((bytes / 1048576 - hashed))
+    if [ "$blocks" -gt 0 ]; then
+      dd if="$1" bs=1048576 skip="$hashed" count="$blocks" 2>/dev/null
+      hashed=$((hashed + blocks))
     else pause "$1" || exit 1; fi
   done
-  dd if="$1" bs=1048576 skip="$at" 2>/dev/null
+  dd if="$1" bs=1048576 skip="$hashed" 2>/dev/null
   printf %s "$nonce"
 }} | digest | cut -c 1-64
 """
-STOP_FOLLOWING = ': > "$1.end"; rm -f "$1"'
+STOP_HASHING = ': > "$1.end"; rm -f "$1"'
 
-# Free space, then a digest of some blocks of each cached file of an asked size. Each of $@: "SIZE BLOCK BLOCK ...".
-STOCK = f"""\
+# Print free space, then the sha256 of some blocks of each cached file that has one of the given sizes. Each argument:
+# "SIZE BLOCK BLOCK ...".
+LIST_CACHE = f"""\
 {_DIGEST}{_SIZE}printf '%s\\n' "$(df -Pk "$root" | tail -n 1)"
 [ $# -eq 0 ] || for file in "$root"/cache/*; do
-  there=$(size "$file" 2>/dev/null) || continue
-  for asked in "$@"; do
-    case $asked in "$there "*)
-      for at in ${{asked#* }}; do dd if="$file" bs={BLOCK_BYTES} skip="$at" count=1; done 2>/dev/null |
+  bytes=$(size "$file" 2>/dev/null) || continue
+  for wanted in "$@"; do
+    case $wanted in "$bytes "*)
+      for block in ${{wanted#* }}; do dd if="$file" bs={BLOCK_BYTES} skip="$block" count=1; done 2>/dev/null |
         digest | cut -c 1-64 ;;
     esac
   done
 done
 """
 
+# Write stdin to $1; a partial file is removed.
 RECEIVE = 'umask 077; cat > "$1" || { rm -f "$1"; exit 1; }'
 
-# Give cached files their names in the run folder: hard links, copies where the system permits none.
-PLACE = """\
+# Link cached files into the work folder: pairs of arguments (cached file, name). Copy if hard links are not permitted.
+LINK_FROM_CACHE = """\
 cd "$run" || exit 1
 while [ $# -gt 0 ]; do
   case $2 in */*) mkdir -p "./${2%/*}" || exit 1 ;; esac
@@ -134,9 +145,10 @@ while [ $# -gt 0 ]; do
 done
 """
 
-# The same after $1, which has just arrived, was moved into the cache as $2, whose names follow.
-KEEP = f'chmod 444 "$1" && mv -f "$1" "$2" || exit 1; shift\n{PLACE}'
+# Move the received file $1 into the cache as $2, then link it under the names that follow.
+ADD_TO_CACHE = f'chmod 444 "$1" && mv -f "$1" "$2" || exit 1; shift\n{LINK_FROM_CACHE}'
 
+# Write stdin to $1 in the work folder. Unlinked first: the old name may be a link to a file of the cache.
 RECEIVE_SMALL = """\
 cd "$run" || exit 1
 case $1 in */*) mkdir -p "./${1%/*}" || exit 1 ;; esac
@@ -144,47 +156,61 @@ rm -f "./$1"
 cat > "./$1"
 """
 
+# Print a tar archive of a file or folder of the work folder.
 PULL = 'cd "$run" && [ -e "./$1" ] || { echo "there is no $1" >&2; exit 66; }; tar cf - "./$1"'
 
-INFO = """\
-said() { printf '%s\\t%s\\n' "$1" "$2"; }
-said machine "$(uname -m)"
-said bits "$(getconf LONG_BIT 2>/dev/null)"
-said kernel "$(uname -sr)"
-said cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)"
-said os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
-said memory_total "$(grep MemTotal: /proc/meminfo 2>/dev/null || sysctl -n hw.memsize 2>/dev/null)"
-said memory_free "$(grep MemAvailable: /proc/meminfo 2>/dev/null)"
+# Print the kilobytes used by a path in the work folder.
+USED_KILOBYTES = 'cd "$run" && du -sk "./$1" 2>/dev/null || echo 0'
+
+# Print "key<TAB>value" lines that describe the machine; a value it does not report stays empty.
+MACHINE_INFO = """\
+report() { printf '%s\\t%s\\n' "$1" "$2"; }
+report machine "$(uname -m)"
+report bits "$(getconf LONG_BIT 2>/dev/null)"
+report kernel "$(uname -sr)"
+report cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)"
+report os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
+report memory_total "$(grep MemTotal: /proc/meminfo 2>/dev/null || sysctl -n hw.memsize 2>/dev/null)"
+report memory_free "$(grep MemAvailable: /proc/meminfo 2>/dev/null)"
 grep -E '^(model name|Hardware|Model)[[:space:]]*:' /proc/cpuinfo 2>/dev/null | sort -u | while IFS= read -r line
-do said cpu "${line#*:}"; done
+do report cpu "${line#*:}"; done
 if command -v getprop >/dev/null 2>&1; then
-  said cpu "$(getprop ro.soc.manufacturer) $(getprop ro.soc.model)"
-  said os "Android $(getprop ro.build.version.release), $(getprop ro.product.manufacturer) $(getprop ro.product.model)"
+  report cpu "$(getprop ro.soc.manufacturer) $(getprop ro.soc.model)"
+  model="$(getprop ro.product.manufacturer) $(getprop ro.product.model)"
+  report os "Android $(getprop ro.build.version.release), $model"
 fi
-said disk "$(df -Pk "$root" | tail -n 1)"
+report disk "$(df -Pk "$root" | tail -n 1)"
 """
 
 
 class Script:
-    """One script with its marks and variables, ready to be sent."""
+    """One script with its markers, variables and arguments, ready to be sent.
+
+    Args:
+        body: shell code, one of the constants above.
+        marker_id: random id of the markers, so that output cannot imitate them.
+        variables: shell variables set before `body`.
+        arguments: positional parameters of `body`.
+        env: variables exported to the programs that `body` starts.
+    """
 
     def __init__(
         self,
         body: str,
-        word: str,
+        marker_id: str,
         variables: Mapping[str, str],
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self._begin, self._end = f"qat-edge-begin-{word}", f"qat-edge-end-{word}"
+        self._begin, self._end = f"qat-edge-begin-{marker_id}", f"qat-edge-end-{marker_id}"
         settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
         settings += [f"export {name}={shlex.quote(value)}" for name, value in (env or {}).items()]
-        # The body ends by itself or by `finish CODE`, which an explicit `exit` must not follow with another code.
         self._text = "\n".join(
             [
                 *settings,
                 f"set -- {shlex.join(arguments)}",
-                f'finish() {{ [ -n "$told" ] || printf \'\\n%s %s\\n\' {self._end} "$1" >&2; told=yes; }}',
+                # Prints the exit code once: an `exit` after `finish CODE` must not print another one.
+                f'finish() {{ [ -n "$finished" ] || printf \'\\n%s %s\\n\' {self._end} "$1" >&2; finished=yes; }}',
                 "trap 'finish \"$?\"' EXIT",
                 f"echo {self._begin}; echo {self._begin} >&2",
                 body,
@@ -192,16 +218,20 @@ class Script:
         )
 
     def line(self) -> bytes:
-        """What stdin begins with."""
-        encoded = (chr(b) if chr(b).isascii() and chr(b).isalnum() else f"\\{b:03o}" for b in self._text.encode())
+        """Return the encoded script: the first line of stdin."""
+        encoded = []
+        for byte in self._text.encode():
+            character = chr(byte)
+            is_plain = character.isascii() and character.isalnum()
+            encoded.append(character if is_plain else f"\\{byte:03o}")
         return "".join(encoded).encode() + b"\n"
 
-    def skip_noise(self, stdout: IO[bytes]) -> bool:
-        """Read up to the first mark; whether it came."""
+    def skip_to_output(self, stdout: IO[bytes]) -> bool:
+        """Read `stdout` up to and including the first marker; return whether the marker came."""
         return any(line.rstrip(b"\r\n").endswith(self._begin.encode()) for line in stdout)
 
-    def after_noise(self, on_line: Callable[[str], None]) -> Callable[[str], None]:
-        """`on_line` for the lines after the first mark."""
+    def only_output(self, on_line: Callable[[str], None]) -> Callable[[str], None]:
+        """Wrap `on_line` so that it is called only for lines after the first marker."""
         begun = False
 
         def watch(line: str) -> None:
@@ -212,19 +242,19 @@ class Script:
 
         return watch
 
-    def completed(self, completed: Completed) -> Completed | None:
-        """The script's own exit code and output, None where its end did not come through."""
+    def extract(self, completed: CompletedProgram) -> CompletedProgram | None:
+        """Return the script's own exit code and output from those of ssh or adb; None if the last marker is missing."""
         _, _, stderr = completed.stderr.rpartition(self._begin + "\n")
         found = re.search(rf"\n{self._end} (\d+)\n", stderr)
         if found is None:
             return None
         _, _, stdout = completed.stdout.rpartition(self._begin + "\n")
-        return Completed(int(found[1]), stdout, stderr[: found.start()])
+        return CompletedProgram(int(found[1]), stdout, stderr[: found.start()])
 
     def has_ended(self, stderr: str) -> bool:
-        """Whether the last mark came through."""
+        """Return whether the last marker is in `stderr`."""
         return f"\n{self._end} " in stderr
 
-    def without_marks(self, text: str) -> str:
-        """`text` for people."""
+    def without_markers(self, text: str) -> str:
+        """Return `text` without the lines of the markers, for a message."""
         return re.sub(rf"\n?[^\n]*({self._begin}|{self._end} \d+)[^\n]*", "", text)

@@ -1,7 +1,7 @@
-"""A device over ssh, through the user's own OpenSSH: their configuration, keys, agent and jump hosts.
+"""Transport over ssh, through the user's OpenSSH: their configuration, keys, agent and jump hosts.
 
-All commands share one connection, made by the first (ControlMaster), whose socket lies in a private temporary folder.
-Nobody is asked anything, and a host key that is not known already is refused, be it the device's or a jump host's.
+All commands share one connection, opened by the first of them (ControlMaster), with its socket in a private temporary
+folder. ssh never prompts, and refuses unknown host keys, of the device as well as of jump hosts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from qat_edge_devices.session import SCRIPT_TIMEOUT_S
 from qat_edge_devices.shell import BOOTSTRAP
 from qat_edge_devices.transport import Access
 
-SOCKET_PATH_BYTES = 80  # sockets' names may have 104 on some systems, and ssh appends to them while it connects
-# Written before the user's configuration they win over it, at jump hosts too: ssh reaches these by an ssh of its own,
-# which is given the file and nothing of our command line.
-EVERYWHERE = {
+SOCKET_PATH_BYTES = 80  # a socket's path is limited to 104 on some systems, and ssh appends to it while connecting
+EXIT_TIMEOUT_S = 10  # for closing the shared connection
+# Written to a file before the user's configuration, so that they take precedence. A file rather than options: ssh
+# starts another ssh for a jump host, which gets the file but not the options of the command line.
+CONFIG_OPTIONS = {
     "BatchMode": "yes",
     "StrictHostKeyChecking": "yes",
     "ConnectTimeout": "15",
@@ -37,9 +38,9 @@ EVERYWHERE = {
     "ServerAliveCountMax": "3",
     "LogLevel": "ERROR",
 }
-OPTIONS = {
+COMMAND_OPTIONS = {
     "ControlMaster": "auto",
-    "ControlPersist": "120",  # should we be killed, the shared connection ends by itself
+    "ControlPersist": "120",  # if this process is killed, the shared connection ends by itself
     "RemoteCommand": "none",
     "RequestTTY": "no",
     "PermitLocalCommand": "no",
@@ -47,16 +48,17 @@ OPTIONS = {
     "ForwardAgent": "no",
     "ForwardX11": "no",
 }
-DROPPED = "kex_exchange_identification"
+DROPPED = "kex_exchange_identification"  # ssh's message if the server closes the connection at once
 KEY_OF = re.compile(r"host key is known for (\S+) and|[Hh]ost key for (\S+) has changed")
 ADVICE = (
     (
         "Host key verification failed",
-        "The key of {named} is not known here, or is another now: connect once by hand and compare.",
+        "The key of {named} is not known here, or has changed: connect once by hand and compare.",
     ),
-    ("Permission denied", "No key or agent of yours opens it without a question: try `ssh -o BatchMode=yes {host}`."),
+    ("Permission denied", "No key or agent of yours opens it without a prompt: try `ssh -o BatchMode=yes {host}`."),
     ("Could not resolve", "Check the name; it may be a Host of your ssh configuration."),
 )
+DEFAULT_ADVICE = "Try `ssh -o BatchMode=yes {host} true`."
 
 
 def open_ssh(address: str, access: Access) -> SshTransport:
@@ -67,7 +69,7 @@ def open_ssh(address: str, access: Access) -> SshTransport:
 
 
 class SshTransport(RemoteTransport):
-    """See the module; nothing is connected before `open`."""
+    """Transport over OpenSSH. `open` connects."""
 
     roots = ('"${XDG_CACHE_HOME:-$HOME/.cache}"', '"${TMPDIR:-/tmp}"')
 
@@ -77,68 +79,77 @@ class SshTransport(RemoteTransport):
             raise UnknownNameError("ssh: names no host. Write `ssh:user@host` or `ssh://user@host:port`.")
         if shutil.which("ssh") is None:
             raise TransportError(f"{self.name}: there is no `ssh` on this machine. Install the OpenSSH client.")
+        # ssh takes "ssh://user@host:port" as a destination.
         self._destination = f"ssh:{address}" if address.startswith("//") else address
-        self._config = access.ssh_config
+        self._user_config = access.ssh_config
         self._socket = ""
 
     def command(self) -> list[str]:
-        """ssh with our options, over the shared connection where there is one."""
+        """Return the ssh command line, which uses the shared connection if there is one."""
         return [*self._client(), "--", self._destination, BOOTSTRAP]
 
     def connect(self) -> None:
-        """Make room for the shared connection; the first command opens it."""
+        """Prepare the folder of the shared connection; the first command opens it."""
+        # Close what a lost connection may have left.
         self.disconnect()
         folder = Path(_private_folder())
         self._socket = str(folder / "s")
-        ours = "".join(f"{key} {value}\n" for key, value in EVERYWHERE.items())
-        (folder / "config").write_text(ours + self._configuration())
+        ours = "".join(f"{key} {value}\n" for key, value in CONFIG_OPTIONS.items())
+        (folder / "config").write_text(ours + self._user_configuration())
 
     def disconnect(self) -> None:
-        """End the shared connection."""
+        """Close the shared connection."""
         if not self._socket:
             return
         with suppress(subprocess.TimeoutExpired, OSError):
             argv = [*self._client(), "-O", "exit", "--", self._destination]
-            subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+            subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=EXIT_TIMEOUT_S, check=False)
         shutil.rmtree(Path(self._socket).parent, ignore_errors=True)
         self._socket = ""
 
     def unreachable(self, stderr: str) -> TransportError:
-        """ssh's own words, and what to do about them."""
+        """Return an error with the message of ssh and advice; see `Session.unreachable`."""
         if DROPPED in stderr:
-            stderr = self._words_on_the_way() or stderr
-        advice = next((a for sign, a in ADVICE if sign in stderr), "Try `ssh -o BatchMode=yes {host} true`.")
-        found = KEY_OF.search(stderr)
-        named = self._destination if found is None else found[1] or found[2]
-        # A server with too many connections in their beginnings drops some of them (MaxStartups).
-        kind = ConnectionLostError if DROPPED in stderr and found is None else TransportError
-        said = f"{advice.format(host=self._destination, named=named)} ssh says:{tail(stderr)}"
-        return kind(f"{self.name}: cannot be reached. {said}")
+            stderr = self._stderr_without_sharing() or stderr
+        advice = next((advice for message, advice in ADVICE if message in stderr), DEFAULT_ADVICE)
 
-    def _configuration(self) -> str:
-        """The user's own, or what was named in its place."""
-        if self._config is None:
+        # The key may be that of a jump host: name the host that ssh names.
+        key = KEY_OF.search(stderr)
+        named = self._destination if key is None else key[1] or key[2]
+
+        # A server with too many connections being opened drops some of them (MaxStartups): worth another attempt.
+        error_class = ConnectionLostError if DROPPED in stderr and key is None else TransportError
+        reason = f"{advice.format(host=self._destination, named=named)} ssh says:{tail(stderr)}"
+        return error_class(f"{self.name}: cannot be reached. {reason}")
+
+    def _user_configuration(self) -> str:
+        """Return the user's configuration, or the content of the file given by --ssh-config."""
+        if self._user_config is None:
             return "Include ~/.ssh/config\nInclude /etc/ssh/ssh_config\n"
         try:
-            return Path(self._config).read_text(encoding="utf-8")
+            return Path(self._user_config).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TransportError(f"{self.name}: --ssh-config {self._config} cannot be read ({error}).") from error
+            raise TransportError(f"{self.name}: --ssh-config {self._user_config} cannot be read ({error}).") from error
 
-    def _words_on_the_way(self) -> str:
-        """What a jump host's ssh says, which a connection that is to be shared (ControlPersist) keeps to itself."""
-        alone = ["-o", "ControlPath=none", "-o", "ControlPersist=no"]
+    def _stderr_without_sharing(self) -> str:
+        """Return ssh's messages from an unshared connection: a shared one (ControlPersist) hides a jump host's."""
+        unshared = ["-o", "ControlPath=none", "-o", "ControlPersist=no"]
+        argv = [*self._client(unshared), "--", self._destination, "true"]
         with suppress(DeviceTimeoutError):
-            return self.launcher.run([*self._client(alone), "--", self._destination, "true"], SCRIPT_TIMEOUT_S).stderr
+            return self.launcher.run(argv, SCRIPT_TIMEOUT_S).stderr
         return ""
 
     def _client(self, first: Sequence[str] = ()) -> list[str]:
-        options = [word for key, value in OPTIONS.items() for word in ("-o", f"{key}={value}")]
+        """Return ssh and its options; those in `first` take precedence."""
+        options = [argument for key, value in COMMAND_OPTIONS.items() for argument in ("-o", f"{key}={value}")]
+        # ssh expands tokens such as %h in this option.
         socket = self._socket.replace("%", "%%")
         config = str(Path(self._socket).with_name("config"))
         return ["ssh", "-F", config, *first, *options, "-o", f'ControlPath="{socket}"']
 
 
 def _private_folder() -> str:
+    """Create a temporary folder whose path is short enough for a socket in it."""
     folder = tempfile.mkdtemp(prefix="qat-edge-ssh-")
     if len(folder) <= SOCKET_PATH_BYTES:
         return folder

@@ -1,7 +1,7 @@
-"""The seam between this machine and a device: files in, a program run, files out.
+"""Interface between this machine and a device: send files, run a program, bring files back.
 
-Names on the device (`remote`) are relative to a work folder that the transport makes for itself: programs
-start there, and `close` removes it and nothing else.
+Names on the device (`remote`) are relative to a work folder that the transport creates for itself. Programs start
+in that folder, and `close` removes it and nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from typing import Protocol
 
 from qat_edge_devices.device_errors import TransportError
 
+SIGNAL_BASE = 128  # a shell reports a program that signal N ended as exit code 128 + N
+
 
 @dataclass(frozen=True)
-class Completed:
-    """How a program ended. returncode is negative, or above 128, where a signal ended it."""
+class CompletedProgram:
+    """Exit code and output of a program that has ended.
+
+    Attributes:
+        returncode: exit code; negative, or above 128, if a signal ended the program.
+        stdout: decoded text; empty if the caller read the stream itself.
+        stderr: decoded text.
+    """
 
     returncode: int
     stdout: str
@@ -24,18 +32,25 @@ class Completed:
 
     @property
     def signal(self) -> int | None:
-        """The signal that ended the program: -N from this machine, 128 + N through a remote shell."""
+        """Signal that ended the program: -N if it ran on this machine, 128 + N through a remote shell."""
         if self.returncode < 0:
             return -self.returncode
-        return self.returncode - 128 if self.returncode > 128 else None
+        return self.returncode - SIGNAL_BASE if self.returncode > SIGNAL_BASE else None
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What a report says about the machine.
+    """Description of a machine for reports and checks. None where the device does not report a value.
 
-    memory_bytes: installed. bits: of its programs' addresses. free_memory_bytes, free_disk_bytes: available now, the
-    disk being the one with the work folder. None where the device does not say.
+    Attributes:
+        machine: processor architecture as `uname -m` prints it.
+        cpu_model: name of the processor or the system on chip.
+        cores: number of CPUs.
+        memory_bytes: installed memory.
+        os: operating system and kernel.
+        bits: address size of its programs, 32 or 64.
+        free_memory_bytes: memory available now.
+        free_disk_bytes: space available now on the disk with the work folder.
     """
 
     machine: str
@@ -50,10 +65,12 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Access:
-    """How to reach and use a device beside its address; None for the transport's own choice.
+    """Settings to reach and use a device, besides its address. None selects the transport's default.
 
-    python: the interpreter there. folder: the folder there that holds work folders and the cache of sent files.
-    ssh_config: an OpenSSH configuration file in place of the user's own.
+    Attributes:
+        python: Python interpreter on the device.
+        folder: folder on the device that holds work folders and the cache of sent files.
+        ssh_config: OpenSSH configuration file that replaces the user's own.
     """
 
     python: str | None = None
@@ -62,24 +79,27 @@ class Access:
 
 
 class Transport(Protocol):
-    """A connection to one device.
+    """Connection to one device.
 
-    name: the device as the user named it ("local", "ssh:pi@kitchen"), for messages.
-    python: the interpreter on the device that has the runtimes.
+    Attributes:
+        name: the device as the user named it ("local", "ssh:pi@kitchen"), for messages.
+        python: the interpreter on the device that has the runtimes installed.
     """
 
     name: str
     python: str
 
     def push(self, files: Mapping[str, Path], keep: bool = True) -> None:
-        """Send files or folders here to names there. A transport may link: programs must not write to them.
+        """Send local files or folders to the device. A transport may link them: programs must not write to them.
 
-        keep: what is sent may stay in a cache on the device, so that it need not be sent the next time.
+        Args:
+            files: name on the device -> local file or folder.
+            keep: whether the files may stay in a cache on the device, so that the next run need not send them.
 
         Raises:
-            RoomError: they do not fit, found before anything is sent.
-            IntegrityError: what arrived is not what was sent.
-            ConnectionLostError: the connection ended, and could not be had again.
+            CapacityError: they do not fit; checked before anything is sent.
+            IntegrityError: the device received something else than was sent.
+            ConnectionLostError: the connection ended and could not be restored.
         """
 
     def run(
@@ -88,13 +108,19 @@ class Transport(Protocol):
         timeout_s: float,
         env: Mapping[str, str] | None = None,
         on_line: Callable[[str], None] | None = None,
-    ) -> Completed:
-        """Run a program to its end; `env` adds to its environment, `on_line` sees stdout as it is written.
+    ) -> CompletedProgram:
+        """Run a program to its end, in the work folder.
+
+        Args:
+            argv: program and arguments.
+            timeout_s: time limit in seconds.
+            env: variables added to the program's environment.
+            on_line: called with each line of stdout as it is written.
 
         Raises:
-            DeviceTimeoutError: it ran past `timeout_s`; it and its children were killed.
+            DeviceTimeoutError: it exceeded `timeout_s`; the program and its children were killed.
             ConnectionLostError: the connection ended; the device kills the program once it notices. The next call
-                connects again, to a new work folder with all that was pushed; what programs wrote is gone.
+                connects again, to a new work folder with everything that was pushed; program output is gone.
             TransportError: it could not be started.
         """
 
@@ -102,28 +128,28 @@ class Transport(Protocol):
         """Bring a file or a folder to `local`, which must not exist yet."""
 
     def info(self) -> DeviceInfo:
-        """What the machine is."""
+        """Describe the machine."""
 
     def cancel(self) -> None:
-        """From another thread: end what runs there and what is being sent; every later call but close raises."""
+        """End running programs and transfers, from another thread. Every later call except `close` raises."""
 
     def close(self) -> None:
         """Remove the work folder. Calling it twice is harmless."""
 
 
-def inside(device: str, remote: str) -> PurePosixPath:
-    """`remote` as a path below the work folder.
+def work_path(device: str, remote: str) -> PurePosixPath:
+    """Return `remote` as a path relative to the work folder.
 
     Raises:
-        TransportError: it names a place elsewhere, or none.
+        TransportError: it is empty, or points outside the work folder.
     """
     path = PurePosixPath(remote)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in remote:
-        raise TransportError(f"{device}: {remote!r} does not name a place in the work folder.")
+        raise TransportError(f"{device}: {remote!r} is not a path inside the work folder.")
     return path
 
 
-def kilobytes(text: str) -> int | None:
-    """Bytes in a figure such as "1024 kB", None where there is no figure."""
-    digits = next((word for word in text.split() if word.isdigit()), None)
+def parse_kilobytes(text: str) -> int | None:
+    """Return the bytes in a figure such as "1024 kB", or None if there is no number."""
+    digits = next((part for part in text.split() if part.isdigit()), None)
     return None if digits is None else int(digits) * 1024

@@ -16,4 +16,4 @@ TRACERS = {
     "onnx": "qat_edge_exporters.onnx.matrix_outputs:expose",
 }
 # What asks an encoder's artifact on this machine.
-ENCODERS = {"executorch": "qat_edge_exporters.executorch.encoder_runtime:answers"}
+ENCODERS = {"executorch": "qat_edge_exporters.executorch.encoder_runtime:run_encoder"}

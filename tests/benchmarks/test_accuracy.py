@@ -1,7 +1,8 @@
-"""The accuracy benchmark: cells and resume, recovery, tables with holes, recipes, one tiny end-to-end part."""
+"""Accuracy benchmark: cells and resuming, recovery, tables with missing cells, recipes, a tiny end-to-end run."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -16,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import document, formulations, plan, settings
+from benchmarks import accuracy_page, formulations, schedule, settings
+from benchmarks.accuracy_page import MISSING, NO_LOSS, AccuracyResults, recovery, spread
 from benchmarks.cells import Cell, CellStore, publish
-from benchmarks.document import MISSING, NO_LOSS, Records, recovery, spread
-from benchmarks.lab import ROOT, Lab, Training
-from benchmarks.remaining import partly_rounded, with_table_bits
+from benchmarks.partial_rounding import partly_rounded, with_table_bits
+from benchmarks.runner import ROOT, BenchmarkRunner, Training
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
 from qat_edge.config import FinetuneOptions
@@ -33,10 +34,6 @@ from qat_edge.verbs.finetune import finetune
 
 CELL = Cell("emulated", "assistant", 0, "qat", {"steps": 4, "tokens": 64, "trained": {"qat": {"lora_rank": 4}}})
 TINY = replace(SETTINGS["reduced"], steps=3, tokens=32, factors=(), side_tasks=("python-reference",))
-
-
-def silent(text: str) -> None:
-    pass
 
 
 # --- cells -------------------------------------------------------------------------------------------------------
@@ -55,25 +52,25 @@ def test_a_changed_setting_is_another_cell() -> None:
 
 
 def test_a_finished_cell_is_not_measured_again(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY)
+    runner = BenchmarkRunner(tmp_path, "model", "cpu", TINY)
     counted: list[int] = []
 
     def measure() -> dict[str, Any]:
         counted.append(1)
         return {"perplexity": 2.5, "rows": [{"target": "onnx"}]}
 
-    first = lab.measured(CELL, measure)
-    assert lab.measured(CELL, measure) == first == {"perplexity": 2.5, "rows": [{"target": "onnx"}]}
+    first = runner.measure_once(CELL, measure)
+    assert runner.measure_once(CELL, measure) == first == {"perplexity": 2.5, "rows": [{"target": "onnx"}]}
     assert len(counted) == 1
-    lab.measured(replace(CELL, seed=1), measure)
+    runner.measure_once(replace(CELL, seed=1), measure)
     assert len(counted) == 2
 
 
-def test_a_failed_cell_leaves_nothing(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY)
+def test_a_failed_cell_is_not_stored(tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path, "model", "cpu", TINY)
     with pytest.raises(ZeroDivisionError):
-        lab.measured(CELL, lambda: {"perplexity": 1 / 0})
-    assert lab.store.get(CELL) is None
+        runner.measure_once(CELL, lambda: {"perplexity": 1 / 0})
+    assert runner.store.get(CELL) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}'])
@@ -84,14 +81,14 @@ def test_a_damaged_cell_is_named(tmp_path: Path, content: str) -> None:
         store.get(CELL)
 
 
-def test_the_cells_of_a_report_are_not_measured_again(tmp_path: Path) -> None:
+def test_published_cells_are_not_measured_again(tmp_path: Path) -> None:
     before = CellStore(tmp_path / "before")
     before.put(CELL, {"perplexity": 2.5}, 1.0)
-    publish([before.document(CELL) or {}], tmp_path / "page.json")
+    publish([before.record(CELL) or {}], tmp_path / "page.json")
     store = CellStore(tmp_path / "after", tmp_path / "page.json")
     assert store.get(CELL) == {"perplexity": 2.5} and store.get(replace(CELL, seed=1)) is None
     store.put(CELL, {"perplexity": 2.0}, 1.0)
-    assert store.get(CELL) == {"perplexity": 2.0}, "what was measured here comes first"
+    assert store.get(CELL) == {"perplexity": 2.0}, "the work folder takes precedence"
     assert CellStore(tmp_path / "after", tmp_path / "missing.json").get(replace(CELL, seed=1)) is None
 
 
@@ -100,12 +97,12 @@ def test_a_cell_names_its_machine_and_the_gpu_that_was_used(tmp_path: Path) -> N
     for gpu in ("", "NVIDIA A100"):
         store = CellStore(tmp_path)
         store.put(CELL, {}, 1.0, gpu)
-        found.append((store.document(CELL) or {})["machine"])
+        found.append((store.record(CELL) or {})["machine"])
     assert found[1] == f"NVIDIA A100, {found[0]}" and found[0].startswith(f"{platform.machine()}, {os.cpu_count()} ")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"format": 1}]'])
-def test_damaged_cells_of_a_report_are_named(tmp_path: Path, content: str) -> None:
+def test_damaged_published_cells_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "page.json").write_text(content)
     with pytest.raises(RunError, match=r"page\.json"):
         CellStore(tmp_path, tmp_path / "page.json").get(CELL)
@@ -115,7 +112,7 @@ def test_damaged_cells_of_a_report_are_named(tmp_path: Path, content: str) -> No
 
 
 def test_recovery_by_hand() -> None:
-    # PTQ loses 23 - 17 = 6 of which QAT keeps 23 - 18.5 = 4.5; against the worse baseline it would be more.
+    # PTQ loses 23 - 17 = 6, of which QAT recovers 23 - 18.5 = 4.5; relative to the worse baseline it would be more.
     assert recovery(17.0, 18.5, [24.0, 23.0]) == pytest.approx(0.75)
     assert recovery(17.0, 16.0, [23.0, 24.0]) == pytest.approx(7 / 6)
     assert recovery(17.0, 24.0, [23.0, 24.0]) == pytest.approx(-1 / 6)
@@ -125,14 +122,14 @@ def test_recovery_by_hand() -> None:
     assert math.isnan(recovery(17.0, 18.5, [16.9, 18.0]) or 0.0)
 
 
-def test_spread_counts_what_was_measured() -> None:
+def test_spread_counts_measured_seeds_only() -> None:
     assert spread([1.0, 3.0, None]) == "2.00 (1.00 to 3.00; 2 seeds)"
     assert spread([None, 3.0]) == "3.00 (1 seed)"
     assert spread([None]) == MISSING and spread([math.nan]) == NO_LOSS
 
 
 def made(kind: str, seed: int, name: str, figures: dict[str, Any], steps: int = 40) -> dict[str, Any]:
-    """A finished cell as the store gives it back."""
+    """Return a finished cell as the store returns it."""
     return {
         "cell": {"kind": kind, "task": "assistant", "seed": seed, "name": name, "settings": {"steps": steps}},
         "figures": figures, "wall_s": 60.0, "created": "2026-01-02T03:04:05+00:00", "machine": "x86_64, 2 cores",
@@ -141,8 +138,8 @@ def made(kind: str, seed: int, name: str, figures: dict[str, Any], steps: int = 
 
 
 @pytest.fixture
-def records() -> Records:
-    """Two seeds in torch, artifacts of the first alone, one formulation, one round of cost."""
+def accuracy_results() -> AccuracyResults:
+    """Two seeds in torch, artifacts of the first one only, one formulation, one round of cost."""
     documents = []
     for seed, qat in enumerate((18.5, 17.6)):
         for name, value in (("fp32", 17.0), ("rtn", 23.0), ("hqq", 24.0), ("qat", qat)):
@@ -157,73 +154,94 @@ def records() -> Records:
     documents.append(made("formulation", 0, "split", trained))
     times = {name: {"step_s": 2.0 + i, "peak_bytes": 1e9 * (1 + i)} for i, name in enumerate(settings.COSTS)}
     documents.append(made("cost", 0, "round", times, steps=7))
-    return Records(documents, replace(SETTINGS["reduced"], steps=40, side_tasks=("assistant",)), (0, 1))
+    return AccuracyResults(documents, replace(SETTINGS["reduced"], steps=40, side_tasks=("assistant",)), (0, 1))
 
 
 def row(page: str, *starts: str) -> list[str]:
-    """Cells of the only table row that starts with these."""
+    """Return the cells of the only table row that starts with these."""
     found = [line for line in page.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
     assert len(found) == 1, found
     return [cell.strip() for cell in found[0].strip("|").split("|")]
 
 
-def test_recovery_of_each_seed_then_the_mean(records: Records) -> None:
-    assert [records.recovered("torch", "assistant", seed) for seed in (0, 1)] == pytest.approx([0.75, 0.9])
-    assert records.recovered("onnx", "assistant", 0) == pytest.approx(0.9)
-    assert records.recovered("onnx", "assistant", 1) is None and records.recovered("executorch", "assistant", 0) is None
-    page = document.render(records)
+def test_recovery_is_averaged_over_seeds(accuracy_results: AccuracyResults) -> None:
+    assert [accuracy_results.recovered("torch", "assistant", seed) for seed in (0, 1)] == pytest.approx([0.75, 0.9])
+    assert accuracy_results.recovered("onnx", "assistant", 0) == pytest.approx(0.9)
+    assert (
+        accuracy_results.recovered("onnx", "assistant", 1) is None
+        and accuracy_results.recovered("executorch", "assistant", 0) is None
+    )
+    page = accuracy_page.render(accuracy_results)
     assert row(page, "assistant", "torch, exact emulation")[2] == "82.5% (75% to 90%; 2 seeds)"
     assert row(page, "assistant", "ONNX folder")[2:] == ["90% (1 seed)", "18.0 (1 seed)"]
 
 
-def test_what_is_missing_reads_so(records: Records) -> None:
-    page = document.render(records)
+def test_missing_cells_show_as_not_measured(accuracy_results: AccuracyResults) -> None:
+    page = accuracy_page.render(accuracy_results)
     assert row(page, "assistant", "`.pte`")[2:] == [MISSING, MISSING]
     assert row(page, "python-reference", "torch, exact emulation")[2:] == [MISSING, MISSING]
     by_seed = row(page, "assistant", "0", "ONNX folder")
     assert by_seed[3:] == ["17.0", "27.0", *[MISSING] * (len(settings.METHODS) - 1), "18.0", "90%"]
     assert row(page, "assistant", "80 (2 N)")[2:] == [MISSING] * 4
     assert set(row(page, "assistant", "QAT", MISSING)[2:]) == {MISSING}
-    empty = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
+    empty = accuracy_page.render(AccuracyResults([], SETTINGS["reduced"], (0, 1, 2)))
     assert "Nothing has been measured yet" in empty and "%" not in empty.split("## With more training")[0]
 
 
-def test_the_mismatch_is_shown(records: Records) -> None:
-    cells = row(document.render(records), "assistant", "torchtune's QAT-LoRA", "`fq(W) x + s B A x`")
+def test_the_loss_on_deployment_is_shown(accuracy_results: AccuracyResults) -> None:
+    cells = row(accuracy_page.render(accuracy_results), "assistant", "torchtune's QAT-LoRA", "`fq(W) x + s B A x`")
     assert cells[3:] == ["18.0 (1 seed)", "20.0 (1 seed)", "2.00 (1 seed)", "50% (1 seed)"]
 
 
-def test_cost_is_a_ratio_to_plain_lora(records: Records) -> None:
-    page = document.render(records)
+def test_cost_is_a_ratio_to_plain_lora(accuracy_results: AccuracyResults) -> None:
+    page = accuracy_page.render(accuracy_results)
     assert row(page, "QAT")[1:] == ["1.50 (1.50 to 1.50; 1 round)", "2.00 (2.00 to 2.00; 1 round)"]
     assert "One step of plain LoRA: 2.00 s, 1.00 GB." in page
 
 
-def test_exact_match_of_the_fine_tune_is_that_in_torch(records: Records) -> None:
-    page = document.render(records)
+def test_exact_match_of_the_fine_tune_is_that_in_torch(accuracy_results: AccuracyResults) -> None:
+    page = accuracy_page.render(accuracy_results)
     assert row(page, "assistant", "FP32 fine-tune")[-1] == "90% (1 seed)"
     assert row(page, "assistant", "QAT", "0.250 (0.250 to 0.250; 2 seeds)")[-2:] == [MISSING, "85% (1 seed)"]
 
 
-def test_exact_match_is_held_against_the_fine_tune_s_seed_by_seed(records: Records) -> None:
-    page = document.render(records)
+def test_exact_match_is_compared_with_the_fine_tune_seed_by_seed(accuracy_results: AccuracyResults) -> None:
+    page = accuracy_page.render(accuracy_results)
     assert row(page, "ONNX folder", "assistant")[2:] == ["-5.0", MISSING, "-5.0 (1 seed)"]
     assert row(page, "`.pte`", "assistant")[2:] == [MISSING] * 3
 
 
 def test_the_committed_report_has_the_shape_of_this_version() -> None:
-    page = document.render(Records([], SETTINGS["reduced"], (0, 1, 2)))
+    page = accuracy_page.render(AccuracyResults([], SETTINGS["reduced"], (0, 1, 2)))
     headings = [line for line in page.splitlines() if line.startswith("#")]
-    path = Path(document.__file__).parents[1] / "docs" / "accuracy.md"
+    path = ROOT / "docs" / "accuracy.md"
     if not path.is_file():
         pytest.skip("the benchmark has not been run yet")
     assert [line for line in path.read_text().splitlines() if line.startswith("#")] == headings
 
 
-# --- recipes and the plan --------------------------------------------------------------------------------------------
+def test_the_committed_report_agrees_with_the_committed_cells() -> None:
+    path = ROOT / "docs" / "accuracy.json"
+    if not path.is_file():
+        pytest.skip("the benchmark has not been run yet")
+    whole = replace(SETTINGS["reduced"], ablation_rows=len(settings.ABLATION))
+    committed = AccuracyResults(json.loads(path.read_text()), whole, (0, 1, 2))
+    assert accuracy_page.render(committed, "accuracy.svg") == path.with_suffix(".md").read_text()
 
 
-def test_every_recipe_is_one_that_finetune_takes() -> None:
+def test_every_committed_recipe_is_known() -> None:
+    path = ROOT / "docs" / "accuracy.json"
+    if not path.is_file():
+        pytest.skip("the benchmark has not been run yet")
+    cells = [record["cell"] for record in json.loads(path.read_text())]
+    names = {cell["name"] for cell in cells if cell["kind"] == "emulated"}
+    assert names <= {FP32, RECOMMENDED, *settings.METHODS, *settings.ABLATION}
+
+
+# --- recipes and the schedule ---------------------------------------------------------------------------------------
+
+
+def test_finetune_accepts_every_recipe() -> None:
     settings.check_recipes()
 
 
@@ -235,12 +253,12 @@ def test_every_recipe_is_one_that_finetune_takes() -> None:
         ({"ptq_init": "gptq", "scales": "absmax"}, r"TABLE 'x': --ptq-init gptq and --scales absmax"),
     ],
 )
-def test_a_recipe_that_cannot_be_says_which(overrides: dict[str, Any], message: str) -> None:
+def test_an_invalid_recipe_is_named(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         settings.check_overrides("TABLE 'x'", overrides)
 
 
-def test_rows_that_change_nothing_are_left_out() -> None:
+def test_recipes_that_equal_the_defaults_are_left_out() -> None:
     rows = settings.ablation_rows(len(settings.ABLATION))
     assert 0 < len(rows) <= len(settings.ABLATION)
     for name in rows:
@@ -250,8 +268,8 @@ def test_rows_that_change_nothing_are_left_out() -> None:
 
 def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path, tmp_path: Path) -> None:
     for setting in SETTINGS.values():
-        lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting)
-        jobs = plan.plan(lab, settings.PARTS, (0, 1, 2))
+        runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", setting)
+        jobs = schedule.make_jobs(runner, settings.PARTS, (0, 1, 2))
         kinds = {job.cell.kind for job in jobs}
         assert kinds == {"emulated", "artifacts", "formulation", "remaining", "tables", "cost"}
         artifacts = {(job.cell.task, job.cell.seed) for job in jobs if job.cell.kind == "artifacts"}
@@ -259,67 +277,67 @@ def test_both_settings_measure_every_part_and_all_seeds(tiny_model_folder: Path,
         assert len({job.cell.file_name for job in jobs}) == len(jobs)
 
 
-def test_what_one_fine_tune_is_needed_for_stays_in_one_process(
+def test_cells_of_one_fine_tune_stay_in_one_process(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = replace(SETTINGS["reduced"], factors=(2.0,))
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", setting)
-    jobs = plan.plan(lab, settings.PARTS, (0, 1))
-    groups = plan._by_finetune(lab, jobs)
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", setting)
+    jobs = schedule.make_jobs(runner, settings.PARTS, (0, 1))
+    groups = schedule._by_finetune(runner, jobs)
     assert groups[0] == ("python-reference", 0, 36), "the longest first"
     tasks = {(task, seed, 36) for task in TASKS for seed in (0, 1)}
     assert len(groups) == 5 and set(groups) == {*tasks, ("python-reference", 0, 72)}
     ran: list[Cell] = []
-    monkeypatch.setattr(plan, "run", lambda lab, jobs: ran.extend(job.cell for job in jobs))
+    monkeypatch.setattr(schedule, "run", lambda runner, jobs: ran.extend(job.cell for job in jobs))
     for group in groups:
-        plan._run_group(lab, settings.PARTS, (0, 1), group)
+        schedule._run_group(runner, settings.PARTS, (0, 1), group)
     assert {cell.digest for cell in ran} == {job.cell.digest for job in jobs if job.cell.kind != "cost"}
     assert len(ran) == len(jobs) - setting.cost_rounds
 
 
-def test_a_process_beside_others_has_one_thread_and_nothing_to_say() -> None:
-    code = "from benchmarks import worker; worker.begin(); import torch, torchao; print(torch.get_num_threads())"
+def test_a_worker_has_one_thread_and_prints_nothing() -> None:
+    code = "from benchmarks import worker; worker.initialize(); import torch, torchao; print(torch.get_num_threads())"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (ended.stdout, ended.stderr) == ("1\n", "")
 
 
-def test_more_recipes_than_the_setting_has_are_further_cells(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_more_recipes_add_cells_and_keep_the_others(tiny_model_folder: Path, tmp_path: Path) -> None:
     few, many = (
-        Lab(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows))
+        BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", replace(SETTINGS["reduced"], ablation_rows=rows))
         for rows in (2, 5)
     )
-    cells = [{job.cell.file_name for job in plan.plan(lab, settings.PARTS, (0,))} for lab in (few, many)]
+    cells = [{job.cell.file_name for job in schedule.make_jobs(runner, settings.PARTS, (0,))} for runner in (few, many)]
     assert cells[0] < cells[1] and len(cells[1]) == len(cells[0]) + 3
 
 
-def test_the_reduced_setting_ends_within_two_hours_by_its_own_estimate(tiny_model_folder: Path, tmp_path: Path) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"])
-    assert plan.estimate_s(lab, plan.plan(lab, settings.PARTS, (0, 1, 2))) < 7200
+def test_the_reduced_setting_is_estimated_below_two_hours(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    assert schedule.estimate_s(runner, schedule.make_jobs(runner, settings.PARTS, (0, 1, 2))) < 7200
 
 
-def test_what_is_left_is_reckoned_at_this_machine_s_pace() -> None:
-    assert plan.pace(0, 0) == 1 and plan.pace(600, 300) == 1.5 and plan.pace(60, 5) < 1.2
+def test_the_remaining_time_follows_the_pace_of_this_machine() -> None:
+    assert schedule.pace(0, 0) == 1 and schedule.pace(600, 300) == 1.5 and schedule.pace(60, 5) < 1.2
 
 
-def test_plain_lora_is_the_same_cell_whatever_phase_two_is(
+def test_options_of_qat_do_not_change_the_cell_of_plain_lora(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", TINY)
     tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
-    before = lab.identity(tuned), lab.identity(qat)
+    before = runner.identity(tuned), runner.identity(qat)
     recipe = settings.recipe
     monkeypatch.setattr(settings, "recipe", lambda name, steps: {**recipe(name, steps), "scale_learning_rate": 0.5})
-    assert lab.identity(tuned) == before[0] and lab.identity(qat) != before[1]
-    assert lab.options(tuned).qat_start == 3 and "data" in before[0] and str(tmp_path) not in str(before)
+    assert runner.identity(tuned) == before[0] and runner.identity(qat) != before[1]
+    assert runner.options(tuned).qat_start == 3 and "data" in before[0] and str(tmp_path) not in str(before)
 
 
 @pytest.mark.parametrize("name", formulations.FORMULATIONS)
-def test_other_formulations_learn_at_the_rate_of_the_fine_tune_they_are_held_against(
+def test_other_formulations_have_the_learning_rate_of_the_fine_tune(
     tiny_model_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
-    tuned = lab.options(Training("assistant", 0, 36, FP32))
-    other = lab.options(Training("assistant", 0, 36, name, formulation=True))
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", TINY)
+    tuned = runner.options(Training("assistant", 0, 36, FP32))
+    other = runner.options(Training("assistant", 0, 36, name, formulation=True))
     rates = [
         [options.learning_rate * trainer.learning_rate_factor(options, start)(step) for step in range(36)]
         for options, start in ((tuned, 36), (other, 0))
@@ -327,28 +345,28 @@ def test_other_formulations_learn_at_the_rate_of_the_fine_tune_they_are_held_aga
     assert rates[0] == rates[1]
 
 
-def test_a_new_learning_rate_behind_an_unset_option_is_another_cell(
+def test_a_changed_default_learning_rate_is_another_cell(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = Lab(tmp_path, str(tiny_model_folder), "cpu", TINY)
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", TINY)
     tuned, qat = (Training("assistant", 0, 3, name) for name in (FP32, RECOMMENDED))
-    before = lab.identity(tuned), lab.identity(qat)
+    before = runner.identity(tuned), runner.identity(qat)
     monkeypatch.setattr(trainer, "COMPENSATED_RATIO", 2 * trainer.COMPENSATED_RATIO)
-    assert lab.options(qat).qat_learning_rate is None
-    assert lab.identity(tuned) == before[0] and lab.identity(qat) != before[1]
+    assert runner.options(qat).qat_learning_rate is None
+    assert runner.identity(tuned) == before[0] and runner.identity(qat) != before[1]
 
 
-def test_tidying_spares_what_can_be_resumed(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, "model", "cpu", TINY)
+def test_tidying_keeps_checkpoints_of_unfinished_runs(tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path, "model", "cpu", TINY)
     runs = {name: tmp_path / "runs" / f"assistant-{name}-seed0-3-abc" for name in ("fp32", "qat")}
     for folder in runs.values():
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "adapter").mkdir()
     (runs["fp32"] / "training.json").write_text("{}")
     closed: list[bool] = []
-    lab._yardstick = Training("assistant", 0, 3, FP32), SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
-    lab.tidy()
-    assert closed == [True] and lab._yardstick is None
+    runner._reference = Training("assistant", 0, 3, FP32), SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    runner.tidy()
+    assert closed == [True] and runner._reference is None
     assert (runs["qat"] / "checkpoints").is_dir() and not (runs["fp32"] / "checkpoints").exists()
     assert all((folder / "adapter").is_dir() for folder in runs.values())
 
@@ -356,8 +374,8 @@ def test_tidying_spares_what_can_be_resumed(tmp_path: Path) -> None:
 # --- end to end on a tiny model ------------------------------------------------------------------------------------
 
 
-class InThisProcess(Lab):
-    """A lab whose commands are calls: a process of its own takes seconds to import the libraries."""
+class InThisProcess(BenchmarkRunner):
+    """Runner that calls commands in this process: a new one takes seconds to import the libraries."""
 
     commands = 0
 
@@ -371,19 +389,21 @@ class InThisProcess(Lab):
             finetune(config.load(FinetuneOptions, "finetune", path, {}), out)
 
 
-def test_switching_parts_off_and_a_formulation(tiny_model_folder: Path, tmp_path: Path) -> None:
-    lab = InThisProcess(tmp_path, str(tiny_model_folder), "cpu", TINY, silent, keep=True)
-    jobs = [job for job in plan.plan(lab, ("formulations",), (0,)) if job.cell.name in (FP32, "rtn", "split")]
-    plan.run(lab, jobs)
-    figures = {job.cell.name: lab.store.get(job.cell) for job in jobs}
+def test_partial_rounding_and_a_formulation_on_a_tiny_model(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = InThisProcess(tmp_path, str(tiny_model_folder), "cpu", TINY, keep=True)
+    jobs = [
+        job for job in schedule.make_jobs(runner, ("formulations",), (0,)) if job.cell.name in (FP32, "rtn", "split")
+    ]
+    schedule.run(runner, jobs)
+    figures = {job.cell.name: runner.store.get(job.cell) for job in jobs}
     assert figures[FP32] is not None and figures[FP32]["kl_nats"] == 0
     assert figures["rtn"] is not None and figures["rtn"]["kl_nats"] > 0
     assert figures["split"] is not None and figures["split"]["trained"] != figures["split"]["deployed"]
-    plan.run(lab, jobs)
-    assert lab.commands == 2
+    schedule.run(runner, jobs)
+    assert runner.commands == 2
 
-    run = lab.train(Training("python-reference", 0, 3, FP32))
-    ids, quantized = torch.arange(20).unsqueeze(0), lab.post_training(run, "rtn")
+    run = runner.train(Training("python-reference", 0, 3, FP32))
+    ids, quantized = torch.arange(20).unsqueeze(0), runner.post_training(run, "rtn")
     with torch.no_grad():
         exact = load_exact(quantized)(ids).logits
         whole = merged_model(run.reference).model(ids).logits

@@ -1,4 +1,4 @@
-"""Other tools' forward passes against their formulas, their gradients, and the patch that trains them."""
+"""Other tools' forward passes compared with their formulas, their gradients, and the patch that trains them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANK = 4
 
 
 class OneLayer(nn.Module):
-    """A linear layer with a name."""
+    """Model of one linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class OneLayer(nn.Module):
 
 
 def adapted(name: str) -> tuple[LoraFakeQuantLinear, fake.Switch]:
-    """The layer with adapters that are not zero, and its switch, on."""
+    """Return the layer with adapters that are not zero, and its switch, which is on."""
     torch.manual_seed(0)
     model = OneLayer()
     switch = fake.insert(model, Scheme(32, False, "", "", {"layer": SPEC}))
@@ -46,7 +46,7 @@ def adapted(name: str) -> tuple[LoraFakeQuantLinear, fake.Switch]:
 
 
 def parts(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W, bias, A, B."""
+    """Return W, bias, A and B."""
     base = layer.get_base_layer()
     return base.weight, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
@@ -68,7 +68,7 @@ def test_separate_equals_its_formula() -> None:
     weight, bias, a, b = parts(layer)
     x = torch.randn(2, 5, 64)
     rounded_x = numerics.fake_quantize_activation(x)
-    low_rank = rounded_x @ rounded(a).T @ rounded(b, group=RANK).T  # B is narrower than a group: one a row
+    low_rank = rounded_x @ rounded(a).T @ rounded(b, group=RANK).T  # B is narrower than a group: one group per row
     torch.testing.assert_close(
         layer(x), rounded_x @ rounded(weight).T + bias + SCALING * low_rank, rtol=1e-6, atol=1e-6
     )
@@ -81,16 +81,16 @@ def test_the_straight_through_gradients(name: str) -> None:
     x, grad = torch.randn(7, 64, requires_grad=True), torch.randn(7, 48)
     layer(x).backward(grad)
     inputs = x.detach() if name == "split" else numerics.fake_quantize_activation(x.detach())
-    seen_a, seen_b = (a, b) if name == "split" else (rounded(a), rounded(b, group=RANK))
-    torch.testing.assert_close(b.grad, SCALING * grad.T @ (inputs @ seen_a.T), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(a.grad, SCALING * (grad @ seen_b).T @ inputs, rtol=1e-5, atol=1e-5)
-    expected = grad @ rounded(weight) + SCALING * grad @ seen_b @ seen_a
+    used_a, used_b = (a, b) if name == "split" else (rounded(a), rounded(b, group=RANK))
+    torch.testing.assert_close(b.grad, SCALING * grad.T @ (inputs @ used_a.T), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.grad, SCALING * (grad @ used_b).T @ inputs, rtol=1e-5, atol=1e-5)
+    expected = grad @ rounded(weight) + SCALING * grad @ used_b @ used_a
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
     assert weight.grad is None
 
 
 @pytest.mark.parametrize("name", FORMULATIONS)
-def test_off_all_are_plain_lora(name: str) -> None:
+def test_without_rounding_all_formulations_are_plain_lora(name: str) -> None:
     layer, switch = adapted(name)
     switch.enabled = False
     weight, bias, a, b = parts(layer)
@@ -98,7 +98,7 @@ def test_off_all_are_plain_lora(name: str) -> None:
     torch.testing.assert_close(layer(x), x @ (weight + SCALING * b @ a).T + bias, rtol=1e-5, atol=1e-5)
 
 
-def test_only_merged_computes_what_ships() -> None:
+def test_only_merged_computes_the_deployed_function() -> None:
     x = torch.randn(3, 64)
     differences = {}
     for name in FORMULATIONS:
@@ -110,7 +110,7 @@ def test_only_merged_computes_what_ships() -> None:
     assert differences["merged"] < 1e-5 < 1e-2 < min(differences["split"], differences["separate"])
 
 
-def test_the_patch_ends_with_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_patch_is_undone_after_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[type] = []
     original = fake.add_adapters
 
@@ -130,5 +130,5 @@ def test_the_patch_ends_with_the_training(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_an_unknown_formulation_is_named() -> None:
-    with pytest.raises(UsageError, match=r"'joint': not known\. There are merged, split, separate"):
+    with pytest.raises(UsageError, match=r"'joint': not known\. Known: merged, split, separate"):
         convert(OneLayer(), "joint")

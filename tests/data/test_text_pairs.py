@@ -1,4 +1,4 @@
-"""A classifier of two texts: their types are found by the model itself, in training, in torch and in the .pte."""
+"""A classifier of text pairs: the model computes token types itself, in training, in torch and in the .pte file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qat_edge.models.tasks import SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
-from qat_edge_exporters.executorch.encoder_runtime import answers
+from qat_edge_exporters.executorch.encoder_runtime import run_encoder
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
@@ -40,7 +40,7 @@ ROWS = [
 
 
 def make_tokenizer() -> Any:
-    """Words, with separators as BERT's tokenizer puts them."""
+    """A word-level tokenizer that inserts separators like BERT's."""
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
     backend.pre_tokenizer = WhitespaceSplit()
     special = [("[CLS]", 1), ("[SEP]", 2)]
@@ -61,7 +61,7 @@ def make_config() -> BertConfig:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trained on pairs, frozen and exported."""
+    """A run trained on pairs, frozen and exported."""
     root = tmp_path_factory.mktemp("pairs")
     torch.manual_seed(0)
     BertForSequenceClassification(make_config()).save_pretrained(root / "model")
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize(("text", "pair"), [("the w1", "w2 w3 the"), ("w1", None), ("w1 " * 9, "w2 " * 20), ("", "w1")])
-def test_types_are_those_of_the_tokenizer(text: str, pair: str | None) -> None:
+def test_token_types_are_those_of_the_tokenizer(text: str, pair: str | None) -> None:
     given = make_tokenizer()(
         text,
         pair,
@@ -87,24 +87,28 @@ def test_types_are_those_of_the_tokenizer(text: str, pair: str | None) -> None:
     assert torch.equal(found[kept], given.token_type_ids[kept])
 
 
-def test_the_model_finds_the_types_itself_in_torch_and_in_the_artifact(run: Run) -> None:
-    kind = tasks.of_run(run)
-    assert kind == SequenceClassifier(LABELS, pairs=True)
+def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -> None:
+    task = tasks.task_of_run(run)
+    assert task == SequenceClassifier(LABELS, pairs=True)
+
+    # The tokenizer's types are the reference; neither our models nor the artifact are given any.
     rows = [make_tokenizer()(row["text"], row["text_pair"], return_token_type_ids=True) for row in ROWS[:8]]
-    artifact = answers(run.exports / "executorch", [row.input_ids for row in rows])
+    artifact = run_encoder(run.exports / "executorch", [row.input_ids for row in rows])
+    # Plain transformers, of the base and of the frozen checkpoint.
     frozen_alone = AutoModelForSequenceClassification.from_pretrained(run.quantized).eval()
     plain = BertForSequenceClassification(make_config()).eval()
     plain.load_state_dict(base_model(run.adapter).state_dict())
+
     for ours, theirs in ((base_model(run.adapter), plain), (frozen.load(run.quantized), frozen_alone)):
-        for row, ran in zip(rows, artifact, strict=True):
+        for row, from_artifact in zip(rows, artifact, strict=True):
             ids, mask, types = (torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids"))
             with torch.no_grad():
-                found = kind.answer(ours, ids, mask)
+                found = task.predict(ours, ids, mask)
                 torch.testing.assert_close(found, theirs(ids, mask, types).logits)
-                apart = (found - theirs(ids, mask, types * 0).logits).abs().max()
-            assert apart > 0
+                type_effect = (found - theirs(ids, mask, types * 0).logits).abs().max()
+            assert type_effect > 0
             if theirs is frozen_alone:
-                assert (found - torch.from_numpy(ran)).abs().max() < 0.1 * apart
+                assert (found - torch.from_numpy(from_artifact)).abs().max() < 0.1 * type_effect
 
 
 @pytest.mark.parametrize(
@@ -114,11 +118,11 @@ def test_the_model_finds_the_types_itself_in_torch_and_in_the_artifact(run: Run)
         ({"text": "w1 [SEP] w2", "text_pair": "w3", "label": 1}, "1: the tokenizer begins the second text elsewhere"),
     ],
 )
-def test_pairs_that_cannot_be_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_unusable_pairs_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     model = BertForSequenceClassification(make_config())
     with pytest.raises(DataError, match=message):
-        training_examples.tokenize(
+        training_examples.tokenize_for_task(
             SequenceClassifier(LABELS, pairs=True), load_rows(str(tmp_path / "rows.jsonl")), model, make_tokenizer(), 16
         )
 
@@ -126,5 +130,5 @@ def test_pairs_that_cannot_be_are_named(tmp_path: Path, row: dict[str, Any], mes
 def test_pairs_for_a_classifier_of_single_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
     rows, model = load_rows(str(tmp_path / "rows.jsonl")), BertForSequenceClassification(make_config())
-    with pytest.raises(DataError, match="1: two texts, and the classifier learned single ones"):
-        training_examples.tokenize(SequenceClassifier(LABELS), rows, model, make_tokenizer(), 16)
+    with pytest.raises(DataError, match="1: two texts, but the classifier is trained on single texts"):
+        training_examples.tokenize_for_task(SequenceClassifier(LABELS), rows, model, make_tokenizer(), 16)

@@ -1,4 +1,4 @@
-"""Rows are read with their line numbers, the loss lies where it should, nothing is cut in silence."""
+"""Rows are read with their line numbers, the loss covers the right tokens, and every truncation is counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qat_edge.data import tokenization
-from qat_edge.data.formats import Chat, Completion, Row, Text, load_rows
+from qat_edge.data.formats import Chat, Completion, Pair, Row, Text, load_rows
 from qat_edge.data.tokenization import IGNORED, Collator
 from qat_edge.errors import DataError
 
@@ -34,7 +34,7 @@ def write_lines(path: Path, *records: Any) -> str:
     return str(path)
 
 
-def learned(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
+def trained_texts(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
     """Runs of tokens with loss, decoded."""
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -50,7 +50,7 @@ def learned(ids: list[int], labels: list[int], tokenizer: Any) -> list[str]:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def test_the_three_shapes(tmp_path: Path) -> None:
+def test_the_three_shapes_for_text_generation(tmp_path: Path) -> None:
     source = write_lines(
         tmp_path / "rows.jsonl", {"messages": DIALOGUE}, {"prompt": "a", "completion": "b", "id": 7}, {"text": "c"}
     )
@@ -60,7 +60,20 @@ def test_the_three_shapes(tmp_path: Path) -> None:
     assert text == Text("c", f"{source}:3")
 
 
-def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
+def test_the_three_shapes_for_encoders(tmp_path: Path) -> None:
+    source = write_lines(
+        tmp_path / "rows.jsonl",
+        {"text": "a", "text_pair": "b", "label": "c"},
+        {"text_a": "a", "text_b": "b", "score": -0.5},
+        {"anchor": "a", "positive": "b"},
+    )
+    labelled, scored, matching = load_rows(source)
+    assert labelled == Text("a", f"{source}:1", label="c", pair="b")
+    assert scored == Pair("a", "b", -0.5, f"{source}:2")
+    assert matching == Pair("a", "b", None, f"{source}:3")
+
+
+def test_every_file_format_gives_the_same_rows(tmp_path: Path) -> None:
     records = [{"prompt": "one, two", "completion": "three\nfour"}, {"prompt": "five", "completion": "six"}]
     write_lines(tmp_path / "rows.jsonl", *records)
     (tmp_path / "rows.json").write_text(json.dumps(records))
@@ -74,7 +87,7 @@ def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
         assert found == [("one, two", "three\nfour"), ("five", "six")], name
 
 
-def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
+def test_the_parts_of_a_folder_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     write_lines(folder / "train.jsonl", {"text": "learn"})
@@ -87,7 +100,7 @@ def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "complaint"),
+    ("record", "message"),
     [
         ({"question": "a", "answer": "b"}, "keys found: 'question', 'answer'; expected 'messages'"),
         ({"prompt": "a", "completion": None}, "keys found: 'prompt'; expected"),
@@ -98,24 +111,28 @@ def test_a_folder_is_read_by_datasets_with_its_parts(tmp_path: Path) -> None:
         ({"messages": []}, "found an empty list"),
         ({"messages": [{"role": "user"}]}, "message 1: 'content' must be a string, found nothing"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message of role 'assistant'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            "the assistant's message is empty",
+        ),
         (["text"], "expected an object with 'messages'"),
         ({}, "keys found: none"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, complaint: str) -> None:
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, message: str) -> None:
     source = write_lines(tmp_path / "rows.jsonl", {"text": "good"}, record)
     with pytest.raises(DataError) as caught:
         load_rows(source)
     assert str(caught.value).startswith(f"{source}:2: ")
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_broken_files_are_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:3: is no JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: not JSON"):
         load_rows(str(tmp_path / "bad.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="is no UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         load_rows(str(tmp_path / "latin.jsonl"))
     (tmp_path / "object.json").write_text('{"text": "a"}')
     with pytest.raises(DataError, match="expected a JSON list of rows, found an object"):
@@ -136,26 +153,26 @@ def test_a_csv_row_is_named_by_the_line_it_ends_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.txt"])
-def test_empty_files(tmp_path: Path, name: str) -> None:
+def test_empty_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("\n" if name == "empty.jsonl" else "")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="contains no rows"):
         load_rows(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "somebody/no-such-data"])
-def test_missing_sources(name: str) -> None:
+def test_missing_sources_are_refused(name: str) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_rows(name)
 
 
-# --- where the loss lies -----------------------------------------------------------------------------------
+# --- tokens with loss --------------------------------------------------------------------------------------
 
 
 def test_loss_on_every_assistant_message_and_its_end_token(tokenizer: Any) -> None:
     done = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512)
     (row,) = done.rows
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
-    assert learned(row["input_ids"], row["labels"], tokenizer) == ["the answer<|im_end|>", "\nand on<|im_end|>"]
+    assert trained_texts(row["input_ids"], row["labels"], tokenizer) == ["the answer<|im_end|>", "\nand on<|im_end|>"]
     assert (done.truncated, done.cut_tokens, done.dropped) == (0, 0, 0)
     assert done.tokens == len(row["input_ids"])
     assert done.trained_tokens == sum(label != IGNORED for label in row["labels"])
@@ -169,23 +186,23 @@ def test_a_prompt_is_a_prefix_of_its_training_row_even_where_tokens_merge(tokeni
     assert expected == "xylophone"
     assert trained["input_ids"][: len(prompt)] == prompt
     assert trained["labels"][: len(prompt)] == [IGNORED] * len(prompt)
-    assert learned(**_pair(trained), tokenizer=tokenizer) == ["xylophone<|im_end|>"]
+    assert trained_texts(**_ids_and_labels(trained), tokenizer=tokenizer) == ["xylophone<|im_end|>"]
 
 
-def test_a_template_that_rewrites_past_turns_gives_one_row_an_answer(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_past_turns_gives_one_example_per_assistant_message(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     done = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512)
-    assert [learned(**_pair(row), tokenizer=tokenizer) for row in done.rows] == [
+    assert [trained_texts(**_ids_and_labels(row), tokenizer=tokenizer) for row in done.rows] == [
         ["<think></think>the answer<|im_end|>"],
         ["<think></think>\nand on<|im_end|>"],
     ]
 
 
-def test_a_template_whose_answer_does_not_follow_its_prompt_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_does_not_continue_its_own_prompt_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
@@ -193,7 +210,7 @@ def test_a_template_whose_answer_does_not_follow_its_prompt_is_refused(tokenizer
         tokenization.tokenize([Chat(DIALOGUE, "f:9")], tokenizer, 512)
 
 
-def test_no_or_a_strict_chat_template(tokenizer: Any) -> None:
+def test_a_missing_or_strict_chat_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"f:9: .*refuses the roles system, user.*must alternate"):
         tokenization.tokenize([Chat(DIALOGUE, "f:9")], tokenizer, 512)
@@ -205,18 +222,18 @@ def test_no_or_a_strict_chat_template(tokenizer: Any) -> None:
 def test_loss_on_the_completion_and_the_end_token(tokenizer: Any) -> None:
     (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows
     assert tokenizer.decode(row["input_ids"]) == "in the then<|im_end|>"
-    assert learned(row["input_ids"], row["labels"], tokenizer) == ["then<|im_end|>"]
+    assert trained_texts(row["input_ids"], row["labels"], tokenizer) == ["then<|im_end|>"]
     ((prompt, expected),) = tokenization.prompts([Completion("in the ", "then", "row"), Text("x", "row")], tokenizer)
     assert row["input_ids"][: len(prompt)] == prompt
     assert expected == "then"
 
 
-def test_a_border_inside_a_merge(tokenizer: Any) -> None:
+def test_a_token_that_would_span_prompt_and_completion_is_split(tokenizer: Any) -> None:
     (row,) = tokenization.tokenize([Completion("t", "he end", "row")], tokenizer, 64).rows  # "the" would be one token
-    assert learned(row["input_ids"], row["labels"], tokenizer) == ["he end<|im_end|>"]
+    assert trained_texts(row["input_ids"], row["labels"], tokenizer) == ["he end<|im_end|>"]
 
 
-def test_texts_are_packed_into_full_windows_and_lose_nothing(tokenizer: Any) -> None:
+def test_texts_are_packed_into_full_windows_without_loss_of_tokens(tokenizer: Any) -> None:
     texts = ["abcdefghij" * 3, "klm", "nopqrst" * 4]
     done = tokenization.tokenize([Text(t, "row") for t in texts], tokenizer, 16)
     stream = [token for row in done.rows for token in row["input_ids"]]
@@ -226,7 +243,7 @@ def test_texts_are_packed_into_full_windows_and_lose_nothing(tokenizer: Any) -> 
     assert (done.truncated, done.cut_tokens) == (0, 0)
 
 
-def test_a_tokenizer_that_begins_texts_with_a_token(tokenizer: Any) -> None:
+def test_a_beginning_of_sequence_token_occurs_once_per_example(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -236,65 +253,69 @@ def test_a_tokenizer_that_begins_texts_with_a_token(tokenizer: Any) -> None:
     rows = tokenization.tokenize([Text("abcdefghij" * 3, "row"), Completion("t", "he", "row")], tokenizer, 16).rows
     assert [row["input_ids"][0] for row in rows] == [1] * 4
     assert [row["input_ids"].count(1) for row in rows] == [1] * 4
-    assert learned(**_pair(rows[-1]), tokenizer=tokenizer) == ["he<|im_end|>"]
+    assert trained_texts(**_ids_and_labels(rows[-1]), tokenizer=tokenizer) == ["he<|im_end|>"]
     (chat,) = tokenization.tokenize([Chat(DIALOGUE, "row")], tokenizer, 512).rows
     assert chat["input_ids"].count(1) == len(DIALOGUE)
 
 
-def test_what_is_cut_and_dropped_is_counted(tokenizer: Any) -> None:
+def test_truncated_and_dropped_rows_are_counted(tokenizer: Any) -> None:
     fits, cut, lost = Completion("ab", "cd", "1"), Completion("ab", "c" * 20, "2"), Completion("a" * 30, "b", "3")
     done = tokenization.tokenize([fits, cut, lost], tokenizer, 10)
     assert [len(row["input_ids"]) for row in done.rows] == [5, 10]
     assert (done.truncated, done.cut_tokens, done.dropped) == (2, (23 - 10) + (32 - 10), 1)
     assert done.summary() == (
-        "2 rows, 15 tokens, 11 of them with loss; 2 rows cut, 35 tokens lost; "
-        "1 rows dropped: nothing to learn was left of them"
+        "2 rows, 15 tokens, 11 of them with loss; 2 rows truncated, 35 tokens lost; "
+        "1 rows dropped: no token with loss was left"
     )
-    with pytest.raises(DataError, match="None of 1 rows has anything to learn within 10 tokens"):
+    with pytest.raises(DataError, match="None of 1 rows has a token to train on within 10 tokens"):
         tokenization.tokenize([lost], tokenizer, 10)
 
 
 # --- batches, windows --------------------------------------------------------------------------------------
 
 
-def test_collator_pads_right_without_loss(tokenizer: Any) -> None:
+def test_padding_is_on_the_right_and_has_no_loss(tokenizer: Any) -> None:
     rows = [{"input_ids": [5, 2, 7], "labels": [IGNORED, 2, 7]}, {"input_ids": list(range(9)), "labels": [IGNORED] * 9}]
     batch = Collator(tokenizer)(rows)
     assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(batch, (2, 16))
     assert all(value.dtype == torch.int64 for value in batch.values())
     assert batch["input_ids"][0].tolist() == [5, 2, 7] + [tokenizer.pad_token_id] * 13
     assert batch["labels"][0].tolist() == [IGNORED, 2, 7] + [IGNORED] * 13
-    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 9]  # the token 2, which also pads, is attended to
+    assert batch["attention_mask"].sum(dim=1).tolist() == [
+        3,
+        9,
+    ]  # the token 2 also pads
     tokenizer.pad_token = None
     assert Collator(tokenizer, multiple_of=1)(rows)["input_ids"][0, -1] == tokenizer.eos_token_id
 
 
-def test_a_model_is_compared_where_training_puts_loss(tokenizer: Any) -> None:
+def test_models_are_compared_at_the_tokens_with_loss(tokenizer: Any) -> None:
     rows: list[Row] = [Chat(DIALOGUE, "1"), Completion("ab", "cd", "2")]
     trained = tokenization.tokenize(rows, tokenizer, 64).rows
     for scored, row in zip(tokenization.scored_ids(rows, tokenizer, 64, 1000), trained, strict=True):
         expected = [label for label in row["labels"][1:] if label != tokenization.IGNORED]
         assert scored.targets.tolist() == expected
         assert scored.ids == row["input_ids"][: len(scored.ids)]
-        assert scored.positions[-1] + 2 == len(scored.ids)  # nothing is fed that no comparison needs
+        assert scored.positions[-1] + 2 == len(scored.ids)  # no token after the last target
 
 
-def test_rows_beyond_the_limit_are_not_tokenized(tokenizer: Any) -> None:
-    rows: list[Row] = [Completion("ab", "cd", "1"), Chat([{"role": "user", "content": "x"}], "2")]  # the second is bad
+def test_rows_after_the_limit_are_not_tokenized(tokenizer: Any) -> None:
+    no_assistant = Chat([{"role": "user", "content": "x"}], "2")
+    rows: list[Row] = [Completion("ab", "cd", "1"), no_assistant]
     assert [len(scored.positions) for scored in tokenization.scored_ids(rows, tokenizer, 64, 3)] == [3]
     assert next(tokenization.prompts(rows, tokenizer))[1] == "cd"
 
 
-def test_nothing_to_compare_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="None of 1 rows has anything to compare within 2 tokens"):
+def test_rows_without_a_token_to_compare_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="None of 1 rows has a token to compare within 2 tokens"):
         tokenization.scored_ids([Completion("a long prompt", "x", "1")], tokenizer, 2, 10)
 
 
-def test_no_more_positions_than_the_limit(tokenizer: Any) -> None:
+def test_the_limit_counts_positions_of_all_sequences(tokenizer: Any) -> None:
     found = tokenization.scored_ids([Text("abcdefghijklmnopqrstuvwxyz" * 3, "row")], tokenizer, 16, 20)
     assert [len(scored.positions) for scored in found] == [15, 5]
     assert found[1].positions == [0, 1, 2, 3, 4]
 
 
-def _pair(row: dict[str, list[int]]) -> dict[str, list[int]]:
+def _ids_and_labels(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return {"ids": row["input_ids"], "labels": row["labels"]}

@@ -1,4 +1,4 @@
-"""The generated data: disjoint halves, distinct and learnable rows; the score; the configurations that use it."""
+"""Demo data: disjoint halves, distinct and answerable rows; and the example configurations that use it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def call(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def copied(row: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """(tool, argument, value) of what is copied from the request."""
-    answer = call(row)
-    fixed = {key for intent in INTENTS if intent.tool == answer["tool"] for key in intent.fixed}
-    return {(answer["tool"], k, str(v)) for k, v in answer["arguments"].items() if k not in fixed}
+    """(tool, argument, value) of each value that is copied from the request."""
+    tool_call = call(row)
+    fixed = {key for intent in INTENTS if intent.tool == tool_call["tool"] for key in intent.fixed}
+    return {(tool_call["tool"], k, str(v)) for k, v in tool_call["arguments"].items() if k not in fixed}
 
 
 def test_at_least_fifteen_tools_occur_in_both_halves() -> None:
@@ -39,7 +39,7 @@ def test_at_least_fifteen_tools_occur_in_both_halves() -> None:
     assert {call(row)["tool"] for row in TRAIN} == {call(row)["tool"] for row in EVAL} == tools
 
 
-def test_training_rows_are_thousands_and_distinct() -> None:
+def test_thousands_of_training_rows_are_distinct() -> None:
     assert len({row["messages"][1]["content"].lower() for row in TRAIN}) > 3500
     assert len({json.dumps(row) for row in TRAIN}) == 4000
 
@@ -66,20 +66,20 @@ def test_no_phrasing_occurs_in_both_halves_across_intents() -> None:
     assert not train & held_out
 
 
-def test_no_request_has_two_answers() -> None:
-    answers: dict[str, set[str]] = {}
+def test_no_request_has_two_tool_calls() -> None:
+    tool_calls: dict[str, set[str]] = {}
     for row in TRAIN + EVAL:
-        _, user, answer = row["messages"]
-        answers.setdefault(user["content"].lower(), set()).add(answer["content"])
-    assert all(len(found) == 1 for found in answers.values())
+        _, user, tool_call = row["messages"]
+        tool_calls.setdefault(user["content"].lower(), set()).add(tool_call["content"])
+    assert all(len(found) == 1 for found in tool_calls.values())
 
 
-def test_answers_are_short_and_copied_from_the_request() -> None:
+def test_tool_calls_are_short_and_copied_from_the_request() -> None:
     for row in TRAIN + EVAL:
-        system, user, answer = row["messages"]
+        system, user, tool_call = row["messages"]
         assert system == {"role": "system", "content": assistant.SYSTEM}
-        assert len(answer["content"]) <= 130
-        assert answer["content"] == json.dumps(call(row), ensure_ascii=False, separators=(",", ":"))
+        assert len(tool_call["content"]) <= 130
+        assert tool_call["content"] == json.dumps(call(row), ensure_ascii=False, separators=(",", ":"))
         assert list(call(row)) == ["tool", "arguments"]
         assert all(value.lower() in user["content"].lower() for _, _, value in copied(row))
 
@@ -89,12 +89,12 @@ def test_the_same_seed_gives_the_same_rows_and_another_gives_others() -> None:
     assert list(islice(assistant.rows("train", 4000, seed=1), 50)) != TRAIN[:50]
 
 
-def test_impossible_requests_for_rows() -> None:
+def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(UsageError, match="split 'test'"):
         next(assistant.rows("test", 1))
 
 
-def test_written_files_are_what_data_reads(tmp_path: Path) -> None:
+def test_written_files_are_read_back(tmp_path: Path) -> None:
     train, held_out = assistant.write(tmp_path)
     assert len(load_rows(str(train))) == 4000
     assert len(load_rows(str(held_out))) == 400

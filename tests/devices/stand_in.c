@@ -1,6 +1,7 @@
-/* A runner that speaks as executor_runner and llama_main of ExecuTorch 1.4 do, built with -DEXECUTOR_RUNNER or without.
-   Its model is the summing decoder: the next id is the sum of all ids before it, modulo 13; letters a to m are its
-   tokens, z ends an answer. -DWIDTH=N: tokens its program takes in one call; -DVOCABULARY=N: logits it gives. */
+/* Stand-in for a runner of ExecuTorch 1.4, with the same flags and output: executor_runner if built with
+   -DEXECUTOR_RUNNER, llama_main otherwise. Its model is the summing decoder: the next id is the sum of all ids before it,
+   modulo 13; letters a to m are its tokens, z ends a completion. -DWIDTH=N: tokens that its program takes in one call;
+   -DVOCABULARY=N: logits that it computes. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,7 +20,7 @@ static const char *given(int argc, char **argv, const char *flag, const char *ot
     return otherwise;
 }
 
-/* As gflags does: every flag that is not there is an error. */
+/* Like gflags: an unknown flag is an error. */
 static void refuse_unknown(int argc, char **argv, const char *known) {
     for (int i = 1; i < argc; i++) {
         char name[64] = " ";

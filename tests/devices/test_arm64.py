@@ -1,4 +1,4 @@
-"""Artifacts on ARM instructions, under qemu: what they say beside x86, and beside what torch says they should.
+"""Artifacts in ARM instructions under qemu, compared with x86 and with the frozen checkpoint in torch.
 
 Slow (imports of torch alone take a minute there), so not part of `make test`: `make test-arm64`.
 """
@@ -24,7 +24,7 @@ from qat_edge_devices.transport import Access
 
 PYTHON = Path(__file__).parents[2] / ".cache" / "arm64" / "python"  # made by tests/devices/install-arm64
 SEQUENCES = [[(7 * i * i + 11 * i + seed) % 260 for i in range(32)] for seed in (3, 5)]
-SLACK_DB = 3.0  # an error of half the power again: two disturbances of one kind differ by less
+SLACK_DB = 3.0  # an error of half the power again: two disturbances of the same size differ by less
 
 pytestmark = [
     pytest.mark.arm64,
@@ -40,7 +40,7 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 def scored(run: Run, target: str, python: str | None) -> Logits:
-    """Logits of all sequences, (tokens, vocabulary), by the agent in that Python."""
+    """Return the logits of all sequences, (tokens, vocabulary), from the agent in that Python."""
     with contextlib.closing(open_transport("local", Access(python=python))) as transport:
         runtime = open_runtime(target, transport, threads=1)
         runtime.prepare(run.exports / target)
@@ -59,17 +59,17 @@ def sqnr_db(expected: Logits, found: Logits) -> float:
 
 @pytest.fixture(scope="module")
 def exact(run: Run) -> tuple[Logits, float]:
-    """The frozen checkpoint in torch, as trained, and how far it parts from itself when disturbed, in dB."""
+    """Logits of the frozen checkpoint in torch, and their SQNR in dB when the checkpoint is disturbed."""
     model = reference.load_exact(run.quantized)
     found = in_torch(model)
     with reference.disturbed(model):
         return found, sqnr_db(found, in_torch(model))
 
 
-def told(record: pytest.FixtureRequest, **figures: float) -> None:
-    """Print the figures past pytest's capture: they are what the command is run for."""
-    with record.getfixturevalue("capsys").disabled():
-        print(f"\n{record.node.name}: " + ", ".join(f"{name} {value:.1f} dB" for name, value in figures.items()))
+def print_figures(request: pytest.FixtureRequest, **figures: float) -> None:
+    """Print the figures past pytest's capture: they are the purpose of the command."""
+    with request.getfixturevalue("capsys").disabled():
+        print(f"\n{request.node.name}: " + ", ".join(f"{name} {value:.1f} dB" for name, value in figures.items()))
 
 
 def test_executorch_on_arm_computes_what_was_frozen(
@@ -77,7 +77,7 @@ def test_executorch_on_arm_computes_what_was_frozen(
 ) -> None:
     expected, floor_db = exact
     arm, x86 = scored(run, "executorch", str(PYTHON)), scored(run, "executorch", None)
-    told(request, arm_x86=sqnr_db(x86, arm), arm_frozen=sqnr_db(expected, arm), disturbed=floor_db)
+    print_figures(request, arm_x86=sqnr_db(x86, arm), arm_frozen=sqnr_db(expected, arm), disturbed=floor_db)
     assert sqnr_db(expected, arm) > floor_db - SLACK_DB
     assert sqnr_db(x86, arm) > floor_db - SLACK_DB
 
@@ -87,12 +87,12 @@ def test_onnx_on_arm_rounds_inputs_per_token_and_on_x86_per_block(
 ) -> None:
     expected, floor_db = exact
     arm, x86 = scored(run, "onnx", str(PYTHON)), scored(run, "onnx", None)
-    otherwise = runtime_rounding.of_artifact(run.exports / "onnx", "onnx")
+    otherwise = runtime_rounding.artifact_rounding(run.exports / "onnx", "onnx")
     assert otherwise is not None and not otherwise.applies("aarch64") and otherwise.applies("x86_64")
     model, names = reference.load_dequantized(run.quantized)
-    with runtime_rounding.rounding_as(model, names, otherwise):
+    with runtime_rounding.emulate_rounding(model, names, otherwise):
         per_block = in_torch(model)
-    told(
+    print_figures(
         request, arm_x86=sqnr_db(x86, arm), arm_per_token=sqnr_db(expected, arm), arm_per_block=sqnr_db(per_block, arm),
         x86_per_token=sqnr_db(expected, x86), x86_per_block=sqnr_db(per_block, x86), disturbed=floor_db,
     )  # fmt: skip

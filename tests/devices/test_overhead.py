@@ -1,4 +1,4 @@
-"""What the overhead benchmark times: bare calls and the agent's steps, in turn, on the same tokens."""
+"""The overhead benchmark: bare calls of a runtime and steps of the agent, alternating on the same tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from summing import VOCABULARY, write_onnx, write_pte
+from summing_model import VOCABULARY, write_onnx, write_pte
 
 from benchmarks import overhead
 from qat_edge_devices.agent import loaded_models
@@ -17,7 +17,7 @@ AMOUNTS = {"prefill": 5, "decode": 4, "turns": 1}
 
 @pytest.mark.parametrize("bare_first", [True, False])
 @pytest.mark.parametrize("runtime", ["executorch", "onnxruntime"])
-def test_bare_steps_and_the_agents_go_on_from_each_other(
+def test_bare_steps_and_steps_of_the_agent_continue_from_each_other(
     runtime: str, bare_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
@@ -30,7 +30,7 @@ def test_bare_steps_and_the_agents_go_on_from_each_other(
     model.load(artifact, request, 1)
     bare, ours = overhead.steps(model, request, bare_first)
     assert len(bare) == len(ours) == AMOUNTS["decode"]
-    # The cache holds what the agent's would, had it alone been given these tokens.
+    # The cache has the content it would have if the agent alone had processed these tokens.
     taken = AMOUNTS["prefill"] + 2 * AMOUNTS["decode"]
     assert model.next(3) == (sum(1 + i % 7 for i in range(taken)) + 3) % VOCABULARY
 
@@ -44,5 +44,5 @@ def test_a_round_times_both_in_a_process(runtime: str, tmp_path: Path) -> None:
 
 
 def test_ratios_are_of_one_round() -> None:
-    said = overhead.told("some", [(1.0, 1.1), (10.0, 10.0), (2.0, 2.1)])
-    assert said.startswith("some: a token takes 2.000 ms bare, 2.100 ms by the agent; ratio 1.050 (1.000 to 1.100)")
+    line = overhead.describe("some", [(1.0, 1.1), (10.0, 10.0), (2.0, 2.1)])
+    assert line.startswith("some: a token takes 2.000 ms bare, 2.100 ms by the agent; ratio 1.050 (1.000 to 1.100)")

@@ -1,4 +1,4 @@
-"""Transports to real devices of this machine: names are data, programs end, files arrive, and nothing stays."""
+"""Transports to real devices on this machine: names are data, programs end, files arrive, nothing remains."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from reached import (
+from device_fixtures import (
+    DEVICE_TYPES,
     FOREVER,
     LARGE,
     SPAWN,
-    WAYS,
-    Way,
+    DeviceUnderTest,
     assert_ends,
     assert_gone,
+    device_under_test,
     is_running,
     large_file,
-    on_the_way,
     opened,
 )
 
 from qat_edge_devices.device_errors import CancelledError, ConnectionLostError, DeviceTimeoutError, TransportError
 from qat_edge_devices.remote import RemoteTransport
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.transport import CompletedProgram
 
 NASTY = [*" '\"`$;&|<>()[]{}*?!#~\\%\n\t=-", "$(id)", "`id`", "';id;'", "\\n", "%s", "é", "漢", "\x7f"]
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
-    with on_the_way(request.param, tmp_path, monkeypatch) as found:
+@pytest.fixture(params=DEVICE_TYPES)
+def dut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceUnderTest]:
+    with device_under_test(request.param, tmp_path, monkeypatch) as found:
         yield found
 
 
 @pytest.fixture
-def device(way: Way) -> Iterator[RemoteTransport]:
-    """A transport along `way`, after which no work folder is left."""
-    transport = opened(way)
+def device(dut: DeviceUnderTest) -> Iterator[RemoteTransport]:
+    """A transport to `dut`; afterwards no work folder is left."""
+    transport = opened(dut)
     yield transport
     transport.close()
-    assert way.runs() == []
+    assert dut.runs() == []
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def large(tmp_path: Path) -> Path:
 # --- names and arguments are data ------------------------------------------------------------------------
 
 
-def words(seed: int, count: int) -> list[str]:
+def random_words(seed: int, count: int) -> list[str]:
     dice = random.Random(seed)
     return ["".join(dice.choices(NASTY, k=dice.randint(1, 8))) for _ in range(count)]
 
@@ -67,18 +67,20 @@ def words(seed: int, count: int) -> list[str]:
 def test_arguments_and_environment_reach_the_device_as_data(device: RemoteTransport, tmp_path: Path) -> None:
     code = "import json, os, sys; json.dump([sys.argv[1:], os.environ['WORD']], open('out.json', 'w'))"
     for seed in range(8):
-        arguments = ["", *words(seed, 12), "-n", "--", "'"]
-        word = words(seed + 100, 1)[0]
+        arguments = ["", *random_words(seed, 12), "-n", "--", "'"]
+        word = random_words(seed + 100, 1)[0]
         completed = device.run([device.python, "-c", code, *arguments], 30, env={"WORD": word})
-        assert completed == Completed(0, "", "")
+        assert completed == CompletedProgram(0, "", "")
         back = tmp_path / f"{seed}.json"
         device.pull("out.json", back)
         assert json.loads(back.read_text()) == [arguments, word]
 
 
-def test_names_reach_the_device_as_data(device: RemoteTransport, way: Way, large: Path, tmp_path: Path) -> None:
+def test_names_reach_the_device_as_data(
+    device: RemoteTransport, dut: DeviceUnderTest, large: Path, tmp_path: Path
+) -> None:
     dice = random.Random(1)
-    names = {f"{index}{name}" for index, name in enumerate(words(2, 12)) if "/" not in name}
+    names = {f"{index}{name}" for index, name in enumerate(random_words(2, 12)) if "/" not in name}
     names |= {f"in {name}/{dice.choice(NASTY)}x" for name in sorted(names)[:4]} | {"-rf", " ", "'", "$HOME"}
     (tmp_path / "small").write_bytes(b"small")
     device.push({name: large if index % 2 else tmp_path / "small" for index, name in enumerate(sorted(names))})
@@ -93,30 +95,32 @@ def test_names_reach_the_device_as_data(device: RemoteTransport, way: Way, large
 
 
 @pytest.mark.parametrize("sh", ["dash", "bash", "busybox", "mksh"])
-@pytest.mark.parametrize("way", ["fake-adb"], indirect=True)
-def test_any_posix_shell_runs_and_ends_programs(way: Way, sh: str, large: Path) -> None:
+@pytest.mark.parametrize("dut", ["fake-adb"], indirect=True)
+def test_any_posix_shell_runs_and_ends_programs(dut: DeviceUnderTest, sh: str, large: Path) -> None:
     if shutil.which(sh) is None:
         pytest.skip(f"{sh} is not installed")
-    (way.bin / "sh").symlink_to(str(shutil.which(sh)))
-    with contextlib.closing(opened(way)) as device:
+    (dut.bin / "sh").symlink_to(str(shutil.which(sh)))
+    with contextlib.closing(opened(dut)) as device:
         device.push({"a b": large})
         for _ in range(10):  # a shell that misses a signal does so now and then
-            assert device.run(["sh", "-c", "echo out; echo err >&2; exit 3"], 30) == Completed(3, "out\n", "err\n")
+            assert device.run(["sh", "-c", "echo out; echo err >&2; exit 3"], 30) == CompletedProgram(
+                3, "out\n", "err\n"
+            )
         seen: list[str] = []
         with pytest.raises(DeviceTimeoutError):
             device.run([device.python, "-c", FOREVER], 2, on_line=seen.append)
         assert_ends(*map(int, seen[0].split()))
         assert device.info().cores == os.cpu_count()
-    assert way.runs() == []
+    assert dut.runs() == []
 
 
-def test_what_a_login_shell_prints_is_no_output(way: Way, large: Path, tmp_path: Path) -> None:
-    way.plant("sh", 'echo welcome home; echo welcome >&2\nexec /bin/sh "$@"')
-    with contextlib.closing(opened(way)) as device:
+def test_text_printed_by_a_login_shell_is_not_output(dut: DeviceUnderTest, large: Path, tmp_path: Path) -> None:
+    dut.plant("sh", 'echo welcome home; echo welcome >&2\nexec /bin/sh "$@"')
+    with contextlib.closing(opened(dut)) as device:
         device.push({"weights": large})
         seen: list[str] = []
         program = ["/bin/sh", "-c", "echo one; echo two >&2"]
-        assert device.run(program, 30, on_line=seen.append) == Completed(0, "one\n", "two\n")
+        assert device.run(program, 30, on_line=seen.append) == CompletedProgram(0, "one\n", "two\n")
         assert seen == ["one"]
         device.pull("weights", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == large.read_bytes()
@@ -125,10 +129,10 @@ def test_what_a_login_shell_prints_is_no_output(way: Way, large: Path, tmp_path:
 # --- programs --------------------------------------------------------------------------------------------
 
 
-def test_exit_codes_streams_and_signals_are_told_apart(device: RemoteTransport) -> None:
+def test_exit_codes_streams_and_signals_are_kept_apart(device: RemoteTransport) -> None:
     code = "import os, sys; print(os.getcwd()); print('oh', end='', file=sys.stderr); sys.exit(int(sys.argv[1]))"
     for number in (0, 7, 127):
-        expected = Completed(number, f"{device.folder}\n", "oh")
+        expected = CompletedProgram(number, f"{device.folder}\n", "oh")
         assert device.run([device.python, "-c", code, str(number)], 30) == expected
     for number in (signal.SIGKILL, signal.SIGSEGV):
         code = f"import os; os.kill(os.getpid(), {int(number)})"
@@ -176,8 +180,8 @@ def test_an_interrupt_ends_the_program_and_its_children(device: RemoteTransport)
     assert_ends(*map(int, seen[0].split()))
 
 
-def test_cancelling_from_another_thread_ends_it_all(way: Way, large: Path) -> None:
-    device, seen = opened(way), []
+def test_cancelling_from_another_thread_ends_everything(dut: DeviceUnderTest, large: Path) -> None:
+    device, seen = opened(dut), []
 
     def cancel(line: str) -> None:
         seen.append(line)
@@ -189,29 +193,29 @@ def test_cancelling_from_another_thread_ends_it_all(way: Way, large: Path) -> No
         device.push({"weights": large})
     device.close()
     assert_ends(*map(int, seen[0].split()))
-    assert way.runs() == []
+    assert dut.runs() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_stays_on_the_device_when_we_are_ended(way: Way, number: int) -> None:
+def test_nothing_remains_on_the_device_when_this_process_is_killed(dut: DeviceUnderTest, number: int) -> None:
     code = (
         "import signal; from contextlib import closing; from qat_edge_devices import open_transport, transport\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it\n"
-        f"with closing(open_transport({way.device!r}, transport.{way.access!r})) as device:\n"
+        f"with closing(open_transport({dut.device!r}, transport.{dut.access!r})) as device:\n"
         f"    device.run([device.python, '-c', {FOREVER!r}], 60, on_line=lambda line: print(line, flush=True))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ours:
         assert ours.stdout is not None
         pids = list(map(int, ours.stdout.readline().split()))
-        assert len(way.runs()) == 1 and all(map(is_running, pids))
+        assert len(dut.runs()) == 1 and all(map(is_running, pids))
         ours.send_signal(number)
         ours.communicate(timeout=30)
     assert_ends(*pids)
-    assert_gone(way)
+    assert_gone(dut)
 
 
-def test_a_program_whose_shell_was_killed_ends_with_the_work_folder(way: Way) -> None:
-    device, seen = opened(way), []
+def test_a_program_whose_shell_was_killed_ends_with_the_work_folder(dut: DeviceUnderTest) -> None:
+    device, seen = opened(dut), []
 
     def kill_its_shell(line: str) -> None:
         seen.append(line)
@@ -223,14 +227,14 @@ def test_a_program_whose_shell_was_killed_ends_with_the_work_folder(way: Way) ->
         device.run([device.python, "-c", FOREVER], 60, on_line=kill_its_shell)
     device.close()
     assert_ends(int(seen[0].split()[0]))
-    assert way.runs() == []
+    assert dut.runs() == []
 
 
 # --- files -----------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_sends_only_what_changed(
-    way: Way, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dut: DeviceUnderTest, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     other.write_bytes(large.read_bytes()[::-1])
@@ -241,7 +245,7 @@ def test_a_second_run_sends_only_what_changed(
         ({"a": large, "request": tmp_path / "request"}, 0),
         ({"a": other, "b": large}, LARGE),
     ):
-        with contextlib.closing(opened(way)) as device:
+        with contextlib.closing(opened(dut)) as device:
             original = device.send_file
 
             def counted(local: Path, size: int, place: str, original: object = original) -> None:
@@ -254,63 +258,63 @@ def test_a_second_run_sends_only_what_changed(
                 assert (Path(device.folder) / name).read_bytes() == path.read_bytes()
         assert sum(sent) == bytes_sent
         sent.clear()
-    assert len(way.cached()) == 2
+    assert len(dut.cached()) == 2
 
 
-def test_a_file_as_large_as_one_that_is_there_is_not_read_before_it_is_sent(
-    way: Way, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_of_the_same_size_as_a_cached_one_is_not_hashed_before_it_is_sent(
+    dut: DeviceUnderTest, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").write_bytes(large.read_bytes()[::-1])
-    with contextlib.closing(opened(way)) as device:
+    with contextlib.closing(opened(dut)) as device:
         device.push({"a": large})
-        asked: list[str] = []
-        original = device._digests
+        hashed: list[str] = []
+        original = device._hash_on_device
 
         def noted(places: Iterable[str], size: int) -> list[str]:
-            asked.extend(listed := list(places))
+            hashed.extend(listed := list(places))
             return original(listed, size)
 
-        monkeypatch.setattr(device, "_digests", noted)
+        monkeypatch.setattr(device, "_hash_on_device", noted)
         device.push({"b": tmp_path / "other"})
-        assert asked == []
+        assert hashed == []
         device.push({"c": large})
-        assert len(asked) == 1
-    assert len(way.cached()) == 2
+        assert len(hashed) == 1
+    assert len(dut.cached()) == 2
 
 
-def test_a_file_that_cannot_be_hashed_as_it_arrives_is_read_again(way: Way, large: Path) -> None:
-    way.plant("dd", "exit 1")
-    with contextlib.closing(opened(way)) as device:
+def test_a_file_that_cannot_be_hashed_as_it_arrives_is_hashed_afterwards(dut: DeviceUnderTest, large: Path) -> None:
+    dut.plant("dd", "exit 1")
+    with contextlib.closing(opened(dut)) as device:
         device.push({"weights": large})
         assert (Path(device.folder) / "weights").read_bytes() == large.read_bytes()
-    assert len(way.cached()) == 1
+    assert len(dut.cached()) == 1
 
 
-def test_what_is_not_worth_keeping_is_not_kept(way: Way, large: Path) -> None:
-    with contextlib.closing(opened(way)) as device:
+def test_files_sent_with_keep_false_are_not_cached(dut: DeviceUnderTest, large: Path) -> None:
+    with contextlib.closing(opened(dut)) as device:
         device.push({"request": large}, keep=False)
         assert (Path(device.folder) / "request").read_bytes() == large.read_bytes()
-    assert way.cached() == [] and way.runs() == []
+    assert dut.cached() == [] and dut.runs() == []
 
 
-def test_close_removes_the_work_folder_and_nothing_else(way: Way, large: Path) -> None:
-    with contextlib.closing(opened(way)) as first:
+def test_close_removes_the_work_folder_and_nothing_else(dut: DeviceUnderTest, large: Path) -> None:
+    with contextlib.closing(opened(dut)) as first:
         first.push({"weights": large})
-    mine = way.root / "runs" / "somebody's"
+    mine = dut.root / "runs" / "somebody's"
     mine.mkdir()
-    (way.folder / "beside").touch()
-    cached = way.cached()
-    second = opened(way)
-    second.push({"weights": large, "outside": way.folder / "beside"})
-    (Path(second.folder) / "link").symlink_to(way.folder)
+    (dut.folder / "neighbour").touch()
+    cached = dut.cached()
+    second = opened(dut)
+    second.push({"weights": large, "outside": dut.folder / "neighbour"})
+    (Path(second.folder) / "link").symlink_to(dut.folder)
     second.close()
     second.close()
-    assert way.runs() == ["somebody's"] and way.cached() == cached
-    assert (way.folder / "beside").is_file()
+    assert dut.runs() == ["somebody's"] and dut.cached() == cached
+    assert (dut.folder / "neighbour").is_file()
 
 
-def test_two_at_once_do_not_meet(way: Way, large: Path) -> None:
-    with contextlib.closing(opened(way)) as one, contextlib.closing(opened(way)) as other:
+def test_two_connections_do_not_interfere(dut: DeviceUnderTest, large: Path) -> None:
+    with contextlib.closing(opened(dut)) as one, contextlib.closing(opened(dut)) as other:
         both = [threading.Thread(target=each.push, args=({"weights": large},)) for each in (one, other)]
         for thread in both:
             thread.start()
@@ -318,15 +322,15 @@ def test_two_at_once_do_not_meet(way: Way, large: Path) -> None:
             thread.join()
         assert one.folder != other.folder
         one.close()
-        assert other.run(["cmp", "weights", f"{way.root}/cache/{way.cached()[0]}"], 30).returncode == 0
-    assert len(way.cached()) == 1
+        assert other.run(["cmp", "weights", f"{dut.root}/cache/{dut.cached()[0]}"], 30).returncode == 0
+    assert len(dut.cached()) == 1
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../beside", "inner/../../beside", "", "nul\0"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../neighbour", "inner/../../neighbour", "", "nul\0"])
 def test_names_outside_the_work_folder_are_refused(device: RemoteTransport, large: Path, name: str) -> None:
-    with pytest.raises(TransportError, match="does not name a place in the work folder"):
+    with pytest.raises(TransportError, match="is not a path inside the work folder"):
         device.push({name: large})
-    with pytest.raises(TransportError, match="does not name a place in the work folder"):
+    with pytest.raises(TransportError, match="is not a path inside the work folder"):
         device.pull(name, large.parent / "back")
 
 
@@ -338,11 +342,13 @@ def test_missing_files_are_named(device: RemoteTransport, tmp_path: Path) -> Non
     assert list(tmp_path.glob(".pull-*")) == []
 
 
-def test_an_archive_cannot_leave_the_folder_it_is_for(device: RemoteTransport, way: Way, tmp_path: Path) -> None:
-    # A device that answers with an archive of its own making.
+def test_an_archive_cannot_write_outside_its_folder(
+    device: RemoteTransport, dut: DeviceUnderTest, tmp_path: Path
+) -> None:
+    # A device that sends a forged archive.
     evil = "import io, sys, tarfile; t = tarfile.open(fileobj=sys.stdout.buffer, mode='w|')"
     evil += "; i = tarfile.TarInfo('../escaped'); i.size = 1; t.addfile(i, io.BytesIO(b'x')); t.close()"
-    way.plant("tar", f'exec {sys.executable} -c "{evil}"')
+    dut.plant("tar", f'exec {sys.executable} -c "{evil}"')
     (Path(device.folder) / "results").mkdir()
     with pytest.raises(TransportError, match="results cannot be brought back"):
         device.pull("results", tmp_path / "into" / "back" if (tmp_path / "into").mkdir() else tmp_path / "into/back")

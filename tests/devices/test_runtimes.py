@@ -1,4 +1,4 @@
-"""Artifacts run by the agent in a process of its own, and what is said when that goes wrong."""
+"""Artifacts run by the agent in its own process, and the errors if that fails."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from summing import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, write_pte
+from summing_model import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, write_pte
 
 from qat_edge_devices import open_runtime
 from qat_edge_devices.agent import agent, loaded_models, machine
 from qat_edge_devices.device_errors import (
+    CapacityError,
     ConnectionLostError,
     KilledError,
     MissingPackageError,
     ProgramError,
-    RefusedError,
+    RequestRejectedError,
     ResultError,
-    RoomError,
     TransportError,
-    UnsuitableError,
+    UnsupportedDeviceError,
 )
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.mock import MockTransport
 from qat_edge_devices.runtime import Runtime
 from qat_edge_devices.runtimes import agent_runtime as runtime_side
-from qat_edge_devices.runtimes.executorch_runtime import ExecuTorchRuntime
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.runtimes.agent_runtime import ExecuTorchRuntime
+from qat_edge_devices.transport import CompletedProgram
 
-AGENT = ["agent/__init__.py", "agent/agent.py", "agent/machine.py", "agent/loaded_models.py"]
+AGENT = ["agent/__init__.py", "agent/agent.py", "agent/loaded_models.py", "agent/machine.py"]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
@@ -65,15 +65,15 @@ def pte_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["executorch", "onnx"])
 def runtime(request: pytest.FixtureRequest, local: LocalTransport) -> Runtime:
-    """The summing decoder on this machine, as either kind of artifact."""
+    """The summing decoder on this machine, as an artifact of either format."""
     folder = request.getfixturevalue({"executorch": "pte_folder", "onnx": "onnx_folder"}[request.param])
     runtime = open_runtime(request.param, local, threads=1)
     runtime.prepare(folder)
     return runtime
 
 
-def test_score_gives_the_logits_after_every_token(runtime: Runtime) -> None:
-    # 300 tokens: more than the agent takes through the graph at once
+def test_score_returns_the_logits_after_every_token(runtime: Runtime) -> None:
+    # 300 tokens: more than one chunk of the agent
     sequences = [[5], [1, 2, 3, 4], [i % VOCABULARY for i in range(300)], [12, 12]]
     for scored, ids in zip(runtime.score(sequences), sequences, strict=True):
         logits = np.load(scored.logits)
@@ -82,25 +82,25 @@ def test_score_gives_the_logits_after_every_token(runtime: Runtime) -> None:
         np.testing.assert_array_equal(logits, expected, strict=True)
 
 
-def test_a_sequence_read_at_once_and_then_token_by_token_says_the_same(runtime: Runtime) -> None:
+def test_prefill_followed_by_single_tokens_gives_the_same_logits(runtime: Runtime) -> None:
     sequences = [[5, 3, 9], [i % VOCABULARY for i in range(300)]]
     scored = [np.load(one.logits) for one in runtime.score(sequences, decode_from=2)]
-    traced = runtime.trace(sequences, decode_from=2)  # its files live until the last was asked for
+    traced = runtime.trace(sequences, decode_from=2)  # its files exist until the iteration ends
     for ids, logits, found in zip(sequences, scored, traced, strict=True):
         assert logits.argmax(1).tolist() == sums(ids)
         assert found.names == ("logits",)
         np.testing.assert_array_equal(np.load(found.outputs)["arr_0"], logits, strict=True)
 
 
-def test_tokens_are_read_many_at_once_and_decoded_one_at_a_time() -> None:
+def test_tokens_are_read_in_chunks_and_decoded_one_at_a_time() -> None:
     ids = list(range(300))
-    assert list(loaded_models.pieces(ids, None)) == [ids[:256], ids[256:]]
-    assert list(loaded_models.pieces(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
-    assert list(loaded_models.pieces(ids[:2], 3)) == [[0, 1]]
-    assert list(loaded_models.pieces(ids[:2], 0)) == [[0], [1]]
+    assert list(loaded_models.token_chunks(ids, None)) == [ids[:256], ids[256:]]
+    assert list(loaded_models.token_chunks(ids[:5], 3)) == [[0, 1, 2], [3], [4]]
+    assert list(loaded_models.token_chunks(ids[:2], 3)) == [[0, 1]]
+    assert list(loaded_models.token_chunks(ids[:2], 0)) == [[0], [1]]
 
 
-def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: LocalTransport) -> None:
+def test_score_bounds_disk_use_and_continues_the_progress(pte_folder: Path, local: LocalTransport) -> None:
     shown: list[tuple[int, int]] = []
     runtime = ExecuTorchRuntime(local, 1, progress=lambda done, total: shown.append((done, total)))
     runtime.prepare(pte_folder)
@@ -117,28 +117,30 @@ def test_score_keeps_the_disk_bounded_and_counts_on(pte_folder: Path, local: Loc
     assert shown == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
 
 
-def test_generate_is_greedy_and_stops_where_it_should(runtime: Runtime) -> None:
-    # The second prompt is prefilled with the first one's cache still there; the third fills the context.
+def test_generate_is_greedy_and_stops_at_end_length_or_context(runtime: Runtime) -> None:
+    # The cache of the first prompt must be cleared for the second; the third prompt fills the context.
     long = [3] * (CONTEXT - 5)
     prompts = [[1, 2], [12, 2], long]
     generated = runtime.generate(prompts, eos_ids=[11], max_new_tokens=6)
     assert greedy([1, 2], 4) == [3, 6, 12, 11]
-    assert [(a.ids, a.stopped) for a in generated.answers] == [
+    assert [(a.ids, a.stopped) for a in generated.completions] == [
         ((3, 6, 12), "eos"),
         (tuple(greedy([12, 2], 6)), "length"),
         (tuple(greedy(long, 5)), "context"),
     ]
-    assert all(a.ttft_ms > 0 for a in generated.answers)
+    assert all(a.ttft_ms > 0 for a in generated.completions)
     assert generated.load.context_length == CONTEXT
 
 
-def test_generate_without_end_tokens_runs_to_the_length(runtime: Runtime) -> None:
-    (answer,) = runtime.generate([[1, 0]], eos_ids=[], max_new_tokens=8).answers  # 1 ends answers by configuration
-    assert answer.ids == tuple(greedy([1, 0], 8))
-    assert answer.stopped == "length"
+def test_generate_without_end_tokens_runs_to_the_maximum_length(runtime: Runtime) -> None:
+    (completion,) = runtime.generate(
+        [[1, 0]], eos_ids=[], max_new_tokens=8
+    ).completions  # the configuration has 1 as end token
+    assert completion.ids == tuple(greedy([1, 0], 8))
+    assert completion.stopped == "length"
 
 
-def test_speed_measures_every_repeat_and_the_loading(runtime: Runtime) -> None:
+def test_speed_times_every_repeat_and_the_loading(runtime: Runtime) -> None:
     speed = runtime.speed(prefill=32, decode=16, repeats=3)
     for figures in (speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.ttft_ms):
         assert len(figures) == 3
@@ -154,7 +156,7 @@ def test_speed_measures_every_repeat_and_the_loading(runtime: Runtime) -> None:
 
 
 def write_state(root: Path, khz: int, permitted_khz: int, millidegrees: str, slowed: int) -> None:
-    """What a phone of one CPU says below /sys, with a sensor that is not connected beside the one that is."""
+    """Write the files below /sys of a phone with one CPU, a connected sensor and one that is not connected."""
     cpu = f"devices/system/cpu/cpu{min(os.sched_getaffinity(0))}"
     files = {
         f"{cpu}/cpufreq/scaling_cur_freq": khz,
@@ -175,7 +177,7 @@ def write_state(root: Path, khz: int, permitted_khz: int, millidegrees: str, slo
     [((2_400_000, 2_400_000, "45500", 7), False), ((1_200_000, 1_500_000, "", 7), True),
      ((2_400_000, 2_400_000, "90000", 8), True)],
 )  # fmt: skip
-def test_heat_clocks_and_battery_are_told_and_what_throttled_is_marked(
+def test_heat_clocks_and_battery_are_reported_and_throttling_is_marked(
     after: tuple[int, int, str, int], throttled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Heating:
@@ -190,26 +192,26 @@ def test_heat_clocks_and_battery_are_told_and_what_throttled_is_marked(
 
     monkeypatch.setattr(machine, "SYS", tmp_path)
     write_state(tmp_path, 2_400_000, 2_400_000, "31000", 7)
-    first = machine.condition()
-    answer = agent.speed(Heating(), {"prefill": 2, "decode": 2, "repeats": 1}, tmp_path) | {"before": first}  # type: ignore[arg-type]
+    first = machine.machine_state()
+    result = agent.speed(Heating(), {"prefill": 2, "decode": 2, "repeats": 1}, tmp_path) | {"before": first}  # type: ignore[arg-type]
 
-    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
-        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **answer}).encode()
-        return Completed(0, "", "")
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> CompletedProgram:
+        files["results/result.json"] = json.dumps({"format": 2, "load": LOAD, **result}).encode()
+        return CompletedProgram(0, "", "")
 
     speed = open_runtime("onnx", MockTransport(handler), threads=1).speed(2, 2, 1)
     assert speed.throttled is throttled
-    _, *marks, told = speed.remarks()
+    _, *marks, states = speed.remarks()
     heat = f", {int(after[2]) / 1e3:.0f} °C" if after[2] else ""
-    assert told == (
+    assert states == (
         f"before timing clocks 2.4 GHz, 31 °C, battery 80%; after it clocks {after[0] / 1e6:.1f} GHz{heat}, battery 80%"
     )
     assert ["throttled" in mark for mark in marks] == [True] * throttled
 
 
-def test_a_machine_that_says_nothing_of_itself_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_reports_no_state_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "SYS", tmp_path)
-    assert machine.condition() == SILENT
+    assert machine.machine_state() == SILENT
 
 
 def test_onnx_is_scored_by_onnxruntime_and_timed_by_genai(onnx_folder: Path, local: LocalTransport) -> None:
@@ -227,12 +229,12 @@ def test_without_genai_plain_onnxruntime_generates_the_same(
     model = loaded_models.choose_backend(request)
     assert model.runtime == "onnxruntime"
     model.load(onnx_folder, request, 1)
-    answers = agent.generate(model, request, tmp_path)["answers"]
-    assert [a["ids"] for a in answers] == [[3, 6, 12], greedy([1], 6)]
+    completions = agent.generate(model, request, tmp_path)["completions"]
+    assert [a["ids"] for a in completions] == [[3, 6, 12], greedy([1], 6)]
 
 
-def test_only_what_the_runtime_reads_is_sent(onnx_folder: Path, pte_folder: Path) -> None:
-    mock = MockTransport(lambda argv, files: Completed(0, "", ""))
+def test_only_files_that_the_runtime_reads_are_sent(onnx_folder: Path, pte_folder: Path) -> None:
+    mock = MockTransport(lambda argv, files: CompletedProgram(0, "", ""))
     open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
     assert sorted(mock.files) == [*AGENT, "artifact/genai_config.json", "artifact/model.onnx"]
     mock.close()
@@ -243,31 +245,35 @@ def test_only_what_the_runtime_reads_is_sent(onnx_folder: Path, pte_folder: Path
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"machine": "armv7l"}, UnsuitableError, r"its system is armv7l; .* 64-bit x86_64, amd64, aarch64, arm64"),
-        ({"machine": "aarch64", "bits": 32}, UnsuitableError, r"its system is aarch64, 32-bit programs"),
-        ({"free_memory_bytes": 1000}, RoomError, r"weights take 0 MB of memory and the device has 0 MB free"),
+        (
+            {"machine": "armv7l"},
+            UnsupportedDeviceError,
+            r"its system is armv7l; .* 64-bit x86_64, amd64, aarch64, arm64",
+        ),
+        ({"machine": "aarch64", "bits": 32}, UnsupportedDeviceError, r"its system is aarch64, 32-bit programs"),
+        ({"free_memory_bytes": 1000}, CapacityError, r"weights take 0 MB of memory and the device has 0 MB free"),
     ],
 )
-def test_a_device_that_cannot_run_it_is_told_before_anything_is_sent(
+def test_an_unsupported_device_is_reported_before_anything_is_sent(
     changed: dict[str, Any], error: type[Exception], words: str, onnx_folder: Path
 ) -> None:
-    mock = MockTransport(lambda argv, files: Completed(0, "", ""))
+    mock = MockTransport(lambda argv, files: CompletedProgram(0, "", ""))
     mock.described = dataclasses.replace(mock.described, **changed)
     with pytest.raises(error, match=f"mock: .*{words}.*Nothing was sent"):
         open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
     assert mock.files == {}
 
 
-def test_a_lost_connection_is_asked_again_and_then_reported() -> None:
+def test_a_lost_connection_is_retried_and_then_reported() -> None:
     left = [2]
 
-    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> CompletedProgram:
         left[0] -= 1
         if left[0] >= 0:
             raise ConnectionLostError("mock: the connection was lost.")
         figures = {"prefill_tokens_per_s": [1], "decode_tokens_per_s": [2], "ttft_ms": [3], **STATE}
-        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, **figures}).encode()
-        return Completed(0, "", "")
+        files["results/result.json"] = json.dumps({"format": 2, "load": LOAD, **figures}).encode()
+        return CompletedProgram(0, "", "")
 
     mock = MockTransport(handler)
     speed = open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
@@ -276,21 +282,21 @@ def test_a_lost_connection_is_asked_again_and_then_reported() -> None:
     assert speed.remarks() == ("a token was decoded in 50.00 ms (p50), 95.00 ms (p95)",)
     assert [call[0] for call in mock.calls] == ["push", "run", "push", "run", "push", "run", "pull"]
     left[0] = 3
-    with pytest.raises(ConnectionLostError, match=r"the connection was lost\. It was asked 3 times"):
+    with pytest.raises(ConnectionLostError, match=r"the connection was lost\. It was tried 3 times"):
         open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
 
 
-def test_what_does_not_fit_the_context_is_refused(runtime: Runtime) -> None:
-    with pytest.raises(RefusedError, match=rf"local: sequence 0 takes {CONTEXT + 1} tokens .* holds {CONTEXT}"):
+def test_sequences_longer_than_the_context_are_rejected(runtime: Runtime) -> None:
+    with pytest.raises(RequestRejectedError, match=rf"local: sequence 0 takes {CONTEXT + 1} tokens .* holds {CONTEXT}"):
         list(runtime.score([[1] * (CONTEXT + 1)]))
-    with pytest.raises(RefusedError, match="the prompt and the decode steps takes"):
+    with pytest.raises(RequestRejectedError, match="the prompt and the decode steps takes"):
         runtime.speed(prefill=CONTEXT, decode=1, repeats=1)
 
 
-def test_nothing_is_predicted_from_nothing(runtime: Runtime) -> None:
-    with pytest.raises(RefusedError, match="sequence 1: no token ids were given"):
+def test_empty_sequences_are_rejected(runtime: Runtime) -> None:
+    with pytest.raises(RequestRejectedError, match="sequence 1: no token ids were given"):
         list(runtime.score([[1], []]))
-    with pytest.raises(RefusedError, match="prompt 0 and a first token: no token ids were given"):
+    with pytest.raises(RequestRejectedError, match="prompt 0 and a first token: no token ids were given"):
         runtime.generate([[]], eos_ids=[11], max_new_tokens=1)
 
 
@@ -299,19 +305,19 @@ def test_a_damaged_artifact_is_named(target: str, name: str, local: LocalTranspo
     (tmp_path / name).write_bytes(b"\x08\x01 not what it should be" * 9)
     runtime = open_runtime(target, local, threads=1)
     runtime.prepare(tmp_path)
-    with pytest.raises(RefusedError, match=f"local: {name} cannot be loaded: "):
+    with pytest.raises(RequestRejectedError, match=f"local: {name} cannot be loaded: "):
         list(runtime.score([[1, 2]]))
 
 
-def test_an_export_without_its_artifact_is_told_before_anything_runs(local: LocalTransport, tmp_path: Path) -> None:
+def test_a_missing_artifact_is_reported_before_anything_runs(local: LocalTransport, tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"expected one \.pte there, found 0"):
         open_runtime("executorch", local, threads=1).prepare(tmp_path)
     with pytest.raises(TransportError, match=r"no model\.onnx there"):
         open_runtime("onnx", local, threads=1).prepare(tmp_path)
 
 
-def test_a_missing_package_is_named_as_pip_knows_it(pte_folder: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare-python"  # no site-packages: what a device has before anything is installed
+def test_a_missing_package_has_its_name_on_pypi(pte_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare-python"  # no site-packages, like a device before anything is installed
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -E -s -S "$@"\n')
     bare.chmod(0o755)
     transport = LocalTransport(python=str(bare), root=tmp_path)
@@ -326,13 +332,13 @@ def test_a_missing_package_is_named_as_pip_knows_it(pte_folder: Path, tmp_path: 
     [
         (-signal.SIGKILL, KilledError, r"ended by SIGKILL\. .*memory runs out.*\n  the last words"),
         (128 + signal.SIGSEGV, KilledError, r"ended by SIGSEGV\. .*crashed"),
-        (agent.EXIT_REFUSED, RefusedError, "mock: the last words"),
+        (agent.EXIT_REJECTED, RequestRejectedError, "mock: the last words"),
         (agent.EXIT_MISSING_PACKAGE, MissingPackageError, "pip install the last words"),
         (1, ProgramError, r"failed with exit code 1\. .*\n  first\n  the last words"),
     ],
 )
-def test_the_way_the_agent_ends_says_what_to_do(code: int, error: type[Exception], words: str) -> None:
-    mock = MockTransport(lambda argv, files: Completed(code, "", "first\nthe last words\n"))
+def test_exit_codes_of_the_agent_become_errors_with_advice(code: int, error: type[Exception], words: str) -> None:
+    mock = MockTransport(lambda argv, files: CompletedProgram(code, "", "first\nthe last words\n"))
     with pytest.raises(error, match=f"(?s){words}") as caught:
         open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
     assert type(caught.value) is error
@@ -341,48 +347,48 @@ def test_the_way_the_agent_ends_says_what_to_do(code: int, error: type[Exception
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 0}', json.dumps({"format": 1, "load": {}}), json.dumps({"format": 1, "load": LOAD})],
+    ["", "[]", "{}", '{"format": 0}', json.dumps({"format": 2, "load": {}}), json.dumps({"format": 2, "load": LOAD})],
 )
-def test_results_that_cannot_be_read_are_an_error(text: str) -> None:
-    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
+def test_unreadable_results_are_an_error(text: str) -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> CompletedProgram:
         files["results/result.json"] = text.encode()
-        return Completed(0, "", "")
+        return CompletedProgram(0, "", "")
 
-    with pytest.raises(ResultError, match="mock: the agent ended well, but its results cannot be read"):
+    with pytest.raises(ResultError, match="mock: the agent succeeded, but its results cannot be read"):
         open_runtime("onnx", MockTransport(handler), threads=1).speed(1, 1, 1)
     with pytest.raises(ResultError):
         list(open_runtime("onnx", MockTransport(handler), threads=1).score([[1]]))
 
 
-def test_logits_that_did_not_come_back_are_an_error() -> None:
-    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
-        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, "scored": 1}).encode()
-        return Completed(0, "", "")
+def test_missing_logits_are_an_error() -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> CompletedProgram:
+        files["results/result.json"] = json.dumps({"format": 2, "load": LOAD, "scored": 1}).encode()
+        return CompletedProgram(0, "", "")
 
     with pytest.raises(ResultError, match="not all their logits came back"):
         list(open_runtime("onnx", MockTransport(handler), threads=1).score([[1]]))
 
 
-def test_outputs_that_did_not_come_back_are_an_error() -> None:
-    def handler(argv: Sequence[str], files: dict[str, bytes]) -> Completed:
-        files["results/result.json"] = json.dumps({"format": 1, "load": LOAD, "outputs": ["logits"]}).encode()
-        return Completed(0, "", "")
+def test_missing_outputs_are_an_error() -> None:
+    def handler(argv: Sequence[str], files: dict[str, bytes]) -> CompletedProgram:
+        files["results/result.json"] = json.dumps({"format": 2, "load": LOAD, "outputs": ["logits"]}).encode()
+        return CompletedProgram(0, "", "")
 
     with pytest.raises(ResultError, match="not all outputs of 1 sequences came back"):
         list(open_runtime("onnx", MockTransport(handler), threads=1).trace([[1]], 0))
 
 
-def test_both_halves_agree_on_the_numbers_between_them() -> None:
-    for name in ("FORMAT", "EXIT_REFUSED", "EXIT_MISSING_PACKAGE"):
+def test_agent_and_host_have_the_same_protocol_constants() -> None:
+    for name in ("FORMAT", "EXIT_REJECTED", "EXIT_MISSING_PACKAGE"):
         assert getattr(agent, name) == getattr(runtime_side, name)
 
 
-def test_the_agent_travels_alone() -> None:
+def test_the_agent_imports_nothing_of_the_package() -> None:
     for name in AGENT:
         assert "qat_edge" not in (runtime_side.AGENT.parent / name).read_text()
 
 
-def test_memory_is_the_kernels_figure() -> None:
+def test_memory_figures_come_from_the_kernel() -> None:
     assert machine.forget_peak()
     before = machine.peak_bytes()
     block: Any = np.ones(40_000_000, np.uint8)

@@ -1,4 +1,4 @@
-"""What is said to a device's shell, said to the shells of this machine."""
+"""Scripts for a device's shell, run by the shells of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qat_edge_devices import shell
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.transport import CompletedProgram
 
 
 @pytest.mark.parametrize("login", ["dash", "bash", "busybox sh", "mksh", "fish", "tcsh", "zsh"])
@@ -22,19 +22,19 @@ def test_any_login_shell_understands_the_command_line(login: str) -> None:
     script = shell.Script('printf "%s|" "$@" "$v"; cat; echo oh >&2; exit 7', "w", {"v": "a'b\\n$x"}, ["é \\ \n'", "%"])
     argv = [*login.split(), "-c", shell.BOOTSTRAP]
     done = subprocess.run(argv, input=script.line() + b"rest\n", capture_output=True, check=False)
-    answer = script.completed(Completed(done.returncode, done.stdout.decode(), done.stderr.decode()))
-    assert answer == Completed(7, "é \\ \n'|%|a'b\\n$x|rest\n", "oh\n")
+    result = script.extract(CompletedProgram(done.returncode, done.stdout.decode(), done.stderr.decode()))
+    assert result == CompletedProgram(7, "é \\ \n'|%|a'b\\n$x|rest\n", "oh\n")
 
 
 @pytest.mark.parametrize("sh", ["dash", "bash", "busybox sh", "mksh"])
-def test_a_file_is_hashed_while_it_arrives_until_told_to_stop(tmp_path: Path, sh: str) -> None:
+def test_a_file_is_hashed_while_it_arrives_until_stopped(tmp_path: Path, sh: str) -> None:
     if shutil.which(sh.split()[0]) is None:
         pytest.skip(f"{sh} is not installed")
     content = random.Random(2).randbytes(3 * 1024**2 + 77)
     for stopped in (False, True):
         place = tmp_path / f"incoming {stopped}"
         arguments = [str(place), str(len(content))]
-        script = shell.Script(shell.FOLLOW, "w", {"run": str(tmp_path), "nonce": "salt"}, arguments)
+        script = shell.Script(shell.HASH_WHILE_RECEIVED, "w", {"run": str(tmp_path), "nonce": "salt"}, arguments)
         argv = [*sh.split(), "-c", shell.BOOTSTRAP]
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as follower:
             assert follower.stdin is not None
@@ -47,5 +47,5 @@ def test_a_file_is_hashed_while_it_arrives_until_told_to_stop(tmp_path: Path, sh
                 if stopped and begin:
                     Path(f"{place}.end").touch()
                     break
-            answer, _ = follower.communicate(timeout=20)
-        assert (hashlib.sha256(content + b"salt").hexdigest() in answer.decode()) is not stopped
+            output, _ = follower.communicate(timeout=20)
+        assert (hashlib.sha256(content + b"salt").hexdigest() in output.decode()) is not stopped

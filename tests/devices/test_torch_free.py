@@ -1,4 +1,4 @@
-"""A .pte where torch is not installed: by ExecuTorch's runtime for numpy alone, in a Python of its own."""
+"""A .pte without torch: in executorch-numpy-runtime, in a separate Python."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from summing import CONTEXT, greedy, sums, write_pte
+from summing_model import CONTEXT, greedy, sums, write_pte
 
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.agent import loaded_models
-from qat_edge_devices.device_errors import RefusedError
+from qat_edge_devices.device_errors import RequestRejectedError
 from qat_edge_devices.runtime import Runtime
 from qat_edge_devices.transport import Access, Transport
 from tests.exporters.tiny import export_into, freeze, llama
@@ -30,10 +30,10 @@ real = pytest.mark.skipif(
         ({"executorch", "executorch_numpy_runtime"}, "without"),
         ({"torch", "executorch_numpy_runtime"}, "without"),
         ({"executorch_numpy_runtime"}, "without"),
-        (set(), "with torch"),  # whose import names what is missing
+        (set(), "with torch"),  # its import fails with the name of the missing package
     ],
 )
-def test_the_torch_free_runtime_is_taken_where_torchs_cannot_be(
+def test_the_torch_free_runtime_is_used_if_torch_is_not_installed(
     installed: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
@@ -55,31 +55,31 @@ def prepared(artifact: Path, transport: Transport) -> Runtime:
 
 
 @real
-def test_it_does_all_that_the_one_with_torch_does(there: Transport, tmp_path: Path) -> None:
+def test_the_torch_free_runtime_scores_generates_and_times(there: Transport, tmp_path: Path) -> None:
     runtime = prepared(write_pte(tmp_path / "executorch"), there)
     sequences = [[5], [1, 2, 3, 4], [7] * 30]
     for decode_from in (None, 2):
         scored = [np.load(one.logits).argmax(1).tolist() for one in runtime.score(sequences, decode_from)]
         assert scored == [sums(ids) for ids in sequences]
     generated = runtime.generate([[1, 2], [12, 2]], eos_ids=[11], max_new_tokens=6)
-    assert [answer.ids for answer in generated.answers] == [(3, 6, 12), tuple(greedy([12, 2], 6))]
+    assert [completion.ids for completion in generated.completions] == [(3, 6, 12), tuple(greedy([12, 2], 6))]
     load = runtime.speed(prefill=8, decode=4, repeats=1).load
     assert (load.runtime, load.context_length) == ("executorch-numpy-runtime", CONTEXT)
     assert load.runtime_version == "1.4.0 (ExecuTorch 1.3.1)"
-    assert load.pool_threads is None, "it does not say"
+    assert load.pool_threads is None, "it does not report them"
 
 
 @real
-def test_a_program_with_llm_operators_says_what_is_lacking(there: Transport, tmp_path: Path) -> None:
+def test_a_program_with_llm_operators_names_the_missing_operators(there: Transport, tmp_path: Path) -> None:
     freeze(llama(), 32, tmp_path / "quantized")
     export_into(tmp_path / "quantized", tmp_path / "default")
-    words = r"model\.pte needs llama::custom_sdpa, llama::update_cache, operators .* export it with --portable"
-    with pytest.raises(RefusedError, match=f"local: {words}"):
+    message = r"model\.pte needs llama::custom_sdpa, llama::update_cache, operators .* export it with --portable"
+    with pytest.raises(RequestRejectedError, match=f"local: {message}"):
         list(prepared(tmp_path / "default", there).score([[1, 2]]))
 
 
 @real
-def test_a_portable_program_says_what_it_says_in_executorch(there: Transport, tmp_path: Path) -> None:
+def test_a_portable_program_gives_the_same_logits_as_in_executorch(there: Transport, tmp_path: Path) -> None:
     freeze(llama(), 32, tmp_path / "quantized")
     export_into(tmp_path / "quantized", tmp_path / "portable", portable=True)
     sequences = [[1, 2, 3, 4, 5, 6], [9, 8, 7]]
@@ -93,5 +93,5 @@ def test_a_portable_program_says_what_it_says_in_executorch(there: Transport, tm
 @real
 def test_a_damaged_program_is_named(there: Transport, tmp_path: Path) -> None:
     (tmp_path / "model.pte").write_bytes(b"not a program" * 9)
-    with pytest.raises(RefusedError, match=r"local: model\.pte cannot be loaded: "):
+    with pytest.raises(RequestRejectedError, match=r"local: model\.pte cannot be loaded: "):
         list(prepared(tmp_path, there).score([[1, 2]]))

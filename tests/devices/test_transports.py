@@ -1,4 +1,4 @@
-"""What a transport promises: files arrive, programs end when told, and nothing of it stays behind."""
+"""The contract of a transport: files arrive, programs end on request, and nothing remains."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reached import assert_ends
+from device_fixtures import assert_ends
 
 from qat_edge_devices import RUNTIMES, TRANSPORTS, open_runtime, open_transport
 from qat_edge_devices.device_errors import DeviceTimeoutError, TransportError, UnknownNameError
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.mock import MockTransport
-from qat_edge_devices.transport import Completed
+from qat_edge_devices.transport import CompletedProgram
 
-# Starts a child that would sleep for a minute, writes its id, then does what follows.
+# Program that starts a child sleeping for a minute and writes its process id; tests append what follows.
 SPAWN = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL)
@@ -57,7 +57,7 @@ def test_files_are_copied_where_they_cannot_be_linked(
     assert (local.folder / "model.pte").read_bytes() == b"weights"
 
 
-def test_pushing_over_a_name_leaves_what_was_linked_there_alone(local: LocalTransport, tmp_path: Path) -> None:
+def test_pushing_over_a_name_does_not_change_the_file_linked_there(local: LocalTransport, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
         local.push({"model.pte": tmp_path / name})
@@ -67,7 +67,7 @@ def test_pushing_over_a_name_leaves_what_was_linked_there_alone(local: LocalTran
     assert (local.folder / "model.pte").samefile(tmp_path / "two")
 
 
-def test_a_folder_goes_and_comes_back(local: LocalTransport, tmp_path: Path) -> None:
+def test_a_folder_is_pushed_and_pulled(local: LocalTransport, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "a").write_text("1")
@@ -80,10 +80,10 @@ def test_a_folder_goes_and_comes_back(local: LocalTransport, tmp_path: Path) -> 
     assert (tmp_path / "back/inner/b").read_text() == "2"
 
 
-def test_run_starts_in_the_work_folder_and_keeps_the_streams_apart(local: LocalTransport) -> None:
+def test_programs_start_in_the_work_folder_with_separate_streams(local: LocalTransport) -> None:
     code = "import os, sys; print(os.getcwd(), os.environ['WORD']); print('oh', file=sys.stderr); sys.exit(7)"
     completed = local.run([local.python, "-c", code], 30, env={"WORD": "set"})
-    assert completed == Completed(7, f"{local.folder} set\n", "oh\n")
+    assert completed == CompletedProgram(7, f"{local.folder} set\n", "oh\n")
     assert completed.signal is None
 
 
@@ -124,10 +124,10 @@ def test_a_child_left_behind_ends_with_the_program(local: LocalTransport) -> Non
     assert_ends(child_of(local))
 
 
-def test_a_signal_is_told_from_an_exit_code(local: LocalTransport) -> None:
+def test_a_signal_differs_from_an_exit_code(local: LocalTransport) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert local.run([local.python, "-c", code], 30).signal == signal.SIGKILL
-    assert Completed(128 + signal.SIGSEGV, "", "").signal == signal.SIGSEGV  # as a remote shell says it
+    assert CompletedProgram(128 + signal.SIGSEGV, "", "").signal == signal.SIGSEGV  # as a remote shell reports it
 
 
 def test_close_removes_the_work_folder_and_nothing_else(tmp_path: Path) -> None:
@@ -142,10 +142,10 @@ def test_close_removes_the_work_folder_and_nothing_else(tmp_path: Path) -> None:
     assert (artifact / "model.onnx").read_bytes() == b"graph"
 
 
-@pytest.mark.parametrize("remote", ["/etc/passwd", "../beside", "inner/../../beside", ""])
+@pytest.mark.parametrize("remote", ["/etc/passwd", "../neighbour", "inner/../../neighbour", ""])
 def test_names_outside_the_work_folder_are_refused(local: LocalTransport, tmp_path: Path, remote: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TransportError, match="does not name a place in the work folder"):
+    with pytest.raises(TransportError, match="is not a path inside the work folder"):
         local.push({remote: tmp_path / "file"})
 
 
@@ -172,18 +172,18 @@ def test_names_are_resolved_and_unknown_ones_listed() -> None:
     assert transport.name == "local"
     for target in RUNTIMES:
         open_runtime(target, transport, threads=1)
-    with pytest.raises(UnknownNameError, match=r"'lokal' is no transport\. Known: adb, local, ssh"):
+    with pytest.raises(UnknownNameError, match=r"'lokal' is not a known transport\. Known: adb, local, ssh"):
         open_transport("lokal")
-    with pytest.raises(UnknownNameError, match=r"'tflite' is no runtime\. Known: executorch, onnx"):
+    with pytest.raises(UnknownNameError, match=r"'tflite' is not a known runtime\. Known: executorch, onnx"):
         open_runtime("tflite", transport, threads=1)
     with pytest.raises(UnknownNameError, match="takes no address"):
         open_transport("local:kitchen")
 
 
-def test_the_mock_remembers_what_it_was_asked(tmp_path: Path) -> None:
-    def handler(argv: object, files: dict[str, bytes]) -> Completed:
+def test_the_mock_records_its_calls(tmp_path: Path) -> None:
+    def handler(argv: object, files: dict[str, bytes]) -> CompletedProgram:
         files["out/copy"] = files["in/a"]
-        return Completed(0, "one\ntwo\n", "")
+        return CompletedProgram(0, "one\ntwo\n", "")
 
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a").write_bytes(b"1")
@@ -200,7 +200,7 @@ def test_the_mock_remembers_what_it_was_asked(tmp_path: Path) -> None:
     assert mock.calls == [("push", "in"), ("run", "copy"), ("pull", "out"), ("pull", "absent"), ("close",)]
 
 
-def test_the_package_needs_the_standard_library_only() -> None:
+def test_importing_the_package_loads_no_library_outside_python() -> None:
     modules = ["qat_edge_devices", "qat_edge_devices.mock"]
     modules += [entry.partition(":")[0] for entry in (*TRANSPORTS.values(), *RUNTIMES.values())]
     code = f"import sys, {', '.join(modules)}; print(*{{m.partition('.')[0] for m in sys.modules}})"

@@ -1,4 +1,4 @@
-"""What runtimes round otherwise, done in torch. The artifacts themselves are held against it in test_line.py."""
+"""Emulation in torch of what runtimes round differently. Real artifacts are compared with it in test_line.py."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from conftest import make_model, make_tokenizer
-from qat_edge.diagnose.runtime_rounding import Rounding, rounding_as
+from qat_edge.diagnose.runtime_rounding import Rounding, emulate_rounding
 
 
-def into(width: int, rounding: Rounding, x: Tensor) -> Tensor:
-    """What a layer of that width gets to multiply by."""
+def rounded_input(width: int, rounding: Rounding, x: Tensor) -> Tensor:
+    """Return what a layer of that width multiplies its weight by."""
     model = nn.Module()
     model.layer = nn.Linear(width, width, bias=False)
-    with torch.no_grad(), rounding_as(model, ["layer"], rounding):
+    with torch.no_grad(), emulate_rounding(model, ["layer"], rounding):
         model.layer.weight.copy_(torch.eye(width))
-        found: Tensor = model.layer(x)
+        outputs: Tensor = model.layer(x)
     assert not model.layer._forward_pre_hooks
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("width", [64, 48])  # two blocks, or one and a half
@@ -26,31 +26,31 @@ def test_each_block_has_a_scale_of_its_own(width: int) -> None:
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
     x[:, 32:] *= 100
     x[1, :32] = 0
-    found = into(width, Rounding("blocks", {"layer": 32}), x)
+    found = rounded_input(width, Rounding("blocks", {"layer": 32}), x)
     for block in (slice(0, 32), slice(32, width)):
         largest = x[:, block].abs().amax(-1, keepdim=True)
         assert ((found - x)[:, block].abs() <= largest / 127 / 2 * 1.0001).all()
         codes = found[:, block] / (largest / 127).clamp(min=1e-30)
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0)
-    per_token = into(width, Rounding(), x)
+    per_token = rounded_input(width, Rounding(), x)
     assert (per_token - x)[0, :32].square().mean() > 100 * (found - x)[0, :32].square().mean()
 
 
-def test_an_int8_cache_rounds_what_attention_reads_and_leaves_nothing_behind() -> None:
+def test_an_int8_cache_rounds_what_attention_reads_until_the_block_ends() -> None:
     model, ids = make_model(make_tokenizer()), torch.arange(3, 43).unsqueeze(0)
     with torch.no_grad():
         before = model(ids).logits
-        with rounding_as(model, [], Rounding("cache", int8_cache=True)):
+        with emulate_rounding(model, [], Rounding("cache", int8_cache=True)):
             rounded = model(ids).logits
             first = model(ids[:, :1]).logits
         torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
     noise = 10 * torch.log10((rounded - before).square().sum() / before.square().sum())
     assert -70 < float(noise) < -20, "eight bits of keys and values, and no more"
-    # One token attends to itself alone: what is left of the rounding is that of its values.
+    # A single token attends to itself only, so only the rounding of its value remains.
     assert 0 < float((first - before[:, :1]).abs().max()) < float(before.abs().max()) / 20
 
 
-def test_rounding_by_architecture() -> None:
+def test_rounding_applies_to_the_named_architectures_only() -> None:
     blocks = Rounding("blocks", machines=("x86_64", "amd64"))
     assert [blocks.applies(m) for m in ("x86_64", "AMD64", "aarch64")] == [True, True, False]
     assert Rounding("cache", int8_cache=True).applies("aarch64")

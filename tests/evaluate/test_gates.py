@@ -1,4 +1,4 @@
-"""Limits: where they come from, what they are held against, and what CI is told of them."""
+"""Gates: profiles that set them, figures they are checked against, and their JUnit XML for CI."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from qat_edge.cli import commands
 from qat_edge.config import PROFILES, ValidateOptions
 from qat_edge.errors import GateError, UsageError
 from qat_edge.evaluate import gates
-from qat_edge.evaluate.encoder_results import Answered
-from qat_edge.evaluate.results import Agreement, Budget, Gate, Judgement, Measured, Report, Speed, Spread
+from qat_edge.evaluate.encoder_results import EncoderResult
+from qat_edge.evaluate.junit import junit_xml
+from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Report, Speed, Spread
 from qat_edge.run import Run
 from qat_edge.verbs.validate import Validated, _set_by_profiles
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "examples" / "github-actions.yml"
-ALL_LIMITS = [name for name in vars(ValidateOptions()) if profiles.is_limit(name)]
-LIMITS = [name for name in ALL_LIMITS if name not in gates.ENCODERS_ALONE]  # of models that generate text
+ALL_GATES = [name for name in vars(ValidateOptions()) if profiles.is_gate(name)]
+GATES = [name for name in ALL_GATES if name not in gates.ENCODER_ONLY_GATES]  # of models that generate text
 
 
 def spread(value: float) -> Spread:
     return Spread(value, value, value)
 
 
-TUNED = Measured("fp32 fine-tuned", "torch", "torch", {"float": 1}, 10.0)
-QAT = Measured(
+TUNED = Measurement("fp32 fine-tuned", "torch", "torch", {"float": 1}, 10.0)
+QAT = Measurement(
     "qat", "onnx", "onnxruntime", {"linears": 50_000_000}, 11.0, Agreement(64, 0.05, 0.9, 20.0), exact_match=0.8,
     speed=Speed(2, 8, 4, 2, spread(100), spread(10), spread(80)), memory_bytes=300_000_000, runtime_bytes=100_000_000,
 )  # fmt: skip
-BARE = Measured("qat", "executorch", "executorch", {"linears": 50_000_000}, math.nan)
-AT = {
+BARE = Measurement("qat", "executorch", "executorch", {"linears": 50_000_000}, math.nan)
+LIMITS_MET = {  # exactly the figures of TUNED and QAT
     "max_kl": 0.05, "min_top1": 0.9, "max_perplexity_ratio": 1.1, "min_exact_match": 0.8, "max_size_mb": 50.0,
     "max_memory_mb": 200.0, "min_prefill": 100.0, "min_decode": 10.0, "max_fault_chance": 0.75,
 }  # fmt: skip
@@ -51,81 +52,84 @@ def options(path: Path | None = None, **flags: Any) -> ValidateOptions:
     return config.load(ValidateOptions, "validate", path, flags)
 
 
-def budget(chance: float, where: str = "") -> Budget:
-    return Budget("onnx", Judgement(bool(where), chance, 1 if where else None, where), "", [], [], [], [])
+def budget(chance: float, location: str = "") -> Budget:
+    result = FaultTest(bool(location), chance, 1 if location else None, location)
+    return Budget("onnx", result, "", [], [], [], [])
 
 
-def report(*held: Gate, device: str = "local") -> Report:
-    return Report("2026-01-02T03:04:05+00:00", device, {}, {}, 64, Agreement(64, 0.0, 1.0, None), [], list(held))
+def report(*checked: Gate, device: str = "local") -> Report:
+    return Report("2026-01-02T03:04:05+00:00", device, {}, {}, 64, Agreement(64, 0.0, 1.0, None), [], list(checked))
 
 
 # --- gates -------------------------------------------------------------------------------------------------
 
 
-def test_every_limit_is_met_at_its_value_and_missed_beyond_it() -> None:
-    assert sorted(AT) == sorted(LIMITS)
-    asked = options(**AT)
+def test_every_gate_passes_at_its_limit_and_is_missed_just_past_it() -> None:
+    assert sorted(LIMITS_MET) == sorted(GATES)
     budgets = [budget(0.75)]
-    assert [gate.passed for gate in gates.hold(asked, [TUNED, QAT], budgets)] == [True] * len(LIMITS)
-    beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in AT.items()}
-    held = gates.hold(options(**beyond), [TUNED, QAT], budgets)
-    assert [gate.passed for gate in held] == [False] * len(LIMITS)
-    assert {gate.flag: pytest.approx(gate.found) for gate in held} == {
-        config.flag_name(name): value for name, value in AT.items()
+    met = gates.check_gates(options(**LIMITS_MET), [TUNED, QAT], budgets)
+    assert [gate.passed for gate in met] == [True] * len(GATES)
+    stricter = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in LIMITS_MET.items()}
+    missed = gates.check_gates(options(**stricter), [TUNED, QAT], budgets)
+    assert [gate.passed for gate in missed] == [False] * len(GATES)
+    assert {gate.flag: pytest.approx(gate.found) for gate in missed} == {
+        config.flag_name(name): value for name, value in LIMITS_MET.items()
     }
 
 
-def test_what_was_not_measured_passes_no_limit() -> None:
-    loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in LIMITS}
-    missed = [gate.flag for gate in gates.hold(options(**loosest), [TUNED, BARE]) if not gate.passed]
-    assert sorted(missed) == sorted(config.flag_name(name) for name in LIMITS if name != "max_size_mb")
+def test_a_figure_that_was_not_measured_misses_its_gate() -> None:
+    loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in GATES}
+    missed = [gate.flag for gate in gates.check_gates(options(**loosest), [TUNED, BARE]) if not gate.passed]
+    assert sorted(missed) == sorted(config.flag_name(name) for name in GATES if name != "max_size_mb")
 
 
-def test_an_encoders_limits_are_met_at_their_values_and_missed_beyond_them() -> None:
-    at = {"min_quality": 0.8, "min_cosine": 0.99, "min_top1": 0.95, "max_size_mb": 50.0}
-    assert list(at) == list(gates.FOR_ENCODERS) and set(at) <= set(ALL_LIMITS)
-    qat = Answered("qat", "executorch", {"linears": 50_000_000}, 0.8, 0.99, 0.5, 0.95, 1.0)
-    rows = [Answered("fp32 fine-tuned", "torch", {}, 0.0), qat, replace(qat, name="ptq (GPTQ)", quality=0.1)]
-    assert [gate.passed for gate in gates.hold_answers(options(**at), rows)] == [True] * 4
-    beyond = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in at.items()}
-    held = gates.hold_answers(options(**beyond), rows)
-    assert [gate.passed for gate in held] == [False] * 4
-    assert {gate.flag: gate.found for gate in held} == {config.flag_name(name): value for name, value in at.items()}
-    (unmeasured,) = gates.hold_answers(options(min_top1=0.0), [replace(qat, agreement=None)])
+def test_an_encoders_gates_pass_at_their_limits_and_are_missed_just_past_them() -> None:
+    limits_met = {"min_quality": 0.8, "min_cosine": 0.99, "min_top1": 0.95, "max_size_mb": 50.0}
+    assert list(limits_met) == list(gates.ENCODER_GATES) and set(limits_met) <= set(ALL_GATES)
+    qat = EncoderResult("qat", "executorch", {"linears": 50_000_000}, 0.8, 0.99, 0.5, 0.95, 1.0)
+    rows = [EncoderResult("fp32 fine-tuned", "torch", {}, 0.0), qat, replace(qat, name="ptq (GPTQ)", quality=0.1)]
+    assert [gate.passed for gate in gates.check_encoder_gates(options(**limits_met), rows)] == [True] * 4
+    stricter = {name: value * (0.99 if name.startswith("max") else 1.01) for name, value in limits_met.items()}
+    missed = gates.check_encoder_gates(options(**stricter), rows)
+    assert [gate.passed for gate in missed] == [False] * 4
+    assert {gate.flag: gate.found for gate in missed} == {
+        config.flag_name(name): value for name, value in limits_met.items()
+    }
+    (unmeasured,) = gates.check_encoder_gates(options(min_top1=0.0), [replace(qat, agreement=None)])
     assert not unmeasured.passed and math.isnan(unmeasured.found)
 
 
-@pytest.mark.parametrize("name", gates.ENCODERS_ALONE)
-def test_an_encoders_limit_is_refused_of_a_model_that_generates(run_folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", gates.ENCODER_ONLY_GATES)
+def test_a_gate_for_encoders_is_refused_for_a_model_that_generates_text(run_folder: Path, name: str) -> None:
     flag = config.flag_name(name)
     answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), flag, "0.9"])
     assert answer.exit_code == 2 and f"{flag} is for classifiers and sentence encoders" in answer.output
     assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
 
 
-def test_a_fault_misses_its_limit_with_its_place(tmp_path: Path) -> None:
-    asked = options(max_fault_chance=0.75, error_budget=True)
-    (held,) = gates.hold(asked, [TUNED, QAT], [budget(0.98, "The first layer is lm_head")])
-    assert (held.passed, held.found) == (False, 0.98)
+def test_a_fault_misses_its_gate_and_names_its_location(tmp_path: Path) -> None:
+    requested = options(max_fault_chance=0.75, error_budget=True)
+    (missed,) = gates.check_gates(requested, [TUNED, QAT], [budget(0.98, "The first layer is lm_head")])
+    assert (missed.passed, missed.found) == (False, 0.98)
     with pytest.raises(GateError, match=r"--max-fault-chance 0\.75, measured 0\.98\. The first layer is lm_head"):
-        gates.require_gates(report(held))
-    (failure,) = ET.fromstring(gates.junit([report(held)], {})).iter("failure")
+        gates.require_gates(report(missed))
+    (failure,) = ET.fromstring(junit_xml([report(missed)], {})).iter("failure")
     assert "The first layer is lm_head" in str(failure.get("message"))
-    (tmp_path / "board.toml").write_text("max_fault_chance = 0.75\nbudget = true\n")
-    assert options(profile=str(tmp_path / "board.toml")) == replace(asked, profile=str(tmp_path / "board.toml"))
-    assert gates.hold(asked, [TUNED, QAT], [budget(0.52)])[0].passed
+    (tmp_path / "board.toml").write_text("max_fault_chance = 0.75\nerror_budget = true\n")
+    assert options(profile=str(tmp_path / "board.toml")) == replace(requested, profile=str(tmp_path / "board.toml"))
+    assert gates.check_gates(requested, [TUNED, QAT], [budget(0.52)])[0].passed
 
 
-def test_a_limit_on_faults_that_nobody_looks_for_is_refused(run_folder: Path) -> None:
+def test_a_gate_on_faults_is_refused_without_the_error_budget(run_folder: Path) -> None:
     answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--max-fault-chance", "0.75"])
-    assert answer.exit_code == 2 and "Give it, too" in answer.output
+    assert answer.exit_code == 2 and "Give --error-budget, too" in " ".join(answer.output.split())
     assert [p.name for p in run_folder.iterdir()] == ["config.yaml"]
 
 
 # --- profiles ----------------------------------------------------------------------------------------------
 
 
-def test_the_profiles_are_those_that_help_lists() -> None:
+def test_help_lists_every_profile() -> None:
     folder = ROOT / "devices" / "qat_edge_devices" / "profiles"
     assert sorted(p.stem for p in folder.glob("*.toml")) == sorted(PROFILES)
     for path in folder.iterdir():
@@ -133,21 +137,21 @@ def test_the_profiles_are_those_that_help_lists() -> None:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_sets_limits_threads_and_repeats(name: str) -> None:
-    asked, (_, keys) = options(profile=name), profiles.read(name)
+def test_a_profile_sets_gates_threads_and_repeats(name: str) -> None:
+    loaded, (_, keys) = options(profile=name), profiles.read(name)
     assert {"threads", "repeats", "max_size_mb", "max_memory_mb", "min_decode", "max_kl"} <= set(keys)
-    assert {key: config.plain(asked)[key] for key in keys} == keys
+    assert {key: config.plain(loaded)[key] for key in keys} == keys
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_profile(tmp_path: Path) -> None:
     profile, file = tmp_path / "board.toml", tmp_path / "c.yaml"
     profile.write_text("threads = 3\nmax_kl = 0.3\nmin_decode = 3\nmin_top1 = 0.3\n")
     file.write_text(f"validate: {{profile: {profile}, max_kl: 0.2, min_top1: null}}\n")
-    asked = options(file, max_kl=0.1)
-    assert (asked.max_kl, asked.min_top1, asked.min_decode, asked.threads) == (0.1, None, 3.0, 3)
-    config.save(tmp_path / "saved.yaml", "validate", asked)
+    loaded = options(file, max_kl=0.1)
+    assert (loaded.max_kl, loaded.min_top1, loaded.min_decode, loaded.threads) == (0.1, None, 3.0, 3)
+    config.save(tmp_path / "saved.yaml", "validate", loaded)
     profile.unlink()
-    assert options(tmp_path / "saved.yaml") == asked, "what a run was measured with does not change with the profile"
+    assert options(tmp_path / "saved.yaml") == loaded, "the options of an earlier run do not change with the profile"
 
 
 @pytest.mark.parametrize(
@@ -171,36 +175,36 @@ def test_a_bad_profile_is_named_with_its_key(tmp_path: Path, text: str, message:
         options(profile=str(tmp_path / "board.toml"))
 
 
-def test_a_profile_that_is_not_there() -> None:
+def test_a_missing_profile_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"--profile pi4: no such profile\. Known: laptop, minimal, .*, pi5; or give"):
         options(profile="pi4")
 
 
-def own(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
+def own_options(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
     return config.for_devices(options(path, **flags), path, flags)
 
 
-def test_a_device_has_its_own_profile_in_place_of_the_one_for_all(tmp_path: Path) -> None:
+def test_a_devices_own_profile_replaces_the_shared_one(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("validate: {min_top1: 0.3}\n")
     (tmp_path / "a=b.toml").write_text("threads = 3\nmax_kl = 0.3\nmin_top1 = 0.9\ntarget = ['onnx']\n")
     pairs = (f"ssh:a={tmp_path / 'a=b.toml'}", "adb=minimal")
     given = {"device": ("local", "ssh:a", "adb"), "profile": "pi5", "device_profile": pairs, "max_kl": 0.2}
-    asked, found = options(file, **given), own(file, **given)
-    assert list(found) == ["ssh:a", "adb"] and (asked.threads, asked.max_size_mb) == (4, 1000.0)
-    its = {"threads": 3, "min_top1": 0.3, "target": ("onnx",), "profile": str(tmp_path / "a=b.toml")}
-    assert found["ssh:a"] == replace(options(), **given | its)
-    assert found["adb"] == options(file, **given | {"profile": "minimal"})
-    assert not own(file, device=("local",), profile="pi5")
+    shared, own = options(file, **given), own_options(file, **given)
+    assert list(own) == ["ssh:a", "adb"] and (shared.threads, shared.max_size_mb) == (4, 1000.0)
+    expected = {"threads": 3, "min_top1": 0.3, "target": ("onnx",), "profile": str(tmp_path / "a=b.toml")}
+    assert own["ssh:a"] == replace(options(), **given | expected)
+    assert own["adb"] == options(file, **given | {"profile": "minimal"})
+    assert not own_options(file, device=("local",), profile="pi5")
 
 
-def test_profiles_of_devices_are_found_again_in_what_a_run_was_measured_with(tmp_path: Path) -> None:
+def test_profiles_of_devices_are_restored_from_a_runs_saved_options(tmp_path: Path) -> None:
     given = {"device": ("local", "ssh:a"), "device_profile": ("local=laptop", "ssh:a=pi5"), "threads": 3}
-    asked, found = options(**given), own(**given)
-    left_out = _set_by_profiles(asked, [*found.values(), asked])
+    shared, own = options(**given), own_options(**given)
+    left_out = _set_by_profiles(shared, [*own.values(), shared])
     assert {"max_size_mb", "min_prefill", "min_decode"} <= left_out and not {"threads", "profile"} & left_out
-    config.save(tmp_path / "saved.yaml", "validate", asked, left_out=left_out)
-    assert (options(tmp_path / "saved.yaml"), own(tmp_path / "saved.yaml")) == (asked, found)
+    config.save(tmp_path / "saved.yaml", "validate", shared, left_out=left_out)
+    assert (options(tmp_path / "saved.yaml"), own_options(tmp_path / "saved.yaml")) == (shared, own)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +212,10 @@ def test_profiles_of_devices_are_found_again_in_what_a_run_was_measured_with(tmp
     [
         (
             ("pi5",),
-            r"--device-profile pi5: begins with none of the devices, local, ssh:a\. Write DEVICE=PROFILE .*=pi5",
+            r"--device-profile pi5: does not begin with one of the devices, local, ssh:a\. Write DEVICE=PROFILE .*=pi5",
         ),
-        (("ssh:b=pi5",), r"--device-profile ssh:b=pi5: begins with none of the devices, local, ssh:a\."),
-        (("ssh:a=pi5", "ssh:a=laptop"), r"--device-profile ssh:a=laptop: ssh:a is given pi5 as well"),
+        (("ssh:b=pi5",), r"--device-profile ssh:b=pi5: does not begin with one of the devices, local, ssh:a\."),
+        (("ssh:a=pi5", "ssh:a=laptop"), r"--device-profile ssh:a=laptop: ssh:a also has the profile pi5"),
         (("ssh:a=pi4",), r"--device-profile ssh:a=pi4: --profile pi4: no such profile"),
         (("ssh:a=board.toml",), r"--device-profile ssh:a=board.toml: board\.toml: unknown key 'max_kll'"),
     ],
@@ -222,22 +226,23 @@ def test_a_bad_profile_of_a_device_is_named_with_the_device(
     monkeypatch.chdir(tmp_path)
     Path("board.toml").write_text("max_kll = 1")
     with pytest.raises(UsageError, match=message):
-        own(device=("local", "ssh:a"), device_profile=pairs)
+        own_options(device=("local", "ssh:a"), device_profile=pairs)
 
 
-def test_limits_of_one_device_are_enough_for_junit() -> None:
+def test_gates_of_one_device_are_enough_for_junit() -> None:
     given = {"device": ("local", "ssh:a"), "device_profile": ("ssh:a=pi5",)}
-    gates.require_limits(options(**given), *own(**given).values())
-    with pytest.raises(UsageError, match="no limit was set"):
-        gates.require_limits(options(), options())
+    gates.require_any_gate(options(**given), *own_options(**given).values())
+    with pytest.raises(UsageError, match="no gate was set"):
+        gates.require_any_gate(options(), options())
 
 
 # --- JUnit -------------------------------------------------------------------------------------------------
 
 
-def test_junit_has_a_case_for_each_limit_and_artifact() -> None:
-    held = gates.hold(options(max_kl=0.1, min_decode=20.0), [TUNED, QAT, BARE])
-    root = ET.fromstring(gates.junit([report(*held), report(held[0], device="ssh:a")], {"adb:x": "gone \x1b[1m"}))
+def test_junit_has_a_case_for_each_gate_and_artifact() -> None:
+    checked = gates.check_gates(options(max_kl=0.1, min_decode=20.0), [TUNED, QAT, BARE])
+    reports = [report(*checked), report(checked[0], device="ssh:a")]
+    root = ET.fromstring(junit_xml(reports, {"adb:x": "gone \x1b[1m"}))
     assert root.attrib | {"name": ""} == {"name": "", "tests": "6", "failures": "1", "errors": "3"}
     local, other, failed = root
     assert [suite.get("name") for suite in root] == ["local", "ssh:a", "adb:x"]
@@ -259,11 +264,11 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_file_is_there_whatever_became_of_the_limits(
+def test_the_junit_file_is_written_even_if_gates_are_missed(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = gates.hold(options(max_kl=0.01), [TUNED, QAT])
-    whole = replace(report(*held), measured=[TUNED, QAT])
+    missed = gates.check_gates(options(max_kl=0.01), [TUNED, QAT])
+    whole = replace(report(*missed), measured=[TUNED, QAT])
     monkeypatch.setattr(
         "qat_edge.verbs.validate.validate_devices", lambda *_, **__: Validated([whole], {"adb": "gone"})
     )
@@ -275,14 +280,14 @@ def test_the_file_is_there_whatever_became_of_the_limits(
     assert (root.get("failures"), root.get("errors")) == ("1", "1")
 
 
-def test_no_earlier_file_stands_for_a_run_that_broke_off(run_folder: Path, tmp_path: Path) -> None:
+def test_an_earlier_junit_file_is_removed_before_a_run_that_fails(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "j.xml"
     path.write_text("<testsuites/>")
     answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--profile", "pi5", "--junit", str(path)])
     assert answer.exit_code == 1 and not path.exists(), answer.output
     path.write_text("<testsuites/>")
     answer = CliRunner().invoke(commands.main, ["validate", str(run_folder), "--junit", str(path)])
-    assert answer.exit_code == 2 and "no limit was set" in answer.output
+    assert answer.exit_code == 2 and "no gate was set" in answer.output
 
 
 # --- the workflow in examples/ -----------------------------------------------------------------------------
@@ -300,6 +305,6 @@ def test_the_workflows_commands_parse() -> None:
             assert command.parse_args(context, list(arguments)) == []
             if name == "validate":
                 flags = {f: context.params[f] for f in vars(ValidateOptions())}
-                asked = commands.load_options(ValidateOptions, "validate", None, flags)
-                gates.require_limits(asked)
+                loaded = commands.load_options(ValidateOptions, "validate", None, flags)
+                gates.require_any_gate(loaded)
                 assert str(context.params["junit"]) in WORKFLOW.read_text().split("path: |")[1]

@@ -1,4 +1,4 @@
-"""Memory of this machine does not grow with the evaluation: logits pass through, from torch and from the device."""
+"""Memory of this machine does not grow with the evaluation data: logits are streamed by sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POSITIONS = 32
 SHORT, LONG = 8, 64  # sequences, of 1 MiB of logits each
 MOST_GROWTH_BYTES = 16 * 1024**2
 
-# In place of Python and the agent on the device: logits of the right shape, of nothing.
+# Replaces Python and the agent on the device: writes random logits of the right shape.
 DEVICE = f"""#!{sys.executable}
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ load = {{
 Path("results/result.json").write_text(json.dumps({{"format": 1, "scored": len(sequences), "load": load}}))
 """
 
-# A process of its own, whose peak is read after a short evaluation and after a long one.
+# Runs in a process of its own and prints its peak memory after a short evaluation and after a long one.
 HOST = """
 import resource, shutil, sys
 from contextlib import closing
@@ -38,7 +38,7 @@ import torch
 from qat_edge.config import ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.evaluate import reference
-from qat_edge.evaluate.evaluator import Bench, Material
+from qat_edge.evaluate.evaluator import Evaluator, EvalSet
 from qat_edge.train.trainer import peak_rss_bytes
 from qat_edge_devices.local import LocalTransport
 
@@ -51,18 +51,18 @@ for length in lengths:
     sequences = [ScoredIds([i] * (positions + 1), list(range(positions))) for i in range(length)]
     scratch = folder / str(length)
     scratch.mkdir()
-    bench = Bench(Material(sequences, [], [0], 0, None), ValidateOptions(threads=1), scratch, lambda text: None)
-    for store in (bench.fp32, bench.exact):
+    evaluator = Evaluator(EvalSet(sequences, [], [0], 0, None), ValidateOptions(threads=1), scratch)
+    for store in (evaluator.fp32_logits, evaluator.frozen_logits):
         reference.score(model, sequences, store, lambda done: None)
     with closing(LocalTransport(python=str(folder / "device"), root=folder)) as transport:
-        accuracy, parity = bench._score_artifact(folder / "artifact", "onnx", transport, own=True)
+        accuracy, parity = evaluator._compare_artifact(folder / "artifact", "onnx", transport, own=True)
     assert accuracy.tokens == parity.tokens == length * positions
     shutil.rmtree(scratch)
     print(peak_rss_bytes(resource.getrusage(resource.RUSAGE_SELF)))
 """
 
 
-def test_the_peak_is_that_of_one_sequence(tmp_path: Path) -> None:
+def test_peak_memory_does_not_grow_with_the_number_of_sequences(tmp_path: Path) -> None:
     (tmp_path / "device").write_text(DEVICE)
     (tmp_path / "device").chmod(0o755)
     (tmp_path / "artifact").mkdir()

@@ -19,7 +19,7 @@ def logits_of(*probabilities: list[float]) -> np.ndarray:
 
 HALVES = logits_of([0.5, 0.5, 1e-30])
 QUARTERS = logits_of([0.75, 0.25, 1e-30])
-KL = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)  # of the two above
+KL = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)  # of HALVES and QUARTERS
 
 
 def test_log_softmax_is_a_distribution_and_does_not_overflow() -> None:
@@ -29,7 +29,7 @@ def test_log_softmax_is_a_distribution_and_does_not_overflow() -> None:
     np.testing.assert_allclose(np.exp(shifted), [[0.25, 0.75, 0]], atol=1e-7)
 
 
-def compare(reference: np.ndarray, candidate: np.ndarray) -> metrics.Comparison:
+def compare(reference: np.ndarray, candidate: np.ndarray) -> metrics.LogitMetrics:
     return metrics.compare(reference, candidate, np.zeros(len(reference), int))
 
 
@@ -63,15 +63,15 @@ def test_top1_agreement() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "place"),
+    ("one", "other", "index"),
     [([], [], None), ([1, 2], [1, 2], None), ([1, 2, 3], [1, 4, 3], 1), ([1, 2], [1, 2, 3], 2), ([5], [], 0)],
 )
-def test_first_divergence(one: list[int], other: list[int], place: int | None) -> None:
-    assert metrics.first_divergence(one, other) == place
-    assert metrics.first_divergence(other, one) == place
+def test_first_divergence(one: list[int], other: list[int], index: int | None) -> None:
+    assert metrics.first_divergence(one, other) == index
+    assert metrics.first_divergence(other, one) == index
 
 
-def test_blocks_add_up_to_the_whole() -> None:
+def test_metrics_over_blocks_equal_those_over_everything_at_once() -> None:
     tokens, vocabulary = 2 * metrics.ROWS + 9, 11
     reference = RNG.normal(0, 3, (tokens, vocabulary)).astype(np.float32)
     candidate = reference + RNG.normal(0, 1, reference.shape).astype(np.float32)
@@ -81,7 +81,7 @@ def test_blocks_add_up_to_the_whole() -> None:
         comparison.add(reference[part], candidate[part], targets[part])
     found = comparison.result()
     assert found.tokens == tokens
-    # The definitions once more, over everything at once.
+    # The definitions, over everything at once.
     log_p, log_q = metrics.log_softmax(reference), metrics.log_softmax(candidate)
     rows = np.arange(tokens)
     assert found.kl_nats == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
@@ -104,7 +104,7 @@ def test_a_comparison_needs_tokens_and_matching_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected", "same"),
+    ("output", "expected", "same"),
     [
         ('{"b": 2, "a": [1, null]}\n', ' {"a":[1,null],"b":2}', True),
         ('{"a": 1}', '{"a": 2}', False),
@@ -119,5 +119,5 @@ def test_a_comparison_needs_tokens_and_matching_shapes() -> None:
         ("07", "7", False),
     ],
 )
-def test_same_answer(answer: str, expected: str, same: bool) -> None:
-    assert metrics.same_answer(answer, expected) is same
+def test_outputs_match(output: str, expected: str, same: bool) -> None:
+    assert metrics.outputs_match(output, expected) is same

@@ -1,6 +1,6 @@
-"""Families of models through the whole line: fine-tuned, frozen, exported to both targets, verified, generating.
+"""Model families through the whole pipeline: fine-tune, freeze, export to both targets, verify, generate.
 
-Two layers each, of both kinds where the family has two; prompts are longer than the windows they look back over.
+Two layers each, of both layer types if the family has two. Prompts are longer than the attention windows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.generate import generate
 from qat_edge.verbs.verify import verify_folder
-from qat_edge_exporters.onnx import architecture
+from qat_edge_exporters.onnx.architecture import read_architecture
 
 WINDOW = 8
 LENGTHS = (3, 41)  # tokens of prompts: within the window, and five times as long
@@ -58,13 +58,13 @@ LONGROPE = {
 }  # fmt: skip
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}  # of heads of 16 channels
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
-    # Biases; one layer of two looks back over a window.
+    # Biases; one of two layers has a sliding window.
     "qwen2.5": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     # A layer without rotary embeddings.
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
-    # One window for all layers, head of its own.
+    # One window for all layers, untied head.
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW, tie_word_embeddings=False),
-    # Norms of queries and keys, embeddings times an irrational number, rotary embeddings by kind of layer.
+    # Norms of queries and keys, embeddings times an irrational number, rotary embeddings by layer type.
     "gemma3": lambda: Gemma3TextConfig(
         **{**SIZES, "hidden_size": 96}, head_dim=32, query_pre_attn_scalar=24, sliding_window=WINDOW, layer_types=BOTH
     ),
@@ -89,12 +89,8 @@ class Made:
     reference: Any
 
 
-def silent(text: str) -> None:
-    pass
-
-
 def save_model(config: PretrainedConfig, folder: Path) -> None:
-    """Random weights, every norm and bias among them."""
+    """Save a model with random weights, norms and biases included."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -106,7 +102,7 @@ def save_model(config: PretrainedConfig, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """The line of one family, run once."""
+    """Return a function that runs the pipeline of one family, once."""
     made: dict[str, Made] = {}
 
     def make_one(family: str) -> Made:
@@ -139,7 +135,7 @@ def family(request: pytest.FixtureRequest, make: Callable[[str], Made]) -> Made:
 
 
 def sqnr(wanted: Any, found: Any) -> float:
-    """Signal to noise in dB."""
+    """Return the signal-to-noise ratio in dB."""
     wanted, noise = np.asarray(wanted, np.float64), np.asarray(wanted, np.float64) - np.asarray(found, np.float64)
     return float(10 * np.log10((wanted**2).sum() / max((noise**2).sum(), 1e-30)))
 
@@ -162,13 +158,13 @@ def test_pte_computes_the_frozen_model(family: Made) -> None:
         for begin, end in [(0, length), *((i, i + 1) for i in range(length, length + STEPS))]:
             (logits,) = program.forward((ids[:, begin:end].contiguous(), torch.tensor([begin])))
             agreement.append(sqnr(wanted[end - 1], logits[0, 0]))
-    # Float rounding, but where it moves an activation across a rounding boundary of its int8 form (then 35 to 60 dB).
+    # Float rounding error, except where it moves an activation to another int8 code (then 35 to 60 dB).
     assert statistics.median(agreement) > 100, agreement
     assert min(agreement) > 25, agreement
 
 
 def test_onnx_computes_the_frozen_model(family: Made) -> None:
-    """Without activation rounding on either side: that of onnxruntime on x86 goes by blocks, torch's by tokens."""
+    """Without activation rounding on either side: onnxruntime on x86 rounds per block, torch per token."""
     folder = family.run.exports / "onnx"
     plain = load_exact(family.run.quantized)
     for module in plain.modules():
@@ -176,12 +172,12 @@ def test_onnx_computes_the_frozen_model(family: Made) -> None:
     for length in LENGTHS:
         ids = tokens(length + STEPS)
         wanted, found = torch_logits(plain, ids), onnx_logits(folder, ids.numpy(), length)
-        # Measured 114 to 130 dB; what one wrong position, window or factor leaves is below 40.
+        # Measured 114 to 130 dB; below 40 with one wrong position, window or factor.
         assert sqnr(wanted, found) > 100
 
 
 def onnx_logits(folder: Path, ids: NDArray[np.int64], prefill: int) -> NDArray[np.float32]:
-    """Logits (tokens, vocabulary): a prefill, then one token at a time, with float activations."""
+    """Return the logits (tokens, vocabulary): a prefill, then one token at a time, with float activations."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -204,7 +200,7 @@ def onnx_logits(folder: Path, ids: NDArray[np.int64], prefill: int) -> NDArray[n
     return np.concatenate(rows)
 
 
-def test_artifacts_hold_what_was_frozen(family: Made) -> None:
+def test_artifacts_have_the_frozen_weights(family: Made) -> None:
     for target in ("executorch", "onnx"):
         result = verify_folder(family.run.exports / target, target, family.run.quantized)
         assert result.faults == [] and result.linears_equal == result.linears > 0
@@ -222,15 +218,15 @@ def test_artifacts_generate(family: Made) -> None:
     assert stats[0].num_prompt_tokens > WINDOW and stats[0].num_generated_tokens > 0
 
 
-def test_fused_projections_come_apart_by_rows(make: Callable[[str], Made]) -> None:
-    fused = architecture.read(make("phi4").run.quantized, CONTEXT).fused
+def test_fused_projections_are_split_by_rows(make: Callable[[str], Made]) -> None:
+    fused = read_architecture(make("phi4").run.quantized, CONTEXT).fused
     rows = fused["model.layers.1.self_attn.qkv_proj"]
     assert list(rows.values()) == [64, 32, 32]  # two heads of 32 for queries, one for keys, one for values
     assert list(fused["model.layers.0.mlp.gate_up_proj"].values()) == [128, 128]
 
 
 @pytest.mark.parametrize("target", ["executorch", "onnx"])
-def test_a_context_in_which_rotary_embeddings_change_is_refused(make: Callable[[str], Made], target: str) -> None:
+def test_a_context_in_which_rotary_embeddings_change_is_rejected(make: Callable[[str], Made], target: str) -> None:
     run = make("phi4").run
     with pytest.raises(ExportError, match=r"--context-length 65: longrope .* 64 or less"):
         export(run, ExportOptions(target=(target,), context_length=65, ptq=("none",)), force=True)
@@ -259,7 +255,7 @@ GAPS: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", GAPS)
-def test_a_configuration_says_what_a_target_lacks(name: str) -> None:
+def test_a_configuration_tells_what_a_target_does_not_support(name: str) -> None:
     config, wanted = GAPS[name]
     found = load.export_gaps(config())
     assert found.keys() == wanted.keys()

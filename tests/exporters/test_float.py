@@ -1,4 +1,4 @@
-"""Float checkpoints, and adapters beside float or rounded weights, through both exporters and their runtimes."""
+"""Float checkpoints, and unmerged adapters with float or quantized weights, through both exporters and runtimes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from conftest import make_model, make_tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.lazy import resolve
-from qat_edge.models.tokenizer import FILES
+from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.quant import frozen, scheme
 from qat_edge_exporters import EXPORTERS, READERS
 from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
@@ -34,20 +34,20 @@ RANK = 4
 LINEARS = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # parameters of both layers' matrices
 ADAPTERS = 2 * RANK * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 TABLE = 288 * 64
-KINDS = ("float", "adapted", "rounded_adapted")
+KINDS = ("float", "adapted", "quantized_adapted")
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Made:
-    """One checkpoint and the function that it stands for."""
+    """One checkpoint and the torch model of the function it defines."""
 
     checkpoint: Path
     reference: Any
 
 
 def save_adapter(folder: Path) -> None:
-    """Random adapters on every linear layer, large enough to be seen."""
+    """Save random adapters on every linear layer, large enough to change the output."""
     torch.manual_seed(1)
     config = LoraConfig(r=RANK, lora_alpha=6, target_modules="all-linear")
     adapted = get_peft_model(make_model(make_tokenizer()), config)
@@ -58,7 +58,7 @@ def save_adapter(folder: Path) -> None:
 
 
 def with_adapters(model: Any, checkpoint: Path) -> Any:
-    """`model` computing W x + s B (A x), by hooks that know nothing of the exporters' reading."""
+    """Make `model` compute W x + s B (A x) with hooks, independently of the exporters' code."""
     tensors = load_file(checkpoint / ADAPTER / "adapter_model.safetensors")
     for name, module in model.named_modules():
         down, up = (tensors.get(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
@@ -70,7 +70,7 @@ def with_adapters(model: Any, checkpoint: Path) -> Any:
             def keep(_: Any, args: Any) -> None:
                 inputs[id(_)] = args[0]
 
-            # Before the hook that rounds the input of a frozen layer: an adapter reads it unrounded.
+            # Before the hook that rounds the input of a frozen layer: an adapter gets it unrounded.
             module.register_forward_pre_hook(keep, prepend=True)
             module.register_forward_hook(add, with_kwargs=True)
     inputs: dict[int, Tensor] = {}
@@ -84,24 +84,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Made]:
     for kind in KINDS:
         folder = root / kind
         model = make_model(make_tokenizer())
-        if kind == "rounded_adapted":
-            frozen.freeze(model, plan := scheme.choose(model, 32))
+        if kind == "quantized_adapted":
+            frozen.freeze(model, chosen := scheme.choose_scheme(model, 32))
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        if kind == "rounded_adapted":
+        if kind == "quantized_adapted":
             from qat_edge.run import write_manifest
 
-            write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+            write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(chosen))
         if kind != "float":
             save_adapter(folder / ADAPTER)
-        loaded = load_exact(folder) if kind == "rounded_adapted" else frozen.load(folder)
+        loaded = load_exact(folder) if kind == "quantized_adapted" else frozen.load(folder)
         checkpoints[kind] = Made(folder, loaded if kind == "float" else with_adapters(loaded, folder))
     return checkpoints
 
 
 @pytest.fixture(scope="module")
 def artifacts(made: Mapping[str, Made], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Export folder of a kind and a target, made once."""
+    """Return a function that exports a kind of checkpoint to a target, once."""
     root = tmp_path_factory.mktemp("exports")
 
     def export(kind: str, target: str) -> Path:
@@ -115,14 +115,14 @@ def artifacts(made: Mapping[str, Made], tmp_path_factory: pytest.TempPathFactory
 
 
 def run_pte(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits (S, V) token by token, through the cache."""
+    """Return the logits (S, V) token by token, through the cache."""
     program = _load_for_executorch(str(folder / "model.pte"))
     rows = [program.forward((tokens[:, i : i + 1].contiguous(), torch.tensor([i])))[0] for i in range(tokens.shape[1])]
     return torch.cat(rows)[:, 0].clone()
 
 
 def run_onnx(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits (S, V) of the whole text at once."""
+    """Return the logits (S, V) of the whole text at once."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     feeds = {"input_ids": tokens.numpy(), "attention_mask": np.ones_like(tokens.numpy())}
     for value in session.get_inputs():
@@ -136,7 +136,7 @@ RUN = {"executorch": run_pte, "onnx": run_onnx}
 
 
 def sqnr(wanted: Tensor, found: Tensor) -> float:
-    """Signal to noise in dB."""
+    """Return the signal-to-noise ratio in dB."""
     return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum().clamp(min=1e-30)))
 
 
@@ -159,7 +159,7 @@ def test_float_artifacts_compute_the_float_function(
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_unmerged_adapters_are_merged_ones(
+def test_unmerged_adapters_compute_the_merged_model(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
     merged = frozen.load(made["adapted"].checkpoint)
@@ -171,23 +171,23 @@ def test_unmerged_adapters_are_merged_ones(
     torch.testing.assert_close(RUN[target](artifacts("adapted", target), text()), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_beside_rounded_weights_are_the_emulation(
+def test_adapters_with_quantized_weights_compute_the_emulation(
     made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
-    wanted = logits(made["rounded_adapted"].reference, text())
-    # Float rounding, but where it moves an activation across a boundary of its int8 form.
-    assert sqnr(wanted, run_pte(artifacts("rounded_adapted", "executorch"), text())) > 40
-    # x86 rounds activations per block there, where torch and ExecuTorch do per token.
-    assert sqnr(wanted, run_onnx(artifacts("rounded_adapted", "onnx"), text())) > 25
-    assert sqnr(logits(made["adapted"].reference, text()), wanted) < 25  # rounding is no small change
+    wanted = logits(made["quantized_adapted"].reference, text())
+    # Float rounding error, except where it moves an activation to another int8 code.
+    assert sqnr(wanted, run_pte(artifacts("quantized_adapted", "executorch"), text())) > 40
+    # onnxruntime on x86 rounds activations per block, torch and ExecuTorch per token.
+    assert sqnr(wanted, run_onnx(artifacts("quantized_adapted", "onnx"), text())) > 25
+    assert sqnr(logits(made["adapted"].reference, text()), wanted) < 25  # quantization is not a small change
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_rounded_weights_are_read_back_beside_adapters(
+def test_quantized_weights_are_read_back_with_adapters(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
-    wanted = frozen.read_weights(made["rounded_adapted"].checkpoint)
-    found = resolve(READERS, target, "--target")(artifacts("rounded_adapted", target)).weights
+    wanted = frozen.read_weights(made["quantized_adapted"].checkpoint)
+    found = resolve(READERS, target, "--target")(artifacts("quantized_adapted", target)).weights
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         np.testing.assert_array_equal(found[name].codes, weight.codes.numpy())
@@ -200,14 +200,17 @@ def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], P
     sizes = resolve(READERS, target, "--target")(folder).size_bytes
     assert sum(sizes.values()) == sum(p.stat().st_size for p in folder.iterdir())
     assert sizes.get("adapters", 0) == (0 if kind == "float" else 4 * ADAPTERS)
-    assert sizes["linears"] == (LINEARS // 2 if kind == "rounded_adapted" else 4 * LINEARS)
-    if kind != "rounded_adapted":
+    assert sizes["linears"] == (LINEARS // 2 if kind == "quantized_adapted" else 4 * LINEARS)
+    if kind != "quantized_adapted":
         assert (sizes["embedding"], sizes["head"]) == (4 * TABLE, 0)  # the model is tied
-    assert {name for name in FILES if (folder / name).is_file()} >= {"tokenizer.json", "tokenizer_config.json"}
+    assert {name for name in TOKENIZER_FILES if (folder / name).is_file()} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
-def test_adapters_of_another_form_are_refused(target: str, made: Mapping[str, Made], tmp_path: Path) -> None:
+def test_unsupported_adapters_are_rejected(target: str, made: Mapping[str, Made], tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(made["adapted"].checkpoint, checkpoint)
     path = checkpoint / ADAPTER / "adapter_config.json"
@@ -225,7 +228,7 @@ def test_adapters_of_another_form_are_refused(target: str, made: Mapping[str, Ma
         export(checkpoint, tmp_path, CONTEXT)
 
 
-def test_rank_stabilized_adapters_have_their_own_scale(made: Mapping[str, Made], tmp_path: Path) -> None:
+def test_rank_stabilized_adapters_use_their_own_scale(made: Mapping[str, Made], tmp_path: Path) -> None:
     shutil.copytree(made["adapted"].checkpoint / ADAPTER, tmp_path / ADAPTER)
     path = tmp_path / ADAPTER / "adapter_config.json"
     name = "model.layers.0.mlp.up_proj"

@@ -1,4 +1,4 @@
-"""Keys and values kept in int8: what the .pte computes, what that costs, and where it is refused."""
+"""Keys and values in int8: results of the .pte, loss of accuracy, and models that are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from executorch.extension.pybindings.portable_lib import _load_for_executorch
-from tiny import CONTEXT, SHAPE, Exported, export_into, freeze, llama, sqnr
+from tiny import CONTEXT, SHAPE, TinyExport, export_into, freeze, llama, prefill_and_decode, sqnr
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, MistralConfig, PretrainedConfig
 
@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     root = tmp_path_factory.mktemp(request.param)
     freeze(MODELS[request.param](), 32, root / "frozen")
     return export_into(root / "frozen", root / "int8", kv_cache="int8")
@@ -40,7 +40,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the test, every torch model rounds queries, keys and values (1, heads, S, D) before it attends."""
+    """Make every torch model round queries, keys and values (1, heads, S, D) before attention."""
     attend = AttentionInterface()["sdpa"]
 
     def rounded(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **extras: Any) -> Any:
@@ -50,19 +50,19 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def int8(x: Tensor) -> Tensor:
-    """Asymmetric, 255 steps from least to greatest channel of each token and head, 0 among them."""
-    least, greatest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = (greatest.double() - least) / 255
-    zero = torch.where(greatest < -least, 127 - greatest / scale, -128 - least / scale).float().round()
+    """Round asymmetrically: 255 steps between the extreme channels of each token and head, and zero is exact."""
+    lowest, highest = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (highest.double() - lowest) / 255
+    zero = torch.where(highest < -lowest, 127 - highest / scale, -128 - lowest / scale).float().round()
     return (((x / scale.float()).round() + zero).clamp(-128, 127) - zero) * scale.float()
 
 
 def logits(pte: Path) -> list[Tensor]:
-    """Of prompts and the tokens decoded after each."""
+    """Return the logits of prompts, and of the tokens decoded after each."""
     found = []
     for length in LENGTHS:
         program = _load_for_executorch(str(pte))
-        for begin, end in [(0, length), *((i, i + 1) for i in range(length, length + STEPS))]:
+        for begin, end in prefill_and_decode(length, length + STEPS):
             part = tokens(length)[:, begin:end].contiguous()
             found.append(program.forward((part, torch.tensor([begin])))[0][0, 0])
     return found
@@ -79,44 +79,44 @@ def tokens(length: int) -> Tensor:
 
 @pytest.mark.usefixtures("rounding")
 @pytest.mark.parametrize("name", MODELS)
-def test_attends_to_rounded_keys_and_values(name: str) -> None:
+def test_attention_reads_rounded_keys_and_values(name: str) -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(MODELS[name]()).eval()
     decoder = tracing.Decoder(model, attention.Int8Cache(CONTEXT)).eval()
     given = tokens(20)
     with torch.no_grad():
         wanted = model(given).logits[0]
-        with attention.attention_through(decoder.cache, model.config):
-            decoder(given[:, :1], torch.tensor([0]))  # makes the cache's buffers
+        with attention.replace_attention(decoder.cache, model.config):
+            decoder(given[:, :1], torch.tensor([0]))  # creates the cache's buffers
             for begin, end in [(0, 13), (13, 14), (14, 20), (20, 21)]:
                 found = decoder(given[:, begin:end], torch.tensor([begin]))
                 torch.testing.assert_close(found[0, 0], wanted[end - 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("rounding")
-def test_the_pte_computes_the_frozen_model_on_rounded_keys_and_values(exported: Exported) -> None:
+def test_the_pte_computes_the_frozen_model_with_rounded_keys_and_values(exported: TinyExport) -> None:
     pairs = zip(torch_logits(frozen.load(exported.frozen)), logits(exported.pte), strict=True)
     agreement = [sqnr(wanted, found) for wanted, found in pairs]
-    # Float rounding, but where it moves a number across a rounding boundary of its int8 form.
+    # Float rounding, except where it moves a number across a rounding boundary of its int8 form.
     assert statistics.median(agreement) > 100 and min(agreement) > 25, agreement
 
 
-def test_its_cost_is_bounded_and_not_zero(exported: Exported) -> None:
+def test_the_loss_of_accuracy_is_bounded_and_not_zero(exported: TinyExport) -> None:
     plain = torch_logits(frozen.load(exported.frozen))
-    kept = [sqnr(wanted, found) for wanted, found in zip(plain, logits(exported.pte), strict=True)]
-    assert min(kept) > 25 and max(kept) < 50, kept
+    ratios = [sqnr(wanted, found) for wanted, found in zip(plain, logits(exported.pte), strict=True)]
+    assert min(ratios) > 25 and max(ratios) < 50, ratios
 
 
-def test_prefill_in_parts_is_prefill_at_once(exported: Exported) -> None:
+def test_prefill_in_parts_is_prefill_at_once(exported: TinyExport) -> None:
     given = tokens(33)
     at_once, in_parts = _load_for_executorch(str(exported.pte)), _load_for_executorch(str(exported.pte))
     (wanted,) = at_once.forward((given, torch.tensor([0])))
-    for begin, end in [(0, 20), *((i, i + 1) for i in range(20, given.shape[1]))]:
+    for begin, end in prefill_and_decode(20, given.shape[1]):
         (found,) = in_parts.forward((given[:, begin:end].contiguous(), torch.tensor([begin])))
     assert sqnr(wanted, found) > 40  # float rounding, where nothing crosses a boundary of its int8 form
 
 
-def test_doctor_and_export_tell_its_size(exported: Exported) -> None:
+def test_doctor_and_export_report_its_size(exported: TinyExport) -> None:
     write_manifest(exported.folder, "export")
     diagnosis = doctor.doctor(exported.folder, DoctorOptions())
     assert diagnosis.faults == [] and [c.runtime for c in diagnosis.runtimes if not c.loads] == ["minimal"]
@@ -126,14 +126,14 @@ def test_doctor_and_export_tell_its_size(exported: Exported) -> None:
     assert f"KV cache in int8: {each} bytes a token, 0.0 MB for {CONTEXT}" in exported.messages
 
 
-def test_a_float_cache_is_told_too() -> None:
+def test_the_size_of_a_float_cache() -> None:
     cache = attention.KeyValueCache(CONTEXT)
     for layer in (0, 1):
         cache._make_buffers(layer, torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
     assert cache.size_bytes == CONTEXT * 2 * 2 * 2 * 16 * 4
 
 
-def test_capped_scores_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_that_caps_its_scores_is_refused(tmp_path: Path) -> None:
     freeze(Gemma2Config(**SHAPE, head_dim=16, attn_logit_softcapping=2.0), 32, tmp_path / "frozen")
     with pytest.raises(ExportError, match="--kv-cache int8: gemma2 caps its attention scores"):
         export_into(tmp_path / "frozen", tmp_path / "export", kv_cache="int8")
@@ -147,20 +147,20 @@ def test_capped_scores_are_refused_by_name(tmp_path: Path) -> None:
         (ExportOptions(target=("executorch",), portable=True, kv_cache="int8"), "--kv-cache int8 and --portable"),
     ],
 )
-def test_what_cannot_be_is_a_usage_error(options: ExportOptions, message: str, tmp_path: Path) -> None:
+def test_invalid_combinations_are_usage_errors(options: ExportOptions, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         exporting.export(Run(tmp_path), options)
 
 
-def test_the_manifest_says_it_and_another_cache_is_exported_again(tmp_path: Path) -> None:
-    told: dict[str, Any] = {}
+def test_the_manifest_records_the_cache_and_another_one_is_exported_again(tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
 
     def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
-        told.update(extras)
+        given.update(extras)
 
     variant, options = Variant(tmp_path), ExportOptions(target=("executorch",), kv_cache="int8")
     write_manifest(variant.quantized, "quantized")
     exporting.export_one(variant, "executorch", exporter, options)
     folder = variant.exports / "executorch"
-    assert told == {"kv_cache": "int8"} and read_manifest(folder)["options"]["kv_cache"] == "int8"
+    assert given == {"kv_cache": "int8"} and read_manifest(folder)["options"]["kv_cache"] == "int8"
     assert exporting._is_current(folder, options) and not exporting._is_current(folder, ExportOptions())

@@ -1,4 +1,4 @@
-"""The ONNX exporter and its reader, on two-layer models of every shape the exporter has a branch for."""
+"""The ONNX exporter and its reader, on two-layer models that cover every branch of the exporter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import external_data_helper
-from tiny import MIXED, disturb_turn
+from tiny import MIXED, disturb_rotation
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -44,7 +44,7 @@ NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Exported:
-    """One tiny model on its way: frozen checkpoint, artifact, and the float model of its dequantized weights."""
+    """One tiny model: its frozen checkpoint, its artifact, and the float model of its dequantized weights."""
 
     frozen: Path
     folder: Path
@@ -74,16 +74,16 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "llama_biases": (lambda: llama(attention_bias=True, mlp_bias=True), 32),
     "qwen2_untied": (lambda: Qwen2Config(**SHAPE, tie_word_embeddings=False), 32),
     "qwen3": (lambda: Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True), 32),
-    # down_proj in groups of 32 where the others have 64; then rows of 72, int8 per channel, whose last block is padded.
+    # down_proj in groups of 32 while the others have 64; then rows of 72, int8 per channel, whose last block is padded.
     "mixed_groups": (lambda: llama(intermediate_size=96), 64),
     "padded_blocks": (lambda: llama(**ODD), 64),
-    # Chosen layer by layer, see tiny.MIXED; rows of 192 with one scale become three blocks that repeat it.
+    # Bits chosen by layer, see tiny.MIXED; rows of 192 with one scale become three blocks that repeat it.
     "mixed_bits": (lambda: llama(intermediate_size=192), 32),
     "int4_embedding": (llama, 32),
     "int4_head_untied": (lambda: llama(tie_word_embeddings=False), 64),
     "int4_tables": (llama, 32),
     "int4_tables_untied": (lambda: llama(tie_word_embeddings=False), 32),
-    "turned": (llama, 32),
+    "rotated": (llama, 32),
 }
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
@@ -96,32 +96,33 @@ def freeze(
     folder: Path,
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
-    turned: bool = False,
+    rotated: bool = False,
 ) -> tuple[Any, scheme.Scheme]:
-    """Write a frozen checkpoint of random weights; the float model that holds its dequantized weights."""
+    """Write a frozen checkpoint of random weights; return a float model of its dequantized weights, and its scheme."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    plan = scheme.choose(model, group_size, bits, table_bits)
-    if turned:
-        rotation.rotate(model, plan, 0)
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
+    if rotated:
+        rotation.rotate(model, chosen, 0)
     plain = deepcopy(model)
-    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())  # rounded apart where bits differ
-    for name, spec in plan.weights.items():
+    # A copy: the head is rounded differently from the embedding if their bits differ.
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    for name, spec in chosen.weights.items():
         weight = plain.get_submodule(name).weight
         weight.data = numerics.fake_quantize_weight(model.get_submodule(name).weight.data, spec.bits, spec.group_size)
-    frozen.freeze(model, plan)
+    frozen.freeze(model, chosen)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
-    return plain, plan
+    write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(chosen))
+    return plain, chosen
 
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Export a model of MODELS by name, once."""
+    """Return a function that exports a model of MODELS by name, once."""
     made: dict[str, Exported] = {}
 
     def make_one(name: str) -> Exported:
@@ -129,11 +130,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
             root = tmp_path_factory.mktemp(name)
             config, group_size = MODELS[name]
             bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
-            turned = name.startswith("turned")
-            plain, plan = freeze(config(), group_size, root / "frozen", bits, table_bits, turned)
+            rotated = name.startswith("rotated")
+            plain, chosen = freeze(config(), group_size, root / "frozen", bits, table_bits, rotated)
             (root / "onnx").mkdir()
             onnx_export.export(root / "frozen", root / "onnx", CONTEXT)
-            made[name] = Exported(root / "frozen", root / "onnx", plain, plan)
+            made[name] = Exported(root / "frozen", root / "onnx", plain, chosen)
         return made[name]
 
     return make_one
@@ -145,7 +146,7 @@ def exported(request: pytest.FixtureRequest, make: Callable[[str], Exported]) ->
 
 
 class PlainRuntime:
-    """onnxruntime without its generation library: the caller holds the KV cache."""
+    """onnxruntime without its generation library, with the KV cache held here."""
 
     def __init__(self, model: Path | bytes, folder: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -162,7 +163,7 @@ class PlainRuntime:
         }
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits (tokens, vocabulary) of the next tokens (tokens,)."""
+        """Return the logits (tokens, vocabulary) of the next tokens (tokens,)."""
         self.length += len(ids)
         mask = np.ones((1, self.length), np.int64)
         values = self.session.run(self.outputs, {"input_ids": ids[None], "attention_mask": mask, **self.cache})
@@ -173,7 +174,7 @@ class PlainRuntime:
 
 
 def run_logits(model: Path | bytes, folder: Path) -> NDArray[np.float32]:
-    """Logits (tokens, vocabulary) of IDS: a prefill, then one token at a time."""
+    """Return the logits (tokens, vocabulary) of IDS: a prefill, then one token at a time."""
     runtime = PlainRuntime(model, folder)
     return np.concatenate([runtime.step(ids) for ids in np.split(IDS, range(PREFILL, len(IDS)))])
 
@@ -184,7 +185,7 @@ def torch_logits(model: Any) -> NDArray[np.float32]:
 
 
 def with_float_inputs(folder: Path) -> bytes:
-    """The same graph without activation rounding: accuracy_level 1."""
+    """Return the same graph without activation rounding: accuracy_level 1."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -197,8 +198,8 @@ def copy(exported: Exported, to: Path) -> Path:
     return Path(shutil.copytree(exported.folder, to / "copy"))
 
 
-def place_of(folder: Path, tensor: str) -> int:
-    """Offset of a tensor in the data file."""
+def offset_of(folder: Path, tensor: str) -> int:
+    """Return the offset of a tensor in the data file."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     found = next(i for i in model.graph.initializer if i.name == tensor)
     return external_data_helper.ExternalDataInfo(found).offset
@@ -221,11 +222,11 @@ def test_every_matrix_is_bit_equal_to_the_frozen_one(exported: Exported) -> None
         np.testing.assert_array_equal(found.scales, weight.scales.numpy(), err_msg=name, strict=True)
 
 
-def test_another_turn_of_the_head_is_told(make: Callable[[str], Exported], tmp_path: Path) -> None:
-    made = make("turned")
+def test_another_rotation_of_the_head_is_a_fault(make: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = make("rotated")
     assert verify_folder(made.folder, "onnx", made.frozen).faults == []
     other = Path(shutil.copytree(made.frozen, tmp_path / "other"))
-    disturb_turn(other)
+    disturb_rotation(other)
     assert verify_folder(made.folder, "onnx", other).faults == ["model.norm.turn: not in the artifact as it was frozen"]
 
 
@@ -243,27 +244,27 @@ def test_bits_chosen_by_layer_are_verified(make: Callable[[str], Exported], tmp_
     result = verify_folder(exported.folder, "onnx", exported.frozen)
     assert result.faults == [] and result.linears_equal == result.linears == 14
     folder, row, column = copy(exported, tmp_path), 7, 130
-    place = place_of(folder, "model.layers.1.mlp.down_proj.MatMulNBits.qweight") + row * 192 + column
-    flip(folder / "model.onnx.data", place, 0x01)
+    offset = offset_of(folder, "model.layers.1.mlp.down_proj.MatMulNBits.qweight") + row * 192 + column
+    flip(folder / "model.onnx.data", offset, 0x01)
     result = verify_folder(folder, "onnx", exported.frozen)
     assert result.linears_equal == 13
     assert [fault for fault in result.faults if "down_proj: 1 of" in fault and f"row {row}, column {column}" in fault]
 
 
-def test_without_activation_rounding_it_is_torchs_function(exported: Exported) -> None:
-    """Prefill and decode with a KV cache, every bias and norm in its place."""
+def test_without_activation_rounding_the_graph_computes_the_torch_model(exported: Exported) -> None:
+    """Prefill and decode with a KV cache, with all biases and norms."""
     found = run_logits(with_float_inputs(exported.folder), exported.folder)
     # Measured on these models, x86-64: 1.5e-7 to 3.6e-7, logits up to 1.3.
     np.testing.assert_allclose(found, torch_logits(exported.dequantized), rtol=0, atol=2e-6)
 
 
-def test_with_activation_rounding_it_stays_near_the_frozen_model(exported: Exported) -> None:
+def test_with_activation_rounding_the_graph_stays_close_to_the_frozen_model(exported: Exported) -> None:
     found, expected = (
         run_logits(exported.folder / "model.onnx", exported.folder),
         torch_logits(frozen.load(exported.frozen)),
     )
-    # x86 rounds activations per block and symmetrically, torch per token and asymmetrically: measured 36 to 42 dB, as
-    # far apart as either is from no rounding at all (39 to 45 dB); top-1 100%.
+    # x86 rounds activations per block and symmetrically, torch per token and asymmetrically. Measured 36 to 42 dB, the
+    # distance of either from no rounding at all (39 to 45 dB); top-1 100%.
     assert 10 * np.log10((expected**2).mean() / ((found - expected) ** 2).mean()) > 33
     assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.9
 
@@ -289,7 +290,7 @@ def test_genai_config_and_tokenizer(make: Callable[[str], Exported]) -> None:
     exported = make("llama_tied")
     genai = read(exported.folder).metadata["genai_config"]
     assert genai["model"]["context_length"] == genai["search"]["max_length"] == CONTEXT
-    assert genai["model"]["eos_token_id"] == [2, 0]  # both that the configuration has; the tokenizer's is one of them
+    assert genai["model"]["eos_token_id"] == [2, 0]  # both of the configuration; the tokenizer has one of them
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (exported.folder / name).read_bytes() == (exported.frozen / name).read_bytes()
     assert {p.name for p in exported.folder.iterdir()} == {
@@ -301,12 +302,12 @@ def test_genai_config_and_tokenizer(make: Callable[[str], Exported]) -> None:
 def test_sizes_by_part(make: Callable[[str], Exported]) -> None:
     tied, untied = read(make("llama_tied").folder), read(make("qwen2_untied").folder)
     linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # weights of q, o; k, v; gate, up, down
-    table = 288 * 64 + 4 * 288  # bytes: codes, and one block of 64 a row
+    table = 288 * 64 + 4 * 288  # bytes: codes, and one scale per row
     assert tied.size_bytes["linears"] == untied.size_bytes["linears"] == linears // 2
     assert tied.size_bytes["scales"] == linears // 32 * 4
     assert (tied.size_bytes["embedding"], tied.size_bytes["head"]) == (table, 0)
     assert (untied.size_bytes["embedding"], untied.size_bytes["head"]) == (table, table)
-    small = 288 * 64 // 2 + 288 * 2 * 4  # bytes: codes, and two groups a row
+    small = 288 * 64 // 2 + 288 * 2 * 4  # bytes: codes, and two scales per row
     for name, parts in {"int4_tables": (small, 0), "int4_tables_untied": (small, small)}.items():
         sizes = read(make(name).folder).size_bytes
         assert (sizes["embedding"], sizes["head"]) == parts
@@ -325,8 +326,8 @@ def test_unpack_takes_the_low_nibble_first() -> None:
 def test_a_flipped_nibble_is_one_other_code(make: Callable[[str], Exported], tmp_path: Path) -> None:
     exported = make("llama_tied")
     folder, row, column = copy(exported, tmp_path), 3, 10
-    place = place_of(folder, "model.layers.1.attn.k_proj.MatMulNBits.qweight") + (row * 64 + column) // 2
-    flip(folder / "model.onnx.data", place, 0x01)
+    offset = offset_of(folder, "model.layers.1.attn.k_proj.MatMulNBits.qweight") + (row * 64 + column) // 2
+    flip(folder / "model.onnx.data", offset, 0x01)
     before, after = read(exported.folder).weights, read(folder).weights
     for name in before:
         places = np.argwhere(before[name].codes != after[name].codes).tolist()
@@ -336,7 +337,7 @@ def test_a_flipped_nibble_is_one_other_code(make: Callable[[str], Exported], tmp
 def test_a_shared_table_changes_under_both_names(make: Callable[[str], Exported], tmp_path: Path) -> None:
     exported = make("llama_tied")
     folder = copy(exported, tmp_path)
-    flip(folder / "model.onnx.data", place_of(folder, "lm_head.MatMulNBits.qweight") + 64 * 5 + 9, 0x80)
+    flip(folder / "model.onnx.data", offset_of(folder, "lm_head.MatMulNBits.qweight") + 64 * 5 + 9, 0x80)
     before, after = read(exported.folder).weights, read(folder).weights
     for name in ("model.embed_tokens", "lm_head"):
         assert np.argwhere(before[name].codes != after[name].codes).tolist() == [[5, 9]]
@@ -372,7 +373,7 @@ FAULTS: dict[str, tuple[Callable[[onnx.NodeProto], object], str]] = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_is_wrong_with_a_layer_is_said_of_it(make: Callable[[str], Exported], tmp_path: Path, what: str) -> None:
+def test_a_fault_names_its_layer(make: Callable[[str], Exported], tmp_path: Path, what: str) -> None:
     folder = copy(make("llama_tied"), tmp_path)
     change, words = FAULTS[what]
     edit(folder, K_PROJ, change)
@@ -401,13 +402,13 @@ def test_a_wrong_configuration_is_a_fault(make: Callable[[str], Exported], tmp_p
     assert all(words in faults for words in ("max_length", "eos_token_id", "tokenizer"))
 
 
-def test_a_context_longer_than_the_models_is_refused(make: Callable[[str], Exported], tmp_path: Path) -> None:
+def test_a_context_longer_than_that_of_the_model_is_rejected(make: Callable[[str], Exported], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--context-length 257"):
         onnx_export.export(make("llama_tied").frozen, tmp_path, 257)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_architecture_the_builder_does_not_know_is_refused(make: Callable[[str], Exported], tmp_path: Path) -> None:
+def test_an_architecture_unknown_to_the_builder_is_rejected(make: Callable[[str], Exported], tmp_path: Path) -> None:
     source, out = Path(shutil.copytree(make("llama_tied").frozen, tmp_path / "frozen")), tmp_path / "out"
     out.mkdir()
     config = json.loads((source / "config.json").read_text())
@@ -417,7 +418,7 @@ def test_an_architecture_the_builder_does_not_know_is_refused(make: Callable[[st
     assert list(out.iterdir()) == []
 
 
-def test_layers_without_a_name_there_are_refused(
+def test_layers_unknown_to_the_builder_are_rejected(
     make: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make("llama_tied").frozen

@@ -1,4 +1,4 @@
-"""A .pte read back: codes and scales as they were frozen, and damage named."""
+"""Reading a .pte back: codes and scales as they were frozen, and errors that name the damage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import MIXED, Exported, disturb_turn, export_into, freeze, llama
+from tiny import MIXED, TinyExport, disturb_rotation, export_into, freeze, llama
 
 from qat_edge.errors import ArtifactError
 from qat_edge.quant import frozen
@@ -18,20 +18,20 @@ from qat_edge_exporters.executorch.pte.pte_reader import read
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     root = tmp_path_factory.mktemp("reader")
     freeze(llama(), 32, root / "frozen")
     return export_into(root / "frozen", root / "export")
 
 
 @pytest.fixture
-def copied(exported: Exported, tmp_path: Path) -> Exported:
-    """A copy to damage."""
+def copied(exported: TinyExport, tmp_path: Path) -> TinyExport:
+    """Copy an export, to be damaged."""
     shutil.copytree(exported.folder, tmp_path / "copy")
-    return Exported(exported.frozen, tmp_path / "copy", [])
+    return TinyExport(exported.frozen, tmp_path / "copy", [])
 
 
-def test_reads_back_what_was_frozen(exported: Exported) -> None:
+def test_codes_and_scales_are_those_of_the_checkpoint(exported: TinyExport) -> None:
     artifact, wanted = read(exported.folder), frozen.read_weights(exported.frozen)
     assert artifact.faults == []
     assert artifact.weights.keys() == wanted.keys()
@@ -47,7 +47,9 @@ def test_reads_back_what_was_frozen(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize(("intermediate_size", "group_size"), [(96, 64), (72, 32)], ids=["mixed_groups", "int8_layers"])
-def test_reads_back_exceptions(intermediate_size: int, group_size: int, tmp_path: Path) -> None:
+def test_layers_with_other_groups_or_bits_are_read_back(
+    intermediate_size: int, group_size: int, tmp_path: Path
+) -> None:
     freeze(llama(intermediate_size=intermediate_size), group_size, tmp_path / "frozen")
     artifact = read(export_into(tmp_path / "frozen", tmp_path / "export").folder)
     for layer, weight in frozen.read_weights(tmp_path / "frozen").items():
@@ -72,15 +74,15 @@ def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
 
 
 def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
-    """Key and bytes of a layer's codes."""
+    """Return the key and the bytes of a layer's codes."""
     pte = delegates.open_pte(folder / "model.pte")
     plan = next(p for p in pte.program.execution_plan if p.name == runner_contract.FORWARD)
     order = json.loads((folder / "layers.json").read_text())["linears"]
-    key = delegates.products(pte, plan)[order.index(layer)].codes_key
-    return key, delegates.constants(pte)[key]
+    key = delegates.matrix_products(pte, plan)[order.index(layer)].codes_key
+    return key, delegates.named_constants(pte)[key]
 
 
-def test_one_flipped_nibble_is_named(copied: Exported) -> None:
+def test_one_flipped_nibble_is_named(copied: TinyExport) -> None:
     layer = "model.layers.1.mlp.up_proj"
     _, codes = named_constant(copied.folder, layer)
     data = bytearray(copied.pte.read_bytes())
@@ -93,11 +95,11 @@ def test_one_flipped_nibble_is_named(copied: Exported) -> None:
     assert np.argwhere(differing).tolist() == [[0, 35]]  # the high nibble of byte 17
 
 
-def test_layers_swapped_inside_the_file_differ(copied: Exported) -> None:
+def test_layers_swapped_inside_the_file_differ(copied: TinyExport) -> None:
     names = [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
     first, second = (named_constant(copied.folder, name)[0].encode() for name in names)
     data = copied.pte.read_bytes()
-    begin = int.from_bytes(data[data.index(b"eh00") + 8 :][:8], "little")  # where the program ends and delegates begin
+    begin = int.from_bytes(data[data.index(b"eh00") + 8 :][:8], "little")  # end of the program, begin of the delegates
     swapped = data[begin:].replace(first, b"*" * 64).replace(second, first).replace(b"*" * 64, second)
     copied.pte.write_bytes(data[:begin] + swapped)
     artifact, wanted = read(copied.folder), frozen.read_weights(copied.frozen)
@@ -106,12 +108,12 @@ def test_layers_swapped_inside_the_file_differ(copied: Exported) -> None:
         np.testing.assert_array_equal(artifact.weights[name].codes, wanted[other].codes.numpy())
 
 
-def test_missing_method_is_a_fault(copied: Exported) -> None:
+def test_a_missing_method_is_a_fault(copied: TinyExport) -> None:
     copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_eos_ids", b"got_eos_ids"))
-    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners ask for."]
+    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners look for."]
 
 
-def test_count_of_layers_is_checked(copied: Exported) -> None:
+def test_the_number_of_layers_is_checked(copied: TinyExport) -> None:
     layers = json.loads((copied.folder / "layers.json").read_text())
     layers["linears"].pop()
     (copied.folder / "layers.json").write_text(json.dumps(layers))
@@ -119,7 +121,7 @@ def test_count_of_layers_is_checked(copied: Exported) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.99, 0.5, 0.01, 0.0])
-def test_cut_file(copied: Exported, keep: float) -> None:
+def test_a_truncated_file_is_an_error(copied: TinyExport, keep: float) -> None:
     data = copied.pte.read_bytes()
     copied.pte.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(ArtifactError, match=r"model\.pte: .*Export again"):
@@ -127,7 +129,7 @@ def test_cut_file(copied: Exported, keep: float) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 40, 200, 2000])
-def test_garbled_file_is_an_error_or_a_fault(copied: Exported, offset: int) -> None:
+def test_a_garbled_file_is_an_error_or_a_fault(copied: TinyExport, offset: int) -> None:
     data = bytearray(copied.pte.read_bytes())
     data[offset : offset + 64] = bytes(range(128, 192))
     copied.pte.write_bytes(data)
@@ -140,15 +142,15 @@ def test_garbled_file_is_an_error_or_a_fault(copied: Exported, offset: int) -> N
 
 
 @pytest.mark.parametrize("name", ["model.pte", "layers.json"])
-def test_missing_file(copied: Exported, name: str) -> None:
+def test_a_missing_file_is_named(copied: TinyExport, name: str) -> None:
     (copied.folder / name).unlink()
     with pytest.raises(ArtifactError, match=rf"{name}: not there"):
         read(copied.folder)
 
 
-def test_another_turn_of_the_head_is_told(tmp_path: Path) -> None:
-    freeze(llama(num_hidden_layers=1), 32, tmp_path / "frozen", turned=True)
+def test_a_changed_rotation_of_the_head_is_a_fault(tmp_path: Path) -> None:
+    freeze(llama(num_hidden_layers=1), 32, tmp_path / "frozen", rotated=True)
     made = export_into(tmp_path / "frozen", tmp_path / "export")
-    disturb_turn(made.frozen)
-    told = verify_folder(made.folder, "executorch", made.frozen).faults
-    assert told == ["model.norm.turn: not in the artifact as it was frozen"]
+    disturb_rotation(made.frozen)
+    faults = verify_folder(made.folder, "executorch", made.frozen).faults
+    assert faults == ["model.norm.turn: not in the artifact as it was frozen"]

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import Recorder, make_tokenizer, stored_tensors
 from qat_edge import progress
-from qat_edge.models.tasks import CAUSAL_LM, Kind
+from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export_pte import export
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 }
 SHAPE = {**SIZES, "tie_word_embeddings": True}
 
-MIXED = {  # of kinds that are int4 in the other layer, and of one that is int8 in both
+MIXED = {  # layers in int8: of types that are int4 in the other layer, and of one that is int8 in both
     "model.layers.0.self_attn.k_proj": 8,
     "model.layers.1.self_attn.o_proj": 8,
     "model.layers.0.mlp.gate_proj": 8,
@@ -46,14 +46,22 @@ def llama(**changes: Any) -> PretrainedConfig:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """One tiny model: frozen checkpoint, export folder, and the lines the exporter reported."""
+class TinyExport:
+    """One tiny model.
+
+    Attributes:
+        frozen: its checkpoint.
+        folder: of the export.
+        messages: lines that the exporter reported.
+        prompt: a text whose greedy completion is `completion`.
+        completion: token ids, the last of which is an end token.
+    """
 
     frozen: Path
     folder: Path
     messages: list[str]
     prompt: str = ""
-    answer: tuple[int, ...] = ()  # greedily, to `prompt`; its last token is an end token
+    completion: tuple[int, ...] = ()
 
     @property
     def pte(self) -> Path:
@@ -66,40 +74,59 @@ def freeze(
     folder: Path,
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
-    kind: Kind = CAUSAL_LM,
-    turned: bool = False,
+    task: ModelTask = CAUSAL_LM,
+    rotated: bool = False,
 ) -> Any:
+    """Write a frozen checkpoint of random weights, and return it as it is loaded.
+
+    Args:
+        config: of the model.
+        group_size: features that share a scale.
+        folder: of the checkpoint.
+        bits: of single layers.
+        table_bits: of embedding and head.
+        task: of the model.
+        rotated: rotate the hidden states.
+    """
     torch.manual_seed(0)
-    model = kind.auto.from_config(config).eval()
-    kind.settle(model)
+    model = task.auto_class.from_config(config).eval()
+    task.prepare(model)
+    # Large enough for an int8 input to differ from a float one, and norms that are not all 1.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-    plan = scheme.choose(model, group_size, bits, table_bits)
-    if turned:
-        rotation.rotate(model, plan, 0)
-    frozen.freeze(model, plan)
+
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
+    if rotated:
+        rotation.rotate(model, chosen, 0)
+    frozen.freeze(model, chosen)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    write_manifest(folder, "quantized", scheme=frozen.scheme_facts(plan))
+    write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(chosen))
     return frozen.load(folder)
 
 
-def disturb_turn(checkpoint: Path) -> None:
-    """Change one number of what turns the head's input, in a frozen checkpoint."""
+def disturb_rotation(checkpoint: Path) -> None:
+    """Change one number of the rotation of the head's input, in a frozen checkpoint."""
     with stored_tensors(checkpoint) as tensors:
         tensors["model.norm.weight"][3, 5] += 1e-3
 
 
-def export_into(checkpoint: Path, folder: Path, **options: Any) -> Exported:
+def export_into(checkpoint: Path, folder: Path, **options: Any) -> TinyExport:
+    """Export a checkpoint into a new folder, with options of `export`."""
     recorder = Recorder()
     folder.mkdir()
     with progress.report_to(recorder):
         export(checkpoint, folder, CONTEXT, **options)
-    return Exported(checkpoint, folder, recorder.lines)
+    return TinyExport(checkpoint, folder, recorder.lines)
+
+
+def prefill_and_decode(prompt: int, total: int) -> list[tuple[int, int]]:
+    """Return begin and end of each call: `prompt` tokens at once, then one at a time up to `total`."""
+    return [(0, prompt), *((i, i + 1) for i in range(prompt, total))]
 
 
 def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Signal to noise in dB."""
+    """Return the signal-to-noise ratio in dB."""
     noise = (reference.double() - other.double()).square().sum().clamp(min=1e-30)
     return float(10 * torch.log10(reference.double().square().sum() / noise))

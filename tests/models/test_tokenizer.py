@@ -1,4 +1,4 @@
-"""The tokenizer's files and end tokens."""
+"""Tokenizer files are copied unchanged, and end tokens are collected from all three places."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 import pytest
 
 from qat_edge.errors import ModelError
-from qat_edge.models import tokenizer as words
+from qat_edge.models.tokenizer import copy_tokenizer_files, end_tokens
 
 
-def test_end_tokens_are_united(tokenizer: Any, tmp_path: Path) -> None:
+def test_end_tokens_of_all_files_are_collected(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)  # its own ends with 2
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 9, "model_type": "llama"}')
-    assert words.end_tokens(tmp_path) == [7, 2, 9]
+    assert end_tokens(tmp_path) == [7, 2, 9]
 
 
-def test_a_model_without_an_end_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_model_without_an_end_token_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="end token"):
-        words.end_tokens(tmp_path)
+        end_tokens(tmp_path)
 
 
 def test_files_are_copied_byte_for_byte(tokenizer: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
     tokenizer.save_pretrained(source)
-    words.copy_files(source, target)
+    copy_tokenizer_files(source, target)
     assert {p.name for p in target.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert all((source / p.name).read_bytes() == p.read_bytes() for p in target.iterdir())

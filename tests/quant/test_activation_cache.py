@@ -1,15 +1,15 @@
-"""What is handed out again is what would be computed, and it is not computed."""
+"""Cached outputs equal computed ones, and nothing is computed twice."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from qat_edge.quant.ptq.activation_cache import Replay
+from qat_edge.quant.ptq.activation_cache import ActivationCache
 
 
 class Counted(nn.Linear):
-    """A linear layer that knows how often it was computed."""
+    """A linear layer that counts how often it is computed."""
 
     times = 0
 
@@ -19,7 +19,7 @@ class Counted(nn.Linear):
 
 
 class Toy(nn.Module):
-    """A block of two modules with two layers each; the last layer runs twice."""
+    """A block of three parts: two layers in `attention`, one in `mlp`, and a last layer that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,33 +32,33 @@ class Toy(nn.Module):
         return self.last(x) + self.last(y)
 
 
-def test_what_is_finished_is_computed_once_a_batch() -> None:
+def test_a_finished_layer_is_computed_once_per_batch() -> None:
     toy = Toy()
     linears = {name: module for name, module in toy.named_modules() if isinstance(module, Counted)}
-    replay, batches = Replay(toy, linears), [torch.randn(3, 4), torch.randn(3, 4)]
+    cache, batches = ActivationCache(toy, linears), [torch.randn(3, 4), torch.randn(3, 4)]
     expected = [toy(x) for x in batches]
 
-    def computed_by_two_passes() -> list[int]:
+    def computations_in_two_passes() -> list[int]:
         for layer in linears.values():
             layer.times = 0
         for _ in range(2):
             for x, wanted in zip(batches, expected, strict=True):
-                with replay.on():
-                    replay.begin(x)
+                with cache.enabled():
+                    cache.start_pass(x)
                     assert torch.equal(toy(x), wanted)
         assert not any("forward" in vars(module) for module in toy.modules())
         return [layer.times for layer in linears.values()]
 
     first, second, third, last = linears
-    assert computed_by_two_passes() == [4, 4, 4, 8]
-    replay.finish([first])
-    assert computed_by_two_passes() == [2, 4, 4, 8]
-    replay.finish([second])
-    assert computed_by_two_passes() == [0, 2, 4, 8]  # the first was kept until all of attention was
-    replay.finish([third, last])
-    assert computed_by_two_passes() == [0, 0, 2, 4]
-    assert replay.finished == list(linears)
-    with replay.on():
-        replay.begin(None)
+    assert computations_in_two_passes() == [4, 4, 4, 8]
+    cache.mark_finished([first])
+    assert computations_in_two_passes() == [2, 4, 4, 8]
+    cache.mark_finished([second])
+    assert computations_in_two_passes() == [0, 2, 4, 8]  # only now is attention cached as a whole
+    cache.mark_finished([third, last])
+    assert computations_in_two_passes() == [0, 0, 2, 4]
+    assert cache.finished == list(linears)
+    with cache.enabled():
+        cache.start_pass(None)
         toy(torch.randn(3, 4))
     assert [layer.times for layer in linears.values()] == [1, 1, 3, 6]

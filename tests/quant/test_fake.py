@@ -1,4 +1,4 @@
-"""The merged forward, its gradients, and that what it computes is what gets frozen."""
+"""Fake quantization: the merged forward, its gradients, and its equality with the frozen model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qat_edge.config import FinetuneOptions
-from qat_edge.quant import fake, frozen, numerics, scheme
-from qat_edge.quant.scheme import WeightScheme
+from qat_edge.quant import fake, frozen, numerics
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize_if_missing
@@ -27,21 +27,21 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def adapted(folder: Path, table_bits: tuple[int, int] = (8, 8)) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
-    """A tiny model with adapters that are not zero."""
+def adapted(folder: Path, table_bits: tuple[int, int] = (8, 8)) -> tuple[PeftModel, fake.Switch, Scheme]:
+    """Return a tiny model with adapters that are not zero."""
     model = load(folder)
-    plan = scheme.choose(model, 32, table_bits=table_bits)
-    switch = fake.insert(model, plan)
+    scheme = choose_scheme(model, 32, table_bits=table_bits)
+    switch = fake.insert(model, scheme)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, LORA)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    return peft_model.eval(), switch, plan
+    return peft_model.eval(), switch, scheme
 
 
-class StraightThrough(torch.autograd.Function):
-    """`rounded` forward, the gradient of `value` unchanged."""
+class RoundedForward(torch.autograd.Function):
+    """Returns `rounded`, and passes the gradient to `value` unchanged."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
@@ -53,10 +53,10 @@ class StraightThrough(torch.autograd.Function):
 
 
 def naive(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The same layer as an ordinary graph: autograd derives everything."""
+    """Compute the same layer as an ordinary graph, whose gradients autograd derives."""
     merged = weight + scaling * (b @ a)
-    rounded_weight = StraightThrough.apply(merged, numerics.fake_quantize_weight(merged.detach(), 4, 32))
-    rounded_x = StraightThrough.apply(x, numerics.fake_quantize_activation(x.detach()).double())
+    rounded_weight = RoundedForward.apply(merged, numerics.fake_quantize_weight(merged.detach(), 4, 32))
+    rounded_x = RoundedForward.apply(x, numerics.fake_quantize_activation(x.detach()).double())
     return nn.functional.linear(rounded_x, rounded_weight, bias)
 
 
@@ -77,7 +77,7 @@ def test_gradients_equal_the_naive_graph_in_float64() -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_keeps_no_merged_weight_for_the_backward_pass() -> None:
+def test_no_merged_weight_is_kept_for_the_backward_pass() -> None:
     weight, a, b = torch.randn(64, 64), torch.randn(4, 64, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), *t.shape)) or t, lambda t: t):
@@ -96,19 +96,19 @@ def test_switched_off_it_is_plain_lora(tiny_model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("table_bits", [(8, 8), (4, 8), (8, 4), (4, 4)])
-def test_the_function_trained_is_the_function_frozen(
+def test_the_trained_function_equals_the_frozen_one(
     tiny_model_folder: Path, tmp_path: Path, table_bits: tuple[int, int]
 ) -> None:
     """Fake-quantized training model -> merged -> frozen -> plain transformers: the same logits, bit for bit."""
-    model, switch, plan = adapted(tiny_model_folder, table_bits)
-    assert plan.table_bits == table_bits
+    model, switch, scheme = adapted(tiny_model_folder, table_bits)
+    assert scheme.table_bits == table_bits
     ids = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
     switch.enabled = True
     with torch.no_grad():
         trained = model(ids).logits
     merged, _ = fake.merge_adapters(model)
     switch.enabled = False
-    frozen.freeze(merged, plan)
+    frozen.freeze(merged, scheme)
     merged.save_pretrained(tmp_path / "quantized")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_every_adapter_learns_under_fake_quantization(tiny_model_folder: Path) -
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_keeps_the_bits_of_its_tables(
+def test_a_run_keeps_the_bits_of_embedding_and_head(
     tiny_model_folder: Path, tmp_path: Path, method: str, messages: list[str]
 ) -> None:
     """From the options through both phases and the merge into the checkpoints of QAT and of PTQ."""
@@ -140,26 +140,26 @@ def test_a_run_keeps_the_bits_of_its_tables(
     assert [line for line in messages if "embedding and head share a table: int4 (group 32)" in line]
     for name in ("qat", "rtn"):
         folder = quantize_if_missing(Run(tmp_path / "run"), name).quantized
-        plan, weights = frozen.read_scheme(folder), frozen.read_weights(folder)
-        assert plan.table_bits == (4, 4) and plan.tied
-        embedding, head = weights[plan.embedding], weights[plan.head]
+        scheme, weights = frozen.read_scheme(folder), frozen.read_weights(folder)
+        assert scheme.table_bits == (4, 4) and scheme.tied
+        embedding, head = weights[scheme.embedding], weights[scheme.head]
         assert torch.equal(embedding.codes, head.codes) and torch.equal(embedding.scales, head.scales)
         assert embedding.bits == 4 and embedding.scales.shape == (embedding.codes.shape[0], 2)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_scales_of_an_int4_head_follow_its_weights(tiny_model_folder: Path, method: str) -> None:
+def test_scales_of_an_int4_head_are_not_learned(tiny_model_folder: Path, method: str) -> None:
     model = load(tiny_model_folder)
-    plan = scheme.choose(model, 32, table_bits=(4, 4))
-    fake.insert(model, plan, learned_scales=True)
+    scheme = choose_scheme(model, 32, table_bits=(4, 4))
+    fake.insert(model, scheme, learned_scales=True)
     trained = fake.add_adapters(model, LORA) if method == "lora" else fake.train_weights(model)
     factors = [name for name, _ in trained.named_parameters() if fake.SCALE_FACTOR in name]
-    assert len(factors) == len(plan.linears) and not any("lm_head" in name for name in factors)
+    assert len(factors) == len(scheme.linears) and not any("lm_head" in name for name in factors)
 
 
 def test_a_tied_head_stays_tied(tiny_model_folder: Path) -> None:
-    model, _, plan = adapted(tiny_model_folder)
-    assert plan.tied
+    model, _, scheme = adapted(tiny_model_folder)
+    assert scheme.tied
     base = model.get_base_model()
     assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
 
@@ -171,7 +171,7 @@ def test_a_scaled_embedding_keeps_its_scale() -> None:
 
     model = nn.Sequential(Scaled(10, 32))
     spec = WeightScheme(8, 32, quantize_input=False)
-    switch = fake.insert(model, scheme.Scheme(32, False, "0", "", {"0": spec}))
+    switch = fake.insert(model, Scheme(32, False, "0", "", {"0": spec}))
     switch.enabled = True
     expected = 8.0 * numerics.fake_quantize_weight(model[0].weight.detach(), 8, 32)
     assert torch.equal(model(torch.arange(10)), expected)
@@ -180,7 +180,7 @@ def test_a_scaled_embedding_keeps_its_scale() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_masks_columns_of_a(tiny_model_folder: Path, training: bool) -> None:
     model = load(tiny_model_folder)
-    switch = fake.insert(model, scheme.choose(model, 32))
+    switch = fake.insert(model, choose_scheme(model, 32))
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted_model = fake.add_adapters(model, config).train(training)
     for name, parameter in adapted_model.named_parameters():
@@ -196,7 +196,7 @@ def test_dropout_masks_columns_of_a(tiny_model_folder: Path, training: bool) -> 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
 def test_cuda_codes_equal_those_frozen_on_cuda(tiny_model_folder: Path) -> None:
-    model, switch, plan = adapted(tiny_model_folder)
+    model, switch, scheme = adapted(tiny_model_folder)
     model = model.to("cuda")
     switch.enabled = True
     ids = torch.arange(24, device="cuda").unsqueeze(0)
@@ -204,6 +204,6 @@ def test_cuda_codes_equal_those_frozen_on_cuda(tiny_model_folder: Path) -> None:
         trained = model(ids).logits
     merged, _ = fake.merge_adapters(model)
     switch.enabled = False
-    frozen.freeze(merged, plan)
+    frozen.freeze(merged, scheme)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Ours against torchao's, and the properties the artifacts rely on."""
+"""Quantization arithmetic: equality with torchao, and the properties that artifacts rely on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_fake_quantization_is_dequantized_quantization() -> None:
     assert torch.equal(numerics.fake_quantize_weight(weight, 4, 32), expected)
 
 
-def test_error_is_at_most_half_a_step_and_what_clipping_adds() -> None:
+def test_the_error_is_at_most_half_a_step_plus_clipping() -> None:
     weight = torch.randn(8, 64)
     scales = numerics.choose_scales(weight, 8, 64)
     error = (numerics.fake_quantize_weight(weight, 8, 64) - weight).abs()
@@ -52,7 +52,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
     assert torch.equal(numerics.fake_quantize_weight(weight, 4, 32), weight)
 
 
-def test_equals_torchao_prepare_and_convert_where_the_scales_agree() -> None:
+def test_equals_torchao_where_the_scales_agree() -> None:
     model = nn.Sequential(nn.Linear(128, 48, bias=False))
     model[0].weight = nn.Parameter(grid_weight(48, 128, 32))
     base = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
@@ -79,7 +79,7 @@ def test_differs_from_torchao_only_by_the_rounded_scale() -> None:
     assert torch.equal(ours.flatten(), theirs.flatten().to(torch.bfloat16).float())
 
 
-def test_activations_hold_zero_and_every_token_has_its_own_scale() -> None:
+def test_activations_represent_zero_and_have_a_scale_per_token() -> None:
     x = torch.stack([torch.linspace(1.0, 2.0, 64), torch.linspace(-300.0, 50.0, 64), torch.zeros(64)])
     rounded = numerics.fake_quantize_activation(x)
     steps = torch.tensor([2.0 / 255, 350.0 / 255, 0.0])

@@ -1,4 +1,4 @@
-"""Codes found without training: what each method promises of weights, outputs and the float model."""
+"""Post-training quantization: the properties of each method's weights, of its outputs, and of the float model."""
 
 from __future__ import annotations
 
@@ -15,33 +15,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qat_edge.errors import DataError, ModelError, UsageError
-from qat_edge.quant import fake, frozen, numerics, scheme
+from qat_edge.quant import fake, frozen, numerics
 from qat_edge.quant.ptq import awq, coordinate_descent, gptaq, gptq, methods
-from qat_edge.quant.ptq.activation_cache import Replay
-from qat_edge.quant.ptq.blockwise import Block, find_blocks, relative_error, walk
-from qat_edge.quant.ptq.hqq import search_scales
-from qat_edge.quant.scheme import Scheme, WeightScheme
-from qat_edge.run import PTQ_METHODS
+from qat_edge.quant.ptq.activation_cache import ActivationCache
+from qat_edge.quant.ptq.blockwise import Block, find_blocks, quantize_blocks, relative_error
+from qat_edge.quant.ptq.hqq import hqq_scales, search_scales
+from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)
 Batches = list[dict[str, Tensor]]
 
 
-def silent(text: str) -> None:
-    pass
-
-
 def load(folder: Path) -> tuple[Any, Scheme]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():  # norms that are all one would hide a wrong fold
+    for name, parameter in model.named_parameters():  # norms of all ones would hide a wrong fold
         if parameter.dim() == 1:
             torch.manual_seed(len(name))
             parameter.data.copy_(0.5 + torch.rand_like(parameter))
-    return model, scheme.choose(model, 32)
+    return model, choose_scheme(model, 32)
 
 
 def batches(pad: int = 0) -> Batches:
-    """Three batches of two rows, the second shorter, `pad` more columns of padding than needed."""
+    """Three batches of two rows, the second shorter, with `pad` more columns of padding than needed."""
     made = []
     for seed in range(3):
         ids = torch.randint(3, 250, (2, 40 + pad), generator=torch.Generator().manual_seed(seed))
@@ -55,7 +51,7 @@ def batches(pad: int = 0) -> Batches:
 
 
 def correlated(tokens: int, width: int) -> Tensor:
-    """Inputs that lie near a plane of few dimensions, some channels much larger than others."""
+    """Inputs near a plane of few dimensions, some channels much larger than others."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(tokens, width // 8, generator=generator) @ torch.randn(width // 8, width, generator=generator)
     return (mixed + 0.1 * torch.randn(tokens, width, generator=generator)) * torch.linspace(0.1, 5, width)
@@ -82,9 +78,9 @@ def test_searched_scales_are_never_worse_than_the_largest_weights() -> None:
     assert float(cost(found).sum()) < 0.95 * float(cost(largest).sum())
 
 
-def test_hqq_scales_are_representable_and_of_less_error() -> None:
+def test_hqq_scales_are_representable_and_have_less_error() -> None:
     w = weight()
-    scales = methods.hqq_scales(w, 4, 32)
+    scales = hqq_scales(w, 4, 32)
     assert scales.shape == (48, 4) and torch.equal(scales, numerics.representable(scales))
     rounded = numerics.dequantize(numerics.quantize(w, scales, 4), scales)
     assert (rounded - w).square().sum() < (numerics.fake_quantize_weight(w, 4, 32) - w).square().sum()
@@ -116,7 +112,7 @@ def test_gptq_with_uncorrelated_inputs_rounds_to_nearest() -> None:
     assert torch.equal(scales, search_scales(w, 4, 32, torch.ones(128)))
 
 
-def test_rounding_what_gptq_leaves_gives_its_codes() -> None:
+def test_rounding_the_weights_of_gptq_gives_its_codes() -> None:
     """The paper's recursion in float64 with a full inverse at each step, instead of one factorization."""
     x, w = correlated(512, 64), weight(8, 64)
     hessian = x.T @ x
@@ -133,7 +129,7 @@ def test_rounding_what_gptq_leaves_gives_its_codes() -> None:
 
 
 @pytest.mark.parametrize("hessian", [torch.zeros(64, 64), torch.full((64, 64), torch.nan)])
-def test_inputs_that_determine_nothing_are_an_error(hessian: Tensor) -> None:
+def test_inputs_that_do_not_determine_the_weights_are_an_error(hessian: Tensor) -> None:
     with pytest.raises(DataError, match=r"model\.layer.*calibration data"):
         gptq.inverse_factor(hessian, "model.layer")
 
@@ -141,15 +137,15 @@ def test_inputs_that_determine_nothing_are_an_error(hessian: Tensor) -> None:
 def test_padding_changes_nothing(tiny_model_folder: Path) -> None:
     sums = []
     for pad in (0, 24):
-        model, plan = load(tiny_model_folder)
+        model, scheme = load(tiny_model_folder)
         found: dict[str, Tensor] = {}
 
-        def treat(block: Block, found: dict[str, Tensor] = found) -> dict[str, Tensor]:
-            found.update(gptq.accumulate(block, list(block.linears)))
+        def collect(block: Block, found: dict[str, Tensor] = found) -> dict[str, Tensor]:
+            found.update(gptq.accumulate_hessians(block, list(block.linears)))
             return {}
 
         with torch.no_grad():
-            walk(model, plan, batches(pad), treat, "test")
+            quantize_blocks(model, scheme, batches(pad), collect, "test")
         sums.append(found)
     assert len(sums[0]) == 14
     for name, plain in sums[0].items():
@@ -195,7 +191,7 @@ def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled:
     ids = batches()[0]["input_ids"]
     with torch.no_grad():
         expected = model(ids).logits
-        methods.apply(model, scheme.choose(model, 32), "awq", batches())
+        methods.apply(model, choose_scheme(model, 32), "awq", batches())
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     changed = {n.split(".")[-2] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {"input_layernorm", "q_proj", "gate_proj", "up_proj", "down_proj"} <= changed
@@ -205,7 +201,7 @@ def test_awq_leaves_the_float_model_as_it_was(make: Callable[[], Any], unscaled:
     assert kinds == unscaled
 
 
-def test_awq_searches_what_lowers_the_error() -> None:
+def test_factors_of_awq_lower_the_error() -> None:
     x, w = correlated(256, 64), weight(32, 64)
     factors = awq.search_factors(x, [(w, SPEC)])
     assert float(factors.max()) > 1.2
@@ -217,13 +213,13 @@ def test_awq_searches_what_lowers_the_error() -> None:
 # --- GPTAQ -------------------------------------------------------------------------------------------------
 
 
-def blocks_of(model: Any, plan: Scheme) -> list[Block]:
+def blocks_of(model: Any, scheme: Scheme) -> list[Block]:
     found: list[Block] = []
-    walk(model, plan, batches(), lambda block: found.append(block) or {}, "test")
+    quantize_blocks(model, scheme, batches(), lambda block: found.append(block) or {}, "test")
     return found
 
 
-def test_each_block_is_given_what_the_model_gives_it_and_run_once_a_batch() -> None:
+def test_each_block_gets_the_inputs_of_the_whole_model_and_runs_once_per_batch() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -234,7 +230,7 @@ def test_each_block_is_given_what_the_model_gives_it_and_run_once_a_batch() -> N
     counted: list[int] = []
     hook = model.model.layers[2].mlp.register_forward_hook(lambda *_: counted.append(1))
 
-    def follow(block: Block) -> dict[str, Tensor]:
+    def record(block: Block) -> dict[str, Tensor]:
         floats[block.index] = [batch.unrounded for batch in block.batches]
         before = len(counted)
         for batch in block.batches:
@@ -243,7 +239,7 @@ def test_each_block_is_given_what_the_model_gives_it_and_run_once_a_batch() -> N
         return {}
 
     with torch.no_grad():
-        walk(model, scheme.choose(model, 32), batches(), follow, "test")
+        quantize_blocks(model, choose_scheme(model, 32), batches(), record, "test")
         hook.remove()
         assert len(counted) == 3
         assert all("forward" not in vars(layer) for layer in model.model.layers)
@@ -253,16 +249,16 @@ def test_each_block_is_given_what_the_model_gives_it_and_run_once_a_batch() -> N
                 torch.testing.assert_close(found[i], states[block])
 
 
-def test_only_what_ends_a_block_is_seen_to_end_it(tiny_model_folder: Path) -> None:
-    model, plan = load(tiny_model_folder)
+def test_layers_that_end_a_block_or_add_to_the_stream_are_found(tiny_model_folder: Path) -> None:
+    model, scheme = load(tiny_model_folder)
     with torch.no_grad():
-        block = blocks_of(model, plan)[1]
-        ending = {name.rpartition(".")[2] for name in block.linears if block.ends_with(name)}
+        block = blocks_of(model, scheme)[1]
+        ending = {name.rpartition(".")[2] for name in block.linears if block.is_output_layer(name)}
         adding = {name.rpartition(".")[2] for name in block.linears if block.adds_to_stream(name)}
     assert ending == {"down_proj"} and adding == {"o_proj", "down_proj"}
 
 
-def test_a_norm_after_the_last_layer_forbids_to_correct_all_of_it() -> None:
+def test_a_layer_with_a_norm_after_it_is_no_output_layer() -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
@@ -272,17 +268,17 @@ def test_a_norm_after_the_last_layer_forbids_to_correct_all_of_it() -> None:
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     with torch.no_grad():
-        block = blocks_of(model, scheme.choose(model, 32))[0]
-        assert not any(block.ends_with(name) for name in block.linears)
+        block = blocks_of(model, choose_scheme(model, 32))[0]
+        assert not any(block.is_output_layer(name) for name in block.linears)
 
 
 def test_gptaq_comes_closer_to_the_float_model_than_gptq(tiny_model_folder: Path) -> None:
     errors = {}
     for method in ("rtn", "gptq", "gptaq", "coordinate-descent"):
-        model, plan = load(tiny_model_folder)
+        model, scheme = load(tiny_model_folder)
         with torch.no_grad():
             expected = [model(**batch).logits for batch in batches()]
-            frozen.freeze(model, plan, methods.apply(model, plan, method, batches()))
+            frozen.freeze(model, scheme, methods.apply(model, scheme, method, batches()))
             found = [model(**batch).logits for batch in batches()]
         masks = [batch["attention_mask"].bool() for batch in batches()]
         errors[method] = sum(float((f - e)[m].square().sum()) for f, e, m in zip(found, expected, masks, strict=True))
@@ -293,44 +289,42 @@ def test_gptaq_comes_closer_to_the_float_model_than_gptq(tiny_model_folder: Path
 
 
 @pytest.mark.parametrize("method", ["gptaq", "coordinate-descent"])
-def test_int8_layers_make_up_for_what_lies_before_them(tiny_model_folder: Path, method: str) -> None:
+def test_int8_layers_compensate_for_the_layers_before_them(tiny_model_folder: Path, method: str) -> None:
     model, _ = load(tiny_model_folder)
     wide = {f"model.layers.{i}.{name}": 8 for i in (0, 1) for name in ("self_attn.v_proj", "mlp.down_proj")}
-    plan = scheme.choose(model, 32, wide)
+    scheme = choose_scheme(model, 32, wide)
     own = {name: model.get_submodule(name).weight.detach().clone() for name in wide}
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches()]
-        scales = methods.apply(model, plan, method, batches())
+        scales = methods.apply(model, scheme, method, batches())
         errors = []
         for kept in ({}, own):
-            judged = copy.deepcopy(model)
+            candidate = copy.deepcopy(model)
             for name, weight in kept.items():
-                judged.get_submodule(name).weight.copy_(weight)
-            frozen.freeze(judged, plan, {name: scale for name, scale in scales.items() if name not in wide})
-            found = [judged(**b).logits[b["attention_mask"].bool()] for b in batches()]
+                candidate.get_submodule(name).weight.copy_(weight)
+            frozen.freeze(candidate, scheme, {name: scale for name, scale in scales.items() if name not in wide})
+            found = [candidate(**b).logits[b["attention_mask"].bool()] for b in batches()]
             wanted = [e[b["attention_mask"].bool()] for e, b in zip(expected, batches(), strict=True)]
             errors.append(sum(float((f - w).square().sum()) for f, w in zip(found, wanted, strict=True)))
     assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
-def test_codes_and_scales_are_those_of_passes_that_compute_everything(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
-) -> None:
+def test_the_cache_changes_no_code_and_no_scale(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> None:
     found = []
-    for finish in (Replay.finish, lambda self, names: self.finished.extend(names)):
-        monkeypatch.setattr(Replay, "finish", finish)
+    for mark in (ActivationCache.mark_finished, lambda self, names: self.finished.extend(names)):
+        monkeypatch.setattr(ActivationCache, "mark_finished", mark)
         model = make().eval()
         with torch.no_grad():
-            scales = methods.apply(model, scheme.choose(model, 32), "coordinate-descent", batches())
+            scales = methods.apply(model, choose_scheme(model, 32), "coordinate-descent", batches())
         found.append((scales, model.state_dict()))
-    for replayed, computed in zip(found[0], found[1], strict=True):
-        assert replayed.keys() == computed.keys()
-        assert all(torch.equal(replayed[name], computed[name]) for name in computed)
+    for cached, computed in zip(found[0], found[1], strict=True):
+        assert cached.keys() == computed.keys()
+        assert all(torch.equal(cached[name], computed[name]) for name in computed)
 
 
 def test_gptaq_aims_at_the_least_squares_weight() -> None:
-    """One linear layer given other inputs than the float model's: the target is numpy's least-squares answer."""
+    """One linear layer given other inputs than the float model's: the target is the ridge regression's solution."""
     torch.manual_seed(0)
     x, given, w = torch.randn(400, 64), torch.randn(400, 64), weight(16, 64)
     hessian = given.T @ given
@@ -344,8 +338,8 @@ def test_gptaq_aims_at_the_least_squares_weight() -> None:
 # --- coordinate descent ------------------------------------------------------------------------------------
 
 
-def descended(sweeps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A target, its Hessian, and what `refine` makes of the target rounded to nearest."""
+def refined(sweeps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a target, its Hessian, and the weights and scales that `refine` finds from rounding to nearest."""
     torch.manual_seed(0)
     x, target = torch.randn(300, 64) @ torch.randn(64, 64), weight(16, 64)
     scales = numerics.choose_scales(target, 4, 32)
@@ -357,17 +351,17 @@ def cost(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(dim=1)  # (out,)
 
 
-def test_each_sweep_costs_less() -> None:
+def test_each_sweep_lowers_the_cost() -> None:
     costs = []
     for sweeps in (0, 1, 2, 4):
-        target, hessian, found, scales = descended(sweeps)
+        target, hessian, found, scales = refined(sweeps)
         costs.append(cost(target - numerics.dequantize(numerics.quantize(found, scales, 4), scales), hessian))
     assert all(bool((after <= before).all()) for before, after in itertools.pairwise(costs))
     assert float(costs[-1].sum()) < 0.6 * float(costs[0].sum())
 
 
 def test_no_single_code_or_scale_could_be_better_after_many_sweeps() -> None:
-    target, hessian, found, scales = descended(50)
+    target, hessian, found, scales = refined(50)
     codes = numerics.quantize(found, scales, 4).float()
     best = cost(target - numerics.dequantize(codes, scales), hessian)
     for column in range(64):
@@ -383,7 +377,7 @@ def test_no_single_code_or_scale_could_be_better_after_many_sweeps() -> None:
 
 
 def test_weights_keep_their_codes_in_bfloat16() -> None:
-    _, _, found, scales = descended(4)
+    _, _, found, scales = refined(4)
     assert torch.equal(scales, numerics.representable(scales))
     stored = found.to(torch.bfloat16).float()
     assert torch.equal(numerics.quantize(stored, scales, 4), numerics.quantize(found, scales, 4))
@@ -394,18 +388,18 @@ def test_weights_keep_their_codes_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("method", PTQ_METHODS)
 def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path, tmp_path: Path, method: str) -> None:
-    model, plan = load(tiny_model_folder)
+    model, scheme = load(tiny_model_folder)
     ids = torch.arange(3, 43).unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-    scales = methods.apply(model, plan, method, batches())
-    assert set(scales) == set(plan.linears)
+    scales = methods.apply(model, scheme, method, batches())
+    assert set(scales) == set(scheme.linears)
     for name, found in scales.items():
         out, width = model.get_submodule(name).weight.shape
         assert found.shape == (out, width // 32)
         assert found.dtype == torch.float32 and torch.equal(found, numerics.representable(found))
     codes = {n: numerics.quantize(model.get_submodule(n).weight, s, 4) for n, s in scales.items()}
-    frozen.freeze(model, plan, scales)
+    frozen.freeze(model, scheme, scales)
     model.save_pretrained(tmp_path / "quantized")
     read = frozen.read_weights(tmp_path / "quantized")
     assert all(torch.equal(read[name].codes, codes[name]) for name in codes)
@@ -415,69 +409,69 @@ def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path,
 
 
 @pytest.mark.parametrize("method", methods.CALIBRATED)
-def test_adapters_that_add_nothing_change_nothing(tiny_model_folder: Path, method: str) -> None:
-    plain, plan = load(tiny_model_folder)
+def test_adapters_of_zeros_change_nothing(tiny_model_folder: Path, method: str) -> None:
+    plain, scheme = load(tiny_model_folder)
     wrapped, _ = load(tiny_model_folder)
-    fake.insert(wrapped, plan)
+    fake.insert(wrapped, scheme)
     fake.add_adapters(wrapped, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    expected = methods.apply(plain, plan, method, batches())
-    found = methods.apply(wrapped, plan, method, batches())
-    for name in plan.linears:
+    expected = methods.apply(plain, scheme, method, batches())
+    found = methods.apply(wrapped, scheme, method, batches())
+    for name in scheme.linears:
         assert torch.equal(found[name], expected[name])
         assert torch.equal(wrapped.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("method", methods.CALIBRATED)
 def test_hooks_and_modes_are_as_before(tiny_model_folder: Path, method: str) -> None:
-    model, plan = load(tiny_model_folder)
+    model, scheme = load(tiny_model_folder)
     model.train()
-    methods.apply(model, plan, method, batches())
+    methods.apply(model, scheme, method, batches())
     assert model.training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 def test_under_autocast_statistics_are_still_float32(tiny_model_folder: Path) -> None:
-    model, plan = load(tiny_model_folder)
+    model, scheme = load(tiny_model_folder)
     found: dict[str, Tensor] = {}
 
-    def treat(block: Block) -> dict[str, Tensor]:
-        found.update(gptq.accumulate(block, list(block.linears)))
+    def collect(block: Block) -> dict[str, Tensor]:
+        found.update(gptq.accumulate_hessians(block, list(block.linears)))
         return {}
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        walk(model, plan, batches(), treat, "test")
-        scales = methods.apply(model, plan, "gptq", batches())
+        quantize_blocks(model, scheme, batches(), collect, "test")
+        scales = methods.apply(model, scheme, "gptq", batches())
     assert {h.dtype for h in found.values()} == {torch.float32} == {s.dtype for s in scales.values()}
 
 
 @pytest.mark.parametrize("method", methods.CALIBRATED)
-def test_autocast_sees_every_change_of_a_weight(tiny_model_folder: Path, method: str) -> None:
-    """Autocast keeps the casts of parameters that may be trained; a weight rounded in between would go unseen."""
+def test_autocast_uses_no_outdated_cast_of_a_weight(tiny_model_folder: Path, method: str) -> None:
+    """Autocast caches the casts of trainable parameters: after a weight is rounded, its cast would be outdated."""
     found = []
     for trainable in (False, True):
-        model, plan = load(tiny_model_folder)
+        model, scheme = load(tiny_model_folder)
         model.requires_grad_(trainable)
         with torch.autocast("cpu", torch.bfloat16):
-            scales = methods.apply(model, plan, method, batches())
-        found.append({**scales, **{name: model.get_submodule(name).weight.detach() for name in plan.linears}})
+            scales = methods.apply(model, scheme, method, batches())
+        found.append({**scales, **{name: model.get_submodule(name).weight.detach() for name in scheme.linears}})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_int8_layers_keep_the_scales_of_their_largest_weights(tiny_model_folder: Path) -> None:
     model, _ = load(tiny_model_folder)
     name = "model.layers.0.self_attn.k_proj"
-    plan = scheme.choose(model, 32, {name: 8})
+    scheme = choose_scheme(model, 32, {name: 8})
     for method in PTQ_METHODS:
-        scales = methods.apply(model, plan, method, batches())
+        scales = methods.apply(model, scheme, method, batches())
         assert torch.equal(scales[name], numerics.choose_scales(model.get_submodule(name).weight, 8, 64))
 
 
-def test_what_cannot_be_is_said(tiny_model_folder: Path) -> None:
-    model, plan = load(tiny_model_folder)
+def test_unknown_methods_missing_data_and_models_without_blocks_are_errors(tiny_model_folder: Path) -> None:
+    model, scheme = load(tiny_model_folder)
     with pytest.raises(UsageError, match="rtn, hqq, gptq, gptaq, coordinate-descent, awq"):
-        methods.apply(model, plan, "magic", [])
+        methods.apply(model, scheme, "magic", [])
     with pytest.raises(DataError, match="No calibration data"):
-        methods.apply(model, plan, "gptq", [])
+        methods.apply(model, scheme, "gptq", [])
     flat = nn.ModuleDict({"layer": nn.Linear(32, 32)})
     with pytest.raises(ModelError, match="no list of blocks"):
         find_blocks(Scheme(32, False, "e", "h", {"layer": SPEC}), flat)

@@ -1,4 +1,4 @@
-"""Phase 2's start: weights a PTQ method prepared under adapters, scales of their own, learned with the adapters."""
+"""Initialization of QAT: weights that a PTQ method prepared under adapters, and scales learned with the adapters."""
 
 from __future__ import annotations
 
@@ -13,28 +13,24 @@ from transformers import AutoModelForCausalLM
 
 from conftest import stored_tensors
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, frozen, numerics, qat_init, rotated_norm, rotation, scheme
+from qat_edge.quant import fake, frozen, numerics, qat_init, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
-from qat_edge.quant.scheme import WeightScheme
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
 
 
-def silent(text: str) -> None:
-    pass
-
-
-def adapted(folder: Path) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
+def adapted(folder: Path) -> tuple[PeftModel, fake.Switch, Scheme]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plan = scheme.choose(model, 32)
-    switch = fake.insert(model, plan, learned_scales=True)
+    scheme = choose_scheme(model, 32)
+    switch = fake.insert(model, scheme, learned_scales=True)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, LORA)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    return peft_model.eval(), switch, plan
+    return peft_model.eval(), switch, scheme
 
 
 def calibration() -> list[dict[str, Tensor]]:
@@ -43,7 +39,7 @@ def calibration() -> list[dict[str, Tensor]]:
 
 
 def disturb_factors(model: PeftModel) -> None:
-    """As if the scales had been learned for a while."""
+    """Change the scale factors as training would."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_scale_factor" in name:
@@ -62,13 +58,13 @@ def test_gradients_of_weight_and_scales_equal_the_naive_graph_in_float64() -> No
     codes = numerics.round_codes(weight, scales, 4)
     found_weight, found_scales = numerics.straight_through(weight, scales, codes, upstream)
     clamped = (weight / scales.repeat_interleave(32, dim=1)).round()
-    assert ((clamped < -8) | (clamped > 7)).any()  # both branches are met
+    assert ((clamped < -8) | (clamped > 7)).any()  # both branches occur
     torch.testing.assert_close(found_weight, w.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_scales, s.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_layer_gradients_under_learned_scales() -> None:
-    """A, B and the scales get what autograd derives from the gradient of the rounded weight."""
+    """Gradients of A, B and the scales follow from the gradient of the rounded weight."""
     torch.manual_seed(0)
     spec = WeightScheme(4, 32, quantize_input=True)
     x, weight = torch.randn(5, 64), torch.randn(48, 64)
@@ -89,32 +85,32 @@ def test_layer_gradients_under_learned_scales() -> None:
 @pytest.mark.parametrize(
     ("method", "rotation_seed"), [("rtn", None), ("hqq", None), ("gptq", None), ("awq", None), ("gptq", 0)]
 )
-def test_the_function_trained_from_a_start_is_the_function_frozen(
+def test_the_function_trained_after_initialization_equals_the_frozen_one(
     tiny_model_folder: Path, tmp_path: Path, method: str, rotation_seed: int | None
 ) -> None:
-    model, switch, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, method, calibration(), rotation_seed)
+    model, switch, scheme = adapted(tiny_model_folder)
+    qat_init.prepare(model, scheme, method, calibration(), rotation_seed)
     disturb_factors(model)
     switch.enabled = True
     with torch.no_grad():
         trained = model(IDS).logits
     merged, scales = fake.merge_adapters(model)
-    assert set(scales) == set(plan.linears)
-    frozen.freeze(merged, plan, scales)
+    assert set(scales) == set(scheme.linears)
+    frozen.freeze(merged, scheme, scales)
     merged.save_pretrained(tmp_path / "quantized")
     load = AutoModelForCausalLM.from_pretrained if rotation_seed is None else frozen.load
     reloaded = load(tmp_path / "quantized")
-    assert set(rotated_norm.turns_of(reloaded)) == (set() if rotation_seed is None else {"model.norm"})
+    assert set(rotated_norm.output_rotations(reloaded)) == (set() if rotation_seed is None else {"model.norm"})
     with torch.no_grad():
         torch.testing.assert_close(reloaded(IDS).logits, trained, rtol=0, atol=0)
 
 
-def test_a_turned_checkpoint_runs_rightly_or_not_at_all(tiny_model_folder: Path, tmp_path: Path) -> None:
-    model, _, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, "rtn", calibration())
-    rotation.rotate(model, plan, 0)
+def test_a_rotated_checkpoint_runs_correctly_or_not_at_all(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, _, scheme = adapted(tiny_model_folder)
+    qat_init.prepare(model, scheme, "rtn", calibration())
+    rotation.rotate(model, scheme, 0)
     merged, _ = fake.merge_adapters(model)
-    frozen.freeze(merged, plan)
+    frozen.freeze(merged, scheme)
     merged.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -125,52 +121,52 @@ def test_a_turned_checkpoint_runs_rightly_or_not_at_all(tiny_model_folder: Path,
 
 
 @pytest.mark.parametrize("method", ["hqq", "gptq"])
-def test_the_start_is_what_the_method_makes_of_the_merged_model(tiny_model_folder: Path, method: str) -> None:
-    model, _, plan = adapted(tiny_model_folder)
+def test_the_initialization_equals_the_method_on_the_merged_model(tiny_model_folder: Path, method: str) -> None:
+    model, _, scheme = adapted(tiny_model_folder)
     plain, _ = fake.merge_adapters(adapted(tiny_model_folder)[0])
-    expected = methods.apply(plain, plan, method, calibration())
-    qat_init.make(model, plan, method, calibration())
+    expected = methods.apply(plain, scheme, method, calibration())
+    qat_init.prepare(model, scheme, method, calibration())
     merged, scales = fake.merge_adapters(model)
-    for name, spec in plan.linears.items():
+    for name, spec in scheme.linears.items():
         # The adapters' products are added in another order: a scale may fall on the other side of a bfloat16 tie.
         torch.testing.assert_close(scales[name], expected[name], rtol=2**-7, atol=0)
         ours = numerics.quantize(merged.get_submodule(name).weight, scales[name], spec.bits)
         theirs = numerics.quantize(plain.get_submodule(name).weight, expected[name], spec.bits)
-        assert (ours != theirs).float().mean() < 0.02  # bfloat16 of the weights moves a few over a border
+        assert (ours != theirs).float().mean() < 0.02  # bfloat16 of the weights moves a few across a rounding boundary
 
 
-def test_without_rounding_a_start_that_keeps_weights_changes_nothing(tiny_model_folder: Path) -> None:
-    model, switch, plan = adapted(tiny_model_folder)
+def test_a_method_that_keeps_weights_changes_nothing_without_rounding(tiny_model_folder: Path) -> None:
+    model, switch, scheme = adapted(tiny_model_folder)
     with torch.no_grad():
         before = model(IDS).logits
-        qat_init.make(model, plan, "hqq", [])
+        qat_init.prepare(model, scheme, "hqq", [])
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-5, atol=1e-6)
     assert not switch.enabled
 
 
-def test_a_saved_start_is_applied_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
-    model, switch, plan = adapted(tiny_model_folder)
-    made = qat_init.make(model, plan, "gptq", calibration())
+def test_a_saved_initialization_is_applied_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
+    model, switch, scheme = adapted(tiny_model_folder)
+    made = qat_init.prepare(model, scheme, "gptq", calibration())
     digest = made.save(tmp_path / "start", method="gptq")
     assert qat_init.recorded_sha256(tmp_path / "start") == digest
     other, other_switch, _ = adapted(tiny_model_folder)
-    qat_init.Start.load(tmp_path / "start", digest).apply(other.get_base_model())
+    qat_init.QatInit.load(tmp_path / "start", digest).apply(other.get_base_model())
     switch.enabled = other_switch.enabled = True
     with torch.no_grad():
         torch.testing.assert_close(other(IDS).logits, model(IDS).logits, rtol=0, atol=0)
 
 
-def test_another_start_or_none_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_different_initialization_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"start\.safetensors is missing"):
-        qat_init.Start.load(tmp_path / "start", "")
-    digest = qat_init.Start({"x": torch.ones(1, 1)}, {}).save(tmp_path / "start")
+        qat_init.QatInit.load(tmp_path / "start", "")
+    digest = qat_init.QatInit({"x": torch.ones(1, 1)}, {}).save(tmp_path / "start")
     with pytest.raises(RunError, match="another sha256"):
-        qat_init.Start.load(tmp_path / "start", digest[::-1])
+        qat_init.QatInit.load(tmp_path / "start", digest[::-1])
 
 
 def test_scales_and_adapters_learn_together(tiny_model_folder: Path) -> None:
-    model, switch, plan = adapted(tiny_model_folder)
-    qat_init.make(model, plan, "rtn", [])
+    model, switch, scheme = adapted(tiny_model_folder)
+    qat_init.prepare(model, scheme, "rtn", [])
     switch.enabled = True
     model(IDS, labels=IDS).loss.backward()
     trained: dict[str, Any] = {n: p for n, p in model.named_parameters() if p.requires_grad}

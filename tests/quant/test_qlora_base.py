@@ -1,4 +1,4 @@
-"""Base weights in few bits: what they stand for, what they take, and that nothing dense outlives its use."""
+"""Quantized base weights: their values, their memory, and that no dense weight outlives its use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qat_edge.quant import fake, frozen, numerics, qlora_base, scheme
-from qat_edge.quant.qat_init import Start
-from qat_edge.quant.scheme import WeightScheme
+from qat_edge.quant import fake, frozen, numerics, qlora_base
+from qat_edge.quant.qat_init import QatInit
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
-KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
+FORMATS = pytest.mark.parametrize("format", ["nf4", "int8"])
 NF4_CODES = 16
 
 
@@ -25,58 +25,58 @@ def weights(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / 10
 
 
-def adapted(folder: Path, kind: str, config: LoraConfig = LORA) -> tuple[PeftModel, fake.Switch, scheme.Scheme]:
-    """A tiny model over a stored base, with adapters that are not zero."""
+def adapted(folder: Path, format: str, config: LoraConfig = LORA) -> tuple[PeftModel, fake.Switch, Scheme]:
+    """Return a tiny model with a quantized base and adapters that are not zero."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plan = scheme.choose(model, 32)
-    qlora_base.store(model, plan.linears, kind)
-    switch = fake.insert(model, plan, learned_scales=True)
+    scheme = choose_scheme(model, 32)
+    qlora_base.quantize_base(model, scheme.linears, format)
+    switch = fake.insert(model, scheme, learned_scales=True)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, config)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    return peft_model.eval(), switch, plan
+    return peft_model.eval(), switch, scheme
 
 
-def test_int8_is_one_scale_a_row() -> None:
+def test_int8_has_one_scale_per_row() -> None:
     weight = weights(48, 96)
-    stored = qlora_base.Int8Weight(weight)
-    assert torch.equal(stored.dequantize(), numerics.fake_quantize_weight(weight, 8, 96))
-    assert stored.size_bytes == 48 * 96 + 48 * 4
+    quantized = qlora_base.Int8Weight(weight)
+    assert torch.equal(quantized.dequantize(), numerics.fake_quantize_weight(weight, 8, 96))
+    assert quantized.size_bytes == 48 * 96 + 48 * 4
 
 
 def test_nf4_has_sixteen_values_for_every_64_weights() -> None:
     weight = weights(128, 256)
-    stored = qlora_base.Nf4Weight(weight)
-    blocks = stored.dequantize().reshape(-1, 64)
+    quantized = qlora_base.Nf4Weight(weight)
+    blocks = quantized.dequantize().reshape(-1, 64)
     assert all(len(block.unique()) <= NF4_CODES for block in blocks)
     # Widest gap between two codes is 0.304 of the largest weight; int8 scales add half a hundredth.
-    error = (stored.dequantize() - weight).reshape(-1, 64).abs().amax(1)
+    error = (quantized.dequantize() - weight).reshape(-1, 64).abs().amax(1)
     assert (error <= 0.16 * weight.reshape(-1, 64).abs().amax(1)).all()
     scales = 128 * 256 // 64
     codebook_and_mean = (16 + 1) * 4
-    assert stored.size_bytes == 128 * 256 // 2 + scales + scales // 256 * 4 + codebook_and_mean
+    assert quantized.size_bytes == 128 * 256 // 2 + scales + scales // 256 * 4 + codebook_and_mean
 
 
-@KINDS
-def test_zeros_stay_zeros(kind: str) -> None:
+@FORMATS
+def test_zeros_stay_zeros(format: str) -> None:
     weight = weights(64, 128)
     weight[:8] = 0
-    found = qlora_base.KINDS[kind](weight).dequantize()
+    found = qlora_base.FORMATS[format](weight).dequantize()
     assert found.isfinite().all() and (found[:8] != 0).sum() <= 8 * 128 // 64 and found[:8].abs().max() < 2e-3
-    assert qlora_base.KINDS[kind](torch.zeros(64, 64)).dequantize().abs().max() < 1e-6
+    assert qlora_base.FORMATS[format](torch.zeros(64, 64)).dequantize().abs().max() < 1e-6
 
 
-@KINDS
-def test_what_a_layer_computes_and_hands_back(kind: str) -> None:
-    """The dequantized weight's output and gradient, with the weight itself nowhere kept between the two."""
+@FORMATS
+def test_output_and_gradient_are_those_of_the_dequantized_weight(format: str) -> None:
+    """And the dequantized weight is not kept between the forward and the backward pass."""
     model = nn.Sequential(nn.Linear(64, 32))
     plain = nn.Linear(64, 32)
     plain.bias.data.copy_(model[0].bias)
-    before, after = qlora_base.store(model, ["0"], kind)
+    before, after = qlora_base.quantize_base(model, ["0"], format)
     plain.weight.data.copy_(model[0].weight)
-    assert before == 32 * 64 * 4 and after < before / (3 if kind == "int8" else 6)
+    assert before == 32 * 64 * 4 and after < before / (3 if format == "int8" else 6)
     x = weights(5, 64).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -90,13 +90,13 @@ def test_what_a_layer_computes_and_hands_back(kind: str) -> None:
     assert not kept and "0.weight" not in dict(model.named_parameters()) and not model.state_dict().keys() - {"0.bias"}
 
 
-@KINDS
-def test_fake_quantization_keeps_no_dense_weight_for_the_backward_pass(kind: str) -> None:
-    stored = qlora_base.KINDS[kind](weights(64, 64))
+@FORMATS
+def test_fake_quantization_keeps_no_dense_weight_for_the_backward_pass(format: str) -> None:
+    quantized = qlora_base.FORMATS[format](weights(64, 64))
     a, b = weights(4, 64).requires_grad_(), weights(64, 4).requires_grad_()
     spec = WeightScheme(4, 32, quantize_input=True)
     grads = []
-    for weight in (stored, stored.dequantize()):
+    for weight in (quantized, quantized.dequantize()):
         kept: list[tuple[int, ...]] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
@@ -108,36 +108,38 @@ def test_fake_quantization_keeps_no_dense_weight_for_the_backward_pass(kind: str
         torch.testing.assert_close(ours, dense, rtol=0, atol=0)
 
 
-@KINDS
+@FORMATS
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
-@pytest.mark.parametrize("start", [False, True])
-def test_the_function_trained_is_the_function_frozen(
-    tiny_model_folder: Path, tmp_path: Path, kind: str, targets: Any, start: bool
+@pytest.mark.parametrize("initialized", [False, True])
+def test_the_trained_function_equals_the_frozen_one_over_a_quantized_base(
+    tiny_model_folder: Path, tmp_path: Path, format: str, targets: Any, initialized: bool
 ) -> None:
-    """Over a stored base, too: trained logits and those of the frozen checkpoint are equal bit for bit."""
+    """With a quantized base too, the trained logits and those of the frozen checkpoint are equal bit for bit."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-    model, switch, plan = adapted(tiny_model_folder, kind, config)
-    if start:
+    model, switch, scheme = adapted(tiny_model_folder, format, config)
+    if initialized:
         view = fake.MergedWeights(model)
-        scales = {n: numerics.choose_scales(view.get_submodule(n).weight, s.bits, 32) for n, s in plan.linears.items()}
-        Start({n: s * 0.75 for n, s in scales.items()}, {}).apply(model.get_base_model())
+        scales = {
+            n: numerics.choose_scales(view.get_submodule(n).weight, s.bits, 32) for n, s in scheme.linears.items()
+        }
+        QatInit({n: s * 0.75 for n, s in scales.items()}, {}).apply(model.get_base_model())
     switch.enabled = True
     with torch.no_grad():
         trained = model(IDS).logits
     merged, scales = fake.merge_adapters(model)
     switch.enabled = False
-    frozen.freeze(merged, plan, scales)
+    frozen.freeze(merged, scheme, scales)
     merged.save_pretrained(tmp_path / "quantized")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     with torch.no_grad():
         torch.testing.assert_close(reloaded(IDS).logits, trained, rtol=0, atol=0)
-    assert not any(isinstance(m, qlora_base.StoredWeight) for m in merged.modules())
+    assert not any(isinstance(m, qlora_base.QloraWeight) for m in merged.modules())
 
 
-@KINDS
-def test_both_phases_train_over_a_stored_base(tiny_model_folder: Path, kind: str) -> None:
-    model, switch, plan = adapted(tiny_model_folder, kind)
-    before = {n: qlora_base.dense(fake.linear(model.get_base_model(), n).stored) for n in plan.linears}
+@FORMATS
+def test_both_phases_train_over_a_quantized_base(tiny_model_folder: Path, format: str) -> None:
+    model, switch, scheme = adapted(tiny_model_folder, format)
+    before = {n: qlora_base.dequantized(fake.linear(model.get_base_model(), n).qlora_weight) for n in scheme.linears}
     for enabled in (False, True):
         switch.enabled = enabled
         model.zero_grad()
@@ -154,8 +156,8 @@ def test_a_subclass_of_linear_keeps_its_forward() -> None:
             return 2 * super().forward(input)
 
     model = nn.Sequential(Doubled(64, 32, bias=False))
-    qlora_base.store(model, ["0"], "int8")
-    fake.insert(model, scheme.Scheme(32, False, "", "", {"0": WeightScheme(4, 32, quantize_input=True)}))
+    qlora_base.quantize_base(model, ["0"], "int8")
+    fake.insert(model, Scheme(32, False, "", "", {"0": WeightScheme(4, 32, quantize_input=True)}))
     x, weight = weights(3, 64), model[0].weight
     torch.testing.assert_close(model(x), 2 * nn.functional.linear(x, weight))
     merged, _ = fake.merge_adapters(model)
@@ -164,16 +166,16 @@ def test_a_subclass_of_linear_keeps_its_forward() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
-@KINDS
-def test_a_stored_base_moves_to_the_gpu(tiny_model_folder: Path, kind: str) -> None:
-    model, switch, plan = adapted(tiny_model_folder, kind)
+@FORMATS
+def test_a_quantized_base_moves_to_the_gpu(tiny_model_folder: Path, format: str) -> None:
+    model, switch, scheme = adapted(tiny_model_folder, format)
     model = model.to("cuda")
     switch.enabled = True
     with torch.no_grad():
         trained = model(IDS.cuda()).logits
-    assert all(fake.linear(model.get_base_model(), n).weight.is_cuda for n in plan.linears)
+    assert all(fake.linear(model.get_base_model(), n).weight.is_cuda for n in scheme.linears)
     merged, scales = fake.merge_adapters(model)
     switch.enabled = False
-    frozen.freeze(merged, plan, scales)
+    frozen.freeze(merged, scheme, scales)
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS.cuda()).logits, trained, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Turned hidden states: the same function for every family that allows it, and fewer bits lost in its inputs."""
+"""Rotated hidden states: the same function for every family that allows it, with less loss in rounded inputs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from transformers import (
 )
 
 from qat_edge.errors import ModelError
-from qat_edge.quant import fake, numerics, qat_init, rotated_norm, rotation, scheme
+from qat_edge.quant import fake, numerics, qat_init, rotated_norm, rotation
+from qat_edge.quant.scheme import Scheme, choose_scheme, shares_table
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-TURNED: dict[str, Callable[[], PretrainedConfig]] = {
+ROTATABLE: dict[str, Callable[[], PretrainedConfig]] = {
     "one table": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "two tables": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "biases": lambda: Qwen2Config(**SIZES),
-    "biases of what is written": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "biases of layers that write": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "norms of queries and keys": lambda: Qwen3Config(**SIZES, head_dim=24),
     "fused projections": lambda: Phi3Config(**SIZES),
 }
@@ -40,7 +41,7 @@ IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def make(config: PretrainedConfig) -> Any:
+def make_model(config: PretrainedConfig) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -55,29 +56,29 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("width", [64, 96, 576, 30])
-def test_the_matrix_is_orthogonal_and_spreads_every_channel(width: int) -> None:
-    turn = rotation.random_hadamard(width, 0)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(width, dtype=torch.float64), atol=1e-12, rtol=0)
+def test_the_rotation_is_orthogonal_and_spreads_every_channel(width: int) -> None:
+    matrix = rotation.random_hadamard(width, 0)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), atol=1e-12, rtol=0)
     even = width & -width
-    assert turn.abs().max() <= even**-0.5 + 1e-12
-    assert not torch.equal(turn, rotation.random_hadamard(width, 1))
+    assert matrix.abs().max() <= even**-0.5 + 1e-12
+    assert not torch.equal(matrix, rotation.random_hadamard(width, 1))
 
 
-@pytest.mark.parametrize("kind", TURNED)
-def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
-    model = make(TURNED[kind]())
-    plan = scheme.choose(model, 32)
-    fake.insert(model, plan)
+@pytest.mark.parametrize("family", ROTATABLE)
+def test_rotation_leaves_the_function_unchanged_with_adapters(family: str) -> None:
+    model = make_model(ROTATABLE[family]())
+    scheme = choose_scheme(model, 32)
+    fake.insert(model, scheme)
     adapted = fake.add_adapters(model, LORA).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     before = logits(adapted)
-    weights = {name: model.get_submodule(name).weight.clone() for name in plan.weights}
-    rotation.rotate(adapted, plan, 0)
+    weights = {name: model.get_submodule(name).weight.clone() for name in scheme.weights}
+    rotation.rotate(adapted, scheme, 0)
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
     assert all((model.get_submodule(n).weight - w).abs().mean() > 0.05 for n, w in weights.items())
-    assert scheme.share_table(model) == plan.tied == (kind == "one table")
+    assert shares_table(model) == scheme.tied == (family == "one table")
     first = model.get_parameter("model.layers.0.input_layernorm.weight")
     assert first.unique().numel() > 90 and 0 < (first - 1).abs().max() < 0.1
     others = [
@@ -88,36 +89,36 @@ def test_the_function_stays_with_adapters_and_all(kind: str) -> None:
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", ["adapter", "bits"])
-def test_a_shared_table_parts_where_its_users_differ(parts: str) -> None:
-    model = make(TURNED["one table"]())
-    plan = scheme.choose(model, 32, table_bits=(4, 8) if parts == "bits" else (8, 8))
-    fake.insert(model, plan)
-    if parts == "adapter":
+@pytest.mark.parametrize("difference", ["adapter", "bits"])
+def test_a_shared_table_becomes_two_where_its_users_differ(difference: str) -> None:
+    model = make_model(ROTATABLE["one table"]())
+    scheme = choose_scheme(model, 32, table_bits=(4, 8) if difference == "bits" else (8, 8))
+    fake.insert(model, scheme)
+    if difference == "adapter":
         model = fake.add_adapters(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).eval()
     before = logits(model)
-    rotation.rotate(model, plan, 0)
+    rotation.rotate(model, scheme, 0)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    assert not rotated_norm.turns_of(model) and not fake.base_of(model).config.tie_word_embeddings
+    assert not rotated_norm.output_rotations(model) and not fake.base_of(model).config.tie_word_embeddings
 
 
-def test_a_turned_norm_stays_float32_under_autocast() -> None:
+def test_a_rotated_norm_stays_float32_under_autocast() -> None:
     norm = nn.RMSNorm(8)
-    rotated_norm.turn_output(norm, rotation.random_hadamard(8, 0))
+    rotated_norm.rotate_output(norm, rotation.random_hadamard(8, 0))
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    expected = nn.functional.linear(nn.functional.rms_norm(x, (8,)), rotated_norm.turns_of(norm)[""])
+    expected = nn.functional.linear(nn.functional.rms_norm(x, (8,)), rotated_norm.output_rotations(norm)[""])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(norm(x), expected)
-    rotated_norm.turn_output(norm, torch.eye(8))
+    rotated_norm.rotate_output(norm, torch.eye(8))
     torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (8,)))
-    assert type(norm).__name__ == "TurnedRMSNorm"
+    assert type(norm).__name__ == "RotatedRMSNorm"
 
 
-@pytest.mark.parametrize("kind", TURNED)
-def test_the_heads_are_found_where_a_layer_makes_values_alone(kind: str) -> None:
-    model = make(TURNED[kind]())
-    heads = rotation.find_heads(model, rotation.find_stream(model, scheme.choose(model, 32)))
-    if kind == "fused projections":
+@pytest.mark.parametrize("family", ROTATABLE)
+def test_heads_are_found_where_a_layer_makes_values_alone(family: str) -> None:
+    model = make_model(ROTATABLE[family]())
+    heads = rotation.find_heads(model, rotation.find_stream(model, choose_scheme(model, 32)))
+    if family == "fused projections":
         assert heads is None
     else:
         assert heads is not None and heads.width == 24
@@ -125,16 +126,16 @@ def test_the_heads_are_found_where_a_layer_makes_values_alone(kind: str) -> None
         assert [*heads.outputs.values()] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
 
 
-def test_a_channel_of_the_values_that_stands_out_is_spread_over_its_head() -> None:
-    model = make(TURNED["one table"]())
-    plan = scheme.choose(model, 32)
+def test_an_outlier_channel_of_the_values_is_spread_over_its_head() -> None:
+    model = make_model(ROTATABLE["one table"]())
+    scheme = choose_scheme(model, 32)
     for layer in model.model.layers:
         layer.self_attn.v_proj.weight[5] *= 50
     given: dict[str, Tensor] = {}
 
     def prominence() -> list[float]:
-        """The largest channel of each output projection's input over the median one of its head."""
-        outputs = [(n, model.get_submodule(n)) for n in plan.linears if n.endswith("o_proj")]
+        """Return the largest channel of each output projection's input over the median one of its head."""
+        outputs = [(n, model.get_submodule(n)) for n in scheme.linears if n.endswith("o_proj")]
         hooks = [m.register_forward_pre_hook(lambda _, x, n=n: given.update({n: x[0]})) for n, m in outputs]
         logits(model)
         for hook in hooks:
@@ -143,7 +144,7 @@ def test_a_channel_of_the_values_that_stands_out_is_spread_over_its_head() -> No
         return [float(head.max() / head.median()) for head in heads]
 
     before = prominence()
-    rotation.rotate(model, plan, 0)
+    rotation.rotate(model, scheme, 0)
     assert min(before) > 20 and max(prominence()) < 5
 
 
@@ -154,24 +155,24 @@ def test_a_channel_of_the_values_that_stands_out_is_spread_over_its_head() -> No
         (GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "no root-mean-square norm"),
     ],
 )
-def test_what_cannot_be_turned_is_told_and_left_alone(config: PretrainedConfig, reason: str) -> None:
-    model = make(config)
-    plan = scheme.choose(model, 32)
+def test_a_model_that_cannot_be_rotated_is_reported_and_left_unchanged(config: PretrainedConfig, reason: str) -> None:
+    model = make_model(config)
+    scheme = choose_scheme(model, 32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert reason in rotation.obstacle(model, plan)
+    assert reason in rotation.obstacle(model, scheme)
     with pytest.raises(ModelError, match=reason):
-        rotation.rotate(model, plan, 0)
+        rotation.rotate(model, scheme, 0)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_channel_that_stands_out_costs_int8_inputs_less() -> None:
-    model = make(TURNED["one table"]())
-    plan = scheme.choose(model, 32)
+def test_rotation_lowers_the_cost_of_an_outlier_channel_in_int8_inputs() -> None:
+    model = make_model(ROTATABLE["one table"]())
+    scheme = choose_scheme(model, 32)
     for norm in (model.model.norm, *(layer.input_layernorm for layer in model.model.layers)):
         norm.weight[5] = 60.0
     model.model.embed_tokens.weight[:, 5] = 0.3
 
-    reading = [n for n in plan.linears if n.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
+    reading = [n for n in scheme.linears if n.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
 
     def error() -> float:
         hooks = [model.get_submodule(n).register_forward_pre_hook(numerics.round_input) for n in reading]
@@ -181,26 +182,26 @@ def test_a_channel_that_stands_out_costs_int8_inputs_less() -> None:
         return float((rounded - logits(model)).square().mean())
 
     before = error()
-    rotation.rotate(model, plan, 0)
+    rotation.rotate(model, scheme, 0)
     assert error() < before / 10
 
 
-def test_a_start_in_turned_coordinates_is_restored_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
-    def prepared() -> tuple[Any, fake.Switch, scheme.Scheme]:
+def test_a_rotated_initialization_is_restored_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def prepared() -> tuple[Any, fake.Switch, Scheme]:
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-        plan = scheme.choose(model, 32)
-        switch = fake.insert(model, plan, learned_scales=True)
+        scheme = choose_scheme(model, 32)
+        switch = fake.insert(model, scheme, learned_scales=True)
         torch.manual_seed(0)
-        return fake.add_adapters(model, LORA).eval(), switch, plan
+        return fake.add_adapters(model, LORA).eval(), switch, scheme
 
-    model, switch, plan = prepared()
+    model, switch, scheme = prepared()
     float_logits = logits(model)
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    made = qat_init.make(model, plan, "gptq", [batch], rotation_seed=0)
+    made = qat_init.prepare(model, scheme, "gptq", [batch], rotation_seed=0)
     digest = made.save(tmp_path / "start", method="gptq")
-    assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # what GPTQ changed, no more
+    assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # only the change by GPTQ
     other, other_switch, _ = prepared()
-    qat_init.Start.load(tmp_path / "start", digest).apply(other.get_base_model())
+    qat_init.QatInit.load(tmp_path / "start", digest).apply(other.get_base_model())
     other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
     switch.enabled = other_switch.enabled = True
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)

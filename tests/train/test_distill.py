@@ -1,4 +1,4 @@
-"""The teacher of self-distillation: asked anew, or beforehand."""
+"""Teachers of self-distillation: live, or cached beforehand."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ ROWS = [
 
 
 def student(folder: Path) -> tuple[Any, fake.Switch]:
+    """A tiny model with fake quantization, switched off, and random adapters."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    switch = fake.insert(model, scheme.choose(model, 32))
+    switch = fake.insert(model, scheme.choose_scheme(model, 32))
     torch.manual_seed(0)
     adapted = fake.add_adapters(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
@@ -41,7 +42,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
-def test_the_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_folder: Path) -> None:
+def test_the_live_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_folder: Path) -> None:
     model, switch = student(tiny_model_folder)
     inputs = batch()
     with torch.no_grad():
@@ -58,7 +59,9 @@ def test_the_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_f
     assert float(teacher.divergence(inputs, before)) == pytest.approx(0, abs=1e-4)
 
 
-def test_divergence_is_that_of_the_tokens_with_loss(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_is_summed_over_the_tokens_with_loss(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distill, "CHUNK", 7)
     model, switch = student(tiny_model_folder)
     inputs = batch()
@@ -73,7 +76,7 @@ def test_divergence_is_that_of_the_tokens_with_loss(tiny_model_folder: Path, mon
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
 
 
-def test_all_choices_kept_are_the_live_teacher(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_cache_of_all_tokens_equals_the_live_teacher(tiny_model_folder: Path, tmp_path: Path) -> None:
     model, switch = student(tiny_model_folder)
     live, inputs, file = LiveTeacher(model, switch, 1.0), batch(), tmp_path / "teacher.safetensors"
     write_cache(live, iter([inputs]), model.config.vocab_size, file, lambda done: None)
@@ -82,8 +85,8 @@ def test_all_choices_kept_are_the_live_teacher(tiny_model_folder: Path, tmp_path
     torch.testing.assert_close(cached, live.divergence(inputs, logits), rtol=2e-3, atol=1e-2)  # float16 of log p
 
 
-def test_few_choices_are_a_lower_bound_and_know_their_rows(tiny_model_folder: Path, tmp_path: Path) -> None:
-    """Merging choices can only lower a divergence; rows come in another order than they were asked in."""
+def test_a_cache_of_few_tokens_is_a_lower_bound_and_finds_its_rows(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Merging choices can only lower a divergence. Batches have the rows in another order than the cache."""
     model, switch = student(tiny_model_folder)
     live, inputs, file = LiveTeacher(model, switch, 1.0), batch(), tmp_path / "teacher.safetensors"
     write_cache(live, iter([inputs]), 16, file, lambda done: None)

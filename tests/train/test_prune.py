@@ -1,4 +1,4 @@
-"""Depth pruning: which layers are kept, and that what is left is an ordinary model."""
+"""Depth pruning: the choice of layers, and the remaining model, which is an ordinary one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qw
 from conftest import make_model
 from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import load
+from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
@@ -26,10 +26,6 @@ from qat_edge.verbs.quantize import quantize
 IDS = torch.randint(0, 200, (2, 24), generator=torch.Generator().manual_seed(1))
 LAYERS = 4
 HARMLESS = (0, 2)  # layers that add nothing to the residual stream
-
-
-def silent(text: str) -> None:
-    pass
 
 
 def four_layers(tokenizer: Any) -> LlamaForCausalLM:
@@ -67,33 +63,33 @@ def batch(pad: int = 0) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": IDS, "attention_mask": mask}]
 
 
-def test_harm_is_the_divergence_without_the_layer(tokenizer: Any) -> None:
+def test_the_cost_of_a_layer_is_the_divergence_without_it(tokenizer: Any) -> None:
     model = four_layers(tokenizer)
-    found = prune.harms(model, batch())
+    found = prune.layer_costs(model, batch())
     with torch.no_grad():
         log_p = model(IDS).logits.log_softmax(-1)
         for i in range(LAYERS):
             other = four_layers(tokenizer)
-            load.keep_layers(other, [j for j in range(LAYERS) if j != i])
+            keep_layers(other, [j for j in range(LAYERS) if j != i])
             log_q = other(IDS, use_cache=False).logits.log_softmax(-1)
             expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
             assert found[i] == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert max(found[i] for i in HARMLESS) < min(found[i] for i in range(LAYERS) if i not in HARMLESS)
 
 
-def test_padding_is_not_compared(tokenizer: Any) -> None:
+def test_padding_does_not_count_towards_the_cost(tokenizer: Any) -> None:
     model = four_layers(tokenizer)
     changed = batch(pad=8)
     changed[0]["input_ids"] = IDS.clone()
     changed[0]["input_ids"][0, -8:] = 5
-    assert prune.harms(model, batch(pad=8)) == pytest.approx(prune.harms(model, changed))
+    assert prune.layer_costs(model, batch(pad=8)) == pytest.approx(prune.layer_costs(model, changed))
 
 
-def test_layers_that_add_nothing_can_go(tokenizer: Any) -> None:
-    """What is left answers as before, with a KV cache as without, and after it was saved and loaded."""
+def test_layers_that_add_nothing_can_be_removed(tokenizer: Any) -> None:
+    """The remaining model has the same outputs, with a KV cache and without."""
     model, whole = four_layers(tokenizer), four_layers(tokenizer)
     kept = [i for i in range(LAYERS) if i not in HARMLESS]
-    load.keep_layers(model, kept)
+    keep_layers(model, kept)
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, whole(IDS).logits, rtol=1e-3, atol=1e-4)
@@ -103,15 +99,15 @@ def test_layers_that_add_nothing_can_go(tokenizer: Any) -> None:
     assert len(past.layers) == 2
 
 
-def test_settings_of_each_layer_follow_it(tmp_path: Path) -> None:
-    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+def test_per_layer_settings_follow_their_layer(tmp_path: Path) -> None:
+    layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     config = Qwen3Config(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, layer_types=kinds, use_sliding_window=True, sliding_window=4,
+        num_key_value_heads=1, head_dim=16, layer_types=layer_types, use_sliding_window=True, sliding_window=4,
         eos_token_id=[1, 2, 3, 4],
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
-    load.keep_layers(model, [1, 2])
+    keep_layers(model, [1, 2])
     assert model.config.layer_types == ["sliding_attention", "full_attention"]
     assert model.config.eos_token_id == [1, 2, 3, 4]
     model.save_pretrained(tmp_path / "pruned")
@@ -121,16 +117,18 @@ def test_settings_of_each_layer_follow_it(tmp_path: Path) -> None:
         torch.testing.assert_close(reloaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
-def test_what_a_configuration_cannot_say_is_refused(tokenizer: Any) -> None:
+def test_layers_that_the_configuration_cannot_describe_are_refused(tokenizer: Any) -> None:
     model = four_layers(tokenizer)
     wide = torch.nn.Linear(64, 96, bias=False)
     model.model.layers[3].mlp.up_proj = wide
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj"):
-        load.keep_layers(model, [0, 3])
+        keep_layers(model, [0, 3])
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_as_many_as_there_are_not(options: FinetuneOptions, tmp_path: Path, count: int) -> None:
+def test_a_number_of_layers_that_the_model_does_not_have_is_refused(
+    options: FinetuneOptions, tmp_path: Path, count: int
+) -> None:
     with pytest.raises(UsageError, match=f"--keep-layers {count}: the model has 4 layers"):
         finetune(replace(options, keep_layers=count), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -144,8 +142,8 @@ def test_a_run_keeps_its_layers(
     finetune(replace(options, prune=how), out)
     assert all(read_manifest(out / part)["kept_layers"] == kept for part in ("adapter", "reference"))
     original, base = AutoModelForCausalLM.from_pretrained(folder), base_model(out / "reference")
-    for place, i in enumerate(kept):
-        weights = (m.model.layers[at].mlp.up_proj.weight for m, at in ((base, place), (original, i)))
+    for position, i in enumerate(kept):
+        weights = (m.model.layers[at].mlp.up_proj.weight for m, at in ((base, position), (original, i)))
         assert torch.equal(*weights)
     assert len(merged_model(out / "reference").scheme.linears) == 2 * 7
     quantize(Run(out), QuantizeOptions())
@@ -154,7 +152,7 @@ def test_a_run_keeps_its_layers(
     assert quantized.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape[1] > IDS.shape[1]
 
 
-def test_a_resumed_run_keeps_the_layers_it_had(
+def test_a_resumed_run_keeps_its_layers(
     options: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(options, tmp_path / "whole")
@@ -167,7 +165,7 @@ def test_a_resumed_run_keeps_the_layers_it_had(
     assert ends[0]["adapter_model.safetensors"] == ends[1]["adapter_model.safetensors"]
 
 
-def test_pruned_weights_are_trained_as_a_whole(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_a_pruned_model_is_fine_tuned_in_full(options: FinetuneOptions, tmp_path: Path) -> None:
     finetune(replace(options, method="full", lora_rank=16, learning_rate=1e-4), tmp_path / "run")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "reference", dtype=torch.float32).eval()
     ours = merged_model(tmp_path / "run" / "reference").model

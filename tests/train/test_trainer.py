@@ -1,4 +1,4 @@
-"""Learning rates by phase."""
+"""Learning rates of both phases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_one_schedule_spans_both_phases() -> None:
     assert 0 < factor(99) < 0.001
 
 
-def test_the_second_phase_has_a_schedule_of_its_own() -> None:
+def test_phase_2_has_a_schedule_of_its_own() -> None:
     factor = learning_rate_factor(replace(OPTIONS, qat_learning_rate=5e-4), start=50)
     alone = learning_rate_factor(OPTIONS, start=100)
     assert [factor(step) for step in range(50)] == [alone(step) for step in range(50)]
@@ -30,11 +30,11 @@ def test_the_second_phase_has_a_schedule_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("ptq_init", "peak"), [("none", 0.3), ("hqq", 0.3), ("gptq", 0.1), ("coordinate-descent", 0.1)]
 )
-def test_a_start_that_made_up_for_its_rounding_is_changed_less(ptq_init: str, peak: float) -> None:
+def test_phase_2_has_a_lower_peak_after_an_initialization_that_compensates_rounding(ptq_init: str, peak: float) -> None:
     assert learning_rate_factor(replace(OPTIONS, ptq_init=ptq_init), start=50)(54) == pytest.approx(peak)
 
 
-def test_scales_do_not_follow_the_adapters_second_peak() -> None:
+def test_learned_scales_have_the_same_peak_in_both_phases() -> None:
     options = replace(OPTIONS, lr_schedule="constant", qat_learning_rate=2e-3)
     assert learning_rate_factor(options, 50)(60) == 2
     assert learning_rate_factor(options, 50, of_scales=True)(60) == 1

@@ -1,4 +1,4 @@
-"""Device profiles: TOML files of limits, threads and repeats that `validate --profile` starts from."""
+"""Device profiles: TOML files with gates, threads and repeats, the defaults of `validate --profile`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 from qat_edge.errors import UsageError
 
-# What a profile may hold beside limits.
+# Options that a profile may set besides gates.
 OTHERS = ("target", "threads", "repeats", "prefill", "decode", "error_budget")
 SUFFIX = ".toml"
 
 
 def read(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of a profile, by its name or as a path that ends in .toml, and its keys: names of options, as in YAML.
+    """Read a profile, given by name or as a path that ends in .toml.
+
+    Returns:
+        Its path and its values, by option as in the YAML configuration.
 
     Raises:
-        UsageError: no such profile, or no TOML.
+        UsageError: no such profile, or not valid TOML.
     """
     folder = Path(str(files("qat_edge_devices"))) / "profiles"
     path = Path(name) if name.endswith(SUFFIX) else folder / f"{name}{SUFFIX}"
@@ -33,31 +36,35 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def by_device(pairs: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
-    """The profile of each device that has one of its own; `pairs` are "DEVICE=PROFILE".
+    """Parse --device-profile into the name of the profile by device.
+
+    Args:
+        pairs: values of --device-profile, "DEVICE=PROFILE".
+        devices: values of --device.
 
     Raises:
-        UsageError: no such pair, a device that is not among `devices`, or two profiles for one.
+        UsageError: not such a pair, a device that is not in `devices`, or two profiles for one.
     """
-    found: dict[str, str] = {}
+    profiles: dict[str, str] = {}
     for pair in pairs:
+        # A device's name may contain "=", so it is matched as a whole instead of splitting the pair.
         device = next((d for d in devices if pair.startswith(f"{d}=")), None)
         if device is None:
             raise UsageError(
-                f"--device-profile {pair}: begins with none of the devices, {', '.join(devices)}. Write DEVICE=PROFILE "
-                f"with a device as --device has it, such as {devices[0]}=pi5."
+                f"--device-profile {pair}: does not begin with one of the devices, {', '.join(devices)}. Write "
+                f"DEVICE=PROFILE with a device as in --device, such as {devices[0]}=pi5."
             )
-        name = pair.removeprefix(f"{device}=")
-        if device in found:
-            raise UsageError(f"--device-profile {pair}: {device} is given {found[device]} as well. Give it one.")
-        found[device] = name
-    return found
+        if device in profiles:
+            raise UsageError(f"--device-profile {pair}: {device} also has the profile {profiles[device]}. Give one.")
+        profiles[device] = pair.removeprefix(f"{device}=")
+    return profiles
 
 
 def permitted(option: str) -> bool:
-    """Whether a profile may set an option of validate: a limit, or how what it limits is measured."""
-    return option in OTHERS or is_limit(option)
+    """Return True if a profile may set an option of validate: a gate, or how its figure is measured."""
+    return option in OTHERS or is_gate(option)
 
 
-def is_limit(option: str) -> bool:
-    """Whether an option of validate is a gate."""
+def is_gate(option: str) -> bool:
+    """Return True if an option of validate sets a gate."""
     return option.startswith(("max_", "min_")) and option != "max_new_tokens"

@@ -38,19 +38,11 @@ from safetensors import SafetensorError
 
 from qat_edge import __version__
 from qat_edge.errors import RunError
+from qat_edge.quant.ptq.names import PTQ_METHODS
 
 FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
 MANIFEST = "manifest.json"
 OLD = ".old"  # suffix of the hidden folder that keeps what is being replaced
-# Methods of post-training quantization, and how reports write them.
-PTQ_METHODS = {
-    "rtn": "round-to-nearest",
-    "hqq": "HQQ",
-    "gptq": "GPTQ",
-    "gptaq": "GPTAQ",
-    "coordinate-descent": "coordinate descent",
-    "awq": "AWQ",
-}
 RENAMED_METHODS = {"cd": "coordinate-descent"}  # methods of 0.1.0 -> today's names
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",

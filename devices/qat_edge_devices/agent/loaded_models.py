@@ -1,4 +1,13 @@
-"""The runtimes that an artifact can be run in, each imported only where it is needed; token ids in, token ids out."""
+"""An artifact loaded in one of the runtimes; token ids in, token ids out.
+
+    ExecuTorchModel   a .pte in ExecuTorch's own Python package, which needs torch
+    NumpyModel        a .pte in executorch-numpy-runtime, which does not
+    OnnxModel         an ONNX folder in plain onnxruntime: gives logits
+    GenaiModel        an ONNX folder in onnxruntime-genai: generates as a phone app would
+
+Each constructor imports its runtime, and nothing else does, so a device needs only the one it uses. Runtimes and their
+objects are typed `Any`: most of these libraries ship no type information.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +19,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-SCORE_ROWS = 256  # tokens whose logits are held in memory at once
-# Where pip's name is not the module's.
+CHUNK_TOKENS = 256  # tokens whose logits are in memory at once
+# Module -> name on PyPI, if they differ.
 PIP_NAMES = {"onnxruntime_genai": "onnxruntime-genai", "executorch_numpy_runtime": "executorch-numpy-runtime"}
+# Libraries of operators in ExecuTorch's package, without their suffix.
+OPERATOR_LIBRARIES = (
+    "kernels/quantized/libquantized_ops_aot_lib",
+    "extension/llm/custom_ops/libcustom_ops_aot_lib",
+)
+LLM_OPERATOR = re.compile(rb"llama::\w+")  # name of an operator of ExecuTorch's LLM runner, in a .pte
+CACHE_PREFIX, NEW_CACHE_PREFIX = "past_key_values", "present"  # of the KV cache among inputs and outputs in ONNX
+DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-class Refusal(Exception):
-    """The artifact cannot do what the request asks; the message says why."""
+class RequestRejected(Exception):
+    """The artifact cannot do what the request asks for; the message has the reason."""
 
 
-class Model(Protocol):
-    """A loaded artifact with a KV cache of one sequence.
+class LoadedModel(Protocol):
+    """A loaded artifact with a KV cache for one sequence.
 
-    context_length: most tokens the cache holds, None where the artifact does not say.
-    pool_threads: threads of the runtime's own pool, None where it does not say.
+    Attributes:
+        runtime: name of the runtime's package.
+        version: version of that package.
+        context_length: tokens that the cache holds at most; None if the artifact does not state it.
+        pool_threads: threads of the runtime's own pool; None if it does not report them.
     """
 
     runtime: str
@@ -32,42 +52,56 @@ class Model(Protocol):
     pool_threads: int | None
 
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
-        """Load the artifact; the constructor has imported the runtime, so that memory before this is its own."""
+        """Load the artifact. The constructor has imported the runtime, so memory used before is the runtime's own."""
 
     def start(self, prompt: list[int], length: int) -> int:
-        """Empty the cache, take the prompt, return the likeliest next id; `length` tokens will come at most."""
+        """Empty the cache, process the prompt, return the most likely next id.
+
+        Args:
+            prompt: token ids.
+            length: tokens of the prompt and its continuation, at most.
+        """
 
     def next(self, token: int) -> int:
-        """Take the id that was returned last, return the likeliest one after it."""
+        """Process the id that was returned last, return the most likely id after it."""
 
     def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
-        """What a whole sequence is answered from an empty cache, piece by piece (see `pieces`), float32.
+        """Process a whole sequence from an empty cache, in the chunks of `token_chunks`.
 
-        "logits" (rows, vocabulary), and (rows, features) of whatever else the artifact returns.
+        Yields:
+            float32 outputs of each chunk by name: "logits" (rows, vocabulary), and every other output of the artifact
+            (rows, features).
         """
 
 
 class PteModel(ABC):
-    """A .pte with `forward(tokens int64 (1, S), start position int64 (1,)) -> logits of the last token`."""
+    """A .pte whose `forward` takes tokens (1, S) and a start position (1,), both int64.
+
+    It returns the logits of the last token, and then any further outputs, of all tokens.
+
+    Attributes:
+        chunk: most tokens in one call.
+        position: tokens in the cache.
+    """
 
     runtime: str
     version: str
     context_length: int | None = None
     pool_threads: int | None = None
-    chunk = 1  # most tokens in one call
+    chunk = 1
     position = 0
 
     @abstractmethod
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
-        """See `Model.load`."""
+        """Load the artifact; see `LoadedModel.load`."""
 
     @abstractmethod
     def call(self, ids: list[int], position: int) -> list[Any]:
-        """Every output of the program in float32; the next call may overwrite them."""
+        """Return all outputs of the program as float32 arrays, which the next call may overwrite."""
 
     @abstractmethod
     def constant(self, name: str) -> int | None:
-        """What a constant method returns, None where there is no such method."""
+        """Return the value of a constant method, or None if there is no such method."""
 
     def start(self, prompt: list[int], length: int) -> int:
         self.position = 0
@@ -81,13 +115,14 @@ class PteModel(ABC):
         return int(logits.argmax())
 
     def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
-        # Only the last token's logits come out: every beginning of what is read at once is read anew, and the whole
-        # of it gives what else comes out, of all its tokens.
+        # A call returns only the last token's logits. For those of every token that is processed in one call, each
+        # prefix is processed again; only the full one yields the other outputs, which have a row per token.
         at_once = min(decode_from or 0, self.chunk, len(ids))
         for end in range(1, at_once + 1):
             self.position = 0
             outputs = self._forward(ids[:end])
             yield _named(outputs if end == at_once else outputs[:1])
+
         self.position = at_once
         for token in ids[at_once:]:
             yield _named(self._forward([token]))
@@ -98,14 +133,16 @@ class PteModel(ABC):
         self.chunk = (chunk or 1) if self.constant("enable_dynamic_shape") else 1
 
     def _forward(self, ids: list[int]) -> list[Any]:
-        """(rows, features) of each output for `ids`: of the logits the last token's row, of others every token's."""
+        """Return (rows, features) of each output for `ids`: one row of logits, one row per token of the others."""
         logits, *others = self.call(ids, self.position)
         self.position += len(ids)
-        return [logits.reshape(-1, logits.shape[-1])[-1:], *(output.reshape(len(ids), -1) for output in others)]
+        last_row = logits.reshape(-1, logits.shape[-1])[-1:]
+        return [last_row, *(output.reshape(len(ids), -1) for output in others)]
 
 
 def _named(outputs: list[Any]) -> dict[str, Any]:
-    return {str(place) if place else "logits": rows.copy() for place, rows in enumerate(outputs)}
+    """Return copies of a program's outputs by name: "logits", then "1", "2", ..."""
+    return {str(index) if index else "logits": rows.copy() for index, rows in enumerate(outputs)}
 
 
 class ExecuTorchModel(PteModel):
@@ -114,41 +151,43 @@ class ExecuTorchModel(PteModel):
     def __init__(self) -> None:
         import torch
 
-        # Not portable_lib nor the packages beside the operators: they import the whole exporter.
+        # The binding itself: portable_lib, and the packages that come with the operators, import the whole exporter.
         from executorch.extension.pybindings import _portable_lib
 
         spec = importlib.util.find_spec("executorch")
-        for root in (spec.submodule_search_locations or []) if spec else []:
-            for library in (
-                "kernels/quantized/libquantized_ops_aot_lib",
-                "extension/llm/custom_ops/libcustom_ops_aot_lib",
-            ):
+        roots = (spec.submodule_search_locations or []) if spec else []
+        for root in roots:
+            for library in OPERATOR_LIBRARIES:
                 for path in Path(root).glob(f"{library}.*"):
                     torch.ops.load_library(str(path))
+
         self.torch, self.library = torch, _portable_lib
         self.runtime, self.version = "executorch", package_version("executorch")
-        # Inputs of one token, filled anew each time: whatever Python makes in a step is slow behind 80 MB of weights.
-        self.one = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        self.token, self.place = (tensor.numpy().reshape(-1) for tensor in self.one)
+
+        # Inputs of one token, filled anew at each step: with 80 MB of weights going through the CPU's caches, every
+        # object that Python creates in a step is slow.
+        self.one_token = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        self.token, self.start_position = (tensor.numpy().reshape(-1) for tensor in self.one_token)
 
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
-        # The pool is sized from the machine, not from the CPUs this process is pinned to.
+        # By default the pool is sized from the machine, not from the CPUs this process is pinned to.
         self.library._unsafe_reset_threadpool(threads)
         self.pool_threads = int(self.library._threadpool_get_thread_count())
         try:
             self.program = self.library._load_program(str(artifact))
-            # A whole-module load would leave this, the costly part, to the first token.
+            # Loading the module as a whole would defer this, the expensive part, to the first token.
             self.method = self.program.load_method("forward")
         except RuntimeError as error:
-            raise Refusal(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
+            raise RequestRejected(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
         self._read_constants()
 
     def call(self, ids: list[int], position: int) -> list[Any]:
         if len(ids) == 1:
-            self.token[0], self.place[0] = ids[0], position
-            outputs = self.method.call(self.one)
+            self.token[0], self.start_position[0] = ids[0], position
+            outputs = self.method.call(self.one_token)
         else:
-            outputs = self.method.call([self.torch.tensor(v, dtype=self.torch.int64) for v in ([ids], [position])])
+            inputs = [self.torch.tensor(values, dtype=self.torch.int64) for values in ([ids], [position])]
+            outputs = self.method.call(inputs)
         return [output.float().numpy() for output in outputs]
 
     def constant(self, name: str) -> int | None:
@@ -157,9 +196,9 @@ class ExecuTorchModel(PteModel):
 
 
 class NumpyModel(PteModel):
-    """A .pte in executorch-numpy-runtime: ExecuTorch 1.3 without torch, and without the operators of its LLM runner.
+    """A .pte in executorch-numpy-runtime: ExecuTorch 1.3 without torch and without the operators of its LLM runner.
 
-    Its pool has as many threads as the machine has cores, and cannot be told otherwise.
+    Its pool has as many threads as the machine has cores, and cannot be configured.
     """
 
     def __init__(self) -> None:
@@ -172,17 +211,17 @@ class NumpyModel(PteModel):
 
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
         try:
-            # Not by path: ExecuTorch 1.3 lets go of constants that its delegates still read, unless all stay in memory.
+            # From memory: loaded by path, ExecuTorch 1.3 frees constants that its delegates still read.
             self.program = self.library.Runtime.get().load_program(artifact.read_bytes())
             self.method = self.program.load_method("forward")
             self._read_constants()
-            self.call([0], 0)  # only a call loads the method, and only that finds what it lacks
+            self.call([0], 0)  # the method is loaded by its first call, and only that finds missing operators
         except self.library.ExecuTorchError as error:
-            lacking = sorted(set(re.findall(rb"llama::\w+", artifact.read_bytes())))
-            if not lacking:
-                raise Refusal(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
-            raise Refusal(
-                f"{artifact.name} needs {b', '.join(lacking).decode()}, operators of ExecuTorch's LLM runner that "
+            missing = sorted(set(LLM_OPERATOR.findall(artifact.read_bytes())))
+            if not missing:
+                raise RequestRejected(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
+            raise RequestRejected(
+                f"{artifact.name} needs {b', '.join(missing).decode()}, operators of ExecuTorch's LLM runner that "
                 f"{self.runtime} does not have: export it with --portable, or install executorch and torch there."
             ) from error
 
@@ -195,15 +234,17 @@ class NumpyModel(PteModel):
 
 
 class OnnxModel:
-    """An ONNX folder in plain onnxruntime, its KV cache handed from call to call without copies to numpy."""
+    """An ONNX folder in plain onnxruntime. The KV cache is passed from call to call without copies to numpy."""
 
     def __init__(self) -> None:
         import numpy
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        # onnxruntime's exceptions share no base of their own.
-        self.errors = tuple(v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception))
+        # onnxruntime's exceptions have no common base class of their own.
+        self.errors = tuple(
+            value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)
+        )
         self.numpy, self.library = numpy, onnxruntime
         self.runtime, self.version = "onnxruntime", str(onnxruntime.__version__)
         self.context_length: int | None = None
@@ -212,22 +253,25 @@ class OnnxModel:
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
         options = self.library.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
+        options.log_severity_level = 3  # errors only
         self.pool_threads = threads
         path = artifact / "model.onnx"
         try:
             self.session = self.library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except self.errors as error:
-            raise Refusal(f"{path.name} cannot be loaded: {one_line(error)}") from error
-        config = genai_config(artifact)
-        self.context_length = stated_context(config)
+            raise RequestRejected(f"{path.name} cannot be loaded: {one_line(error)}") from error
+
+        config = read_genai_config(artifact)
+        self.context_length = context_length(config)
         self.head_size = config.get("model", {}).get("decoder", {}).get("head_size")
+
         self.outputs = [output.name for output in self.session.get_outputs()]
-        self.inputs = {i.name: i for i in self.session.get_inputs()}
-        known = ("input_ids", "attention_mask", "position_ids")
-        strange = [n for n in self.inputs if n not in known and not n.startswith("past_key_values.")]
-        if strange or "logits" not in self.outputs:
-            raise Refusal(f"{path.name} is no decoder with a KV cache (inputs nobody fills: {strange}).")
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        unknown = [
+            name for name in self.inputs if name not in DECODER_INPUTS and not name.startswith(f"{CACHE_PREFIX}.")
+        ]
+        if unknown or "logits" not in self.outputs:
+            raise RequestRejected(f"{path.name} is not a decoder with a KV cache (unknown inputs: {unknown}).")
 
     def start(self, prompt: list[int], length: int) -> int:
         self._reset()
@@ -238,50 +282,60 @@ class OnnxModel:
 
     def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         self._reset()
-        for piece in pieces(ids, decode_from):
-            found = {name: v.numpy()[0] for name, v in self._forward(piece).items() if not name.startswith("present.")}
-            if len(found["logits"]) != len(piece):
-                raise Refusal("model.onnx gives the last token's logits only, so sequences cannot be scored.")
+        for chunk in token_chunks(ids, decode_from):
+            found = {
+                name: value.numpy()[0]
+                for name, value in self._forward(chunk).items()
+                if not name.startswith(f"{NEW_CACHE_PREFIX}.")
+            }
+            if len(found["logits"]) != len(chunk):
+                raise RequestRejected("model.onnx gives the last token's logits only, so sequences cannot be scored.")
             yield {name: rows.astype(self.numpy.float32, copy=False) for name, rows in found.items()}
 
-    def _reset(self) -> None:
-        self.position = 0
-        self.cache = {n: self._empty(i) for n, i in self.inputs.items() if n.startswith("past_key_values.")}
-
-    def _empty(self, spec: Any) -> Any:
-        """A cache tensor of no tokens: (1, heads, 0, head size)."""
-        heads, size = spec.shape[1], spec.shape[3]
-        if isinstance(size, str):  # the builder leaves it symbolic
-            size = self.head_size
-        if not isinstance(heads, int) or not isinstance(size, int):
-            raise Refusal(
-                f"the shape of {spec.name} is stated neither by model.onnx nor by genai_config.json, so no empty "
-                "cache can be made: export the folder again."
-            )
-        dtype = self.numpy.float16 if spec.type == "tensor(float16)" else self.numpy.float32
-        return self.library.OrtValue.ortvalue_from_numpy(self.numpy.zeros((1, heads, 0, size), dtype))
-
     def feed(self, ids: list[int], position: int) -> dict[str, Any]:
-        """The graph's inputs for `ids`, the first of them at `position`, but the cache."""
+        """Return the graph's inputs for `ids`, except the cache. `position`: that of the first id."""
         numpy, total = self.numpy, position + len(ids)
         arrays = {
             "input_ids": numpy.array([ids], numpy.int64),
             "attention_mask": numpy.ones((1, total), numpy.int64),
             "position_ids": numpy.arange(position, total, dtype=numpy.int64)[None],
         }
-        return {n: self.library.OrtValue.ortvalue_from_numpy(a) for n, a in arrays.items() if n in self.inputs}
+        return {
+            name: self.library.OrtValue.ortvalue_from_numpy(array)
+            for name, array in arrays.items()
+            if name in self.inputs
+        }
+
+    def _reset(self) -> None:
+        self.position = 0
+        self.cache = {
+            name: self._empty_cache(value) for name, value in self.inputs.items() if name.startswith(f"{CACHE_PREFIX}.")
+        }
+
+    def _empty_cache(self, spec: Any) -> Any:
+        """Return a cache tensor of no tokens, (1, heads, 0, head size), for an input of the graph."""
+        heads, size = spec.shape[1], spec.shape[3]
+        if isinstance(size, str):  # the model builder leaves it symbolic
+            size = self.head_size
+        if not isinstance(heads, int) or not isinstance(size, int):
+            raise RequestRejected(
+                f"the shape of {spec.name} is stated neither by model.onnx nor by genai_config.json, so no empty "
+                "cache can be made: export the folder again."
+            )
+        dtype = self.numpy.float16 if spec.type == "tensor(float16)" else self.numpy.float32
+        return self.library.OrtValue.ortvalue_from_numpy(self.numpy.zeros((1, heads, 0, size), dtype))
 
     def _forward(self, ids: list[int]) -> dict[str, Any]:
-        """What the graph gives for `ids`, by name; the logits are (1, rows, vocabulary)."""
-        answers = self.session.run_with_ort_values(self.outputs, self.feed(ids, self.position) | self.cache)
-        values = dict(zip(self.outputs, answers, strict=True))
-        self.cache = {n: values[n.replace("past_key_values", "present")] for n in self.cache}
+        """Run the graph on `ids`; return its outputs by name, the logits as (1, rows, vocabulary)."""
+        outputs = self.session.run_with_ort_values(self.outputs, self.feed(ids, self.position) | self.cache)
+        values = dict(zip(self.outputs, outputs, strict=True))
+        self.cache = {name: values[name.replace(CACHE_PREFIX, NEW_CACHE_PREFIX)] for name in self.cache}
         self.position += len(ids)
         return values
 
 
 class GenaiModel:
-    """An ONNX folder in onnxruntime-genai, the loop a phone app would use; it chooses the tokens itself."""
+    """An ONNX folder in onnxruntime-genai, the loop that a phone app would use. It chooses the tokens itself."""
 
     def __init__(self) -> None:
         import numpy
@@ -296,26 +350,27 @@ class GenaiModel:
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         overlays: list[dict[str, Any]] = [{"decoder": {"session_options": session}}]
-        ends = request.get("eos_ids", [])
-        if ends:
-            # The generator stops by itself: at these. A number replaces the folder's, a list is added to it.
-            overlays += [{"eos_token_id": ends[0]}, {"eos_token_id": ends}]
-        self.endless = not ends
+        end_ids = request.get("eos_ids", [])
+        if end_ids:
+            # The generator itself stops at these. In an overlay, a number replaces the folder's ids, and a list is
+            # added to them: so first the number, then the list.
+            overlays += [{"eos_token_id": end_ids[0]}, {"eos_token_id": end_ids}]
+        self.ignores_end = not end_ids
         try:
             config = self.library.Config(str(artifact))
             for overlay in overlays:
                 config.overlay(json.dumps({"model": overlay}))
             self.model = self.library.Model(config)
         except RuntimeError as error:
-            raise Refusal(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
+            raise RequestRejected(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
         self.pool_threads = threads
-        self.context_length = stated_context(genai_config(artifact))
+        self.context_length = context_length(read_genai_config(artifact))
 
     def start(self, prompt: list[int], length: int) -> int:
         params = self.library.GeneratorParams(self.model)
-        # Timing goes on past end tokens; a least length forbids them, and which id comes then is no matter.
-        least = length if self.endless else 0
-        params.set_search_options(do_sample=False, min_length=least, max_length=length)
+        # Timing continues past end tokens. A minimum length forbids them; which id comes instead does not matter.
+        min_length = length if self.ignores_end else 0
+        params.set_search_options(do_sample=False, min_length=min_length, max_length=length)
         self.generator = self.library.Generator(self.model, params)
         self.generator.append_tokens(self.numpy.array(prompt, self.numpy.int32))
         return self.next(0)
@@ -325,55 +380,62 @@ class GenaiModel:
         return int(self.generator.get_next_tokens()[0])
 
     def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
-        raise Refusal("onnxruntime-genai does not score sequences; ask plain onnxruntime.")
+        raise RequestRejected("onnxruntime-genai does not score sequences; use plain onnxruntime.")
 
 
-def choose_backend(request: dict[str, Any]) -> Model:
-    """Import the runtime that a request needs: to generate or time ONNX, onnxruntime-genai where installed.
+def choose_backend(request: dict[str, Any]) -> LoadedModel:
+    """Import the runtime for a request and return its model, not yet loaded.
 
-    A .pte runs in the torch-free runtime where that is installed and the one with torch is not.
+    A .pte runs in the torch-free runtime if that is installed and the one with torch is not. An ONNX folder is
+    generated with and timed in onnxruntime-genai if that is installed, and scored in plain onnxruntime.
     """
     if request["backend"] == "executorch":
-        return ExecuTorchModel() if has("torch", "executorch") or not has("executorch_numpy_runtime") else NumpyModel()
-    # onnxruntime-genai gives no logits, and cannot be told to answer without any end token.
-    fits = request["task"] == "speed" or (request["task"] == "generate" and request["eos_ids"])
-    return GenaiModel() if fits and has("onnxruntime_genai") else OnnxModel()
+        # If neither is installed, ExecuTorch's import fails with the name of the missing package.
+        if is_installed("torch", "executorch") or not is_installed("executorch_numpy_runtime"):
+            return ExecuTorchModel()
+        return NumpyModel()
+
+    # onnxruntime-genai gives no logits, and cannot generate without any end token.
+    is_generation = request["task"] == "generate" and request["eos_ids"]
+    if (request["task"] == "speed" or is_generation) and is_installed("onnxruntime_genai"):
+        return GenaiModel()
+    return OnnxModel()
 
 
-def has(*modules: str) -> bool:
-    """Whether all of these are installed."""
+def is_installed(*modules: str) -> bool:
+    """Return whether all of these modules are installed, without importing them."""
     return all(importlib.util.find_spec(name) for name in modules)
 
 
-def pieces(ids: list[int], decode_from: int | None) -> Iterator[list[int]]:
-    """The ids of a sequence as a model takes them: many at once, from `decode_from` on one at a time."""
+def token_chunks(ids: list[int], decode_from: int | None) -> Iterator[list[int]]:
+    """Yield the ids of a sequence as a model processes them: many at once, from `decode_from` on one at a time."""
     end = len(ids) if decode_from is None else decode_from
-    for begin in range(0, len(ids[:end]), SCORE_ROWS):
-        yield ids[begin : min(begin + SCORE_ROWS, end)]
+    for begin in range(0, len(ids[:end]), CHUNK_TOKENS):
+        yield ids[begin : min(begin + CHUNK_TOKENS, end)]
     for token in ids[end:]:
         yield [token]
 
 
-def genai_config(folder: Path) -> dict[str, Any]:
-    """What genai_config.json says, nothing where there is no such file."""
+def read_genai_config(folder: Path) -> dict[str, Any]:
+    """Read genai_config.json; empty if there is no such file."""
     path = folder / "genai_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return config
 
 
-def stated_context(config: dict[str, Any]) -> int | None:
-    """Tokens the KV cache may hold by genai_config.json, None where it does not say."""
+def context_length(config: dict[str, Any]) -> int | None:
+    """Return the tokens that the KV cache may hold according to genai_config.json, or None if it states none."""
     lengths = (config.get("model", {}).get("context_length"), config.get("search", {}).get("max_length"))
-    return min((int(n) for n in lengths if n is not None), default=None)
+    return min((int(length) for length in lengths if length is not None), default=None)
 
 
 def package_version(name: str) -> str:
-    """Version of an installed distribution."""
+    """Return the version of an installed distribution."""
     from importlib.metadata import version
 
     return version(name)
 
 
 def one_line(error: Exception) -> str:
-    """The text of an exception without line breaks."""
+    """Return the text of an exception without line breaks."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""What the machine gives a process and says of itself: CPUs, memory, clocks, heat and battery."""
+"""Pin a process to CPUs; read its memory and the machine's clocks, heat and battery."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SYS = Path("/sys")  # what Linux, and so Android, says of clocks, heat and battery
+SYS = Path("/sys")  # where Linux, and so Android, reports clocks, heat and battery
+VALID_MILLIDEGREES = range(1, 150_000)  # a sensor that is not connected reports something else, such as -274000
 
 
 def pin(threads: int, backend: str) -> int:
-    """Keep this process on `threads` of the CPUs it may use, before any library makes threads; how many it got.
+    """Restrict this process to `threads` of the CPUs it may use. Call it before a library creates threads.
 
-    Runtimes size their pools in ways of their own, and not all can be told; the kernel can.
+    Runtimes size their thread pools in different ways, and not all of them can be configured; the kernel's limit
+    applies to every one.
+
+    Returns:
+        The number of CPUs the process got.
     """
-    # ExecuTorch has a pool of its own. Its attention in the Python wheel opens OpenMP threads beside it, which spin on
-    # the pool's cores between tokens: one instead of two decodes 2.3 times as fast after 128 tokens on two cores.
+    # ExecuTorch has its own pool. The attention operator of its Python wheel opens OpenMP threads besides, which spin
+    # on the pool's cores between tokens: with one of them instead of two, decoding is 2.3 times as fast after 128
+    # tokens on two cores.
     os.environ["OMP_NUM_THREADS"] = "1" if backend == "executorch" else str(threads)
     if not hasattr(os, "sched_setaffinity"):
         return min(threads, os.cpu_count() or 1)
@@ -28,7 +34,7 @@ def pin(threads: int, backend: str) -> int:
 
 
 def forget_peak() -> bool:
-    """Set the kernel's record of peak memory back to what is resident now; False where that cannot be done."""
+    """Reset the kernel's record of peak memory to the current value; return False if that is impossible."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -37,7 +43,7 @@ def forget_peak() -> bool:
 
 
 def resident_bytes() -> int:
-    """Memory resident now; the peak so far where there is no /proc."""
+    """Return the memory resident now, or the peak so far if there is no /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -46,7 +52,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory that was resident at once: VmHWM, or what getrusage says (kilobytes, bytes on macOS)."""
+    """Return the peak of resident memory: VmHWM, or the figure of getrusage (kilobytes, bytes on macOS)."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
@@ -57,23 +63,30 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def condition() -> dict[str, Any]:
-    """Clocks of the CPUs that this process may use, heat and battery, as far as the machine says; see `Condition`."""
+def machine_state() -> dict[str, Any]:
+    """Return clocks of the CPUs that this process may use, heat and battery, as far as the machine reports them.
+
+    The keys are the attributes of `MachineState` in the module that reads the results.
+    """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     cpus = [SYS / "devices" / "system" / "cpu" / f"cpu{number}" for number in sorted(allowed)]
-    heats = [n / 1e3 for n in numbers((SYS / "class" / "thermal").glob("thermal_zone*/temp")) if 0 < n < 150_000]
-    slowed = numbers(cpu / "thermal_throttle" / "core_throttle_count" for cpu in cpus)
+
+    sensors = read_integers((SYS / "class" / "thermal").glob("thermal_zone*/temp"))
+    celsius = [millidegrees / 1e3 for millidegrees in sensors if millidegrees in VALID_MILLIDEGREES]
+    slowed = read_integers(cpu / "thermal_throttle" / "core_throttle_count" for cpu in cpus)
+    battery = read_integers((SYS / "class" / "power_supply").glob("[bB][aA][tT]*/capacity"))
+
     return {
-        "clocks_khz": numbers(cpu / "cpufreq" / "scaling_cur_freq" for cpu in cpus),
-        "permitted_khz": numbers(cpu / "cpufreq" / "scaling_max_freq" for cpu in cpus),
+        "clocks_khz": read_integers(cpu / "cpufreq" / "scaling_cur_freq" for cpu in cpus),
+        "permitted_khz": read_integers(cpu / "cpufreq" / "scaling_max_freq" for cpu in cpus),
         "times_slowed": sum(slowed) if slowed else None,
-        "celsius": max(heats, default=None),
-        "battery_percent": next(iter(numbers((SYS / "class" / "power_supply").glob("[bB][aA][tT]*/capacity"))), None),
+        "celsius": max(celsius, default=None),
+        "battery_percent": battery[0] if battery else None,
     }
 
 
-def numbers(paths: Iterable[Path]) -> list[int]:
-    """What stands in files of one number each; those that are not there, or may not be read, are left out."""
+def read_integers(paths: Iterable[Path]) -> list[int]:
+    """Read files of one integer each; files that are missing or unreadable are skipped."""
     found = []
     for path in paths:
         with contextlib.suppress(OSError, ValueError):

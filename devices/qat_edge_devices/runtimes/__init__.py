@@ -1,1 +1,6 @@
-"""One module per kind of artifact: what to send to the device and which backend of the agent runs it."""
+"""Runtimes: this machine's side of running an artifact on a device.
+
+agent_runtime.py    ExecuTorch and ONNX artifacts in the Python agent: send it, write requests, read results
+native_runtime.py   a .pte in a C++ runner that the user built (executor_runner or llama_main), for --runner-binary
+program_runs.py     shared by both: check free memory, retry after a dropped connection, explain exit codes
+"""

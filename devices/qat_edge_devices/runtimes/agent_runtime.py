@@ -1,4 +1,9 @@
-"""This machine's half of the agent: send it and the artifact, write requests, read results."""
+"""Run artifacts in the Python agent: this machine's side of the protocol.
+
+`prepare` sends the agent and the artifact. Each later call writes request.json, sends it, runs
+`python -m agent.agent request.json results` on the device, and brings back the folder `results`, whose result.json has
+the values and whose .npy and .npz files have the tensors. `agent/agent.py` is the other side.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qat_edge_devices.device_errors import MissingPackageError, RefusedError, ResultError, UnsuitableError
-from qat_edge_devices.run_results import Answer, Condition, Generated, LoadFigures, Scored, Speed, Traced
-from qat_edge_devices.runtimes.device_calls import TIMEOUT_S, asked_again, check, require_memory
-from qat_edge_devices.transport import Completed, DeviceInfo, Transport
+from qat_edge_devices.device_errors import (
+    MissingPackageError,
+    RequestRejectedError,
+    ResultError,
+    TransportError,
+    UnsupportedDeviceError,
+)
+from qat_edge_devices.runtime import (
+    GeneratedTokens,
+    GenerationResult,
+    LoadStats,
+    MachineState,
+    ScoredSequence,
+    TimedRun,
+    TracedSequence,
+)
+from qat_edge_devices.runtimes.program_runs import TIMEOUT_S, require_memory, require_success, retry
+from qat_edge_devices.transport import CompletedProgram, DeviceInfo, Transport
 
 AGENT = Path(__file__).parents[1] / "agent"
-# Agreed with the agent, which travels and so cannot share them; a test holds them equal.
-FORMAT = 1
-EXIT_REFUSED = 65
+# The agent has its own copies of these, because it is sent without this package. A test compares them.
+FORMAT = 2
+EXIT_REJECTED = 65
 EXIT_MISSING_PACKAGE = 69
-SCORE_BYTES = 512 * 1024**2  # logits lying on the device at once
+SCORE_BYTES = 512 * 1024**2  # of logits on the device's disk at once
+DISK_SHARE = 4  # at most one part in so many of the device's free disk
 # Processors that ExecuTorch and onnxruntime are published for.
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
@@ -28,9 +48,16 @@ Progress = Callable[[int, int], None]
 
 
 class AgentRuntime(ABC):
-    """One artifact on one device, run by the Python agent, a process a call.
+    """One artifact on one device, run by the Python agent with one process per call.
 
-    threads: CPUs the process may use. timeout_s: of one process. progress: called as (done, total).
+    Attributes:
+        backend: name of the artifact's format in requests.
+
+    Args:
+        transport: connection to the device.
+        threads: CPUs that a process may use.
+        timeout_s: time limit of one process, in seconds.
+        progress: called as (done, total).
     """
 
     backend: str
@@ -47,177 +74,237 @@ class AgentRuntime(ABC):
         self.threads = threads
         self.timeout_s = timeout_s
         self.progress = progress
-        self._most_bytes = SCORE_BYTES
+        self._max_score_bytes = SCORE_BYTES
 
     @abstractmethod
     def files(self, artifact: Path) -> dict[str, Path]:
-        """What to send: name on the device -> file here."""
+        """Return the files of `artifact` to send: name on the device -> local file."""
 
     @abstractmethod
     def entry(self) -> str:
-        """What the agent is told to load."""
+        """Return the path on the device that the agent loads."""
 
     def prepare(self, artifact: Path) -> None:
-        """Send the agent and the artifact: once, before anything is asked.
+        """Send the agent and the artifact.
 
         Raises:
-            UnsuitableError, RoomError: the device cannot run it; nothing was sent.
+            UnsupportedDeviceError, CapacityError: the device cannot run it; nothing was sent.
         """
         files = {f"agent/{path.name}": path for path in AGENT.glob("*.py")} | self.files(artifact)
+
+        # Check the device first: sending an artifact can take minutes.
         info = self.transport.info()
         _require_processor(self.transport.name, info)
         require_memory(self.transport.name, info, files.values())
         if info.free_disk_bytes is not None:
-            self._most_bytes = info.free_disk_bytes // 4
+            self._max_score_bytes = info.free_disk_bytes // DISK_SHARE
+
         self.transport.push(files)
 
     def score(
         self, sequences: Sequence[Sequence[int]], decode_from: int | None = None, max_bytes: int = SCORE_BYTES
-    ) -> Iterator[Scored]:
-        """Logits of each sequence in turn; a file lives until the next is asked for. See `Runtime.score`.
+    ) -> Iterator[ScoredSequence]:
+        """Yield the logits of each sequence; see `Runtime.score`.
 
-        One process scores as many sequences as `max_bytes` of logits hold (one at least), so that neither
-        disk nor memory grows with their number; a quarter of the device's free disk where that is less.
+        One process scores as many sequences as fit into `max_bytes` of logits, at least one, so that disk and memory
+        do not grow with the number of sequences. The limit is lower if a quarter of the device's free disk is less.
         """
-        done, max_bytes = 0, min(max_bytes, self._most_bytes)
+        max_bytes = min(max_bytes, self._max_score_bytes)
+        done = 0
         while done < len(sequences):
-            rest = [list(ids) for ids in sequences[done:]]
-            task = {"task": "score", "sequences": rest, "decode_from": decode_from, "max_bytes": max_bytes}
+            remaining = [list(ids) for ids in sequences[done:]]
+            request = {
+                "task": "score", "sequences": remaining, "decode_from": decode_from, "max_bytes": max_bytes,
+            }  # fmt: skip
             with tempfile.TemporaryDirectory(prefix="qat-edge-scores-") as name:
                 folder = Path(name) / "results"
-                answer = self._ask(task, folder, before=done)
-                with self._reading():
-                    scored, load = int(answer["scored"]), _load_figures(answer)
-                    files = [folder / f"logits-{i:05d}.npy" for i in range(scored)]
-                    if not files or not all(f.is_file() for f in files):
-                        raise ValueError(f"{scored} sequences scored and not all their logits came back")
+                result = self._request(request, folder, done_before=done)
+                files, load = self._score_files(result, folder)
                 for index, file in enumerate(files):
-                    yield Scored(done + index, file, load)
+                    yield ScoredSequence(done + index, file, load)
                     file.unlink(missing_ok=True)
-            done += scored
+            done += len(files)
 
-    def trace(self, sequences: Sequence[Sequence[int]], decode_from: int) -> Iterator[Traced]:
-        """All that the artifact returns for each sequence in turn; the files live until the last was asked for."""
-        task = {"task": "trace", "sequences": [list(ids) for ids in sequences], "decode_from": decode_from}
+    def _score_files(self, result: dict[str, Any], folder: Path) -> tuple[list[Path], LoadStats]:
+        with self._reading_results():
+            scored, load = int(result["scored"]), _load_stats(result)
+            files = [folder / f"logits-{index:05d}.npy" for index in range(scored)]
+            if not files or not all(file.is_file() for file in files):
+                raise ValueError(f"{scored} sequences were scored and not all their logits came back")
+        return files, load
+
+    def trace(self, sequences: Sequence[Sequence[int]], decode_from: int) -> Iterator[TracedSequence]:
+        """Yield all outputs for each sequence. The files exist until the iteration ends."""
+        request = {"task": "trace", "sequences": [list(ids) for ids in sequences], "decode_from": decode_from}
         with tempfile.TemporaryDirectory(prefix="qat-edge-outputs-") as name:
             folder = Path(name) / "results"
-            answer = self._ask(task, folder, before=0)
-            with self._reading():
-                found = [
-                    Traced(folder / f"outputs-{i:05d}.npz", tuple(answer["outputs"])) for i in range(len(sequences))
-                ]
-                if not all(traced.outputs.is_file() for traced in found):
+            result = self._request(request, folder, done_before=0)
+            with self._reading_results():
+                names = tuple(result["outputs"])
+                traced = [TracedSequence(folder / f"outputs-{index:05d}.npz", names) for index in range(len(sequences))]
+                if not all(sequence.outputs.is_file() for sequence in traced):
                     raise ValueError(f"not all outputs of {len(sequences)} sequences came back")
-            yield from found
+            yield from traced
 
-    def generate(self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int) -> Generated:
-        """Greedy continuations, each ended by one of `eos_ids` or by its length."""
-        task = {
+    def generate(
+        self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int
+    ) -> GenerationResult:
+        """Continue each prompt greedily, up to one of `eos_ids` or `max_new_tokens`."""
+        request = {
             "task": "generate",
             "prompts": [list(ids) for ids in prompts],
             "eos_ids": list(eos_ids),
             "max_new_tokens": max_new_tokens,
         }
-        answer = self._ask_for_figures(task)
-        with self._reading():
-            answers = tuple(Answer(tuple(a["ids"]), a["stopped"], a["ttft_ms"]) for a in answer["answers"])
-            return Generated(answers, _load_figures(answer))
+        result = self._request_values(request)
+        with self._reading_results():
+            completions = tuple(
+                GeneratedTokens(tuple(found["ids"]), found["stopped"], found["ttft_ms"])
+                for found in result["completions"]
+            )
+            return GenerationResult(completions, _load_stats(result))
 
-    def speed(self, prefill: int, decode: int, repeats: int) -> Speed:
-        """Timed repeats of a prompt of `prefill` tokens and `decode` steps after its first new token."""
-        task = {"task": "speed", "prefill": prefill, "decode": decode, "repeats": repeats}
-        answer = self._ask_for_figures(task)
-        with self._reading():
-            return Speed(
-                prefill_tokens_per_s=tuple(answer["prefill_tokens_per_s"]),
-                decode_tokens_per_s=tuple(answer["decode_tokens_per_s"]),
-                ttft_ms=tuple(answer["ttft_ms"]),
-                step_ms=tuple(answer["step_ms"]),
-                cores_busy=answer["cores_busy"],
-                before=_condition(answer["before"]),
-                after=_condition(answer["after"]),
-                load=_load_figures(answer),
+    def speed(self, prefill: int, decode: int, repeats: int) -> TimedRun:
+        """Time a prompt of `prefill` tokens and `decode` steps after its first new token, `repeats` times."""
+        result = self._request_values({"task": "speed", "prefill": prefill, "decode": decode, "repeats": repeats})
+        with self._reading_results():
+            return TimedRun(
+                prefill_tokens_per_s=tuple(result["prefill_tokens_per_s"]),
+                decode_tokens_per_s=tuple(result["decode_tokens_per_s"]),
+                ttft_ms=tuple(result["ttft_ms"]),
+                step_ms=tuple(result["step_ms"]),
+                cores_busy=result["cores_busy"],
+                before=_machine_state(result["before"]),
+                after=_machine_state(result["after"]),
+                load=_load_stats(result),
             )
 
-    def _ask_for_figures(self, task: dict[str, Any]) -> dict[str, Any]:
+    def _request_values(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run a request whose only result is result.json."""
         with tempfile.TemporaryDirectory(prefix="qat-edge-results-") as name:
-            return self._ask(task, Path(name) / "results", before=0)
+            return self._request(request, Path(name) / "results", done_before=0)
 
-    def _ask(self, task: dict[str, Any], folder: Path, *, before: int) -> dict[str, Any]:
-        """Run the agent on `task`, bring its results to `folder`, return result.json.
+    def _request(self, request: dict[str, Any], folder: Path, *, done_before: int) -> dict[str, Any]:
+        """Run the agent on `request`, bring its results to `folder`, return the content of result.json.
 
-        before: items finished by earlier processes, for the progress shown.
+        Args:
+            request: the task and its options; what all tasks share is added here.
+            folder: must not exist yet.
+            done_before: items that earlier processes finished, for the progress shown.
         """
-        request = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
-        # The agent begins with an empty results folder, so asking again is safe.
-        asked_again(lambda: self._round_trip(request | task, folder, before))
-        with self._reading():
-            answer: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            if answer["format"] != FORMAT:
-                raise ValueError(f"format {answer['format']}, expected {FORMAT}")
-        return answer
+        shared = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
+        # The agent empties its results folder first, so a request can be repeated.
+        retry(lambda: self._round_trip(shared | request, folder, done_before))
+        with self._reading_results():
+            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            if result["format"] != FORMAT:
+                raise ValueError(f"format {result['format']}, expected {FORMAT}")
+        return result
 
-    def _round_trip(self, request: dict[str, Any], folder: Path, before: int) -> None:
+    def _round_trip(self, request: dict[str, Any], folder: Path, done_before: int) -> None:
         with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
             path = Path(name) / "request.json"
             path.write_text(json.dumps(request), encoding="utf-8")
             self.transport.push({"request.json": path}, keep=False)
+
         argv = (self.transport.python, "-m", "agent.agent", "request.json", "results")
-        completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, before))
-        _check(self.transport.name, argv, completed)
+        completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, done_before))
+        _require_agent_success(self.transport.name, argv, completed)
+
         self.transport.pull("results", folder)
 
-    def _show(self, line: str, before: int) -> None:
-        words = line.split()
-        if self.progress is not None and len(words) == 3 and words[0] == "progress":
-            self.progress(before + int(words[1]), before + int(words[2]))
+    def _show(self, line: str, done_before: int) -> None:
+        """Report the progress in a line "progress DONE TOTAL" of the agent's stdout."""
+        fields = line.split()
+        if self.progress is not None and len(fields) == 3 and fields[0] == "progress":
+            self.progress(done_before + int(fields[1]), done_before + int(fields[2]))
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Say whose results they are where they cannot be read.
+    def _reading_results(self) -> Iterator[None]:
+        """Convert errors in reading results into one that names the device.
 
         Raises:
-            ResultError: a file or a figure is missing, or is no JSON.
+            ResultError: a file or a value is missing, or is not valid JSON.
         """
         try:
             yield
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ResultError(
-                f"{self.transport.name}: the agent ended well, but its results cannot be read "
-                f"({type(error).__name__}: {error}). Run again; if it stays so, its Python or disk is at fault."
+                f"{self.transport.name}: the agent succeeded, but its results cannot be read "
+                f"({type(error).__name__}: {error}). Run again; if the error remains, its Python or disk is faulty."
             ) from error
+
+
+class ExecuTorchRuntime(AgentRuntime):
+    """Runs the .pte of an export folder, or a .pte itself, in one of ExecuTorch's Python runtimes."""
+
+    backend = "executorch"
+
+    def files(self, artifact: Path) -> dict[str, Path]:
+        """Return the .pte. The tokenizer stays here: only token ids are sent."""
+        if artifact.is_file():
+            return {self.entry(): artifact}
+        found = sorted(artifact.glob("*.pte"))
+        if len(found) != 1:
+            raise TransportError(f"{artifact}: expected one .pte there, found {len(found)}. Export it again.")
+        return {self.entry(): found[0]}
+
+    def entry(self) -> str:
+        """Return the path of the .pte on the device."""
+        return "artifact/model.pte"
+
+
+class OnnxRuntime(AgentRuntime):
+    """Scores in plain onnxruntime; generates and times in onnxruntime-genai if the device has it.
+
+    `LoadStats.runtime` has the name of the one that was used.
+    """
+
+    backend = "onnx"
+
+    def files(self, artifact: Path) -> dict[str, Path]:
+        """Return graph, external weights and configuration under their own names, since they refer to each other."""
+        if not (artifact / "model.onnx").is_file():
+            raise TransportError(f"{artifact}: no model.onnx there. Export it again.")
+        names = [*sorted(path.name for path in artifact.glob("model.onnx*")), "genai_config.json"]
+        return {f"{self.entry()}/{name}": artifact / name for name in names if (artifact / name).is_file()}
+
+    def entry(self) -> str:
+        """Return the path of the folder on the device."""
+        return "artifact"
 
 
 def _require_processor(device: str, info: DeviceInfo) -> None:
     if info.machine.lower() not in MACHINES or info.bits == 32:
         system = f"{info.machine}, {info.bits}-bit programs" if info.bits else info.machine
-        raise UnsuitableError(
+        raise UnsupportedDeviceError(
             f"{device}: its system is {system}; ExecuTorch and onnxruntime for Python exist for 64-bit "
             f"{', '.join(MACHINES)}. Install a 64-bit system on it, or choose another device. Nothing was sent."
         )
 
 
-def _condition(said: dict[str, Any]) -> Condition:
-    lists = {key: tuple(said[key]) for key in ("clocks_khz", "permitted_khz")}
-    return Condition(**said | lists)
+def _machine_state(values: dict[str, Any]) -> MachineState:
+    lists = {key: tuple(values[key]) for key in ("clocks_khz", "permitted_khz")}
+    return MachineState(**values | lists)
 
 
-def _load_figures(answer: dict[str, Any]) -> LoadFigures:
-    return LoadFigures(**answer["load"])
+def _load_stats(result: dict[str, Any]) -> LoadStats:
+    return LoadStats(**result["load"])
 
 
-def _check(device: str, argv: Sequence[str], completed: Completed) -> None:
-    """Turn the way the agent ended into an error that says what to do.
+def _require_agent_success(device: str, argv: Sequence[str], completed: CompletedProgram) -> None:
+    """Convert the agent's exit code into an error with a remedy.
 
     Raises:
-        ProgramError: it did not end with exit code 0.
+        ProgramError: it is not 0.
     """
-    message = next((x for x in reversed(completed.stderr.splitlines()) if x.strip()), "")
-    if completed.returncode == EXIT_REFUSED:
-        raise RefusedError(f"{device}: {message}")
+    # The last line of stderr is the message, or the name of the missing package.
+    message = next((line for line in reversed(completed.stderr.splitlines()) if line.strip()), "")
+    if completed.returncode == EXIT_REJECTED:
+        raise RequestRejectedError(f"{device}: {message}")
     if completed.returncode == EXIT_MISSING_PACKAGE:
         raise MissingPackageError(
             f"{device}: {argv[0]} there lacks the package {message}. Install it on the device: "
             f"`{argv[0]} -m pip install {message}`."
         )
-    check(device, argv, completed)
+    require_success(device, argv, completed)

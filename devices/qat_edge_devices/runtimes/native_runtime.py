@@ -1,12 +1,13 @@
-"""A runner that the user built for the device, ExecuTorch's executor_runner or llama_main, on one .pte.
+"""Run a .pte in a C++ runner that the user built for the device: ExecuTorch's executor_runner or llama_main.
 
-What a build can do is read from its own --help on the device, never assumed: names and flags differ between versions.
+The abilities of a build are read from its own --help on the device, because names and flags differ between versions.
 
-    llama_main       --model_path --tokenizer_path --prompt...    text in, text out, and its own clock
+    llama_main       --model_path --tokenizer_path --prompt...    text in, text out, and its own timings
     executor_runner  --model_path --inputs --output_file          tensors in files in, tensors in files out
 
-executor_runner takes inputs of one size only, the greatest of the program (its `prepare_input_tensors`), and our
-programs give the logits of the last token: so it gives the logits after exactly `width` tokens, a process each.
+executor_runner takes inputs of one size only, the largest that the program accepts (its `prepare_input_tensors`), and
+our programs return the logits of the last token. It therefore computes the logits after exactly that many tokens, with
+one process per row.
 https://github.com/pytorch/executorch/tree/v1.4.1/examples/portable/executor_runner and .../examples/models/llama
 """
 
@@ -20,26 +21,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge_devices.device_errors import ResultError, UnsuitableError, tail
+from qat_edge_devices.device_errors import ResultError, UnsupportedDeviceError, tail
 from qat_edge_devices.elf import require_fit
-from qat_edge_devices.runtimes.device_calls import TIMEOUT_S, asked_again, check, require_memory
-from qat_edge_devices.runtimes.executorch_runtime import ExecuTorchRuntime
-from qat_edge_devices.transport import Completed, Transport
+from qat_edge_devices.runtimes.agent_runtime import ExecuTorchRuntime
+from qat_edge_devices.runtimes.program_runs import TIMEOUT_S, require_memory, require_success, retry
+from qat_edge_devices.transport import CompletedProgram, Transport
 
+# Names on the device.
 MODEL, BINARY, TOKENIZER = "artifact/model.pte", "runner.elf", "artifact/tokenizer.json"
-WRITTEN = "logits-0.bin"  # by executor_runner, told --output_file=logits, for the program's first output
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-TEXT = {"model_path", "tokenizer_path"}
-LOGITS = {"model_path", "inputs", "output_file"}
-# What was sent is a link to what must not change, and may not be executed: a copy may.
+LOGITS_STEM = "logits"  # of --output_file, to which executor_runner appends the number of the output
+LOGITS_FILE = f"{LOGITS_STEM}-0.bin"
+# Flags that a runner must have to generate text, or to compute logits.
+TEXT_FLAGS = {"model_path", "tokenizer_path"}
+LOGITS_FLAGS = {"model_path", "inputs", "output_file"}
+# The sent file is a read-only link without the permission to execute, so a copy is executed.
 START = '[ -x runner ] || { cp "$0" runner && chmod 700 runner; } || exit 126; rm -f logits-0.bin; exec ./runner "$@"'
-OBSERVED = "\nPyTorchObserver "  # before the runner's own figures, as JSON, at the end of stdout
-FLAG = re.compile(r"^\s+--?([A-Za-z]\w*) \(", re.MULTILINE)  # as gflags and abseil print them
+OBSERVED = "\nPyTorchObserver "  # printed before the runner's timings, as JSON, at the end of stdout
+FLAG = re.compile(r"^\s+--?([A-Za-z]\w*) \(", re.MULTILINE)  # a flag in --help of gflags and abseil
 
 
 @dataclass(frozen=True)
-class Clock:
-    """The runner's own figures of one answer, in ms and tokens; its clock counts whole milliseconds."""
+class RunnerTimings:
+    """The runner's own timings of one generation. Its clock counts whole milliseconds.
+
+    Attributes:
+        load_ms: loading the model.
+        ttft_ms: time to first token.
+        prompt_tokens: tokens in the prompt.
+        prefill_tokens_per_s: prompt tokens per second.
+        new_tokens: generated tokens.
+        decode_tokens_per_s: generated tokens per second.
+    """
 
     load_ms: float
     ttft_ms: float
@@ -50,9 +63,16 @@ class Clock:
 
 
 class NativeRunner:
-    """One binary and one .pte on one device, a process a call; `prepare` comes first.
+    """One binary and one .pte on one device, with one process per call. Call `prepare` first.
 
-    threads: asked of the runner where it has the flag. flags: those that its --help names.
+    Attributes:
+        flags: flags in the --help of the binary; empty before `prepare`.
+
+    Args:
+        transport: connection to the device.
+        binary: the runner, a file of this machine.
+        threads: number of threads, if the runner has a flag for it.
+        timeout_s: time limit of one process, in seconds.
     """
 
     def __init__(self, transport: Transport, binary: Path, threads: int, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -63,109 +83,135 @@ class NativeRunner:
         self.flags: frozenset[str] = frozenset()
 
     @property
-    def answers(self) -> bool:
-        """Whether it takes text and gives text."""
-        return self.flags >= TEXT and bool(self.flags & {"prompt", "prompt_file"})
+    def generates_text(self) -> bool:
+        """Whether it takes a prompt and returns text."""
+        return self.flags >= TEXT_FLAGS and bool(self.flags & {"prompt", "prompt_file"})
 
     @property
-    def scores(self) -> bool:
-        """Whether it takes and gives tensors in files."""
-        return self.flags >= LOGITS
+    def computes_logits(self) -> bool:
+        """Whether it reads and writes tensors in files."""
+        return self.flags >= LOGITS_FLAGS
 
     def prepare(self, artifact: Path) -> None:
         """Check the binary against the device, send it with the artifact, and read its --help there.
 
         Raises:
-            UnsuitableError: it was built for another processor (nothing was sent), or is no runner that we know.
-            RoomError: the device cannot hold it; nothing was sent.
+            UnsupportedDeviceError: it was built for another processor (nothing was sent), or is not a known runner.
+            CapacityError: the device has no space for it; nothing was sent.
         """
         (program,) = ExecuTorchRuntime(self.transport, self.threads).files(artifact).values()
-        beside = {f"artifact/{name}": program.parent / name for name in TOKENIZER_FILES}
-        files = {BINARY: self.binary, MODEL: program, **{n: p for n, p in beside.items() if p.is_file()}}
+        tokenizer = {f"artifact/{name}": program.parent / name for name in TOKENIZER_FILES}
+        files = {BINARY: self.binary, MODEL: program}
+        files |= {name: path for name, path in tokenizer.items() if path.is_file()}
+
+        # Check the device first: sending the files can take minutes.
         info = self.transport.info()
         require_fit(self.transport.name, info, self.binary)
         require_memory(self.transport.name, info, files.values())
         self.transport.push(files)
-        said = asked_again(lambda: self._started(["--help"]))  # gflags ends with exit code 1 after it
-        self.flags = frozenset(FLAG.findall(said.stdout + said.stderr))
-        if not (self.answers or self.scores):
-            wrote = tail(said.stdout + said.stderr)
-            raise UnsuitableError(
-                f"{self.transport.name}: {self.binary.name} --help ended with exit code {said.returncode} and names "
-                f"neither the flags of llama_main ({', '.join(sorted(TEXT))}, prompt) nor those of executor_runner "
-                f"({', '.join(sorted(LOGITS))}), so it cannot be asked anything. It wrote:{wrote}"
+
+        # The exit code says nothing: gflags exits with 1 after --help.
+        help_text = retry(lambda: self._start(["--help"]))
+        self.flags = frozenset(FLAG.findall(help_text.stdout + help_text.stderr))
+        if not (self.generates_text or self.computes_logits):
+            output = tail(help_text.stdout + help_text.stderr)
+            raise UnsupportedDeviceError(
+                f"{self.transport.name}: {self.binary.name} --help ended with exit code {help_text.returncode} and "
+                f"names neither the flags of llama_main ({', '.join(sorted(TEXT_FLAGS))}, prompt) nor those of "
+                f"executor_runner ({', '.join(sorted(LOGITS_FLAGS))}), so it cannot be used. It wrote:{output}"
             )
 
-    def answer(self, prompt: str, max_new_tokens: int, *, to_the_end: bool = False) -> tuple[str, Clock | None]:
-        """The greedy continuation of `prompt`, and the runner's figures where it prints them.
+    def generate_text(
+        self, prompt: str, max_new_tokens: int, *, for_timing: bool = False
+    ) -> tuple[str, RunnerTimings | None]:
+        """Continue `prompt` greedily.
 
-        to_the_end: past end tokens and after a warm-up, where it has the flags for that, for timing.
+        Args:
+            prompt: text.
+            max_new_tokens: tokens to generate at most.
+            for_timing: generate past end tokens and after a warm-up, if the runner has the flags for that.
+
+        Returns:
+            The continuation, and the runner's timings if it prints them.
         """
-        length = "max_new_tokens" if "max_new_tokens" in self.flags else "seq_len"
-        wanted = {"tokenizer_path": TOKENIZER, "temperature": "0", length: str(max_new_tokens)}
-        wanted |= {"ignore_eos": "true", "warmup": "true"} if to_the_end else {}
-        by_file = "prompt_file" in self.flags
-        wanted |= {"prompt_file": "prompt.txt"} if by_file else {"prompt": prompt}
-        completed = self._ask({"prompt.txt": prompt.encode()} if by_file else {}, wanted)
-        text, found, figures = completed.stdout.rpartition(OBSERVED)
-        return (text if found else figures).removeprefix(prompt), self._clock(figures) if found else None
+        length_flag = "max_new_tokens" if "max_new_tokens" in self.flags else "seq_len"
+        options = {"tokenizer_path": TOKENIZER, "temperature": "0", length_flag: str(max_new_tokens)}
+        if for_timing:
+            options |= {"ignore_eos": "true", "warmup": "true"}
+        files = {}
+        if "prompt_file" in self.flags:
+            files["prompt.txt"] = prompt.encode()
+            options["prompt_file"] = "prompt.txt"
+        else:
+            options["prompt"] = prompt
+
+        completed = retry(lambda: self._run(files, options))
+
+        # The runner repeats the prompt before its continuation.
+        text, found, timings = completed.stdout.rpartition(OBSERVED)
+        if not found:
+            return completed.stdout.removeprefix(prompt), None
+        return text.removeprefix(prompt), self._timings(timings)
 
     def logits(self, ids: Sequence[int]) -> bytes:
-        """Little-endian float32 logits (vocabulary,) after the last of `ids`, as many as the program takes at most.
+        """Compute the logits after the last of `ids`.
+
+        Args:
+            ids: token ids, as many as the program takes at most.
+
+        Returns:
+            Little-endian float32 values (vocabulary,).
 
         Raises:
-            ProgramError: the runner refuses, as for another number of ids.
-            TransportError: it ended well and wrote no file.
+            ProgramError: the runner failed, for example because of another number of ids.
+            TransportError: it succeeded but wrote no file.
         """
-        inputs = {"tokens.bin": struct.pack(f"<{len(ids)}q", *ids), "start.bin": struct.pack("<q", 0)}
-        wanted = {
-            "inputs": "tokens.bin,start.bin",
-            "output_file": WRITTEN.removesuffix("-0.bin"),
-            "print_output": "none",
-        }
+        files = {"tokens.bin": struct.pack(f"<{len(ids)}q", *ids), "start.bin": struct.pack("<q", 0)}
+        options = {"inputs": "tokens.bin,start.bin", "output_file": LOGITS_STEM, "print_output": "none"}
 
-        def ask() -> bytes:
-            self._ask_once(inputs, wanted)
+        def run_and_pull() -> bytes:
+            self._run(files, options)
             with tempfile.TemporaryDirectory(prefix="qat-edge-logits-") as name:
-                self.transport.pull(WRITTEN, Path(name) / WRITTEN)
-                return (Path(name) / WRITTEN).read_bytes()
+                self.transport.pull(LOGITS_FILE, Path(name) / LOGITS_FILE)
+                return (Path(name) / LOGITS_FILE).read_bytes()
 
-        return asked_again(ask)
+        return retry(run_and_pull)
 
-    def _ask(self, files: dict[str, bytes], wanted: dict[str, str]) -> Completed:
-        return asked_again(lambda: self._ask_once(files, wanted))
-
-    def _ask_once(self, files: dict[str, bytes], wanted: dict[str, str]) -> Completed:
-        """Run it to a good end with those of the wanted flags that it has."""
+    def _run(self, files: dict[str, bytes], options: dict[str, str]) -> CompletedProgram:
+        """Send `files` and run the binary with those of `options` that it has; require success."""
         with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
-            for place, content in files.items():
-                (Path(name) / place).write_bytes(content)
-            self.transport.push({place: Path(name) / place for place in files}, keep=False)
-        given = {"model_path": MODEL, "cpu_threads": str(self.threads), **wanted}
-        argv = [f"--{flag}={value}" for flag, value in given.items() if flag in self.flags]
-        completed = self._started(argv)
-        check(self.transport.name, [self.binary.name, *argv], completed)
+            for remote, content in files.items():
+                (Path(name) / remote).write_bytes(content)
+            self.transport.push({remote: Path(name) / remote for remote in files}, keep=False)
+
+        values = {"model_path": MODEL, "cpu_threads": str(self.threads), **options}
+        argv = [f"--{flag}={value}" for flag, value in values.items() if flag in self.flags]
+        completed = self._start(argv)
+        require_success(self.transport.name, [self.binary.name, *argv], completed)
         return completed
 
-    def _started(self, argv: Sequence[str]) -> Completed:
+    def _start(self, argv: Sequence[str]) -> CompletedProgram:
         return self.transport.run(["sh", "-c", START, BINARY, *argv], self.timeout_s)
 
-    def _clock(self, figures: str) -> Clock:
-        """The JSON line of ExecuTorch's extension/llm/runner/stats.h."""
+    def _timings(self, text: str) -> RunnerTimings:
+        """Parse the JSON line that ExecuTorch's extension/llm/runner/stats.h prints."""
         try:
-            found = json.loads(figures.splitlines()[0])
-            begun, prompt_ended = found["inference_start_ms"], found["prompt_eval_end_ms"]
+            found = json.loads(text.splitlines()[0])
+            began, prompt_ended = found["inference_start_ms"], found["prompt_eval_end_ms"]
             prompt, new = found["prompt_tokens"], found["generated_tokens"]
-            return Clock(
+            # At least 1 ms: the clock may not advance during a short prompt.
+            prefill_ms = max(prompt_ended - began, 1)
+            decode_ms = max(found["inference_end_ms"] - prompt_ended, 1)
+            return RunnerTimings(
                 load_ms=found["model_load_end_ms"] - found["model_load_start_ms"],
-                ttft_ms=found["first_token_ms"] - begun,
+                ttft_ms=found["first_token_ms"] - began,
                 prompt_tokens=prompt,
-                prefill_tokens_per_s=prompt / max(prompt_ended - begun, 1) * 1e3,
+                prefill_tokens_per_s=prompt / prefill_ms * 1e3,
                 new_tokens=new,
-                decode_tokens_per_s=new / max(found["inference_end_ms"] - prompt_ended, 1) * 1e3,
+                decode_tokens_per_s=new / decode_ms * 1e3,
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ResultError(
                 f"{self.transport.name}: the figures of {self.binary.name} cannot be read "
-                f"({type(error).__name__}: {error}): {figures[:200]!r}"
+                f"({type(error).__name__}: {error}): {text[:200]!r}"
             ) from error

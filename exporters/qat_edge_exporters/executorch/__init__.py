@@ -1,22 +1,42 @@
-"""A quantized causal language model as a .pte that ExecuTorch's own LLM runner loads, and back from it.
+"""Export a model as a .pte for ExecuTorch's own LLM runner, and read it back.
 
-attention.py   key-value cache in mutable buffers, ExecuTorch's attention operators behind transformers' own seam
-tracing.py     frozen weights as the operators XNNPACK knows; the model as one exported program
-lowering.py    exported program -> XNNPACK delegates -> .pte
-simplify.py    fewer operators in that program
-sharing.py     one table in the file for a tied embedding and head
-passes.py      the libraries' passes over a graph, in fewer tracings
-contract.py    constant methods that the LLM runner reads, and end tokens
-export.py      frozen checkpoint -> folder
-delegates.py   bytes of a .pte -> which constants each fully connected node uses
-reader.py      folder -> codes, scales, metadata, faults
+The modules, in the order in which `export_pte.export` uses them:
 
-encoder.py     a classifier or sentence encoder as one program without a cache; answering.py asks it in the runtime
+export_pte.py                    load, prepare, trace, lower, write: checkpoint -> folder
+pte_support.py                   whether a model can become a .pte, from its configuration
+encoder.py                       a classifier or sentence encoder as one program without a cache
+graph/                           model -> exported program -> delegates
+    quantized_modules.py         frozen weights as the operators that XNNPACK and ExecuTorch's kernels know
+    attention.py                 key-value cache in mutable buffers, and ExecuTorch's attention operators
+    portable_attention.py        the same in ATen operators only
+    rewrites.py                  calls rewritten, while tracing, into ones that XNNPACK takes
+    tracing.py                   a decoder as one exported program
+    affine.py                    frozen weights as torchao's operators, for backends other than XNNPACK
+    simplify.py                  removes operators that change nothing
+    passes.py                    the libraries' graph passes in fewer tracings
+    lowering.py                  exported program -> XNNPACK's delegates -> .pte
+backends/                        other backends that a .pte can be lowered to
+    registry.py                  table of them, with their differences from what was trained
+    vulkan.py, coreml.py         one compiler each
+pte/                             bytes of a .pte
+    runner_contract.py           constant methods that the LLM runner reads
+    shared_table.py              stores the table of a tied embedding and head once
+    delegates.py                 .pte -> the constants that each matrix product uses
+    pte_reader.py                folder -> codes, scales, metadata, faults
+    backend_readers.py           the same for Vulkan and CoreML
+    intermediate_outputs.py      a copy of a .pte that also returns the values between its layers
+    inspection.py                .pte -> methods, operators, delegates, sizes
+    program_info.py              dataclasses for that
 
-backends.py    what a .pte can be lowered to beside XNNPACK: vulkan.py, coreml.py; affine.py has what both start from
-other_readers.py  their files -> codes and scales
+Run or diagnose an artifact:
 
-portable.py    cache and attention in ATen operators only
-inspection.py  .pte -> methods, operators, delegates, sizes; probe.py loads it in the installed runtime
-runtimes.py    what named runtimes can compute, from runtimes.toml; facts.py has what is found as values
+diagnosis.py                     everything that `qat-edge doctor` reports
+known_runtimes.py                operators and backends of named runtimes, from known_runtimes.toml
+runtime_probe.py                 loads a .pte in the installed runtime, in a separate process
+llm_runner.py                    generates text with ExecuTorch's LLM runner, in a separate process
+encoder_runtime.py               runs an encoder's .pte
+
+Private names of the libraries, and functions of theirs that are replaced at run time:
+
+compat.py, compat_runtime.py, compat_transformers.py
 """

@@ -1,41 +1,78 @@
-"""Runtimes by name, and whether each has every operator and backend of a program.
+"""Check whether named runtimes have every operator and backend of a program.
 
-known_runtimes.toml holds those of apps, with their sources. The Python wheel's are asked of the one that is installed.
+known_runtimes.toml lists those of apps, with their sources. The Python wheel's are those registered in the installed
+one.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat_edge.run import library_version
-from qat_edge_exporters.executorch.pte.program_info import Check, Program
+from qat_edge_exporters.executorch.pte.program_info import ProgramInfo, RuntimeCheck
+from qat_edge_exporters.executorch.runtime_probe import Probed
 
 TABLE = Path(__file__).parent / "known_runtimes.toml"
 WHEEL = "python-wheel"
 
 
-def check(program: Program, names: Sequence[str], probed: dict[str, Any]) -> list[Check]:
-    """One verdict for each of `names`; `probed` is what `probe.ask` said of the installed runtime."""
+def check_runtimes(program: ProgramInfo, names: Sequence[str], probed: Probed | None) -> list[RuntimeCheck]:
+    """Check `program` against each runtime.
+
+    Args:
+        program: contents of the .pte.
+        names: runtimes of the table, or WHEEL.
+        probed: result of loading the program in the installed runtime; needed for WHEEL only.
+    """
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    return [_wheel(program, probed) if name == WHEEL else _listed(program, name, table) for name in names]
+    checks = []
+    for name in names:
+        if name == WHEEL:
+            assert probed is not None, f"{WHEEL} is checked by what runtime_probe found"
+            checks.append(_check_wheel(program, probed))
+        else:
+            checks.append(_check_listed(program, name, table))
+    return checks
 
 
-def _wheel(program: Program, probed: dict[str, Any]) -> Check:
+def _check_wheel(program: ProgramInfo, probed: Probed) -> RuntimeCheck:
     title = f"executorch {library_version('executorch')} in this environment, with its two operator libraries"
-    missing = _missing(program, probed["operators"], probed["backends"]) if probed["operators"] else ([], [])
-    source = "its registered operators and backends, and loading the file"
-    return Check(WHEEL, title, source, *missing, tried=True, error=probed["error"])
+    # Nothing is known of a runtime that crashed before it listed its operators.
+    crashed = not probed["operators"]
+    missing = _Missing([], []) if crashed else _missing(program, probed["operators"], probed["backends"])
+    return RuntimeCheck(
+        runtime=WHEEL,
+        title=title,
+        source="its registered operators and backends, and loading the file",
+        missing_operators=missing.operators,
+        missing_backends=missing.backends,
+        tried=True,
+        error=probed["error"],
+    )
 
 
-def _listed(program: Program, name: str, table: dict[str, Any]) -> Check:
+def _check_listed(program: ProgramInfo, name: str, table: dict[str, Any]) -> RuntimeCheck:
     runtime = table["runtimes"][name]
+    # A runtime is built with libraries of operators, listed once for all runtimes.
     operators = [op for library in runtime["libraries"] for op in table["libraries"][library]["operators"]]
     missing = _missing(program, operators, runtime["backends"])
-    return Check(name, f"{runtime['title']}, {table['version']}", runtime["source"], *missing)
+    return RuntimeCheck(
+        runtime=name,
+        title=f"{runtime['title']}, {table['version']}",
+        source=runtime["source"],
+        missing_operators=missing.operators,
+        missing_backends=missing.backends,
+    )
 
 
-def _missing(program: Program, operators: Sequence[str], backends: Sequence[str]) -> tuple[list[str], list[str]]:
-    return sorted(set(program.operators) - set(operators)), sorted(set(program.delegates) - set(backends))
+class _Missing(NamedTuple):
+    operators: list[str]
+    backends: list[str]
+
+
+def _missing(program: ProgramInfo, operators: Iterable[str], backends: Iterable[str]) -> _Missing:
+    """Return what the program uses and a runtime lacks, sorted."""
+    return _Missing(sorted(set(program.operators) - set(operators)), sorted(set(program.delegates) - set(backends)))

@@ -2,8 +2,8 @@
 
 Usage: `python -m qat_edge_exporters.executorch.llm_runner FOLDER TOKENS < PROMPT`.
 
-The runner prints generated text to stdout itself, byte by byte (its Python callback fails on a token that is not
-valid UTF-8 on its own), followed by a line of statistics that begins with STATISTICS.
+The runner itself prints the generated text to stdout, byte by byte (its Python callback fails on a token that is not
+valid UTF-8 by itself), followed by a line of statistics that begins with STATISTICS.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 STATISTICS = "\nPyTorchObserver"
-# The wheel's attention opens OpenMP threads beside ExecuTorch's own pool; they spin on its cores between tokens.
+# The wheel's attention starts OpenMP threads next to ExecuTorch's own pool. Between tokens they spin on its cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
-    """Answer the prompt on stdin, greedily."""
+    """Generate greedily from the prompt on stdin."""
     import executorch.kernels.quantized  # noqa: F401  (registers the embedding operators)
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the attention operators)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner

@@ -1,33 +1,35 @@
-"""What this target lacks for a model, said by its configuration alone: before it is trained, frozen or exported."""
+"""Check from a model's configuration, before it is trained or frozen, whether it can become a .pte."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import MODEL_MAPPING
+from typing import TYPE_CHECKING
 
 from qat_edge.models import tasks
+from qat_edge_exporters.executorch import compat_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def missing(config: Any) -> str:
-    """Why the model cannot become a .pte, as a sentence; empty where nothing speaks against it."""
-    if tasks.is_encoder(config):
+def missing(config: PretrainedConfig) -> str:
+    """Return why the model cannot become a .pte, as a sentence; empty if no reason is known."""
+    if tasks.is_encoder_config(config):
         return _missing_for_encoder(config)
-    strange = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
-    if strange:
-        return f"layers of type {', '.join(strange)} keep a state that is no key-value cache."
+
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
+    if unknown:
+        return f"layers of type {', '.join(unknown)} keep a state that is no key-value cache."
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal."
     return ""
 
 
-def _missing_for_encoder(config: Any) -> str:
+def _missing_for_encoder(config: PretrainedConfig) -> str:
     windows = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if windows:
-        return f"{config.model_type} has layers that see a part of the text only ({', '.join(sorted(windows))})."
-    body: Any = MODEL_MAPPING.get(type(config), None)
-    if not getattr(body, "_supports_attention_backend", False):
-        return f"{config.model_type} has attention of its own, which no other can take the place of."
+        return f"{config.model_type} has layers that see only a part of the text ({', '.join(sorted(windows))})."
+    if not compat_transformers.has_replaceable_attention(config):
+        return f"{config.model_type} has attention of its own, which cannot be replaced."
     return ""

@@ -2,8 +2,8 @@
 
 Usage: `python -m qat_edge_exporters.executorch.runtime_probe MODEL TOKENIZER < TEXTS`.
 
-A process of its own because a damaged program or tokenizer can end it. Prints one line of JSON: operators and backends
-that are registered, why a method cannot be loaded, and what the C++ tokenizer makes of the texts, a JSON list.
+The process is separate because a damaged program or tokenizer can crash it. It prints one line of JSON: the registered
+operators and backends, why a method cannot be loaded, and the C++ tokenizer's ids of the texts, which are a JSON list.
 """
 
 from __future__ import annotations
@@ -12,66 +12,106 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-NEVER_CAUSES = ("cpuinfo", "Registering")  # of the runtime's lines on stderr: notes about the machine
+NEVER_CAUSES = ("cpuinfo", "Registering")  # in the runtime's lines on stderr: notes about the machine
 
 
-def ask(model: Path, tokenizer: Path, texts: list[str]) -> dict[str, Any]:
-    """What the installed runtime says: operators, backends, error, tokenizer.
+class ProbedTokenizer(TypedDict, total=False):
+    """ExecuTorch's C++ tokenizer library on a tokenizer.json; only `error` if it cannot be loaded."""
 
-    error: empty where every method was loaded, delegates and all. tokenizer: None where there is no file.
+    error: str
+    size: int
+    bos: int
+    eos: int
+    ids: list[list[int]]  # of each text
+
+
+class Probed(TypedDict):
+    """Report of the separate process.
+
+    Keys:
+        operators: full names of the registered operators.
+        backends: names of the registered backends.
+        error: empty if every method was loaded, delegates included.
+        tokenizer: None if there is no tokenizer.json.
     """
+
+    operators: list[str]
+    backends: list[str]
+    error: str
+    tokenizer: ProbedTokenizer | None
+
+
+def probe(model: Path, tokenizer: Path, texts: list[str]) -> Probed:
+    """Load a .pte and its tokenizer in a separate process, and return what it reports."""
     command = [sys.executable, "-m", __name__, str(model), str(tokenizer)]
-    answer = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
-    lines = answer.stdout.splitlines()
-    if answer.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
+    # The report is the last line; the runtime itself may have printed others.
+    lines = done.stdout.splitlines()
+    found: Probed
+    if done.returncode == 0 and lines:
+        found = json.loads(lines[-1])
     else:
-        found = {"operators": [], "backends": [], "error": f"it ended the process ({answer.returncode})"}
-        found["tokenizer"] = {"error": "not tried: the program ended the process"} if tokenizer.is_file() else None
+        untried: ProbedTokenizer = {"error": "not tried: the program ended the process"}
+        found = {
+            "operators": [],
+            "backends": [],
+            "error": f"it ended the process ({done.returncode})",
+            "tokenizer": untried if tokenizer.is_file() else None,
+        }
+
+    # The exception names the method only; the runtime logs the cause to stderr.
     if found["error"]:
-        causes = [line for line in answer.stderr.splitlines() if line.startswith("[")]
+        causes = [line for line in done.stderr.splitlines() if line.startswith("[")]
         causes = [line for line in causes if not any(part in line for part in NEVER_CAUSES)]
         found["error"] = "; ".join([found["error"], *(line.partition("] ")[2] for line in causes[:2])])
     return found
 
 
 def main() -> None:
-    """Load the program's methods and the tokenizer."""
+    """Load the program's methods and the tokenizer, and print the report."""
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized operators)
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the LLM operators)
-    from executorch.extension.pybindings import portable_lib
 
-    found: dict[str, Any] = {
-        "operators": portable_lib._get_operator_names(),
-        "backends": portable_lib._get_registered_backend_names(),
-        "error": "",
-    }
+    from qat_edge_exporters.executorch import compat_runtime
+
+    # A failure is a result: the registered operators are reported all the same.
+    error = ""
     try:
-        program = portable_lib._load_program(
-            sys.argv[1], program_verification=portable_lib.Verification.InternalConsistency
-        )
-        for index in range(program.num_methods()):
-            program.load_method(program.get_method_name(index))
-    except RuntimeError as error:
-        found["error"] = str(error)
-    found["tokenizer"] = _words(Path(sys.argv[2]), json.load(sys.stdin))
+        compat_runtime.load_every_method(Path(sys.argv[1]))
+    except RuntimeError as failure:
+        error = str(failure)
+    found: Probed = {
+        "operators": compat_runtime.registered_operators(),
+        "backends": compat_runtime.registered_backends(),
+        "error": error,
+        "tokenizer": _tokenize(Path(sys.argv[2]), json.load(sys.stdin)),
+    }
+    # The runtime may have printed a line without an end.
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
-def _words(path: Path, texts: list[str]) -> dict[str, Any] | None:
+def _tokenize(path: Path, texts: list[str]) -> ProbedTokenizer | None:
+    """Split texts with the tokenizer library of ExecuTorch's runner; None without a file."""
     from pytorch_tokenizers import pytorch_tokenizers_cpp
 
     if not path.is_file():
         return None
-    words = pytorch_tokenizers_cpp.HFTokenizer()
+    # 0, 0: no bos and eos tokens around the text.
+    tokenizer = pytorch_tokenizers_cpp.HFTokenizer()
     try:
-        words.load(str(path))
-        ids = [words.encode(text, 0, 0) for text in texts]
+        tokenizer.load(str(path))
+        ids = [tokenizer.encode(text, 0, 0) for text in texts]
     except RuntimeError as error:
         return {"error": str(error)}
-    return {"error": "", "size": words.vocab_size(), "bos": words.bos_tok(), "eos": words.eos_tok(), "ids": ids}
+    return {
+        "error": "",
+        "size": tokenizer.vocab_size(),
+        "bos": tokenizer.bos_tok(),
+        "eos": tokenizer.eos_tok(),
+        "ids": ids,
+    }
 
 
 if __name__ == "__main__":

@@ -1,1 +1,17 @@
-"""ONNX: int4 codes as trained in MatMulNBits nodes, run by onnxruntime-genai and by plain onnxruntime."""
+"""ONNX export: the trained int4 codes in MatMulNBits nodes, for onnxruntime-genai and for plain onnxruntime.
+
+The modules in the order in which an export goes through them, then those that read the result:
+
+    onnx_support.py       tell from a model's configuration whether it can be exported
+    export_onnx.py        the export: prepare the checkpoint, run the builder, repair the graph, write the configuration
+    architecture.py       read rotary tables, embedding scale and fused projections from the Hugging Face model
+    olive_checkpoint.py   write codes and scales in the checkpoint format that the builder copies without rounding
+    builder.py            run onnxruntime-genai's model builder in a process of its own
+    repair.py             correct the builder's graph until it computes the frozen model
+    unmerged_adapters.py  add LoRA adapters to the graph as nodes of their own
+    graph_file.py         read and write a graph whose tensors are in a separate data file
+    names.py              convert between names of modules and names of nodes
+    onnx_reader.py        read codes, scales and sizes back from a folder, for `verify`
+    matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
+    compat.py             every use of internals of onnxruntime-genai and transformers
+"""

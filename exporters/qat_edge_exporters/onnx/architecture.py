@@ -1,4 +1,4 @@
-"""What the graph has to compute beside its matrices, as the model's configuration and its own code say."""
+"""Read what the graph has to compute besides its matrices, from the model's configuration and its own code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,47 +16,63 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
+from qat_edge_exporters.onnx import compat
 
-Tables = tuple[NDArray[np.float32], NDArray[np.float32]]  # cosines and sines, (positions, rotated width / 2)
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ALL_LAYERS = ""  # layer type of the rotary embedding of models that have one for all layers
+
+
+class RotaryTables(NamedTuple):
+    """Cosines and sines of a rotary embedding, float32 (positions, rotated width / 2)."""
+
+    cosines: NDArray[np.float32]
+    sines: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts of one model for `repair`.
+    """Properties of one model that `repair` needs.
 
-    rotary: tables by layer type, under "" where all layers share them. plain_layers: those whose queries and keys are
-    not rotated. embedding_scale: what looked-up rows are multiplied by. fused: rows of each part, in order, by the name
-    of a projection that holds several.
+    Attributes:
+        rotary: tables by layer type, under `ALL_LAYERS` if all layers share them.
+        unrotated_layers: indices of layers whose queries and keys are not rotated.
+        embedding_scale: factor by which looked-up embeddings are multiplied.
+        fused: for each fused projection, the rows of its parts in order, by name of the part.
     """
 
-    rotary: dict[str, Tables]
-    plain_layers: list[int]
+    rotary: dict[str, RotaryTables]
+    unrotated_layers: list[int]
     embedding_scale: float
     fused: dict[str, dict[str, int]]
 
 
-def read(folder: Path, context_length: int) -> Architecture:
-    """The facts of the checkpoint in `folder`, tables for `context_length` positions.
+def read_architecture(folder: Path, context_length: int) -> Architecture:
+    """Read the architecture of the checkpoint in `folder`, with rotary tables for `context_length` positions.
 
     Raises:
         ExportError: its rotary embeddings change within the context.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # No weights are read, and a quantization of them would need its library to be initialized.
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # its weights are not read, only what surrounds them
+        del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    rotates = getattr(config, "no_rope_layers", None) or []  # 1 where a layer rotates, 0 where not
+
+    rotates = getattr(config, "no_rope_layers", None) or []  # despite its name, 1 for a layer that rotates
+    unrotated = [index for index, rotated in enumerate(rotates[: config.num_hidden_layers]) if not rotated]
     return Architecture(
         rotary=_rotary_tables(model, context_length),
-        plain_layers=[i for i, rotated in enumerate(rotates[: config.num_hidden_layers]) if not rotated],
-        embedding_scale=float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)),
-        fused=_fused(model),
+        unrotated_layers=unrotated,
+        embedding_scale=compat.embedding_scale(model),
+        fused=_fused_projections(model),
     )
 
 
-def split(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int]]) -> dict[str, FrozenWeight]:
-    """Every matrix under the names of its parts; rows keep their codes and scales."""
+def split_fused(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int]]) -> dict[str, FrozenWeight]:
+    """Split fused projections by rows into their parts; every row keeps its codes and scales."""
     found: dict[str, FrozenWeight] = {}
     for name, weight in weights.items():
         start = 0
@@ -67,53 +83,64 @@ def split(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int]]) ->
     return found
 
 
-def metadata(fused: dict[str, dict[str, int]]) -> dict[str, str]:
-    """What the graph's metadata says of projections that were fused, so that its reader can join them again."""
+def fused_metadata(fused: dict[str, dict[str, int]]) -> dict[str, str]:
+    """Return the graph's metadata about fused projections, from which its reader joins them again."""
     return {"fused": json.dumps({name: list(parts) for name, parts in fused.items()})} if fused else {}
 
 
-def _rotary_tables(model: nn.Module, positions: int) -> dict[str, Tables]:
-    """By the model's own module, made again on the CPU: buffers of one on the meta device hold nothing."""
-    module: Any = next((m for m in model.modules() if hasattr(m, "rope_type")), None)
+def _rotary_tables(model: nn.Module, positions: int) -> dict[str, RotaryTables]:
+    """Compute the rotary tables by layer type with the model's own module."""
+    module = compat.find_rotary_embedding(model)
     if module is None:
         return {}
+
+    # Made again on the CPU: the buffers of a module on the meta device hold no values.
     rotary = type(module)(module.config)
-    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
-    for kind in kinds.values():
-        _check_positions(module.config, kind, positions)
-    rotary.rope_type = dict.fromkeys(kinds, "default") if "" not in kinds else "default"
+    types = rotary.rope_type if isinstance(rotary.rope_type, dict) else {ALL_LAYERS: rotary.rope_type}
+    for rope_type in types.values():
+        _require_fixed_frequencies(module.config, rope_type, positions)
+
+    # Under "default" the module does not update its frequencies by the length of the text.
+    rotary.rope_type = "default" if ALL_LAYERS in types else dict.fromkeys(types, "default")
     ids = torch.arange(positions).unsqueeze(0)
     tables = {}
-    for kind in kinds:
-        both = rotary(torch.zeros(1), ids, **({"layer_type": kind} if kind else {}))
-        # Both halves are one table, as rotate_half pairs channels; of interleaved ones the builder's own stays.
-        (cos, again), (sin, _) = (table[0].chunk(2, dim=-1) for table in both)
-        if torch.equal(cos, again):
-            tables[kind] = (cos.contiguous().numpy(), sin.contiguous().numpy())
+    for layer_type in types:
+        selected: dict[str, Any] = {"layer_type": layer_type} if layer_type else {}
+        cosines, sines = rotary(torch.zeros(1), ids, **selected)
+        # `rotate_half` pairs channels of the two halves of a head, so both halves of a table are equal. If they are
+        # not, the model pairs neighbours, and the builder's own table stays.
+        first, second = cosines[0].chunk(2, dim=-1)
+        if torch.equal(first, second):
+            sine = sines[0].chunk(2, dim=-1)[0]
+            tables[layer_type] = RotaryTables(first.contiguous().numpy(), sine.contiguous().numpy())
     return tables
 
 
-def _check_positions(config: Any, kind: str, positions: int) -> None:
-    """Refuse frequencies that change with the length of the text, where it may become long enough for that."""
+def _require_fixed_frequencies(config: PretrainedConfig, rope_type: str, positions: int) -> None:
+    """Reject frequencies that change with the length of the text, if the context is long enough for that.
+
+    Raises:
+        ExportError: keys in the cache would have been rotated by the earlier frequencies.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     fixed = parameters.get("original_max_position_embeddings", config.max_position_embeddings)
-    if ("dynamic" in kind or kind == "longrope") and positions > fixed:
+    if ("dynamic" in rope_type or rope_type == "longrope") and positions > fixed:
         raise ExportError(
-            f"onnx: --context-length {positions}: {kind} rotary embeddings change beyond {fixed} tokens, and what lies "
-            f"in the cache by then would not follow. Give {fixed} or less."
+            f"onnx: --context-length {positions}: {rope_type} rotary embeddings change beyond {fixed} tokens, but keys "
+            f"already in the cache would keep the earlier ones. Give {fixed} or less."
         )
 
 
-def _fused(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Projections that the builder wants apart: queries, keys and values; gate and up."""
+def _fused_projections(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Find projections that the builder expects separately: queries, keys and values; gate and up."""
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
         owner, _, last = name.rpartition(".")
         if last == "qkv_proj":
             attention: Any = model.get_submodule(owner)
             width = attention.head_dim
-            heads, shared = attention.config.num_attention_heads, attention.config.num_key_value_heads
-            rows = {"q_proj": heads * width, "k_proj": shared * width, "v_proj": shared * width}
+            heads, key_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+            rows = {"q_proj": heads * width, "k_proj": key_heads * width, "v_proj": key_heads * width}
         elif last == "gate_up_proj" and isinstance(module, nn.Linear):
             rows = dict.fromkeys(("gate_proj", "up_proj"), module.out_features // 2)
         else:

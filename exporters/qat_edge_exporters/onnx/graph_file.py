@@ -1,4 +1,7 @@
-"""An ONNX graph whose tensors lie in one data file beside it, read without ONNX Runtime and without copying."""
+"""Read and write an ONNX graph whose tensors are in one data file next to it, without ONNX Runtime and without copies.
+
+Format of external data: https://onnx.ai/onnx/repo-docs/ExternalData.html
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ AGAIN = "Export again, or copy the folder again if it was copied."
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph alone, its tensors left in the data file.
+    """Load the graph and leave its tensors in the data file.
 
     Raises:
-        ArtifactError: missing or no ONNX file.
+        ArtifactError: the file is missing or not ONNX.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: missing. {AGAIN}")
@@ -38,7 +41,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
-    """An initializer's values; those in a data file are mapped, not read.
+    """Return an initializer's values. Those in a data file of `folder` are memory-mapped, not read.
 
     Raises:
         ArtifactError: the data file is missing, or ends before the tensor does.
@@ -48,16 +51,18 @@ def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
         if not external_data_helper.uses_external_data(initializer):
             return onnx.numpy_helper.to_array(initializer)
         info = external_data_helper.ExternalDataInfo(initializer)
+        # The name alone: a location must not lead out of the folder.
         path, offset = folder / Path(info.location).name, int(info.offset or 0)
         dtype = helper.tensor_dtype_to_np_dtype(initializer.data_type)
         size = math.prod(shape) * dtype.itemsize
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder}: tensor '{initializer.name}' is garbled ({error}). {AGAIN}") from error
-    found = path.stat().st_size if path.is_file() else 0
-    if size < 0 or offset < 0 or offset + size > found:
+
+    file_size = path.stat().st_size if path.is_file() else 0
+    if size < 0 or offset < 0 or offset + size > file_size:
         raise ArtifactError(
-            f"{path}: tensor '{initializer.name}' should lie at bytes {offset} to {offset + size}, but the file has "
-            f"{found}. {AGAIN}"
+            f"{path}: tensor '{initializer.name}' should be at bytes {offset} to {offset + size}, but the file has "
+            f"{file_size}. {AGAIN}"
         )
     return np.memmap(path, dtype, "r", offset, shape) if size else np.zeros(shape, dtype)
 
@@ -65,7 +70,11 @@ def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
 def save(model: onnx.ModelProto, tensors: Mapping[str, NDArray[Any]], source: Path, folder: Path) -> None:
     """Write the graph and its data file into `folder`.
 
-    tensors: new values by initializer name; all others are taken over from `source` as they are.
+    Args:
+        model: the graph; its initializers are changed to point into the new data file.
+        tensors: new values by initializer name.
+        source: folder with the values of all other initializers.
+        folder: existing folder to write into.
     """
     with (folder / names.DATA_FILE).open("wb") as file:
         for initializer in model.graph.initializer:

@@ -1,9 +1,10 @@
-"""What goes into and out of every matrix of an ONNX folder: a copy of its graph with these as outputs."""
+"""Copy an ONNX folder with the inputs and outputs of every matrix as additional outputs of the graph."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 
@@ -11,35 +12,47 @@ from qat_edge_exporters.artifact import Exposed
 from qat_edge_exporters.onnx import graph_file, names
 
 
+class MatrixValues(NamedTuple):
+    """Names of the values that go into and come out of one matrix."""
+
+    input: str
+    outputs: list[str]
+
+
 def expose(folder: Path, out: Path) -> Exposed:
-    """Write a copy of the graph into the folder `out`, the other files linked beside it.
+    """Write a copy of the graph into the folder `out`, with symbolic links to the other files.
 
     Raises:
-        ArtifactError: no readable ONNX folder.
+        ArtifactError: `folder` is not a readable ONNX folder.
     """
     graph = graph_file.load_graph(folder / names.MODEL_FILE)
-    places = {
-        module: (node.input[0], [node.output[0]])
-        for node in graph.graph.node
-        if node.op_type in ("MatMulNBits", "MatMul") and (module := names.module_of_node(node.name)) is not None
-    }
-    given = {output.name for output in graph.graph.output}
-    wanted = dict.fromkeys(name for before, after in places.values() for name in (before, *after))
-    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in given)
+    matrices: dict[str, MatrixValues] = {}
+    for node in graph.graph.node:
+        module = names.module_of_node(node.name) if node.op_type in ("MatMulNBits", "MatMul") else None
+        if module is not None:
+            matrices[module] = MatrixValues(node.input[0], [node.output[0]])
+
+    # Layers share inputs, and an output may be exposed already: each name is added once, in order.
+    existing = {output.name for output in graph.graph.output}
+    wanted = dict.fromkeys(name for values in matrices.values() for name in (values.input, *values.outputs))
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in existing)
+
     (out / names.MODEL_FILE).write_bytes(graph.SerializeToString())
     for path in folder.iterdir():
         if path.name != names.MODEL_FILE:
             (out / path.name).symlink_to(path.resolve())
-    return Exposed(_joined(graph, places))
+    return Exposed(_join_fused(graph, matrices))
 
 
-def _joined(
-    graph: onnx.ModelProto, places: dict[str, tuple[str, list[str]]]
-) -> dict[str, tuple[str | None, list[str]]]:
-    """Projections that the model has in one, together again, by what the graph's metadata says of them."""
+def _join_fused(graph: onnx.ModelProto, matrices: dict[str, MatrixValues]) -> dict[str, tuple[str | None, list[str]]]:
+    """Replace the parts of fused projections by the projection, according to the graph's metadata."""
     fused: dict[str, list[str]] = next(
         (json.loads(entry.value) for entry in graph.metadata_props if entry.key == "fused"), {}
     )
-    apart = {part for parts in fused.values() for part in parts}
-    whole = {name: (places[parts[0]][0], [places[part][1][0] for part in parts]) for name, parts in fused.items()}
-    return {**{name: place for name, place in places.items() if name not in apart}, **whole}
+    is_part = {part for parts in fused.values() for part in parts}
+    joined: dict[str, tuple[str | None, list[str]]] = {
+        name: (values.input, values.outputs) for name, values in matrices.items() if name not in is_part
+    }
+    for name, parts in fused.items():
+        joined[name] = (matrices[parts[0]].input, [matrices[part].outputs[0] for part in parts])
+    return joined

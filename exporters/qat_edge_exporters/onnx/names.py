@@ -1,23 +1,38 @@
-"""The two ways a matrix is named: the frozen checkpoint's modules and the builder's nodes and initializers."""
+"""Convert between the names of a matrix: module of the frozen checkpoint, node and initializer of the graph."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-TURN_NODE = f"/{HEAD}/turn/MatMul"  # what turns the head's input
+ROTATION_NODE = f"/{HEAD}/turn/MatMul"  # multiplies the head's input by a rotation; the name is part of the format
 GENAI_CONFIG = "genai_config.json"
-# Initializers (positions, rotated width / 2): name -> the layer type they belong to, and 0 for cosines, 1 for sines.
+
+
+class RotaryTable(NamedTuple):
+    """A rotary table of the graph.
+
+    Attributes:
+        layer_type: the layers that use it; "" if all do.
+        is_sine: True for sines, False for cosines.
+    """
+
+    layer_type: str
+    is_sine: bool
+
+
+# Initializers of shape (positions, rotated width / 2).
 ROTARY_TABLES = {
-    "cos_cache": ("", 0),
-    "sin_cache": ("", 1),
-    "cos_cache_global": ("full_attention", 0),
-    "sin_cache_global": ("full_attention", 1),
-    "cos_cache_local": ("sliding_attention", 0),
-    "sin_cache_local": ("sliding_attention", 1),
+    "cos_cache": RotaryTable("", is_sine=False),
+    "sin_cache": RotaryTable("", is_sine=True),
+    "cos_cache_global": RotaryTable("full_attention", is_sine=False),
+    "sin_cache_global": RotaryTable("full_attention", is_sine=True),
+    "cos_cache_local": RotaryTable("sliding_attention", is_sine=False),
+    "sin_cache_local": RotaryTable("sliding_attention", is_sine=True),
 }
 
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
@@ -25,12 +40,12 @@ _NODE = re.compile(r"/(model/layers\.\d+/(?:attn|mlp)/\w+|lm_head)/MatMul(?:NBit
 
 
 def is_known(module: str) -> bool:
-    """Whether the builder has a place for this module's codes."""
+    """Return whether the builder's graph has a node for this module's codes."""
     return module in (EMBEDDING, HEAD) or _LINEAR.fullmatch(module) is not None
 
 
 def module_of_node(node: str) -> str | None:
-    """Module whose matrix a MatMulNBits or MatMul node multiplies by, None for a name the builder does not give."""
+    """Return the module whose matrix a MatMulNBits or MatMul node multiplies by, or None for other names."""
     found = _NODE.fullmatch(node)
     if found is None:
         return None
@@ -39,5 +54,5 @@ def module_of_node(node: str) -> str | None:
 
 
 def initializer_stem(node: str) -> str:
-    """What the names of a node's initializers start with."""
+    """Return the prefix of the names of a node's initializers."""
     return node.removeprefix("/").replace("/", ".")

@@ -1,7 +1,7 @@
-"""ONNX folder -> the codes and scales it holds, read from the bytes themselves: ONNX Runtime has no part in it.
+"""Read codes and scales back from the bytes of an ONNX folder, without ONNX Runtime.
 
-MatMulNBits B: uint8 (out, blocks, block * bits // 8), low nibble first, q + 2^(bits-1). A table that embedding and head
-share is given under both names; its bytes count once, as the embedding's, as a Hugging Face or GGUF file has it.
+MatMulNBits B: uint8 (out, blocks, block * bits // 8), low nibble first, code + 2^(bits-1). A table that embedding and
+head share is returned under both names; its bytes count once, as the embedding's, as in a Hugging Face or GGUF file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,72 +23,138 @@ from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.onnx import graph_file, names
 
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
-NEEDED = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
+FLOAT_OPERATORS = ("MatMul", "Gemm", "Gather", "Transpose")  # that can read a matrix in float
+
+
+class PartSize(NamedTuple):
+    """The part of the artifact that an initializer belongs to, and its bytes."""
+
+    name: str
+    size_bytes: int
 
 
 @dataclass
 class _Found:
-    """What the nodes have shown so far. parts: initializer name -> the part it counts in, and its bytes."""
+    """Everything that the nodes have shown so far.
+
+    Attributes:
+        weights: matrices by module name.
+        faults: one sentence each.
+        parts: part of each initializer, by its name.
+    """
 
     weights: dict[str, ArtifactWeight] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    parts: dict[str, tuple[str, int]] = field(default_factory=dict)
+    parts: dict[str, PartSize] = field(default_factory=dict)
+
+
+class _NamedTensor(NamedTuple):
+    """An initializer: its name and its values."""
+
+    name: str
+    values: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _MatrixLocation:
+    """Location of a quantized matrix in the graph.
+
+    Attributes:
+        module: module it belongs to.
+        shape: (out, in), without padding.
+        part: part of the artifact that its codes count in.
+        codes_input: input of the node with the codes.
+        scales_input: input of the node with the scales.
+        first_optional_input: input of the node from which on only zero points, orders and biases follow.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    part: str
+    codes_input: int
+    scales_input: int
+    first_optional_input: int
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A graph with its initializers and the producers of its values by name."""
+    """A graph with its initializers, and the producers of its values, by name."""
 
     path: Path
     model: onnx.ModelProto
     initializers: dict[str, onnx.TensorProto]
     producers: dict[str, onnx.NodeProto]
 
-    def constant(self, node: onnx.NodeProto, index: int) -> tuple[str, NDArray[Any]]:
-        """Name and values of a node's constant input, looking through a Reshape of it."""
+    @classmethod
+    def load(cls, path: Path) -> _Graph:
+        model = graph_file.load_graph(path)
+        return cls(
+            path,
+            model,
+            {initializer.name: initializer for initializer in model.graph.initializer},
+            {output: node for node in model.graph.node for output in node.output},
+        )
+
+    def constant(self, node: onnx.NodeProto, index: int) -> _NamedTensor:
+        """Return a node's constant input, or the one behind a Reshape of it.
+
+        Raises:
+            ArtifactError: the input is not a stored tensor.
+        """
         name = node.input[index] if index < len(node.input) else ""
         if name not in self.initializers and name in self.producers:
             producer = self.producers[name]
             name = producer.input[0] if producer.op_type == "Reshape" else name
         if name not in self.initializers:
-            raise self.damaged(node, f"input {index} ('{name}') is no stored tensor")
-        return name, graph_file.tensor(self.initializers[name], self.path.parent)
+            raise self.damaged(node, f"input {index} ('{name}') is not a stored tensor")
+        return _NamedTensor(name, graph_file.tensor(self.initializers[name], self.path.parent))
 
-    def damaged(self, node: onnx.NodeProto, what: str) -> ArtifactError:
-        return ArtifactError(f"{self.path}: node '{node.name}': {what}. {graph_file.AGAIN}")
+    def damaged(self, node: onnx.NodeProto, problem: str) -> ArtifactError:
+        return ArtifactError(f"{self.path}: node '{node.name}': {problem}. {graph_file.AGAIN}")
 
 
 def read(folder: Path) -> Artifact:
-    """Everything an ONNX folder holds.
+    """Read everything in an ONNX folder.
 
     Raises:
         ArtifactError: a file is missing, truncated or garbled.
     """
     genai = _genai_config(folder / names.GENAI_CONFIG)
-    model = graph_file.load_graph(folder / names.MODEL_FILE)
-    graph = _Graph(
-        folder / names.MODEL_FILE,
-        model,
-        {i.name: i for i in model.graph.initializer},
-        {output: node for node in model.graph.node for output in node.output},
-    )
+    graph = _Graph.load(folder / names.MODEL_FILE)
     found = _Found()
-    for node in model.graph.node:
+    for node in graph.model.graph.node:
         if node.op_type == "MatMulNBits":
             _read_linear(graph, node, found)
         elif node.op_type == "GatherBlockQuantized":
             _read_embedding(graph, node, genai["model"]["decoder"]["hidden_size"], found)
-        elif node.op_type in ("MatMul", "Gemm", "Gather", "Transpose") and node.name != names.TURN_NODE:
-            _float_matrix(graph, node, found)
-    found.faults += _missing(found.weights, genai) + _config_faults(folder, graph, genai)
-    _join_fused(model, found)
-    return Artifact(found.weights, _metadata(graph, genai), _sizes(folder, found), found.faults, _turns(graph))
+        elif node.op_type in FLOAT_OPERATORS and node.name != names.ROTATION_NODE:
+            _record_float_matrix(graph, node, found)
+
+    # Before fused projections are joined: the configuration of the graph counts them separately.
+    found.faults += _missing_matrices(found.weights, genai) + _config_faults(folder, graph, genai)
+    _join_fused(graph.model, found)
+    return Artifact(
+        weights=found.weights,
+        metadata=_metadata(graph, genai),
+        size_bytes=_sizes(folder, found),
+        faults=found.faults,
+        floats=_rotation_hashes(graph),
+    )
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Codes of rows packed low nibble first: uint8 (out, in * bits // 8) to int8 (out, in)."""
-    if bits == 8:
-        return (packed ^ 0x80).view(np.int8)
+    """Unpack rows of codes: uint8 (out, in * bits // 8) to int8 (out, in)."""
+    return _unpack_int4(packed) if bits == 4 else _unpack_int8(packed)
+
+
+def _unpack_int8(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Convert unsigned codes, code + 128, to int8: flipping the sign bit of two's complement does that."""
+    return (packed ^ 0x80).view(np.int8)
+
+
+def _unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Unpack int4 codes, low nibble first, value code + 8: uint8 (out, in // 2) to int8 (out, in)."""
     codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
     codes[:, 0::2] = packed & 0xF
     codes[:, 1::2] = packed >> 4
@@ -101,127 +167,141 @@ def _read_linear(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
     if module is None or module in found.weights:
         found.faults.append(f"node '{node.name}' multiplies by the matrix of no layer, or of one that has a node.")
         return
-    stem, facts = names.initializer_stem(node.name), _integers(node)
-    named = (f"{stem}.qweight", f"{stem}.scales")
-    if tuple(node.input[1:3]) != named:
-        found.faults.append(f"{module}: node '{node.name}' reads {list(node.input[1:3])} in place of {list(named)}.")
-    if facts.get("accuracy_level") != INT8_ACTIVATIONS:
+
+    # Names of initializers say which layer's codes a node should read.
+    stem, attributes = names.initializer_stem(node.name), _integers(node)
+    expected = (f"{stem}.qweight", f"{stem}.scales")
+    if tuple(node.input[1:3]) != expected:
+        found.faults.append(f"{module}: node '{node.name}' reads {list(node.input[1:3])} in place of {list(expected)}.")
+    if attributes.get("accuracy_level") != INT8_ACTIVATIONS:
         found.faults.append(
-            f"{module}: accuracy_level {facts.get('accuracy_level')} leaves its input in float; it was trained "
+            f"{module}: accuracy_level {attributes.get('accuracy_level')} leaves its input in float; it was trained "
             f"with an int8 input, which is level {INT8_ACTIVATIONS}."
         )
-    shape = (facts.get("N", 0), facts.get("K", 0))
+
+    shape = (attributes.get("N", 0), attributes.get("K", 0))
     part = names.HEAD if module == names.HEAD else "linears"
-    _read_matrix(graph, node, (1, 2, 3), module, shape, part, found)
+    _read_matrix(graph, node, _MatrixLocation(module, shape, part, 1, 2, 3), found)
 
 
 def _read_embedding(graph: _Graph, node: onnx.NodeProto, width: int, found: _Found) -> None:
     axes = (_integers(node).get("gather_axis", 0), _integers(node).get("quantize_axis", 1))
     if axes != (0, 1):
         raise graph.damaged(node, f"gathers and quantizes along axes {axes}, not (0, 1)")
-    rows = graph.constant(node, 2)[1].shape[0]
-    _read_matrix(graph, node, (0, 2, 3), names.EMBEDDING, (rows, width), "embedding", found)
+    rows = graph.constant(node, 2).values.shape[0]
+    _read_matrix(graph, node, _MatrixLocation(names.EMBEDDING, (rows, width), "embedding", 0, 2, 3), found)
 
 
-def _read_matrix(
-    graph: _Graph,
-    node: onnx.NodeProto,
-    inputs: tuple[int, int, int],
-    module: str,
-    shape: tuple[int, int],
-    part: str,
-    found: _Found,
-) -> None:
-    """Unpack the matrix (out, in) of `shape`. inputs: where the node takes codes, scales and zero points."""
-    facts = _integers(node)
-    bits, block = facts.get("bits", 4), facts.get("block_size", 0)
-    (codes_name, packed), (scales_name, scales) = graph.constant(node, inputs[0]), graph.constant(node, inputs[1])
-    blocks = -(-shape[1] // block) if block > 0 else 0
-    whole = packed.size == shape[0] * blocks * block * bits // 8 or packed.size == shape[0] * shape[1] * bits // 8
-    if bits not in (4, 8) or not blocks or not whole or packed.dtype != np.uint8:
-        raise graph.damaged(node, f"{packed.dtype} {packed.shape} cannot hold {bits}-bit codes of a {shape} matrix")
-    if scales.size != shape[0] * blocks or scales.dtype != np.float32:
-        raise graph.damaged(node, f"scales {scales.dtype} {scales.shape}, expected float32 {(shape[0], blocks)}")
-    if any(node.input[inputs[2] :]):
-        found.faults.append(
-            f"{module}: zero points, a group order or a bias ({list(node.input[inputs[2] :])}) were added."
-        )
-    codes = unpack(np.asarray(packed).reshape(shape[0], -1), bits)[:, : shape[1]]
-    scales_bytes = scales.nbytes
-    scales = np.array(scales).reshape(shape[0], blocks)
-    if bits == 8 and (scales == scales[:, :1]).all():  # per channel, repeated for every block
-        scales = scales[:, :1].copy()
-    found.weights[module] = ArtifactWeight(codes, scales, bits, block)
-    # The gather comes first in the graph, so a shared table keeps the embedding's name.
-    found.parts.setdefault(codes_name, (part, packed.nbytes))
-    found.parts.setdefault(scales_name, ("scales" if part == "linears" else part, scales_bytes))
+def _read_matrix(graph: _Graph, node: onnx.NodeProto, matrix: _MatrixLocation, found: _Found) -> None:
+    """Check the sizes of a matrix, unpack it and record it."""
+    attributes = _integers(node)
+    bits, block = attributes.get("bits", 4), attributes.get("block_size", 0)
+    codes, scales = graph.constant(node, matrix.codes_input), graph.constant(node, matrix.scales_input)
+    rows, width = matrix.shape
+
+    # The last block of a row may be padded in MatMulNBits, and is not in GatherBlockQuantized.
+    blocks = -(-width // block) if block > 0 else 0
+    sizes = (rows * blocks * block * bits // 8, rows * width * bits // 8)
+    packed = codes.values
+    if bits not in (4, 8) or not blocks or packed.size not in sizes or packed.dtype != np.uint8:
+        problem = f"{packed.dtype} {packed.shape} cannot hold {bits}-bit codes of a {matrix.shape} matrix"
+        raise graph.damaged(node, problem)
+    if scales.values.size != rows * blocks or scales.values.dtype != np.float32:
+        problem = f"scales {scales.values.dtype} {scales.values.shape}, expected float32 {(rows, blocks)}"
+        raise graph.damaged(node, problem)
+    optional = list(node.input[matrix.first_optional_input :])
+    if any(optional):
+        found.faults.append(f"{matrix.module}: zero points, a group order or a bias ({optional}) were added.")
+
+    unpacked = unpack(np.asarray(packed).reshape(rows, -1), bits)[:, :width]
+    by_block = np.array(scales.values).reshape(rows, blocks)
+    if bits == 8 and (by_block == by_block[:, :1]).all():  # per channel, repeated for every block
+        by_block = by_block[:, :1].copy()
+    found.weights[matrix.module] = ArtifactWeight(unpacked, by_block, bits, block)
+
+    # The gather comes first in the graph, so a shared table counts as the embedding's.
+    found.parts.setdefault(codes.name, PartSize(matrix.part, packed.nbytes))
+    scales_part = "scales" if matrix.part == "linears" else matrix.part
+    found.parts.setdefault(scales.name, PartSize(scales_part, scales.values.nbytes))
 
 
-def _float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
-    """A matrix in float would work, and would not be what was frozen: its size counts, and it is named."""
+def _record_float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
+    """Record the size of a matrix in float as a fault: it would work, but it is not what was frozen."""
     for name in node.input:
         if name not in graph.initializers or len(graph.initializers[name].dims) != 2:
             continue
-        if "/lora_" in node.name:
-            part = "adapters"
-        elif node.op_type in ("Gather", "Transpose"):  # a head's table is turned where the embedding shares it
-            part = "embedding"
-        else:
-            part = names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
-        found.parts.setdefault(name, (part, graph_file.tensor(graph.initializers[name], graph.path.parent).nbytes))
+        size_bytes = graph_file.tensor(graph.initializers[name], graph.path.parent).nbytes
+        found.parts.setdefault(name, PartSize(_part_of_float_matrix(node), size_bytes))
         found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
 
 
-def _turns(graph: _Graph) -> frozenset[str]:
-    """sha256 of what turns the head's input, if anything does."""
-    stored = [graph.constant(node, 1)[1] for node in graph.model.graph.node if node.name == names.TURN_NODE]
-    return frozenset(hashlib.sha256(np.ascontiguousarray(turn.T).tobytes()).hexdigest() for turn in stored)
+def _part_of_float_matrix(node: onnx.NodeProto) -> str:
+    if "/lora_" in node.name:
+        return "adapters"
+    if node.op_type in ("Gather", "Transpose"):  # a head that shares the embedding's table reads it transposed
+        return "embedding"
+    return names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
+
+
+def _rotation_hashes(graph: _Graph) -> frozenset[str]:
+    """Return the sha256 of the rotation of the head's input, as the checkpoint stores it; empty if there is none."""
+    stored = [graph.constant(node, 1).values for node in graph.model.graph.node if node.name == names.ROTATION_NODE]
+    return frozenset(hashlib.sha256(np.ascontiguousarray(matrix.T).tobytes()).hexdigest() for matrix in stored)
 
 
 def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
-    """Put projections together that the model has in one, by what the graph's metadata says of them."""
+    """Join the parts of fused projections by rows, according to the graph's metadata."""
     for entry in model.metadata_props:
-        fused = json.loads(entry.value) if entry.key == "fused" else {}
-        for name, parts in fused.items():
-            pieces = [found.weights.pop(part) for part in parts if part in found.weights]
-            if len(pieces) == len(parts):
-                codes, scales = (np.concatenate([getattr(p, what) for p in pieces]) for what in ("codes", "scales"))
-                found.weights[name] = ArtifactWeight(codes, scales, pieces[0].bits, pieces[0].block)
+        fused: dict[str, list[str]] = json.loads(entry.value) if entry.key == "fused" else {}
+        for name, part_names in fused.items():
+            parts = [found.weights.pop(part) for part in part_names if part in found.weights]
+            if len(parts) == len(part_names):  # a missing part has been recorded as a fault
+                codes = np.concatenate([part.codes for part in parts])
+                scales = np.concatenate([part.scales for part in parts])
+                found.weights[name] = ArtifactWeight(codes, scales, parts[0].bits, parts[0].block)
 
 
-def _missing(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:
-    """A matrix that other layers have and one has not; an absent embedding or head."""
+def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:
+    """Return a fault for each matrix that other layers have and one lacks, and for a missing embedding or head."""
     layers = range(genai["model"]["decoder"]["num_hidden_layers"])
     linears = [name for name in weights if name not in (names.EMBEDDING, names.HEAD)]
-    kinds = {name.split(".", 3)[3] for name in linears}
-    wanted = [f"model.layers.{i}.{kind}" for i in layers for kind in sorted(kinds)] + [names.EMBEDDING, names.HEAD]
-    absent = [f"{name}: no quantized matrix of that name." for name in wanted if name not in weights]
-    return absent or [f"{name}: no layer that the configuration knows." for name in linears if name not in wanted]
+    in_layer = sorted({name.split(".", 3)[3] for name in linears})  # "self_attn.q_proj" of "model.layers.0...."
+    expected = [f"model.layers.{layer}.{name}" for layer in layers for name in in_layer]
+    expected += [names.EMBEDDING, names.HEAD]
+    absent = [f"{name}: no quantized matrix of that name." for name in expected if name not in weights]
+    return absent or [f"{name}: no layer that the configuration knows." for name in linears if name not in expected]
 
 
 def _config_faults(folder: Path, graph: _Graph, genai: dict[str, Any]) -> list[str]:
+    """Return faults of genai_config.json, of the length of rotary tables and of missing tokenizer files."""
     faults = []
     model, longest = genai["model"], genai.get("search", {}).get("max_length")
     context = model.get("context_length")
     if context is None or longest != context:
         faults.append(f"{names.GENAI_CONFIG}: search.max_length {longest} is not model.context_length {context}.")
     if not model.get("eos_token_id"):
-        faults.append(f"{names.GENAI_CONFIG}: no model.eos_token_id, so no answer would ever end.")
-    if model["decoder"].get("filename") != names.MODEL_FILE:
-        faults.append(f"{names.GENAI_CONFIG}: names {model['decoder'].get('filename')}, not {names.MODEL_FILE}.")
-    positions = [i.dims[0] for name, i in graph.initializers.items() if name in names.ROTARY_TABLES]
+        faults.append(f"{names.GENAI_CONFIG}: no model.eos_token_id, so generation would never end.")
+    filename = model["decoder"].get("filename")
+    if filename != names.MODEL_FILE:
+        faults.append(f"{names.GENAI_CONFIG}: names {filename}, not {names.MODEL_FILE}.")
+
+    positions = [tensor.dims[0] for name, tensor in graph.initializers.items() if name in names.ROTARY_TABLES]
     if context is not None and positions and min(positions) < context:
         faults.append(f"{names.MODEL_FILE}: rotary tables for {min(positions)} positions, but a context of {context}.")
-    faults += [f"{name}: missing, so the text cannot be tokenized." for name in NEEDED if not (folder / name).is_file()]
+
+    for name in TOKENIZER_FILES:
+        if not (folder / name).is_file():
+            faults.append(f"{name}: missing, so the text cannot be tokenized.")
     return faults
 
 
 def _metadata(graph: _Graph, genai: dict[str, Any]) -> dict[str, Any]:
+    """Return what a runtime reads besides tensors."""
     model = graph.model
     return {
         "genai_config": genai,
         "ir_version": model.ir_version,
-        "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import},
+        "opsets": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
         "producer": model.producer_name,
         "context_length": genai["model"].get("context_length"),
         "end_tokens": genai["model"].get("eos_token_id"),
@@ -229,22 +309,25 @@ def _metadata(graph: _Graph, genai: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(folder: Path, found: _Found) -> dict[str, int]:
-    """Bytes by part. graph: nodes, norms, biases, rotary tables, padding and configuration."""
+    """Return bytes by part. "graph": nodes, norms, biases, rotary tables, padding and configuration."""
     sizes = dict.fromkeys(("linears", "scales", "embedding", "head", "graph", "tokenizer"), 0)
-    for part, size in found.parts.values():
-        part = "head" if part == names.HEAD else part
-        sizes[part] = sizes.get(part, 0) + size
-    files = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MANIFEST}
-    sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.FILES)
+    for part in found.parts.values():
+        name = "head" if part.name == names.HEAD else part.name
+        sizes[name] = sizes.get(name, 0) + part.size_bytes
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
+    sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.TOKENIZER_FILES)
+    # Everything that belongs to no other part.
     sizes["graph"] = sum(files.values()) - sum(sizes.values())
     return sizes
 
 
 def _integers(node: onnx.NodeProto) -> dict[str, int]:
-    return {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
+    """Return the integer attributes of a node."""
+    return {attribute.name: attribute.i for attribute in node.attribute if attribute.type == onnx.AttributeProto.INT}
 
 
 def _genai_config(path: Path) -> dict[str, Any]:
+    """Read genai_config.json and check the values that the reader needs."""
     if not path.is_file():
         raise ArtifactError(f"{path}: missing. {graph_file.AGAIN}")
     try:

@@ -1,27 +1,33 @@
-"""What this target lacks for a model, said by its configuration alone: before it is trained, frozen or exported."""
+"""Tell from its configuration alone whether a model can be exported to ONNX, before it is trained or frozen."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from qat_edge_exporters.onnx import compat
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-ROTATED_MULTIPLE = 16  # channels of a head: GroupQueryAttention takes tables of a multiple of 8 columns, half as wide
+# Rotated channels of a head must be a multiple: GroupQueryAttention takes tables of half as many columns, and their
+# number must be a multiple of 8.
+ROTATED_MULTIPLE = 16
 
 
-def missing(config: Any) -> str:
-    """Why the model cannot become ONNX, as a sentence; empty where nothing speaks against it."""
-    architectures, known = config.architectures or [], _known_to_builder()
+def missing(config: PretrainedConfig) -> str:
+    """Return a sentence on why the model cannot become ONNX; empty if nothing prevents it."""
+    architectures, known = config.architectures or [], compat.known_architectures()
     if architectures and known and architectures[0] not in known:
         return f"onnxruntime-genai's builder does not know the architecture {architectures[0]}."
-    strange = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
-    if strange:
-        return f"layers of type {', '.join(strange)} keep no plain key-value cache."
+
+    unsupported = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
+    if unsupported:
+        return f"layers of type {', '.join(unsupported)} have no plain key-value cache."
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal."
-    rotated = _rotated(config)
+
+    rotated = _rotated_channels(config)
     if rotated % ROTATED_MULTIPLE:
         return (
             f"{rotated} channels of each head are rotated, and onnxruntime's attention rotates a multiple "
@@ -30,18 +36,9 @@ def missing(config: Any) -> str:
     return ""
 
 
-def _known_to_builder() -> set[str]:
-    """Architectures that the installed builder branches on; none where its source cannot be read."""
-    spec = importlib.util.find_spec("onnxruntime_genai")
-    source = Path(spec.origin).parent / "models/builder.py" if spec and spec.origin else None
-    if source is None or not source.is_file():
-        return set()
-    return set(re.findall(r'architectures\[0\] == "(\w+)"', source.read_text(encoding="utf-8")))
-
-
-def _rotated(config: Any) -> int:
-    """Channels of a head that positions turn."""
+def _rotated_channels(config: PretrainedConfig) -> int:
+    """Return the number of channels of a head that get a rotary embedding."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    parameters = parameters.get("full_attention", parameters)
+    parameters = parameters.get("full_attention", parameters)  # some models have parameters for each layer type
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(width * parameters.get("partial_rotary_factor", 1.0))

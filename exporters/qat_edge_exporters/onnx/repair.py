@@ -1,21 +1,24 @@
-"""What the builder leaves to be put right in its graph before it is the frozen function.
+"""Correct the builder's graph until it computes the frozen model.
 
-- A head that shares its table with the embedding has flat scales, and onnxruntime then refuses the model:
-  GatherBlockQuantized wants them as (vocabulary, blocks).
-- An embedding of its own would be a float table: it becomes GatherBlockQuantized over the frozen codes.
-- A row whose width no block divides counts its padding in K.
-- A head whose input is turned (`quant.turned`) is built as if it were not.
-- Adapters that are to stay beside their layers have no place yet.
-- The rotary tables are plain ones for the longest context the model knows: the model's own, up to the context length,
-  take their place.
-- A layer whose queries and keys are not rotated (SmolLM3) is built as if they were.
+The builder leaves these differences:
+
+- A head that shares its table with the embedding has flat scales, and onnxruntime then rejects the model:
+  GatherBlockQuantized needs them as (vocabulary, blocks).
+- An embedding with its own table is stored in float; it becomes GatherBlockQuantized over the frozen codes.
+- For a row whose width no block size divides, K includes the padding.
+- A head whose input is rotated (`quant.rotated_norm`) is built without the rotation.
+- Unmerged adapters are missing.
+- Rotary tables are of the default type, for the longest context that the model supports. The model's own tables, up to
+  the context length, replace them.
+- Layers whose queries and keys are not rotated (SmolLM3) are built as if they were.
 - The factor of scaled embeddings (Gemma) is rounded to two decimals.
-- Projections that the model has in one are built apart: the graph's metadata says so, for its reader.
+- Fused projections are built separately; the graph's metadata records that for its reader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +31,63 @@ from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.onnx import graph_file, names
-from qat_edge_exporters.onnx.architecture import Architecture, metadata
-from qat_edge_exporters.onnx.layout import block_scales, block_size, packed_codes
+from qat_edge_exporters.onnx.architecture import Architecture, fused_metadata
+from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
 from qat_edge_exporters.onnx.unmerged_adapters import add_adapters
 
 EMBEDDING_GATHER = "/model/embed_tokens/Gather"
 EMBEDDING_SCALE = "/model/embed_tokens/Mul"
-TABLE_INPUTS = (7, 8)  # of GroupQueryAttention: cosines and sines
+ROTARY_INPUTS = (7, 8)  # of GroupQueryAttention: cosines and sines
+
+Tensors = dict[str, NDArray[Any]]  # new values of initializers, by name
 
 
-def repair(
-    built: Path,
-    out: Path,
-    weights: Mapping[str, FrozenWeight],
-    adapters: Mapping[str, Adapter],
-    shared: bool,
-    architecture: Architecture,
-    turn: NDArray[np.float32] | None = None,
-) -> None:
-    """Write the repaired graph and its data file of the builder's folder `built` into `out`.
+@dataclass(frozen=True)
+class FrozenModel:
+    """Contents of the checkpoint that the graph has to compute.
 
-    weights: none for a float model. shared: the embedding reads the head's table, or is float as the builder left it.
-    turn: (width, width), what the head's input is multiplied by; None for nothing.
+    Attributes:
+        weights: quantized matrices by module name; empty for a float model.
+        adapters: unmerged adapters by module name.
+        is_table_shared: the embedding reads the head's table, or is in float and stays as the builder made it.
+        architecture: properties that the builder does not read, or reads wrongly.
+        rotation: matrix (width, width) that the head's input is multiplied by; None for none.
+    """
+
+    weights: Mapping[str, FrozenWeight]
+    adapters: Mapping[str, Adapter]
+    is_table_shared: bool
+    architecture: Architecture
+    rotation: NDArray[np.float32] | None = None
+
+
+def repair(built: Path, out: Path, frozen: FrozenModel) -> None:
+    """Read the graph of the builder's folder `built`, and write the repaired graph and its data file into `out`.
 
     Raises:
-        ExportError: the builder left a frozen matrix out, or stored it otherwise than asked.
+        ExportError: the builder left a frozen matrix out, or stored it differently than requested.
     """
     model = graph_file.load_graph(built / names.MODEL_FILE)
-    _check_matrices(model, weights)
+    architecture = frozen.architecture
+    _check_matrices(model, frozen.weights)
+
+    # Each step changes the graph and returns the values of the initializers that it changed or added.
     tensors = _shaped_scales(model, built) | _rotary_tables(model, architecture)
-    tensors |= _embedding_scale(model, architecture.embedding_scale)
-    _leave_unrotated(model, architecture.plain_layers)
-    helper.set_model_props(model, metadata(architecture.fused))
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            width = weights[_module(node)].codes.shape[1]
-            next(a for a in node.attribute if a.name == "K").i = width
-    if not shared:
-        tensors |= _quantized_embedding(model, weights[names.EMBEDDING])
-    if turn is not None:
-        tensors |= _turned_input(model, turn)
-    tensors |= add_adapters(model, adapters)
+    tensors |= _exact_embedding_scale(model, architecture.embedding_scale)
+    _remove_rotation(model, architecture.unrotated_layers)
+    helper.set_model_props(model, fused_metadata(architecture.fused))
+    _set_widths(model, frozen.weights)
+    if not frozen.is_table_shared:
+        tensors |= _quantize_embedding(model, frozen.weights[names.EMBEDDING])
+    if frozen.rotation is not None:
+        tensors |= _rotate_head_input(model, frozen.rotation)
+    tensors |= add_adapters(model, frozen.adapters)
+
     graph_file.save(model, tensors, built, out)
 
 
 def _check_matrices(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight]) -> None:
+    """Require a node for every matrix, with the bits and blocks that were requested."""
     nodes = {_module(node): node for node in model.graph.node if node.op_type == "MatMulNBits"}
     for name, weight in weights.items():
         if name == names.EMBEDDING:
@@ -82,25 +97,26 @@ def _check_matrices(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight])
                 f"onnx: the builder made no MatMulNBits node for {name}. The layer may be unknown to it: "
                 "`pip show onnxruntime-genai` should say 0.18."
             )
-        found = {a.name: a.i for a in nodes[name].attribute}
-        asked = {"bits": weight.bits, "block_size": block_size(weight), "N": weight.codes.shape[0]}
-        if asked.items() - found.items() or len(nodes[name].input) != 3:
+        found = {attribute.name: attribute.i for attribute in nodes[name].attribute}
+        requested = {"bits": weight.bits, "block_size": block_size(weight), "N": weight.codes.shape[0]}
+        if requested.items() - found.items() or len(nodes[name].input) != 3:
             raise ExportError(
-                f"onnx: the builder stored {name} as {found} with inputs {list(nodes[name].input)}; asked for {asked}."
+                f"onnx: the builder stored {name} as {found} with inputs {list(nodes[name].input)}; requested was "
+                f"{requested}."
             )
 
 
 def _module(node: onnx.NodeProto) -> str:
     module = names.module_of_node(node.name)
     if module is None:
-        raise ExportError(f"onnx: the builder made a quantized node '{node.name}' that no frozen layer answers to.")
+        raise ExportError(f"onnx: the builder made a quantized node '{node.name}' that matches no frozen layer.")
     return module
 
 
-def _shaped_scales(model: onnx.ModelProto, built: Path) -> dict[str, NDArray[Any]]:
-    """Every MatMulNBits node's scales as (out, blocks); the flat form is one that the operator has deprecated."""
-    initializers = {i.name: i for i in model.graph.initializer}
-    shaped: dict[str, NDArray[Any]] = {}
+def _shaped_scales(model: onnx.ModelProto, built: Path) -> Tensors:
+    """Reshape every MatMulNBits node's scales to (out, blocks); the flat form is deprecated by the operator."""
+    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
+    shaped: Tensors = {}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             codes, scales = (initializers[name] for name in node.input[1:3])
@@ -108,34 +124,44 @@ def _shaped_scales(model: onnx.ModelProto, built: Path) -> dict[str, NDArray[Any
     return shaped
 
 
-def _rotary_tables(model: onnx.ModelProto, architecture: Architecture) -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
+def _set_widths(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight]) -> None:
+    """Set K of every MatMulNBits node to the width of its matrix without padding."""
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            _attribute(node, "K").i = weights[_module(node)].codes.shape[1]
+
+
+def _rotary_tables(model: onnx.ModelProto, architecture: Architecture) -> Tensors:
+    """Return the model's own rotary tables for the initializers that hold such tables."""
+    found: Tensors = {}
     for initializer in model.graph.initializer:
-        kind, place = names.ROTARY_TABLES.get(initializer.name, (None, 0))
-        if kind not in architecture.rotary:
+        table_name = names.ROTARY_TABLES.get(initializer.name)
+        if table_name is None or table_name.layer_type not in architecture.rotary:
             continue
-        table = architecture.rotary[kind][place]
+        tables = architecture.rotary[table_name.layer_type]
+        table = tables.sines if table_name.is_sine else tables.cosines
         if table.shape[1] != initializer.dims[1]:
-            found_width, width = 2 * initializer.dims[1], 2 * table.shape[1]
-            raise ExportError(f"onnx: the builder rotates {found_width} channels of a head, the model {width}.")
+            built_width, width = 2 * initializer.dims[1], 2 * table.shape[1]
+            raise ExportError(f"onnx: the builder rotates {built_width} channels of a head, the model {width}.")
         found[initializer.name] = table
     return found
 
 
-def _leave_unrotated(model: onnx.ModelProto, layers: Sequence[int]) -> None:
+def _remove_rotation(model: onnx.ModelProto, layers: Sequence[int]) -> None:
+    """Remove the rotary embedding from the attention of `layers`."""
     attention = {f"/model/layers.{i}/attn/GroupQueryAttention" for i in layers}
     for node in model.graph.node:
         if node.name in attention:
-            next(a for a in node.attribute if a.name == "do_rotary").i = 0
-            for place in TABLE_INPUTS:
-                node.input[place] = ""
+            _attribute(node, "do_rotary").i = 0
+            for index in ROTARY_INPUTS:
+                node.input[index] = ""
 
 
-def _embedding_scale(model: onnx.ModelProto, scale: float) -> dict[str, NDArray[Any]]:
-    """The exact factor in a constant of its own: the builder's may serve other nodes too."""
-    node = next((n for n in model.graph.node if n.name == EMBEDDING_SCALE), None)
+def _exact_embedding_scale(model: onnx.ModelProto, scale: float) -> Tensors:
+    """Give the embedding's factor a constant of its own with the exact value: the builder's may serve other nodes."""
+    node = next((node for node in model.graph.node if node.name == EMBEDDING_SCALE), None)
     if (scale != 1) != (node is not None):
-        raise ExportError(f"onnx: the model scales its embeddings by {scale:g}, the builder's graph otherwise.")
+        raise ExportError(f"onnx: the model scales its embeddings by {scale:g}, but the builder's graph does not.")
     if node is None:
         return {}
     name = f"{names.EMBEDDING}.scale"
@@ -144,23 +170,27 @@ def _embedding_scale(model: onnx.ModelProto, scale: float) -> dict[str, NDArray[
     return {name: np.array(scale, np.float32)}
 
 
-def _turned_input(model: onnx.ModelProto, turn: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """One more product before the head's; nodes lie in the order of computation."""
-    place, head = next((i, n) for i, n in enumerate(model.graph.node) if names.module_of_node(n.name) == names.HEAD)
-    weight = f"{names.initializer_stem(names.TURN_NODE)}.weight"
-    output = f"{names.TURN_NODE}/output_0"
-    model.graph.node.insert(place, helper.make_node("MatMul", [head.input[0], weight], [output], name=names.TURN_NODE))
+def _rotate_head_input(model: onnx.ModelProto, rotation: NDArray[np.float32]) -> Tensors:
+    """Insert a product with `rotation` before the head."""
+    # Directly before the head, because nodes must be in the order of computation.
+    index, head = next(
+        (index, node) for index, node in enumerate(model.graph.node) if names.module_of_node(node.name) == names.HEAD
+    )
+    weight = f"{names.initializer_stem(names.ROTATION_NODE)}.weight"
+    output = f"{names.ROTATION_NODE}/output_0"
+    product = helper.make_node("MatMul", [head.input[0], weight], [output], name=names.ROTATION_NODE)
+    model.graph.node.insert(index, product)
     head.input[0] = output
     model.graph.initializer.add(name=weight)
-    return {weight: np.ascontiguousarray(turn.T)}  # (in, out)
+    return {weight: np.ascontiguousarray(rotation.T)}  # (in, out)
 
 
-def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[str, NDArray[Any]]:
-    """Turn the float Gather into GatherBlockQuantized; an unsigned code stands for code - 2^(bits - 1)."""
-    gather = next((n for n in model.graph.node if n.name == EMBEDDING_GATHER), None)
+def _quantize_embedding(model: onnx.ModelProto, table: FrozenWeight) -> Tensors:
+    """Replace the float Gather by GatherBlockQuantized; an unsigned code stands for code - 2^(bits - 1)."""
+    gather = next((node for node in model.graph.node if node.name == EMBEDDING_GATHER), None)
     if gather is None:
-        raise ExportError(f"onnx: the builder made no node '{EMBEDDING_GATHER}' for an embedding of its own.")
-    codes, ids = gather.input
+        raise ExportError(f"onnx: the builder made no node '{EMBEDDING_GATHER}' for an embedding with its own table.")
+    float_table, ids = gather.input
     stem = f"{names.EMBEDDING}.GatherBlockQuantized"
     gather.CopyFrom(
         helper.make_node(
@@ -175,10 +205,17 @@ def _quantized_embedding(model: onnx.ModelProto, table: FrozenWeight) -> dict[st
             quantize_axis=1,
         )
     )
-    next(i for i in model.graph.initializer if i.name == codes).name = f"{stem}.qweight"
+    # The float table's initializer is reused for the codes.
+    next(i for i in model.graph.initializer if i.name == float_table).name = f"{stem}.qweight"
     model.graph.initializer.add(name=f"{stem}.scales")
-    width = table.codes.shape[1]
+
+    # GatherBlockQuantized has no padding, unlike MatMulNBits.
+    row_bytes = table.codes.shape[1] * table.bits // 8
     return {
-        f"{stem}.qweight": np.ascontiguousarray(packed_codes(table)[:, : width * table.bits // 8].numpy()),
+        f"{stem}.qweight": np.ascontiguousarray(packed_codes(table)[:, :row_bytes].numpy()),
         f"{stem}.scales": block_scales(table).numpy(),
     }
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
+    return next(attribute for attribute in node.attribute if attribute.name == name)

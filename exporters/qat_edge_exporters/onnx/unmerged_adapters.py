@@ -1,4 +1,4 @@
-"""Adapters that were not merged, as two more products beside each layer's own: y = W x + s B (A x)."""
+"""Add LoRA adapters to the graph without merging them: y = W x + s B (A x), with two more products per layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from qat_edge_exporters.onnx import names
 
 
 def add_adapters(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dict[str, NDArray[Any]]:
-    """Put every adapter into the graph; the new initializers' values by name.
+    """Add the nodes of every adapter to the graph.
+
+    Args:
+        model: the graph, changed in place.
+        adapters: adapters by module name.
+
+    Returns:
+        Values of the new initializers, by name.
 
     Raises:
-        ExportError: the graph has no product of its own for an adapter's layer, or one of another shape.
+        ExportError: an adapter's layer has no node of its own in the graph.
     """
     nodes = {names.module_of_node(n.name): n for n in model.graph.node if n.op_type in ("MatMul", "MatMulNBits")}
     tensors: dict[str, NDArray[Any]] = {}
@@ -28,7 +35,7 @@ def add_adapters(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dic
         node = nodes.get(module)
         if node is None:
             raise ExportError(
-                f"onnx: the builder made no product of its own for {module}, so its adapter has no place. "
+                f"onnx: the builder made no separate node for {module}, so its adapter cannot be added. "
                 "Leave this target out with --target executorch."
             )
         stem = names.initializer_stem(node.name).rpartition(".")[0]
@@ -39,16 +46,19 @@ def add_adapters(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dic
         for name, weight in weights.items():
             model.graph.initializer.add(name=name)
             tensors[name] = np.ascontiguousarray(weight.numpy())
-        added[node.name] = _beside(node, list(weights))
-    nodes_in_order = [part for node in model.graph.node for part in (node, *added.get(node.name, []))]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes_in_order]
+        added[node.name] = _adapter_nodes(node, list(weights))
+
+    # Nodes must be in the order of computation, so each adapter's follow those of its layer. Copied before the list is
+    # cleared, because that frees the originals.
+    in_order = [part for node in model.graph.node for part in (node, *added.get(node.name, []))]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in in_order]
     del model.graph.node[:]
     model.graph.node.extend(copies)
     return tensors
 
 
-def _beside(node: onnx.NodeProto, weights: list[str]) -> list[onnx.NodeProto]:
-    """The adapter's nodes; `node` hands its output on to their sum, which takes the output's name."""
+def _adapter_nodes(node: onnx.NodeProto, weights: list[str]) -> list[onnx.NodeProto]:
+    """Return the nodes of an adapter, and rename the output of `node`: its old name goes to the sum of both."""
     stem, output = node.name.rpartition("/")[0], node.output[0]
     node.output[0] = f"{stem}/lora/base"
     down, up = f"{stem}/lora_A/MatMul", f"{stem}/lora_B/MatMul"

@@ -5,7 +5,6 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -241,7 +240,7 @@ def compare(
         raise UsageError("Nothing to compare: give a finished RUN, or --model, --data and --out to train one first.")
     opened: Any = None if run is None else _open(run)
     from qat_edge.cli.terminal_tables import deployment_table
-    from qat_edge.evaluate.deployments import document
+    from qat_edge.evaluate.deployments import as_document
     from qat_edge.verbs.compare import compare as verb
     from qat_edge.verbs.compare import train
 
@@ -249,7 +248,7 @@ def compare(
         opened = train(options, out, config_path, force=force)
     table = verb(opened, options, config_path, force=force)
     if as_json:
-        click.echo(json.dumps(document(table), indent=1, default=str))
+        click.echo(json.dumps(as_document(table), indent=1, default=str))
     for target in table.targets:
         console().print(deployment_table(table, target))
     progress.info(f"Wrote {opened.path / 'compare' / 'compare.html'}, and compare.json next to it")
@@ -341,5 +340,7 @@ def _open(path: Path) -> Run:
 
 def _print_json(result: Any) -> None:
     """Print one dataclass, or a list of them, on stdout."""
-    rows = [dataclasses.asdict(r) for r in result] if isinstance(result, Iterable) else dataclasses.asdict(result)
+    from qat_edge.evaluate.results import to_json
+
+    rows = [to_json(r) for r in result] if isinstance(result, Iterable) else to_json(result)
     click.echo(json.dumps(rows, indent=1, default=str))

@@ -1,116 +1,153 @@
-"""The table that validate prints: one row a model, the figures that decide."""
+"""Tables that the commands print, each at most 80 columns wide."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
-from qat_edge.evaluate.results import Measured, Report, Spread
+from qat_edge.evaluate.results import Measurement, Report, Spread
 from qat_edge.quant.bit_allocation import Choice, Sensitivity
-from qat_edge.report.figures import megabytes, number
-from qat_edge.run import PTQ_METHODS
+from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.report.formatting import megabytes, number
 from qat_edge.verbs.demo import Stage
 
-# Short, so that the table fits a terminal of 80 columns.
-COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")
+# Short titles, so that a table fits a terminal of 80 columns.
+SUMMARY_COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")
+DEPLOYMENT_COLUMNS = ("deployment", "MB", "RAM MB", "ms/tok", "tok/s", "perpl.", "exact", "kept")
+NOT_MEASURED = "-"
+# Methods whose own name is too long for the first column, explained below the table.
+ABBREVIATIONS = {"coordinate-descent": "cd"}
 
 
 def summary_table(report: Report) -> Table:
-    """The report's figures for a terminal; "-" is "not measured", speeds are tokens per second."""
+    """Return the results of validate: one row per model, speeds in tokens per second."""
     table = Table(
-        title=f"{report.tokens} tokens against the FP32 fine-tune", title_justify="left", box=None, pad_edge=False
-    )
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True, min_width=len(name))
+        title=f"{report.tokens} tokens, compared with the FP32 fine-tune",
+        title_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    _add_columns(table, SUMMARY_COLUMNS, fixed=True)
     for measured in report.measured:
-        table.add_row(*_cells(measured))
+        table.add_row(*_summary_cells(measured))
+
+    # Differences below the noise floor are rounding, not quality.
     floor = report.noise_floor
-    table.caption = f"Arithmetic noise floor: KL {floor.kl_nats:.3g}, top-1 {floor.top1:.1%}"
+    captions = [f"Noise floor: KL {floor.kl_nats:.3g}, top-1 {floor.top1:.1%}"]
+    for method, abbreviation in ABBREVIATIONS.items():
+        if any(measured.name == _ptq_name(method) for measured in report.measured):
+            captions.append(f"{abbreviation}: {PTQ_METHODS[method]}")
+    table.caption = "\n".join(captions)
     return table
 
 
 def sensitivity_table(measured: Sensitivity, choice: Choice | None, most: int = 10) -> Table:
-    """The `most` weights that cost most at their fewest bits, for a terminal."""
+    """Return the `most` weights with the largest KL at their fewest bits.
+
+    Args:
+        measured: KL of each weight at 4 and at 8 bits.
+        choice: The chosen bits, if a size or a KL was requested.
+        most: Number of rows.
+    """
     table = Table(
-        title=f"KL in nats per token, the {most} greatest of {len(measured.weights)} weights",
+        title=f"KL in nats per token: the {most} most sensitive of {len(measured.weights)} weights",
         title_justify="left", caption_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
-    for index, name in enumerate(("weight", "at 4 bits", "at 8 bits", *(["chosen"] if choice else []))):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    _add_columns(table, ("weight", "at 4 bits", "at 8 bits", *(["chosen"] if choice else [])))
     for name, weight in measured.by_cost()[:most]:
-        costs = [number(weight.costs[bits].kl_nats) if bits in weight.costs else "-" for bits in (4, 8)]
+        costs = [number(weight.costs[bits].kl_nats) if bits in weight.costs else NOT_MEASURED for bits in (4, 8)]
         table.add_row(name, *costs, *([str(choice.bits[name])] if choice else []))
     table.caption = "\n".join(
-        f"all at {bits} bits: {number(kl)} measured, {number(measured.predicted(bits))} by the sum"
+        f"all at {bits} bits: {number(kl)} measured, {number(measured.predicted(bits))} predicted by the sum"
         for bits, kl in measured.together.items()
     )
     return table
 
 
 def deployment_table(table: DeploymentTable, target: str) -> Table:
-    """One runtime's deployments for a terminal; below it why a row has no figures."""
+    """Return the deployments of one runtime; the caption explains the rows without values."""
     rows = [row for row in table.deployments if row.target == target]
+    # Collapsed padding: with eight columns, every character counts.
     shown = Table(
-        title=f"{target}, {table.tokens} tokens", title_justify="left", box=None, pad_edge=False, collapse_padding=True
-    )
-    for index, name in enumerate(("deployment", "MB", "RAM MB", "ms/tok", "tok/s", "perpl.", "exact", "kept")):
-        shown.add_column(name, justify="right" if index else "left", no_wrap=True)
+        title=f"{target}, {table.tokens} tokens",
+        title_justify="left", caption_justify="left", box=None, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    _add_columns(shown, DEPLOYMENT_COLUMNS)
     for row in rows:
         shown.add_row(row.title, *_deployment_cells(table, row))
-    untold = [f"{row.title}: {row.reason}" for row in rows if row.measured is None]
-    kept = "kept: share of what fine-tuning gained over the base, in log perplexity"
-    shown.caption = "\n".join([kept, *filter(None, [table.further_training]), *untold])
-    shown.caption_justify = "left"
+
+    captions = ["kept: share of the improvement by fine-tuning that is left, in log perplexity"]
+    if table.further_training:
+        captions.append(table.further_training)
+    captions += [f"{row.title}: {row.reason}" for row in rows if row.measured is None]
+    shown.caption = "\n".join(captions)
     return shown
 
 
-def _deployment_cells(table: DeploymentTable, row: Deployment) -> list[str]:
-    m = row.measured
-    if m is None:
-        return ["-"] * 7
-    kept = table.kept_perplexity(row)
-    return [
-        megabytes(m.total_bytes),
-        "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:.0f}",
-        "-" if row.ms_per_token is None else number(row.ms_per_token),
-        _median(None if m.speed is None else m.speed.decode),
-        number(m.perplexity),
-        "-" if m.exact_match is None else f"{m.exact_match:.1%}",
-        "-" if kept is None else f"{round(kept, 2) + 0.0:.0%}",
-    ]
-
-
-def _cells(m: Measured) -> list[str]:
-    memory = m.above_runtime_bytes
-    return [
-        m.name if m.target == "torch" else f"{_short(m.name)} {m.target}",
-        f"{m.total_bytes / 1e6:.1f}",
-        f"{m.perplexity:.2f}" if m.scored else "-",
-        "-" if m.exact_match is None else f"{m.exact_match:.1%}",
-        "-" if m.agreement is None else f"{m.agreement.kl_nats:.4f}",
-        "-" if m.agreement is None else f"{m.agreement.top1:.1%}",
-        _median(None if m.speed is None else m.speed.decode),
-        _median(None if m.speed is None else m.speed.prefill),
-        "-" if memory is None else f"{memory / 1e6:.0f}",
-    ]
-
-
-def _short(name: str) -> str:
-    """`rtn` for `ptq (round-to-nearest)`, so that the table fits."""
-    return next((method for method, words in PTQ_METHODS.items() if name == f"ptq ({words})"), name)
-
-
-def _median(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.median:.0f}"
-
-
 def stage_table(stages: list[Stage]) -> Table:
-    """Wall time and peak memory of each stage of the demo."""
-    table = Table(title="Where the time went")
+    """Return the wall time and the peak memory of each stage of the demo."""
+    table = Table(title="Time and memory by command")
     table.add_column("command")
     table.add_column("wall time", justify="right")
     table.add_column("peak memory", justify="right")
     for stage in stages:
         table.add_row(stage.name, f"{stage.wall_s:.0f} s", f"{stage.peak_memory_bytes / 1e9:.2f} GB")
-    table.add_row("total", f"{sum(s.wall_s for s in stages) / 60:.1f} min", "")
+    table.add_row("total", f"{sum(stage.wall_s for stage in stages) / 60:.1f} min", "")
     return table
+
+
+def _add_columns(table: Table, names: Sequence[str], fixed: bool = False) -> None:
+    """Add columns: the first aligned left, the others right. fixed: never narrower than their titles."""
+    for index, name in enumerate(names):
+        width = len(name) if fixed else None
+        table.add_column(name, justify="right" if index else "left", no_wrap=True, min_width=width)
+
+
+def _deployment_cells(table: DeploymentTable, row: Deployment) -> list[str]:
+    measured = row.measured
+    if measured is None:
+        return [NOT_MEASURED] * (len(DEPLOYMENT_COLUMNS) - 1)
+    kept = table.kept_perplexity(row)
+    return [
+        megabytes(measured.total_bytes),
+        NOT_MEASURED if row.memory_bytes is None else f"{row.memory_bytes / 1e6:.0f}",
+        NOT_MEASURED if row.ms_per_token is None else number(row.ms_per_token),
+        _median(None if measured.speed is None else measured.speed.decode),
+        number(measured.perplexity),
+        NOT_MEASURED if measured.exact_match is None else f"{measured.exact_match:.1%}",
+        # Adding 0.0 turns -0.0 into 0.0, so that no "-0%" is printed.
+        NOT_MEASURED if kept is None else f"{round(kept, 2) + 0.0:.0%}",
+    ]
+
+
+def _summary_cells(measured: Measurement) -> list[str]:
+    memory = measured.above_runtime_bytes
+    agreement, speed = measured.agreement, measured.speed
+    return [
+        measured.name if measured.target == "torch" else f"{_short_name(measured.name)} {measured.target}",
+        f"{measured.total_bytes / 1e6:.1f}",
+        f"{measured.perplexity:.2f}" if measured.scored else NOT_MEASURED,
+        NOT_MEASURED if measured.exact_match is None else f"{measured.exact_match:.1%}",
+        NOT_MEASURED if agreement is None else f"{agreement.kl_nats:.4f}",
+        NOT_MEASURED if agreement is None else f"{agreement.top1:.1%}",
+        _median(None if speed is None else speed.decode),
+        _median(None if speed is None else speed.prefill),
+        NOT_MEASURED if memory is None else f"{memory / 1e6:.0f}",
+    ]
+
+
+def _ptq_name(method: str) -> str:
+    """Return the name that reports give to a PTQ method: `ptq (round-to-nearest)` for rtn."""
+    return f"ptq ({PTQ_METHODS[method]})"
+
+
+def _short_name(name: str) -> str:
+    """Return `rtn` for `ptq (round-to-nearest)`, and other names unchanged."""
+    for method in PTQ_METHODS:
+        if name == _ptq_name(method):
+            return ABBREVIATIONS.get(method, method)
+    return name
+
+
+def _median(spread: Spread | None) -> str:
+    return NOT_MEASURED if spread is None else f"{spread.median:.0f}"

@@ -1,12 +1,12 @@
-"""Calibration data: some of the training rows, as batches of token ids, for methods that look at activations."""
+"""Calibration data: a part of the training rows as batches of token ids, for methods that look at activations."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.data import tokenization
@@ -14,35 +14,49 @@ from qat_edge.errors import DataError
 
 # 32 times the widest layer input of a 135M model. KL of SmolLM2 to its fine-tune after coordinate descent on it: of 400
 # requests 0.0110, 0.0129 on half of it; of 1600 0.0129, 0.0158 on twice and 0.0136 on four times as much.
-USUAL_TOKENS = 49152
-BATCH_TOKENS = 1024  # about what one forward pass takes, padding included
+DEFAULT_CALIBRATION_TOKENS = 49152
+BATCH_TOKENS = 1024  # approximate tokens of one forward pass, padding included
 TokenIds = dict[str, list[int]]
 
 
-def tokens_to_take(asked: int | None, rows: Sequence[TokenIds]) -> int:
-    """As many as asked for; where nobody asked, USUAL_TOKENS or all that the rows hold, which is said aloud."""
-    if asked is not None:
-        return asked
+def choose_token_count(requested: int | None, rows: Sequence[TokenIds]) -> int:
+    """Return the number of tokens to calibrate on.
+
+    Without a request it is DEFAULT_CALIBRATION_TOKENS, or all tokens of the rows where they have fewer; the latter is
+    reported.
+    """
+    if requested is not None:
+        return requested
     available = sum(len(row["input_ids"]) for row in rows)
-    if available < USUAL_TOKENS:
-        progress.info(f"Calibration has all {available} tokens there are, {USUAL_TOKENS - available} fewer than usual.")
-    return min(USUAL_TOKENS, available)
+    if available < DEFAULT_CALIBRATION_TOKENS:
+        progress.info(
+            f"Calibration uses all {available} tokens of the data, {DEFAULT_CALIBRATION_TOKENS - available} fewer than "
+            "the default."
+        )
+    return min(DEFAULT_CALIBRATION_TOKENS, available)
 
 
 def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, flag: str) -> list[TokenIds]:
-    """Rows {"input_ids", "labels"} in the random order of `seed`, `tokens` tokens in all; the last one is cut.
+    """Choose rows at random until they have exactly `tokens` tokens; the last one is truncated.
 
-    source: where the rows are from; flag: what `tokens` is called on the command line.
+    Args:
+        rows: Tokenized rows with "input_ids" and "labels".
+        tokens: Number of tokens in total.
+        seed: Of the random order.
+        source: Where the rows come from, for messages.
+        flag: The flag that sets `tokens`, for messages.
 
     Raises:
-        DataError: there are fewer; how many are missing is said.
+        DataError: The rows have fewer tokens. The message says how many are missing.
     """
     available = sum(len(row["input_ids"]) for row in rows)
     if available < tokens:
         raise DataError(
-            f"{source}: {len(rows)} rows hold {available} tokens, {flag} asks for {tokens}: "
+            f"{source}: {len(rows)} rows have {available} tokens, {flag} requests {tokens}: "
             f"{tokens - available} are missing. Add rows, or give {flag} {available}."
         )
+
+    # Rows in random order, the labels cut with the ids.
     chosen: list[TokenIds] = []
     for row in random.Random(seed).sample(list(rows), len(rows)):
         length = min(len(row["input_ids"]), tokens)
@@ -53,22 +67,30 @@ def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, f
     return chosen
 
 
-def batches(rows: Sequence[TokenIds], tokenizer: Any) -> list[dict[str, Tensor]]:
-    """Rows of similar length together: int64 "input_ids", "attention_mask" (rows, length), padded on the right.
+def make_batches(rows: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """Group rows of similar length and pad them on the right.
 
     All tokens count alike: with prompts at 0.3 and 0.1 of the answers' weight, KL of assistant requests after
     coordinate descent was 7% and 45% higher, with the loss's squared gradient as weight 25%, with 32 as the weight of a
     row's first token the same. Such a figure has a spread of about 10%: each change leads to other codes everywhere.
+
+    Returns:
+        Batches of "input_ids" and "attention_mask", int64 (rows, length).
     """
+    # Labels are padded along and dropped: calibration looks at all tokens of a row.
     collate = tokenization.Collator(tokenizer)
-    tensors = map(collate, by_length(rows, BATCH_TOKENS))
-    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in tensors]
+    batches = []
+    for group in group_by_length(rows, BATCH_TOKENS):
+        batch = collate(group)
+        batches.append({key: batch[key] for key in ("input_ids", "attention_mask")})
+    return batches
 
 
-def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[TokenIds]]:
-    """Rows of similar length together, the longest first, at most about `tokens` with their padding."""
+def group_by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[TokenIds]]:
+    """Group rows of similar length, the longest first, each group of about `tokens` tokens with its padding."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     while ordered:
+        # The last row is the longest left, so it sets the padded length of its group.
         count = max(1, tokens // len(ordered[-1]["input_ids"]))
         yield ordered[-count:]
         del ordered[-count:]

@@ -1,33 +1,40 @@
-"""Rows to token ids: where the loss lies, what was cut, what a model is compared on.
+"""Turn rows into token ids and labels for a model that generates text, and pad them into batches.
 
-The loss lies on every assistant message with its end-of-turn token, on the completion with the end-of-sequence
-token, on all of a text. A prompt is always tokenized as generation will see it: its ids are a prefix of the row's.
+The loss covers every assistant message with its end-of-turn token, every completion with the end-of-sequence token, and
+all of a running text. Prompts are tokenized exactly as in generation: the ids of a prompt are a prefix of the ids of
+its training row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.formats import Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 
-IGNORED = -100  # label of a token without loss, torch's cross_entropy default
+IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """Training rows {"input_ids", "labels"} and what tokenizing did to them.
+    """Training rows, and what tokenizing them dropped.
 
-    truncated: rows cut at max_length. cut_tokens: tokens lost that way. dropped: rows left out, because nothing
-    to learn remained. tokens: in `rows`, of which `trained_tokens` carry loss.
+    Attributes:
+        rows: "input_ids" and "labels" of each row, lists of equal length.
+        truncated: Number of rows cut at the maximum length.
+        cut_tokens: Number of tokens removed from them.
+        dropped: Number of rows removed because no token with loss was left.
+        tokens: Number of tokens in `rows`.
+        trained_tokens: Number of those that have a loss.
     """
 
     rows: list[dict[str, list[int]]]
@@ -38,21 +45,22 @@ class TokenizedRows:
     trained_tokens: int
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the counts as one line of a message."""
         line = f"{len(self.rows)} rows, {self.tokens} tokens, {self.trained_tokens} of them with loss"
         if self.truncated:
-            line += f"; {self.truncated} rows cut, {self.cut_tokens} tokens lost"
+            line += f"; {self.truncated} rows truncated, {self.cut_tokens} tokens lost"
         if self.dropped:
-            line += f"; {self.dropped} rows dropped: nothing to learn was left of them"
+            line += f"; {self.dropped} rows dropped: no token with loss was left"
         return line
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> TokenizedRows:
-    """Rows as training examples of at most `max_length` tokens. Neighbouring texts are packed together.
+def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedRows:
+    """Tokenize rows into training examples of at most `max_length` tokens. Consecutive texts are packed together.
 
     Raises:
-        DataError: a chat template is missing or does not fit the messages; nothing to learn remains at all.
+        DataError: A chat template is missing or does not fit the messages, or no example is left.
     """
+    # Truncate, and drop rows of which only the prompt is left.
     done: list[dict[str, list[int]]] = []
     truncated = cut = dropped = 0
     for ids, labels in _examples(rows, tokenizer, max_length):
@@ -64,18 +72,20 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> TokenizedR
             dropped += 1
             continue
         done.append({"input_ids": ids, "labels": labels})
+
     if not done:
         raise DataError(
-            f"None of {len(rows)} rows has anything to learn within {max_length} tokens. Raise --max-length."
+            f"None of {len(rows)} rows has a token to train on within {max_length} tokens. Raise --max-length."
         )
     tokens = sum(len(row["input_ids"]) for row in done)
     trained = sum(label != IGNORED for row in done for label in row["labels"][1:])
     return TokenizedRows(done, truncated, cut, dropped, tokens, trained)
 
 
-def prompts(rows: Sequence[Row], tokenizer: Any) -> Iterator[tuple[list[int], str]]:
-    """Prompt ids and expected answer of each row's last assistant message or completion; texts have none."""
+def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
+    """Yield prompt ids and expected output of each row's last assistant message or completion; texts have none."""
     for row in rows:
+        # The prompt ends with the template's generation prompt, as in `_chat_examples`.
         if isinstance(row, Chat):
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             prompt = _render(row, tokenizer, last, add_generation_prompt=True)
@@ -86,142 +96,195 @@ def prompts(rows: Sequence[Row], tokenizer: Any) -> Iterator[tuple[list[int], st
 
 @dataclass(frozen=True)
 class ScoredIds:
-    """A sequence to be teacher-forced. The model is compared at `positions`, whose next tokens are `targets`."""
+    """A sequence for teacher forcing.
+
+    Attributes:
+        ids: Token ids of the sequence.
+        positions: Positions whose predictions are compared; the prediction at i is for token i + 1.
+    """
 
     ids: list[int]
     positions: list[int]
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """(positions,) ids that come next."""
+        """Token ids that follow the compared positions, shape (positions,)."""
         return np.array(self.ids, dtype=np.int64)[np.array(self.positions) + 1]
 
 
-def scored_ids(rows: Sequence[Row], tokenizer: Any, window: int, limit: int) -> list[ScoredIds]:
-    """Sequences of at most `window` tokens, compared where training puts loss, `limit` positions in all.
+def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: int, limit: int) -> list[ScoredIds]:
+    """Tokenize rows for a comparison of models at the positions that have a loss in training.
+
+    Args:
+        rows: Evaluation rows.
+        tokenizer: Of the models that are compared.
+        window: Maximum number of tokens of a sequence.
+        limit: Number of positions in total; further rows are not tokenized.
 
     Raises:
-        DataError: no row has anything to compare within the window.
+        DataError: No row has a position to compare within the window.
     """
+    # Position i predicts token i + 1, so labels are shifted by one.
     found: list[ScoredIds] = []
     left = limit
     for ids, labels in _examples(rows, tokenizer, window):
         positions = [i for i, label in enumerate(labels[1:window]) if label != IGNORED][:left]
         if positions:
+            # Nothing after the last target has to be computed.
             found.append(ScoredIds(ids[: positions[-1] + 2], positions))
             left -= len(positions)
         if left == 0:
             break
     if not found:
-        raise DataError(f"None of {len(rows)} rows has anything to compare within {window} tokens. Raise --window.")
+        raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise --window.")
     return found
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads training rows on the right to the longest, rounded up to `multiple_of`; padding carries no loss."""
+    """Pad training rows on the right into a batch; padding has no loss.
 
-    tokenizer: Any
+    Attributes:
+        tokenizer: Gives the padding token.
+        multiple_of: Length of a batch in tokens is a multiple of this.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
     multiple_of: int = 8
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """int64 tensors (rows, length): input_ids, labels, attention_mask."""
+        """Return "input_ids", "labels" and "attention_mask", int64 (rows, length)."""
+        # A multiple of 8 lets matrix products use tensor cores.
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.multiple_of) * self.multiple_of
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
         return {
-            "input_ids": _padded([row["input_ids"] for row in rows], length, 0 if pad is None else pad),
-            "labels": _padded([row["labels"] for row in rows], length, IGNORED),
+            "input_ids": _pad([row["input_ids"] for row in rows], length, self._padding_id()),
+            "labels": _pad([row["labels"] for row in rows], length, IGNORED),
             # From lengths, not from ids: many tokenizers pad with their end token.
-            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], length, 0),
+            "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], length, 0),
         }
 
+    def _padding_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0  # any id serves: the mask hides it
 
-def leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before any text: the beginning-of-sequence id for some, nothing for others."""
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts before any text: a beginning-of-sequence token, or nothing."""
+    # The tokens around an empty text; an end token alone does not count.
     first = tokenizer("").input_ids[:1]
     return list(first) if first == [tokenizer.bos_token_id] else []
 
 
-def _padded(lists: list[list[int]], length: int, fill: int) -> Tensor:
+def _pad(lists: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([items + [fill] * (length - len(items)) for items in lists], dtype=torch.long)
 
 
-Example = tuple[list[int], list[int]]  # ids and labels of equal length
+# --- rows to examples --------------------------------------------------------------------------------------
 
 
-def _examples(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """Untruncated examples in the order of the rows; a run of texts is one stream cut into windows."""
+class _Example(NamedTuple):
+    """Token ids and their labels, of equal length."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def _examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:
+    """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
     stream: list[int] = []
     for row in rows:
+        # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
             stream += [*_encode(row.text, tokenizer), *_end_ids(tokenizer)]
             continue
         if isinstance(row, Pair):
             raise DataError(f"{row.where}: pairs of texts are for encoders; the model of --model generates text.")
+
+        # The texts before this row end here.
         yield from _text_examples(stream, tokenizer, max_length)
         stream = []
-        yield from _row_examples(row, tokenizer)
+        if isinstance(row, Chat):
+            yield from _chat_examples(row, tokenizer)
+        else:
+            yield _completion_example(row, tokenizer)
     yield from _text_examples(stream, tokenizer, max_length)
 
 
-def _text_examples(stream: list[int], tokenizer: Any, max_length: int) -> Iterator[Example]:
-    for ids in _chunks(stream, tokenizer, max_length):
-        if len(ids) > 1:
-            yield ids, list(ids)
+def _text_examples(stream: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:
+    for ids in _windows(stream, tokenizer, max_length):
+        if len(ids) > 1:  # one token alone has nothing to predict
+            yield _Example(ids, list(ids))
 
 
-def _row_examples(row: Chat | Completion, tokenizer: Any) -> Iterator[Example]:
-    if isinstance(row, Chat):
-        yield from _chat_examples(row, tokenizer)
-        return
+def _completion_example(row: Completion, tokenizer: PreTrainedTokenizerBase) -> _Example:
     prompt = leading_ids(tokenizer) + _encode(row.prompt, tokenizer)
     ids = _extend(prompt, row.prompt, row.prompt + row.completion, tokenizer) + _end_ids(tokenizer)
-    yield ids, [IGNORED] * len(prompt) + ids[len(prompt) :]
+    return _Example(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
 
 
-def _chat_examples(row: Chat, tokenizer: Any) -> Iterator[Example]:
-    """One example for the conversation, or one an answer where the template rewrites earlier turns.
+def _chat_examples(row: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Example]:
+    """Yield one example for a conversation, or one per assistant message if the template rewrites earlier turns.
 
-    Templates of reasoning models drop the thoughts of past turns, for one.
+    Templates of reasoning models do so: they drop the reasoning of past turns.
     """
     ids: list[int] = []
     labels: list[int] = []
-    text = ""
+    text = ""  # the rendered conversation that `ids` stands for
     for i, message in enumerate(row.messages):
         if message["role"] != "assistant":
             continue
+
+        # Render the conversation up to this message and through it. Training has to continue the same prompt as
+        # generation does.
         prompt = _render(row, tokenizer, i, add_generation_prompt=True)
         through = _render(row, tokenizer, i + 1, add_generation_prompt=False)
         if not through.startswith(prompt):
             raise DataError(
                 f"{row.where}: the chat template does not render message {i + 1} after its own generation prompt, so "
-                "what is learned would not be what is generated. Give 'prompt' and 'completion' rows instead."
+                "training would differ from generation. Give 'prompt' and 'completion' rows instead."
             )
+
+        # An earlier turn was rendered differently: that example ends here.
         if not prompt.startswith(text):
-            yield ids, labels
+            yield _Example(ids, labels)
             ids, labels, text = [], [], ""
+
+        # Append the prompt without loss, then the message with loss up to its end-of-turn token.
         ids = _extend(ids, text, prompt, tokenizer)
         labels += [IGNORED] * (len(ids) - len(labels))
         whole = _extend(ids, prompt, through, tokenizer)
-        turn = _turn_length(whole[len(ids) :], tokenizer)
-        labels += whole[len(ids) : len(ids) + turn] + [IGNORED] * (len(whole) - len(ids) - turn)
+        message_ids = whole[len(ids) :]
+        trained = _turn_length(message_ids, tokenizer)
+        labels += message_ids[:trained] + [IGNORED] * (len(message_ids) - trained)
         ids, text = whole, through
-    yield ids, labels
+    yield _Example(ids, labels)
 
 
-def _turn_length(ids: list[int], tokenizer: Any) -> int:
-    """Tokens of an answer up to its end-of-turn token: white space that a template adds after it is not learned."""
+def _turn_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens of an assistant message up to its end-of-turn token.
+
+    White space that a template adds after that token has no loss.
+    """
+    # The last special token ends the turn, unless text follows it.
     special = set(tokenizer.all_special_ids)
     last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
-    return len(ids) if tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+    rest = tokenizer.decode(ids[last + 1 :])
+    return len(ids) if rest.strip() else last + 1
 
 
-def _extend(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]:
-    """Ids of `longer`, which starts with `text`, beginning with exactly `ids`.
+def _extend(ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a longer text so that the result begins with the ids of its beginning.
 
-    Where a token would straddle the border, the rest is tokenized on its own, as in generation.
+    If a token would span the end of `text`, the rest is tokenized on its own, as in generation.
+
+    Args:
+        ids: Token ids of `text`.
+        text: Beginning of `longer`.
+        longer: The text to tokenize.
+        tokenizer: The model's tokenizer.
     """
     lead = leading_ids(tokenizer)
     # A rendered chat template brings its own beginning-of-sequence token; a bare prompt got it before its text.
@@ -232,26 +295,26 @@ def _extend(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]
     return ids + _encode(longer.removeprefix(text), tokenizer)
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _end_ids(tokenizer: Any) -> list[int]:
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _chunks(ids: list[int], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Consecutive pieces of at most `length` tokens, each led by what the tokenizer puts before a text."""
+def _windows(ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """Cut ids into windows of at most `length` tokens, each beginning with the leading ids of a text."""
     lead = leading_ids(tokenizer)
     step = length - len(lead)
     return (lead + ids[start : start + step] for start in range(0, len(ids), step))
 
 
-def _render(row: Chat, tokenizer: Any, count: int, add_generation_prompt: bool) -> str:
-    """The first `count` messages as the chat template writes them."""
+def _render(row: Chat, tokenizer: PreTrainedTokenizerBase, count: int, add_generation_prompt: bool) -> str:
+    """Render the first `count` messages with the chat template."""
     if not tokenizer.chat_template:
         raise DataError(
-            f"{row.where}: the rows hold 'messages', but the tokenizer of --model has no chat template. Take an "
+            f"{row.where}: the rows have 'messages', but the tokenizer of --model has no chat template. Use an "
             "instruction-tuned model, or give --data rows of 'prompt' and 'completion'."
         )
     try:

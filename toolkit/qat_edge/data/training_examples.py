@@ -1,7 +1,7 @@
-"""Rows to training examples of each kind of model: next tokens, labels of texts, pairs of texts.
+"""Turn rows into training examples for every task: next tokens, labels of texts, pairs of texts.
 
-What a model that generates text learns is in `data`. A classifier learns the label of a text; a sentence encoder the
-cosine of two texts, or, of pairs without a score, which of a batch's texts belongs to which.
+For a model that generates text, `tokenization` does the work. A classifier is trained on the label of a text; a
+sentence encoder on the cosine of two texts or, for pairs without a score, on which texts of a batch belong together.
 """
 
 from __future__ import annotations
@@ -9,159 +9,215 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge.data import tokenization
 from qat_edge.data.formats import Pair, Row, Text
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError
-from qat_edge.models import tasks
-from qat_edge.models.tasks import Kind, SentenceEncoder, SequenceClassifier
+from qat_edge.models.tasks import (
+    ModelTask,
+    SentenceEncoder,
+    SequenceClassifier,
+    max_text_tokens,
+    task_of_config,
+    token_types,
+)
 
-MULTIPLE = 8  # of tokens, which batches are padded to
+MULTIPLE = 8  # of tokens, to which batches are padded
 Collate = Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class EncodedRows(TokenizedRows):
-    """Rows {"input_ids", "labels"}, those of pairs with "other_ids"; `trained_tokens` counts rows.
+class EncoderRows(TokenizedRows):
+    """Training rows of an encoder: "input_ids", "labels" with one number, and "other_ids" for the second of a pair.
 
-    labels: one number a row, of a label or the score of a pair. what: of the rows, for people.
+    `trained_tokens` counts rows: each has one label or score.
+
+    Attributes:
+        description: Labels or scores of the rows, for messages.
     """
 
-    what: str = ""
+    description: str = ""
 
     def summary(self) -> str:
-        cut = f"; {self.truncated} rows cut, {self.cut_tokens} tokens lost" if self.truncated else ""
-        return f"{len(self.rows)} rows, {self.tokens} tokens, {self.what}{cut}"
+        """Return the counts as one line of a message."""
+        cut = f"; {self.truncated} rows truncated, {self.cut_tokens} tokens lost" if self.truncated else ""
+        return f"{len(self.rows)} rows, {self.tokens} tokens, {self.description}{cut}"
 
 
-def kind_for(config: Any, rows: Sequence[Row], source: str) -> Kind:
-    """What an encoder of this configuration is trained for by these rows; source: where they are from.
+class _EncoderInput(NamedTuple):
+    """The texts of a row as separate inputs, each of one text or two, and the label index or score."""
 
-    A model that has a head over labels keeps it; any other encoder gets one for the labels that are found.
+    inputs: list[tuple[str, ...]]
+    label: float
+
+
+def task_for_rows(config: PretrainedConfig, rows: Sequence[Row], source: str) -> ModelTask:
+    """Find the task that an encoder is trained for by these rows.
+
+    A model that has a classification head keeps its labels; any other encoder gets a head for the labels in the rows.
+
+    Args:
+        config: The encoder's configuration.
+        rows: Training rows.
+        source: Where the rows come from, for messages.
 
     Raises:
-        DataError: rows that no encoder learns from, or with one label only.
+        DataError: An encoder cannot be trained on such rows, or they all have the same label.
     """
+    # Pairs: the first row decides, and `tokenize_for_task` refuses rows of another shape.
     if isinstance(rows[0], Pair):
         return SentenceEncoder(scored=rows[0].score is not None)
-    found = sorted({_label(row) for row in rows}, key=lambda label: (label.isdecimal() and int(label), label))
+
+    # Words in alphabetic order, whole numbers in numeric order: the position decides the index of each label.
+    labels = sorted({_label(row) for row in rows}, key=lambda label: (label.isdecimal() and int(label), label))
     pairs = any(isinstance(row, Text) and row.pair is not None for row in rows)
-    if tasks.of_config(config) == SequenceClassifier():
+    if task_of_config(config) == SequenceClassifier():
         return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
-    if len(found) < 2:
-        raise DataError(f"{source}: every row has the label {found[0]!r}, so there is nothing to tell apart.")
-    return SequenceClassifier(tuple(found), pairs)
+    if len(labels) < 2:
+        raise DataError(f"{source}: every row has the label {labels[0]!r}, so there is nothing to classify.")
+    return SequenceClassifier(tuple(labels), pairs)
 
 
-def tokenize(kind: Kind, rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> TokenizedRows:
-    """Rows as training examples of at most `max_length` tokens, and of no more than the model has positions for.
+def tokenize_for_task(
+    task: ModelTask,
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> TokenizedRows:
+    """Tokenize rows into training examples of at most `max_length` tokens and at most the model's positions.
 
     Raises:
-        DataError: rows that this kind of model cannot learn from, or with a label that it does not have.
+        DataError: The task cannot be trained on such rows, or the model does not have a row's label.
     """
-    if not kind.encodes:
+    # Text generation has packing and loss masks of its own.
+    if not task.is_encoder:
         return tokenization.tokenize(rows, tokenizer, max_length)
-    length = min(max_length, tasks.longest_text(model, tokenizer)) // MULTIPLE * MULTIPLE
+
+    length = min(max_length, max_text_tokens(model, tokenizer)) // MULTIPLE * MULTIPLE
+    has_token_types = getattr(model.config, "type_vocab_size", 1) > 1
     done: list[dict[str, Any]] = []
     cut: list[int] = []
     for row in rows:
-        texts, label = _pair(row, kind) if isinstance(kind, SentenceEncoder) else _labelled(row, kind)
-        whole = [tokenizer(*text).input_ids for text in texts]
-        ids = [_cut(text, found, tokenizer, length) for text, found in zip(texts, whole, strict=True)]
-        if len(texts[0]) > 1 and getattr(model.config, "type_vocab_size", 1) > 1:
-            _check_types(row, tokenizer(*texts[0], truncation=True, max_length=length, return_token_type_ids=True))
+        inputs, label = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
+        # Both lengths are needed: truncated rows are counted and reported.
+        whole = [list(tokenizer(*texts).input_ids) for texts in inputs]
+        ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
+
+        # The model computes token types itself, so they have to agree with the tokenizer's.
+        if len(inputs[0]) > 1 and has_token_types:
+            encoded = tokenizer(*inputs[0], truncation=True, max_length=length, return_token_type_ids=True)
+            _check_token_types(row, encoded)
+
         cut.append(sum(map(len, whole)) - sum(map(len, ids)))
-        done.append({"input_ids": ids[0], "labels": [label], **({"other_ids": ids[1]} if len(ids) > 1 else {})})
+        example: dict[str, Any] = {"input_ids": ids[0], "labels": [label]}
+        if len(ids) > 1:
+            example["other_ids"] = ids[1]
+        done.append(example)
+
     tokens = sum(len(row["input_ids"]) + len(row.get("other_ids", ())) for row in done)
-    return EncodedRows(done, sum(map(bool, cut)), sum(cut), 0, tokens, len(done), _describe(kind, done))
+    truncated = sum(map(bool, cut))
+    return EncoderRows(done, truncated, sum(cut), 0, tokens, len(done), _describe(task, done))
 
 
-def collator(kind: Kind, tokenizer: Any) -> Collate:
-    """Makes a batch of rows. An encoder's has "labels" (rows,); that of pairs all first texts, then all second ones."""
+def make_collator(task: ModelTask, tokenizer: PreTrainedTokenizerBase) -> Collate:
+    """Return the function that makes a batch of rows.
+
+    The batch of an encoder has "labels" of shape (rows,). A batch of pairs has all first texts, then all second texts.
+    """
     pad = tokenization.Collator(tokenizer, MULTIPLE)
+    if not task.is_encoder:
+        return pad
 
+    # Second texts follow the first ones in the same batch, so that one forward pass embeds both.
     def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         others = [{"input_ids": row["other_ids"], "labels": row["labels"]} for row in rows if "other_ids" in row]
         return pad([*rows, *others]) | {"labels": torch.tensor([row["labels"][0] for row in rows])}
 
-    return collate if kind.encodes else pad
+    return collate
 
 
-def _check_types(row: Row, encoded: Any) -> None:
-    """Refuse a pair whose types the model would not find as its tokenizer gives them.
+def _check_token_types(row: Row, encoded: BatchEncoding) -> None:
+    """Refuse a pair for which the model would compute other token types than its tokenizer.
 
     Raises:
-        DataError: names the row.
+        DataError: Names the row.
     """
     ids = torch.tensor([encoded.input_ids])
-    if tasks.token_types(ids, torch.ones_like(ids)).tolist() != [list(encoded.token_type_ids)]:
+    if token_types(ids, torch.ones_like(ids)).tolist() != [list(encoded.token_type_ids)]:
         raise DataError(
             f"{row.where}: the tokenizer begins the second text elsewhere than after the first separator, where the "
-            "model will see it begin. Take separators such as [SEP] out of the texts, or another model."
+            "model expects it. Remove separators such as [SEP] from the texts, or use another model."
         )
 
 
-def _cut(text: tuple[str, ...], ids: list[int], tokenizer: Any, length: int) -> list[int]:
-    """At most `length` tokens of a text, or of two as one, with the special ones at its end."""
-    return ids if len(ids) <= length else list(tokenizer(*text, truncation=True, max_length=length).input_ids)
+def _truncate(texts: tuple[str, ...], ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+    """Shorten an input of one text or two to `length` tokens, special tokens at the end included."""
+    # The tokenizer truncates, not a slice: it keeps the special tokens, and shortens the longer of two texts.
+    if len(ids) <= length:
+        return ids
+    return list(tokenizer(*texts, truncation=True, max_length=length).input_ids)
 
 
 def _label(row: Row) -> str:
-    """The label of a text.
+    """Return the label of a labelled text.
 
     Raises:
-        DataError: the row is no text, or has no label.
+        DataError: The row is no text, or has no label.
     """
+    # bool is a subclass of int, but true and false are no labels.
     if isinstance(row, Text) and isinstance(row.label, str | int) and not isinstance(row.label, bool):
         return str(row.label)
     if isinstance(row, Text) and row.label is not None:
         raise DataError(f"{row.where}: 'label' must be a word or a whole number, found {row.label!r}.")
     raise DataError(
-        f"{row.where}: an encoder learns from rows of 'text' and 'label', or from pairs of texts ('text_a', 'text_b' "
-        "and 'score', or 'anchor' and 'positive'), all of one shape. Change the rows, or take a model that generates."
+        f"{row.where}: an encoder is trained on rows of 'text' and 'label', or on pairs of texts ('text_a', 'text_b' "
+        "and 'score', or 'anchor' and 'positive'), all of one shape. Change the rows, or use a model that generates "
+        "text."
     )
 
 
-def _labelled(row: Row, kind: Kind) -> tuple[list[tuple[str, ...]], int]:
-    """The text, or both, and its label's place among those of the classifier."""
-    label, text = _label(row), _text(row)
-    known, pairs = (kind.labels, kind.pairs) if isinstance(kind, SequenceClassifier) else ((), False)
-    if len(text) > 1 and not pairs:
+def _labelled_input(row: Row, task: ModelTask) -> _EncoderInput:
+    """Return the text, or both texts, as one input, and the index of the label among the classifier's labels."""
+    label = _label(row)
+    texts = tuple(text for text in (row.text, row.pair) if text is not None) if isinstance(row, Text) else ()
+    known, pairs = (task.labels, task.pairs) if isinstance(task, SequenceClassifier) else ((), False)
+    if len(texts) > 1 and not pairs:
         raise DataError(
-            f"{row.where}: two texts, and the classifier learned single ones. Leave 'text_pair' out, or train on pairs."
+            f"{row.where}: two texts, but the classifier is trained on single texts. Leave 'text_pair' out, or train "
+            "on pairs."
         )
+
     if label in known:
-        return [text], known.index(label)
+        return _EncoderInput([texts], known.index(label))
+    # A number that is not a label's name is the index of a label.
     if label.isdecimal() and int(label) < len(known):
-        return [text], int(label)
+        return _EncoderInput([texts], int(label))
     raise DataError(
         f"{row.where}: the label {label!r} is none of the model's ({', '.join(known[:20])}). Correct the row, or "
-        "take a model without a head over labels, which gets one for those in --data."
+        "use a model without a classification head, which gets one for the labels in --data."
     )
 
 
-def _text(row: Row) -> tuple[str, ...]:
-    texts = (row.text, row.pair) if isinstance(row, Text) else ()
-    return tuple(text for text in texts if text is not None)
-
-
-def _pair(row: Row, kind: SentenceEncoder) -> tuple[list[tuple[str, ...]], float]:
-    """Both texts and the cosine they are to have; of an anchor and what belongs to it, 1."""
-    if not isinstance(row, Pair) or (row.score is not None) != kind.scored:
-        shape = "'text_a', 'text_b' and 'score'" if kind.scored else "'anchor' and 'positive'"
+def _pair_input(row: Row, task: SentenceEncoder) -> _EncoderInput:
+    """Return both texts as two inputs, and the cosine to train for; it is 1 for a pair that belongs together."""
+    if not isinstance(row, Pair) or (row.score is not None) != task.scored:
+        shape = "'text_a', 'text_b' and 'score'" if task.scored else "'anchor' and 'positive'"
         raise DataError(f"{row.where}: not a row of {shape}, as the first one is. Give rows of one shape.")
-    return [(row.text_a,), (row.text_b,)], 1.0 if row.score is None else row.score
+    return _EncoderInput([(row.text_a,), (row.text_b,)], 1.0 if row.score is None else row.score)
 
 
-def _describe(kind: Kind, rows: Sequence[dict[str, Any]]) -> str:
+def _describe(task: ModelTask, rows: Sequence[dict[str, Any]]) -> str:
+    """Summarize the labels or scores of tokenized rows for a message."""
     numbers = [row["labels"][0] for row in rows]
-    if kind == SentenceEncoder(scored=False):
+    if task == SentenceEncoder(scored=False):
         return "pairs of texts that belong together"
-    if isinstance(kind, SequenceClassifier):
-        return ", ".join(f"{kind.labels[i]} {count}" for i, count in sorted(Counter(numbers).items()))
+    if isinstance(task, SequenceClassifier):
+        return ", ".join(f"{task.labels[i]} {count}" for i, count in sorted(Counter(numbers).items()))
     return f"pairs with scores of {min(numbers):g} to {max(numbers):g}"

@@ -1,7 +1,7 @@
-"""What the example assistant understands: its tools and how people ask for them.
+"""Intents of the example assistant: its tools, and the phrasings of requests for them.
 
-The phrasings of training and evaluation share nothing. A slot in braces is copied from the request into the answer;
-a fixed argument is what the phrasing itself says ("turn the flashlight off").
+Training and evaluation have no phrasing in common. A slot in braces is copied from the request into the tool call; a
+fixed argument follows from the phrasing itself ("turn the flashlight off").
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from qat_edge.demo_data.words import Halves
 
 @dataclass(frozen=True)
 class Intent:
-    """One tool call. slots: argument -> its values, in the order of the answer. fixed: arguments after them."""
+    """A tool call and the ways to request it.
+
+    Attributes:
+        tool: Name of the tool.
+        phrasings: Requests with slots in braces.
+        slots: Values by argument, in the order of the tool call.
+        fixed: Arguments with one value, which come after the slots.
+    """
 
     tool: str
     phrasings: Halves
@@ -346,5 +353,5 @@ INTENTS = (
     ),
 )
 
-# How a request may begin, whatever its phrasing.
+# Beginnings of a request, combined with any phrasing.
 OPENERS = Halves(("", "", "please ", "hey, ", "ok, ", "now "), ("", "", "hi, ", "quickly, ", "hello, "))

@@ -1,7 +1,7 @@
-"""The words that fill the example assistant's requests: times, names, places, things.
+"""Words for the slots of the example assistant's requests: times, names, places, things.
 
-Each table has two halves that share nothing: one for training, one for evaluation, so that the exact match on the
-evaluation rows is measured on values the model never saw. Values are copied into the answer as they stand.
+Each table has two halves without a common entry, one for training and one for evaluation, so that exact match is
+measured on values the model was not trained on. Values are copied unchanged from the request into the tool call.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Halves:
-    """Values or phrasings for training ("train") and, disjoint from them, for evaluation ("eval")."""
+    """Values or phrasings, split into two disjoint halves.
+
+    Attributes:
+        train: For training, the split "train".
+        held_out: For evaluation, the split "eval".
+    """
 
     train: tuple[str | int, ...]
     held_out: tuple[str | int, ...]
 
-    def of(self, split: str) -> tuple[str | int, ...]:
-        """The half of a split."""
+    def for_split(self, split: str) -> tuple[str | int, ...]:
+        """Return the half of a split, "train" or "eval"."""
         return {"train": self.train, "eval": self.held_out}[split]
 
 
 def words(train: str, held_out: str) -> Halves:
-    """Two halves from two lists with a bar between the entries."""
+    """Make halves from two strings whose entries are separated by bars."""
     return Halves(
         tuple(w.strip() for w in train.split("|")),
         tuple(w.strip() for w in held_out.split("|")),
@@ -30,7 +35,7 @@ def words(train: str, held_out: str) -> Halves:
 
 
 def pairs(first: Halves, second: Halves) -> Halves:
-    """Every first word before every second word, half by half."""
+    """Combine every first word with every second word, separately in each half."""
     return Halves(
         tuple(f"{a} {b}" for a in first.train for b in second.train),
         tuple(f"{a} {b}" for a in first.held_out for b in second.held_out),
@@ -38,7 +43,7 @@ def pairs(first: Halves, second: Halves) -> Halves:
 
 
 def numbers(values: range) -> Halves:
-    """Every fifth number is held out."""
+    """Hold out every fifth number."""
     return Halves(
         tuple(n for i, n in enumerate(values) if i % 5 != 3),
         tuple(n for i, n in enumerate(values) if i % 5 == 3),
@@ -46,6 +51,7 @@ def numbers(values: range) -> Halves:
 
 
 def _clock_times() -> Halves:
+    """Hold out every seventh of the times of a day in steps of five minutes."""
     times = [f"{h}:{m:02d} {half}" for half in ("am", "pm") for h in range(1, 13) for m in range(0, 60, 5)]
     # 7 shares no factor with 12 or 24, so every hour and every minute occurs in both halves.
     return Halves(

@@ -1,16 +1,17 @@
-"""Is a model's difference from the frozen checkpoint rounding or a fault, and where do the two part first.
+"""Decide whether a model differs from the frozen checkpoint by rounding noise or by a fault, and where it diverges.
 
-No two runtimes agree exactly: a last-bit difference flips a rounded activation now and then, and that flips others. So
-the difference is held against what the checkpoint makes of a disturbance of every layer by one part in 10^6, as sums of
-a thousand floats in another order differ, token by token:
+No two runtimes agree exactly: a difference in the last bit flips a rounded activation now and then, and that flips
+others. So the difference is compared with the effect of disturbing the output of every layer of the checkpoint by one
+part in 10^6, as much as sums of a thousand floats in another order differ. Token by token:
 
     error(t)  = 10 log10(sum (r - c)^2 / sum r^2) over the logits of token t, dB; below -100 dB it is float rounding
     chance(p) = P(error of the candidate > error of the disturbed checkpoint), both at position p, ties counting half
 
-(Mann and Whitney's U over the number of pairs.) Another draw of the same noise has a chance of 0.5. Short prompts are
-compared at their first positions, where little noise has gathered yet: attention hands every flip on to later tokens.
-The very first does not decide: trained models keep massive activations there (https://arxiv.org/abs/2402.17762), and
-correct runtimes were up to 5 dB further apart than the disturbance explains (SmolLM2-135M, ONNX Runtime).
+This is the U statistic of Mann and Whitney (https://doi.org/10.1214/aoms/1177730491) divided by the number of pairs.
+Another sample of the same noise has a chance of 0.5. Short prompts are compared at their first positions, where little
+noise has accumulated yet: attention passes every flip on to later tokens. The very first position does not decide:
+trained models keep massive activations there (https://arxiv.org/abs/2402.17762), and correct runtimes differed by up
+to 5 dB more than the disturbance explains (SmolLM2-135M, ONNX Runtime).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,77 +29,94 @@ from torch import Tensor, nn
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.reference import Logits
-from qat_edge.evaluate.results import Judgement
+from qat_edge.evaluate.results import FaultTest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS, LENGTH = 48, 8
-DECODED_FROM = LENGTH // 2  # position: an artifact is asked both ways, prompts at once and tokens one at a time
-JUDGED_FROM = 1  # position; the one before only tells where a fault begins
-DISTURBANCE = 1e-6  # of a layer's outputs, root mean square
+DECODED_FROM = LENGTH // 2  # position: earlier tokens are prefilled at once, later ones decoded one at a time
+DECISIVE_FROM = 1  # position; the one before it only helps to locate a fault
+DISTURBANCE = 1e-6  # of a layer's outputs, relative to their root mean square
 SEEDS = 3  # of the disturbed checkpoint
 EQUAL_DB = -100.0
 # Two layers, 32 to 48 prompts: correct implementations, both artifacts among them, 0.40 to 0.62 (SmolLM2: 0.50, 0.52);
 # faults 0.80 and more.
-BEYOND = 0.75
-FAULT_DB = -95.0  # from equal inputs float sums differ by -112 dB at most (SmolLM2-135M, both runtimes)
-AGREEING = 0.3  # of the tokens, where something is rounded in between; a fault errs at three of four and more
+MAX_CHANCE = 0.75
+FAULT_DB = -95.0  # given equal inputs, float sums differ by at most -112 dB (SmolLM2-135M, both runtimes)
+AGREEING = 0.3  # least share of correct tokens after a rounding step; a fault affects three of four tokens and more
 
 Errors = NDArray[np.float64]  # (prompts, LENGTH), dB
-# Module name -> its inputs (tokens, in) and outputs (tokens, out), None where they were not seen.
+# Module name -> its inputs (tokens, in) and outputs (tokens, out), None where they were not recorded.
 Trace = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Parting:
-    """The first module at which two models part from equal inputs: in what goes into it, or in what comes out."""
+class Divergence:
+    """The first module at which two models diverge although all values before it are equal.
+
+    Attributes:
+        module: name of the module.
+        at_input: True if its input differs, False if its output does.
+    """
 
     module: str
     at_input: bool
 
     def __str__(self) -> str:
         if self.at_input:
-            return f"{self.module}: another input, from equal outputs before it (norm, rotary angles, mask or cache)"
-        return f"{self.module}: another output from an equal input (its weights, its scales or how it rounds)"
+            return f"{self.module}: its input differs, given equal outputs before it (norm, rotary angles, mask, cache)"
+        return f"{self.module}: its output differs, given an equal input (its weights, its scales or how it rounds)"
 
 
-def probes(sequences: Sequence[ScoredIds]) -> list[ScoredIds]:
-    """Short prompts out of the middle of longer ones, evenly spread: their first tokens are not all of one template."""
+def short_prompts(sequences: Sequence[ScoredIds]) -> list[ScoredIds]:
+    """Cut evenly spaced prompts of LENGTH tokens out of the sequences.
+
+    They come from the middle as well, because the first tokens of all sequences may be those of one template.
+    """
     ids = np.concatenate([np.asarray(s.ids) for s in sequences])
     starts = np.linspace(0, len(ids) - LENGTH - 1, min(PROMPTS, len(ids) - LENGTH)).astype(int)
     return [ScoredIds(ids[start : start + LENGTH + 1].tolist(), list(range(LENGTH))) for start in starts]
 
 
-def errors(expected: Iterable[Logits], found: Iterable[Logits]) -> Errors:
-    """Error of every token of every prompt in dB; both give (LENGTH, vocabulary) for each prompt in turn."""
+def errors_db(expected: Iterable[Logits], found: Iterable[Logits]) -> Errors:
+    """Return the error of every token of every prompt in dB; both arguments yield (LENGTH, vocabulary) a prompt."""
     rows = []
-    for one, other in zip(expected, found, strict=True):
-        signal = np.square(one, dtype=np.float64).sum(axis=-1)
-        noise = np.square(one.astype(np.float64) - other).sum(axis=-1)
-        # A padding token's logits may all be zero: then any other answer is an error of 0 dB.
-        share = np.divide(noise, signal, out=np.sign(noise), where=signal > 0)
-        rows.append(10 * np.log10(np.maximum(share, 10 ** (EQUAL_DB / 10))))
+    for reference_logits, logits in zip(expected, found, strict=True):
+        signal = np.square(reference_logits, dtype=np.float64).sum(axis=-1)
+        noise = np.square(reference_logits.astype(np.float64) - logits).sum(axis=-1)
+        # A padding token's logits may all be zero: then any other logits are an error of 0 dB.
+        ratio = np.divide(noise, signal, out=np.sign(noise), where=signal > 0)
+        rows.append(10 * np.log10(np.maximum(ratio, 10 ** (EQUAL_DB / 10))))
     return np.stack(rows)
 
 
-def noise(model: Any, prompts: Sequence[ScoredIds], expected: Sequence[Logits]) -> Errors:
-    """Errors of the model itself, disturbed: (SEEDS * prompts, LENGTH)."""
-    found = []
+def noise_db(model: PreTrainedModel, prompts: Sequence[ScoredIds], expected: Sequence[Logits]) -> Errors:
+    """Return the errors of the model itself under disturbance: (SEEDS * prompts, LENGTH)."""
+    samples = []
     for seed in range(SEEDS):
-        with _each_layer_disturbed(model, seed):
-            found.append(errors(expected, reference.rows(model, prompts)))
-    return np.concatenate(found)
+        with _layers_disturbed(model, seed):
+            samples.append(errors_db(expected, reference.compared_logits(model, prompts)))
+    return np.concatenate(samples)
 
 
-def judge(found: Errors, floor: Errors) -> Judgement:
-    """Whether errors are beyond those of the disturbed checkpoint, and from which position on."""
-    more, equal = (compared(found[:, None], floor[None]) for compared in (np.greater, np.isclose))
-    chances = (more & ~equal).mean(axis=(0, 1)) + equal.mean(axis=(0, 1)) / 2
-    chance = float(chances[JUDGED_FROM:].max())
-    beyond = chance > BEYOND
-    return Judgement(beyond, chance, int(np.flatnonzero(chances > BEYOND)[0]) if beyond else None, "")
+def compare_errors(errors: Errors, noise: Errors) -> FaultTest:
+    """Test whether errors exceed those of the disturbed checkpoint, and from which position on."""
+    # Every error is paired with every sample of the noise at the same position.
+    pairs = errors[:, None], noise[None]
+    equal = np.isclose(*pairs)
+    larger = np.greater(*pairs) & ~equal
+    chances = larger.mean(axis=(0, 1)) + equal.mean(axis=(0, 1)) / 2  # (LENGTH,)
+
+    chance = float(chances[DECISIVE_FROM:].max())
+    exceeds = chance > MAX_CHANCE
+    first = int(np.flatnonzero(chances > MAX_CHANCE)[0]) if exceeds else None
+    return FaultTest(exceeds, chance, position=first, location="")
 
 
 @contextmanager
-def _each_layer_disturbed(model: Any, seed: int) -> Iterator[None]:
+def _layers_disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Add normal noise to the output of every linear layer inside the block."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -112,12 +130,21 @@ def _each_layer_disturbed(model: Any, seed: int) -> Iterator[None]:
         yield
 
 
-def trace(model: Any, names: Iterable[str], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What goes into the named modules, not yet rounded, and what comes out while `run` runs them in batches of one."""
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
+def trace(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Record the inputs, before rounding, and the outputs of modules during `run`.
+
+    Args:
+        model: that `run` calls, in batches of one.
+        names: of its modules.
+        run: called once.
+
+    Returns:
+        By module its inputs (tokens, in) and outputs (tokens, out), float32.
+    """
+    recorded: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
     with ExitStack() as stack:
-        for name in found:
-            module, (inputs, outputs) = model.get_submodule(name), found[name]
+        for name, (inputs, outputs) in recorded.items():
+            module = model.get_submodule(name)
 
             def before(module: nn.Module, args: Any, inputs: list[Tensor] = inputs) -> None:
                 inputs.append(args[0][0].detach().float())
@@ -125,47 +152,61 @@ def trace(model: Any, names: Iterable[str], run: Callable[[], object]) -> dict[s
             def after(module: nn.Module, args: Any, output: Tensor, outputs: list[Tensor] = outputs) -> None:
                 outputs.append(output[0].detach().float())
 
+            # First among the hooks: another one rounds the input.
             stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         run()
-    return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in found.items()}
+    return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in recorded.items()}
 
 
-def first_parting(
-    model: Any, candidates: Sequence[tuple[Sequence[int], Trace]], every_linear: bool = True
-) -> Parting | None:
-    """The first place at which the model, given what the candidate gave everywhere before, says otherwise.
+def find_divergence(
+    model: PreTrainedModel, candidates: Sequence[tuple[Sequence[int], Trace]], every_linear: bool = True
+) -> Divergence | None:
+    """Find the first input or output at which a candidate diverges from the model.
 
-    That is asked of tokens that were read at once and of those decoded, each for themselves: a fault may be in one way.
+    Every input and output in the model is replaced by the candidate's, so that everything is compared given equal
+    inputs and no error is carried on. A difference between two modules shows in the input of the second. Prefilled
+    and decoded tokens are tested separately, because a fault may affect only one of the two.
 
-    Each input and output is replaced by the candidate's, so that everything is compared from equal inputs and no error
-    is carried on; what lies between two modules shows in the input of the second.
+    Args:
+        model: the frozen checkpoint, rounding as the runtime does.
+        candidates: ids of a prompt and what the candidate computed for it.
+        every_linear: True if the traces contain every linear layer, so that nothing is rounded between two modules.
 
-    candidates: what passed through the candidate, by prompt. every_linear: it shows every linear layer, so that nothing
-    between two modules rounds.
+    Returns:
+        The first divergence in the order of computation, None if there is none.
     """
-    errors_db: dict[Parting, list[Tensor]] = {}  # by token, in the order in which the model computes
+    errors: dict[Divergence, list[Tensor]] = {}  # dB by token, one tensor a prompt, in the order of computation
     for ids, candidate in candidates:
-        _follow(model, ids, candidate, lambda place, error_db: errors_db.setdefault(place, []).append(error_db))
-    for place, error_db in errors_db.items():
-        # Of float arithmetic alone not one token may differ. A value on a rounding tie may fall to either side, and
-        # attention hands that on to later tokens of its prompt: then most others must agree.
-        share = 1.0 if place.at_input and every_linear else AGREEING
-        ways = [torch.cat([e[part] for e in error_db]) for part in (slice(DECODED_FROM), slice(DECODED_FROM, None))]
-        if any(len(way) and float(way.quantile(share)) > FAULT_DB for way in ways):
-            return place
+        for divergence, error_db in _compare_modules(model, ids, candidate):
+            errors.setdefault(divergence, []).append(error_db)
+
+    for divergence, by_prompt in errors.items():
+        # Pure float arithmetic must agree for every token. A value at a rounding tie may go either way, and attention
+        # passes that on to later tokens of its prompt: then a share of the others must agree.
+        share = 1.0 if divergence.at_input and every_linear else AGREEING
+        prefilled = torch.cat([error_db[:DECODED_FROM] for error_db in by_prompt])
+        decoded = torch.cat([error_db[DECODED_FROM:] for error_db in by_prompt])
+        for tokens in (prefilled, decoded):
+            if len(tokens) and float(tokens.quantile(share)) > FAULT_DB:
+                return divergence
     return None
 
 
-def _follow(model: Any, ids: Sequence[int], candidate: Trace, told: Callable[[Parting, Tensor], None]) -> None:
-    """Run the model on one prompt and tell the error at every place, each time from the candidate's values."""
+def _compare_modules(model: PreTrainedModel, ids: Sequence[int], candidate: Trace) -> list[tuple[Divergence, Tensor]]:
+    """Run the model on one prompt, replacing each input and output by the candidate's.
+
+    Returns:
+        The error of each in dB by token, (tokens,), in the order of computation.
+    """
+    errors: list[tuple[Divergence, Tensor]] = []
     with ExitStack() as stack:
         for name, (inputs, outputs) in candidate.items():
 
             def before(module: nn.Module, args: Any, name: str = name, inputs: Tensor | None = inputs) -> Any:
                 if inputs is None:
                     return None
-                told(Parting(name, at_input=True), _error_db(inputs, args[0][0]))
+                errors.append((Divergence(name, at_input=True), _error_db(inputs, args[0][0])))
                 return (inputs[None], *args[1:])
 
             def after(
@@ -174,18 +215,19 @@ def _follow(model: Any, ids: Sequence[int], candidate: Trace, told: Callable[[Pa
                 if outputs is None:
                     return None
                 ours, *rest = output if isinstance(output, tuple) else (output,)
-                told(Parting(name, at_input=False), _error_db(outputs, ours[0]))
+                errors.append((Divergence(name, at_input=False), _error_db(outputs, ours[0])))
                 return (outputs[None], *rest) if isinstance(output, tuple) else outputs[None]
 
             module = model.get_submodule(name)
-            # Before the hook that rounds the input.
+            # First among the hooks: another one rounds the input.
             stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         with torch.no_grad():
             model(torch.tensor([list(ids)]))
+    return errors
 
 
 def _error_db(expected: Tensor, found: Tensor) -> Tensor:
-    """By token, of two (tokens, features)."""
+    """Return the error by token in dB, of two tensors (tokens, features)."""
     noise, signal = (expected - found).square().sum(-1), expected.square().sum(-1)
     return 10 * torch.log10((noise / signal.clamp(min=1e-30)).clamp(min=1e-20))

@@ -1,8 +1,9 @@
-"""The first layer at which an artifact parts from its frozen checkpoint: the file looked into, where it runs.
+"""Find the first layer at which an artifact diverges from its frozen checkpoint, on the device and on this machine.
 
-A copy that returns what passes through it runs on the device and on this machine, and each is compared from equal
-inputs: see `faults.first_parting`. In an ONNX folder that is the input and the output of every matrix; in a .pte what
-passes between delegates, the result of every layer's attention and the output of every layer.
+A copy of the artifact that also returns intermediate values runs there, and each value is compared with that of the
+checkpoint given equal inputs: see `fault_test.find_divergence`. For an ONNX folder these are the input and the output
+of every matrix; for a .pte the values passed between delegates, the result of every layer's attention and the output
+of every layer.
 """
 
 from __future__ import annotations
@@ -19,87 +20,114 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from qat_edge.diagnose import fault_test
-from qat_edge.diagnose.error_budget import TorchSide
-from qat_edge.diagnose.fault_test import Parting
-from qat_edge.diagnose.runtime_rounding import Rounding, rounding_as
+from qat_edge.diagnose.error_budget import TorchBudget
+from qat_edge.diagnose.fault_test import Divergence
+from qat_edge.diagnose.runtime_rounding import Rounding, emulate_rounding
 from qat_edge.errors import ArtifactError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import LOCAL
-from qat_edge.lazy import resolve
 from qat_edge_devices import open_runtime, open_transport
-from qat_edge_devices.device_errors import CancelledError
-from qat_edge_devices.device_errors import DeviceError as TransportLevelError
+from qat_edge_devices.device_errors import CancelledError, DeviceLayerError
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters import TRACERS
 from qat_edge_exporters.artifact import Exposed, Passage
+from qat_edge_exporters.targets import target_named
 
-PROMPTS = 8  # that are followed through the layers
-_ONE = Lock()  # `rounding_as` changes attention for the whole process, and devices are judged side by side
+PROMPTS = 8  # that are traced through the layers
+_ONE = Lock()  # `emulate_rounding` changes attention for the whole process, and devices are tested in parallel
 
 
 @dataclass(frozen=True)
-class Looked:
-    """The first place at which an artifact parts on a device, None where at none. reason: why that is not known."""
+class Localization:
+    """Result of comparing an artifact's layers on one device with the frozen checkpoint's.
 
-    place: Parting | None
+    Attributes:
+        divergence: the first one, None if there is none or it is not known.
+        reason: why it is not known; empty where the layers were compared.
+    """
+
+    divergence: Divergence | None
     reason: str = ""
 
-    def words(self, where: str) -> str:
-        """A sentence without its end; where: it begins with that."""
+    def describe(self, where: str) -> str:
+        """Return a sentence without its final stop that begins with `where`, such as "On this machine"."""
         if self.reason:
-            return f"{where} its layers cannot be compared: {self.reason.rstrip('.')}"
-        if self.place is None:
-            return f"{where} no layer parts from equal inputs"
-        return f"{where} the first layer at which outputs part: {self.place}"
+            return f"{where}, the layers cannot be compared: {self.reason.rstrip('.')}"
+        if self.divergence is None:
+            return f"{where}, no layer diverges given equal inputs"
+        return f"{where}, the first layer that diverges is {self.divergence}"
 
 
-def first_words(
-    folder: Path, target: str, quantized: Path, torch: TorchSide, transport: Transport, threads: int
+def describe_location(
+    folder: Path, target: str, quantized: Path, torch: TorchBudget, transport: Transport, threads: int
 ) -> str:
-    """Where the artifact parts first on a device, and whether on this machine as well, in words."""
-    there = look(folder, target, quantized, torch, transport, threads)
+    """Describe where the artifact first diverges on a device, and whether it does so on this machine, too."""
+    there = locate(folder, target, quantized, torch, transport, threads)
     if transport.name == LOCAL:
-        return there.words("On this machine")
+        return there.describe("On this machine")
+
+    # A fault that shows on both machines is in the file; otherwise in the runtime on the device.
     with closing(open_transport(LOCAL)) as local:
-        here = look(folder, target, quantized, torch, local, threads)
+        here = locate(folder, target, quantized, torch, local, threads)
     if here == there:
-        return there.words(f"On {transport.name} as on this machine")
-    words = f"{there.words(f'On {transport.name}')}. {here.words('On this machine')}"
-    return f"{words}: it is what the runtime makes of the file there" if here == Looked(None) else words
+        return there.describe(f"On {transport.name} and on this machine")
+
+    text = f"{there.describe(f'On {transport.name}')}. {here.describe('On this machine')}"
+    if here == Localization(None):
+        text += f": the cause is the runtime on {transport.name}"
+    return text
 
 
-def look(folder: Path, target: str, quantized: Path, torch: TorchSide, transport: Transport, threads: int) -> Looked:
-    """The first module that says otherwise on a device than the checkpoint, rounding as the runtime does there."""
+def locate(
+    folder: Path, target: str, quantized: Path, torch: TorchBudget, transport: Transport, threads: int
+) -> Localization:
+    """Find the first module whose values on a device differ from the frozen checkpoint's.
+
+    Args:
+        folder: of the artifact.
+        target: of the artifact.
+        quantized: folder of the frozen checkpoint.
+        torch: has the prompts, and how the runtime rounds differently.
+        transport: to the device.
+        threads: CPU threads of the runtime.
+    """
+    step = max(len(torch.prompts) // PROMPTS, 1)
+    prompts = [prompt.ids[: fault_test.LENGTH] for prompt in torch.prompts[::step]]
+
+    # An artifact that cannot be traced, or a device that fails, leaves the location unknown.
     rounding = torch.roundings.get(target, Rounding())
-    asked = [prompt.ids[: fault_test.LENGTH] for prompt in torch.prompts[:: max(len(torch.prompts) // PROMPTS, 1)]]
     try:
-        otherwise = rounding.applies(transport.info().machine)
-        seen = passages(folder, target, asked, transport, threads)
+        applies = rounding.applies(transport.info().machine)
+        traced = trace_artifact(folder, target, prompts, transport, threads)
     except CancelledError:
         raise
-    except (ArtifactError, TransportLevelError) as error:
-        return Looked(None, str(error))
+    except (ArtifactError, DeviceLayerError) as error:
+        return Localization(None, str(error))
+
+    # Compare with the checkpoint, rounding as the runtime does on that machine.
+    traces = [{name: (_tensor(p.inputs), _tensor(p.outputs)) for name, p in modules.items()} for modules in traced]
     model, rounded = reference.load_dequantized(quantized)
-    traces = [{name: (_tensor(p.inputs), _tensor(p.outputs)) for name, p in found.items()} for found in seen]
-    with _ONE, rounding_as(model, rounded, rounding if otherwise else Rounding()):
-        pairs = list(zip(asked, traces, strict=True))
-        return Looked(fault_test.first_parting(model, pairs, every_linear=traces[0].keys() >= set(rounded)))
+    every_linear = traces[0].keys() >= set(rounded)
+    with _ONE, emulate_rounding(model, rounded, rounding if applies else Rounding()):
+        candidates = list(zip(prompts, traces, strict=True))
+        return Localization(fault_test.find_divergence(model, candidates, every_linear))
 
 
-def passages(
-    folder: Path, target: str, asked: Sequence[Sequence[int]], transport: Transport, threads: int
+def trace_artifact(
+    folder: Path, target: str, prompts: Sequence[Sequence[int]], transport: Transport, threads: int
 ) -> list[dict[str, Passage]]:
-    """What passes through the artifact on a device, by module, for each sequence."""
+    """Run an artifact on a device and return the inputs and outputs of its modules, by name, for each prompt."""
     with tempfile.TemporaryDirectory(prefix="qat-edge-") as name:
-        exposed: Exposed = resolve(TRACERS, target, "--target")(folder, Path(name))
+        # Write a copy of the artifact that returns intermediate values, and run that.
+        exposed: Exposed = target_named(target).expose_outputs(folder, Path(name))
         runtime = open_runtime(target, transport, threads)
         runtime.prepare(Path(name))
-        found = []
-        for traced in runtime.trace(asked, fault_test.DECODED_FROM):
+        by_prompt = []
+        for traced in runtime.trace(prompts, fault_test.DECODED_FROM):
+            # The files are deleted after the last prompt, so the arrays are read now.
             with np.load(traced.outputs) as arrays:
                 outputs = dict(zip(traced.names, arrays.values(), strict=True))
-            found.append(exposed.passages(outputs))
-        return found
+            by_prompt.append(exposed.passages(outputs))
+        return by_prompt
 
 
 def _tensor(values: NDArray[np.float32] | None) -> Tensor | None:

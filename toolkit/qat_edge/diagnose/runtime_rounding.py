@@ -1,38 +1,47 @@
-"""What a runtime rounds otherwise than the frozen checkpoint in torch, done in torch: no difference of it is a fault.
+"""Emulate in torch what a runtime rounds differently from the frozen checkpoint, so that it does not count as a fault.
 
-ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits, elsewhere per token as
-training does. A .pte exported with --kv-cache int8 rounds queries, keys and values per token and head.
+ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits; on other processors
+per token, as training does. A .pte exported with --kv-cache int8 rounds queries, keys and values per token and head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers what rounds keys and values
+import torch.ao.quantization.fx._decomposed  # registers the operators that round keys and values
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qat_edge.lazy import resolve
 from qat_edge.quant import numerics
 from qat_edge.run import read_manifest
-from qat_edge_exporters import READERS
+from qat_edge_exporters.targets import target_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 X86 = ("x86_64", "amd64")
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
 CACHE = "keys and values in int8"
-SDPA = "sdpa"  # the attention that transformers takes where nothing else is asked for
+SDPA = "sdpa"  # transformers' default attention
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """name: of the step. blocks: features that share a scale in the input of a module; none: per token, as trained.
+    """Rounding that a runtime does at inference.
 
-    int8_cache: queries, keys and values are rounded. machines: those on which it is so; empty for all.
+    Attributes:
+        name: of the step in the error budget.
+        blocks: by module, the number of input features that share a scale; a module that is missing here is rounded
+            per token, as in training.
+        int8_cache: True if queries, keys and values are rounded to int8.
+        machines: processor architectures on which the runtime rounds so; empty for all.
     """
 
     name: str = "as trained"
@@ -41,40 +50,55 @@ class Rounding:
     machines: tuple[str, ...] = ()
 
     def applies(self, machine: str) -> bool:
-        """Whether it is so on a machine of that architecture."""
+        """Return True if the runtime rounds so on a machine of that architecture."""
         return not self.machines or machine.lower() in self.machines
 
 
-def of_artifact(folder: Path, target: str) -> Rounding | None:
-    """What the runtime of an artifact rounds otherwise; None where it computes what was frozen."""
+def artifact_rounding(folder: Path, target: str) -> Rounding | None:
+    """Return how the runtime of an artifact rounds differently; None if it computes the frozen checkpoint."""
+    # MatMulNBits has a block size of its own, whatever groups the weights were trained with.
     if target == "onnx":
-        weights = resolve(READERS, target, "--target")(folder).weights
-        return Rounding(BLOCKS, {name: w.block for name, w in weights.items() if w.block}, machines=X86)
+        artifact = target_named(target).read(folder)
+        blocks = {name: weight.block for name, weight in artifact.weights.items() if weight.block}
+        return Rounding(BLOCKS, blocks, machines=X86)
     if read_manifest(folder)["options"].get("kv_cache") == "int8":
         return Rounding(CACHE, int8_cache=True)
     return None
 
 
 @contextmanager
-def rounding_as(model: Any, names: Iterable[str], rounding: Rounding) -> Iterator[Any]:
-    """Let the inputs of the named modules, and what attention reads, be rounded until the block ends."""
+def emulate_rounding(
+    model: PreTrainedModel | nn.Module, names: Iterable[str], rounding: Rounding
+) -> Iterator[PreTrainedModel | nn.Module]:
+    """Round the inputs of the named modules, and what attention reads, inside the block.
+
+    Args:
+        model: with dequantized weights, from `reference.load_dequantized`.
+        names: modules whose inputs are rounded.
+        rounding: of the runtime to emulate; `Rounding()` for the frozen checkpoint.
+    """
     with ExitStack() as stack:
         for name in names:
             block = rounding.blocks.get(name)
             hook = numerics.round_input if block is None else _block_rounder(block)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         if rounding.int8_cache:
-            stack.enter_context(_rounding_attention())
+            stack.enter_context(_round_attention_inputs())
         yield model
 
 
-def _block_rounder(block: int) -> Any:
-    """A forward pre-hook: int8, symmetric, s = max|x| / 127 per token and block (MLAS, SQNBitGemm CompInt8)."""
+def _block_rounder(block: int) -> Hook:
+    """Return a forward pre-hook that rounds a module's input to int8, s = max|x| / 127 per token and block.
+
+    ONNX Runtime's MLAS does this in SQNBitGemm with CompInt8.
+    """
 
     def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The last block is padded with zeros, which change neither its maximum nor its codes.
         x = args[0].float()
         blocks = nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
         largest = blocks.abs().amax(dim=-1, keepdim=True)
+        # A block of zeros has no scale: 127 / 0 is infinite, and its codes must be 0.
         codes = (blocks * (127 / largest).nan_to_num(posinf=0.0)).round()
         return ((codes * (largest / 127)).flatten(-2)[..., : x.shape[-1]], *args[1:])
 
@@ -82,11 +106,13 @@ def _block_rounder(block: int) -> Any:
 
 
 @contextmanager
-def _rounding_attention() -> Iterator[None]:
+def _round_attention_inputs() -> Iterator[None]:
+    """Round queries, keys and values of every model in this process inside the block."""
+    # The registry of transformers is global: whatever is registered under SDPA serves every model.
     attend = AttentionInterface()[SDPA]
 
-    def rounded(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **extras: Any) -> Any:
-        return attend(module, _per_head(query), _per_head(key), _per_head(value), *args, **extras)
+    def rounded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **extras: Any) -> Any:
+        return attend(module, _round_per_head(query), _round_per_head(key), _round_per_head(value), *args, **extras)
 
     AttentionInterface.register(SDPA, rounded)
     try:
@@ -95,10 +121,13 @@ def _rounding_attention() -> Iterator[None]:
         AttentionInterface.register(SDPA, attend)
 
 
-def _per_head(x: Tensor) -> Tensor:
-    """(batch, heads, tokens, D) as int8 holds it, one asymmetric scale and zero point per token and head."""
+def _round_per_head(x: Tensor) -> Tensor:
+    """Round to int8 and back, with an asymmetric scale and zero point per token and head.
+
+    x: (batch, heads, tokens, head size).
+    """
     operators, low, high = torch.ops.quantized_decomposed, *numerics.code_range(8)
     scales, zeros = operators.choose_qparams_per_token_asymmetric(x, torch.int8)
     codes = operators.quantize_per_token(x, scales, zeros, low, high, torch.int8)
-    found: Tensor = operators.dequantize_per_token(codes, scales, zeros, low, high, torch.int8, x.dtype)
-    return found
+    values: Tensor = operators.dequantize_per_token(codes, scales, zeros, low, high, torch.int8, x.dtype)
+    return values

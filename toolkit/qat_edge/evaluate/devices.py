@@ -1,4 +1,4 @@
-"""Devices reached and worked on side by side: each in a thread of its own, none stopped by another's failure."""
+"""Connect to several devices and run work on them in parallel threads; one failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge_devices import open_transport
-from qat_edge_devices.device_errors import DeviceError as TransportLevelError
-from qat_edge_devices.device_errors import UnknownNameError
+from qat_edge_devices.device_errors import DeviceLayerError, UnknownNameError
 from qat_edge_devices.transport import Access, Transport
 
 LOCAL = "local"
-FAILURES = (TransportLevelError, QatEdgeError)
+FAILURES = (DeviceLayerError, QatEdgeError)
 Result = TypeVar("Result")
 
 
+class Connections(NamedTuple):
+    """Devices that could be reached, by name, and the reason for each that could not."""
+
+    transports: dict[str, Transport]
+    failures: dict[str, str]
+
+
 def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
-    """The file of each device's report: "ssh://pi@kitchen:2222" -> folder/ssh-pi@kitchen-2222.json.
+    """Return the path of each device's report: "ssh://pi@kitchen:2222" -> folder/ssh-pi@kitchen-2222.json.
 
     Raises:
-        UsageError: a device is named twice, or two have names that differ in punctuation only.
+        UsageError: a device is named twice, or two names differ in punctuation only.
     """
     paths = {device: folder / f"{file_name(device)}.json" for device in devices}
     if len(set(paths.values())) != len(devices):
@@ -35,46 +41,49 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
 
 
 def file_name(device: str) -> str:
-    """A device's name as files have it, without suffix."""
+    """Return a device's name with only the characters that are safe in file names."""
     return re.sub(r"[^A-Za-z0-9@._-]+", "-", device).strip("-")
 
 
-def connect(options: ValidateOptions, stack: ExitStack) -> tuple[dict[str, Transport], dict[str, str]]:
-    """Devices that can be reached, closed with `stack`; and why the others cannot.
+def connect(options: ValidateOptions, stack: ExitStack) -> Connections:
+    """Connect to every device of `options`; `stack` closes the connections.
 
     Raises:
-        UsageError: there is no such kind of device.
+        UsageError: a device's name has no known scheme.
     """
-    there = Access(options.device_python, options.device_folder, options.ssh_config)
-    reached: dict[str, Transport] = {}
+    access = Access(options.device_python, options.device_folder, options.ssh_config)
+    transports: dict[str, Transport] = {}
     failures: dict[str, str] = {}
     for device in options.device:
         try:
-            # This machine's Python and folders are known; the options are about the others.
-            transport = open_transport(device, Access() if device == LOCAL else there)
+            # --device-python and --device-folder are about remote devices; this machine's own are known.
+            transport = open_transport(device, Access() if device == LOCAL else access)
         except UnknownNameError as error:
             raise UsageError(f"--device {device}: {error}") from error
-        except TransportLevelError as error:
+        except DeviceLayerError as error:
             failures[device] = str(error)
             continue
         stack.callback(transport.close)
-        reached[device] = transport
-    return reached, failures
+        transports[device] = transport
+    return Connections(transports, failures)
 
 
-def side_by_side(
+def run_on_devices(
     transports: Mapping[str, Transport], work: Callable[[str, Transport], Result]
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """What `work` gives for each device, and why it failed on others. Ctrl-C ends what runs on all of them.
+    """Call `work` for every device and return the results by device, and the reasons of those that failed.
 
-    This machine comes first and alone: serving the others would disturb what is timed here.
+    This machine runs first and alone: serving the others would disturb its timing. Ctrl-C cancels the work on all of
+    them.
     """
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
     here = {device: transport for device, transport in transports.items() if device == LOCAL}
     others = {device: transport for device, transport in transports.items() if device != LOCAL}
-    for group in filter(None, (here, others)):
-        for device, future in _started(group, work).items():
+    for group in (here, others):
+        if not group:
+            continue
+        for device, future in _run_in_threads(group, work).items():
             try:
                 results[device] = future.result()
             except FAILURES as error:
@@ -82,12 +91,12 @@ def side_by_side(
     return results, failures
 
 
-def _started(
+def _run_in_threads(
     transports: Mapping[str, Transport], work: Callable[[str, Transport], Result]
 ) -> dict[str, Future[Result]]:
-    """One finished future a device."""
+    """Return one finished future a device."""
     with ThreadPoolExecutor(len(transports)) as pool:
-        # A new thread has an empty context: hand it ours, with the reporter in force.
+        # A new thread starts with an empty context: run it in a copy of ours, which holds the current reporter.
         futures = {
             device: pool.submit(copy_context().run, work, device, transport) for device, transport in transports.items()
         }

@@ -1,14 +1,13 @@
-"""What validate measured of an encoder, as values: written to RUN/answers.json, read by report."""
+"""Results of validate for an encoder: written to RUN/answers.json, read by report."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat_edge.evaluate.results import Gate, read_document, write_document
+from qat_edge.evaluate.results import KEY, Gate, from_json, read_document, to_json, write_document
 
 FORMAT = 1
 ACCURACY, RETRIEVAL, CORRELATION = "accuracy", "retrieval accuracy", "rank correlation"
@@ -20,12 +19,18 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One model beside the FP32 fine-tune, which has no cosine. name, target, size_bytes: as of `results.Measured`.
+class EncoderResult:
+    """Figures of one model; all but `quality` and the size compare it with another and may be None.
 
-    quality: see `Comparison.measure`. cosine: of its answers and the fine-tune's, mean over the texts; least_cosine:
-    the least of them. agreement: share of texts with the same label, of classifiers. parity: cosine with the frozen
-    checkpoint in torch.
+    Attributes:
+        name: as in `results.Measurement`.
+        target: as in `results.Measurement`.
+        size_bytes: as in `results.Measurement`.
+        quality: the metric that `EncoderReport.measure` names.
+        cosine: mean cosine similarity of its outputs and the FP32 fine-tune's over the texts; None for the fine-tune.
+        least_cosine: the lowest cosine similarity of all texts.
+        agreement: share of texts with the same predicted label as the FP32 fine-tune; classifiers only.
+        parity: mean cosine similarity with the outputs of the frozen checkpoint in torch.
     """
 
     name: str
@@ -39,52 +44,70 @@ class Answered:
 
     @property
     def total_bytes(self) -> int:
-        """Size of everything the device needs."""
+        """Size of every file that the device needs."""
         return sum(self.size_bytes.values())
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All models on the same rows. kind: `Kind.name`. measure: what `Answered.quality` is, one of MEASURES."""
+class EncoderReport:
+    """Results of all models of a run on the same rows.
+
+    Attributes:
+        created: time in ISO format.
+        device: always this machine.
+        machine: description of it.
+        options: of validate.
+        task: name of the model's task, such as "text-classification".
+        measure: metric in `EncoderResult.quality`, one of MEASURES.
+        rows: number of evaluation rows.
+        texts: number of texts in them; a row of a pair has two.
+        results: one a model, the FP32 fine-tune first.
+        gates: one a limit.
+    """
 
     created: str
     device: str
     machine: dict[str, Any]
     options: dict[str, Any]
-    kind: str
+    task: str = field(metadata={KEY: "kind"})
     measure: str
     rows: int
     texts: int
-    answered: list[Answered]
+    results: list[EncoderResult] = field(metadata={KEY: "answered"})
     gates: list[Gate]
 
     def lines(self) -> Iterator[str]:
-        """For people, one a model."""
-        yield f"{self.rows} rows, {self.texts} texts; {self.measure}, and cosine with the FP32 fine-tune"
-        for found in self.answered:
-            parts = [f"{found.quality:.4f}"]
-            if found.cosine is not None:
-                parts.append(f"cosine {found.cosine:.4f} (least {found.least_cosine:.4f})")
-            parts += [] if found.agreement is None else [f"{found.agreement:.1%} of the labels alike"]
-            parts += [] if found.parity is None else [f"frozen checkpoint {found.parity:.6f}"]
-            yield f"  {found.name}: {', '.join([*parts, f'{found.total_bytes / 1e6:.1f} MB'])}"
+        """Yield a summary for the terminal: a heading, then one line a model."""
+        yield f"{self.rows} rows, {self.texts} texts; {self.measure}, and cosine similarity with the FP32 fine-tune"
+
+        for result in self.results:
+            # What was not measured for a model is left out of its line.
+            parts = [f"{result.quality:.4f}"]
+            if result.cosine is not None:
+                parts.append(f"cosine {result.cosine:.4f} (lowest {result.least_cosine:.4f})")
+            if result.agreement is not None:
+                parts.append(f"{result.agreement:.1%} of labels equal")
+            if result.parity is not None:
+                parts.append(f"cosine with the frozen checkpoint {result.parity:.6f}")
+            parts.append(f"{result.total_bytes / 1e6:.1f} MB")
+            yield f"  {result.name}: {', '.join(parts)}"
 
 
-def save(comparison: Comparison, path: Path) -> None:
-    """Write the comparison as JSON."""
-    write_document(path, FORMAT, dataclasses.asdict(comparison))
+def save(report: EncoderReport, path: Path) -> None:
+    """Write the report as JSON."""
+    write_document(path, FORMAT, to_json(report))
 
 
-def load(path: Path) -> Comparison:
-    """Read what `save` wrote.
+def load(path: Path) -> EncoderReport:
+    """Read a report that `save` wrote.
 
     Raises:
         RunError: no such file, damaged, or of another format.
     """
-    return read_document(path, FORMAT, "comparison", "validate", _comparison)
+    return read_document(path, FORMAT, "comparison", "validate", _read_report)
 
 
-def _comparison(document: dict[str, Any]) -> Comparison:
-    answered = [Answered(**row) for row in document.pop("answered")]
-    gates = [Gate(**row) for row in document.pop("gates")]
-    return Comparison(**document, answered=answered, gates=gates)
+def _read_report(document: dict[str, Any]) -> EncoderReport:
+    document["answered"] = [EncoderResult(**row) for row in document["answered"]]
+    document["gates"] = [Gate(**row) for row in document["gates"]]
+    return from_json(EncoderReport, document)

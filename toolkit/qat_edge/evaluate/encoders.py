@@ -1,17 +1,17 @@
-"""How an encoder's artifacts answer beside its FP32 fine-tune: text by text, in ExecuTorch's runtime, on this machine.
+"""Validate an encoder: run every text through each artifact, in ExecuTorch's Python runtime on this machine.
 
-cosine    of an artifact's answer (embedding or logits) and the FP32 fine-tune's, over all texts
-parity    the same beside the frozen checkpoint in torch, which an exact runtime answers like
-quality   what `answers.MEASURES` says of labels, of pairs that belong together, and of pairs with scores
+cosine    cosine similarity of an artifact's outputs (embedding or logits) and the FP32 fine-tune's, over all texts
+parity    the same with the frozen checkpoint in torch, whose outputs an exact runtime reproduces
+quality   accuracy, retrieval accuracy or rank correlation, depending on the rows: see `encoder_results.MEASURES`
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,169 +24,200 @@ from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, RunError, UsageError
-from qat_edge.evaluate import gates
 from qat_edge.evaluate.devices import LOCAL
-from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, Answered, Comparison, save
-from qat_edge.lazy import resolve
+from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult, save
+from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.models import merge, tasks
-from qat_edge.models.tasks import Kind, SentenceEncoder
+from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
-from qat_edge_exporters import ENCODERS, READERS
+from qat_edge_exporters.targets import target_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TARGET = "executorch"
-TEXTS = 16  # that torch is given at once
-OPTIONS = ("eval_data", "profile", *gates.FOR_ENCODERS)  # the others are for models that generate text
-Answers = NDArray[np.float32]  # (texts, width); of pairs, all first texts, then all second ones
-Say = Callable[[str], None]
+BATCH = 16  # texts that torch computes at once
+OPTIONS = ("eval_data", "profile", *ENCODER_GATES)  # the others are for models that generate text
+Outputs = NDArray[np.float32]  # (texts, width); for pairs, the first texts of all, then the second ones
 
 
-def validate(run: Run, options: ValidateOptions, force: bool = False) -> Comparison:
-    """Compare every .pte of the run and of its PTQ variants with the FP32 fine-tune; RUN/answers.json keeps it.
+def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) -> EncoderReport:
+    """Compare every .pte of the run and of its PTQ variants with the FP32 fine-tune, and write RUN/answers.json.
 
     Raises:
-        UsageError: an option or a limit that is for other models.
-        RunError: nothing exported, an artifact of an earlier checkpoint, or compared before (without `force`).
+        UsageError: an option or a gate that is for other models.
+        RunError: nothing exported, an artifact of an earlier checkpoint, or measured before and `force` is not set.
         DataError: no evaluation rows.
     """
-    kind = tasks.of_run(run)
-    _check_options(run, options, kind)
+    task = tasks.task_of_run(run)
+    _check_options(run, options, task)
     if run.answers.exists() and not force:
         raise RunError(f"{run.answers} exists already. Give --force to measure again.")
     variants = _exported(run)
-    progress.info("FP32 fine-tune in torch")
+
+    # The reference: outputs of the FP32 fine-tune for every text.
+    progress.info("FP32 fine-tune: computing outputs in torch, which the artifacts are compared with")
     tuned = merge.merged_model(run.reference)
-    rows = _rows(run, options, kind, tuned)
+    rows = _evaluation_rows(run, options, task, tuned)
+    # Of pairs, all first texts come before all second ones, as `quality` expects.
     texts = [*(row["input_ids"] for row in rows), *(row["other_ids"] for row in rows if "other_ids" in row)]
     labels = np.array([row["labels"][0] for row in rows])
-    reference = _torch_answers(kind, tuned.model, texts)
-    answered = [Answered("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(kind, reference, labels))]
+    reference = _torch_outputs(task, tuned.model, texts)
+
+    results = [EncoderResult("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(task, reference, labels))]
     for variant in variants:
-        progress.info(f"{variant.name}: {variant.exports / TARGET}")
-        exact = _torch_answers(kind, frozen.load(variant.quantized), texts)
-        found = resolve(ENCODERS, TARGET, "--target")(variant.exports / TARGET, texts)
-        answered.append(_beside(kind, variant, found, reference, exact, labels))
-    result = Comparison(
+        results.append(_measure(task, variant, texts, reference, labels))
+
+    report = EncoderReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device=LOCAL,
         machine=_machine(),
         options={name: value for name, value in config.plain(options).items() if name in OPTIONS},
-        kind=kind.name,
-        measure=_measure(kind),
+        task=task.name,
+        measure=_metric(task),
         rows=len(rows),
         texts=len(texts),
-        answered=answered,
-        gates=gates.hold_answers(options, answered),
+        results=results,
+        gates=check_encoder_gates(options, results),
     )
-    save(result, run.answers)
+    save(report, run.answers)
     config.save(run.config, "validate", options)
-    return result
+    return report
 
 
-def quality(kind: Kind, answers: Answers, labels: NDArray[Any]) -> float:
-    """0 to 1, or a correlation. labels: (rows,) of labels or of scores."""
-    if not isinstance(kind, SentenceEncoder):
-        return float((answers.argmax(1) == labels).mean())
-    first, second = np.split(answers, 2)
-    if not kind.scored:
+def quality(task: ModelTask, outputs: Outputs, labels: NDArray[Any]) -> float:
+    """Return the task's metric: a share from 0 to 1, or a correlation.
+
+    labels: (rows,) labels, or scores of pairs.
+    """
+    if not isinstance(task, SentenceEncoder):
+        return float((outputs.argmax(1) == labels).mean())
+
+    first, second = np.split(outputs, 2)
+    if not task.scored:
+        # Each anchor's own positive has the same index.
         return float(((first @ second.T).argmax(1) == np.arange(len(first))).mean())
+
+    # Spearman's correlation is Pearson's of the ranks. Embeddings have length 1: the dot product is the cosine.
     return float(np.corrcoef(_ranks((first * second).sum(1)), _ranks(labels))[0, 1])
 
 
-def cosines(one: Answers, other: Answers) -> NDArray[np.float64]:
-    """(texts,)"""
+def cosines(one: Outputs, other: Outputs) -> NDArray[np.float64]:
+    """Return the cosine similarity of each text's outputs, (texts,)."""
     a, b = one.astype(np.float64), other.astype(np.float64)
-    found: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return found
+    similarity: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return similarity
 
 
 def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Places in order; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[place]
+    """Return the rank of each value; equal values share their mean rank."""
+    # A value that occurs n times has the n ranks up to its cumulative count; their mean is that minus (n - 1) / 2.
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[index]
     return ranks
 
 
-def _beside(
-    kind: Kind, variant: Variant, found: Answers, reference: Answers, exact: Answers, labels: NDArray[Any]
-) -> Answered:
-    alike = cosines(found, reference)
-    return Answered(
+def _measure(
+    task: ModelTask, variant: Variant, texts: Sequence[list[int]], reference: Outputs, labels: NDArray[Any]
+) -> EncoderResult:
+    """Run all texts through a variant's artifact and compare its outputs with FP32's and the checkpoint's."""
+    folder = variant.exports / TARGET
+    progress.info(f"{variant.name}: running {len(texts)} texts through {folder} and the frozen checkpoint in torch")
+    checkpoint = _torch_outputs(task, frozen.load(variant.quantized), texts)
+    outputs = target_named(TARGET).run_encoder(folder, texts)
+    artifact = target_named(TARGET).read(folder)
+
+    similarity = cosines(outputs, reference)
+    agreement: float | None = None
+    if not isinstance(task, SentenceEncoder):
+        agreement = float((outputs.argmax(1) == reference.argmax(1)).mean())
+
+    return EncoderResult(
         name=variant.name,
         target=TARGET,
-        size_bytes=resolve(READERS, TARGET, "--target")(variant.exports / TARGET).size_bytes,
-        quality=quality(kind, found, labels),
-        cosine=float(alike.mean()),
-        least_cosine=float(alike.min()),
-        agreement=None if isinstance(kind, SentenceEncoder) else float((found.argmax(1) == reference.argmax(1)).mean()),
-        parity=float(cosines(found, exact).mean()),
+        size_bytes=artifact.size_bytes,
+        quality=quality(task, outputs, labels),
+        cosine=float(similarity.mean()),
+        least_cosine=float(similarity.min()),
+        agreement=agreement,
+        parity=float(cosines(outputs, checkpoint).mean()),
     )
 
 
-def _measure(kind: Kind) -> str:
-    if not isinstance(kind, SentenceEncoder):
+def _metric(task: ModelTask) -> str:
+    if not isinstance(task, SentenceEncoder):
         return ACCURACY
-    return CORRELATION if kind.scored else RETRIEVAL
+    return CORRELATION if task.scored else RETRIEVAL
 
 
 def _size_by_part(model: nn.Module) -> dict[str, int]:
-    """Bytes of a torch model's weights, in an artifact's parts; it counts a head among the linear layers."""
-    linears, tables = (
-        sum(m.weight.nbytes for m in model.modules() if isinstance(m, kind)) for kind in (nn.Linear, nn.Embedding)
-    )
+    """Return the bytes of a torch model's weights, by the parts of an artifact; a head counts as linear layers."""
+    linears = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    tables = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Embedding))
     whole = sum(parameter.nbytes for parameter in model.parameters())
     return {"linears": linears, "embedding": tables, "float": whole - linears - tables}
 
 
 def _machine() -> dict[str, Any]:
-    with closing(open_transport(LOCAL)) as here:
-        return dataclasses.asdict(here.info())
+    with closing(open_transport(LOCAL)) as transport:
+        return dataclasses.asdict(transport.info())
 
 
-def _check_options(run: Run, options: ValidateOptions, kind: Kind) -> None:
-    """Refuse what has no meaning for an encoder, by name, before anything is loaded."""
+def _check_options(run: Run, options: ValidateOptions, task: ModelTask) -> None:
+    """Refuse, before anything is loaded, options that have no meaning for an encoder."""
+    by_profile = "" if options.profile is None else f" (given, or set by --profile {options.profile})"
     for field in dataclasses.fields(options):
-        asked = getattr(options, field.name)
-        if asked != field.default and field.name not in OPTIONS and (field.name, asked) != ("target", (TARGET,)):
-            flag = config.flag_name(field.name) + (f" {asked[0]}" if isinstance(asked, tuple) else "")
-            tasks.require_generating(run, f"validate {flag}{_by_profile(options)}")
-    if options.min_top1 is not None and isinstance(kind, SentenceEncoder):
+        value = getattr(options, field.name)
+        if value == field.default or field.name in OPTIONS:
+            continue
+        if (field.name, value) == ("target", (TARGET,)):
+            continue  # the only target that encoders have
+        flag = config.flag_name(field.name) + (f" {value[0]}" if isinstance(value, tuple) else "")
+        tasks.require_causal_lm(run, f"validate {flag}{by_profile}")
+
+    if options.min_top1 is not None and isinstance(task, SentenceEncoder):
         raise UsageError(
-            f"--min-top1{_by_profile(options)} is for models that choose tokens or labels; {run.path} holds "
-            f"{kind.title}. Give --min-cosine."
+            f"--min-top1{by_profile} is for models that choose tokens or labels; {run.path} holds {task.title}. "
+            "Use --min-cosine."
         )
 
 
-def _by_profile(options: ValidateOptions) -> str:
-    return "" if options.profile is None else f" (given, or set by --profile {options.profile})"
-
-
 def _exported(run: Run) -> list[Variant]:
-    """Those that have a .pte, of the checkpoint that is there; the run's own is what limits are held against."""
-    found = [variant for variant in run.variants() if TARGET in variant.targets()]
+    """Return the variants that have a .pte of their current checkpoint; the run itself must, as gates check it.
+
+    Raises:
+        RunError: the run has none, or one was exported from an earlier checkpoint.
+    """
     if TARGET not in run.targets():
-        raise RunError(f"{run.exports}: nothing exported. Do `qat-edge export {run.path} --target {TARGET}`.")
-    for variant in found:
+        raise RunError(f"{run.exports}: nothing exported. Run `qat-edge export {run.path} --target {TARGET}`.")
+    variants = [variant for variant in run.variants() if TARGET in variant.targets()]
+    for variant in variants:
         variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")
-    return found
+    return variants
 
 
-def _rows(run: Run, options: ValidateOptions, kind: Kind, tuned: merge.Merged) -> list[dict[str, Any]]:
+def _evaluation_rows(
+    run: Run, options: ValidateOptions, task: ModelTask, tuned: merge.MergedModel
+) -> list[dict[str, Any]]:
+    """Tokenize --eval-data of validate, or of finetune."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: the run was trained without --eval-data. Give --eval-data.")
-    return training_examples.tokenize(
-        kind, load_rows(source, "eval"), tuned.model, tuned.tokenizer, trained.max_length
-    ).rows
+    rows = load_rows(source, "eval")
+    return training_examples.tokenize_for_task(task, rows, tuned.model, tuned.tokenizer, trained.max_length).rows
 
 
-def _torch_answers(kind: Kind, model: Any, texts: Sequence[list[int]]) -> Answers:
-    def answer(part: Sequence[list[int]]) -> Tensor:
-        ids = pad_sequence([torch.tensor(text) for text in part], batch_first=True)
-        mask = pad_sequence([torch.ones(len(text), dtype=torch.int64) for text in part], batch_first=True)
-        return kind.answer(model, ids, mask)
+def _torch_outputs(task: ModelTask, model: PreTrainedModel, texts: Sequence[list[int]]) -> Outputs:
+    """Compute the outputs for all texts, a padded batch at a time."""
+
+    def compute(batch: Sequence[list[int]]) -> Tensor:
+        ids = pad_sequence([torch.tensor(text) for text in batch], batch_first=True)
+        mask = pad_sequence([torch.ones(len(text), dtype=torch.int64) for text in batch], batch_first=True)
+        return task.predict(model, ids, mask)
 
     with torch.no_grad():
-        return torch.cat([answer(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)]).numpy()
+        batches = [compute(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        return torch.cat(batches).numpy()

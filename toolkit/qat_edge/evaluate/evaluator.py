@@ -1,4 +1,4 @@
-"""One model at a time: its logits against the reference's, its answers, its speed, its memory."""
+"""Measure one model at a time: its logits compared with the FP32 fine-tune's, its outputs, its speed, its memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -23,150 +23,204 @@ from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, DeviceError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import file_name
-from qat_edge.evaluate.metrics import Comparison, LogitComparison, first_divergence, same_answer
+from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_divergence, outputs_match
 from qat_edge.evaluate.reference import Logits, LogitStore
-from qat_edge.evaluate.results import Agreement, Measured, Speed
-from qat_edge.lazy import resolve
-from qat_edge.models import tokenizer
+from qat_edge.evaluate.results import Agreement, Measurement, Speed
+from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.run import Run, Variant, disk_errors, work_folder
 from qat_edge_devices import open_runtime
-from qat_edge_devices.device_errors import DeviceError as TransportLevelError
-from qat_edge_devices.run_results import Speed as DeviceSpeed
+from qat_edge_devices.device_errors import DeviceLayerError
+from qat_edge_devices.runtime import TimedRun
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters import READERS
+from qat_edge_exporters.targets import target_named
 
-FLOOR_TOKENS = 512  # compared tokens the noise floor is measured on
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qat_edge_devices.runtime import Runtime
+
+FLOOR_TOKENS = 512  # compared tokens that the noise floor is measured on
 
 
 @dataclass(frozen=True)
-class Material:
-    """What every model is asked. sequences: for teacher-forced comparison; prompts: to be answered."""
+class EvalSet:
+    """The evaluation data of all models, tokenized.
+
+    Attributes:
+        sequences: for teacher-forced comparison of logits.
+        prompts: ids of a prompt and the expected output as text, for exact match.
+        eos_ids: tokens that end an output.
+        pad_id: token that pads prompts of a batch.
+        tokenizer: decodes outputs; None only where there are no prompts.
+    """
 
     sequences: list[tokenization.ScoredIds]
     prompts: list[tuple[list[int], str]]
     eos_ids: list[int]
     pad_id: int
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def tokens(self) -> int:
-        """Compared tokens in all."""
+        """Number of compared tokens in all sequences."""
         return sum(len(s.positions) for s in self.sequences)
 
     @property
-    def questions(self) -> list[list[int]]:
-        """Prompt ids without their answers."""
+    def prompt_ids(self) -> list[list[int]]:
+        """Ids of the prompts without their expected outputs."""
         return [ids for ids, _ in self.prompts]
 
-    def exact_match(self, answers: Sequence[Sequence[int]]) -> float | None:
-        """Share of the prompts answered as expected, None where there are no prompts."""
+    def exact_match(self, outputs: Sequence[Sequence[int]]) -> float | None:
+        """Return the share of outputs that equal the expected ones; None where there are no prompts."""
         if not self.prompts:
             return None
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return sum(same_answer(t, e) for t, (_, e) in zip(texts, self.prompts, strict=True)) / len(self.prompts)
+        assert self.tokenizer is not None
+        texts = self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        matches = [outputs_match(text, expected) for text, (_, expected) in zip(texts, self.prompts, strict=True)]
+        return sum(matches) / len(matches)
+
+
+class OutputAgreement(NamedTuple):
+    """Generated token ids compared with the FP32 fine-tune's.
+
+    Attributes:
+        equal: share of prompts with equal outputs.
+        first_divergence: median index of the first differing token over the other prompts; None if there are none.
+    """
+
+    equal: float | None
+    first_divergence: float | None
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all measurements of one validate share. Logits lie below `scratch`: `fp32` the fine-tune's, which
-    everything is held against, as its answers are; `exact` the frozen checkpoint's in torch."""
+class Evaluator:
+    """Measures the models of one run on one evaluation set.
 
-    material: Material
+    Attributes:
+        eval_set: the data.
+        options: how to measure.
+        scratch: folder for logits and outputs that later measurements are compared with.
+    """
+
+    eval_set: EvalSet
     options: ValidateOptions
     scratch: Path
 
     @property
-    def fp32(self) -> LogitStore:
+    def fp32_logits(self) -> LogitStore:
+        """Logits of the FP32 fine-tune, the reference of every other model."""
         return LogitStore(self.scratch / "fp32")
 
     @property
-    def exact(self) -> LogitStore:
+    def frozen_logits(self) -> LogitStore:
+        """Logits of the frozen checkpoint in torch, the reference for parity."""
         return LogitStore(self.scratch / "exact")
 
     @property
-    def fp32_answers(self) -> Path:
-        """Token ids of the fine-tune's answers as JSON, one list a prompt."""
+    def fp32_outputs(self) -> Path:
+        """JSON file with the token ids that the FP32 fine-tune generates, one list a prompt."""
         return self.scratch / "answers.json"
 
-    def kept(self, device: str, target: str) -> LogitStore:
-        """The logits of the run's own artifact of one target on a device; there where a budget is asked for."""
+    def artifact_logits(self, device: str, target: str) -> LogitStore:
+        """Return the logits of the run's own artifact on a device; filled only with --error-budget."""
         return LogitStore(self.scratch / f"{target}-{file_name(device)}")
 
-    def fine_tuned(self, model: Any) -> Measured:
-        """The FP32 fine-tune, whose logits stay in `fp32` and its answers in `fp32_answers`."""
-        self._score("FP32 fine-tune", model, self.fp32)
-        if self.material.prompts:
-            progress.info("  answering the prompts")
-        material, options = self.material, self.options
-        answers = reference.answer(model, material.questions, material.eos_ids, options.max_new_tokens, material.pad_id)
-        self.fp32_answers.write_text(json.dumps(answers), encoding="utf-8")
-        return Measured(
+    def measure_fine_tuned(self, model: PreTrainedModel) -> Measurement:
+        """Measure the FP32 fine-tune in torch; its logits and outputs stay in `fp32_logits` and `fp32_outputs`."""
+        eval_set, options = self.eval_set, self.options
+
+        # Both are kept on disk: every artifact is compared with them later.
+        self._score_in_torch("FP32 fine-tune, logits in torch", model, self.fp32_logits)
+
+        if eval_set.prompts:
+            progress.info(f"FP32 fine-tune: generating outputs for {len(eval_set.prompts)} prompts in torch")
+        outputs = reference.generate(
+            model, eval_set.prompt_ids, eval_set.eos_ids, options.max_new_tokens, eval_set.pad_id
+        )
+        self.fp32_outputs.write_text(json.dumps(outputs), encoding="utf-8")
+
+        return Measurement(
             name="fp32 fine-tuned",
             target="torch",
             runtime=_torch_runtime(),
             size_bytes=reference.size_by_part(model),
-            perplexity=self._compare(self.fp32, self.fp32).perplexity,
-            exact_match=material.exact_match(answers),
-            prompts=len(material.prompts),
+            perplexity=self._compare(self.fp32_logits, self.fp32_logits).perplexity,
+            exact_match=eval_set.exact_match(outputs),
+            prompts=len(eval_set.prompts),
             speed=reference.speed(model, options.prefill, options.decode, options.repeats, options.threads),
             notes=("memory not measured: torch shares this process with validate",),
         )
 
-    def base(self, model: Any) -> Measured:
-        """The FP32 base model, before any training."""
+    def measure_base(self, model: PreTrainedModel) -> Measurement:
+        """Measure the logits of the FP32 base model, before any training, in torch."""
+        # Nothing else is compared with the base, so its logits are deleted at once: they may take gigabytes.
         store = LogitStore(self.scratch / "base")
-        self._score("FP32 base", model, store)
-        figures = self._compare(self.fp32, store)
+        self._score_in_torch("FP32 base model, logits in torch", model, store)
+        metrics = self._compare(self.fp32_logits, store)
         shutil.rmtree(store.folder)
-        return Measured(
+        return Measurement(
             name="fp32 base",
             target="torch",
             runtime=_torch_runtime(),
             size_bytes=reference.size_by_part(model),
-            perplexity=figures.perplexity,
-            agreement=agreement(figures),
-            notes=("speed and answers not measured: the same network as the fine-tune, before training",),
+            perplexity=metrics.perplexity,
+            agreement=as_agreement(metrics),
+            notes=("speed and outputs not measured: the same network as the fine-tune, before training",),
         )
 
-    def noise_floor(self, quantized: Path) -> Agreement:
-        """The frozen checkpoint's logits into `exact`, and how far it parts from itself when disturbed."""
+    def measure_noise_floor(self, quantized: Path) -> Agreement:
+        """Write the frozen checkpoint's logits to `frozen_logits` and compare them with a disturbed copy's.
+
+        An exact runtime differs from the checkpoint about as much as the copy does.
+        """
         model = reference.load_exact(quantized)
-        self._score("frozen checkpoint", model, self.exact)
+        self._score_in_torch("frozen checkpoint, logits in torch", model, self.frozen_logits)
+
+        # The disturbed copy runs on the first tokens only: the mean over these is precise enough.
         part = self.first_tokens(FLOOR_TOKENS)
         store = LogitStore(self.scratch / "disturbed")
         with reference.disturbed(model):
-            part._score("frozen checkpoint, disturbed by 1e-7", model, store)
-        figures = part._compare(self.exact, store)
+            part._score_in_torch("frozen checkpoint with embeddings disturbed by 1e-7", model, store)
+        metrics = part._compare(self.frozen_logits, store)
         shutil.rmtree(store.folder)
-        progress.info(f"  noise floor: KL {figures.kl_nats:.2g}, top-1 {figures.top1_agreement:.1%}")
-        return agreement(figures)
 
-    def artifact(self, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
-        """One artifact on the device behind `transport`. own: of the run itself, so that `exact` is its parity."""
-        folder, options = variant.exports / target, self.options
-        progress.info(f"Measuring {folder}")
-        accuracy, parity = self._score_artifact(folder, target, transport, own)
+        progress.info(
+            f"Noise floor of the frozen checkpoint (disturbed by 1e-7, compared with itself): KL {metrics.kl_nats:.2g} "
+            f"nats per token, top-1 agreement {metrics.top1_agreement:.1%}"
+        )
+        return as_agreement(metrics)
+
+    def measure_artifact(self, variant: Variant, target: str, transport: Transport, own: bool) -> Measurement:
+        """Measure one artifact on the device behind `transport`.
+
+        own: True for an artifact of the run itself, whose frozen checkpoint is the reference for parity.
+        """
+        folder, options, eval_set = variant.exports / target, self.options, self.eval_set
+        progress.info(f"Measuring {folder} on {transport.name}: logits of {eval_set.tokens} tokens")
+        accuracy, parity = self._compare_artifact(folder, target, transport, own)
+
+        # Scoring has sent the artifact: this runtime finds it on the device.
         runtime = open_runtime(target, transport, options.threads)
-        answers: list[tuple[int, ...]] = []
-        if self.material.prompts:
-            progress.info("  answering the prompts")
-            asked = self.material.questions, self.material.eos_ids, options.max_new_tokens
-            answers = [answer.ids for answer in runtime.generate(*asked).answers]
-        same, parting = self.against_fp32(answers)
-        progress.info("  timing")
+        outputs = self._generate(runtime)
+        same_outputs, divergence = self.compare_outputs(outputs)
+
+        # Timing is a process of its own, whose memory is the one reported: logits would add to its peak.
+        announce_timing(options)
         timed = runtime.speed(options.prefill, options.decode, options.repeats)
-        return Measured(
+
+        artifact = target_named(target).read(folder)
+        return Measurement(
             name=variant.name,
             target=target,
             runtime=f"{timed.load.runtime} {timed.load.runtime_version}",
-            size_bytes=resolve(READERS, target, "--target")(folder).size_bytes,
+            size_bytes=artifact.size_bytes,
             perplexity=accuracy.perplexity,
-            agreement=agreement(accuracy),
-            parity=None if parity is None else agreement(parity),
-            exact_match=self.material.exact_match(answers),
-            prompts=len(self.material.prompts),
-            same_answers=same,
-            first_divergence=parting,
+            agreement=as_agreement(accuracy),
+            parity=None if parity is None else as_agreement(parity),
+            exact_match=eval_set.exact_match(outputs),
+            prompts=len(eval_set.prompts),
+            same_answers=same_outputs,
+            first_divergence=divergence,
             load_ms=timed.load.load_ms,
             speed=_speed(timed, options),
             memory_bytes=timed.load.peak_rss_bytes,
@@ -174,116 +228,145 @@ class Bench:
             notes=timed.remarks(),
         )
 
-    def first_tokens(self, limit: int) -> Bench:
-        """The same on the first sequences that hold `limit` compared tokens between them."""
-        some: list[tokenization.ScoredIds] = []
-        for sequence in self.material.sequences:
-            if sum(len(s.positions) for s in some) < limit:
-                some.append(sequence)
-        return dataclasses.replace(self, material=dataclasses.replace(self.material, sequences=some))
+    def first_tokens(self, limit: int) -> Evaluator:
+        """Return an evaluator of the first sequences, as many as hold at least `limit` compared tokens."""
+        sequences: list[tokenization.ScoredIds] = []
+        tokens = 0
+        for sequence in self.eval_set.sequences:
+            if tokens >= limit:
+                break
+            sequences.append(sequence)
+            tokens += len(sequence.positions)
+        return dataclasses.replace(self, eval_set=dataclasses.replace(self.eval_set, sequences=sequences))
 
-    def against_fp32(self, answers: Sequence[Sequence[int]]) -> tuple[float | None, float | None]:
-        """Share of answers equal to the fine-tune's, and the median place where the others part from it."""
-        if not answers or not self.fp32_answers.is_file():
-            return None, None
-        expected = json.loads(self.fp32_answers.read_text(encoding="utf-8"))
-        places = [first_divergence(ours, theirs) for ours, theirs in zip(answers, expected, strict=True)]
-        parted = [place for place in places if place is not None]
-        return 1 - len(parted) / len(places), median(parted) if parted else None
+    def compare_outputs(self, outputs: Sequence[Sequence[int]]) -> OutputAgreement:
+        """Compare generated token ids with the FP32 fine-tune's; both figures are None where either has none."""
+        if not outputs or not self.fp32_outputs.is_file():
+            return OutputAgreement(None, None)
+        expected = json.loads(self.fp32_outputs.read_text(encoding="utf-8"))
+        divergences = [first_divergence(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)]
+        # None marks equal outputs; the index of the others is where they first differ.
+        different = [index for index in divergences if index is not None]
+        return OutputAgreement(1 - len(different) / len(divergences), median(different) if different else None)
 
-    def _score_artifact(
-        self, folder: Path, target: str, transport: Transport, own: bool
-    ) -> tuple[Comparison, Comparison | None]:
-        """The artifact's logits against FP32's and, where it is the run's own, against the frozen checkpoint's."""
-        accuracy, parity = LogitComparison(), LogitComparison()
-        keep = self.kept(transport.name, target) if own and self.options.error_budget else None
-        for index, logits in self.artifact_rows(folder, target, transport):
-            targets = self.material.sequences[index].targets
-            accuracy.add(self.fp32.get(index), logits, targets)
-            if own:
-                parity.add(self.exact.get(index), logits, targets)
-            if keep is not None:
-                keep.put(index, logits)
-        return accuracy.result(), parity.result() if own else None
-
-    def artifact_rows(
+    def score_artifact(
         self, folder: Path, target: str, transport: Transport, decode_from: int | None = None
     ) -> Iterator[tuple[int, Logits]]:
-        """An artifact's logits on a device, at the compared positions of each sequence in turn.
+        """Yield each sequence's index and an artifact's logits at its compared positions.
 
         decode_from: see `Runtime.score`.
         """
-        sequences = self.material.sequences
-        with progress.bar("scoring", len(sequences)) as shown:
-            runtime = open_runtime(target, transport, self.options.threads, lambda done, _: shown.update(done))
+        sequences = self.eval_set.sequences
+        with progress.bar("logits of the artifact", len(sequences)) as bar:
+            runtime = open_runtime(target, transport, self.options.threads, lambda done, _: bar.update(done))
             runtime.prepare(folder)
+            # The device returns the logits of all tokens; only the compared positions are kept here.
             for scored in runtime.score([s.ids for s in sequences], decode_from):
                 yield scored.index, reference.read_rows(scored.logits, sequences[scored.index].positions)
 
-    def _score(self, title: str, model: Any, store: LogitStore) -> None:
-        with progress.bar(title, len(self.material.sequences)) as shown:
-            reference.score(model, self.material.sequences, store, shown.update)
+    def _generate(self, runtime: Runtime) -> list[tuple[int, ...]]:
+        """Return the token ids that an artifact generates for each prompt."""
+        eval_set = self.eval_set
+        if not eval_set.prompts:
+            return []
+        progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
+        completions = runtime.generate(eval_set.prompt_ids, eval_set.eos_ids, self.options.max_new_tokens).completions
+        return [completion.ids for completion in completions]
 
-    def _compare(self, one: LogitStore, other: LogitStore) -> Comparison:
+    def _compare_artifact(
+        self, folder: Path, target: str, transport: Transport, own: bool
+    ) -> tuple[LogitMetrics, LogitMetrics | None]:
+        """Compare an artifact's logits with FP32's and, if it is the run's own, with the frozen checkpoint's."""
+        accuracy, parity = LogitComparison(), LogitComparison()
+        keep = own and self.options.error_budget  # the error budget compares them with other steps' later
+        for index, logits in self.score_artifact(folder, target, transport):
+            targets = self.eval_set.sequences[index].targets
+            accuracy.add(self.fp32_logits.get(index), logits, targets)
+            if own:
+                parity.add(self.frozen_logits.get(index), logits, targets)
+            if keep:
+                self.artifact_logits(transport.name, target).put(index, logits)
+        return accuracy.result(), parity.result() if own else None
+
+    def _score_in_torch(self, title: str, model: PreTrainedModel, store: LogitStore) -> None:
+        with progress.bar(title, len(self.eval_set.sequences)) as bar:
+            reference.score(model, self.eval_set.sequences, store, bar.update)
+
+    def _compare(self, one: LogitStore, other: LogitStore) -> LogitMetrics:
         comparison = LogitComparison()
-        for index, sequence in enumerate(self.material.sequences):
+        for index, sequence in enumerate(self.eval_set.sequences):
             comparison.add(one.get(index), other.get(index), sequence.targets)
         return comparison.result()
 
 
-def gather_material(run: Run, options: ValidateOptions) -> Material:
-    """What the run's models are asked: rows that `options` name, or those of finetune's --eval-data.
+def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
+    """Tokenize the evaluation data: --text or --eval-data of `options`, or the --eval-data of finetune.
 
     Raises:
-        DataError: there are none.
+        DataError: there is none.
     """
-    words = tokenizer.load(run.quantized)
+    tokenizer = load_tokenizer(run.quantized)
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
-    source = options.text or options.eval_data or trained.eval_data
+
+    # Logits are compared on --text where it is given; prompts need rows with an expected output.
+    prompt_source = options.eval_data or trained.eval_data
+    source = options.text or prompt_source
     if source is None:
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
     rows = load_rows(source, "eval")
-    sequences = tokenization.scored_ids(rows, words, options.window, options.tokens)
-    answered = options.eval_data or trained.eval_data
-    if answered and answered != source:
-        rows = load_rows(answered, "eval")
-    prompts = list(islice(tokenization.prompts(rows, words), options.prompts)) if answered else []
-    eos_ids = tokenizer.end_tokens(run.quantized)
-    pad_id = eos_ids[0] if words.pad_token_id is None else words.pad_token_id
-    material = Material(sequences, prompts, eos_ids, pad_id, words)
+    sequences = tokenization.scored_ids(rows, tokenizer, options.window, options.tokens)
+
+    prompts: list[tuple[list[int], str]] = []
+    if prompt_source:
+        if prompt_source != source:
+            rows = load_rows(prompt_source, "eval")
+        prompts = list(islice(tokenization.prompts(rows, tokenizer), options.prompts))
+
+    eos_ids = end_tokens(run.quantized)
+    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer)
     progress.info(
-        f"Comparing {material.tokens} tokens in {len(sequences)} sequences, and {len(prompts)} answers, from {source}"
+        f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "
+        f"outputs for {len(prompts)} prompts"
     )
-    return material
+    return eval_set
 
 
 @contextmanager
 def scratch_folder(run: Run) -> Iterator[Path]:
-    """A folder for logits on the run's own disk, gone at the end."""
+    """Yield a folder for logits on the same disk as the run; it is deleted at the end."""
     with disk_errors(run.path), work_folder(run.path, "validate") as folder:
         yield folder
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """The devices package knows nothing of ours: translate the root of its error tree."""
+    """Turn errors of the devices package, which has an exception tree of its own, into `DeviceError`."""
     try:
         yield
-    except TransportLevelError as error:
+    except DeviceLayerError as error:
         raise DeviceError(str(error)) from error
+
+
+def announce_timing(options: ValidateOptions) -> None:
+    """Report that speed is being measured, and how."""
+    progress.info(
+        f"  timing {options.prefill} prompt tokens and {options.decode} new tokens, {options.repeats} repeats"
+    )
+
+
+def as_agreement(metrics: LogitMetrics) -> Agreement:
+    """Return the metrics that reports record."""
+    # JSON has no infinity, which is the SQNR of equal logits.
+    sqnr_db = metrics.sqnr_db if math.isfinite(metrics.sqnr_db) else None
+    return Agreement(metrics.tokens, metrics.kl_nats, metrics.top1_agreement, sqnr_db)
 
 
 def _torch_runtime() -> str:
     return f"torch {torch.__version__}, eager"
 
 
-def agreement(figures: Comparison) -> Agreement:
-    """The figures that reports keep."""
-    sqnr_db = figures.sqnr_db if math.isfinite(figures.sqnr_db) else None
-    return Agreement(figures.tokens, figures.kl_nats, figures.top1_agreement, sqnr_db)
-
-
-def _speed(timed: DeviceSpeed, options: ValidateOptions) -> Speed:
+def _speed(timed: TimedRun, options: ValidateOptions) -> Speed:
     return Speed(
         threads=timed.load.threads,
         prompt_tokens=options.prefill,

@@ -1,25 +1,23 @@
-"""Limits that make validate a step of CI: each is held against every QAT artifact and sets the exit code."""
+"""Gates: limits on the figures of the QAT artifacts. A missed gate sets the exit code, for use as a step of CI."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
-from xml.etree import ElementTree as ET
 
 from qat_edge.config import ValidateOptions, flag_name
 from qat_edge.errors import GateError, UsageError
-from qat_edge.evaluate.encoder_results import Answered
-from qat_edge.evaluate.results import Budget, Gate, Judgement, Measured
-from qat_edge.profiles import is_limit
-from qat_edge.report.figures import plain
+from qat_edge.evaluate.encoder_results import EncoderResult
+from qat_edge.evaluate.results import Budget, FaultTest, Gate, Measurement
+from qat_edge.profiles import is_gate
 
-FOR_ENCODERS = ("min_quality", "min_cosine", "min_top1", "max_size_mb")
-ENCODERS_ALONE = FOR_ENCODERS[:2]
+ENCODER_GATES = ("min_quality", "min_cosine", "min_top1", "max_size_mb")  # options
+ENCODER_ONLY_GATES = ENCODER_GATES[:2]
 
 
-class Held(Protocol):
-    """What limits were held against: one validate on one device."""
+class GatedReport(Protocol):
+    """A report with gates: of one device, from `results` or `encoder_results`."""
 
     @property
     def created(self) -> str: ...
@@ -29,120 +27,119 @@ class Held(Protocol):
     def gates(self) -> list[Gate]: ...
 
 
-def limits(options: ValidateOptions) -> dict[str, float]:
-    """The limits that were set, by option."""
-    return {name: limit for name, limit in vars(options).items() if is_limit(name) and limit is not None}
+def limits_set(options: ValidateOptions) -> dict[str, float]:
+    """Return the limit of every gate that is set, by option."""
+    return {name: value for name, value in vars(options).items() if is_gate(name) and value is not None}
 
 
-def hold(options: ValidateOptions, measured: Sequence[Measured], budgets: Sequence[Budget] = ()) -> list[Gate]:
-    """Every limit that was set, held against every QAT artifact."""
+def check_gates(
+    options: ValidateOptions, measured: Sequence[Measurement], budgets: Sequence[Budget] = ()
+) -> list[Gate]:
+    """Check every gate that is set against every QAT artifact.
+
+    Args:
+        options: whose gates are checked.
+        measured: the FP32 fine-tune, which the perplexity ratio refers to, and artifacts.
+        budgets: error budgets of the artifacts, for --max-fault-chance.
+    """
     reference_perplexity = next(m.perplexity for m in measured if m.name == "fp32 fine-tuned")
-    judged = {budget.target: budget.judged for budget in budgets}
-    found = []
-    for m in (m for m in measured if m.name == "qat"):
-        figures = _figures(m, reference_perplexity, judged.get(m.target))
-        for option, limit in limits(options).items():
-            figure = figures[option]
-            why = judged[m.target].where if option == "max_fault_chance" and figure is not None else ""
-            found.append(_gate(option, limit, f"{m.name}, {m.target}", figure, why))
-    return found
+    fault_tests = {budget.target: budget.fault_test for budget in budgets}
+
+    gates = []
+    for artifact in measured:
+        if artifact.name != "qat":
+            continue  # FP32 and PTQ models are there for comparison
+        fault_test = fault_tests.get(artifact.target)  # None without --error-budget
+        figures = _figures(artifact, reference_perplexity, fault_test)
+        for option, limit in limits_set(options).items():
+            why = fault_test.location if option == "max_fault_chance" and fault_test is not None else ""
+            gates.append(_gate(option, limit, f"{artifact.name}, {artifact.target}", figures[option], why))
+    return gates
 
 
-def hold_answers(options: ValidateOptions, answered: Sequence[Answered]) -> list[Gate]:
-    """Every limit that was set, each one of FOR_ENCODERS, held against an encoder's QAT artifact."""
-    found = []
-    for m in (m for m in answered if m.name == "qat"):
-        figures = dict(zip(FOR_ENCODERS, (m.quality, m.cosine, m.agreement, m.total_bytes / 1e6), strict=True))
-        held = limits(options).items()
-        found += [_gate(option, limit, f"{m.name}, {m.target}", figures[option]) for option, limit in held]
-    return found
+def check_encoder_gates(options: ValidateOptions, results: Sequence[EncoderResult]) -> list[Gate]:
+    """Check every gate that is set, each one of ENCODER_GATES, against an encoder's QAT artifact."""
+    gates = []
+    for result in results:
+        if result.name != "qat":
+            continue
+        figures = {
+            "min_quality": result.quality,
+            "min_cosine": result.cosine,
+            "min_top1": result.agreement,
+            "max_size_mb": result.total_bytes / 1e6,
+        }
+        for option, limit in limits_set(options).items():
+            gates.append(_gate(option, limit, f"{result.name}, {result.target}", figures[option]))
+    return gates
 
 
-def require_gates(report: Held) -> None:
-    """Raise where a limit was missed.
+def require_gates(report: GatedReport) -> None:
+    """Require that every gate of a report passed.
 
     Raises:
-        GateError: names each missed limit and what was found.
+        GateError: names each missed gate with its limit and the measured figure.
     """
-    missed = [f"{gate.measured}: {_missed(gate)}" for gate in report.gates if not gate.passed]
+    missed = [f"{gate.measured}: {describe_miss(gate)}" for gate in report.gates if not gate.passed]
     if missed:
         raise GateError(f"{len(missed)} of {len(report.gates)} gates missed: " + "; ".join(missed))
 
 
+def describe_miss(gate: Gate) -> str:
+    """Describe a missed gate: flag, limit, measured figure and, where known, the cause."""
+    figure = "not measured" if math.isnan(gate.found) else f"measured {gate.found:.4g}"
+    cause = f". {gate.why}" if gate.why else ""
+    return f"{gate.flag} {gate.limit:g}, {figure}{cause}"
+
+
 def require_measurable(options: ValidateOptions) -> None:
-    """Refuse a limit that nothing would be measured for, of a model that generates text.
+    """Refuse gates on figures that are not measured for a model that generates text.
 
     Raises:
-        UsageError: a limit for encoders, or the chance of a fault is limited and no error budget was asked for.
+        UsageError: a gate for encoders is set, or --max-fault-chance without --error-budget.
     """
-    for name in limits(options):
-        if name in ENCODERS_ALONE:
+    for name in limits_set(options):
+        if name in ENCODER_ONLY_GATES:
             raise UsageError(
-                f"{flag_name(name)} is for classifiers and sentence encoders; of a model that generates text nothing "
-                "of the kind is measured. Give --min-exact-match, --max-kl or --min-top1."
+                f"{flag_name(name)} is for classifiers and sentence encoders; it is not measured for a model that "
+                "generates text. Use --min-exact-match, --max-kl or --min-top1."
             )
     if options.max_fault_chance is not None and not options.error_budget:
-        raise UsageError("--max-fault-chance: only --error-budget looks for faults. Give it, too.")
+        raise UsageError("--max-fault-chance: faults are tested with --error-budget only. Give --error-budget, too.")
 
 
-def require_limits(*options: ValidateOptions) -> None:
-    """Refuse to write test results where nothing is tested: no test counts as passed in many a CI.
+def require_any_gate(*options: ValidateOptions) -> None:
+    """Refuse to write test results without a test: many CI systems count no test as passed.
 
     Raises:
-        UsageError: no limit was set, for any device.
+        UsageError: no gate is set for any device.
     """
-    if not any(map(limits, options)):
-        raise UsageError("--junit: no limit was set, so nothing would be tested. Give --profile, or limits as flags.")
-
-
-def junit(reports: Sequence[Held], failures: Mapping[str, str]) -> str:
-    """Gates as JUnit XML: a suite a device, a case for each limit and artifact.
-
-    A missed limit is a failure; a figure that was not measured, and a device that failed, is an error.
-    """
-    root = ET.Element("testsuites", {"name": "qat-edge validate"})
-    for report in reports:
-        suite = ET.SubElement(root, "testsuite", {"name": plain(report.device), "timestamp": report.created})
-        for gate in report.gates:
-            case = ET.SubElement(suite, "testcase", {"classname": gate.measured, "name": gate.flag})
-            if not gate.passed:
-                _found(case, "error" if math.isnan(gate.found) else "failure", _missed(gate))
-    for device, reason in failures.items():
-        suite = ET.SubElement(root, "testsuite", {"name": plain(device)})
-        _found(ET.SubElement(suite, "testcase", {"classname": plain(device), "name": "measured"}), "error", reason)
-    for counted in (*root, root):
-        for noun, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
-            counted.set(noun, str(len(list(counted.iter(tag)))))
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
+    if not any(limits_set(one) for one in options):
+        raise UsageError("--junit: no gate was set, so nothing would be tested. Give --profile, or gates as flags.")
 
 
 def _gate(option: str, limit: float, measured: str, figure: float | None, why: str = "") -> Gate:
-    """One limit against what was found; a figure that was not measured cannot pass."""
-    passed = figure is not None and (figure <= limit if option.startswith("max_") else figure >= limit)
-    return Gate(flag_name(option), limit, measured, math.nan if figure is None else figure, passed, why)
+    """Check one figure against its limit; a figure that was not measured fails."""
+    if figure is None:
+        # A figure that should be checked but is missing must not look like a success in CI.
+        return Gate(flag_name(option), limit, measured, math.nan, passed=False, why=why)
+    passed = figure <= limit if option.startswith("max_") else figure >= limit
+    return Gate(flag_name(option), limit, measured, figure, passed, why)
 
 
-def _found(case: ET.Element, kind: str, message: str) -> None:
-    ET.SubElement(case, kind, {"message": plain(message)})
-
-
-def _missed(gate: Gate) -> str:
-    found = "not measured" if math.isnan(gate.found) else f"measured {gate.found:.4g}"
-    return f"{gate.flag} {gate.limit:g}, {found}{f'. {gate.why}' if gate.why else ''}"
-
-
-def _figures(m: Measured, reference_perplexity: float, judged: Judgement | None) -> dict[str, float | None]:
-    """What each limit is about, by option; None where it was not measured."""
-    above_runtime = m.above_runtime_bytes
+def _figures(
+    artifact: Measurement, reference_perplexity: float, fault_test: FaultTest | None
+) -> dict[str, float | None]:
+    """Return the figure that each gate checks, by option; None where it was not measured."""
+    agreement, speed, memory = artifact.agreement, artifact.speed, artifact.above_runtime_bytes
     return {
-        "max_kl": None if m.agreement is None else m.agreement.kl_nats,
-        "min_top1": None if m.agreement is None else m.agreement.top1,
-        "max_perplexity_ratio": m.perplexity / reference_perplexity,
-        "min_exact_match": m.exact_match,
-        "max_size_mb": m.total_bytes / 1e6,
-        "max_memory_mb": None if above_runtime is None else above_runtime / 1e6,
-        "min_prefill": None if m.speed is None else m.speed.prefill.median,
-        "min_decode": None if m.speed is None else m.speed.decode.median,
-        "max_fault_chance": None if judged is None else judged.chance,
+        "max_kl": None if agreement is None else agreement.kl_nats,
+        "min_top1": None if agreement is None else agreement.top1,
+        "max_perplexity_ratio": artifact.perplexity / reference_perplexity,
+        "min_exact_match": artifact.exact_match,
+        "max_size_mb": artifact.total_bytes / 1e6,
+        "max_memory_mb": None if memory is None else memory / 1e6,
+        "min_prefill": None if speed is None else speed.prefill.median,
+        "min_decode": None if speed is None else speed.decode.median,
+        "max_fault_chance": None if fault_test is None else fault_test.chance,
     }

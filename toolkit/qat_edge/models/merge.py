@@ -1,6 +1,6 @@
-"""What was trained, on disk, and the models it belongs to: on what, merged in float32.
+"""Save what was trained, and load it again together with its base model, merged in float32 or not merged.
 
-`finetune --method full` leaves whole models in the adapters' place: model.safetensors and config.json.
+`finetune --method full` writes whole models in the adapters' place: model.safetensors and config.json.
 """
 
 from __future__ import annotations
@@ -8,194 +8,277 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.errors import RunError
-from qat_edge.models import load, tasks
+from qat_edge.models.layer_removal import keep_layers
+from qat_edge.models.load import load_model
+from qat_edge.models.tasks import task_from_metadata
 from qat_edge.quant import fake, frozen, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.fake import SCALE_FACTOR
-from qat_edge.quant.qat_init import Start
+from qat_edge.quant.qat_init import QatInit
+from qat_edge.quant.scheme import Scheme
 from qat_edge.run import LIBRARIES, library_version, read_manifest, replace_folder, write_manifest
 
 WHOLE_MODEL = "model.safetensors"
-
-# Those whose arithmetic a trained code depends on.
+# Libraries whose arithmetic decides trained codes.
 NUMERIC_LIBRARIES = tuple(name for name in LIBRARIES if name in ("torch", "torchao", "transformers", "peft"))
+DEFAULT_TABLE_BITS = (8, 8)  # of embedding and head, for manifests from before they could be chosen
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Base model with adapters merged in float32, not yet rounded.
+class MergedModel:
+    """A base model with its adapters merged in float32, not rounded yet.
 
-    scales: group scales by module name (out, in // group) of weights that have their own; the others
-    take those of their largest values.
+    Attributes:
+        model: On the CPU, in evaluation mode, without gradients.
+        tokenizer: The base model's tokenizer.
+        scheme: Bits and group size of each weight.
+        scales: Group scales by module name, shape (out, in // group), of the layers that have trained scales. The
+            others take their scales from their largest weights.
     """
 
-    model: Any
-    tokenizer: Any
-    scheme: scheme.Scheme
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    scheme: Scheme
     scales: dict[str, Tensor]
 
 
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter folder was trained on.
+class _BaseModel(NamedTuple):
+    """A base model as the training loaded it, before anything was trained."""
 
-    Raises:
-        RunError: the folder holds no finished adapter.
-    """
-    if not folder.is_dir():
-        raise RunError(
-            f"{folder} is missing: the training has not come that far. `qat-edge finetune --resume` goes on."
-        )
-    return read_manifest(folder)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    scheme: Scheme
 
 
-def merged_model(adapter: Path, force: bool = False) -> Merged:
-    """Base model with the adapters of one folder merged in float32.
+class _TrainedModel(NamedTuple):
+    """A base model with adapters next to its weights, or with its own weights trained; fake quantization is off."""
 
-    force: merge although the quantizer or libraries have other versions than those of the training.
-
-    Raises:
-        RunError: no adapter there, or the base model, the start or a library is not the one of the training.
-    """
-    facts = adapter_facts(adapter)
-    _same_numerics(adapter, facts, force)
-    trained, _, tokenizer, plan = _trained(adapter, facts)
-    # A stored base is dequantized on the device of the training, too.
-    merged, scales = fake.merge_adapters(trained.to(_merge_device(facts["device"])))
-    merged = merged.to("cpu").eval().requires_grad_(False)
-    return Merged(merged, tokenizer, plan, {name: s.cpu() for name, s in scales.items()})
+    model: PreTrainedModel | PeftModel
+    switch: fake.Switch
+    tokenizer: PreTrainedTokenizerBase
+    scheme: Scheme
 
 
-def float_model(reference: Path, quantized: Path) -> Any:
-    """The FP32 fine-tune in the coordinates of a checkpoint that was frozen of its run: one may stand in for parts of
-    the other.
-
-    Raises:
-        RunError: see `merged_model`.
-    """
-    merged = merged_model(reference)
-    seed = read_manifest(quantized).get("rotation_seed")
-    if seed is not None:
-        rotation.rotate(merged.model, replace(merged.scheme, tied=frozen.read_scheme(quantized).tied), seed)
-    return merged.model
+# --- write and read a folder of trained weights ------------------------------------------------------------
 
 
-def rounding_model(adapter: Path) -> Any:
-    """The model as it ended its training: adapters beside the base, rounded in every forward pass; float32.
+def save_weights(
+    model: PreTrainedModel | PeftModel, folder: Path, part: str, metadata: dict[str, Any], scales: bool = True
+) -> None:
+    """Write the adapters of a peft model, or the whole of a model without adapters, and a manifest.
 
-    Raises:
-        RunError: see `merged_model`.
-    """
-    trained, switch, _, _ = _trained(adapter, adapter_facts(adapter))
-    switch.enabled = True
-    return trained.eval().requires_grad_(False)
-
-
-def base_model(adapter: Path) -> Any:
-    """The base model that was trained on, in float32, without what was trained.
-
-    As the training had it: with the layers it kept, and in the values that a base in few bits stands for.
-    """
-    model, _, plan = _base_model(adapter_facts(adapter))
-    for layer in map(model.get_submodule, plan.linears):
-        if isinstance(layer, qlora_base.StoredLinear):
-            qlora_base.make_dense(layer)
-    return model.eval()
-
-
-def save(model: Any, folder: Path, kind: str, facts: dict[str, Any], scales: bool = True) -> None:
-    """Write the adapters of a peft model, or a model without any as a whole.
-
-    scales: with the factors of learned scales; without them it is plain LoRA, or a plain Hugging Face model.
+    Args:
+        model: The model in training.
+        folder: Replaced if it exists.
+        part: "adapter" or "reference", for the manifest.
+        metadata: Further entries of the manifest.
+        scales: Include the factors of learned scales. Without them the folder is plain LoRA, or a plain Hugging Face
+            model.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if scales or SCALE_FACTOR not in name}
     with replace_folder(folder, force=True) as work:
         if isinstance(model, PeftModel):
+            # Embeddings are part of the base model, even where target_modules names the head tied to them.
             model.save_pretrained(work, save_embedding_layers=False, state_dict=state)
         else:
             model.config.save_pretrained(work)
-            # One name for each tensor: a head that shares the embedding's table goes without.
-            own = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-            tensors = {name: state[name].contiguous() for name in own.values()}
+            # One name per tensor: a head that shares the embedding's table is left out.
+            names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+            tensors = {name: state[name].contiguous() for name in names.values()}
             save_file(tensors, work / WHOLE_MODEL, metadata={"format": "pt"})
-        write_manifest(work, kind, **facts)
+        write_manifest(work, part, **metadata)
 
 
-def _trained(adapter: Path, facts: dict[str, Any]) -> tuple[Any, fake.Switch, Any, scheme.Scheme]:
-    """Base model with what one folder adds to it, not merged; the switch of its rounding, tokenizer, scheme."""
-    model, tokenizer, plan = _base_model(facts)
-    switch = fake.insert(model, plan, facts["learned_scales"])
-    if facts["start"]:
-        Start.load(adapter.parent / "start", facts["start"]["sha256"]).apply(model)
-        plan = replace(plan, tied=plan.tied and scheme.share_table(model))
-    if facts["method"] == "full":
-        return _load_whole(fake.train_weights(model), adapter), switch, tokenizer, plan
-    config = fake.register(LoraConfig.from_pretrained(str(adapter)))
-    return PeftModel.from_pretrained(model, str(adapter), config=config), switch, tokenizer, plan
-
-
-def _load_whole(model: Any, folder: Path) -> Any:
-    """Put the weights that `save` wrote into their model.
+def adapter_metadata(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of trained weights.
 
     Raises:
-        RunError: they are missing, or those of another model.
+        RunError: The folder contains no finished adapter.
+    """
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
+        )
+    return read_manifest(folder)
+
+
+# --- load models -------------------------------------------------------------------------------------------
+
+
+def merged_model(adapter: Path, force: bool = False) -> MergedModel:
+    """Load a base model and merge the adapters of a folder into it, in float32.
+
+    Args:
+        adapter: RUN/adapter or RUN/reference.
+        force: Merge although the quantizer or a library has another version than in training.
+
+    Raises:
+        RunError: There is no adapter, or the base model, the PTQ initialization or a library differs from training.
+    """
+    # Codes are rounded from the merged weights, so a merge that differs in the last bit can change a code.
+    metadata = adapter_metadata(adapter)
+    _check_numerics(adapter, metadata, force)
+    trained = _load_trained(adapter, metadata)
+
+    # On the device of the training: a base in few bits is dequantized there, too.
+    merged, scales = fake.merge_adapters(trained.model.to(_merge_device(metadata["device"])))
+    merged = merged.to("cpu").eval().requires_grad_(False)
+    cpu_scales = {name: tensor.cpu() for name, tensor in scales.items()}
+    return MergedModel(merged, trained.tokenizer, trained.scheme, cpu_scales)
+
+
+def float_model(reference: Path, quantized: Path) -> PreTrainedModel:
+    """Load the FP32 fine-tune in the basis of a checkpoint of the same run, so that parts of both can be exchanged.
+
+    Raises:
+        RunError: See `merged_model`.
+    """
+    # The reference is from before the rotation of phase 2, so it is rotated by the same matrix.
+    merged = merged_model(reference)
+    seed = read_manifest(quantized).get("rotation_seed")
+    if seed is not None:
+        # Whether embedding and head are tied decides which weights a rotation changes.
+        tied = frozen.read_scheme(quantized).tied
+        rotation.rotate(merged.model, replace(merged.scheme, tied=tied), seed)
+    return merged.model
+
+
+def fake_quantized_model(adapter: Path) -> PreTrainedModel | PeftModel:
+    """Load the model as it was at the end of training: adapters not merged, rounded in every forward pass, float32.
+
+    Raises:
+        RunError: See `merged_model`.
+    """
+    trained = _load_trained(adapter, adapter_metadata(adapter))
+    trained.switch.enabled = True
+    return trained.model.eval().requires_grad_(False)
+
+
+def base_model(adapter: Path) -> PreTrainedModel:
+    """Load the base model of a training in float32, without anything trained.
+
+    It has the layers that pruning kept, and the values that a base in few bits stands for.
+    """
+    # Layers stored in few bits are replaced by dense ones of the same values.
+    base = _load_base(adapter_metadata(adapter))
+    for name in base.scheme.linears:
+        layer = base.model.get_submodule(name)
+        if isinstance(layer, qlora_base.QloraLinear):
+            qlora_base.restore_dense(layer)
+    return base.model.eval()
+
+
+# --- steps they share --------------------------------------------------------------------------------------
+
+
+def _load_base(metadata: dict[str, Any]) -> _BaseModel:
+    """Repeat how the training prepared its base model: load, prune, choose the scheme, store in few bits.
+
+    Raises:
+        RunError: The model's files or its revision are not those of the training.
+    """
+    # "model" has the source as the user gave it, the identity of its weights, and the entries of its task.
+    source = metadata["model"]
+    loaded = load_model(source["source"], source["trust_remote_code"], task=task_from_metadata(source))
+
+    # A Hub id may have a new commit, a folder new files. The name is not compared: a folder may have been moved.
+    found, trained = dataclasses.asdict(loaded.identity), source["identity"]
+    changed = [key for key in ("revision", "files") if found[key] != trained[key]]
+    if changed:
+        raise RunError(
+            f"{source['source']} is not the model that was trained: {changed[0]} is {found[changed[0]]}, the run "
+            f"was trained on {trained[changed[0]]}. Restore that model, or run finetune again."
+        )
+
+    # The same steps in the same order as in `train.setup`.
+    if metadata["kept_layers"] is not None:
+        keep_layers(loaded.model, metadata["kept_layers"])
+    table_bits = tuple(metadata.get("table_bits", DEFAULT_TABLE_BITS))
+    base = _BaseModel(
+        loaded.model,
+        loaded.tokenizer,
+        scheme.choose_scheme(loaded.model, metadata["group_size"], metadata["bits"], table_bits),
+    )
+    if metadata["base"] != "fp32":
+        qlora_base.quantize_base(base.model, base.scheme.linears, metadata["base"])
+    return base
+
+
+def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
+    """Load a base model and add the contents of one folder of trained weights, without merging."""
+    base = _load_base(metadata)
+    switch = fake.insert(base.model, base.scheme, metadata["learned_scales"])
+
+    # The PTQ initialization changed base weights before the adapters of phase 2 were trained on them. It may have
+    # changed embedding and head differently, which separates them.
+    tied = base.scheme.tied
+    if metadata["start"]:
+        QatInit.load(adapter.parent / "start", metadata["start"]["sha256"]).apply(base.model)
+        tied = tied and scheme.shares_table(base.model)
+
+    # fake.train_weights and fake.register make the same trainable layers as in training, factors of scales included.
+    if metadata["method"] == "full":
+        model = _load_whole_model(fake.train_weights(base.model), adapter)
+    else:
+        config = fake.register(LoraConfig.from_pretrained(str(adapter)))
+        model = PeftModel.from_pretrained(base.model, str(adapter), config=config)
+    return _TrainedModel(model, switch, base.tokenizer, replace(base.scheme, tied=tied))
+
+
+def _load_whole_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Load the weights that `save_weights` wrote into their model.
+
+    Raises:
+        RunError: They are missing, or belong to another model.
     """
     path = folder / WHOLE_MODEL
     if not path.is_file():
-        raise RunError(f"{path} is missing, though the manifest beside it speaks of a whole model. Train again.")
+        raise RunError(f"{path} is missing, although the manifest next to it names a whole model. Train again.")
     tensors = load_file(path)
-    own = dict(model.named_parameters())  # each shared one once
-    wrong = sorted(n for n in own if SCALE_FACTOR not in n and n not in tensors)
-    if wrong or not tensors.keys() <= model.state_dict().keys():
-        raise RunError(f"{path} holds another model ({', '.join(wrong[:3]) or 'more tensors'}). Train again.")
+
+    # named_parameters lists a shared tensor once, like the file. Scale factors may be missing: reference has none.
+    expected = [name for name, _ in model.named_parameters() if SCALE_FACTOR not in name]
+    missing = sorted(name for name in expected if name not in tensors)
+    if missing or not tensors.keys() <= model.state_dict().keys():
+        raise RunError(f"{path} contains another model ({', '.join(missing[:3]) or 'more tensors'}). Train again.")
     model.load_state_dict(tensors, strict=False)
     return model
 
 
-def _base_model(facts: dict[str, Any]) -> tuple[Any, Any, scheme.Scheme]:
-    """As it was prepared for training: pruned, its weights held as they were then. With tokenizer and scheme."""
-    recorded = facts["model"]
-    kind = tasks.recorded(recorded)
-    model, tokenizer, identity = load.load_model(recorded["source"], recorded["trust_remote_code"], kind=kind)
-    found, trained = dataclasses.asdict(identity), recorded["identity"]
-    changed = [k for k in ("revision", "files") if found[k] != trained[k]]
-    if changed:
-        raise RunError(
-            f"{recorded['source']} is not the model that was trained: {changed[0]} is {found[changed[0]]}, the run "
-            f"was trained on {trained[changed[0]]}. Restore that model, or run finetune again."
-        )
-    if facts["kept_layers"] is not None:
-        load.keep_layers(model, facts["kept_layers"])
-    plan = scheme.choose(model, facts["group_size"], facts["bits"], tuple(facts.get("table_bits", (8, 8))))
-    if facts["base"] != "fp32":
-        qlora_base.store(model, plan.linears, facts["base"])
-    return model, tokenizer, plan
+def _check_numerics(adapter: Path, metadata: dict[str, Any], force: bool) -> None:
+    """Refuse to merge under other numerics than those of the training, unless forced.
 
-
-def _same_numerics(adapter: Path, facts: dict[str, Any], force: bool) -> None:
-    """Refuse to merge under other numerics than were trained, unless forced."""
-    trained = facts["libraries"] | {"quantizer": facts["quantizer"]}
+    Raises:
+        RunError: The quantizer or a library has another version, and `force` is not set.
+    """
+    # QUANTIZER is the version of our own rounding, which changes less often than that of qat-edge.
+    trained = metadata["libraries"] | {"quantizer": metadata["quantizer"]}
     current = {name: library_version(name) for name in NUMERIC_LIBRARIES} | {"quantizer": numerics.QUANTIZER}
     changed = [f"{name} {now} (trained with {trained[name]})" for name, now in current.items() if trained[name] != now]
     if not changed:
         return
-    told = f"{adapter} was trained under other numerics: {', '.join(changed)}. A code at a rounding tie may differ."
+
+    difference = (
+        f"{adapter} was trained with other versions: {', '.join(changed)}. A code at a rounding tie may differ."
+    )
     if not force:
-        raise RunError(f"{told} Install those versions, train again, or give --force to go on.")
-    progress.info(f"--force: {told}")
+        raise RunError(f"{difference} Install those versions, train again, or give --force to continue.")
+    progress.warn(f"--force: {difference}")
 
 
 def _merge_device(trained_on: str) -> str:
-    """Merge where it was trained: the last bit of B A, and with it a code at a tie, depends on the device."""
+    """Choose the device of the training: the last bit of B A, and with it a code at a tie, depends on the device."""
     if trained_on == "cuda" and not torch.cuda.is_available():
-        progress.info(
+        progress.warn(
             "Trained on CUDA, merged on this CPU: a few codes at rounding ties may differ from those in training."
         )
         return "cpu"

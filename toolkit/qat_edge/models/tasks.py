@@ -1,10 +1,11 @@
-"""What a model is for: to generate text, to classify it, or to embed it. Its own configuration says which.
+"""The task of a model: generate text, classify it, or embed it. The model's own configuration says which.
 
-    CausalLM            tokens -> the next one            logits (rows, length, vocabulary)
-    SequenceClassifier  text -> one of some labels        logits (rows, labels)
-    SentenceEncoder     text -> where its meaning lies    mean of the last hidden states, of length 1: (rows, width)
+    CausalLM            tokens -> next token            logits (rows, length, vocabulary)
+    SequenceClassifier  text -> one of several labels   logits (rows, labels)
+    SentenceEncoder     text -> embedding               mean of the last hidden states, of length 1 (rows, width)
 
-The latter two are encoders: every token sees all others, no cache is kept, one call answers.
+The latter two are encoders: every token attends to all others, there is no KV cache, and one forward pass gives the
+result. Code that differs between tasks calls a method of `ModelTask` instead of testing for a class.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -28,75 +36,86 @@ from transformers.models.auto.modeling_auto import (
 from qat_edge.errors import UsageError
 from qat_edge.run import MANIFEST, Run, read_manifest
 
-PAIRS = "text_pairs"  # in the configuration of a model whose texts may be two
-POOLER = "pooler"  # BERT's layer over the first token's state, between the blocks and a classifier
+PAIRS = "text_pairs"  # key in the configuration of a classifier whose input may be two texts
+POOLER = "pooler"  # BERT's layer on the first token's state, between the blocks and a classifier
 
 
-class Kind(Protocol):
-    """What differs between models of one use and another.
+class ModelTask(Protocol):
+    """Everything that differs between models for one task and another.
 
-    name: as in manifests, the Hub's name of the task. title: in messages. auto: transformers' class that loads one.
-    encodes: whether it is an encoder.
+    Attributes:
+        name: The Hub's name of the task, as in manifests.
+        title: A noun phrase for messages.
+        auto_class: The class of transformers that loads such a model.
+        is_encoder: Whether models for this task are encoders.
     """
 
     name: str
     title: str
-    auto: Any
-    encodes: bool
+    auto_class: Any
+    is_encoder: bool
 
-    def facts(self) -> dict[str, Any]:
-        """What `recorded` makes it of again."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the manifest entries from which `task_from_metadata` rebuilds this task."""
 
-    def configure(self, config: Any) -> None:
-        """Make a configuration one that `auto` builds such a model of."""
+    def configure(self, config: PretrainedConfig) -> None:
+        """Edit a configuration so that `auto_class` builds a model for this task from it."""
 
-    def settle(self, model: Any) -> None:
-        """Take out of a loaded model what its answer does not depend on, in place."""
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Adapt a loaded model in place, so that `predict` needs token ids and a mask alone."""
 
-    def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of ids and mask, int64 (rows, length)."""
+    def predict(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the model and return the task's result, shaped as in the head of this file.
+
+        Args:
+            model: A model for this task.
+            input_ids: int64 (rows, length).
+            attention_mask: int64 (rows, length).
+        """
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Generates text, token by token."""
+    """Generate text, token by token."""
 
     name = "text-generation"
     title = "a causal language model"
-    auto = AutoModelForCausalLM
-    encodes = False
+    auto_class = AutoModelForCausalLM
+    is_encoder = False
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {}
 
-    def configure(self, config: Any) -> None:
+    def configure(self, config: PretrainedConfig) -> None:
         pass
 
-    def settle(self, model: Any) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         pass
 
-    def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.as_tensor(model(input_ids=input_ids, attention_mask=attention_mask).logits)
 
 
 @dataclass(frozen=True)
 class SequenceClassifier:
-    """Gives a text one of `labels`; without any, those of the model's configuration, in their order.
+    """Assign a text one of several labels.
 
-    pairs: whether a text may be two. A model that has types for both finds them itself, see `token_types`.
+    Attributes:
+        labels: Names of the labels, in the order of the logits. Empty: those of the model's configuration.
+        pairs: Whether the input may be two texts. The model finds the token types of both itself, see `token_types`.
     """
 
     labels: tuple[str, ...] = ()
     pairs: bool = False
     name = "text-classification"
     title = "a sequence classifier"
-    auto = AutoModelForSequenceClassification
-    encodes = True
+    auto_class = AutoModelForSequenceClassification
+    is_encoder = True
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"kind": self.name, "labels": list(self.labels), "pairs": self.pairs}
 
-    def configure(self, config: Any) -> None:
+    def configure(self, config: PretrainedConfig) -> None:
         config.problem_type = "single_label_classification"
         if self.pairs:
             setattr(config, PAIRS, True)
@@ -104,145 +123,178 @@ class SequenceClassifier:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: i for i, label in enumerate(self.labels)}
 
-    def settle(self, model: Any) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
+        # Token types are computed inside the model, so that an artifact takes the same two inputs for every task.
         if getattr(model.config, PAIRS, False) and getattr(model.config, "type_vocab_size", 1) > 1:
-            model.base_model.register_forward_pre_hook(_with_types, with_kwargs=True)
+            model.base_model.register_forward_pre_hook(_add_token_types, with_kwargs=True)
 
-    def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.as_tensor(model(input_ids=input_ids, attention_mask=attention_mask).logits)
 
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """Gives a text a vector; texts of like meaning have a cosine close to 1.
+    """Embed a text as a vector of length 1; texts of similar meaning have a cosine close to 1.
 
-    scored: whether it learns from pairs with a score, or from pairs that belong together.
+    Attributes:
+        scored: Whether it is trained on pairs with a score, rather than on pairs that belong together.
     """
 
     scored: bool = True
     name = "sentence-similarity"
     title = "a sentence encoder"
-    auto = AutoModel
-    encodes = True
+    auto_class = AutoModel
+    is_encoder = True
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"kind": self.name, "scored": self.scored}
 
-    def configure(self, config: Any) -> None:
+    def configure(self, config: PretrainedConfig) -> None:
         pass
 
-    def settle(self, model: Any) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
+        # The embedding is the mean of the hidden states, so the pooler would be dead weight in every artifact.
         if getattr(model, POOLER, None) is not None:
             setattr(model, POOLER, None)
 
-    def answer(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        # The mean's direction is the sum's, and only that is left once the length is 1.
+        # The sum has the direction of the mean, and scaling to length 1 keeps the direction alone.
         summed = torch.matmul(attention_mask.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
         return functional.normalize(summed, dim=-1)
 
 
-CAUSAL_LM: Kind = CausalLM()
-KINDS = (CausalLM, SequenceClassifier, SentenceEncoder)
+CAUSAL_LM: ModelTask = CausalLM()
+
+
+# --- token types of text pairs -----------------------------------------------------------------------------
 
 
 def token_types(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """1 for the second of two texts and 0 for the first, int64 (rows, length); what padding gets has no meaning.
+    """Return the token types of one text or two: 0 for the first, 1 for the second, int64 (rows, length).
 
-    The token that ends a text as a whole ends the first of two, too: [CLS] a [SEP] b [SEP].
+    The token that ends the whole input also ends the first text: [CLS] a [SEP] b [SEP]. Types of padding have no
+    meaning.
     """
+    # Padding is on the right, so the sum of the mask is the length of the text.
     last = attention_mask.sum(1, keepdim=True) - 1
     ends = (input_ids == input_ids.gather(1, last)).to(torch.int64)
+    # The number of separators before a token, without the token itself: [SEP] still belongs to the text it ends.
     return (ends.cumsum(1) - ends).clamp(max=1)
 
 
-def _with_types(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What a model is called with, and the types of its tokens."""
+def _add_token_types(
+    module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: add `token_type_ids` to the arguments of a call."""
+    # Callers pass the ids by position or by keyword.
     ids = arguments[0] if arguments else keywords["input_ids"]
     return arguments, keywords | {"token_type_ids": token_types(ids, keywords["attention_mask"])}
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether models of a configuration's type see a whole text at once: transformers can mask their words."""
+# --- find the task of a model ------------------------------------------------------------------------------
+
+
+def is_encoder_config(config: PretrainedConfig) -> bool:
+    """Return whether models of this configuration are encoders: transformers has a masked language model of them."""
+    # BERT and others can be configured as decoders, whose tokens attend to earlier ones alone.
     decodes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
     return not decodes and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def of_config(config: Any) -> Kind:
-    """Of a model's configuration; an encoder that has no head over labels embeds."""
-    return _of(config, config.architectures or [])
+def task_of_config(config: PretrainedConfig) -> ModelTask:
+    """Return the task that a model's configuration names. An encoder without a classification head embeds."""
+    return _task_of_architectures(config, config.architectures or [])
 
 
-def of_folder(folder: Path) -> Kind:
-    """Of a model folder, by its config.json."""
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return of_config(SimpleNamespace(**{"architectures": None, "model_type": None, **facts}))
+def task_of_folder(folder: Path) -> ModelTask:
+    """Return the task of the model in a folder, read from its config.json."""
+    # Two keys of the file are enough. AutoConfig would have to know the model type.
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return task_of_config(SimpleNamespace(**{"architectures": None, "model_type": None, **values}))
 
 
-def of_model(model: nn.Module) -> Kind:
-    """Of a model that was built already."""
-    return _of(model.config, [type(model).__name__])
+def task_of_model(model: PreTrainedModel) -> ModelTask:
+    """Return the task of a model that is loaded already."""
+    return _task_of_architectures(model.config, [type(model).__name__])
 
 
-def _of(config: Any, architectures: list[str]) -> Kind:
-    if not is_encoder(config):
+def _task_of_architectures(config: PretrainedConfig, architectures: list[str]) -> ModelTask:
+    if not is_encoder_config(config):
         return CAUSAL_LM
-    heads = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-    return SequenceClassifier() if heads.intersection(architectures) else SentenceEncoder()
+    # Any other head, such as that of a masked language model, is dropped: the body embeds.
+    classifiers = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    return SequenceClassifier() if classifiers.intersection(architectures) else SentenceEncoder()
 
 
-def recorded(facts: Mapping[str, Any]) -> Kind:
-    """Of what `Kind.facts` wrote, among other facts; models that say nothing generate text."""
-    name = facts.get("kind", CausalLM.name)
+def task_from_metadata(metadata: Mapping[str, Any]) -> ModelTask:
+    """Rebuild the task from what `ModelTask.metadata` put into a manifest. Without an entry, it is text generation."""
+    name = metadata.get("kind", CausalLM.name)
     if name == SequenceClassifier.name:
-        return SequenceClassifier(tuple(facts["labels"]), facts.get("pairs", False))
-    return SentenceEncoder(facts["scored"]) if name == SentenceEncoder.name else CAUSAL_LM
+        return SequenceClassifier(tuple(metadata["labels"]), metadata.get("pairs", False))
+    if name == SentenceEncoder.name:
+        return SentenceEncoder(metadata["scored"])
+    return CAUSAL_LM
 
 
-def of_run(run: Run) -> Kind:
-    """Of the model that a run trained, as its manifests have it."""
-    folders = [folder for folder in (run.reference, run.adapter) if (folder / MANIFEST).is_file()]
-    return recorded(read_manifest(folders[0])["model"]) if folders else CAUSAL_LM
+def task_of_run(run: Run) -> ModelTask:
+    """Return the task of the model that a run trained, read from the run's manifests."""
+    # Both have the same entry; a run that was stopped in phase 2 has the reference alone.
+    for folder in (run.reference, run.adapter):
+        if (folder / MANIFEST).is_file():
+            return task_from_metadata(read_manifest(folder)["model"])
+    return CAUSAL_LM
 
 
-def require_generating(run: Run, what: str) -> None:
-    """Refuse what can only be done with a model that generates text; what: as the user typed it.
+def require_causal_lm(run: Run, feature: str) -> None:
+    """Refuse a feature that exists for text generation alone.
+
+    Args:
+        run: The run whose model is checked.
+        feature: The command or flag as the user typed it.
 
     Raises:
-        UsageError: the run's model is an encoder.
+        UsageError: The run's model is an encoder.
     """
-    kind = of_run(run)
-    if kind.encodes:
+    task = task_of_run(run)
+    if task.is_encoder:
         raise UsageError(
-            f"{what} is for models that generate text; {run.path} holds {kind.title}. What there is for it: "
-            f"`qat-edge export {run.path} --target executorch`, then verify, validate (its limits are --min-quality, "
-            "--min-cosine, --max-size-mb and, of a classifier, --min-top1) and report."
+            f"{feature} is for models that generate text; {run.path} holds {task.title}. Encoders support "
+            f"`qat-edge export {run.path} --target executorch`, then verify, validate (with the gates --min-quality, "
+            "--min-cosine, --max-size-mb and, for a classifier, --min-top1) and report."
         )
 
 
-def head_layers(model: nn.Module) -> list[str]:
-    """An encoder's linear layers after its blocks, in order: they make the answer of the blocks' last states."""
-    body: Any = model.base_model
-    pooler: Any = getattr(body, POOLER, None)
-    inside = {id(m) for m in body.modules()} - {id(m) for m in (pooler.modules() if pooler is not None else ())}
+# --- parts of an encoder -----------------------------------------------------------------------------------
+
+
+def head_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of an encoder's linear layers after its blocks, in order: pooler and classifier."""
+    # A model without a head is its own body.
+    body = model.base_model
     if body is model:
         return []
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+
+    # A pooler is part of the body in transformers, but it comes after the blocks.
+    pooler = getattr(body, POOLER, None)
+    pooler_ids = {id(m) for m in pooler.modules()} if pooler is not None else set()
+    body_ids = {id(m) for m in body.modules()} - pooler_ids
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in body_ids]
 
 
-def longest_text(model: nn.Module, tokenizer: Any) -> int:
-    """Tokens of the longest text that an encoder has positions for, as its tables and its tokenizer say."""
-    config: Any = model.config
-    most = int(config.max_position_embeddings)
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for name, table in modules:
-        if name.rpartition(".")[2] == "position_embeddings" and getattr(table, "padding_idx", None) is not None:
-            most = min(most, table.num_embeddings - table.padding_idx - 1)  # positions begin after the padding's
-    return min(most, int(tokenizer.model_max_length))
+def max_text_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens of the longest text that an encoder and its tokenizer take."""
+    limit = int(model.config.max_position_embeddings)
+    for name, table in model.named_modules():
+        is_positions = name.rpartition(".")[2] == "position_embeddings"
+        if is_positions and getattr(table, "padding_idx", None) is not None:
+            # RoBERTa numbers positions from padding_idx + 1 on, so the rows up to there are not available.
+            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
+    return min(limit, int(tokenizer.model_max_length))
 
 
-def tables(model: Any) -> list[str]:
-    """An encoder's embeddings, the tokens' own first."""
-    first = model.get_input_embeddings()
-    names = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    return [name for name, _ in sorted(names, key=lambda named: named[1] is not first)]
+def embedding_tables(model: PreTrainedModel) -> list[str]:
+    """Return the names of an encoder's embedding tables, the token embeddings first."""
+    token_table = model.get_input_embeddings()
+    tables = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    return [name for name, _ in sorted(tables, key=lambda named: named[1] is not token_table)]

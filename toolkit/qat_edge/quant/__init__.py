@@ -1,1 +1,1 @@
-"""What is quantized, how, and where the codes live once they are frozen."""
+"""Quantization: which weights are quantized and how, fake quantization in training, and the frozen checkpoint."""

@@ -1,10 +1,10 @@
-"""Bits by layer: what they weigh, how they are picked from a measurement, and the file that keeps the choice.
+"""Choice of bits per layer: sizes of weights, selection by measured sensitivity, and the file of chosen bits.
 
-    size  = 1/2 byte a weight and a bfloat16 scale a group of int4, 1 byte a weight and a float32 scale a row of int8,
-            4 bytes a float parameter; embedding and head are two tables, as in a .pte whose hidden states are turned
-    KL    = sum over the weights of what each costs alone
+    size  = 1/2 byte per weight and a bfloat16 scale per group of int4, 1 byte per weight and a float32 scale per row of
+            int8, 4 bytes per float parameter; a table that embedding and head share counts once, as exporters store it
+    KL    = sum over the weights of the KL divergence that each causes alone
 
-The sum is a first-order prediction: it leaves out what two roundings do to each other, as HAWQ-V2
+The sum is a first-order prediction: it leaves out how two roundings interact, as HAWQ-V2
 (https://arxiv.org/abs/1911.03852) and ZeroQ (https://arxiv.org/abs/2001.00281) do. Measure the chosen scheme.
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,20 +24,35 @@ from qat_edge.errors import RunError, UsageError
 
 MEASURED = "sensitivity.json"
 MEGABYTE = 1e6  # bytes
-WIDTHS = (4, 8)  # what a file may ask for; quant.scheme decides which weight can have which
+WIDTHS = (4, 8)  # that a file may request; quant.scheme decides which weight can have which
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One weight at one width, everything else unquantized. kl_nats: mean by token; size_bytes: codes and scales."""
+    """Cost of one weight at one width, everything else unquantized.
+
+    Attributes:
+        kl_nats: KL divergence from the float model, mean per token.
+        size_bytes: Codes and scales.
+    """
 
     kl_nats: float
     size_bytes: int
 
 
+CostTable = Mapping[str, Mapping[int, Cost]]  # module name -> bits -> cost
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """One weight (rows, width). layer: number of its decoder layer, None for embedding and head. costs: by bits."""
+    """Costs of one weight at every width that it can have.
+
+    Attributes:
+        layer: Number of its decoder layer; None for embedding and head.
+        kind: Last part of its name, such as "q_proj".
+        shape: Rows and width.
+        costs: By bits.
+    """
 
     layer: int | None
     kind: str
@@ -47,10 +62,20 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured. tokens: fed to the model; compared: those of them at which training puts loss.
+    """A measurement of all weights of a model.
 
-    together: KL with every weight at 4 or at 8 bits at once, which the sum of single costs only predicts.
-    float_bytes: parameters that no scheme rounds.
+    Attributes:
+        model: Name of the model.
+        tokens: Number of tokens fed to the model.
+        compared: Those of them that training puts loss on; KL is their mean.
+        rows: Number of texts.
+        seed: Of the choice of texts.
+        group_size: Of int4 weights.
+        tied: Embedding and head share a table.
+        float_bytes: Size of the parameters that no scheme quantizes.
+        wall_s: Duration of the measurement.
+        together: Bits -> KL with every weight at those bits at once; the sum of single costs only predicts it.
+        weights: By module name.
     """
 
     model: str
@@ -67,139 +92,200 @@ class Sensitivity:
 
     @property
     def costs(self) -> dict[str, dict[int, Cost]]:
-        """Module name -> bits -> cost: what bits are picked from."""
-        return {name: weight.costs for name, weight in self.weights.items()}
+        """Module name -> bits -> cost, from which bits are chosen.
+
+        A head that shares the embedding's table adds no bytes: a .pte for XNNPACK and an ONNX folder store the table
+        once, after a rotation of the hidden states too. (The rotated norm then adds 4 width^2 bytes, not counted here.)
+        """
+        shared = self._shared_head
+        return {
+            name: {bits: replace(cost, size_bytes=0) for bits, cost in weight.costs.items()}
+            if name == shared
+            else weight.costs
+            for name, weight in self.weights.items()
+        }
+
+    @property
+    def _shared_head(self) -> str | None:
+        """Name of the head whose table is the embedding's, if there is one."""
+        # Weights are in the model's order: the head is the last one outside the decoder layers, and the embedding is
+        # another of the same shape.
+        outside = [name for name, weight in self.weights.items() if weight.layer is None]
+        if not self.tied or len(outside) < 2:
+            return None
+        *others, head = outside
+        same_shape = any(self.weights[name].shape == self.weights[head].shape for name in others)
+        return head if same_shape else None
 
     def uniform(self, bits: int) -> dict[str, int]:
-        """Every weight at `bits` where it can, at its widest elsewhere."""
+        """Return `bits` for every weight that can have them, and the widest for the others."""
         return {name: bits if bits in costs else max(costs) for name, costs in self.costs.items()}
 
     def predicted(self, bits: int) -> float:
-        """Sum of the single costs at one width, nats per token: what `together` is to be compared with."""
+        """Return the sum of the single costs at one width, in nats per token, to compare with `together`."""
         return _kl(self.costs, self.uniform(bits))
 
     def size_bytes(self, bits: int) -> int:
-        """All weights at one width, with the parameters that stay float."""
+        """Return the size of all weights at one width and of the parameters that stay float."""
         return _size(self.costs, self.uniform(bits)) + self.float_bytes
 
     def by_cost(self) -> list[tuple[str, LayerCost]]:
-        """Names and weights, the greatest KL at the fewest bits first."""
+        """Return names and weights, the greatest KL at the fewest bits first."""
         return sorted(self.weights.items(), key=lambda item: -item[1].costs[min(item[1].costs)].kl_nats)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Bits by module name and what is predicted of them. size_bytes: all weights; kl_nats: the sum, by token."""
+    """Chosen bits and what is predicted of them.
+
+    Attributes:
+        bits: By module name.
+        size_bytes: Size of all weights.
+        kl_nats: Sum of the single costs, per token.
+        request: The flag that it was chosen by, such as "--max-kl 0.1".
+    """
 
     bits: dict[str, int]
     size_bytes: int
     kl_nats: float
-    asked: str
+    request: str
 
 
-def read_measured(folder: Path) -> Sensitivity:
-    """What `sensitivity` wrote into a folder.
+class _Upgrade(NamedTuple):
+    """A wider width for one weight, and the bytes that it adds."""
+
+    name: str
+    bits: int
+    extra_bytes: int
+
+
+def read_sensitivity(folder: Path) -> Sensitivity:
+    """Read the measurement that `qat-edge sensitivity` wrote into a folder.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: It is missing or damaged.
     """
     path = folder / MEASURED
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        facts["weights"] = {name: _read_layer(weight) for name, weight in facts["weights"].items()}
-        facts["together"] = {int(bits): kl for bits, kl in facts["together"].items()}
-        return Sensitivity(**facts)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        # JSON has no integer keys and no dataclasses.
+        document["weights"] = {name: _read_layer(weight) for name, weight in document["weights"].items()}
+        document["together"] = {int(bits): kl for bits, kl in document["together"].items()}
+        return Sensitivity(**document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: missing or damaged ({error}). Give --force to measure again.") from error
 
 
 def weight_bytes(rows: int, width: int, bits: int, group_size: int) -> int:
-    """Codes and scales of one matrix (rows, width): bfloat16 scales for groups, a float32 one for a whole row."""
+    """Return the size of codes and scales of one matrix (rows, width), in bytes.
+
+    Groups of int4 have bfloat16 scales, rows of int8 have float32 scales.
+    """
+    # Per row a float32 scale (int8), or per group a bfloat16 one (int4).
     scales = 4 * rows if bits == 8 else 2 * rows * (width // group_size)
     return rows * width * bits // 8 + scales
 
 
-def within_budget(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int, max_size_mb: float) -> Choice:
-    """The bits that save most KL a byte while all weights together stay within `max_size_mb` (10^6 bytes).
+def within_budget(costs: CostTable, float_bytes: int, max_size_mb: float) -> Choice:
+    """Choose the bits that save most KL per byte while all weights together stay within a size.
 
-    costs: module name -> bits -> cost. float_bytes: of parameters that stay float.
+    Args:
+        costs: Module name -> bits -> cost.
+        float_bytes: Size of the parameters that stay float.
+        max_size_mb: Greatest size, in 10^6 bytes.
 
     Raises:
-        UsageError: less than the least possible size.
+        UsageError: The size is less than the least possible one.
     """
+    # Begin with the fewest bits everywhere: if that is too large, nothing fits.
     budget = max_size_mb * MEGABYTE
-    picked = _narrowest(costs)
-    size = _size(costs, picked) + float_bytes
+    chosen = _narrowest(costs)
+    size = _size(costs, chosen) + float_bytes
     if size > budget:
         raise UsageError(
             f"--max-size-mb {max_size_mb:g}: at their fewest bits the weights are {_round_up(size / MEGABYTE)} MB, the "
             "least possible. Give that much or more, or fine-tune with a larger --group-size."
         )
-    for name, wider, extra in _by_worth(costs, picked):
-        if size + extra <= budget:
-            picked[name] = wider
-            size += extra
-    return _choice(costs, picked, float_bytes, f"--max-size-mb {max_size_mb:g}")
+
+    # Greedy by KL saved per byte: an upgrade that does not fit is skipped, a smaller one after it may fit.
+    for upgrade in _upgrades(costs, chosen):
+        if size + upgrade.extra_bytes <= budget:
+            chosen[upgrade.name] = upgrade.bits
+            size += upgrade.extra_bytes
+    return _choice(costs, chosen, float_bytes, f"--max-size-mb {max_size_mb:g}")
 
 
-def within_kl(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int, max_kl: float) -> Choice:
-    """The fewest raised layers, most KL saved a byte first, that bring the predicted KL to `max_kl` or below.
+def within_kl(costs: CostTable, float_bytes: int, max_kl: float) -> Choice:
+    """Choose as few upgrades as bring the predicted KL to a limit, those first that save most KL per byte.
+
+    Args:
+        costs: Module name -> bits -> cost.
+        float_bytes: Size of the parameters that stay float.
+        max_kl: Greatest predicted KL, in nats per token.
 
     Raises:
-        UsageError: less than the least possible KL.
+        UsageError: The limit is less than the least possible KL.
     """
-    picked = _narrowest(costs)
-    for name, wider, _ in _by_worth(costs, picked):
-        if _kl(costs, picked) <= max_kl:
+    chosen = _narrowest(costs)
+    for upgrade in _upgrades(costs, chosen):
+        if _kl(costs, chosen) <= max_kl:
             break
-        picked[name] = wider
-    least = _kl(costs, picked)
+        chosen[upgrade.name] = upgrade.bits
+
+    # Every upgrade that helps may have been made, and still not be enough.
+    least = _kl(costs, chosen)
     if least > max_kl:
         raise UsageError(
             f"--max-kl {max_kl:g}: {_round_up(least)} nats per token are predicted of all layers at 8 bits, the least "
             "possible. Give that much or more."
         )
-    return _choice(costs, picked, float_bytes, f"--max-kl {max_kl:g}")
+    return _choice(costs, chosen, float_bytes, f"--max-kl {max_kl:g}")
 
 
-def frontier(costs: Mapping[str, Mapping[int, Cost]], float_bytes: int) -> list[tuple[int, float]]:
-    """Size in bytes and predicted KL as layers are raised one after the other, most KL saved a byte first."""
-    picked = _narrowest(costs)
-    size, kl = _size(costs, picked) + float_bytes, _kl(costs, picked)
+def frontier(costs: CostTable, float_bytes: int) -> list[tuple[int, float]]:
+    """Return size in bytes and predicted KL after each upgrade, those first that save most KL per byte."""
+    chosen = _narrowest(costs)
+    size, kl = _size(costs, chosen) + float_bytes, _kl(costs, chosen)
     points = [(size, kl)]
-    for name, wider, extra in _by_worth(costs, picked):
-        size += extra
-        kl += costs[name][wider].kl_nats - costs[name][picked[name]].kl_nats
+    for upgrade in _upgrades(costs, chosen):
+        by_bits = costs[upgrade.name]
+        size += upgrade.extra_bytes
+        kl += by_bits[upgrade.bits].kl_nats - by_bits[chosen[upgrade.name]].kl_nats
         points.append((size, kl))
     return points
 
 
 def save_bits(path: Path, choice: Choice) -> None:
-    """Write what `load_bits` reads, with the prediction beside it."""
+    """Write the file that `load_bits` reads, with the prediction as a record."""
     prediction = {
         "kl_nats": choice.kl_nats,
         "size_bytes": choice.size_bytes,
         "note": "sum of what each layer costs alone; a first-order prediction",
     }
-    document = {"asked": choice.asked, "prediction": prediction, "bits": choice.bits}
+    document = {"asked": choice.request, "prediction": prediction, "bits": choice.bits}
+    # "asked" is the key in files of every version.
     head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --method METHOD --bits FILE.\n"
     run.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def load_bits(path: Path) -> dict[str, int]:
-    """Module name -> 4 or 8, from a file that `sensitivity` wrote or a person did; weights not named keep theirs.
+    """Read bits by module name, from a file of `qat-edge sensitivity` or one written by hand.
+
+    Weights that the file does not name keep their bits.
 
     Raises:
-        UsageError: no such file, no YAML or JSON, or not `bits:` with lines of `module name: 4 or 8`.
+        UsageError: The file is missing, is no YAML or JSON, or has no `bits:` with lines of `module name: 4 or 8`.
     """
     try:
-        document: Any = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
+        document: Any = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError as error:
         raise UsageError(
             f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one."
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--bits {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+    # People write this file by hand: name what was found instead.
     bits = document.get("bits") if isinstance(document, dict) else None
     if not isinstance(bits, dict) or not bits:
         found = f"the keys {', '.join(map(str, document))}" if isinstance(document, dict) else type(document).__name__
@@ -207,60 +293,63 @@ def load_bits(path: Path) -> dict[str, int]:
             f"--bits {path}: expected 'bits:' with lines such as 'model.layers.0.mlp.up_proj: 8', found "
             f"{found if bits is None else 'no such line under it'}."
         )
+    # `True` is an int too; `type` refuses it.
     for name, width in bits.items():
         if not isinstance(name, str) or type(width) is not int or width not in WIDTHS:
             raise UsageError(f"--bits {path}: 'bits.{name}' is {width!r}; a weight can have 4 or 8 bits.")
     return bits
 
 
-class _OnceEach(yaml.SafeLoader):
-    """YAML in which no key may stand twice: the later line would win unseen."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses duplicate keys, of which the last would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"'{key}' stands there twice, line {node.start_mark.line + 1} and below")
+                raise yaml.YAMLError(f"'{key}' is given twice, line {node.start_mark.line + 1} and below")
         return super().construct_mapping(node, deep)
 
 
-def _read_layer(facts: dict[str, Any]) -> LayerCost:
-    costs = {int(bits): Cost(**cost) for bits, cost in facts["costs"].items()}
-    return LayerCost(facts["layer"], facts["kind"], (facts["shape"][0], facts["shape"][1]), costs)
+def _read_layer(document: dict[str, Any]) -> LayerCost:
+    costs = {int(bits): Cost(**cost) for bits, cost in document["costs"].items()}
+    return LayerCost(document["layer"], document["kind"], (document["shape"][0], document["shape"][1]), costs)
 
 
 def _round_up(value: float) -> str:
-    """Four significant digits, never fewer than `value`: what is named as the least must be accepted."""
+    """Format four significant digits, rounded up: a value named as the least possible must be accepted."""
     if value <= 0:
         return "0"
+    # One unit of the fourth digit.
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
     return f"{math.ceil(value / step) * step:.4g}"
 
 
-def _narrowest(costs: Mapping[str, Mapping[int, Cost]]) -> dict[str, int]:
+def _narrowest(costs: CostTable) -> dict[str, int]:
     return {name: min(by_bits) for name, by_bits in costs.items()}
 
 
-def _by_worth(costs: Mapping[str, Mapping[int, Cost]], narrow: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Module, its wider width and the bytes that adds, by KL saved a byte; none that would save nothing."""
+def _upgrades(costs: CostTable, narrowest: Mapping[str, int]) -> list[_Upgrade]:
+    """Return the upgrades from the narrowest widths, most KL saved per byte first; none that would save nothing."""
     found = []
     for name, by_bits in costs.items():
-        wider = max(by_bits)
-        extra = by_bits[wider].size_bytes - by_bits[narrow[name]].size_bytes
-        saved = by_bits[narrow[name]].kl_nats - by_bits[wider].kl_nats
+        wider, narrow = max(by_bits), narrowest[name]
+        extra = by_bits[wider].size_bytes - by_bits[narrow].size_bytes
+        saved = by_bits[narrow].kl_nats - by_bits[wider].kl_nats
+        # Rounding noise can make 8 bits look worse than 4 on a few tokens: such an upgrade is never made.
         if saved > 0 and extra > 0:
-            found.append((saved / extra, name, wider, extra))
+            found.append((saved / extra, _Upgrade(name, wider, extra)))
     found.sort(key=lambda item: -item[0])
-    return [(name, wider, extra) for _, name, wider, extra in found]
+    return [upgrade for _, upgrade in found]
 
 
-def _size(costs: Mapping[str, Mapping[int, Cost]], picked: Mapping[str, int]) -> int:
-    return sum(by_bits[picked[name]].size_bytes for name, by_bits in costs.items())
+def _size(costs: CostTable, chosen: Mapping[str, int]) -> int:
+    return sum(by_bits[chosen[name]].size_bytes for name, by_bits in costs.items())
 
 
-def _kl(costs: Mapping[str, Mapping[int, Cost]], picked: Mapping[str, int]) -> float:
-    return sum(by_bits[picked[name]].kl_nats for name, by_bits in costs.items())
+def _kl(costs: CostTable, chosen: Mapping[str, int]) -> float:
+    return sum(by_bits[chosen[name]].kl_nats for name, by_bits in costs.items())
 
 
-def _choice(costs: Mapping[str, Mapping[int, Cost]], picked: dict[str, int], float_bytes: int, asked: str) -> Choice:
-    return Choice(picked, _size(costs, picked) + float_bytes, _kl(costs, picked), asked)
+def _choice(costs: CostTable, chosen: dict[str, int], float_bytes: int, request: str) -> Choice:
+    return Choice(chosen, _size(costs, chosen) + float_bytes, _kl(costs, chosen), request)

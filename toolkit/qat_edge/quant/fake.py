@@ -1,4 +1,4 @@
-"""Fake quantization in training, and LoRA adapters that are merged before they are rounded.
+"""Fake quantization in training, with LoRA adapters that are merged before they are rounded.
 
 The forward of an adapted layer is the deployed one, `fq(X) fq(W + s B A)^T`, not the usual
 `fq(X) fq(W)^T + s X A^T B^T`, whose adapters are never rounded. With a straight-through estimator
@@ -10,18 +10,18 @@ so the gradient of W is never formed, and Wq is rounded again in the backward pa
 kept: memory stays that of LoRA.
 
 Group scales are those of the largest merged weights, until `set_scales` gives a layer its own. Those may be
-learned: the adapter, or the layer itself where weights are trained without adapters, then holds a factor for each
+learned: the adapter, or the layer itself where weights are trained without adapters, then has a factor for each
 (`lora_scale_factor`, `scale_factor`), the forward rounds their product to bfloat16, and dWq = dY^T Xq is formed for
 one layer at a time (`numerics.straight_through`).
 
-A frozen W may be held in few bits (`storage`); it is then dequantized wherever these formulas say W.
+A frozen W may be quantized (`qlora_base`); it is then dequantized wherever these formulas say W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,25 +32,33 @@ from torch.nn import functional
 
 from qat_edge.errors import UsageError
 from qat_edge.quant import numerics, qlora_base
-from qat_edge.quant.qlora_base import StoredLinear, StoredWeight
+from qat_edge.quant.autocast import compute_dtype
+from qat_edge.quant.module_class import insert_base
+from qat_edge.quant.qlora_base import QloraLinear, QloraWeight
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER = "default"  # peft's name for the only adapter of a model
-SCALE_FACTOR = "scale_factor"  # in the names of the parameters that learned scales are made of
+SCALE_FACTOR = "scale_factor"  # part of the names of the parameters that learned scales are made of
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass
 class Switch:
-    """Whether the layers that share this object round. Off, they are the layers they replaced.
+    """State shared by all fake-quantized layers of a model.
 
-    learned_scales: their adapters, or they themselves, are made with factors for the scales.
+    Attributes:
+        enabled: The layers round. Off, they compute what the layers they replaced did.
+        learned_scales: The adapters, or the layers themselves, are made with factors for the scales.
     """
 
     enabled: bool = False
     learned_scales: bool = False
 
     def __deepcopy__(self, memo: Any) -> Switch:
-        return self  # peft trains a copy of a head, which rounds when the others do
+        return self  # peft trains a copy of a head, which has to round when the others do
 
 
 class MergedFakeQuantLinear(torch.autograd.Function):
@@ -60,7 +68,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | StoredWeight,
+        weight: Tensor | QloraWeight,
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
@@ -68,62 +76,85 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         scaling: float,
         spec: WeightScheme,
     ) -> Tensor:
-        """x: (..., in), weight: (out, in), lora_a: (rank, in), lora_b: (out, rank) -> (..., out).
+        """Apply the layer: x (..., in) -> (..., out).
 
-        scales: (out, in // group), not yet rounded to bfloat16; None for those of the largest weights.
+        Args:
+            ctx: autograd's context.
+            x: Input.
+            weight: W (out, in), dense or quantized.
+            bias: (out,).
+            lora_a: A (rank, in); None without an adapter, like B.
+            lora_b: B (out, rank).
+            scales: (out, in // group), not yet rounded to bfloat16; None for those of the largest weights.
+            scaling: s.
+            spec: Bits and group size.
         """
-        ctx.compute_dtype = _compute_dtype(x)
+        # `ctx` keeps what is no tensor; tensors go through `save_for_backward` below.
+        ctx.compute_dtype = compute_dtype(x)
         ctx.x_dtype, ctx.scaling, ctx.spec = x.dtype, scaling, spec
+
+        # Merging and rounding are float32 whatever autocast says; only the product is in its dtype.
         with torch.autocast(x.device.type, enabled=False):
             rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
             merged = _merged(weight, lora_a, lora_b, scaling)
-            rounded_scales = _rounded(scales, merged, spec)
+            rounded_scales = _rounded_scales(scales, merged, spec)
             rounded_weight = numerics.fake_quantize_weight(merged, spec.bits, spec.group_size, rounded_scales)
-            output = functional.linear(
-                rounded_x, rounded_weight.to(ctx.compute_dtype), None if bias is None else bias.to(ctx.compute_dtype)
-            )
-        # Gradients of the weight side want the input; a frozen layer without adapters keeps nothing.
+            cast_bias = None if bias is None else bias.to(ctx.compute_dtype)
+            output = functional.linear(rounded_x, rounded_weight.to(ctx.compute_dtype), cast_bias)
+
+        # Gradients of weight, bias, adapter and scales need the input; a frozen layer without adapters keeps nothing.
         kept_x = rounded_x if any(ctx.needs_input_grad[1:6]) else None
-        ctx.stored = weight if isinstance(weight, StoredWeight) else None
-        ctx.save_for_backward(kept_x, weight if ctx.stored is None else None, lora_a, lora_b, scales)
+        ctx.quantized = weight if isinstance(weight, QloraWeight) else None
+        ctx.save_for_backward(kept_x, weight if ctx.quantized is None else None, lora_a, lora_b, scales)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Gradients of x, of what is trained among weight, bias, lora_a, lora_b and scales."""
+        """Return the gradients of x and of those of weight, bias, lora_a, lora_b and scales that are trained."""
         rounded_x, weight, lora_a, lora_b, scales = ctx.saved_tensors
-        weight = weight if ctx.stored is None else ctx.stored
+        weight = weight if ctx.quantized is None else ctx.quantized
         needs_x, needs_weight, needs_bias, *_, needs_scales = ctx.needs_input_grad[:6]
         grad = grads[0].to(ctx.compute_dtype)
-        found: list[Tensor | None] = [None] * 6
+        grad_x = grad_weight = grad_bias = grad_a = grad_b = grad_scales = None
+
         with torch.autocast(grad.device.type, enabled=False):
+            # Round again what the forward pass rounded, instead of having kept it.
             merged = _merged(weight, lora_a, lora_b, ctx.scaling)
-            rounded_scales = _rounded(scales, merged, ctx.spec)
+            rounded_scales = _rounded_scales(scales, merged, ctx.spec)
             codes = numerics.round_codes(merged, rounded_scales, ctx.spec.bits)
+
             if needs_x:
-                rounded = numerics.dequantize(codes, rounded_scales)
-                found[0] = (grad @ rounded.to(ctx.compute_dtype)).to(ctx.x_dtype)
+                rounded_weight = numerics.dequantize(codes, rounded_scales)
+                grad_x = (grad @ rounded_weight.to(ctx.compute_dtype)).to(ctx.x_dtype)
             rows = grad.flatten(0, -2)
             if needs_bias:
-                found[2] = rows.sum(0).float()
+                grad_bias = rows.sum(0).float()
+
             if needs_weight or needs_scales:
-                by_weight = (rows.T @ rounded_x.flatten(0, -2)).to(merged.dtype)
+                # dWq is formed for this layer alone, and everything else follows from it.
+                grad_merged = (rows.T @ rounded_x.flatten(0, -2)).to(merged.dtype)
                 if scales is not None:
-                    by_weight, found[5] = numerics.straight_through(merged, rounded_scales, codes, by_weight)
-                found[1] = by_weight if needs_weight else None
+                    grad_merged, grad_scales = numerics.straight_through(merged, rounded_scales, codes, grad_merged)
+                grad_weight = grad_merged if needs_weight else None
                 if lora_a is not None:
-                    found[3] = (lora_b.T @ by_weight) * ctx.scaling
-                    found[4] = (by_weight @ lora_a.T) * ctx.scaling
+                    grad_a = (lora_b.T @ grad_merged) * ctx.scaling
+                    grad_b = (grad_merged @ lora_a.T) * ctx.scaling
             elif lora_a is not None:
-                found[3:5] = _adapter_gradients(rows, rounded_x.flatten(0, -2), lora_a, lora_b, ctx.scaling)
-        return (*found, None, None)
+                # Only the adapter is trained: its gradients without dWq, in the memory of LoRA.
+                grad_a, grad_b = _adapter_gradients(rows, rounded_x.flatten(0, -2), lora_a, lora_b, ctx.scaling)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_scales, None, None
 
 
 class FakeQuantLinear(nn.Linear):
     """A linear layer that rounds its input and its weight while the switch is on. `insert` makes them.
 
-    scales: (out, in // group) of its own, None for those of its largest weights.
-    scale_factor: (out, in // group), what they are multiplied by; only where they are learned without an adapter.
+    Attributes:
+        spec: Bits and group size of the weight.
+        switch: Shared by all layers of the model.
+        is_head: The layer comes after the blocks.
+        scales: Scales of its own, shape (out, in // group); None for those of its largest weights.
+        scale_factor: Learned factors of the scales, shape (out, in // group); None where the scales are not learned,
+            or where the factors belong to an adapter.
     """
 
     spec: WeightScheme
@@ -134,12 +165,12 @@ class FakeQuantLinear(nn.Linear):
 
     @property
     def learns_scales(self) -> bool:
-        """Whether its scales are trained; a head's follow its weights: no method that prepares them looks at it."""
+        """Whether the scales are trained. Those of a head follow its weights: no PTQ method prepares a head."""
         return self.switch.learned_scales and self.spec.bits == 4 and not self.is_head
 
     @property
     def trained_scales(self) -> Tensor | None:
-        """(out, in // group), not yet rounded to bfloat16; None for those of the largest weights."""
+        """Scales (out, in // group), not yet rounded to bfloat16; None for those of the largest weights."""
         if self.scales is None or self.scale_factor is None:
             return self.scales
         return self.scales * self.scale_factor
@@ -147,12 +178,12 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.switch.enabled:
             return super().forward(input)
-        weight, scales = qlora_base.held(self), self.trained_scales
+        weight, scales = qlora_base.base_weight(self), self.trained_scales
         return MergedFakeQuantLinear.apply(input, weight, self.bias, None, None, scales, 1.0, self.spec)
 
 
-class FakeQuantStoredLinear(FakeQuantLinear, StoredLinear):
-    """A FakeQuantLinear whose weight is held in few bits."""
+class FakeQuantQloraLinear(FakeQuantLinear, QloraLinear):
+    """A FakeQuantLinear whose frozen weight is quantized."""
 
 
 class FakeQuantEmbedding(nn.Embedding):
@@ -165,6 +196,7 @@ class FakeQuantEmbedding(nn.Embedding):
         rows = super().forward(input)
         if not self.switch.enabled:
             return rows
+        # Rounding the rows that were looked up gives the rows of the rounded table: groups never span rows.
         rounded = numerics.fake_quantize_weight(rows.float(), self.spec.bits, self.spec.group_size)
         return rows + (rounded - rows).detach() if rows.requires_grad else rounded
 
@@ -172,18 +204,21 @@ class FakeQuantEmbedding(nn.Embedding):
 class LoraFakeQuantLinear(lora.Linear):
     """peft's LoRA layer around a FakeQuantLinear; while the switch is on, the adapter is merged before rounding.
 
-    Dropout then falls on columns of A, one mask a step: a merged weight has no per-token input to drop.
-    lora_scale_factor: (out, in // group), what the layer's scales are multiplied by; only where they are learned.
+    Dropout then falls on columns of A, one mask per step: a merged weight has no per-token input to drop.
+
+    Attributes:
+        lora_scale_factor: Learned factors of the layer's scales, shape (out, in // group), by adapter name; missing
+            where the scales are not learned.
     """
 
     def __init__(self, base_layer: FakeQuantLinear, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
         if base_layer.learns_scales:
-            self.lora_scale_factor = nn.ParameterDict({adapter_name: _scale_factor(base_layer)})
+            self.lora_scale_factor = nn.ParameterDict({adapter_name: _initial_scale_factor(base_layer)})
 
     @property
     def trained_scales(self) -> Tensor | None:
-        """(out, in // group), not yet rounded to bfloat16; None for those of the largest merged weights."""
+        """Scales (out, in // group), not yet rounded to bfloat16; None for those of the largest merged weights."""
         scales = self.get_base_layer().scales
         if scales is None or not hasattr(self, "lora_scale_factor"):
             return scales
@@ -193,22 +228,30 @@ class LoraFakeQuantLinear(lora.Linear):
         base = self.get_base_layer()
         if not base.switch.enabled or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
+        # One mask of columns for all tokens of a step.
         lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         lora_a = lora_a * self.lora_dropout[ADAPTER](torch.ones_like(lora_a[:1]))
+        weight, scaling = qlora_base.base_weight(base), self.scaling[ADAPTER]
         return MergedFakeQuantLinear.apply(
-            x, qlora_base.held(base), base.bias, lora_a, lora_b, self.trained_scales, self.scaling[ADAPTER], base.spec
+            x, weight, base.bias, lora_a, lora_b, self.trained_scales, scaling, base.spec
         )
 
 
 def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Switch:
-    """Make every layer of `scheme` round when the returned switch is on. In place; parameters stay shared."""
+    """Make every layer of `scheme` round while the returned switch is on.
+
+    Layers change their class in place, so that shared parameters stay shared.
+    """
     switch = Switch(learned_scales=learned_scales)
     for name, spec in scheme.weights.items():
         module: Any = model.get_submodule(name)
-        if isinstance(module, StoredLinear):
-            module.dense_class = _rounding(module.dense_class)
-        module.__class__ = _rounding(type(module))
+        if isinstance(module, QloraLinear):
+            # `restore_dense` gives this class. Once its weight is dense again, the layer still has to round.
+            module.dense_class = _fake_quant_class(module.dense_class)
+        module.__class__ = _fake_quant_class(type(module))
+
         module.spec, module.switch = spec, switch
+        # Linear layers may get scales of their own later; embeddings never do.
         if isinstance(module, FakeQuantLinear):
             module.is_head = name in scheme.heads
             module.register_buffer("scales", None, persistent=False)
@@ -216,44 +259,50 @@ def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Sw
     return switch
 
 
-def _rounding(theirs: type[nn.Module]) -> Any:
-    """The class that does what `theirs` does, and rounds."""
-    ours = {nn.Linear: FakeQuantLinear, StoredLinear: FakeQuantStoredLinear, nn.Embedding: FakeQuantEmbedding}
-    plain = next(c for c in (StoredLinear, nn.Linear, nn.Embedding) if issubclass(theirs, c))
-    # A subclass (a scaled embedding, say) keeps its forward, whose super() now reaches ours.
-    return ours[plain] if theirs is plain else type(f"FakeQuant{theirs.__name__}", (theirs, ours[plain]), {})
+def _fake_quant_class(original: type[nn.Module]) -> Any:
+    """Return the class that computes what `original` does, and rounds."""
+    ours = {nn.Linear: FakeQuantLinear, QloraLinear: FakeQuantQloraLinear, nn.Embedding: FakeQuantEmbedding}
+    # QloraLinear first: it is a Linear too.
+    base = next(c for c in (QloraLinear, nn.Linear, nn.Embedding) if issubclass(original, c))
+    return insert_base(original, base, ours[base], "FakeQuant")
 
 
 def set_scales(model: nn.Module, scales_of: Mapping[str, Tensor]) -> None:
-    """Give linear layers prepared by `insert` scales of their own, by module name: (out, in // group)."""
+    """Give linear layers prepared by `insert` scales of their own.
+
+    Args:
+        model: May have adapters around its layers.
+        scales_of: Module name -> scales (out, in // group).
+    """
     for name, scales in scales_of.items():
         layer = linear(model, name)
-        layer.scales = scales.to(qlora_base.held(layer).device, torch.float32)
+        layer.scales = scales.to(qlora_base.base_weight(layer).device, torch.float32)
 
 
 def linear(model: nn.Module, name: str) -> FakeQuantLinear:
-    """The layer that `insert` made of the module `name`, which an adapter may be wrapped around by now.
+    """Return the layer that `insert` made of the module `name`, without an adapter around it.
 
     Raises:
-        TypeError: there is none of that name.
+        TypeError: There is none of that name.
     """
     module = model.get_submodule(name)
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not isinstance(layer, FakeQuantLinear):
-        raise TypeError(f"{name} is a {type(layer).__name__}, no FakeQuantLinear")
+        raise TypeError(f"{name} is a {type(layer).__name__}, not a FakeQuantLinear")
     return layer
 
 
-def add_adapters(model: Any, config: LoraConfig) -> PeftModel:
-    """peft adapters on a model prepared by `insert`, in float32, merged before rounding.
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Add peft adapters in float32, merged before rounding, to a model prepared by `insert`.
 
     Raises:
-        UsageError: the target modules are not there, or are none that can be merged before they are rounded.
+        UsageError: The target modules do not exist, or their adapters cannot be merged before they are rounded.
     """
     try:
-        adapted = get_peft_model(model, register(config))
+        adapted: PeftModel = get_peft_model(model, register(config))
     except ValueError as error:
         raise UsageError(f"--target-modules: {' '.join(str(error).split())}") from error
+    # peft has adapters for embeddings and convolutions too, which it would add outside of the rounding.
     for name, module in adapted.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraFakeQuantLinear):
             raise UsageError(
@@ -264,90 +313,95 @@ def add_adapters(model: Any, config: LoraConfig) -> PeftModel:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Have peft use LoraFakeQuantLinear where `insert` was at work."""
+    """Make peft use LoraFakeQuantLinear for the layers that `insert` prepared; returns `config`."""
     config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
     return config
 
 
-def train_weights(model: Any) -> Any:
-    """Make all of a model prepared by `insert` trainable, learned scales included: fine-tuning without adapters."""
+def train_weights(model: ModelT) -> ModelT:
+    """Make all parameters of a model prepared by `insert` trainable, for fine-tuning without adapters.
+
+    Learned scales get their factors. Changes the model in place and returns it.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, FakeQuantLinear) and module.learns_scales:
-            module.scale_factor = _scale_factor(module)
+            module.scale_factor = _initial_scale_factor(module)
     return model
 
 
-def base_of(model: Any) -> Any:
-    """The model that adapters were put into, or that is trained itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the model that adapters were put into, or the model itself where it has none."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
 class MergedWeights:
-    """The layers of a training model with their adapters merged: what a quantization method may look at.
+    """Read-only view of a training model with its adapters merged, for methods that only look at weights.
 
-    One weight at a time exists; nothing in the model changes, and what is written into a weight is lost.
+    One merged weight exists at a time. Nothing in the model changes, and what is written into a weight is lost.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = base_of(model)
 
     def get_submodule(self, name: str) -> nn.Module:
-        """A module that has the merged `.weight` (out, in) in float32."""
+        """Return a module that has the merged `.weight` (out, in) in float32."""
         with torch.no_grad():
             holder = nn.Module()
             holder.register_buffer("weight", _merged_weight(self.model.get_submodule(name)))
         return holder
 
 
-def merge_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The base model with every adapter merged into a float32 weight, unrounded, and the scales of layers that
-    have their own, by module name, as bfloat16 holds them. The adapters and factors are gone, nothing is stored
-    in few bits any more. A model without adapters is that base model itself."""
+def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """Merge every adapter into a float32 weight, without rounding, in place.
+
+    Adapters and scale factors are removed, and quantized base weights become dense. A model without adapters is
+    returned itself.
+
+    Returns:
+        The base model, and the scales of the layers that have their own, bfloat16-representable, by module name.
+    """
     scales: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, module in list(base_of(model).named_modules()):
-            inner = name.endswith(".base_layer")  # of an adapted layer, which has been here before
+            inner = name.endswith(".base_layer")  # inside an adapted layer, which the loop has met before
             if inner or not isinstance(module, LoraFakeQuantLinear | FakeQuantLinear):
                 continue
             if module.trained_scales is not None:
                 scales[name] = numerics.representable(module.trained_scales)
+            # A dense layer without an adapter stays as it is.
             layer = linear(base_of(model), name)
-            if isinstance(module, LoraFakeQuantLinear) or isinstance(layer, StoredLinear):
-                qlora_base.make_dense(layer, _merged_weight(module))
+            if isinstance(module, LoraFakeQuantLinear) or isinstance(layer, QloraLinear):
+                qlora_base.restore_dense(layer, _merged_weight(module))
             layer.scale_factor = None
     return (model.unload() if isinstance(model, PeftModel) else model), scales
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """W + s B A of an adapted layer, W of any other: (out, in) in float32."""
+    """Return W + s B A of an adapted layer, W of any other: (out, in) in float32."""
     if not isinstance(layer, LoraFakeQuantLinear):
-        return _merged(qlora_base.held(layer), None, None, 1.0)
+        return _merged(qlora_base.base_weight(layer), None, None, 1.0)
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return _merged(qlora_base.held(layer.get_base_layer()), lora_a, lora_b, layer.scaling[ADAPTER])
+    return _merged(qlora_base.base_weight(layer.get_base_layer()), lora_a, lora_b, layer.scaling[ADAPTER])
 
 
-def _scale_factor(layer: FakeQuantLinear) -> nn.Parameter:
-    """Of learned scales at their start: ones (out, in // group)."""
+def _initial_scale_factor(layer: FakeQuantLinear) -> nn.Parameter:
+    """Return the factors that learned scales begin with: ones (out, in // group)."""
     shape = layer.out_features, layer.in_features // layer.spec.group_size
-    return nn.Parameter(torch.ones(shape, device=qlora_base.held(layer).device))
+    return nn.Parameter(torch.ones(shape, device=qlora_base.base_weight(layer).device))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _merged(held: Tensor | StoredWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
-    weight = qlora_base.dense(held)
+def _merged(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
+    weight = qlora_base.dequantized(base)
     if lora_a is None or lora_b is None:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
     return numerics.merge(weight, lora_a, lora_b, scaling)
 
 
-def _rounded(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tensor:
-    """A layer's own scales as runtimes hold them; without any, those of its largest merged weights."""
+def _rounded_scales(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tensor:
+    """Return a layer's own scales in bfloat16; without any, those of its largest merged weights."""
     if scales is None:
         return numerics.choose_scales(merged, spec.bits, spec.group_size)
     return numerics.representable(scales)
@@ -356,7 +410,8 @@ def _rounded(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tenso
 def _adapter_gradients(
     grad: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Of A and B, without the gradient of the weight. grad: (tokens, out), x: (tokens, in)."""
+    """Return the gradients of A and B without forming that of the weight. grad: (tokens, out); x: (tokens, in)."""
+    # Brackets as here keep every product narrow: (tokens, rank), never (out, in).
     a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
     grad_a = ((grad @ b).T @ x).to(lora_a.dtype) * scaling
     return grad_a, (grad.T @ (x @ a.T)).to(lora_b.dtype) * scaling

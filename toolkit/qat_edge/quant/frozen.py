@@ -1,11 +1,13 @@
-"""The frozen checkpoint: where codes and scales live from the merge on. Nothing downstream re-quantizes.
+"""The frozen checkpoint: codes and scales of the merged model. Nothing downstream quantizes again.
 
-It is an ordinary Hugging Face folder of torchao IntxUnpackedToInt8Tensor weights: plain
-`transformers.AutoModelForCausalLM.from_pretrained(folder)`, or the class of an encoder's kind, runs it without this
-package (`AutoModel` gives a sentence encoder a pooler anew, which takes no part in its answer). An embedding and a head
-that share a table are stored apart (the head rounds its input, the embedding has none), with equal
-codes; exporters share them again where the target can (`Scheme.tied`, kept in the manifest). Where the hidden states of
-a tied model are turned, only `load` runs it: plain transformers stops at the last norm's weight (`turned`).
+It is an ordinary Hugging Face folder of torchao IntxUnpackedToInt8Tensor weights. Plain
+`transformers.AutoModelForCausalLM.from_pretrained(folder)`, or the auto class of an encoder's task, runs it without
+this package. (`AutoModel` gives a sentence encoder a new pooler, which its output does not depend on.)
+
+An embedding and a head that share a table are stored separately, because the head rounds its input and the embedding
+has none. Their codes are equal, and exporters share them again where the target can (`Scheme.tied`, kept in the
+manifest). Where the hidden states of a tied model are rotated, only `load` runs it: plain transformers stops at the
+last norm's weight (`rotated_norm`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -38,32 +40,47 @@ from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
 from qat_edge.run import read_manifest
 
-INPUT_ROUNDING = "int8_asym_per_token"  # torchao's name for what fake_quantize_activation does
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+    from transformers import PreTrainedModel
+
+INPUT_ROUNDING = "int8_asym_per_token"  # torchao's name for numerics.fake_quantize_activation
 
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """One quantized matrix. codes: int8 (out, in); scales: float32 (out, in // group), bfloat16-representable."""
+    """One quantized matrix.
+
+    Attributes:
+        codes: int8, shape (out, in).
+        scales: float32, shape (out, in // group), bfloat16-representable.
+        bits: 4 or 8.
+    """
 
     codes: Tensor
     scales: Tensor
     bits: int
 
 
-def freeze(model: Any, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> None:
+def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> None:
     """Replace every weight of `scheme` in a merged float32 model by its codes and scales, in place.
 
-    scales_of: scales by module name (out, in // group), bfloat16-representable, of weights that were
-    trained or quantized under scales of their own; the others get those of their largest values.
+    Args:
+        model: The merged model.
+        scheme: Bits and group size by module name.
+        scales_of: Module name -> scales (out, in // group), bfloat16-representable, for weights that were trained or
+            quantized under scales of their own. The others get those of their largest values.
     """
+    # A table that embedding and head share becomes two tensors with equal codes here.
     for name, spec in scheme.weights.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         weight = module.weight.detach()
         given = (scales_of or {}).get(name)
         scales = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
-        module.weight = nn.Parameter(
-            as_torchao(numerics.quantize(weight, scales, spec.bits), scales, spec), requires_grad=False
-        )
+        codes = numerics.quantize(weight, scales, spec.bits)
+        module.weight = nn.Parameter(as_torchao(codes, scales, spec), requires_grad=False)
+
+    # Make `save_pretrained` write, and `from_pretrained` expect, quantized weights.
     model.config.tie_word_embeddings = False
     config = _torchao_config(scheme)
     model.config.quantization_config = config
@@ -71,7 +88,8 @@ def freeze(model: Any, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = 
 
 
 def as_torchao(codes: Tensor, scales: Tensor, spec: WeightScheme) -> IntxUnpackedToInt8Tensor:
-    """The torchao tensor that holds exactly these codes (out, in) and scales (out, in // group)."""
+    """Return the torchao tensor of exactly these codes (out, in) and scales (out, in // group)."""
+    # "Unpacked": one int8 per code for int4 too, which exporters read without unpacking.
     return IntxUnpackedToInt8Tensor(
         qdata=codes,
         scale=scales,
@@ -83,52 +101,60 @@ def as_torchao(codes: Tensor, scales: Tensor, spec: WeightScheme) -> IntxUnpacke
     )
 
 
-def load(folder: Path) -> Any:
-    """The frozen model, in evaluation mode, on the CPU in float32.
+def load(folder: Path) -> PreTrainedModel:
+    """Load the frozen model in evaluation mode, on the CPU in float32.
 
     Raises:
-        RunError: no frozen checkpoint here.
+        RunError: The folder holds no frozen checkpoint.
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
-    kind = tasks.of_folder(folder)
-    read = partial(kind.auto.from_pretrained, dtype=torch.float32, local_files_only=True)
+    # The task decides the transformers class, and what a loaded model still needs.
+    task = tasks.task_of_folder(folder)
+    read = partial(task.auto_class.from_pretrained, dtype=torch.float32, local_files_only=True)
     model = rotated_norm.load(read, folder).eval()
-    kind.settle(model)
+    task.prepare(model)
+
     embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "scalar_embed_scale"):
-        # transformers takes a module with a torchao weight for initialized, and leaves this buffer as it was allocated.
+        # transformers regards a module with a torchao weight as initialized and leaves this buffer uninitialized.
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     return model
 
 
 def read_scheme(folder: Path) -> Scheme:
-    """The scheme a frozen checkpoint was made under, from its manifest."""
-    facts = read_manifest(folder)["scheme"]
-    weights = {k: WeightScheme(**v) for k, v in facts["weights"].items()}
-    return Scheme(**{**facts, "weights": weights, "apart": tuple(facts.get("apart", ()))})
+    """Read the scheme of a frozen checkpoint from its manifest."""
+    # Checkpoints from before encoders have no "apart".
+    metadata = read_manifest(folder)["scheme"]
+    weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
+    return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
 
 
-def scheme_facts(scheme: Scheme) -> dict[str, Any]:
-    """What `read_scheme` reads: the scheme as plain values for the manifest."""
+def scheme_metadata(scheme: Scheme) -> dict[str, Any]:
+    """Return the scheme as plain values for the manifest, from which `read_scheme` restores it."""
     return asdict(scheme)
 
 
 def read_weights(folder: Path) -> dict[str, FrozenWeight]:
-    """Codes and scales by module name, read from the safetensors files themselves without loading a model."""
+    """Read codes and scales by module name from the safetensors files, without loading a model.
+
+    Raises:
+        RunError: The folder holds no quantized weights.
+    """
     found: dict[str, FrozenWeight] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key, text in (file.metadata() or {}).items():
-                meta = json.loads(text) if text.startswith("{") else {}
-                if meta.get("_type") != IntxUnpackedToInt8Tensor.__name__:
+                # torchao describes each quantized tensor as JSON in the file's metadata.
+                description = json.loads(text) if text.startswith("{") else {}
+                if description.get("_type") != IntxUnpackedToInt8Tensor.__name__:
                     continue
                 name, _, attribute = key.rpartition(".")
                 stem = f"{name}._{attribute}"
                 found[name] = FrozenWeight(
                     codes=file.get_tensor(f"{stem}_qdata"),
                     scales=file.get_tensor(f"{stem}_scale"),
-                    bits=int(meta["_data"]["target_dtype"]["_data"].removeprefix("int")),
+                    bits=int(description["_data"]["target_dtype"]["_data"].removeprefix("int")),
                 )
     if not found:
         raise RunError(f"{folder}: no quantized weights found. `qat-edge export` makes a frozen checkpoint.")
@@ -136,18 +162,18 @@ def read_weights(folder: Path) -> dict[str, FrozenWeight]:
 
 
 def _torchao_config(scheme: Scheme) -> TorchAoConfig:
-    """What tells transformers, on loading, which weights are quantized and how."""
+    """Return the config that tells transformers, on loading, which weights are quantized and how."""
     configs: OrderedDict[str, Any] = OrderedDict()
     for name, spec in scheme.weights.items():
+        # One pattern for the same projection of all layers; a layer that differs from the others is named exactly.
         pattern = "re:" + re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
         config = _layer_config(spec)
-        # One pattern for all layers of a kind; a layer that differs from its kind is named exactly.
         if configs.setdefault(pattern, config) != config:
             configs[name] = config
     return TorchAoConfig(FqnToConfig(configs), include_input_output_embeddings=True)
 
 
-def _layer_config(spec: WeightScheme) -> Any:
+def _layer_config(spec: WeightScheme) -> AOBaseConfig:
     dtype = getattr(torch, f"int{spec.bits}")
     granularity = PerAxis(0) if spec.bits == 8 else PerGroup(spec.group_size)
     if spec.quantize_input:

@@ -1,15 +1,20 @@
-"""The only place that rounds. Training, freezing, exporting and checking all call these functions.
+"""Quantization arithmetic. Training, freezing, exporting and verifying all call these functions.
 
-Weights: symmetric, `bits` wide, one scale for `group_size` neighbours in a row:
+Weights are symmetric, `bits` wide, with one scale for each group of `group_size` neighbors in a row:
 
     s = bfloat16(max|w| / (2^(bits-1) - 1/2))        q = clamp(round(w * (1/s)), -2^(bits-1), 2^(bits-1) - 1)
 
-which is torchao's symmetric choose_qparams_affine and quantize_affine [1] with one difference: the scale is rounded to
-bfloat16 *before* it divides. XNNPACK and KleidiAI store group scales as bfloat16 [2]; rounding there, after
-the codes were chosen, would ship other weights than were trained. A bfloat16 number is a float32 number
-too, so every runtime dequantizes to the same float32 values.
+This is torchao's symmetric choose_qparams_affine and quantize_affine [1] with one difference: the scale is rounded to
+bfloat16 *before* it divides. XNNPACK and KleidiAI store group scales as bfloat16 [2]; rounding the scale after the
+codes were chosen would deploy other weights than were trained. Every bfloat16 number is also a float32 number, so every
+runtime dequantizes to the same float32 values.
 
-Activations: asymmetric int8 per token, chosen at run time, torchao's own primitives unchanged [3].
+Activations are asymmetric int8 per token, with scales chosen at run time by torchao's own primitives, unchanged [3].
+
+Every rounding of a weight to a code goes through `round_to_codes`, and every rounding of a scale through
+`representable`. Coordinate descent (`ptq.coordinate_descent`) chooses what it rounds in another way, but rounds with
+the same two functions. Two modules round for purposes of their own: `qlora_base` can store a frozen base as NF4, and
+`diagnose.runtime_rounding` imitates runtimes that round activations differently from `fake_quantize_activation`.
 
 [1] https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quant_primitives.py
 [2] https://github.com/pytorch/executorch/blob/v1.4.1/backends/xnnpack/operators/node_visitor.py
@@ -29,72 +34,105 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-QUANTIZER = "8da4w symmetric, bfloat16 scales, 1"  # its name in manifests; changed with the formulas above
+QUANTIZER = "8da4w symmetric, bfloat16 scales, 1"  # name in manifests; change it together with the formulas above
 
 
 def code_range(bits: int) -> tuple[int, int]:
-    """Least and greatest code of a signed integer of `bits`."""
+    """Return the least and the greatest code of a signed integer of `bits`."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def choose_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Group scales of `weight` (out, in), bfloat16-representable, in its dtype: (out, in // group_size)."""
+    """Return the scale of each group by its largest weight.
+
+    Args:
+        weight: Shape (out, in).
+        bits: 4 or 8.
+        group_size: Weights per scale; divides `in`.
+
+    Returns:
+        Shape (out, in // group_size), bfloat16-representable, in the dtype of `weight`.
+    """
+    # At 4 bits the largest weight is 7.5 steps: a compromise between -8, which has no positive counterpart, and 7.
     low, high = code_range(bits)
     largest = weight.unflatten(-1, (-1, group_size)).abs().amax(dim=-1)
     return representable(largest / ((high - low) / 2))
 
 
 def representable(scales: Tensor) -> Tensor:
-    """Positive scales as every runtime can hold them: the nearest bfloat16 numbers, in the dtype given."""
+    """Round positive scales to bfloat16, keeping their dtype.
+
+    Runtimes store scales in bfloat16 or wider, so the result is exact everywhere.
+    """
+    # A group of zeros has scale 0, which nothing can be divided by.
     return scales.clamp(min=torch.finfo(scales.dtype).eps).to(torch.bfloat16).to(scales.dtype)
 
 
+def round_to_codes(ratios: Tensor, bits: int) -> Tensor:
+    """Round weights divided by their scales to the nearest codes, in place; codes keep the dtype of `ratios`."""
+    low, high = code_range(bits)
+    return ratios.round_().clamp_(low, high)
+
+
 def quantize(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Codes of `weight` (out, in) under `scales` (out, in // group): int8, (out, in)."""
+    """Return the codes of `weight` (out, in) under `scales` (out, in // group): int8, (out, in)."""
     return round_codes(weight, scales, bits).to(torch.int8)
 
 
 def round_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The codes as whole numbers in the dtype of `weight` (out, in), which `dequantize` takes too: (out, in)."""
-    low, high = code_range(bits)
+    """Return the codes as whole numbers in the dtype of `weight` (out, in); `dequantize` takes them too."""
     groups = weight.unflatten(-1, (scales.shape[-1], -1))
-    # Multiplied by the reciprocal, as torchao does: a division would round otherwise at some ties.
-    return (groups * (1.0 / scales).unsqueeze(-1)).round_().clamp_(low, high).flatten(-2)
+    # Multiplied by the reciprocal, as torchao does: a division would round differently at some ties.
+    return round_to_codes(groups * (1.0 / scales).unsqueeze(-1), bits).flatten(-2)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """Weights that the codes stand for, in the scales' dtype: (out, in)."""
+    """Return the weights (out, in) that the codes stand for, in the dtype of the scales."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
     return (groups * scales.unsqueeze(-1)).flatten(-2)
 
 
 def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, scales: Tensor | None = None) -> Tensor:
-    """`dequantize(quantize(weight))` under `scales`, or those it would choose itself; no gradient of its own."""
+    """Quantize and dequantize `weight` (out, in) under `scales`, by default those of its largest weights.
+
+    The result has no useful gradient: see `straight_through`.
+    """
+    # Codes stay in the weight's dtype: int8 and back would only cost time.
     if scales is None:
         scales = choose_scales(weight, bits, group_size)
     return dequantize(round_codes(weight, scales, bits), scales)
 
 
 def straight_through(weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight` (out, in) and `scales` (out, groups), given that of the dequantized weight (out, in).
+    """Return the gradients of a weight and of its scales by learned step size quantization.
 
-    codes: `round_codes` of the weight under these scales.
+    https://arxiv.org/abs/1902.08153: a weight that is clamped has no gradient of its own and passes its code to the
+    scale; any other passes q - w / s.
 
-    Learned step size quantization (https://arxiv.org/abs/1902.08153): a weight that is clamped has no gradient
-    of its own and passes its code to the scale, any other passes q - w / s.
+    Args:
+        weight: Shape (out, in).
+        scales: Shape (out, in // group).
+        codes: `round_codes` of the weight under these scales, (out, in).
+        grad: Gradient of the dequantized weight, (out, in).
+
+    Returns:
+        Gradients of `weight` and of `scales`, in their shapes.
     """
     ratio = weight.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
-    by_code = codes.unflatten(-1, (scales.shape[-1], -1))
-    inside = (by_code - ratio).abs() <= 0.5
-    by_group = grad.unflatten(-1, (scales.shape[-1], -1))
-    grad_scales = (by_group * torch.where(inside, by_code - ratio, by_code)).sum(dim=-1)
-    return (by_group * inside).flatten(-2), grad_scales
+    codes_by_group = codes.unflatten(-1, (scales.shape[-1], -1))
+    grad_by_group = grad.unflatten(-1, (scales.shape[-1], -1))
+
+    # A clamped weight is further than half a step from its code.
+    inside = (codes_by_group - ratio).abs() <= 0.5
+    grad_scales = (grad_by_group * torch.where(inside, codes_by_group - ratio, codes_by_group)).sum(dim=-1)
+    return (grad_by_group * inside).flatten(-2), grad_scales
 
 
 def fake_quantize_activation(x: Tensor) -> Tensor:
-    """`x` (..., features) as int8 represents it, one asymmetric scale and zero point per token, in float32."""
+    """Round `x` (..., features) to int8 with one asymmetric scale and zero point per token; returns float32."""
+    # The same calls as in torchao's int8 activations [3].
     x = x.float()
-    block = [1] * (x.dim() - 1) + [x.shape[-1]]
+    block = [1] * (x.dim() - 1) + [x.shape[-1]]  # one block of values per token
     low, high = code_range(8)
     scale, zero_point = choose_qparams_affine(
         x, MappingType.ASYMMETRIC, block, torch.int8, low, high, zero_point_dtype=torch.int8
@@ -104,14 +142,20 @@ def fake_quantize_activation(x: Tensor) -> Tensor:
 
 
 def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook: the first argument (..., features) as int8 represents it."""
+    """Round the first argument (..., features) of a module to int8. A forward pre-hook."""
     return (fake_quantize_activation(args[0]), *args[1:])
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`W + s B A` in float32 or wider. weight: (out, in); lora_a: (rank, in); lora_b: (out, rank).
+    """Return `W + s B A` in float32 or wider.
 
-    Every forward pass and the final merge call this one function, so both round the same numbers.
+    Every forward pass and the final merge call this one function, so that both round the same numbers.
+
+    Args:
+        weight: W, shape (out, in).
+        lora_a: A, shape (rank, in).
+        lora_b: B, shape (out, rank).
+        scaling: s.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.add(weight.to(dtype), lora_b.to(dtype) @ lora_a.to(dtype), alpha=scaling)

@@ -1,9 +1,9 @@
-"""Where the quantization-aware phase starts from: weights that a PTQ method has prepared, and scales of their own.
+"""Initialization of the QAT phase: weights prepared by a PTQ method, and scales of their own.
 
-start.safetensors holds, of every quantized linear layer, NAME.scales in bfloat16 and, where the method or a rotation
-changed the weight, PARAMETER in bfloat16, as of the tables that a rotation changed; other parameters that changed
-(AWQ folds into norms), and what a norm's output is turned by, in float32. Weights are rounded to bfloat16 before
-training sees them, so what is stored is what was trained on.
+start.safetensors holds, for every quantized linear layer, NAME.scales in bfloat16 and, where the method or a rotation
+changed the weight, PARAMETER in bfloat16; likewise PARAMETER for tables that a rotation changed. Other parameters that
+changed (AWQ folds into norms) and the rotation of a norm's output are in float32. Weights are rounded to bfloat16
+before training sees them, so the stored weights are those trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,119 +24,171 @@ from qat_edge.quant.ptq import methods
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FILE = "start.safetensors"
-SCALES = ".scales"
+SCALES = ".scales"  # ends the names of scales in the file
 
 
 @dataclass(frozen=True)
-class Start:
-    """scales: (out, in // group) by module name. changed: parameters of the base model by name, and NORM.turn."""
+class QatInit:
+    """Weights and scales that the QAT phase begins from.
+
+    Attributes:
+        scales: Module name -> scales (out, in // group).
+        changed: Parameters of the base model by name, and NORM.turn: the rotation of a norm's output.
+    """
 
     scales: dict[str, Tensor]
     changed: dict[str, Tensor]
 
     @classmethod
-    def load(cls, folder: Path, expected_sha256: str) -> Start:
-        """What `save` wrote.
+    def load(cls, folder: Path, expected_sha256: str) -> QatInit:
+        """Read a saved initialization.
 
         Raises:
-            RunError: it is missing, or another one than the adapter was trained from.
+            RunError: It is missing, or not the one that the adapter was trained from.
         """
         path = folder / FILE
         if not path.is_file():
-            raise RunError(f"{path} is missing, and the adapter beside it means nothing without it. Restore it.")
+            raise RunError(f"{path} is missing, and the adapter of this run is useless without it. Restore it.")
         if sha256(path) != expected_sha256:
-            raise RunError(f"{path} is not the start this adapter was trained from (another sha256). Restore it.")
+            raise RunError(
+                f"{path} is not the initialization that this adapter was trained from (another sha256). Restore it."
+            )
+        # Everything is float32 in memory; bfloat16 values stay what they are.
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
         scales = {name.removesuffix(SCALES): t for name, t in tensors.items() if name.endswith(SCALES)}
         return cls(scales, {name: t for name, t in tensors.items() if not name.endswith(SCALES)})
 
-    def save(self, folder: Path, **facts: Any) -> str:
-        """Write the folder and return the sha256 of its tensors; `facts` go into the manifest."""
+    def save(self, folder: Path, **metadata: Any) -> str:
+        """Write the folder, with `metadata` in its manifest, and return the sha256 of its tensors."""
         tensors = {name + SCALES: scales.to(torch.bfloat16).cpu() for name, scales in self.scales.items()}
         tensors |= {name: tensor.cpu().contiguous() for name, tensor in self.changed.items()}
         with replace_folder(folder, force=True) as work:
             save_file(tensors, work / FILE)
-            write_manifest(work, "start", **facts)
+            write_manifest(work, "start", **metadata)
         return sha256(folder / FILE)
 
-    def apply(self, model: Any) -> None:
-        """Put weights and scales into a base model that `fake.insert` prepared, adapters around it or not."""
+    def apply(self, model: PreTrainedModel) -> None:
+        """Put weights and scales into a base model that `fake.insert` prepared, with or without adapters around it."""
+        # Loading and preparing end in this one function, so that a resumed run trains the same numbers.
         fake.set_scales(model, self.scales)
-        turns = {name for name in self.changed if name.endswith(f".{rotated_norm.TURN}")}
+
+        # Tables that changed without a rotated norm changed differently in embedding and head.
+        rotations = {name for name in self.changed if name.endswith(f".{rotated_norm.ROTATION}")}
         layers = {f"{name}.weight" for name in self.scales}
-        if not turns and any(t.dim() == 2 and name not in layers for name, t in self.changed.items()):
-            rotation.untie(model)  # embedding and head changed, each in its own way
+        tables_changed = any(t.dim() == 2 and name not in layers for name, t in self.changed.items())
+        if tables_changed and not rotations:
+            rotation.untie(model)
+
         with torch.no_grad():
             for name, tensor in self.changed.items():
-                module, _, attribute = name.rpartition(".")
-                if name in turns:
-                    rotated_norm.turn_output(model.get_submodule(module), tensor)
+                module_name, _, attribute = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                if name in rotations:
+                    rotated_norm.rotate_output(module, tensor)
                 else:
-                    getattr(model.get_submodule(module), attribute).data.copy_(tensor)
+                    getattr(module, attribute).data.copy_(tensor)
 
 
-def make(
-    trained: Any,
+def prepare(
+    trained: nn.Module,
     scheme: Scheme,
     method: str,
     calibration: Sequence[Mapping[str, Tensor]],
     rotation_seed: int | None = None,
-) -> Start:
-    """Quantize the merged weights of a training model by `method`; the adapters go on as they are.
+) -> QatInit:
+    """Quantize the merged weights of a training model by `method`, and start QAT from the result.
 
-    trained: a model whose layers `fake.insert` prepared, with adapters around them or not, its switch off; its base is
-    changed in place and ends as `Start.apply` would leave it. method: one of run.PTQ_METHODS. Afterwards
-    base + s B A is what the method would round.
-    rotation_seed: turn the hidden states first, adapters as well; only for methods that change the base.
+    The adapters continue as they are: afterwards base + s B A is the weight that the method would round.
+
+    Args:
+        trained: A model prepared by `fake.insert`, with or without adapters, its switch off. Its base is changed in
+            place and ends as `QatInit.apply` would leave it.
+        scheme: Bits and group size by module name.
+        method: One of `PTQ_METHODS`.
+        calibration: Batches as `methods.apply` takes them.
+        rotation_seed: Rotate the hidden states first, adapters included; only for methods that change the base.
 
     Raises:
-        ModelError: hidden states that cannot be turned.
+        ModelError: The hidden states cannot be rotated.
     """
     model = fake.base_of(trained)
-    if method not in methods.CALIBRATED:  # it only looks, so that no weight changes by so much as a bit
-        start = Start(methods.apply(fake.MergedWeights(trained), scheme, method, calibration), {})
-        start.apply(model)
-        return start
+    if method not in methods.CALIBRATED:
+        # The method only looks at weights, so not a bit of them may change.
+        init = QatInit(methods.apply(fake.MergedWeights(trained), scheme, method, calibration), {})
+        init.apply(model)
+        return init
+
+    # Norms and biases as they were, to find out later which of them changed.
     vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1}
     if rotation_seed is not None:
         rotation.rotate(trained, scheme, rotation_seed)
-    layers = {name: model.get_submodule(name) for name in scheme.linears}
-    with torch.no_grad(), _folded(list(layers.values())):
+
+    # The method sees merged weights; the adapters are subtracted from its result again.
+    layers = [model.get_submodule(name) for name in scheme.linears]
+    with torch.no_grad(), _folded(layers):
         scales = methods.apply(model, scheme, method, calibration)
+
+    changed = _changed_parameters(model, scheme, vectors, rotation_seed is not None)
+    # An adapter is part of a parameter's name; `apply` also has to work before there is one.
+    init = QatInit(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
+    # Train on the bfloat16 weights that `save` writes, not on the float32 ones.
+    init.apply(model)
+    return init
+
+
+def _changed_parameters(
+    model: PreTrainedModel, scheme: Scheme, vectors: Mapping[str, Tensor], rotated: bool
+) -> dict[str, Tensor]:
+    """Collect what a method and a rotation changed: norms and biases, weights in bfloat16, and rotations of norms.
+
+    Args:
+        model: The base model afterwards.
+        scheme: Names the layers.
+        vectors: Its one-dimensional parameters before.
+        rotated: The hidden states were rotated.
+    """
+    rotations = rotated_norm.output_rotations(model)
+    tables: list[str] = []
+    if rotated:
+        # With a rotated norm, the head still shares the embedding's table.
+        tables = [scheme.embedding] if rotations else [scheme.embedding, scheme.head]
+
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
-    turns = rotated_norm.turns_of(model)
-    tables = () if rotation_seed is None else (scheme.embedding, *(() if turns else (scheme.head,)))
-    weights = {name: model.get_submodule(name).weight for name in (*layers, *tables)}
-    changed |= {f"{name}.weight": weight.detach().to(torch.bfloat16) for name, weight in weights.items()}
-    changed |= {f"{name}.{rotated_norm.TURN}": turn for name, turn in turns.items()}
-    # An adapter stands between a layer and its name; `apply` goes through it, and works before it is there.
-    start = Start(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
-    start.apply(model)
-    return start
+    for name in (*scheme.linears, *tables):
+        module: Any = model.get_submodule(name)
+        changed[f"{name}.weight"] = module.weight.detach().to(torch.bfloat16)
+    for name, matrix in rotations.items():
+        changed[f"{name}.{rotated_norm.ROTATION}"] = matrix
+    return changed
 
 
 def recorded_sha256(folder: Path) -> str:
-    """Of the tensors of the start in `folder`, as its manifest has it.
+    """Return the sha256 of the tensors in `folder` from its manifest.
 
     Raises:
-        RunError: there is none.
+        RunError: There is no manifest.
     """
     return str(read_manifest(folder)["files"][FILE]["sha256"])
 
 
 @contextmanager
 def _folded(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """For the duration, every adapter is merged into its base weight and adds nothing itself."""
-    held = []
+    """Merge every adapter into its base weight while the context is open, so that the adapter itself adds nothing."""
+    kept = []
     for layer in layers:
         if isinstance(layer, fake.LoraFakeQuantLinear):
+            # With B = 0 the adapter's own forward adds nothing.
             lora_b = layer.lora_B[fake.ADAPTER].weight
             update = layer.get_delta_weight(fake.ADAPTER).detach()
             layer.weight.data.add_(update)
-            held.append((layer, lora_b, lora_b.detach().clone()))
+            kept.append((layer, lora_b, lora_b.detach().clone()))
             lora_b.data.zero_()
     yield
-    for layer, lora_b, values in held:
+    # Updates are computed again instead of kept: they would take as much memory as the base weights.
+    for layer, lora_b, values in kept:
         lora_b.data.copy_(values)
         layer.weight.data.sub_(layer.get_delta_weight(fake.ADAPTER).detach())

@@ -1,11 +1,12 @@
-"""Frozen base weights held in 4 or 8 bits while adapters train: QLoRA (https://arxiv.org/abs/2305.14314).
+"""Frozen base weights in 4 or 8 bits while adapters train: QLoRA (https://arxiv.org/abs/2305.14314).
 
-    nf4   torchao's NF4Tensor: codes for the quantiles of a normal distribution, a scale for every 64 weights,
-          those scales in int8 again; 0.52 bytes a weight
-    int8  `numerics`: symmetric codes, one scale a row; 1 byte a weight
+    nf4   torchao's NF4Tensor: codes for the quantiles of a normal distribution, a scale for every 64 weights, those
+          scales in int8 again; 0.52 bytes per weight
+    int8  `numerics`: symmetric codes, one scale per row; 1 byte per weight
 
-Weights are dequantized where they are used, in the forward and again in the backward pass, one layer at a time. What
-they were before is gone: the dequantized weight is the base that adapters are added to, in training and in the merge.
+Weights are dequantized where they are used, in the forward pass and again in the backward pass, one layer at a time.
+The original values are not kept: the dequantized weight is the base that adapters are added to, in training and in the
+merge.
 """
 
 from __future__ import annotations
@@ -20,40 +21,42 @@ from torch.nn import functional
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 from qat_edge.quant import numerics
+from qat_edge.quant.autocast import compute_dtype
+from qat_edge.quant.module_class import insert_base
 
-NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256  # weights a scale, scales a scale of their own: the paper's
+NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256  # weights per scale, scales per scale of their own: the paper's
 
 
-class StoredWeight(nn.Module):
-    """A weight (out, in) in few bits. Its tensors follow the model from device to device and are saved nowhere."""
+class QloraWeight(nn.Module):
+    """A quantized weight (out, in). Its tensors follow the model from device to device and are never saved."""
 
     def dequantize(self) -> Tensor:
-        """The weight that is trained on: (out, in), float32."""
+        """Return the weight that training sees: (out, in), float32."""
         raise NotImplementedError
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in memory."""
+        """Memory of codes and scales."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of codes and scales."""
         return next(self.buffers()).device
 
 
-class Nf4Weight(StoredWeight):
+class Nf4Weight(QloraWeight):
     """A weight as torchao's NF4Tensor."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        # Narrow layers have fewer scales than the paper's block of scales holds.
+        # Narrow layers have fewer scales than one of the paper's blocks of scales.
         block = math.gcd(NF4_BLOCK, weight.numel())
         scale_block = math.gcd(NF4_SCALE_BLOCK, weight.numel() // block)
         blocks = weight.float().reshape(-1, block).clone()
-        # Nothing but zeros has no largest weight to divide by: one that is next to nothing lets the others be zero.
+        # A block of zeros has no largest weight to divide by: give it one value close to zero.
         blocks[blocks.abs().amax(1) == 0, 0] = torch.finfo(blocks.dtype).tiny
-        self.data: Any
+        self.data: Any  # NF4Tensor
         self.register_buffer("data", to_nf4(blocks.reshape(weight.shape), block, scale_block), persistent=False)
 
     def dequantize(self) -> Tensor:
@@ -61,12 +64,13 @@ class Nf4Weight(StoredWeight):
 
     @property
     def size_bytes(self) -> int:
+        # Codes, scales, scales of scales, their mean and the codebook.
         names, _ = self.data.__tensor_flatten__()
         return sum(_size_bytes(getattr(self.data, name)) for name in names)
 
 
-class Int8Weight(StoredWeight):
-    """A weight as codes (out, in) and one scale a row (out, 1)."""
+class Int8Weight(QloraWeight):
+    """A weight as int8 codes (out, in) and one scale per row (out, 1)."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -85,85 +89,95 @@ class Int8Weight(StoredWeight):
         return _size_bytes(self.codes) + _size_bytes(self.scales)
 
 
-KINDS: dict[str, type[Nf4Weight | Int8Weight]] = {"nf4": Nf4Weight, "int8": Int8Weight}
+FORMATS: dict[str, type[Nf4Weight | Int8Weight]] = {"nf4": Nf4Weight, "int8": Int8Weight}
 
 
 class DequantizedLinear(torch.autograd.Function):
     """`x W^T + b` that keeps neither the dequantized weight nor the input for the backward pass: dX = dY W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: StoredWeight, bias: Tensor | None) -> Tensor:
-        """x: (..., in) -> (..., out). The bias is frozen like the weight."""
-        device = x.device.type
-        ctx.stored, ctx.x_dtype = stored, x.dtype
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            weight = stored.dequantize().to(ctx.dtype)
+    def forward(ctx: Any, x: Tensor, quantized: QloraWeight, bias: Tensor | None) -> Tensor:
+        """Apply the layer: x (..., in) -> (..., out). The bias is frozen like the weight."""
+        # Neither x nor the dense weight is kept: only x needs a gradient, and W is dequantized again for it.
+        ctx.quantized, ctx.x_dtype, ctx.dtype = quantized, x.dtype, compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = quantized.dequantize().to(ctx.dtype)
             return functional.linear(x.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        """Gradient of x alone."""
+        """Return the gradient of x; nothing else is trained."""
         with torch.autocast(grads[0].device.type, enabled=False):
-            return (grads[0].to(ctx.dtype) @ ctx.stored.dequantize().to(ctx.dtype)).to(ctx.x_dtype), None, None
+            weight = ctx.quantized.dequantize().to(ctx.dtype)
+            return (grads[0].to(ctx.dtype) @ weight).to(ctx.x_dtype), None, None
 
 
-class StoredLinear(nn.Linear):
-    """A linear layer whose weight is stored in few bits. `store` makes them, `make_dense` undoes it.
+class QloraLinear(nn.Linear):
+    """A linear layer with a quantized weight. `quantize_base` makes them, `restore_dense` undoes it.
 
-    dense_class: what the layer is once its weight is dense.
+    Attributes:
+        qlora_weight: The quantized weight (out, in).
+        dense_class: Class of the layer once its weight is dense again.
     """
 
-    stored: StoredWeight
+    qlora_weight: QloraWeight
     dense_class: type[nn.Linear]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight (out, in), anew at every call: writing into it changes nothing."""
-        return self.stored.dequantize()
+        """The dequantized weight (out, in), computed at every access: writing into it changes nothing."""
+        return self.qlora_weight.dequantize()
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.as_tensor(DequantizedLinear.apply(input, self.stored, self.bias))
+        return torch.as_tensor(DequantizedLinear.apply(input, self.qlora_weight, self.bias))
 
 
-def store(model: nn.Module, names: Iterable[str], kind: str) -> tuple[int, int]:
-    """Hold the weights of these linear layers as `kind`, one of KINDS, in place.
+def quantize_base(model: nn.Module, names: Iterable[str], format: str) -> tuple[int, int]:
+    """Quantize the weights of linear layers, in place.
 
-    Returns what they took in memory and what they take now, in bytes.
+    Args:
+        model: Any model; its layers change their class, not their names.
+        names: Linear layers by module name.
+        format: One of `FORMATS`.
+
+    Returns:
+        Memory of these weights before and after, in bytes.
     """
     before = after = 0
     for name in names:
         module: Any = model.get_submodule(name)
         weight = module.weight.detach()
-        stored = KINDS[kind](weight)
-        before, after = before + _size_bytes(weight), after + stored.size_bytes
+        quantized = FORMATS[format](weight)
+        before, after = before + _size_bytes(weight), after + quantized.size_bytes
+
+        # The parameter goes first: `QloraLinear.weight` is a property of the same name.
         del module.weight
-        theirs = type(module)
-        # A subclass keeps its forward, whose super() now reaches ours.
-        plain = theirs is nn.Linear
-        module.__class__ = StoredLinear if plain else type(f"Stored{theirs.__name__}", (theirs, StoredLinear), {})
-        module.stored, module.dense_class = stored, theirs
+        # Changing the class keeps the layer's place in the model, its bias and its hooks.
+        dense_class = type(module)
+        module.__class__ = insert_base(dense_class, nn.Linear, QloraLinear, "Qlora")
+        module.qlora_weight, module.dense_class = quantized, dense_class
     return before, after
 
 
-def make_dense(layer: nn.Linear, weight: Tensor | None = None) -> None:
-    """Give a layer a frozen float32 weight (out, in), its own dequantized one by default; it is stored no more."""
-    found = layer.weight.detach() if weight is None else weight
+def restore_dense(layer: nn.Linear, weight: Tensor | None = None) -> None:
+    """Give a layer a frozen float32 weight (out, in), by default its own dequantized one, and its former class."""
+    values = layer.weight.detach() if weight is None else weight
     module: Any = layer
-    if isinstance(layer, StoredLinear):
+    if isinstance(layer, QloraLinear):
+        # Before the weight is set: as a property it could not be.
         module.__class__ = layer.dense_class
-        del module.stored, module.dense_class
-    module.weight = nn.Parameter(found, requires_grad=False)
+        del module.qlora_weight, module.dense_class
+    module.weight = nn.Parameter(values, requires_grad=False)
 
 
-def dense(weight: Tensor | StoredWeight) -> Tensor:
-    """The weight (out, in) itself, whichever way it is held."""
-    return weight.dequantize() if isinstance(weight, StoredWeight) else weight
+def dequantized(weight: Tensor | QloraWeight) -> Tensor:
+    """Return the float weight (out, in) of a quantized or a dense one."""
+    return weight.dequantize() if isinstance(weight, QloraWeight) else weight
 
 
-def held(layer: nn.Linear) -> Tensor | StoredWeight:
-    """A layer's weight the way it is held."""
-    return layer.stored if isinstance(layer, StoredLinear) else layer.weight
+def base_weight(layer: nn.Linear) -> Tensor | QloraWeight:
+    """Return a layer's weight as it is stored: quantized or dense."""
+    return layer.qlora_weight if isinstance(layer, QloraLinear) else layer.weight
 
 
 def _size_bytes(tensor: Tensor) -> int:

@@ -1,22 +1,22 @@
-"""A norm that hands its output on in other coordinates, for a head that shares the embedding's turned table.
+"""A norm whose output is rotated, for a head that shares the rotated table of the embedding.
 
-Where embedding and head share a table E, turning the hidden states by Q (`rotation`) asks for E Q in the embedding and
-for E diag(g) Q diag(1/h) in the head, g and h being the last norm's weight before and after. They stay one table if
+Let embedding and head share a table E. Rotating the hidden states by Q (`rotation`) makes the embedding's table E Q and
+the head's E diag(g) Q diag(1/h), where g and h are the last norm's weight before and after. The two stay one table if
 the head is given another input:
 
     E diag(g) Q diag(1/h) y = E Q (T y)        T = Q^T diag(g) Q diag(1/h)
 
-T (width, width) is kept and applied in float32: of SmolLM2 1.3 MB, where a head of its own would be 28 MB in int8.
+T (width, width) is stored and applied in float32: 1.3 MB of SmolLM2, where a head of its own would be 28 MB in int8.
 
-In a state dict T stands under NORM.weight, and the norm's own weight (width,) under NORM.gain: who does not know of
-this finds a weight of another shape and stops, in place of computing something else.
+In a state dict T is stored under NORM.weight, and the norm's own weight (width,) under NORM.gain: a loader that does
+not know of rotations finds a weight of another shape and stops, instead of computing something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,13 +24,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat_edge.errors import RunError
+from qat_edge.quant.module_class import wrap_class
 
-TURN = "turn"
-WEIGHT, GAIN = "weight", "gain"  # in a state dict: what the output is multiplied by, and the norm's own weight
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROTATION = "turn"  # the buffer's name, which is in saved files
+WEIGHT, GAIN = "weight", "gain"  # in a state dict: the rotation of the output, and the norm's own weight
 
 
-class TurnedNorm(nn.Module):
-    """What `turn_output` adds to the class of a norm. turn: (width, width), float32."""
+class RotatedNorm(nn.Module):
+    """The methods that `rotate_output` puts in front of the class of a norm.
+
+    Attributes:
+        turn: The rotation, shape (width, width), float32.
+    """
 
     turn: Tensor
 
@@ -39,59 +47,82 @@ class TurnedNorm(nn.Module):
         device = normed.device.type
         if not torch.is_autocast_enabled(device):
             return functional.linear(normed, self.turn)
+        # Exporters apply the rotation in float32, and so does training.
         with torch.autocast(device, enabled=False):
             return functional.linear(normed.float(), self.turn)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # The rotation under the weight's name makes loaders that do not know it fail, see above.
         destination[prefix + GAIN] = destination[prefix + WEIGHT]
-        destination[prefix + WEIGHT] = destination.pop(prefix + TURN)
+        destination[prefix + WEIGHT] = destination.pop(prefix + ROTATION)
 
 
-def turn_output(norm: nn.Module, turn: Tensor) -> None:
-    """Let a norm's output y (..., width) be turn y from now on. In place; a norm that was turned gets this turn."""
-    theirs = type(norm)
-    if not isinstance(norm, TurnedNorm):
-        norm.__class__ = type(f"Turned{theirs.__name__}", (TurnedNorm, theirs), {})
-    norm.register_buffer(TURN, turn.to(next(norm.parameters()).device, torch.float32))
+class _StoredNorm(NamedTuple):
+    """A rotated norm in a checkpoint: its rotation (width, width) and its own weight (width,)."""
+
+    rotation: Tensor
+    gain: Tensor
 
 
-def turns_of(model: nn.Module) -> dict[str, Tensor]:
-    """What each turned norm multiplies its output by, by its name."""
-    return {name: module.turn for name, module in model.named_modules() if isinstance(module, TurnedNorm)}
+def rotate_output(norm: nn.Module, rotation: Tensor) -> None:
+    """Multiply the output y (..., width) of a norm by `rotation` (width, width), in place.
+
+    A norm that is rotated already gets this rotation instead of its former one.
+    """
+    if not isinstance(norm, RotatedNorm):
+        norm.__class__ = wrap_class(type(norm), RotatedNorm, "Rotated")
+    norm.register_buffer(ROTATION, rotation.to(next(norm.parameters()).device, torch.float32))
 
 
-def stored_turns(folder: Path) -> dict[str, Tensor]:
-    """`turns_of` the model that was saved in `folder`."""
-    return {name: turn for name, (turn, _) in _stored(folder).items()}
+def output_rotations(model: nn.Module) -> dict[str, Tensor]:
+    """Return the rotations of a model's rotated norms, by module name."""
+    return {name: module.turn for name, module in model.named_modules() if isinstance(module, RotatedNorm)}
 
 
-def load(read: Callable[..., tuple[Any, dict[str, Any]]], folder: Path) -> Any:
-    """The model that `read`, a class's from_pretrained, makes of a folder, its norms turned as they were saved.
+def stored_rotations(folder: Path) -> dict[str, Tensor]:
+    """Return `output_rotations` of the model that was saved in `folder`, without loading it."""
+    return {name: norm.rotation for name, norm in _stored_norms(folder).items()}
+
+
+def load(read: Callable[..., Any], folder: Path) -> PreTrainedModel:
+    """Load a model and rotate its norms as they were when it was saved.
+
+    Args:
+        read: A transformers class's `from_pretrained`.
+        folder: A saved model, with or without rotated norms.
 
     Raises:
-        RunError: weights of other shapes than the model's, beside those of turned norms.
+        RunError: Tensors other than the weights of rotated norms have another shape than in the model.
     """
-    stored = _stored(folder)
+    stored = _stored_norms(folder)
+    # Without rotations a shape that does not fit is transformers' error, as usual.
     if not stored:
-        return read(folder)
-    model, told = read(folder, ignore_mismatched_sizes=True, output_loading_info=True)
-    strange = {key[0] if isinstance(key, tuple) else key for key in told["mismatched_keys"]}
-    strange -= {f"{name}.{WEIGHT}" for name in stored}
-    if strange:
-        raise RunError(f"{folder}: {', '.join(sorted(strange))} is of another shape than the model's. Make it again.")
-    for name, (turn, gain) in stored.items():
-        norm = model.get_submodule(name)
+        model: PreTrainedModel = read(folder)
+        return model
+    model, loading = read(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+
+    # The weights of rotated norms are expected not to fit; nothing else may be skipped.
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
+    mismatched -= {f"{name}.{WEIGHT}" for name in stored}
+    if mismatched:
+        names = ", ".join(sorted(mismatched))
+        raise RunError(f"{folder}: {names} is of another shape than the model's. Make it again.")
+
+    # transformers left these norms as they were initialized.
+    for name, (rotation, gain) in stored.items():
+        norm: Any = model.get_submodule(name)
         norm.weight.data.copy_(gain)
-        turn_output(norm, turn)
+        rotate_output(norm, rotation)
     return model
 
 
-def _stored(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Turn and gain of the turned norms in a folder, by name."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def _stored_norms(folder: Path) -> dict[str, _StoredNorm]:
+    """Read the rotated norms of a folder, by module name."""
+    found: dict[str, _StoredNorm] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = [key.removesuffix(f".{GAIN}") for key in file.keys() if key.endswith(f".{GAIN}")]  # noqa: SIM118
-            found |= {n: (file.get_tensor(f"{n}.{WEIGHT}"), file.get_tensor(f"{n}.{GAIN}")) for n in names}
+            for name in names:
+                found[name] = _StoredNorm(file.get_tensor(f"{name}.{WEIGHT}"), file.get_tensor(f"{name}.{GAIN}"))
     return found

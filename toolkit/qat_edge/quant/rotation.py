@@ -1,19 +1,21 @@
-"""A decoder whose hidden states are turned: the same function, in coordinates that round better.
+"""Rotate the hidden states of a decoder: the same function, in a basis that loses less when it is rounded.
 
 A few channels of the hidden states are many times larger than the others, and an int8 input has one scale for all of
-them. Between the norms a decoder only adds to its hidden states x, so that an orthogonal Q may be put in (QuaRot [1],
-SpinQuant [2]): with x Q in place of x,
+them. Between the norms a decoder only adds to its hidden states x, so that an orthogonal Q can be inserted (QuaRot [1],
+SpinQuant [2]). With x Q in place of x,
 
-    embedding     E Q                               written to x      Q^T W, b Q
-    norm          weight g -> h, since x / rms(x) turns with x        read from a norm      W diag(g) Q diag(1/h)
+    embedding     E Q                                 layer that writes to x      Q^T W, b Q
+    norm          weight g -> h, since x / rms(x)     layer that reads a norm     W diag(g) Q diag(1/h)
+                  rotates with x
 
-Q is a random Hadamard matrix, which spreads a channel over all others, and h is 1, which exporters may leave out. Only
-in the first norm each channel has its own h, close to 1: the first layers would else be given the embedding's integers
-times one number, and many would lie on ties of their int8 form, where runtimes differ. What attention's heads pass on,
-the weighted sums of their values, is turned as well, head by head (SpinQuant's R2): H^T W_v, W_o H.
+Q is a random Hadamard matrix, which spreads each channel over all others. h is 1, so that exporters may leave it out,
+except in the first norm, where each channel has its own h close to 1: otherwise the first layers would be given the
+embedding's integers times one number, and many of those are ties of their int8 form, where runtimes round differently.
+The weighted sums of values inside attention are rotated as well, head by head (SpinQuant's R2): H^T W_v, W_o H.
 
-The model stays what it was, with nothing added that runs, but where embedding and head share a table: g lies in the
-head alone, so the last norm's output is turned once more for it (`turned`). A head with adapters gets its own table.
+Nothing is added that has to run, with one exception: where embedding and head share a table, g applies to the head
+alone, so the last norm's output is rotated once more for it (`rotated_norm`). A head with adapters gets a table of its
+own.
 
 [1] https://arxiv.org/abs/2404.00456
 [2] https://arxiv.org/abs/2405.16406
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,16 +35,25 @@ from qat_edge.errors import ModelError
 from qat_edge.quant import fake, rotated_norm
 from qat_edge.quant.scheme import Scheme
 
-PROBE = 8  # tokens
-SPREAD = 1 / 16  # of h around 1
-SAME = 1e-3  # of the logits' standard deviation; float32 leaves 1e-5, a wrong place 0.1 and more
-SAME_HEADS = 1e-2  # of what turning back alone changes; float32 leaves 1e-4 where attention adds little
-ROWS = 8192  # rows turned at once, in float64
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE = 8  # tokens of the trial passes
+SPREAD = 1 / 16  # of h around 1, in the first norm
+SAME = 1e-3  # of the logits' standard deviation; float32 leaves 1e-5, a wrong structure 0.1 and more
+SAME_HEADS = 1e-2  # of the change by half a rotation; float32 leaves 1e-4 where attention adds little
+ROWS = 8192  # multiplied at once, in float64
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the hidden states. neutral: the weight with which it only divides by the root mean square."""
+    """A norm of the hidden states.
+
+    Attributes:
+        module: The norm.
+        neutral: The weight with which it only divides by the root mean square: 1, or 0 where it stores weight - 1.
+        readers: Names of the linear layers that its output goes to.
+    """
 
     module: Any
     neutral: float
@@ -51,7 +62,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Heads:
-    """The layers before and behind attention: names of the scheme by the attention's. width: of one head."""
+    """Layers before and after attention, by the name of the attention module.
+
+    Attributes:
+        width: Channels of one head.
+        values: Layers that make the values.
+        outputs: Layers that read the weighted sums of values.
+    """
 
     width: int
     values: dict[str, str]
@@ -60,8 +77,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Stream:
-    """Who makes, reads and adds to the hidden states: names of the scheme. width: of the hidden states; norms: in the
-    order of execution."""
+    """Modules that make, read and add to the hidden states (the residual stream).
+
+    Attributes:
+        width: Channels of the hidden states.
+        embedding: The token embedding.
+        norms: In the order of execution.
+        writers: Names of the linear layers whose output is added.
+    """
 
     width: int
     embedding: Any
@@ -69,8 +92,11 @@ class Stream:
     writers: list[str]
 
 
-def obstacle(model: Any, scheme: Scheme) -> str:
-    """Why a model's hidden states cannot be turned; empty where they can. It is run on a few tokens and not changed."""
+def obstacle(model: PreTrainedModel, scheme: Scheme) -> str:
+    """Return why a model's hidden states cannot be rotated, empty where they can.
+
+    Runs the model on a few tokens and leaves it unchanged.
+    """
     try:
         find_stream(model, scheme)
     except ModelError as error:
@@ -78,63 +104,86 @@ def obstacle(model: Any, scheme: Scheme) -> str:
     return ""
 
 
-def rotate(trained: Any, scheme: Scheme, seed: int) -> None:
-    """Turn the hidden states of a float32 model by a random Hadamard matrix, in place: weights, norms and adapters.
+def rotate(trained: nn.Module, scheme: Scheme, seed: int) -> None:
+    """Rotate the hidden states of a float32 model by a random Hadamard matrix: weights, norms and adapters, in place.
 
-    The heads of attention are turned by another one, where the model has layers of their values alone.
+    The heads of attention are rotated by another one, where a layer makes their values alone. A table that embedding
+    and head share stays one where `scheme` has it so and the head has no adapter; otherwise it becomes two.
 
-    trained: with adapters around its layers or not; their factors are turned along. A table that embedding and head
-    share stays one where `scheme` has it so and the head has no adapter; else it becomes two.
+    Args:
+        trained: The model, with or without adapters around its layers.
+        scheme: Names the layers.
+        seed: Of the random matrices.
 
     Raises:
-        ModelError: its hidden states cannot be turned.
+        ModelError: The hidden states cannot be rotated.
     """
     model = fake.base_of(trained)
     stream = find_stream(model, scheme)
     heads = find_heads(model, stream)
     device = stream.embedding.weight.device
-    turn = random_hadamard(stream.width, seed).to(device)
+    rotation = random_hadamard(stream.width, seed).to(device)
+
+    # The weights h of the first norm; those of all others are 1.
     draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
-    first_gains = (1 + SPREAD * (2 * draws - 1)).to(turn)
+    first_gains = (1 + SPREAD * (2 * draws - 1)).to(rotation)
+
+    # A shared table can stay shared only if the last norm's output is rotated for the head.
     last = _norm_of_shared_table(model, scheme, stream)
     if last is None:
         untie(model)
     with torch.no_grad():
-        _right(stream.embedding.weight, turn)
+        _multiply_right(stream.embedding.weight, rotation)
         for norm in stream.norms:
             gains = first_gains if norm is stream.norms[0] else torch.ones_like(first_gains)
-            gained = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * turn / gains
-            if norm is last:
-                rotated_norm.turn_output(norm.module, turn.T @ gained)
-            else:
-                for matrix in (m for name in norm.readers for m in _reading(model.get_submodule(name))):
-                    _right(matrix, gained)
-            norm.module.weight.copy_(gains - (1 - norm.neutral))
-        for matrix in (m for name in stream.writers for m in _writing(model.get_submodule(name))):
-            matrix.copy_(turn.T @ matrix.double())
+            _rotate_norm(model, norm, rotation, gains, keep_readers=norm is last)
+        for name in stream.writers:
+            for matrix in _output_side(model.get_submodule(name)):
+                matrix.copy_(rotation.T @ matrix.double())
         if heads is not None:
-            _turn_heads(model, heads, random_hadamard(heads.width, seed).to(device))
+            _rotate_heads(model, heads, random_hadamard(heads.width, seed).to(device))
 
 
-def _turn_heads(model: Any, heads: Heads, turn: Tensor) -> None:
-    for matrix in (m for name in heads.values.values() for m in _writing(model.get_submodule(name))):
-        each = matrix.view(-1, heads.width, matrix.shape[1])
-        each.copy_(turn.T @ each.double())
-    for matrix in (m for name in heads.outputs.values() for m in _reading(model.get_submodule(name))):
-        _right(matrix.view(-1, heads.width), turn)
+def _rotate_norm(model: PreTrainedModel, norm: Norm, rotation: Tensor, gains: Tensor, keep_readers: bool) -> None:
+    """Replace a norm's weight g by `gains` (width,), and put diag(g) Q diag(1/h) into what reads it.
+
+    keep_readers: rotate the norm's output instead of the layers, since their table belongs to the embedding as well.
+    """
+    # diag(g) Q diag(1/h), in float64 so that the model's function changes by float32 rounding only.
+    folded = (norm.module.weight.double() + (1 - norm.neutral))[:, None] * rotation / gains
+    if keep_readers:
+        rotated_norm.rotate_output(norm.module, rotation.T @ folded)
+    else:
+        for name in norm.readers:
+            for matrix in _input_side(model.get_submodule(name)):
+                _multiply_right(matrix, folded)
+    norm.module.weight.copy_(gains - (1 - norm.neutral))
 
 
-def _norm_of_shared_table(model: Any, scheme: Scheme, stream: Stream) -> Norm | None:
-    """The norm before a head that shares the embedding's table and can go on doing so; None where there is none."""
-    head = model.get_output_embeddings()
+def _rotate_heads(model: PreTrainedModel, heads: Heads, rotation: Tensor) -> None:
+    """Rotate the values of every head, and rotate them back where they are read."""
+    for name in heads.values.values():
+        for matrix in _output_side(model.get_submodule(name)):
+            # Rows of W_v are channels of the values, head after head.
+            by_head = matrix.view(-1, heads.width, matrix.shape[1])
+            by_head.copy_(rotation.T @ by_head.double())
+    for name in heads.outputs.values():
+        for matrix in _input_side(model.get_submodule(name)):
+            # Columns of W_o are the same channels.
+            _multiply_right(matrix.view(-1, heads.width), rotation)
+
+
+def _norm_of_shared_table(model: PreTrainedModel, scheme: Scheme, stream: Stream) -> Norm | None:
+    """Return the norm before a head that shares the embedding's table and can continue to; None where there is none."""
+    head: Any = model.get_output_embeddings()
     if not scheme.tied or isinstance(head, BaseTunerLayer) or head.weight is not stream.embedding.weight:
         return None
     return next((norm for norm in stream.norms if norm.readers == [scheme.head]), None)
 
 
-def untie(model: Any) -> None:
-    """Give a head that shares the embedding's table one of its own, with the same values."""
-    head = model.get_output_embeddings()
+def untie(model: PreTrainedModel) -> None:
+    """Give a head that shares the embedding's table one of its own, with the same values, in place."""
+    head: Any = model.get_output_embeddings()
     head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     if head.weight is not model.get_input_embeddings().weight:
         return
@@ -143,115 +192,150 @@ def untie(model: Any) -> None:
 
 
 def random_hadamard(width: int, seed: int) -> Tensor:
-    """A random orthogonal matrix (width, width) in float64 that spreads every channel evenly.
+    """Return a random orthogonal matrix (width, width) in float64 that spreads every channel evenly.
 
-    A Hadamard matrix of the largest power of two in `width`, times a random rotation of the rest, with random signs.
+    It is a Hadamard matrix of the largest power of two in `width`, times a random rotation of the odd rest, with random
+    signs.
     """
     generator = torch.Generator().manual_seed(seed)
-    even = width & -width
+    even = width & -width  # the largest power of two that divides width
     odd = torch.linalg.qr(torch.randn(width // even, width // even, generator=generator, dtype=torch.float64))[0]
+
+    # Sylvester's construction: [[H, H], [H, -H]].
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while hadamard.shape[0] < even:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+
     signs = torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1
     return torch.kron(odd.contiguous(), hadamard / even**0.5) * signs
 
 
-def find_stream(model: Any, scheme: Scheme) -> Stream:
-    """The hidden states' way through a model, found and tried out on a few tokens.
+def find_stream(model: PreTrainedModel, scheme: Scheme) -> Stream:
+    """Find what makes, reads and adds to the hidden states, and verify it on a few tokens.
 
     Raises:
-        ModelError: they are read or changed other than by what turns with them.
+        ModelError: Something reads or changes the hidden states that does not rotate with them.
     """
     if not scheme.head:
-        raise ModelError(f"{type(model).__name__} has no output head, whose logits would show that nothing changes.")
+        raise ModelError(
+            f"{type(model).__name__} has no output head, so no logits show that a rotation leaves the model unchanged."
+        )
     embedding = model.get_input_embeddings()
     width = int(embedding.weight.shape[1])
-    modules = {n: model.get_submodule(n) for n in (*scheme.linears, scheme.head)}
-    norms = _norms_of(model, width)
-    outputs: dict[int, tuple[Any, Tensor]] = {}  # holds the tensors, so that no storage is used twice
-    sources: dict[str, Any] = {}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in (*scheme.linears, scheme.head)}
 
-    def note(norm: Any, _: Any, output: Tensor) -> None:
-        outputs[_storage(output)] = norm, output
-
-    def look(name: str, given: tuple[Tensor, ...]) -> None:
-        sources[name] = outputs.get(_storage(given[0]), (None, None))[0]
-
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_hook(note).remove)
-        for name, module in modules.items():
-            hook = module.register_forward_pre_hook(lambda _, given, name=name: look(name, given))
-            stack.callback(hook.remove)
-        _logits(model)
-    found = [
-        Norm(norm, _neutral(norm, width), names)
-        for norm, _ in outputs.values()
-        if (names := [name for name, source in sources.items() if source is norm])
-    ]
-    reading = {name for norm in found for name in norm.readers}
-    writers = [n for n, module in modules.items() if n not in reading and module.weight.shape[0] == width]
-    stream = Stream(width, embedding, found, writers)
-    _try_out(model, stream)
+    # A layer that reads no norm and is as wide as the stream is taken to write to it; `_verify_stream` finds out.
+    norms = _connect_norms(model, width, linears)
+    readers = {name for norm in norms for name in norm.readers}
+    writers = [name for name, module in linears.items() if name not in readers and module.weight.shape[0] == width]
+    stream = Stream(width, embedding, norms, writers)
+    _verify_stream(model, stream)
     return stream
 
 
-def find_heads(model: Any, stream: Stream) -> Heads | None:
-    """The layers that make the values of attention and read their weighted sums, found by trying; None without any."""
-    readers = [name for norm in stream.norms for name in norm.readers]
-    outputs = {parent: name for name in stream.writers if _head_width(model, parent := name.rpartition(".")[0])}
-    outputs = {n: o for n, o in outputs.items() if model.get_submodule(o).weight.shape[1] % _head_width(model, n) == 0}
-    beside: dict[str, dict[str, str]] = {}  # by their own names, then by what they lie in
-    for name in readers:
-        parent, _, own = name.rpartition(".")
-        if parent in outputs and model.get_submodule(name).weight.shape[0] % _head_width(model, parent) == 0:
-            beside.setdefault(own, {})[parent] = name
+def _connect_norms(model: PreTrainedModel, width: int, linears: dict[str, Any]) -> list[Norm]:
+    """Run a few tokens and find which linear layers are given the output of which norm, in the order of execution."""
+    outputs: dict[int, tuple[Any, Tensor]] = {}  # keeps the tensors alive, so that no storage is used twice
+    sources: dict[str, Any] = {}  # linear layer -> the norm whose output it was given
+
+    def note_output(norm: Any, _: Any, output: Tensor) -> None:
+        outputs[_storage(output)] = norm, output
+
+    def note_input(name: str, args: tuple[Tensor, ...]) -> None:
+        sources[name] = outputs.get(_storage(args[0]), (None, None))[0]
+
+    # Norms note what they return, layers look up what they are given: the same storage means the same tensor.
+    with ExitStack() as stack:
+        for norm in _norms_of(model, width):
+            stack.callback(norm.register_forward_hook(note_output).remove)
+        for name, module in linears.items():
+            hook = module.register_forward_pre_hook(lambda _, args, name=name: note_input(name, args))
+            stack.callback(hook.remove)
+        _logits(model)
+
+    # A norm that no linear layer reads does not belong to the stream.
+    found = []
+    for norm, _ in outputs.values():
+        readers = [name for name, source in sources.items() if source is norm]
+        if readers:
+            found.append(Norm(norm, _neutral_weight(norm, width), readers))
+    return found
+
+
+def find_heads(model: PreTrainedModel, stream: Stream) -> Heads | None:
+    """Find the layers that make the values of attention and those that read their weighted sums, by trial.
+
+    Returns None where no layer makes values alone, as with fused projections.
+    """
+    # Candidates for the output projection: a layer of an attention module that writes to the stream.
+    outputs: dict[str, str] = {}
+    for name in stream.writers:
+        attention = name.rpartition(".")[0]
+        width = _head_width(model, attention)
+        if width and _weight(model, name).shape[1] % width == 0:
+            outputs[attention] = name
+
+    # Candidates for the value projection: layers of the same modules that read a norm, by their own names.
+    candidates: dict[str, dict[str, str]] = {}
+    for name in (name for norm in stream.norms for name in norm.readers):
+        attention, _, own_name = name.rpartition(".")
+        if attention in outputs and _weight(model, name).shape[0] % _head_width(model, attention) == 0:
+            candidates.setdefault(own_name, {})[attention] = name
+
+    # Queries and keys are candidates too: only a rotation of the values leaves the logits as they are.
     expected = _logits(model)
-    for values in beside.values():
-        heads = Heads(_head_width(model, next(iter(values))), values, {parent: outputs[parent] for parent in values})
-        changed = (_with_heads(model, replace(heads, values={})) - expected).abs().max()
-        if (_with_heads(model, heads) - expected).abs().max() < SAME_HEADS * changed:
+    for values in candidates.values():
+        width = _head_width(model, next(iter(values)))
+        heads = Heads(width, values, {attention: outputs[attention] for attention in values})
+        half_rotated = (_logits_with_heads(model, replace(heads, values={})) - expected).abs().max()
+        if (_logits_with_heads(model, heads) - expected).abs().max() < SAME_HEADS * half_rotated:
             return heads
     return None
 
 
-def _head_width(model: Any, attention: str) -> int:
-    """0 for what is no attention. Transformers' attention layers all have it."""
+def _head_width(model: PreTrainedModel, attention: str) -> int:
+    """Return the channels of one head, 0 for a module that is no attention. Transformers' attention has it always."""
     return int(getattr(model.get_submodule(attention), "head_dim", 0))
 
 
-def _with_heads(model: Any, heads: Heads) -> Tensor:
-    """Logits of a model whose heads are turned where values are made, and turned back where they are read."""
-    turn = random_hadamard(heads.width, 0).to(model.get_input_embeddings().weight.device, torch.float32)
+def _logits_with_heads(model: PreTrainedModel, heads: Heads) -> Tensor:
+    """Return the logits with the heads rotated where values are made, and rotated back where they are read."""
+    rotation = random_hadamard(heads.width, 0).to(model.get_input_embeddings().weight.device, torch.float32)
 
-    def turned(x: Tensor, by: Tensor) -> Tensor:
+    def rotated(x: Tensor, by: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, heads.width)) @ by).flatten(-2)
 
     with ExitStack() as stack:
         for module in map(model.get_submodule, heads.values.values()):
-            stack.callback(module.register_forward_hook(lambda _, __, output: turned(output, turn)).remove)
+            stack.callback(module.register_forward_hook(lambda _, __, output: rotated(output, rotation)).remove)
         for module in map(model.get_submodule, heads.outputs.values()):
-            stack.callback(module.register_forward_pre_hook(lambda _, given: (turned(given[0], turn.T),)).remove)
+            hook = module.register_forward_pre_hook(lambda _, args: (rotated(args[0], rotation.T),))
+            stack.callback(hook.remove)
         return _logits(model)
 
 
 def _storage(tensor: Tensor) -> int:
-    """The same for a tensor and a slice of it, which the head is given."""
+    """Return an id that a tensor and a slice of it have in common; the head is given a slice."""
     return tensor.untyped_storage().data_ptr()
 
 
-def _norms_of(model: Any, width: int) -> list[Any]:
+def _weight(model: PreTrainedModel, name: str) -> Tensor:
+    module: Any = model.get_submodule(name)
+    return torch.as_tensor(module.weight)
+
+
+def _norms_of(model: PreTrainedModel, width: int) -> list[nn.Module]:
     weights = ((module, getattr(module, "weight", None)) for module in model.modules())
     return [m for m, weight in weights if isinstance(weight, nn.Parameter) and weight.shape == (width,)]
 
 
-def _neutral(norm: Any, width: int) -> float:
-    """The weight with which a norm gives x / rms(x).
+def _neutral_weight(norm: Any, width: int) -> float:
+    """Return the weight with which a norm computes x / rms(x).
 
     Raises:
-        ModelError: it does something else, subtracting the mean for one.
+        ModelError: It computes something else, such as subtracting the mean.
     """
+    # An input whose mean is not zero: LayerNorm would subtract it.
     x = torch.linspace(-1, 2, width, device=norm.weight.device)[None]
     kept = norm.weight.detach().clone()
     with torch.no_grad():
@@ -261,38 +345,43 @@ def _neutral(norm: Any, width: int) -> float:
             norm.weight.copy_(kept)
             if torch.allclose(output, x / x.square().mean().sqrt(), rtol=1e-3):
                 return neutral
-    raise ModelError(f"{type(norm).__name__} is no root-mean-square norm, and does not turn with the hidden states.")
+    raise ModelError(
+        f"{type(norm).__name__} is no root-mean-square norm, so it does not commute with a rotation of its input."
+    )
 
 
-def _try_out(model: Any, stream: Stream) -> None:
-    """See that the logits stay when everything written to the hidden states is turned, and turned back in each norm.
+def _verify_stream(model: PreTrainedModel, stream: Stream) -> None:
+    """Verify that the logits stay the same when the stream is rotated, and rotated back at the input of each norm.
 
-    What leaves a norm is doubled, too, and halved where it is read: nothing but linear layers may read it.
+    The output of a norm is also doubled, and halved where it is read: only linear layers may read it.
 
     Raises:
-        ModelError: they do not.
+        ModelError: The logits change.
     """
-    turn = random_hadamard(stream.width, 0).to(stream.embedding.weight.device, torch.float32)
+    rotation = random_hadamard(stream.width, 0).to(stream.embedding.weight.device, torch.float32)
     expected = _logits(model)
     with ExitStack() as stack:
+        # Rotate whatever is written to the stream ...
         for module in (stream.embedding, *(model.get_submodule(n) for n in stream.writers)):
-            stack.callback(module.register_forward_hook(lambda _, __, output: output @ turn).remove)
+            stack.callback(module.register_forward_hook(lambda _, __, output: output @ rotation).remove)
+        # ... rotate it back where a norm reads it, and double the norm's output for its known readers alone.
         for norm in stream.norms:
-            stack.callback(norm.module.register_forward_pre_hook(lambda _, given: (given[0] @ turn.T,)).remove)
+            stack.callback(norm.module.register_forward_pre_hook(lambda _, args: (args[0] @ rotation.T,)).remove)
             stack.callback(norm.module.register_forward_hook(lambda _, __, output: output * 2).remove)
             for name in norm.readers:
-                hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: (given[0] / 2,))
+                hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: (args[0] / 2,))
                 stack.callback(hook.remove)
         found = _logits(model)
+    # `not <` also refuses NaN.
     if not (found - expected).abs().max() < SAME * expected.std():
         raise ModelError(
-            f"{type(model).__name__}: something beside linear layers behind norms reads its hidden states or adds to "
-            "them, a norm after a layer for one."
+            f"{type(model).__name__}: a module other than linear layers after norms reads the hidden states or adds to "
+            "them (for example, a norm after a layer), so a rotation cannot be folded into the weights."
         )
 
 
-def _logits(model: Any) -> Tensor:
-    """Of a few tokens, in evaluation mode: (tokens, vocabulary)."""
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Return the logits of a few tokens in evaluation mode: (tokens, vocabulary)."""
     device = model.get_input_embeddings().weight.device
     training = model.training
     model.eval()
@@ -304,21 +393,22 @@ def _logits(model: Any) -> Tensor:
     return logits
 
 
-def _reading(layer: Any) -> list[Tensor]:
-    """What of a layer has its input's width: the weight (out, in), and A (rank, in) of an adapter."""
+def _input_side(layer: Any) -> list[Tensor]:
+    """Return the matrices of a layer with its input's width: the weight (out, in), and A (rank, in) of an adapter."""
     return [layer.weight, *([layer.lora_A[fake.ADAPTER].weight] if isinstance(layer, fake.LoraFakeQuantLinear) else [])]
 
 
-def _writing(layer: Any) -> list[Tensor]:
-    """What of a layer has its output's width: the weight (out, in), B (out, rank) of an adapter, the bias (out, 1)."""
+def _output_side(layer: Any) -> list[Tensor]:
+    """Return the matrices of a layer with its output's width: weight, B (out, rank) of an adapter, bias (out, 1)."""
+    # The bias as a column is a view: changing it in place changes the bias.
     found = [layer.weight]
     if isinstance(layer, fake.LoraFakeQuantLinear):
         found.append(layer.lora_B[fake.ADAPTER].weight)
     return found if layer.bias is None else [*found, layer.bias[:, None]]
 
 
-def _right(matrix: Tensor, turn: Tensor) -> None:
-    """matrix (rows, width) times turn (width, width), in place and in float64."""
+def _multiply_right(matrix: Tensor, by: Tensor) -> None:
+    """Multiply `matrix` (rows, width) by `by` (width, width), in place and in float64."""
     for begin in range(0, matrix.shape[0], ROWS):
         rows = matrix[begin : begin + ROWS]
-        rows.copy_(rows.double() @ turn)
+        rows.copy_(rows.double() @ by)

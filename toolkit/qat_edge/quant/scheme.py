@@ -1,4 +1,7 @@
-"""Which weight gets how many bits, and why some get others than asked. Decided from shapes alone."""
+"""Quantization scheme: the bits and the group size of every weight, chosen from the shapes alone.
+
+Where a weight cannot have what was requested, the scheme has what it gets instead, and the reason.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,15 +17,22 @@ from qat_edge.config import GROUP_SIZES, WIDTHS
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import tasks
 
-HEAD_REASON = "after the blocks, where nothing makes up for its rounding: int8 per channel"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Shown next to the layer in `Scheme.exceptions`.
+HEAD_REASON = "after the blocks, where nothing compensates for its rounding: int8 per channel"
 
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How one weight (out, in) is quantized. `group_size == in` means one scale a row.
+    """Quantization of one weight (out, in).
 
-    quantize_input: the layer's input is rounded to int8 per token as well; an embedding has none.
-    reason: empty where the weight gets what was asked.
+    Attributes:
+        bits: 4 or 8.
+        group_size: Weights per scale; `group_size == in` means one scale per row.
+        quantize_input: Round the layer's input to int8 per token as well. False for an embedding.
+        reason: Why the weight got something else than requested; empty where it did not.
     """
 
     bits: int
@@ -33,10 +43,15 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """`8da4w` over a whole model, by module name. tied: embedding and head are one table, rounded alike.
+    """The `8da4w` scheme of a whole model, by module name.
 
-    head: empty for a model that ends with its blocks. apart: an encoder's other embeddings, and linear layers between
-    its blocks and its head.
+    Attributes:
+        group_size: The requested one; single weights may have a smaller one.
+        tied: Embedding and head are one table and are rounded alike.
+        embedding: Name of the token embedding.
+        head: Name of the output head; empty for a model that ends with its blocks.
+        weights: Scheme of every quantized weight.
+        apart: An encoder's other embeddings, and the linear layers between its blocks and its head.
     """
 
     group_size: int
@@ -48,42 +63,49 @@ class Scheme:
 
     @property
     def linears(self) -> dict[str, WeightScheme]:
-        """The weights that belong neither to the embeddings nor to the head."""
-        return {k: v for k, v in self.weights.items() if k not in (self.embedding, self.head, *self.apart)}
+        """Weights that belong neither to the embeddings nor to the head."""
+        ends = (self.embedding, self.head, *self.apart)
+        return {name: spec for name, spec in self.weights.items() if name not in ends}
 
     @property
     def embeddings(self) -> list[str]:
-        """The tokens' table and an encoder's others."""
+        """Names of the token embedding and of an encoder's other embeddings."""
         return [name for name in (self.embedding, *self.apart) if not self.weights[name].quantize_input]
 
     @property
     def heads(self) -> list[str]:
-        """The layers that make an answer of the blocks' last states, in order; none where that is the answer."""
+        """Names of the layers between the last block and the output, in order; none where the blocks end the model."""
         return [name for name in (*self.apart, self.head) if name and self.weights[name].quantize_input]
 
     @property
     def exceptions(self) -> dict[str, str]:
-        """Weights that got something else than asked: name -> reason."""
-        return {name: w.reason for name, w in self.weights.items() if w.reason}
+        """Weights that got something else than requested: name -> reason."""
+        return {name: spec.reason for name, spec in self.weights.items() if spec.reason}
 
     @property
     def table_bits(self) -> tuple[int, int]:
-        """Of embedding and head; 8 for a head that is not there."""
+        """Bits of the embedding and of the head; 8 for a missing head."""
         return self.weights[self.embedding].bits, self.weights[self.head].bits if self.head else 8
 
     def summary(self) -> str:
-        """One line for people: `210 int4 (group 32), 2 int8 (per channel)`."""
-        return ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(map(_kind, self.weights.values())).items()))
+        """Return one line for people: `210 int4 (group 32), 2 int8 (per channel)`."""
+        counts = Counter(map(_format, self.weights.values()))
+        return ", ".join(f"{count} {text}" for text, count in sorted(counts.items()))
 
-    def tables(self) -> str:
-        """Embedding and head in words: whether they share a table, or how each is stored."""
-        embedding, head = (_kind(self.weights[name]) if name else "none" for name in (self.embedding, self.head))
+    def describe_tables(self) -> str:
+        """Return one line about embedding and head: whether they share a table, or how each is stored."""
+        embedding, head = (_format(self.weights[name]) if name else "none" for name in (self.embedding, self.head))
         return f"embedding and head share a table: {head}" if self.tied else f"embedding {embedding}, head {head}"
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where a model begins and ends, by module name. embeddings: the tokens' own first; heads: the last one last."""
+    """Modules before and after the blocks.
+
+    Attributes:
+        embeddings: Names, the token embedding first.
+        heads: Names, the output head last.
+    """
 
     embeddings: list[str]
     heads: list[str]
@@ -93,78 +115,121 @@ class _Ends:
         return [*self.embeddings, *self.heads]
 
 
-def choose(
-    model: Any, group_size: int, bits: Mapping[str, int] | None = None, table_bits: tuple[int, int] = (8, 8)
+def choose_scheme(
+    model: PreTrainedModel,
+    group_size: int,
+    bits: Mapping[str, int] | None = None,
+    table_bits: tuple[int, int] = (8, 8),
 ) -> Scheme:
-    """The scheme of a causal language model or an encoder (a meta-device model will do).
+    """Choose the scheme of a causal language model or an encoder.
 
-    Linear layers get int4 groups, embedding and head what `table_bits` says, int8 being per channel. A weight whose
-    width the group size does not divide gets the largest smaller group size that does, or int8 where none does.
-    An encoder's head, its pooling layer and its tables of positions and token types are int8 always.
-    bits: module name -> 4 or 8, for linear layers that are to get other bits than these.
+    Linear layers get int4 groups. Embedding and head get `table_bits`. int8 is per channel. A weight whose width the
+    group size does not divide gets the largest smaller group size that does, or int8 where none does. An encoder's
+    head, its pooling layer and its tables of positions and token types are always int8.
+
+    Args:
+        model: May be on the meta device.
+        group_size: Weights per scale of int4 layers.
+        bits: Module name -> 4 or 8, for single linear layers.
+        table_bits: Bits of the embedding and of the head.
 
     Raises:
-        UsageError: the group size divides no layer at all; `bits` names no weight of this model, or a width it
-            cannot have; an encoder's head is to have 4 bits.
-        ModelError: the model has no token embedding, or is a causal language model without an output head.
+        UsageError: The group size divides no layer at all; `bits` names no weight of this model, or a width that it
+            cannot have; an encoder's head is requested in 4 bits.
+        ModelError: The model has no token embedding, or is a causal language model without an output head.
     """
-    encodes = tasks.of_model(model).encodes
+    encodes = tasks.task_of_model(model).is_encoder
     ends = _encoder_ends(model, table_bits[1]) if encodes else _decoder_ends(model)
-    weights = {}
-    for name, module in model.named_modules():
-        if name in ends.embeddings:
-            asked = table_bits[0] if name == ends.embeddings[0] else 8
-            weights[name] = _weight(module.embedding_dim, group_size, asked, quantize_input=False)
-        elif name in ends.heads and encodes:
-            weights[name] = WeightScheme(8, module.in_features, quantize_input=True, reason=HEAD_REASON)
-        elif isinstance(module, nn.Linear):
-            weights[name] = _weight(module.in_features, group_size, table_bits[1] if name in ends.heads else 4)
-    if not any(w.bits == 4 and w.group_size == group_size for n, w in weights.items() if n not in ends.names):
-        widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
-        raise UsageError(
-            f"--group-size {group_size} divides no layer of this model (widths {widths}). Try a smaller one."
-        )
-    for name, width in (bits or {}).items():
-        _check_override(name, width, weights, ends)
-        if width == 8 and name not in ends.names:
-            weights[name] = WeightScheme(8, model.get_submodule(name).in_features, quantize_input=True)
+
+    weights = _default_weights(model, group_size, table_bits, ends, encodes)
+    _require_group_size(model, group_size, weights, ends)
+    _override(model, bits or {}, weights, ends)
+
     first, last = ends.embeddings[0], ends.heads[-1] if ends.heads else ""
-    tied = not encodes and share_table(model) and weights[first].bits == weights[last].bits
+    # One table in memory is one table in the artifact only where both ends round it alike. Embedding and head of an
+    # encoder are never the same matrix.
+    tied = not encodes and shares_table(model) and weights[first].bits == weights[last].bits
     return Scheme(group_size, tied, first, last, weights, (*ends.embeddings[1:], *ends.heads[:-1]))
 
 
-def _decoder_ends(model: Any) -> _Ends:
+def shares_table(model: PreTrainedModel) -> bool:
+    """Return whether embedding and head are one tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return embedding.weight is head.weight
+
+
+def _decoder_ends(model: PreTrainedModel) -> _Ends:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise ModelError(
             f"{type(model).__name__}: no token embedding and linear output head found; "
             "qat-edge quantizes causal language models that have both, and encoders."
         )
+    # Models give the modules, not their names.
     names = {id(module): name for name, module in model.named_modules()}
     return _Ends([names[id(embedding)]], [names[id(head)]])
 
 
-def _encoder_ends(model: Any, head_bits: int) -> _Ends:
+def _encoder_ends(model: PreTrainedModel, head_bits: int) -> _Ends:
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise ModelError(f"{type(model).__name__}: no token embedding found, which an encoder needs to have.")
     if head_bits != 8:
         raise UsageError(f"--head-bits {head_bits}: {type(model).__name__} is an encoder, whose head stays at 8 bits.")
-    return _Ends(tasks.tables(model), tasks.head_layers(model))
+    return _Ends(tasks.embedding_tables(model), tasks.head_layers(model))
 
 
-def share_table(model: Any) -> bool:
-    """Whether embedding and head are one tensor."""
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+def _default_weights(
+    model: PreTrainedModel, group_size: int, table_bits: tuple[int, int], ends: _Ends, encodes: bool
+) -> dict[str, WeightScheme]:
+    """Choose the scheme of every weight without regard to bits that were requested for single layers."""
+    weights: dict[str, WeightScheme] = {}
+    for name, module in model.named_modules():
+        if name in ends.embeddings and isinstance(module, nn.Embedding):
+            # Tables of positions and token types are small: 4 bits would save nothing.
+            requested = table_bits[0] if name == ends.embeddings[0] else 8
+            weights[name] = _weight_scheme(module.embedding_dim, group_size, requested, quantize_input=False)
+        elif isinstance(module, nn.Linear):
+            if name in ends.heads and encodes:
+                # An encoder's head decides the output at once: its few weights keep 8 bits.
+                weights[name] = WeightScheme(8, module.in_features, quantize_input=True, reason=HEAD_REASON)
+            else:
+                requested = table_bits[1] if name in ends.heads else 4
+                weights[name] = _weight_scheme(module.in_features, group_size, requested)
+    return weights
+
+
+def _require_group_size(
+    model: PreTrainedModel, group_size: int, weights: Mapping[str, WeightScheme], ends: _Ends
+) -> None:
+    """Refuse a group size that no linear layer between the ends can have."""
+    linears = (spec for name, spec in weights.items() if name not in ends.names)
+    if any(spec.bits == 4 and spec.group_size == group_size for spec in linears):
+        return
+    widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
+    raise UsageError(f"--group-size {group_size} divides no layer of this model (widths {widths}). Try a smaller one.")
+
+
+def _override(model: PreTrainedModel, bits: Mapping[str, int], weights: dict[str, WeightScheme], ends: _Ends) -> None:
+    """Apply the bits that were requested for single layers, in place."""
+    for name, width in bits.items():
+        _check_override(name, width, weights, ends)
+        module = model.get_submodule(name)
+        # 4 bits are what a layer has already, or what its width does not allow.
+        if width == 8 and name not in ends.names and isinstance(module, nn.Linear):
+            weights[name] = WeightScheme(8, module.in_features, quantize_input=True)
 
 
 def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], ends: _Ends) -> None:
-    """Refuse what `choose` was given for one weight, where it cannot be."""
+    """Refuse bits for one weight that it does not have or cannot get."""
+    # A misspelled name would otherwise leave the layer at 4 bits without a word.
     if name not in weights:
         near = difflib.get_close_matches(name, weights, n=3)
         hint = f"Nearest: {', '.join(near)}." if near else f"Its weights are named like {next(iter(weights))}."
         raise UsageError(f"--bits: 'bits.{name}' names no weight of this model. {hint}")
     if width not in WIDTHS:
         raise UsageError(f"--bits: 'bits.{name}' is {width!r}; a weight can have {' or '.join(map(str, WIDTHS))} bits.")
+
+    # Embeddings and heads get their bits from flags of their own; here they may only be listed with what they have.
     if width == 4 and name in (*ends.embeddings[1:], *ends.heads[:-1]):
         raise UsageError(f"--bits: 'bits.{name}' is 4; this part of an encoder stays at 8 bits. Leave the line out.")
     if width == 4 and name in ends.names:
@@ -172,15 +237,18 @@ def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], 
         raise UsageError(f"--bits: 'bits.{name}' is 4, and only finetune {flag} 4 sets it. Leave the line out.")
 
 
-def _kind(weight: WeightScheme) -> str:
+def _format(weight: WeightScheme) -> str:
     return f"int{weight.bits} ({'per channel' if weight.bits == 8 else f'group {weight.group_size}'})"
 
 
-def _weight(width: int, group_size: int, bits: int, quantize_input: bool = True) -> WeightScheme:
+def _weight_scheme(width: int, group_size: int, bits: int, quantize_input: bool = True) -> WeightScheme:
+    """Choose the scheme of a weight (out, width): the requested one, or the nearest that its width allows."""
     if bits == 8:
         return WeightScheme(8, width, quantize_input)
     if width % group_size == 0:
         return WeightScheme(4, group_size, quantize_input)
+
+    # Smaller groups cost more scales but keep 4 bits per weight; int8 costs twice the size.
     refused = f"width {width} is no multiple of {group_size}"
     for smaller in sorted((g for g in GROUP_SIZES if g < group_size), reverse=True):
         if width % smaller == 0:

@@ -1,4 +1,4 @@
-"""Read everything a run folder knows; what is missing stays None with its reason in `missing`."""
+"""Read everything recorded in a run folder; a missing part stays None or empty, with the reason in `missing`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from typing import Any
 from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
-from qat_edge.evaluate.encoder_results import Comparison
-from qat_edge.evaluate.results import Report, load
-from qat_edge.report.verdict import Verdict, of_encoder, verdict
+from qat_edge.evaluate.encoder_results import EncoderReport
+from qat_edge.evaluate.results import Report, load, to_json
+from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
 from qat_edge.run import MANIFEST, Run, read_manifest, sha256
 
-FORMAT = 1
-NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it at its end"
+FORMAT = 1  # of report.json
+NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it when it finishes"
 
 
 @dataclass(frozen=True)
-class Story:
-    """All that the page shows. answers: of an encoder, in place of reports.
+class RunResults:
+    """Everything that the page of one run shows.
 
-    exports: manifests by folder below the run, "exports/onnx". missing: why a part is absent, by part.
+    Attributes:
+        reports: One per device that validate ran on, "local" first.
+        verdicts: One for each of `measurements`, in that order.
+        training: Contents of training.json; None if it is missing or damaged.
+        config: Sections of config.yaml by name; empty if it is missing.
+        quantized: Manifest of the frozen checkpoint; empty if it is missing.
+        exports: Manifests of the artifacts by folder relative to the run, such as "exports/onnx".
+        verified: Rows of verified.json whose artifacts have not changed since.
+        missing: The reason why a part is missing, by the name of the part.
+        encoder: Results of an encoder, which has no `reports`.
     """
 
     reports: list[Report]
@@ -35,79 +44,89 @@ class Story:
     exports: dict[str, dict[str, Any]]
     verified: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
-    answers: Comparison | None = None
+    encoder: EncoderReport | None = None
 
     @property
-    def measurements(self) -> list[Report | Comparison]:
-        """What validate measured, in the order of `verdicts`."""
-        return [*self.reports, *([self.answers] if self.answers else [])]
+    def measurements(self) -> list[Report | EncoderReport]:
+        """Everything that validate measured, in the order of `verdicts`."""
+        return [*self.reports, *([self.encoder] if self.encoder else [])]
 
     @property
     def model(self) -> str:
-        """Name of the base model; the last part of it where it is a path of some machine."""
+        """Name of the base model; of a local path only the last part."""
+        # The manifest has the resolved name; config.yaml has what the user typed.
         recorded = self.quantized.get("model") or {}
-        named = (
+        name = str(
             (recorded.get("identity") or {}).get("name")
             or recorded.get("source")
             or self.options("finetune").get("model")
+            or "unnamed model"
         )
-        name = str(named or "unnamed model")
-        return Path(name).name if name.count("/") > 1 or name[:1] in "/.~" else name
+        # A Hub id has one slash: "organization/model".
+        is_path = name.count("/") > 1 or name[:1] in "/.~"
+        return Path(name).name if is_path else name
 
     def options(self, section: str) -> dict[str, Any]:
-        """One section of config.yaml, empty where it is missing."""
+        """Return one section of config.yaml, empty if it is missing."""
         return self.config.get(section) or {}
 
     def document(self) -> dict[str, Any]:
-        """The same as plain values for report.json; a figure that is not finite becomes null."""
+        """Return the contents of report.json; numbers that are not finite become null."""
+        # The keys of a device are the field names of `Report` and `EncoderReport`.
         devices = [
-            {**asdict(measured), "verdict": asdict(judged)}
-            for measured, judged in zip(self.measurements, self.verdicts, strict=True)
+            {**to_json(measured), "verdict": asdict(device_verdict)}
+            for measured, device_verdict in zip(self.measurements, self.verdicts, strict=True)
         ]
-        plain = {
-            "format": FORMAT,
-            "model": self.model,
-            "devices": devices,
-            "training": self.training and {k: v for k, v in self.training.items() if k != "run"},
-            "config": self.config,
-            "quantized": self.quantized,
-            "exports": self.exports,
-            "verified": self.verified,
-            "missing": self.missing,
-        }
-        document: dict[str, Any] = finite(plain)
+        # The folder of the run is specific to this machine, so it is left out.
+        training = self.training and {key: value for key, value in self.training.items() if key != "run"}
+        document: dict[str, Any] = finite(
+            {
+                "format": FORMAT,
+                "model": self.model,
+                "devices": devices,
+                "training": training,
+                "config": self.config,
+                "quantized": self.quantized,
+                "exports": self.exports,
+                "verified": self.verified,
+                "missing": self.missing,
+            }
+        )
         return document
 
 
-def collect(run: Run) -> Story:
-    """Everything in the run folder that the page can show.
+def collect(run: Run) -> RunResults:
+    """Read everything in the run folder that the page can show.
 
     Raises:
-        RunError: nothing was validated yet, or a report is damaged.
+        RunError: The run has not been validated yet, or a report is damaged.
     """
     missing: dict[str, str] = {}
+    # validate writes one report per device, or the results of an encoder.
     reports = [load(path) for path in sorted(run.reports.glob("*.json"))]
-    answered = encoder_results.load(run.answers) if run.answers.is_file() else None
-    if not reports and answered is None:
+    encoder = encoder_results.load(run.answers) if run.answers.is_file() else None
+    if not reports and encoder is None:
         raise RunError(
             f"{run.reports} holds no report, so there is nothing to show. Run `qat-edge validate {run.path}` first."
         )
-    # This machine first: it is the one every other device is held against.
+
+    # This machine comes first, since readers compare the other devices with it.
     reports.sort(key=lambda report: (report.device != "local", report.device))
-    story = Story(
+    results = RunResults(
         reports=reports,
-        verdicts=[*map(verdict, reports), *([of_encoder(answered)] if answered else [])],
+        verdicts=[*map(verdict, reports), *([encoder_verdict(encoder)] if encoder else [])],
         training=_training(run.path / "training.json", missing),
         config=_config(run.config, missing),
         quantized=_manifest(run.quantized, "quantized", missing),
         exports=_exports(run, missing),
         verified=_verified(run, missing),
         missing=missing,
-        answers=answered,
+        encoder=encoder,
     )
-    # The page is shown to others: where this machine keeps the run is none of its content.
+
+    # The page may be shared, so it does not show where this machine stores the run.
     missing.update({part: reason.replace(f"{run.path}/", "") for part, reason in missing.items()})
-    return story
+    return results
 
 
 def _training(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
@@ -119,8 +138,9 @@ def _training(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         missing["training"] = f"training.json cannot be read ({error})"
         return None
+    # Rows of the curve are checked where they are drawn.
     if not isinstance(log, dict) or not isinstance(log.get("curve", []), list):
-        missing["training"] = "training.json is not what `qat-edge finetune` writes"
+        missing["training"] = "training.json does not have the format that `qat-edge finetune` writes"
         return None
     return log
 
@@ -134,7 +154,7 @@ def _config(path: Path, missing: dict[str, str]) -> dict[str, Any]:
 
 
 def _manifest(folder: Path, part: str, missing: dict[str, str]) -> dict[str, Any]:
-    """The manifest without its list of weights, which is as long as the model is deep."""
+    """Read a manifest, with its list of weights reduced to counts: it has a line per layer of the model."""
     try:
         manifest = read_manifest(folder)
     except RunError as error:
@@ -142,40 +162,46 @@ def _manifest(folder: Path, part: str, missing: dict[str, str]) -> dict[str, Any
         return {}
     scheme = manifest.get("scheme")
     if isinstance(scheme, dict) and isinstance(scheme.get("weights"), dict):
-        manifest["scheme"] = {**scheme, "weights": _by_kind(scheme["weights"])}
+        manifest["scheme"] = {**scheme, "weights": _weight_summary(scheme["weights"])}
     return manifest
 
 
-def _by_kind(weights: dict[str, Any]) -> dict[str, Any]:
-    """How many weights got how many bits, and each one that got something else than asked, with the reason."""
+def _weight_summary(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of weights per width, and the reason of each weight that did not get the requested width."""
     counts: dict[str, int] = {}
     reasons = {}
     for name, weight in weights.items():
-        kind = f"int{weight.get('bits')}"
-        counts[kind] = counts.get(kind, 0) + 1
+        width = f"int{weight.get('bits')}"
+        counts[width] = counts.get(width, 0) + 1
         if weight.get("reason"):
             reasons[name] = weight["reason"]
     return {"counts": dict(sorted(counts.items())), "exceptions": reasons}
 
 
 def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Read the manifests of all artifacts: those of the run, and those of its PTQ variants."""
     found = {}
     for variant in run.variants():
+        # A PTQ variant is a folder inside the run with exports of its own.
         prefix = "" if variant is run else f"{variant.path.relative_to(run.path)}/"
         if not variant.exports.is_dir():
             missing[f"{prefix}exports"] = f"{variant.exports} is missing; `qat-edge export` writes it"
             continue
         for folder in sorted(variant.exports.iterdir()):
+            if not (folder / MANIFEST).is_file():
+                continue
             name = f"{prefix}exports/{folder.name}"
-            if (folder / MANIFEST).is_file() and (manifest := _manifest(folder, name, missing)):
+            manifest = _manifest(folder, name, missing)
+            if manifest:
                 found[name] = manifest
     return found
 
 
 def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
-    """What verify found of the artifacts that are still the ones it read."""
+    """Read the results of verify, without those of artifacts that were exported again since."""
     try:
         rows: list[dict[str, Any]] = json.loads(run.verified.read_text(encoding="utf-8"))
+        # The hash of the manifest changes with every export.
         current = [row for row in rows if row["manifest_sha256"] == _manifest_sha256(run.path / row["folder"])]
     except FileNotFoundError:
         missing["verified"] = "verified.json is missing; `qat-edge verify` writes it"
@@ -184,7 +210,7 @@ def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
         missing["verified"] = f"verified.json cannot be read ({error})"
         return []
     if len(current) < len(rows):
-        missing["verified"] = "artifacts were exported again since `qat-edge verify` read them"
+        missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"
     return current
 
 
@@ -193,7 +219,7 @@ def _manifest_sha256(folder: Path) -> str | None:
 
 
 def finite(value: Any) -> Any:
-    """Plain values with null for every figure that is not finite, as JSON knows no other."""
+    """Replace every number that is not finite with None, since JSON cannot represent it."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The page of `qat-edge compare`: what the figures say, one table a runtime, and bars that show it at a glance."""
+"""Page of `qat-edge compare` (comparison.html): a verdict, a table and bar charts for each runtime."""
 
 from __future__ import annotations
 
@@ -10,40 +10,32 @@ from markupsafe import Markup
 
 from qat_edge import __version__
 from qat_edge.evaluate.deployments import PTQ, Deployment, DeploymentTable
-from qat_edge.evaluate.results import Measured, Speed, Spread
+from qat_edge.evaluate.results import Measurement, Speed, Spread
 from qat_edge.report.charts import LINE, WIDTH, Scale, canvas, nice_top, rect, text, to_svg, x_axis
-from qat_edge.report.figures import TARGETS, megabytes, number, percent, plain, whole_percent
-from qat_edge.report.run_details import Facts, flatten
+from qat_edge.report.formatting import TARGETS, megabytes, number, percent, plain, whole_percent
+from qat_edge.report.glossary import COMPARISON_TERMS
+from qat_edge.report.run_details import DetailList, flatten
 from qat_edge.report.run_page import Plot, environment, style
-from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
+from qat_edge.report.tables import Column, Table, TableRow, best_rows
 
+# CSS class of a deployment's color, by its name; merged PTQ is "ptq".
 CSS = {"base": "base", "lora": "lora", "naive": "other", "merged": "tuned", "qat": "qat"}
-COLOURS = {"base": "base", "other": "naive", "tuned": "FP32 fine-tune", "ptq": "merged PTQ", "qat": "QAT-LoRA"}
-BAR = 38.0  # height of a bar with its name above
-FAR = 3.0  # times the others' perplexity: drawn beside the base's, theirs would all look alike
-WORDS = (
-    ("Base", "The model before fine-tuning, in 32-bit floats."),
-    ("LoRA unmerged", "The FP32 base and the adapters of phase 1 as matrices of their own: Wx + sB(Ax)."),
-    ("Naive PTQ base + adapters", "The same adapters beside a base rounded to nearest, which they never saw."),
-    ("Merged", "The adapters added into the FP32 weights: the fine-tune that everything is compared with."),
-    ("Merged PTQ", "The merged weights, quantized after training by each method."),
-    ("Fused QAT-LoRA", "Adapters trained with the deployed rounding in the forward pass, merged, frozen and shipped."),
-    ("ms per token", "Median time of one generated token after the prompt: 1000 / decode speed."),
-    ("Memory", "Peak resident memory above what the runtime took before it loaded the artifact."),
-    ("Perplexity", "exp of the mean loss in nats on the evaluation text, through the runtime. Less is better."),
-    ("Exact match", "Share of evaluation prompts whose generated answer equals the expected one."),
-    ("KL", "Divergence of next-token probabilities from the FP32 fine-tune in torch, mean over tokens, nats."),
-    (
-        "Gain kept",
-        "Of what fine-tuning gained over the base, the share this deployment still has, by log perplexity and by exact "
-        "match. Below 0 is worse than the base.",
-    ),
-)
+LEGEND = {"base": "base", "other": "naive PTQ", "tuned": "FP32 fine-tune", "ptq": "merged PTQ", "qat": "QAT-LoRA"}
+QUANTIZED = ("other", "ptq", "qat")  # CSS classes of the deployments that are not in floats
+# A long title does not fit next to a bar, so it is above it.
+BAR = 38.0  # height of a bar with its name above it
+FAR = 3.0  # a base this many times worse than the others would make their bars look equal, so it is not drawn
+PLOT_CAPTIONS = {
+    "Perplexity": "Lower is better.",
+    "Exact match": "Percentage of the prompts; higher is better.",
+    "Size": "All files that the device needs, in MB.",
+    "Time": "Milliseconds per generated token, median.",
+}
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """What the page shows of one target."""
+class RuntimeSection:
+    """Everything the page shows about one runtime."""
 
     name: str
     verdict: str
@@ -52,102 +44,111 @@ class Runtime:
 
 
 def render(table: DeploymentTable) -> str:
-    """The whole page as one text."""
-    asked = [row.measured.prompts for row in table.deployments if row.measured and row.measured.prompts]
-    length = table.options.get("context_length")
-    subtitle = [
-        f"{table.tokens:,} tokens compared",
-        f"{max(asked)} prompts answered" if asked else "no prompts answered",
-        *([f"context of {length:,} tokens"] if length else []),
-        f"measured on {table.device}",
-        table.created,
-    ]
-    runtimes = [_runtime(table, target, index) for index, target in enumerate(table.targets)]
+    """Return the HTML of the whole page."""
     return environment().get_template("comparison.html").render(
         model=table.model,
-        subtitle=subtitle,
+        subtitle=_subtitle(table),
         style=style(),
         further_training=table.further_training,
-        runtimes=runtimes,
-        words=WORDS,
-        facts=[
-            Facts("Machine", flatten(table.machine)),
-            Facts("Runtimes", _runtimes(table)),
-            Facts("How it was measured", flatten(table.options)),
+        runtimes=[_runtime_section(table, target, index) for index, target in enumerate(table.targets)],
+        glossary=COMPARISON_TERMS,
+        details_blocks=[
+            DetailList("Machine", flatten(table.machine)),
+            DetailList("Runtimes", _runtimes(table)),
+            DetailList("Options of compare", flatten(table.options)),
         ],
         version=__version__,
     )  # fmt: skip
 
 
+def _subtitle(table: DeploymentTable) -> list[str]:
+    """Return the phrases below the model's name."""
+    prompts = [row.measured.prompts for row in table.deployments if row.measured and row.measured.prompts]
+    length = table.options.get("context_length")
+    return [
+        f"{table.tokens:,} tokens compared",
+        f"exact match on {max(prompts)} prompts" if prompts else "exact match not measured",
+        *([f"context of {length:,} tokens"] if length else []),
+        f"measured on {table.device}",
+        table.created,
+    ]
+
+
 def columns(table: DeploymentTable) -> list[Column[Deployment]]:
-    """Every figure of the table, in the order of the page."""
+    """Return every metric of the table, in the order of the page."""
     return [
         Column("Size", "MB", _of(lambda m: m.total_bytes), megabytes, -1),
         Column("Memory", "MB", lambda row: row.memory_bytes, megabytes, -1),
         Column("Time", "ms/token", lambda row: row.ms_per_token, number, -1, _repeats(lambda speed: speed.decode)),
-        _timed("Decode", lambda speed: speed.decode),
+        _speed_column("Decode", lambda speed: speed.decode),
         Column("Perplexity", "", _of(lambda m: m.perplexity), number, -1),
         Column("Exact match", "%", _of(lambda m: m.exact_match), percent, 1),
         Column("KL", "nats", _of(lambda m: None if m.agreement is None else m.agreement.kl_nats), number, -1),
-        Column("Gain kept", "perplexity, %", table.kept_perplexity, _share, 1),
-        Column("Gain kept", "exact match, %", table.kept_exact_match, _share, 1),
-        _timed("Prefill", lambda speed: speed.prefill),
+        Column("Gain kept, perplexity", "%", table.kept_perplexity, _share, 1),
+        Column("Gain kept, exact match", "%", table.kept_exact_match, _share, 1),
+        _speed_column("Prefill", lambda speed: speed.prefill),
         Column("Load", "ms", _of(lambda m: m.load_ms), number, -1),
     ]
 
 
 def css(row: Deployment) -> str:
-    """Class that colours the row."""
+    """Return the CSS class that colors the row."""
     return "ptq" if row.name.startswith(PTQ) else CSS.get(row.name, "other")
 
 
 def verdict(table: DeploymentTable, target: str) -> str:
-    """What the figures of one runtime say, in a sentence or two."""
+    """Return sentences on fused QAT-LoRA in one runtime, compared with the other deployments."""
     qat, merged = table.row("qat", target), table.row("merged", target)
     if qat is None or qat.measured is None:
-        return "Fused QAT-LoRA was not measured here, so there is nothing to judge."
-    words = [_smaller(qat, merged), _kept_words(table, qat)]
-    rivals = [r for r in table.deployments if r.target == target and (r.name == "naive" or r.name.startswith(PTQ))]
-    known = [(row, kept) for row in rivals if (kept := table.kept_perplexity(row)) is not None]
+        return "Fused QAT-LoRA was not measured in this runtime, so there is no result yet."
+    sentences = [_size_and_speed(qat, merged), _gain_kept(table, qat)]
+
+    # Quantized deployments only: a float one keeps everything by definition.
+    others = [r for r in table.deployments if r.target == target and (r.name == "naive" or r.name.startswith(PTQ))]
+    known = [(row, kept) for row, kept in ((row, table.kept_perplexity(row)) for row in others) if kept is not None]
     if known:
-        words.append(f"By perplexity, the others keep: {_told(known)}.")
-    return " ".join(word for word in words if word)
+        sentences.append(f"By perplexity, the others keep: {_others_kept(known)}.")
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _told(known: Sequence[tuple[Deployment, float]]) -> str:
-    """`Naive PTQ base + adapters 87%; merged PTQ by round-to-nearest 98%, by HQQ 98%`."""
-    alone, merged = [], []
+def _others_kept(known: Sequence[tuple[Deployment, float]]) -> str:
+    """Return `Naive PTQ base + adapters 87%; merged PTQ by round-to-nearest 98%, by HQQ 98%`."""
+    naive, merged = [], []
     for row, kept in known:
-        words = _whole(kept) + (" (worse than the base)" if kept < 0 else "")
+        share = _whole(kept) + (" (worse than the base)" if kept < 0 else "")
         if row.name.startswith(PTQ):
-            merged.append(f"by {row.title.partition(', ')[2]} {words}")
+            method = row.title.partition(", ")[2]
+            # All methods of merged PTQ share one phrase.
+            merged.append(f"by {method} {share}")
         else:
-            alone.append(f"{row.title} {words}")
-    return "; ".join([*alone, *([f"merged PTQ {', '.join(merged)}"] if merged else [])])
+            naive.append(f"{row.title} {share}")
+    return "; ".join([*naive, *([f"merged PTQ {', '.join(merged)}"] if merged else [])])
 
 
-def _smaller(qat: Deployment, merged: Deployment | None) -> str:
+def _size_and_speed(qat: Deployment, merged: Deployment | None) -> str:
     if merged is None or merged.measured is None or qat.measured is None:
         return ""
-    parts = [f"{megabytes(merged.measured.total_bytes)} to {megabytes(qat.measured.total_bytes)} MB"]
+    changes = [f"{megabytes(merged.measured.total_bytes)} to {megabytes(qat.measured.total_bytes)} MB"]
+    # Some runtimes report no speed.
     if merged.ms_per_token and qat.ms_per_token:
-        speeds = [number(1e3 / row.ms_per_token) for row in (merged, qat) if row.ms_per_token]
-        parts.append(f"{number(merged.ms_per_token)} to {number(qat.ms_per_token)} ms per token")
-        parts.append(f"{speeds[0]} to {speeds[1]} tokens per second")
-    return f"From merged FP32 to fused QAT-LoRA: {', '.join(parts)}."
+        changes.append(f"{number(merged.ms_per_token)} to {number(qat.ms_per_token)} ms per token")
+        changes.append(f"{number(1e3 / merged.ms_per_token)} to {number(1e3 / qat.ms_per_token)} tokens per second")
+    return f"From merged FP32 to fused QAT-LoRA: {', '.join(changes)}."
 
 
-def _kept_words(table: DeploymentTable, qat: Deployment) -> str:
+def _gain_kept(table: DeploymentTable, qat: Deployment) -> str:
     base, tuned = table.base, table.reference
-    found = []
+    kept = []
     exact, perplexity = table.kept_exact_match(qat), table.kept_perplexity(qat)
     if exact is not None and base and base.exact_match is not None and tuned.exact_match is not None:
         gained = f"exact match {percent(base.exact_match)} to {percent(tuned.exact_match)}"
-        found.append(f"{_whole(exact)} of what fine-tuning gained ({gained})")
+        kept.append(f"{_whole(exact)} of what fine-tuning gained ({gained})")
     if perplexity is not None and base:
         gained = f"perplexity {number(base.perplexity)} to {number(tuned.perplexity)}"
-        found.append(f"{_whole(perplexity)} of the gain in log perplexity ({gained})")
-    return f"It keeps {' and '.join(found)}." if found else "What fine-tuning gained over the base is not known here."
+        kept.append(f"{_whole(perplexity)} of the gain in log perplexity ({gained})")
+    if not kept:
+        return "The improvement by fine-tuning was not measured, so the share that QAT keeps is unknown."
+    return f"It keeps {' and '.join(kept)}."
 
 
 def _whole(share: float) -> str:
@@ -155,99 +156,103 @@ def _whole(share: float) -> str:
 
 
 def _share(share: float) -> str:
-    """As per cent; what rounds to nothing has no sign."""
+    """Format a share as a percentage, without a sign if it rounds to zero."""
+    # Below half of the last digit, the sign would be all that is left.
     return percent(share if abs(share) >= 0.0005 else 0.0)
 
 
 def _repeats(pick: Callable[[Speed], Spread]) -> Callable[[Deployment], Spread | None]:
+    """Return a function from a deployment to the spread of one of its speeds."""
     return lambda row: None if row.measured is None or row.measured.speed is None else pick(row.measured.speed)
 
 
-def _timed(name: str, pick: Callable[[Speed], Spread]) -> Column[Deployment]:
-    """A speed in tokens per second."""
+def _speed_column(name: str, pick: Callable[[Speed], Spread]) -> Column[Deployment]:
+    """Return a column of medians in tokens per second."""
     repeats = _repeats(pick)
 
     def median(row: Deployment) -> float | None:
-        spread = repeats(row)
-        return None if spread is None else spread.median
+        found = repeats(row)
+        return None if found is None else found.median
 
     return Column(name, "tok/s", median, number, 1, repeats)
 
 
-def _of(pick: Callable[[Measured], float | None]) -> Callable[[Deployment], float | None]:
-    """A figure of what was measured, None where nothing was."""
+def _of(pick: Callable[[Measurement], float | None]) -> Callable[[Deployment], float | None]:
+    """Return a function from a deployment to one of its metrics, None if it was not measured."""
     return lambda row: None if row.measured is None else pick(row.measured)
 
 
-def _runtime(table: DeploymentTable, target: str, index: int) -> Runtime:
+def _runtime_section(table: DeploymentTable, target: str, index: int) -> RuntimeSection:
     rows = [row for row in table.deployments if row.target == target]
     name = TARGETS.get(target, plain(target))
-    return Runtime(name, verdict(table, target), _figures(table, rows, name), _plots(table, rows, index))
+    return RuntimeSection(name, verdict(table, target), _main_table(table, rows, name), _plots(table, rows, index))
 
 
-def _figures(table: DeploymentTable, rows: Sequence[Deployment], name: str) -> Table:
-    """Every row, measured or not; the best of those that are not in float is marked."""
-    shown = [Row(row.title, css(row), []) for row in rows]
-    used = [c for c in columns(table) if any(c.value(row) is not None for row in rows)]
+def _main_table(table: DeploymentTable, rows: Sequence[Deployment], name: str) -> Table:
+    """Return a table of all rows, with the best quantized deployment of each column marked."""
+    table_rows = [TableRow(row.title, css(row), []) for row in rows]
+    # No column for a metric that this runtime does not report.
+    used = [column for column in columns(table) if any(column.value(row) is not None for row in rows)]
     for column in used:
-        best = best_rows([row for row in rows if css(row) in ("other", "ptq", "qat")], column)
-        for line, row in zip(shown, rows, strict=True):
-            value = column.value(row)
-            cell = Cell("–") if value is None else Cell(_written(column, value), value, row in best)
-            line.cells.append(cell)
+        best = best_rows([row for row in rows if css(row) in QUANTIZED], column)
+        for table_row, row in zip(table_rows, rows, strict=True):
+            table_row.cells.append(column.cell(column.value(row), row in best))
     heads = [(column.name, column.unit) for column in used]
     notes = [f"{row.title}: {row.reason}" for row in rows if row.measured is None]
-    return Table(f"Deployments in {name}", heads, shown, first="Deployment", notes=notes)
-
-
-def _written(column: Column[Deployment], value: float) -> str:
-    return column.write(value).removesuffix("%").replace("-", "−")
+    return Table(f"Deployments in {name}", heads, table_rows, first="Deployment", notes=notes)
 
 
 def _plots(table: DeploymentTable, rows: Sequence[Deployment], index: int) -> list[Plot]:
-    drawn = {column.name: column for column in reversed(columns(table))}
-    titles = {
-        "Perplexity": "Less is better.",
-        "Exact match": "Per cent of the prompts; more is better.",
-        "Size": "Everything the device needs, MB.",
-        "Time": "Milliseconds per generated token, median.",
-    }
+    """Return one bar chart for each metric of `PLOT_CAPTIONS` that was measured."""
+    # Charts show the metrics that a choice between deployments depends on.
+    by_name = {column.name: column for column in columns(table)}
     plots = []
-    for name, caption in titles.items():
-        found = [(row, v) for row in rows if (v := drawn[name].value(row)) is not None and math.isfinite(v)]
-        if name == "Perplexity" and (base := _far_base(found)):
+    for name, caption in PLOT_CAPTIONS.items():
+        values = [(row, by_name[name].value(row)) for row in rows]
+        found = [(row, value) for row, value in values if value is not None and math.isfinite(value)]
+
+        # A perplexity far above the others is left out of the chart, and stated below it.
+        base = _far_base(found) if name == "Perplexity" else 0.0
+        if base:
             found = [(row, value) for row, value in found if row.name != "base"]
-            caption += f" The base's, {number(base)}, is left out."
-        if any(value > 0 for _, value in found):
-            svg = _bars(f"{name.lower().replace(' ', '-')}-{index}", name, found, drawn[name])
-            kinds = dict.fromkeys({"lora": "tuned"}.get(css(row), css(row)) for row, _ in found)
-            legend = [(f"l-bar c-{kind}", COLOURS[kind]) for kind in kinds]
-            plots.append(Plot(name, Markup(svg), caption, legend))
+            caption = f"{caption} The base's, {number(base)}, is left out."
+        if not any(value > 0 for _, value in found):
+            continue
+
+        svg = _bars(f"{name.lower().replace(' ', '-')}-{index}", name, found, by_name[name])
+        # The unmerged adapters have the color of the merged ones: both are the FP32 fine-tune.
+        classes = dict.fromkeys({"lora": "tuned"}.get(css(row), css(row)) for row, _ in found)
+        legend = [(f"l-bar c-{css_class}", LEGEND[css_class]) for css_class in classes]
+        plots.append(Plot(name, Markup(svg), caption, legend))
     return plots
 
 
 def _far_base(found: Sequence[tuple[Deployment, float]]) -> float:
-    """The base's perplexity where it is `FAR` times the greatest of the others, else 0."""
-    base, rest = ([v for row, v in found if (row.name == "base") is wanted] for wanted in (True, False))
-    return base[0] if base and rest and base[0] > FAR * max(rest) else 0.0
+    """Return the base's perplexity if it exceeds `FAR` times the largest of the others, else 0."""
+    base = [value for row, value in found if row.name == "base"]
+    others = [value for row, value in found if row.name != "base"]
+    return base[0] if base and others and base[0] > FAR * max(others) else 0.0
 
 
 def _bars(name: str, title: str, rows: Sequence[tuple[Deployment, float]], column: Column[Deployment]) -> str:
-    """A bar a row, its name above it and its figure at its end."""
-    scaled = {"MB": 1e6, "%": 0.01}.get(column.unit, 1.0)
-    words = "; ".join(f"{row.title}: {column.write(value)}" for row, value in rows)
+    """Draw a bar per row, with its name above it and its value at its end."""
+    # Values are drawn in the unit of their column.
+    unit = {"MB": 1e6, "%": 0.01}.get(column.unit, 1.0)
+    tips = [f"{row.title}: {column.write(value)}" for row, value in rows]
     bottom = BAR * len(rows) + 4
-    root = canvas(name, title, words, bottom + 24)
-    x = Scale(0, nice_top(max(value for _, value in rows) / scaled * 1.02), 0, WIDTH - 52)
-    for index, (row, value) in enumerate(rows):
+    root = canvas(name, title, "; ".join(tips), bottom + 24)
+    x = Scale(0, nice_top(max(value for _, value in rows) / unit * 1.02), 0, WIDTH - 52)
+    for index, ((row, value), tip) in enumerate(zip(rows, tips, strict=True)):
         top = BAR * index + LINE
+        end = x(value / unit)
         text(root, 0, top - 4, row.title, "tick")
-        rect(root, 0, top, x(value / scaled), BAR - LINE - 8, f"c-{css(row)}", f"{row.title}: {column.write(value)}")
-        text(root, x(value / scaled) + 6, top + 12, _written(column, value), "value")
+        rect(root, 0, top, end, BAR - LINE - 8, f"c-{css(row)}", tip)
+        text(root, end + 6, top + 12, column.bare(value), "value")
     x_axis(root, x, bottom, "")
     return to_svg(root)
 
 
 def _runtimes(table: DeploymentTable) -> list[tuple[str, str]]:
+    """Return the version of each runtime, and that of the reference."""
     used = {(TARGETS.get(row.target, row.target), row.measured.runtime) for row in table.deployments if row.measured}
     return [*sorted(used), ("reference", table.reference.runtime)]

@@ -1,103 +1,110 @@
-"""The page of an encoder: how each artifact answers beside the FP32 fine-tune, filled into encoder.html."""
+"""Page of an encoder (encoder.html): the outputs of each artifact compared with those of the FP32 fine-tune."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from qat_edge.evaluate.encoder_results import CORRELATION, Answered, Comparison
+from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
 from qat_edge.report import run_details, tables
-from qat_edge.report.collect import Story
-from qat_edge.report.figures import cosine, label, megabytes, number, percent, quantized, role, span
+from qat_edge.report.collect import RunResults
+from qat_edge.report.formatting import ROLES, cosine, label, megabytes, number, percent, quantized, role, span
+from qat_edge.report.glossary import encoder_terms
 from qat_edge.report.run_page import Tile, environment, parts_plot, style, subtitle, training_plot
-from qat_edge.report.tables import Cell, Column, Row, Table, best_rows
+from qat_edge.report.tables import Column, Table, TableCell, TableRow, best_rows, known_values
+
+MOST_TILES = 4
 
 
-def render(story: Story) -> str:
-    """The whole page as one text."""
-    found = story.answers
+def render(results: RunResults) -> str:
+    """Return the HTML of the whole page."""
+    found = results.encoder
+    # verbs.report chooses this page for encoders only.
     assert found is not None
     return environment().get_template("encoder.html").render(
-        model=story.model,
-        subtitle=subtitle(story),
+        model=results.model,
+        subtitle=subtitle(results),
         style=style(),
-        verdict=story.verdicts[0],
+        verdict=results.verdicts[0],
         tiles=_tiles(found),
         gates=tables.gates(found.gates),
         summary=_summary(found),
-        parity=_parity(found.answered),
-        plots=[training_plot(story, "per row"), parts_plot(found.answered, 0)],
-        words=run_details.encoder_words(found),
-        facts=run_details.about_answers(found),
-        about=run_details.about_run(story),
-        artifacts=run_details.artifacts(story),
-        verified=story.verified,
-        missing=story.missing,
-        version=story.quantized.get("qat_edge"),
+        parity=_parity(found.results),
+        plots=[training_plot(results, "per row"), parts_plot(found.results, 0)],
+        glossary=encoder_terms(found),
+        details_blocks=run_details.encoder_details(found),
+        provenance=run_details.provenance(results),
+        artifacts=run_details.artifacts(results),
+        verified=results.verified,
+        missing=results.missing,
+        version=results.quantized.get("qat_edge"),
     )  # fmt: skip
 
 
-def _columns(found: Comparison) -> list[Column[Answered]]:
-    """The figures of every model, those first that decide."""
-    share = found.measure != CORRELATION
-    columns: list[Column[Answered]] = [
-        Column(
-            found.measure.capitalize(), "%" if share else "", lambda row: row.quality, percent if share else number, 1
-        ),
-        Column("Cosine", "", lambda row: row.cosine, cosine, 1),
+def _columns(found: EncoderReport) -> list[Column[EncoderResult]]:
+    """Return the metrics that any model has, the most important first."""
+    is_share = found.measure != CORRELATION
+    # The metric of the task: a share, or a rank correlation between -1 and 1.
+    quality: Column[EncoderResult] = Column(
+        found.measure.capitalize(),
+        "%" if is_share else "",
+        lambda row: row.quality,
+        percent if is_share else number,
+        1,
+    )
+    columns: list[Column[EncoderResult]] = [
+        quality,
+        Column("Cosine", "mean", lambda row: row.cosine, cosine, 1),
         Column("Size", "MB", lambda row: float(row.total_bytes), megabytes, -1),
-        Column("Least cosine", "", lambda row: row.least_cosine, cosine, 1),
+        Column("Cosine", "minimum", lambda row: row.least_cosine, cosine, 1),
         Column("Same label", "%", lambda row: row.agreement, percent, 1),
     ]
-    return [column for column in columns if any(column.value(row) is not None for row in found.answered)]
+    return [column for column in columns if known_values(column, found.results)]
 
 
-def _tiles(found: Comparison) -> list[Tile]:
-    """QAT's figures, each with the fine-tune's and the span of those of post-training quantization."""
+def _tiles(found: EncoderReport) -> list[Tile]:
+    """Return QAT's main metrics, each with the FP32 fine-tune's and the range of PTQ's."""
     tiles = []
     for column in _columns(found):
-        known: dict[str, list[float]] = {}
-        for row in found.answered:
-            if (value := column.value(row)) is not None:
-                known.setdefault(role(row), []).append(value)
-        if "qat" in known:
-            write = _bare(column)
-            names = (("tuned", "FP32 fine-tuned"), ("ptq", "PTQ"))
-            beside = [(name, span(known[kind], write, "–")) for kind, name in names if kind in known]
-            tiles.append(Tile(column.name, span(known["qat"], write, "–"), column.unit, beside))
-    return tiles[:4]
+        values = {
+            key: known_values(column, [row for row in found.results if role(row) == key])
+            for key in ("qat", "tuned", "ptq")
+        }
+        if not values["qat"]:
+            continue
+        compared = [(ROLES[key], span(values[key], column.bare, "–")) for key in ("tuned", "ptq") if values[key]]
+        tiles.append(Tile(column.name, span(values["qat"], column.bare, "–"), column.unit, compared))
+    # One row of tiles on a wide page.
+    return tiles[:MOST_TILES]
 
 
-def _summary(found: Comparison) -> Table:
-    """One row a model, the best of the quantized ones marked in every column."""
+def _summary(found: EncoderReport) -> Table:
+    """Return the main table: one row per model, the best quantized model of each column marked."""
     columns = _columns(found)
-    best = [best_rows([row for row in found.answered if quantized(row)], column) for column in columns]
+    best = [best_rows([row for row in found.results if quantized(row)], column) for column in columns]
     rows = [
-        Row(label(row), role(row), [_cell(c, row, row in top) for c, top in zip(columns, best, strict=True)])
-        for row in found.answered
+        TableRow(label(row), role(row), [_cell(c, row, row in top) for c, top in zip(columns, best, strict=True)])
+        for row in found.results
     ]
     caption = (
-        f"{found.rows:,} evaluation rows, {found.texts:,} texts, answered one by one in ExecuTorch's Python runtime; "
-        "cosine with the answers of the FP32 fine-tune."
+        f"{found.rows:,} evaluation rows with {found.texts:,} texts, run one at a time in ExecuTorch's Python runtime. "
+        "Cosine similarity is relative to the outputs of the FP32 fine-tune."
     )
     return Table(caption, [(column.name, column.unit) for column in columns], rows)
 
 
-def _cell(column: Column[Answered], row: Answered, best: bool) -> Cell:
+def _cell(column: Column[EncoderResult], row: EncoderResult, best: bool) -> TableCell:
     value = column.value(row)
-    if value is None:
-        return Cell("reference" if role(row) == "tuned" else "–")
-    return Cell(_bare(column)(value), value, best)
+    # The FP32 fine-tune is what the others are compared with.
+    if value is None and role(row) == "tuned":
+        return TableCell("reference")
+    return column.cell(value, best)
 
 
-def _bare(column: Column[Answered]) -> Callable[[float], str]:
-    """How a column's figures are written where their unit stands beside them."""
-    return lambda value: column.write(value).removesuffix("%")
-
-
-def _parity(answered: Sequence[Answered]) -> Table:
+def _parity(answered: Sequence[EncoderResult]) -> Table:
     rows = [
-        Row(label(row), role(row), [Cell(f"{row.parity:.6f}", row.parity)])
+        TableRow(label(row), role(row), [TableCell(f"{row.parity:.6f}", row.parity)])
         for row in answered
         if row.parity is not None
     ]
-    return Table("Artifact against its frozen checkpoint in torch", [("Cosine", "mean over the texts")], rows)
+    heads = [("Cosine", "mean over the texts")]
+    return Table("Each artifact compared with its frozen checkpoint in torch", heads, rows)

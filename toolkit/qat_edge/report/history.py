@@ -1,7 +1,8 @@
-"""Several runs as a series: every figure of every model, with its change to the run before and to the first.
+"""Metrics of several runs as series, each with its change since the previous run and since the first run.
 
-A change is given only where both figures were measured on the same: perplexity on the same tokens, KL and top-1 also
-against the same fine-tune, exact match on the same prompts, speed on the same machine and timed alike.
+A change is computed only if both values were measured under the same conditions: perplexity on the same tokens; KL and
+top-1 on the same tokens and against the same fine-tune; exact match on the same prompts; speed on the same machine
+with the same settings.
 """
 
 from __future__ import annotations
@@ -10,51 +11,71 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from qat_edge.evaluate.results import Measured, Report, Spread
-from qat_edge.report.collect import Story, finite
-from qat_edge.report.figures import label
+from qat_edge.evaluate.results import Measurement, Report, Spread
+from qat_edge.report.collect import RunResults, finite
+from qat_edge.report.formatting import label
 from qat_edge.report.run_details import flatten, versions
 from qat_edge.report.tables import COLUMNS, Column
 from qat_edge.report.verdict import within_chance
 
-FORMAT = 1
+FORMAT = 1  # of history.json
+# Sections of config.yaml whose options may explain a changed metric.
 SECTIONS = ("finetune", "quantize", "export", "validate")
+# Properties that identify a machine; others, such as free memory, change from run to run.
 MACHINE = ("machine", "cpu_model", "cores")
-Seen = tuple[Report, Measured]  # one model in one run's report
+
+
+class Observation(NamedTuple):
+    """One model in the report of one run."""
+
+    report: Report
+    row: Measurement
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run of the series, by its folder's name."""
+class RunEntry:
+    """One run of the series, named after its folder."""
 
     name: str
-    story: Story
+    results: RunResults
 
 
 @dataclass(frozen=True)
-class Figure:
-    """same: names of `CONDITIONS` that must hold for a change to mean something."""
+class Metric:
+    """A metric that is followed over the runs.
 
-    column: Column[Measured]
+    Attributes:
+        column: Name, unit and format.
+        same: Names of the `CONDITIONS` that must be equal in both runs for a change to mean anything.
+    """
+
+    column: Column[Measurement]
     same: tuple[str, ...]
 
     @property
     def name(self) -> str:
+        """Name of the metric."""
         return self.column.name
 
     @property
-    def kind(self) -> str:
-        """How a change is counted: "ratio" (0.1 is 10% more), "points" (of a share), "nats"."""
+    def change_unit(self) -> str:
+        """Unit of a change: "ratio" (0.1 is 10% more), "points" (difference of shares) or "nats"."""
+        # A ratio of shares would be misleading near 0 and 1, and KL may be 0 in the earlier run.
         return {"%": "points", "nats": "nats"}.get(self.column.unit, "ratio")
 
 
 @dataclass(frozen=True)
 class Change:
-    """From the run at index `since`. amount: see `Figure.kind`; None where not comparable, as `reasons` say.
+    """Change of a metric since an earlier run.
 
-    clear: more than the repeats' spread, the chance of so few prompts, or the last digit shown. better: by its sign.
+    Attributes:
+        since: Index of the earlier run.
+        amount: The change in `Metric.change_unit`; None if the two runs are not comparable.
+        reasons: Why they are not comparable.
+        clear: Whether the change exceeds the spread of repeats, the sampling error of the prompts or the last digit.
+        better: Whether the change is an improvement.
     """
 
     since: int
@@ -66,7 +87,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Point:
-    """A figure in one run; value None where it was not measured. before, first: None where there is none earlier."""
+    """A metric in one run.
+
+    Attributes:
+        value: The value; None if it was not measured.
+        spread: Range of repeated measurements, if there were any.
+        before: Change since the previous run that has the metric; None if there is none.
+        first: Change since the first run that has the metric; None if there is none.
+    """
 
     value: float | None
     spread: Spread | None = None
@@ -76,48 +104,80 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One model in one runtime on one device. figures: by name, a point a run."""
+    """One model in one runtime on one device.
+
+    Attributes:
+        device: Name of the device.
+        model: The model as it was first measured.
+        metrics: One point per run, by the name of the metric.
+    """
 
     device: str
-    model: Measured  # as it was first seen
-    figures: dict[str, list[Point]]
+    model: Measurement
+    metrics: dict[str, list[Point]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not the same in a run and the one before."""
+    """A setting, version or machine that differs between a run and the previous one."""
 
     name: str
     before: str
     after: str
 
 
+class Incomparable(NamedTuple):
+    """Two runs whose metrics cannot be compared, by their indices, for one reason."""
+
+    earlier: int
+    later: int
+    reason: str
+    metrics: list[str]
+
+
 @dataclass(frozen=True)
 class History:
-    """differences: one list for each run after the first."""
+    """Several runs in order.
 
-    entries: list[Entry]
+    Attributes:
+        entries: The runs.
+        series: Metrics of every model.
+        differences: One list for each run after the first.
+    """
+
+    entries: list[RunEntry]
     series: list[Series]
     differences: list[list[Difference]]
 
     @property
     def devices(self) -> list[str]:
+        """Names of all devices, in the order in which they were first measured."""
         return list(dict.fromkeys(one.device for one in self.series))
 
-    def apart(self, device: str) -> list[tuple[int, int, str, list[str]]]:
-        """Neighbours not comparable on a device: indices of both, the reason, and of which figures it is true."""
+    def incomparable(self, device: str) -> list[Incomparable]:
+        """Return the consecutive runs whose metrics on a device are not comparable."""
+        # Metrics by pair of runs and reason, so that each reason is reported once.
         found: dict[tuple[int, int, str], list[str]] = {}
-        for name, points in ((n, p) for one in self.series if one.device == device for n, p in one.figures.items()):
-            for index, point in enumerate(points):
-                for since, reason in [(point.before.since, r) for r in point.before.reasons] if point.before else []:
-                    names = found.setdefault((since, index, reason), [])
-                    names += [] if name in names else [name]
-        return [(*key, names) for key, names in sorted(found.items(), key=lambda item: item[0][1:])]
+        for one in self.series:
+            if one.device != device:
+                continue
+            for name, points in one.metrics.items():
+                for index, point in enumerate(points):
+                    if point.before is None:
+                        continue
+                    for reason in point.before.reasons:
+                        names = found.setdefault((point.before.since, index, reason), [])
+                        if name not in names:
+                            names.append(name)
+
+        # By later run, then by reason.
+        in_order = sorted(found.items(), key=lambda item: item[0][1:])
+        return [Incomparable(*key, names) for key, names in in_order]
 
     def document(self) -> dict[str, Any]:
-        """The same as plain values for history.json; a figure that is not finite becomes null."""
+        """Return the contents of history.json; numbers that are not finite become null."""
         runs = [
-            {"name": entry.name, "model": entry.story.model, "validated": [r.created for r in entry.story.reports]}
+            {"name": entry.name, "model": entry.results.model, "validated": [r.created for r in entry.results.reports]}
             for entry in self.entries
         ]
         series = [
@@ -125,29 +185,44 @@ class History:
                 "device": one.device,
                 "model": one.model.name,
                 "target": one.model.target,
-                "figures": {name: [asdict(point) for point in points] for name, points in one.figures.items()},
+                # The key "figures" and the names in it are part of the file format.
+                "figures": {name: [asdict(point) for point in points] for name, points in one.metrics.items()},
             }
             for one in self.series
         ]
         differences = [[asdict(one) for one in found] for found in self.differences]
-        plain: dict[str, Any] = finite(
+        document: dict[str, Any] = finite(
             {"format": FORMAT, "runs": runs, "series": series, "differences": [[], *differences]}
         )
-        return plain
+        return document
 
 
-# What must be the same, what is said where it is not, and where it is recorded; None where it is not.
-CONDITIONS: Mapping[str, tuple[str, Callable[[Report, Measured], Any]]] = {
-    "tokens": ("other evaluation tokens", lambda report, row: report.identities.get("tokens")),
-    "prompts": ("other prompts", lambda report, row: report.identities.get("prompts")),
-    "reference": ("another FP32 fine-tune to compare with", lambda report, row: report.identities.get("reference")),
-    "machine": ("another machine of that name", lambda report, row: [report.machine.get(key) for key in MACHINE]),
-    "timing": (
-        "timed otherwise",
+class Condition(NamedTuple):
+    """A condition of a measurement that must be equal for two values to be comparable.
+
+    Attributes:
+        reason: The explanation if it differs.
+        recorded: Returns its value, None if the report does not have it.
+    """
+
+    reason: str
+    recorded: Callable[[Report, Measurement], Any]
+
+
+CONDITIONS: Mapping[str, Condition] = {
+    "tokens": Condition("different evaluation tokens", lambda report, row: report.identities.get("tokens")),
+    "prompts": Condition("different prompts", lambda report, row: report.identities.get("prompts")),
+    "reference": Condition("different FP32 fine-tunes", lambda report, row: report.identities.get("reference")),
+    "machine": Condition(
+        "different machines of the same name", lambda report, row: [report.machine.get(key) for key in MACHINE]
+    ),
+    "timing": Condition(
+        "different settings of the speed measurement",
         lambda report, row: row.speed and (row.speed.threads, row.speed.prompt_tokens, row.speed.new_tokens),
     ),
 }
-_NEEDED = {
+# The size of an artifact depends on nothing but the artifact.
+_CONDITIONS_OF = {
     "Size": (),
     "Perplexity": ("tokens",),
     "KL": ("tokens", "reference"),
@@ -156,77 +231,94 @@ _NEEDED = {
     "Decode": ("machine", "timing"),
     "Prefill": ("machine", "timing"),
 }
-FIGURES = [Figure(column, _NEEDED[column.name]) for column in COLUMNS if column.name in _NEEDED]
+METRICS = [Metric(column, _CONDITIONS_OF[column.name]) for column in COLUMNS if column.name in _CONDITIONS_OF]
 
 
-def history(entries: Sequence[Entry]) -> History:
-    """The runs as a series, in the order given: the first is what the others are held against."""
-    rows: dict[tuple[str, str, str], list[Seen | None]] = {}
+def history(entries: Sequence[RunEntry]) -> History:
+    """Return the metrics of the runs as series. entries: the runs, the oldest first."""
+    # Observations by device, model and target: one per run, None where a run lacks the model.
+    rows: dict[tuple[str, str, str], list[Observation | None]] = {}
     for index, entry in enumerate(entries):
-        for report in entry.story.reports:
+        for report in entry.results.reports:
             for row in report.measured:
-                place = rows.setdefault((report.device, row.name, row.target), [None] * len(entries))
-                place[index] = (report, row)
+                observations = rows.setdefault((report.device, row.name, row.target), [None] * len(entries))
+                observations[index] = Observation(report, row)
+
+    # All series of a device are next to each other.
     order = {device: index for index, device in enumerate(dict.fromkeys(device for device, _, _ in rows))}
     series = []
-    for (device, _, _), seen in sorted(rows.items(), key=lambda item: order[item[0][0]]):
-        model = next(one[1] for one in seen if one is not None)
-        series.append(Series(device, model, {figure.name: points(figure, seen) for figure in FIGURES}))
-    return History(list(entries), series, [differences(one.story, other.story) for one, other in pairwise(entries)])
+    for (device, _, _), observations in sorted(rows.items(), key=lambda item: order[item[0][0]]):
+        model = next(one.row for one in observations if one is not None)
+        series.append(Series(device, model, {metric.name: points(metric, observations) for metric in METRICS}))
+
+    changed = [differences(one.results, other.results) for one, other in pairwise(entries)]
+    return History(list(entries), series, changed)
 
 
-def points(figure: Figure, seen: Sequence[Seen | None]) -> list[Point]:
-    """A figure over the runs; a run that lacks it is no run before."""
+def points(metric: Metric, observations: Sequence[Observation | None]) -> list[Point]:
+    """Return a metric over the runs; a run that lacks it is skipped as the previous run."""
     found: list[Point] = []
-    earlier: list[int] = []
-    for index, now in enumerate(seen):
-        value = None if now is None else figure.column.value(now[1])
+    measured: list[Observation] = []
+    indices: list[int] = []
+    for index, now in enumerate(observations):
+        value = None if now is None else metric.column.value(now.row)
+        # A perplexity is NaN where the runtime returns no logits.
         if now is None or value is None or math.isnan(value):
             found.append(Point(None))
             continue
-        before, first = (
-            (_change(figure, seen, i, index) for i in (earlier[-1], earlier[0])) if earlier else (None, None)
-        )
-        found.append(Point(value, figure.column.spread(now[1]), before, first))
-        earlier.append(index)
+        # Compare with the previous and with the first run that has the metric.
+        before = first = None
+        if measured:
+            before = _change(metric, indices[-1], measured[-1], now)
+            first = _change(metric, indices[0], measured[0], now)
+        found.append(Point(value, metric.column.spread(now.row), before, first))
+        measured.append(now)
+        indices.append(index)
     return found
 
 
-def _change(figure: Figure, seen: Sequence[Seen | None], since: int, index: int) -> Change:
-    one, other = seen[since], seen[index]
-    assert one is not None and other is not None
-    reasons = [reason for name in figure.same if (reason := _apart(name, one, other))]
-    before, after = figure.column.value(one[1]), figure.column.value(other[1])
+def _change(metric: Metric, since: int, earlier: Observation, now: Observation) -> Change:
+    """Return the change since an earlier run. since: index of that run."""
+    reasons = list(filter(None, (_difference_reason(name, earlier, now) for name in metric.same)))
+    before, after = metric.column.value(earlier.row), metric.column.value(now.row)
+    # `points` skips runs without the metric.
     assert before is not None and after is not None
-    if not math.isfinite(before) or not math.isfinite(after) or (figure.kind == "ratio" and before == 0):
+    if not math.isfinite(before) or not math.isfinite(after) or (metric.change_unit == "ratio" and before == 0):
         reasons.append("not finite")
     if reasons:
         return Change(since, None, tuple(reasons))
-    amount = after / before - 1 if figure.kind == "ratio" else after - before
-    return Change(since, amount, (), _is_clear(figure.column, one[1], other[1]), amount * figure.column.sign > 0)
+
+    amount = after / before - 1 if metric.change_unit == "ratio" else after - before
+    clear = _is_clear(metric.column, earlier.row, now.row)
+    return Change(since, amount, (), clear, amount * metric.column.sign > 0)
 
 
-def _apart(name: str, one: Seen, other: Seen) -> str:
-    """Why two reports do not compare, empty where they do."""
-    words, recorded = CONDITIONS[name]
-    before, after = recorded(*one), recorded(*other)
+def _difference_reason(name: str, one: Observation, other: Observation) -> str:
+    """Return why a condition makes two reports incomparable; empty if it does not."""
+    condition = CONDITIONS[name]
+    before, after = condition.recorded(*one), condition.recorded(*other)
+    # Reports of earlier versions do not record every condition: the values may be comparable, but need not be.
     if before is None or after is None:
-        return f"not recorded whether {words}: validate again"
-    return words if before != after else ""
+        return f"possibly {condition.reason} (not recorded: validate again)"
+    return condition.reason if before != after else ""
 
 
-def _is_clear(column: Column[Measured], one: Measured, other: Measured) -> bool:
+def _is_clear(column: Column[Measurement], one: Measurement, other: Measurement) -> bool:
+    """Return whether a change exceeds the measurement's uncertainty."""
     before, after = column.spread(one), column.spread(other)
+    # Repeated measurements differ clearly if their ranges do not overlap.
     if before is not None and after is not None:
         return before.greatest < after.least or after.greatest < before.least
+    # A share of few prompts has a sampling error.
     if column.name == "Exact match":
         return not within_chance(one, other)
+    # Everything else is deterministic up to the last digit shown.
     return column.write(column.value(one) or 0.0) != column.write(column.value(other) or 0.0)
 
 
-def differences(one: Story, other: Story) -> list[Difference]:
-    """Options, versions, data and machines that are not those of the run before."""
-    before, after = _circumstances(one), _circumstances(other)
+def differences(one: RunResults, other: RunResults) -> list[Difference]:
+    """Return the options, versions, data and machines of a run that differ from those of the previous run."""
+    before, after = _settings(one), _settings(other)
     names = dict.fromkeys([*before, *after])
     return [
         Difference(name, before.get(name, "not recorded"), after.get(name, "not recorded"))
@@ -235,15 +327,17 @@ def differences(one: Story, other: Story) -> list[Difference]:
     ]
 
 
-def _circumstances(story: Story) -> dict[str, str]:
-    """Everything recorded that may be why a figure changed."""
-    frozen = story.quantized
-    known: dict[str, Any] = {section: story.options(section) for section in SECTIONS}
+def _settings(results: RunResults) -> dict[str, str]:
+    """Return everything recorded that could explain a changed metric, by name."""
+    frozen = results.quantized
+    known: dict[str, Any] = {section: results.options(section) for section in SECTIONS}
+    # The identity, not the path: the same model may be stored elsewhere.
     known["model"] = (frozen.get("model") or {}).get("identity") or {}
     known["training data"] = {"sha256": (frozen.get("data") or {}).get("sha256")}
     known["version"] = versions(frozen)
-    for report in story.reports:
+    for report in results.reports:
         known[report.device] = {
+            # Free memory and disk space differ in every run.
             **{key: value for key, value in report.machine.items() if not key.startswith("free_")},
             "runtime": {label(row): row.runtime for row in report.measured},
         }

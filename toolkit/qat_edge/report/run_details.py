@@ -1,4 +1,4 @@
-"""What surrounds the figures: options, machine, versions, identities, and the words explained."""
+"""Details of a run for the end of its page: options, machine, versions and artifacts, as names and values."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qat_edge.evaluate.encoder_results import MEASURES, Comparison
-from qat_edge.evaluate.results import Measured, Report
-from qat_edge.report.collect import Story
-from qat_edge.report.figures import label, megabytes, number
-from qat_edge.report.tables import Cell, Row, Table
+from qat_edge.evaluate.encoder_results import EncoderReport
+from qat_edge.evaluate.results import Measurement, Report
+from qat_edge.report.collect import RunResults
+from qat_edge.report.formatting import label, megabytes, number
+from qat_edge.report.tables import MISSING, Table, TableCell, TableRow
 
+# Divisor and unit of a value, by the suffix of its name.
 UNITS = {
     "_bytes": (1e6, "MB"),
     "_ms": (1, "ms"),
@@ -20,108 +21,52 @@ UNITS = {
     "_ghz": (1, "GHz"),
     "_mhz": (1, "MHz"),
 }
-WORDS = (
-    ("FP32 base", "The model as it was before fine-tuning, in 32-bit floats."),
-    ("FP32 fine-tuned", "Phase 1's LoRA adapters, merged in 32-bit floats. The reference of everything here."),
-    (
-        "QAT",
-        "Quantization-aware training: phase 2 trains on with the deployed rounding in the forward pass. "
-        "The codes and scales it ends with are the ones that ship.",
-    ),
-    (
-        "PTQ: RTN, HQQ, GPTQ, AWQ",
-        "Post-training quantization: the FP32 fine-tune quantized without further training. RTN (round-to-nearest) "
-        "and HQQ look at the weights alone, GPTQ and AWQ also at some training rows.",
-    ),
-    ("Exact match", "Share of evaluation prompts whose generated answer equals the expected one."),
-    (
-        "Perplexity",
-        "How many next tokens the model hesitates between on the evaluation text: "
-        "exp of the mean loss in nats. Less is better.",
-    ),
-    (
-        "KL",
-        "Kullback–Leibler divergence of the model's next-token probabilities from the FP32 fine-tune's, "
-        "mean over tokens, in nats. 0 is the same distribution.",
-    ),
-    ("Top-1", "Share of tokens for which both models' first choice is the same."),
-    (
-        "Same answers, first difference",
-        "Share of evaluation prompts answered token for token as the FP32 fine-tune does, and in the other answers the "
-        "median place, counted from 0, of the first divergent token.",
-    ),
-    ("SQNR", "Signal to quantization noise of the logits: 20 dB is an error of a tenth, 40 dB of a hundredth."),
-    ("Parity", "An artifact against its own frozen checkpoint in torch: is it the function that was frozen?"),
-    (
-        "Noise floor",
-        "The frozen checkpoint against itself with its embeddings disturbed by one part in 10 million. "
-        "A last-bit difference flips rounded activations, and those flip more in deeper layers, so no two runtimes "
-        "agree better than about this.",
-    ),
-    ("Prefill, decode", "Speed of reading the prompt, and of writing the answer token by token."),
-    ("First token", "Time from handing over the whole prompt to the first token of the answer."),
-    ("Memory", "Peak resident memory above what the runtime took before it loaded the artifact."),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Facts:
+class DetailList:
     """A titled list of names and values."""
 
     title: str
     rows: list[tuple[str, str]]
 
 
-def about_report(report: Report) -> list[Facts]:
-    """Machine and options of one report."""
+def report_details(report: Report) -> list[DetailList]:
+    """Return the machine, the runtimes and the options of one report."""
+    machine = [("device", report.device), ("measured", report.created), *flatten(report.machine)]
     lists = [
-        Facts("Machine", [("device", report.device), ("measured", report.created), *flatten(report.machine)]),
-        Facts("Runtimes", [(label(row), _runtime(row)) for row in report.measured]),
-        Facts("Options of validate", flatten(report.options)),
+        DetailList("Machine", machine),
+        DetailList("Runtimes", [(label(row), _runtime(row)) for row in report.measured]),
+        DetailList("Options of validate", flatten(report.options)),
     ]
     return [item for item in lists if item.rows]
 
 
-def about_answers(comparison: Comparison) -> list[Facts]:
-    """The same of an encoder."""
+def encoder_details(comparison: EncoderReport) -> list[DetailList]:
+    """Return the machine and the options of an encoder's measurement."""
     machine = [("device", comparison.device), ("measured", comparison.created), *flatten(comparison.machine)]
-    return [Facts("Machine", machine), Facts("Options of validate", flatten(comparison.options))]
+    return [DetailList("Machine", machine), DetailList("Options of validate", flatten(comparison.options))]
 
 
-def encoder_words(comparison: Comparison) -> list[tuple[str, str]]:
-    """The words of an encoder's page, explained."""
-    known = [(word, meaning) for word, meaning in WORDS if word.startswith(("FP32 fine-tuned", "QAT", "PTQ"))]
-    alike = [("Same label", "Share of texts that get the label which the FP32 fine-tune gives them.")]
-    return [
-        *known,
-        (comparison.measure.capitalize(), f"The {MEASURES[comparison.measure]}, on the evaluation rows."),
-        (
-            "Cosine",
-            "Of an artifact's answer to a text (logits or embedding) and the FP32 fine-tune's: the mean over the "
-            "texts, and the least. 1 is the same direction.",
-        ),
-        *(alike if any(row.agreement is not None for row in comparison.answered) else []),
-        ("Parity", "An artifact against its own frozen checkpoint in torch: is it the function that was frozen?"),
-    ]
-
-
-def about_run(story: Story) -> list[Facts]:
-    """Identities, options and versions of everything before the measurement."""
-    frozen = story.quantized
+def provenance(results: RunResults) -> list[DetailList]:
+    """Return identities, options and versions of everything that happened before the measurement."""
+    # The manifest of the frozen checkpoint records model, data, scheme and versions.
+    frozen = results.quantized
     scheme = frozen.get("scheme") or {}
+    data = {"training": frozen.get("data"), "seed": frozen.get("seed")} if frozen else {}
     lists = [
-        Facts("Model", flatten(frozen.get("model") or {})),
-        Facts("Data", flatten({"training": frozen.get("data"), "seed": frozen.get("seed")} if frozen else {})),
-        Facts("Quantization", flatten(scheme if isinstance(scheme, dict) else {})),
-        Facts("Options of finetune", flatten(story.options("finetune"))),
-        Facts("Options of export", flatten(story.options("export"))),
-        Facts("Versions when the weights were frozen", flatten(versions(frozen))),
+        DetailList("Model", flatten(frozen.get("model") or {})),
+        DetailList("Data", flatten(data)),
+        DetailList("Quantization", flatten(scheme if isinstance(scheme, dict) else {})),
+        DetailList("Options of finetune", flatten(results.options("finetune"))),
+        DetailList("Options of export", flatten(results.options("export"))),
+        DetailList("Versions that froze the checkpoint", flatten(versions(frozen))),
     ]
     return [item for item in lists if item.rows]
 
 
 def versions(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a part of a run, by name; empty where its manifest is missing."""
+    """Return the versions recorded in a manifest, by the name of the software; empty if the manifest is missing."""
     if not manifest:
         return {}
     names = {"qat-edge": "qat_edge", "git revision": "git_revision", "python": "python", "platform": "platform"}
@@ -132,44 +77,48 @@ def versions(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def artifacts(story: Story) -> Table | None:
-    """What was exported, how long it took, and which file it is."""
-    rows = []
-    for name, manifest in story.exports.items():
-        options, files = manifest.get("options") or {}, manifest.get("files") or {}
-        context = [] if story.answers else [_number_cell(options.get("context_length"))]
-        largest = max(files, key=lambda file: files[file]["bytes"], default="")
-        rows.append(
-            Row(
-                name,
-                "ptq" if name.startswith("ptq/") else "qat",
-                [
-                    *context,
-                    _number_cell(manifest.get("wall_s")),
-                    Cell(str(len(files)), len(files)),
-                    Cell(largest or "–"),
-                    Cell(str(files[largest].get("sha256", "–"))[:16] if largest else "–"),
-                ],
-            )
-        )
-    heads = [] if story.answers else [("Context", "tokens")]
-    heads += [("Export took", "s"), ("Files", ""), ("Largest file", ""), ("Its sha256", "start")]
+def artifacts(results: RunResults) -> Table | None:
+    """Return a table of the exported artifacts; None if there are none. An encoder's has no context length."""
+    has_context = results.encoder is None
+    rows = [
+        TableRow(name, "ptq" if name.startswith("ptq/") else "qat", _artifact_cells(manifest, has_context))
+        for name, manifest in results.exports.items()
+    ]
+    heads = [("Context", "tokens")] if has_context else []
+    heads += [("Export time", "s"), ("Files", ""), ("Largest file", ""), ("SHA-256", "first 16 digits")]
     return Table("Exported artifacts", heads, rows, first="Folder") if rows else None
 
 
+def _artifact_cells(manifest: Mapping[str, Any], has_context: bool) -> list[TableCell]:
+    options, files = manifest.get("options") or {}, manifest.get("files") or {}
+    # The largest file is the one that people copy, so its hash identifies the artifact.
+    largest = max(files, key=lambda file: files[file]["bytes"], default="")
+    return [
+        *([_number_cell(options.get("context_length"))] if has_context else []),
+        _number_cell(manifest.get("wall_s")),
+        TableCell(str(len(files)), len(files)),
+        TableCell(largest) if largest else MISSING,
+        TableCell(str(files[largest].get("sha256", "–"))[:16]) if largest else MISSING,
+    ]
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as lines, `data · sha256`, with units where the name carries one."""
+    """Return nested values as pairs of name and text: {"data": {"rows": 3}} becomes ("data · rows", "3").
+
+    A suffix of a name that is a unit (see `UNITS`) moves to the value: ("wall_s", 3.5) becomes ("wall", "3.50 s").
+    """
     lines: list[tuple[str, str]] = []
     for key, value in values.items():
+        # Nested sections keep their names as a prefix.
         if isinstance(value, Mapping):
             lines += flatten(value, f"{prefix}{key} · ")
             continue
-        name, words = _worded(str(key), value)
-        lines.append((f"{prefix}{name}", words))
+        name, text = _name_and_text(str(key), value)
+        lines.append((f"{prefix}{name}", text))
     return lines
 
 
-def _runtime(row: Measured) -> str:
+def _runtime(row: Measurement) -> str:
     words = [row.runtime]
     if row.memory_bytes is not None:
         words.append(f"peak memory {megabytes(row.memory_bytes)} MB")
@@ -178,12 +127,14 @@ def _runtime(row: Measured) -> str:
     return ", ".join(words)
 
 
-def _worded(key: str, value: Any) -> tuple[str, str]:
+def _name_and_text(key: str, value: Any) -> tuple[str, str]:
+    # A bool is an int in Python, so it comes first.
     if isinstance(value, bool):
         return key, "yes" if value else "no"
     if value is None:
         return key, "not set"
     if isinstance(value, int | float):
+        # Names carry the unit as a suffix: "wall_s", "memory_bytes".
         for suffix, (divisor, unit) in UNITS.items():
             if key.endswith(suffix):
                 return key.removesuffix(suffix), f"{number(value / divisor)} {unit}"
@@ -193,5 +144,6 @@ def _worded(key: str, value: Any) -> tuple[str, str]:
     return key, str(value)
 
 
-def _number_cell(value: Any) -> Cell:
-    return Cell(number(value), value) if isinstance(value, int | float) else Cell("–")
+def _number_cell(value: Any) -> TableCell:
+    """Return the cell of a value from a manifest, which may be of any type."""
+    return TableCell(number(value), value) if isinstance(value, int | float) else MISSING

@@ -1,4 +1,4 @@
-"""The page: tables, plots and facts in the order they are read, filled into page.html with all text escaped."""
+"""Page of one run (run.html): verdict, tables, charts and details, with all text escaped."""
 
 from __future__ import annotations
 
@@ -10,33 +10,43 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from qat_edge.evaluate.results import Measured, Report
-from qat_edge.report import plots, run_details, tables, waterfall
-from qat_edge.report.collect import Story
-from qat_edge.report.figures import (
+from qat_edge.evaluate.results import Measurement, Report
+from qat_edge.report import glossary, plots, run_details, tables, waterfall
+from qat_edge.report.collect import RunResults
+from qat_edge.report.formatting import (
     ROLES,
     TARGETS,
-    Model,
+    ReportedModel,
     duration,
     label,
     megabytes,
     number,
+    part_label,
     percent,
     plain,
     role,
     span,
     whole_percent,
 )
-from qat_edge.report.tables import Table
+from qat_edge.report.tables import GateRow, Table
 from qat_edge.report.verdict import Verdict, shipped
 
 HERE = Path(__file__).parent
-NOT_VALIDATED = "no row of the report holds this; `qat-edge validate` measures it"
+# Reason shown in place of a chart without data.
+NOT_VALIDATED = "no row of the report has it; `qat-edge validate` measures it"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """svg empty: nothing to draw, `caption` then gives the reason. legend: CSS class of the swatch, words."""
+    """A chart with its title.
+
+    Attributes:
+        title: Title above the chart.
+        svg: The chart; empty if there is nothing to draw, and `caption` then gives the reason.
+        caption: Text below the chart.
+        legend: CSS class of each swatch, and its text.
+        table: The data of the chart, if the page offers it.
+    """
 
     title: str
     svg: Markup
@@ -47,30 +57,38 @@ class Plot:
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure large: QAT's, with what it is to be compared with below."""
+    """One metric of QAT in large type.
+
+    Attributes:
+        name: Name of the metric.
+        value: Its value, or its range over the targets.
+        unit: Unit of the value.
+        compared: Name and value of each model to compare it with.
+    """
 
     name: str
-    figure: str
+    value: str
     unit: str
-    beside: list[tuple[str, str]]
+    compared: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Device:
-    """Everything about one report."""
+class DeviceSection:
+    """Everything the page shows about the report of one device."""
 
     report: Report
     verdict: Verdict
     tiles: list[Tile]
-    gates: list[dict[str, Any]]
+    gates: list[GateRow]
     summary: Table
     parity: Table | None
     plots: list[Plot]
-    facts: list[run_details.Facts]
+    details: list[run_details.DetailList]
 
 
 def environment() -> Environment:
-    """Templates beside this file, with everything they are given escaped."""
+    """Return the template environment: templates from this folder, every value escaped."""
+    # StrictUndefined: a template that names a missing value is a bug, not an empty string.
     return Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -82,119 +100,127 @@ def environment() -> Environment:
 
 
 def style() -> Markup:
-    """The style sheet, to stand inside a page."""
+    """Return the style sheet, to be inserted into a page."""
     return Markup((HERE / "style.css").read_text(encoding="utf-8"))
 
 
-def render(story: Story) -> str:
-    """The whole page as one text."""
-    devices = [_device(story, index) for index in range(len(story.reports))]
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            model=story.model,
-            subtitle=subtitle(story),
-            style=style(),
-            devices=devices,
-            about=run_details.about_run(story),
-            artifacts=run_details.artifacts(story),
-            verified=story.verified,
-            missing=story.missing,
-            words=run_details.WORDS,
-            version=story.quantized.get("qat_edge"),
-        )
-    )
+def render(results: RunResults) -> str:
+    """Return the HTML of the whole page."""
+    devices = [_device_section(results, index) for index in range(len(results.reports))]
+    return environment().get_template("run.html").render(
+        model=results.model,
+        subtitle=subtitle(results),
+        style=style(),
+        devices=devices,
+        provenance=run_details.provenance(results),
+        artifacts=run_details.artifacts(results),
+        verified=results.verified,
+        missing=results.missing,
+        glossary=glossary.RUN_TERMS,
+        version=results.quantized.get("qat_edge"),
+    )  # fmt: skip
 
 
-def _device(story: Story, index: int) -> Device:
-    report, judged = story.reports[index], story.verdicts[index]
-    training = [training_plot(story)] if index == 0 else []
-    return Device(
+def _device_section(results: RunResults, index: int) -> DeviceSection:
+    report = results.reports[index]
+    # The training curve does not depend on the device, so only the first section shows it.
+    training = [training_plot(results)] if index == 0 else []
+    return DeviceSection(
         report=report,
-        verdict=judged,
+        verdict=results.verdicts[index],
         tiles=_tiles(report),
         gates=tables.gates(report.gates),
         summary=tables.summary(report),
         parity=tables.parity(report),
         plots=[*training, *_measured_plots(report, index), *_budget_plots(report, index)],
-        facts=run_details.about_report(report),
+        details=run_details.report_details(report),
     )
 
 
-def subtitle(story: Story) -> list[str]:
-    """Short facts under the model's name."""
-    rank, group = story.options("finetune").get("lora_rank"), story.options("finetune").get("group_size")
-    words = [
+def subtitle(results: RunResults) -> list[str]:
+    """Return the phrases below the model's name: method, scheme, devices and date."""
+    options = results.options("finetune")
+    rank, group = options.get("lora_rank"), options.get("group_size")
+    devices = ", ".join(measured.device for measured in results.measurements)
+    phrases = [
         f"LoRA of rank {rank}" if rank is not None else "",
         f"int4 weights in groups of {group}, int8 activations" if group is not None else "",
-        f"measured on {', '.join(one.device for one in story.measurements)}",
-        str(story.measurements[0].created),
+        f"measured on {devices}",
+        str(results.measurements[0].created),
     ]
-    return [word for word in words if word]
+    return [phrase for phrase in phrases if phrase]
 
 
 def _tiles(report: Report) -> list[Tile]:
-    """QAT's own figures, each with those of the fine-tune and of post-training quantization."""
-    qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
-    tuned = [row for row in report.measured if role(row) == "tuned"]
-    tiles = []
+    """Return QAT's main metrics, each with those of the FP32 fine-tune and of PTQ."""
+    # Rows by role: those of QAT, and those it is compared with.
+    rows = {
+        "qat": shipped(report, "qat"),
+        "tuned": [row for row in report.measured if role(row) == "tuned"],
+        "ptq": shipped(report, "ptq"),
+    }
+
+    # Metrics that an app developer decides by, in this order.
     columns = {column.name: column for column in tables.COLUMNS}
-    picks: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    metrics: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("Exact match", "%", lambda share: percent(share).removesuffix("%")),
         ("Perplexity", "", number),
         ("Size", "MB", megabytes),
+        # Decode speed is what a user waits for; prefill is in the table.
         ("Decode", "tokens/s", number),
     )
-    for name, unit, write in picks:
-        column = columns[name]
-        known = {
-            kind: [value for row in rows if (value := column.value(row)) is not None]
-            for kind, rows in (("qat", qat), ("tuned", tuned), ("ptq", ptq))
-        }
-        if not known["qat"]:
+
+    tiles = []
+    for name, unit, write in metrics:
+        values = {key: tables.known_values(columns[name], group) for key, group in rows.items()}
+        # A tile without a value of QAT would have nothing to show.
+        if not values["qat"]:
             continue
-        beside = [
-            (name, span(known[kind], write, "–"))
-            for kind, name in (("tuned", "FP32 fine-tuned"), ("ptq", "PTQ"))
-            if known[kind]
-        ]
-        tiles.append(Tile(column.name, span(known["qat"], write, "–"), unit, beside))
+        compared = [(ROLES[key], span(values[key], write, "–")) for key in ("tuned", "ptq") if values[key]]
+        tiles.append(Tile(name, span(values["qat"], write, "–"), unit, compared))
     return tiles
 
 
-def training_plot(story: Story, unit: str = "nats per token") -> Plot:
-    """The loss over the steps. unit: what it is counted in."""
+def training_plot(results: RunResults, unit: str = "nats per token") -> Plot:
+    """Return the chart of the training loss. unit: unit of the loss."""
     title = "Training"
-    if story.training is None:
-        return _not_measured(title, story.missing["training"])
-    log = story.training
+    if results.training is None:
+        return _not_measured(title, results.missing["training"])
+
+    log = results.training
+    # The file may be damaged by hand: anything but an object is skipped.
     curve = [row for row in log.get("curve", []) if isinstance(row, dict)]
     svg = plots.loss_curve("training", curve, unit)
     if not svg:
-        return _not_measured(title, "the training log holds no finite loss")
+        return _not_measured(title, "the training log has no finite loss")
+
     legend = [("l-raw", "each step"), ("l-smooth", "smoothed")]
     if any("eval_loss" in row for row in curve):
         legend.append(("l-eval", "evaluation rows"))
-    return Plot(title, Markup(svg), _training_words(log), legend, tables.losses(curve, unit))
+    return Plot(title, Markup(svg), _training_caption(log), legend, tables.losses(curve, unit))
 
 
-def _training_words(log: dict[str, Any]) -> str:
-    """How long training took and on what, as far as the log says."""
-    words = []
+def _training_caption(log: dict[str, Any]) -> str:
+    """Return the phases, the time and the memory of the training, as far as the log records them."""
+    sentences = []
     start, steps = log.get("qat_start_step"), log.get("steps")
     if start is not None and steps is not None:
-        words.append(f"Steps 1 to {start} train LoRA in float, the rest up to {steps} with the deployed rounding")
-    how = [str(log["device"])] if log.get("device") else []
+        sentences.append(f"LoRA training in floats until step {start}, then QAT until step {steps}")
+
+    resources = []
     if isinstance(log.get("wall_s"), int | float):
-        how.insert(0, duration(log["wall_s"]))
+        resources.append(duration(log["wall_s"]))
+    if log.get("device"):
+        resources.append(str(log["device"]))
     if isinstance(log.get("peak_memory_bytes"), int):
-        how.append(f"peak memory {number(log['peak_memory_bytes'] / 1e9)} GB")
-    if how:
-        words.append(", ".join(how))
+        resources.append(f"peak memory {number(log['peak_memory_bytes'] / 1e9)} GB")
+    if resources:
+        sentences.append(", ".join(resources))
+
+    # Truncated rows train on incomplete text, so users should know their number.
     if log.get("truncated_rows") is not None:
-        words.append(f"{log['truncated_rows']} training rows were cut at the longest length")
-    return ". ".join(words) + "." if words else ""
+        sentences.append(f"{log['truncated_rows']} training rows were truncated to the maximum length")
+    return ". ".join(sentences) + "." if sentences else ""
 
 
 def _measured_plots(report: Report, index: int) -> list[Plot]:
@@ -206,66 +232,74 @@ def _measured_plots(report: Report, index: int) -> list[Plot]:
     ]
 
 
-def _quality_plot(rows: Sequence[Measured], index: int) -> Plot:
+def _quality_plot(rows: Sequence[Measurement], index: int) -> Plot:
     title = "Accuracy against size"
     svg = plots.accuracy_by_size(f"quality-{index}", rows)
     if not svg:
         return _not_measured(title, NOT_VALIDATED)
-    shown = plots.shown_by_size(rows)
-    shapes = {plots.SHAPES.get(row.target, "diamond"): TARGETS.get(row.target, row.target) for row in shown}
+
+    drawn = plots.rows_by_size(rows)
+    # Shapes stand for targets; colors are explained by the labels in the chart.
+    shapes = {plots.SHAPES.get(row.target, "diamond"): TARGETS.get(row.target, row.target) for row in drawn}
     legend = [(f"l-{shape}", name) for shape, name in shapes.items()]
-    if {"ptq", "qat"} <= {role(row) for row in shown}:
-        legend.append(("l-gain", "what QAT changes"))
-    caption = f"{'Up' if plots.exact_drawn(rows) else 'Down'} and to the left is better."
+    if {"ptq", "qat"} <= {role(row) for row in drawn}:
+        legend.append(("l-gain", "from PTQ to QAT"))
+    caption = f"{'Up' if plots.draws_exact_match(rows) else 'Down'} and to the left is better."
     return Plot(title, Markup(svg), caption, legend, tables.quality(rows))
 
 
-def parts_plot(rows: Sequence[Model], index: int) -> Plot:
-    """What takes how much of every artifact, and of the FP32 fine-tune's size."""
+def parts_plot(rows: Sequence[ReportedModel], index: int) -> Plot:
+    """Return the chart of each artifact's size by part, with its share of the FP32 fine-tune's size as caption."""
     title = "Size by part"
     svg = plots.size_by_part(f"parts-{index}", rows)
     if not svg:
         return _not_measured(title, NOT_VALIDATED)
-    shown = plots.shown_by_part(rows)
-    names = dict.fromkeys(part for row in shown for part, _ in plots.ordered_parts(row))
-    legend = [(f"p-{plots.part_class(part)}", part) for part in names]
-    tuned = next((row for row in rows if role(row) == "tuned" and row not in shown and row.total_bytes), None)
+
+    drawn = plots.rows_by_part(rows)
+    names = dict.fromkeys(part for row in drawn for part, _ in plots.ordered_parts(row))
+    legend = [(f"p-{plots.part_class(part)}", part_label(part)) for part in names]
+
+    # A float model is several times larger: its bar would make the parts of the others unreadable.
+    tuned = next((row for row in rows if role(row) == "tuned" and row not in drawn and row.total_bytes), None)
     caption = ""
     if tuned:
-        shares = [row.total_bytes / tuned.total_bytes for row in shown]
+        shares = [row.total_bytes / tuned.total_bytes for row in drawn]
         caption = (
-            f"{span(shares, whole_percent)} of the FP32 fine-tune, whose weights take "
+            f"{span(shares, whole_percent)} of the size of the FP32 fine-tune, whose weights take "
             f"{megabytes(tuned.total_bytes)} MB (not drawn)."
         )
-    return Plot(title, Markup(svg), caption, legend, tables.parts([*shown, *([tuned] if tuned else [])]))
+    return Plot(title, Markup(svg), caption, legend, tables.parts([*drawn, *([tuned] if tuned else [])]))
 
 
-def _speed_plot(rows: Sequence[Measured], index: int) -> Plot:
+def _speed_plot(rows: Sequence[Measurement], index: int) -> Plot:
     title = "Speed"
     svg = plots.speed_bars(f"speed-{index}", rows)
     if not svg:
         return _not_measured(title, NOT_VALIDATED)
+
+    caption = "Bars are medians; whiskers span the slowest to the fastest repeat."
+    # The caption names the models without a speed, so that nobody looks for their bars.
     untimed = [label(row) for row in rows if row.speed is None]
-    caption = "Bars are medians, whiskers reach from the slowest to the fastest repeat."
     if untimed:
         caption += f" Not measured: {', '.join(untimed)}."
-    kinds = dict.fromkeys(role(row) for row in rows if row.speed is not None)
-    legend = [(f"l-bar c-{kind}", ROLES.get(kind, "other")) for kind in kinds]
+    roles = dict.fromkeys(role(row) for row in rows if row.speed is not None)
+    legend = [(f"l-bar c-{name}", ROLES.get(name, "other")) for name in roles]
     return Plot(title, Markup(svg), caption, legend, tables.speeds(rows))
 
 
 def _budget_plots(report: Report, index: int) -> list[Plot]:
-    """One a budget; none where validate was not asked for any."""
+    """Return one chart per error budget; none if validate did not compute any."""
     legend = [
-        ("l-bar c-more", "costs"),
-        ("l-bar c-less", "gains"),
-        ("l-bar c-qat", "sums"),
+        ("l-bar c-more", "increases loss"),
+        ("l-bar c-less", "reduces loss"),
+        ("l-bar c-qat", "total"),
         ("l-bar c-floor", "noise floor"),
     ]
     found = []
-    for number_, budget in enumerate(report.budgets):
+    for position, budget in enumerate(report.budgets):
         title = f"Error budget, QAT · {TARGETS.get(budget.target, budget.target)}"
-        svg = waterfall.waterfall(f"budget-{index}-{number_}", budget)
+        # Element ids have to be unique on the page: a chart per device and artifact.
+        svg = waterfall.waterfall(f"budget-{index}-{position}", budget)
         if svg:
             found.append(Plot(title, Markup(svg), waterfall.caption(budget), legend, waterfall.table(budget)))
         else:

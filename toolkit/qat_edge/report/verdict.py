@@ -1,4 +1,7 @@
-"""What the figures say, in sentences: computed, never chosen, and plain where QAT gains nothing."""
+"""Sentences computed from the metrics: QAT compared with the FP32 fine-tune and with the best PTQ method.
+
+The sentences follow from the numbers alone. Where QAT is no better than PTQ, the headline begins with that.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qat_edge.evaluate.encoder_results import CORRELATION, Answered, Comparison
-from qat_edge.evaluate.results import Measured, Report
-from qat_edge.report.figures import cosine, number, percent, role, span, whole_percent
+from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
+from qat_edge.evaluate.results import Measurement, Report
+from qat_edge.report.formatting import cosine, number, percent, role, span, whole_percent
 
-Z_95 = 1.96  # two-sided 95% of a normal distribution
+Z_95 = 1.96  # two-sided 95% quantile of the normal distribution
+NO_QAT = "No QAT artifact was measured, so there is no result yet."
+NO_PTQ = "No PTQ method was measured for comparison."
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """headline: the comparison. context: what fine-tuning itself did. notes: what to keep in mind.
+    """The conclusion of one report, in sentences.
 
-    figures: the numbers in the headline, by name.
+    Attributes:
+        headline: The comparison.
+        notes: Caveats.
+        figures: Numbers of the headline, by name.
+        context: The improvement by fine-tuning alone.
     """
 
     headline: str
@@ -27,208 +36,250 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """Rows of one report that the sentences are about; `ptq` holds only targets that `qat` has too.
+class _ComparedModels:
+    """Rows of one report that the sentences are about.
 
-    rival: what the sentences call the method of `ptq`, the best of those measured.
+    Attributes:
+        tuned: The FP32 fine-tune.
+        qat: QAT artifacts.
+        ptq: Artifacts of the best PTQ method, only on targets that `qat` has too.
+        ptq_name: Name of that method in the sentences.
     """
 
-    tuned: Measured
-    qat: list[Measured]
-    ptq: list[Measured]
-    rival: str
+    tuned: Measurement
+    qat: list[Measurement]
+    ptq: list[Measurement]
+    ptq_name: str
 
 
 def verdict(report: Report) -> Verdict:
-    """Compare QAT with the FP32 fine-tune and with the best post-training method, on this report's figures."""
+    """Compare QAT with the FP32 fine-tune and with the best PTQ method, by the metrics of this report."""
     tuned = next((row for row in report.measured if role(row) == "tuned"), None)
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     if not qat:
-        return Verdict("No QAT artifact was measured, so there is nothing to judge yet.", [], {})
+        return Verdict(NO_QAT, [], {})
     if tuned is None:
-        return Verdict("The FP32 fine-tune was not measured, so QAT has nothing to be held against.", [], {})
+        return Verdict("The FP32 fine-tune was not measured, so there is no reference to compare QAT with.", [], {})
+
     if ptq:
+        # Both are compared on the same targets.
         targets = {row.target for row in qat} & {row.target for row in ptq}
         ptq = [row for row in ptq if row.target in targets]
-    compared = _Compared(tuned, qat, *_best_method(ptq))
-    asked = all(row.exact_match is not None for row in (tuned, *qat))
-    by_exact = asked and bool(tuned.exact_match)
-    if not by_exact and not all(row.scored for row in (*compared.qat, *compared.ptq)):
-        return Verdict("The runner gave no logits, and no exact match decides, so QAT cannot be judged.", [], {})
-    judged = _by_exact_match(compared) if by_exact else _by_perplexity(compared, asked)
-    return replace(judged, context=_fine_tuning(report, tuned))
+    compared = _ComparedModels(tuned, qat, *_best_method(ptq))
+
+    # Exact match is what users see, so it decides where it is known and the fine-tune solves any prompt at all.
+    has_exact_match = all(row.exact_match is not None for row in (tuned, *qat))
+    by_exact_match = has_exact_match and bool(tuned.exact_match)
+    if not by_exact_match and not all(row.scored for row in (*compared.qat, *compared.ptq)):
+        return Verdict(
+            "QAT cannot be compared: the runner returned no logits, so there is no perplexity, and exact match is "
+            "missing or 0 for the FP32 fine-tune.",
+            [],
+            {},
+        )
+    found = _by_exact_match(compared) if by_exact_match else _by_perplexity(compared, has_exact_match)
+    return replace(found, context=_fine_tuning(report, tuned))
 
 
-def of_encoder(comparison: Comparison) -> Verdict:
-    """The same of an encoder, on what its texts were answered."""
-    rows = comparison.answered
+def encoder_verdict(comparison: EncoderReport) -> Verdict:
+    """Compare a QAT encoder with the FP32 fine-tune and with the best PTQ method, by task quality and cosine."""
+    rows = comparison.results
     tuned, qat = rows[0], next((row for row in rows if role(row) == "qat"), None)
     if qat is None:
-        return Verdict("No QAT artifact was measured, so there is nothing to judge yet.", [], {})
+        return Verdict(NO_QAT, [], {})
+
+    # QAT against the FP32 fine-tune.
     write = number if comparison.measure == CORRELATION else percent
     size = qat.total_bytes / max(tuned.total_bytes, 1)
+    article = "an" if comparison.measure[0] in "aeiou" else "a"
     text = (
-        f"QAT has {'an' if comparison.measure[0] in 'aeiou' else 'a'} {comparison.measure} of {write(qat.quality)} "
-        f"where the FP32 fine-tune has {write(tuned.quality)}, and a mean cosine of {cosine(qat.cosine or 0.0)} with "
-        f"its answers, at {whole_percent(size)} of its size"
+        f"QAT has {article} {comparison.measure} of {write(qat.quality)} (FP32 fine-tune: {write(tuned.quality)}) and "
+        f"a mean cosine of {cosine(qat.cosine or 0.0)} with the outputs of the FP32 fine-tune, at "
+        f"{whole_percent(size)} of its size"
     )
     figures = {"qat_quality": [qat.quality], "qat_cosine": [qat.cosine or 0.0], "qat_size_share": [size]}
+
+    # QAT against the best PTQ method.
     ptq = [row for row in rows if role(row) == "ptq"]
     if not ptq:
-        return Verdict(f"{text}. No post-training method was measured beside it.", [], figures)
+        return Verdict(f"{text}. {NO_PTQ}", [], figures)
     best = max(ptq, key=lambda row: (row.quality, row.cosine or 0.0))
     figures |= {"ptq_quality": [best.quality], "ptq_cosine": [best.cosine or 0.0]}
-    rival = _called(best.name, len(ptq) > 1)
-    text = f"{text}; {rival} has {write(best.quality)} and {cosine(best.cosine or 0.0)}"
+    ptq_name = _method_name(best.name, is_best=len(ptq) > 1)
+    text = f"{text}; {ptq_name} has {write(best.quality)} and {cosine(best.cosine or 0.0)}"
     gains = [qat.quality - best.quality, (qat.cosine or 0.0) - (best.cosine or 0.0)]
     if max(gains) <= 0:
-        text = f"QAT gains nothing here: {text}"
+        text = _no_gain(text)
     elif min(gains) < 0:
-        text = f"{text}, and which is better depends on the figure"
-    return Verdict(f"{text}.", _rows_note(comparison, qat, best, rival), figures)
+        text = f"{text}, so which is better depends on the metric"
+    return Verdict(f"{text}.", _rows_note(comparison, qat, best, ptq_name), figures)
 
 
-def _rows_note(comparison: Comparison, qat: Answered, best: Answered, rival: str) -> list[str]:
-    """Say so where so few rows cannot tell two shares apart."""
-    if comparison.measure == CORRELATION or not _by_chance(qat.quality, best.quality, comparison.rows):
+def _rows_note(comparison: EncoderReport, qat: EncoderResult, best: EncoderResult, ptq_name: str) -> list[str]:
+    """Return a caveat if there are too few rows to tell the two shares apart."""
+    # A correlation is not a share, so the test of `_within_chance` does not apply.
+    if comparison.measure == CORRELATION or not _within_chance(qat.quality, best.quality, comparison.rows):
         return []
     return [
-        f"{comparison.rows} rows cannot tell the {comparison.measure} of QAT from that of {rival.partition(',')[0]} "
-        "with 95% certainty; give more with --eval-data."
+        f"With {comparison.rows} rows, the difference in {comparison.measure} between QAT and "
+        f"{ptq_name.partition(',')[0]} is not significant (95% confidence); give more rows with --eval-data."
     ]
 
 
-def _called(name: str, others: bool) -> str:
-    """What sentences call a method. others: whether it is the best of several."""
-    words = name.removeprefix("ptq (").removesuffix(")") or "round-to-nearest"
-    return f"{words}, the best of the post-training methods measured," if others else words
+def _method_name(name: str, is_best: bool) -> str:
+    """Return the name of a PTQ method in a sentence. is_best: whether it is the best of several methods."""
+    title = name.removeprefix("ptq (").removesuffix(")") or "round-to-nearest"
+    return f"{title}, the best PTQ method measured," if is_best else title
 
 
-def _best_method(rows: list[Measured]) -> tuple[list[Measured], str]:
-    """Rows of the method with the most exact answers on average, or the least perplexity, and its name."""
-    methods: dict[str, list[Measured]] = {}
+def _best_method(rows: list[Measurement]) -> tuple[list[Measurement], str]:
+    """Return the rows and the name of the PTQ method with the highest mean exact match, or the lowest perplexity."""
+    methods: dict[str, list[Measurement]] = {}
     for row in rows:
         methods.setdefault(row.name, []).append(row)
-    others = len(methods) > 1
-    # A method that lacks a target that others have could win by that alone.
+    several = len(methods) > 1
+
+    # A method that was not measured on every target could win by the missing target alone, so it is left out.
     most = max((len(found) for found in methods.values()), default=0)
     methods = {name: found for name, found in methods.items() if len(found) == most}
-    asked = all(row.exact_match is not None for row in rows)
+    has_exact_match = all(row.exact_match is not None for row in rows)
 
     def merit(name: str) -> tuple[float, float]:
         found = methods[name]
-        exact = sum(_exact(row) for row in found) / len(found) if asked else 0.0
+        exact = sum(_exact_match(row) for row in found) / len(found) if has_exact_match else 0.0
         return exact, -sum(row.perplexity for row in found) / len(found)
 
+    # Ties in exact match are decided by perplexity.
     best = max(methods, key=merit, default="")
-    return methods.get(best, []), _called(best, others)
+    return methods.get(best, []), _method_name(best, several)
 
 
-def shipped(report: Report, wanted: str) -> list[Measured]:
-    """Rows of one role as they ship: in a device runtime, or in torch where nothing else was measured."""
+def shipped(report: Report, wanted: str) -> list[Measurement]:
+    """Return the rows of a role in device runtimes, or in torch if no other was measured."""
     rows = [row for row in report.measured if role(row) == wanted]
     return [row for row in rows if row.target != "torch"] or rows
 
 
-def _by_exact_match(compared: _Compared) -> Verdict:
+def _by_exact_match(compared: _ComparedModels) -> Verdict:
     tuned = compared.tuned.exact_match or 0.0
-    kept = _ratios(compared.qat, lambda row: _exact(row) / tuned)
-    sizes = _ratios(compared.qat, lambda row: row.total_bytes / max(compared.tuned.total_bytes, 1))
+    # QAT against the FP32 fine-tune.
+    kept = _ratios(compared.qat, lambda row: _exact_match(row) / tuned)
+    sizes = _size_shares(compared)
     figures = {"qat_exact_match_kept": kept, "qat_size_share": sizes}
     verb = "reaches" if min(kept) >= 1 else "keeps"
     text = f"QAT {verb} {_shares(kept)} of the exact match of the FP32 fine-tune at {_shares(sizes)} of its size"
-    rounded = [row for row in compared.ptq if row.exact_match is not None]
-    if not rounded:
-        return Verdict(f"{text}. No post-training method was measured beside it.", _notes(compared), figures)
-    figures["ptq_exact_match_kept"] = [_exact(row) / tuned for row in rounded]
-    gains = [_exact(_same_target(row, compared.qat)) - _exact(row) for row in rounded]
+
+    ptq = [row for row in compared.ptq if row.exact_match is not None]
+    if not ptq:
+        return Verdict(f"{text}. {NO_PTQ}", _notes(compared), figures)
+
+    # Each PTQ artifact is compared with the QAT artifact of the same target.
+    figures["ptq_exact_match_kept"] = [_exact_match(row) / tuned for row in ptq]
+    gains = [_exact_match(_same_target(row, compared.qat)) - _exact_match(row) for row in ptq]
     figures["qat_gain_exact_match"] = gains
-    theirs = _shares(figures["ptq_exact_match_kept"])
+    ptq_kept = _shares(figures["ptq_exact_match_kept"])
+    # Better on every target, on none, or on some.
     if min(gains) > 0:
-        text = f"{text}; {compared.rival} keeps {theirs}."
+        text = f"{text}; {compared.ptq_name} keeps {ptq_kept}."
     elif max(gains) <= 0:
-        text = f"QAT gains nothing here: {text}, while {compared.rival} keeps {theirs}."
+        text = f"{_no_gain(text)}, while {compared.ptq_name} keeps {ptq_kept}."
     else:
-        text = f"{text}; {compared.rival} keeps {theirs}, and which is better depends on the target."
-    return Verdict(text, [*_chance(rounded, compared), *_notes(compared)], figures)
+        text = f"{text}; {compared.ptq_name} keeps {ptq_kept}, so which is better depends on the target."
+    return Verdict(text, [*_prompts_note(ptq, compared), *_notes(compared)], figures)
 
 
-def _by_perplexity(compared: _Compared, asked: bool) -> Verdict:
-    """Where no prompts were asked, or the fine-tune itself answers none of them."""
+def _by_perplexity(compared: _ComparedModels, has_exact_match: bool) -> Verdict:
+    """Compare by perplexity: exact match was not measured, or is 0 for the fine-tune itself."""
     ratios = _ratios(compared.qat, lambda row: row.perplexity / compared.tuned.perplexity)
-    sizes = _ratios(compared.qat, lambda row: row.total_bytes / max(compared.tuned.total_bytes, 1))
+    sizes = _size_shares(compared)
+    # QAT against the FP32 fine-tune: 1 is as good.
     figures = {"qat_perplexity_ratio": ratios, "qat_size_share": sizes}
     text = f"QAT has {span(ratios, number)} times the perplexity of the FP32 fine-tune at {_shares(sizes)} of its size"
+
     if compared.ptq:
-        theirs = [row.perplexity / compared.tuned.perplexity for row in compared.ptq]
-        figures["ptq_perplexity_ratio"] = theirs
+        # The same ratio of the best PTQ method.
+        ptq_ratios = [row.perplexity / compared.tuned.perplexity for row in compared.ptq]
+        figures["ptq_perplexity_ratio"] = ptq_ratios
         gains = [row.perplexity - _same_target(row, compared.qat).perplexity for row in compared.ptq]
-        text += f"; {compared.rival} has {span(theirs, number)} times"
-        text = f"QAT gains nothing here: {text}" if max(gains) <= 0 else text
+        text = f"{text}; {compared.ptq_name} has {span(ptq_ratios, number)} times"
+        if max(gains) <= 0:
+            text = _no_gain(text)
+
+    # The usual metric is exact match, so the reason for another one is given.
     reason = (
-        "The FP32 fine-tune answers none of the prompts exactly, so perplexity is compared instead."
-        if asked
-        else "Exact match was not measured for every model, so perplexity is compared."
+        "The FP32 fine-tune solves none of the prompts exactly, so perplexity is compared instead."
+        if has_exact_match
+        else "Exact match was not measured for every model, so perplexity is compared instead."
     )
     return Verdict(f"{text}.", [reason, *_notes(compared)], figures)
 
 
-def _fine_tuning(report: Report, tuned: Measured) -> str:
-    """What the training gained before anything was quantized."""
+def _no_gain(text: str) -> str:
+    """Return a sentence that begins with "QAT" with the conclusion that QAT is no better in front."""
+    return f"QAT is no better than post-training quantization here: it{text.removeprefix('QAT')}"
+
+
+def _fine_tuning(report: Report, tuned: Measurement) -> str:
+    """Return a sentence on the improvement by training, before quantization; empty if the base was not measured."""
     base = next((row for row in report.measured if role(row) == "base"), None)
     if base is None:
         return ""
-    words = [f"perplexity from {number(base.perplexity)} to {number(tuned.perplexity)}"]
+    changes = [f"perplexity from {number(base.perplexity)} to {number(tuned.perplexity)}"]
     if base.exact_match is not None and tuned.exact_match is not None:
-        words.insert(0, f"exact match from {percent(base.exact_match)} to {percent(tuned.exact_match)}")
-    return f"Fine-tuning itself, in floats, took {' and '.join(words)}."
+        changes.insert(0, f"exact match from {percent(base.exact_match)} to {percent(tuned.exact_match)}")
+    return f"Fine-tuning alone, before quantization, changed {' and '.join(changes)}."
 
 
-def _notes(compared: _Compared) -> list[str]:
-    """What the figures themselves do not say."""
+def _notes(compared: _ComparedModels) -> list[str]:
+    """Return caveats that do not show in the numbers of the headline."""
     notes = []
-    worse = [row for row in (*compared.qat, *compared.ptq) if row.scored and not math.isfinite(row.perplexity)]
-    if worse:
-        notes.append("A perplexity is not finite: that model's output is unusable.")
+    unusable = [row for row in (*compared.qat, *compared.ptq) if row.scored and not math.isfinite(row.perplexity)]
+    if unusable:
+        notes.append("A perplexity is not finite: the outputs of that model are unusable.")
     if all(row.target == "torch" for row in compared.qat):
-        notes.append("The quantized model was measured in torch only, not in a runtime that ships.")
+        notes.append("The quantized model was measured in torch only, not in a device runtime.")
     return notes
 
 
-def _chance(ptq: list[Measured], compared: _Compared) -> list[str]:
-    """Say so where the difference in exact match is no larger than so few prompts can show."""
+def _prompts_note(ptq: list[Measurement], compared: _ComparedModels) -> list[str]:
+    """Return a caveat if there are too few prompts to tell the exact matches apart."""
     for row in ptq:
-        mine = _same_target(row, compared.qat)
-        asked = min(row.prompts, mine.prompts)
-        if asked and within_chance(mine, row):
+        qat = _same_target(row, compared.qat)
+        prompts = min(row.prompts, qat.prompts)
+        if prompts and within_chance(qat, row):
             return [
-                f"{asked} prompts cannot tell the exact match of QAT from that of {compared.rival.partition(',')[0]} "
-                "with 95% certainty; ask more with --prompts."
+                f"With {prompts} prompts, the difference in exact match between QAT and "
+                f"{compared.ptq_name.partition(',')[0]} is not significant (95% confidence); give more with --prompts."
             ]
     return []
 
 
-def within_chance(one: Measured, other: Measured) -> bool:
-    """Whether so few prompts cannot tell the exact match of two models apart with 95% certainty."""
-    return _by_chance(_exact(one), _exact(other), min(one.prompts, other.prompts))
+def within_chance(one: Measurement, other: Measurement) -> bool:
+    """Return whether the exact matches of two models do not differ significantly, with 95% confidence."""
+    return _within_chance(_exact_match(one), _exact_match(other), min(one.prompts, other.prompts))
 
 
-def _by_chance(one: float, other: float, asked: int) -> bool:
-    """Whether two shares of so many differ by no more than chance explains, with 95% certainty."""
-    spread = sum(share * (1 - share) / max(asked, 1) for share in (one, other))
-    return abs(one - other) <= Z_95 * math.sqrt(spread)
+def _within_chance(one: float, other: float, trials: int) -> bool:
+    """Return whether two shares of `trials` do not differ significantly: a z-test with unpooled variance."""
+    # The variance of a share p of n trials is p (1 - p) / n; those of two independent shares add up.
+    variance = sum(share * (1 - share) / max(trials, 1) for share in (one, other))
+    return abs(one - other) <= Z_95 * math.sqrt(variance)
 
 
-def _exact(row: Measured) -> float:
+def _exact_match(row: Measurement) -> float:
     return row.exact_match or 0.0
 
 
-def _same_target(row: Measured, rows: list[Measured]) -> Measured:
+def _same_target(row: Measurement, rows: list[Measurement]) -> Measurement:
     return next(other for other in rows if other.target == row.target)
 
 
-def _ratios(rows: list[Measured], ratio: Callable[[Measured], float]) -> list[float]:
+def _ratios(rows: list[Measurement], ratio: Callable[[Measurement], float]) -> list[float]:
     return [ratio(row) for row in rows]
+
+
+def _size_shares(compared: _ComparedModels) -> list[float]:
+    return _ratios(compared.qat, lambda row: row.total_bytes / max(compared.tuned.total_bytes, 1))
 
 
 def _shares(values: list[float]) -> str:

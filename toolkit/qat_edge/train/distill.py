@@ -1,11 +1,13 @@
-"""Self-distillation: the quantized model learns from what it was before fake quantization began.
+"""Self-distillation: train the quantized model towards the predictions it made before fake quantization began.
 
-    loss = (1 - w) cross_entropy + w T^2 KL(teacher || student), both at temperature T, mean over tokens with loss
+    loss = (1 - w) cross_entropy + w T^2 KL(teacher || student)
 
-(https://arxiv.org/abs/1503.02531). The teacher is the same base with the adapters of the end of phase 1 and no
-rounding, so there is no second copy of the model. Where the base is changed for phase 2, or to save the teacher's
-forward pass, its `top_k` most likely tokens are kept for every row of the training data instead; what lies beyond them
-counts as one more choice.
+Both distributions have temperature T, and the mean is over tokens with loss (https://arxiv.org/abs/1503.02531).
+
+The teacher is the same base model with the adapters of the end of phase 1 and without rounding, so there is no second
+copy of the model (`LiveTeacher`). Where phase 2 changes the base weights, or to save the teacher's forward pass, its
+`top_k` most likely tokens are computed for every training row beforehand and read from a file (`CachedTeacher`). All
+other tokens then count as one more choice.
 """
 
 from __future__ import annotations
@@ -13,61 +15,77 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 
 Batch = Mapping[str, Tensor]
-CHUNK = 64  # tokens whose probabilities exist at once
-NEGLIGIBLE = 1e-9  # least probability of the choice that stands for all beyond the top k
+CHUNK = 64  # tokens whose probabilities are in memory at once
+NEGLIGIBLE = 1e-9  # least probability of the choice that stands for all tokens after the top k
 
 
 class Teacher(Protocol):
-    """Gives the divergence of a batch, summed over its tokens with loss."""
+    """Source of the predictions that the student is trained towards."""
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Sum of KL(teacher || student) in nats. logits: the student's, (rows, length, vocabulary)."""
+        """Return the sum of KL(teacher || student) over the tokens with loss, in nats.
+
+        Args:
+            batch: "input_ids", "labels" and "attention_mask", int64 (rows, length).
+            logits: The student's, (rows, length, vocabulary).
+        """
 
 
 class LiveTeacher:
-    """The model as it was at the end of phase 1, asked anew for every batch."""
+    """The model as it was at the end of phase 1, computed again for every batch."""
 
-    def __init__(self, model: Any, switch: fake.Switch, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, switch: fake.Switch, temperature: float) -> None:
         self.model, self.switch, self.temperature = model, switch, temperature
         self.snapshot = {name: p.detach().clone() for name, p in _adapters(model)}
 
     def load(self, adapter: Path) -> None:
-        """Take the adapters of the end of phase 1 from the run folder, for a resume."""
+        """Read the adapters of the end of phase 1 from the run folder, to resume a training."""
         saved = load_file(adapter / "adapter_model.safetensors")
         for name in self.snapshot:
+            # peft leaves the adapter's name out of the names in the file.
             self.snapshot[name] = saved[name.replace(f".{fake.ADAPTER}.", ".")].to(self.snapshot[name].device)
 
     def logits(self, batch: Batch) -> Tensor:
-        """(rows, length, vocabulary)."""
-        with torch.no_grad(), self._in_place():
+        """Run the teacher and return its logits, (rows, length, vocabulary)."""
+        with torch.no_grad(), self._snapshot_in_model():
             output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return torch.as_tensor(output.logits)
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
-        wanted = batch["labels"][:, 1:] != IGNORED
-        rows = zip(self.logits(batch)[:, :-1], logits[:, :-1], wanted, strict=True)
-        chunks = [part for row in rows for part in zip(*(of_row.split(CHUNK) for of_row in row), strict=True)]
-        # Recomputed in the backward pass: probabilities of all tokens at once are larger than the rest of a step.
-        parts = [checkpoint(_divergence, *part, self.temperature, use_reentrant=False) for part in chunks]
+        """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
+        # The prediction at position i is for token i + 1.
+        has_loss = batch["labels"][:, 1:] != IGNORED
+        rows = zip(self.logits(batch)[:, :-1], logits[:, :-1], has_loss, strict=True)
+
+        parts = []
+        for row in rows:
+            teacher_chunks, student_chunks, loss_chunks = (tensor.split(CHUNK) for tensor in row)
+            for chunk in zip(teacher_chunks, student_chunks, loss_chunks, strict=True):
+                # Recomputed in the backward pass: the probabilities of all tokens at once take more memory than the
+                # rest of a step.
+                parts.append(checkpoint(_divergence, *chunk, self.temperature, use_reentrant=False))
         return torch.stack(parts).sum()
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """The snapshot in the adapters' place, rounding and dropout off."""
+    def _snapshot_in_model(self) -> Iterator[None]:
+        """Put the snapshot into the model inside the block, with rounding and dropout off."""
         enabled, training = self.switch.enabled, self.model.training
+        # Exchanging `data` copies nothing, and the parameters stay the objects that the optimizer has.
         current = {name: p.data for name, p in _adapters(self.model)}
         for name, parameter in _adapters(self.model):
             parameter.data = self.snapshot[name]
@@ -83,63 +101,98 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """The `k` most likely tokens of every training row, kept in a file.
+    """The `k` most likely tokens at every token with loss of every training row, read from a file.
 
-    choices: int32 (tokens, k), log_probs: float16 (tokens, k), of all rows one after the other; offsets: int64
-    (rows + 1,) into them, in the order of the rows.
+    Attributes:
+        choices: Token ids, int32 (tokens, k), all rows one after another.
+        log_probs: Their log-probabilities, float16 (tokens, k).
+        offsets: Beginning of each row in the two, int64 (rows + 1,), in the order of the training rows.
+        index: Token ids of a row -> its index.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, list[int]]], file: Path, temperature: float) -> None:
+        # A batch does not say which rows it has, so rows are found by their token ids.
         self.index = {tuple(row["input_ids"]): i for i, row in enumerate(rows)}
         if not file.is_file():
-            raise RunError(f"{file} is missing: the teacher's answers for --distill-top-k. Train again with --force.")
+            raise RunError(
+                f"{file} is missing: the teacher's predictions for --distill-top-k. Train again with --force."
+            )
         tensors = load_file(file)
         self.choices, self.log_probs, self.offsets = tensors["choices"], tensors["log_probs"], tensors["offsets"]
         self.temperature = temperature
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
-        wanted = batch["labels"][:, 1:] != IGNORED
-        student = (logits[:, :-1][wanted].float() / self.temperature).log_softmax(-1)
+        """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
+        has_loss = batch["labels"][:, 1:] != IGNORED
+        student = (logits[:, :-1][has_loss].float() / self.temperature).log_softmax(-1)
+
+        # Batches come in random order and padded, so a row is found by its token ids without the padding.
         lengths = batch["attention_mask"].sum(1).tolist()
         rows = [self.index[tuple(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-        places = torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
-        log_p = self.log_probs[places].float().to(student.device)
-        log_q = student.gather(1, self.choices[places].long().to(student.device))
-        return (log_p.exp() * (log_p - log_q)).sum() + _beyond(log_p, log_q)
+        positions = torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
+
+        # Both sides at the k tokens that the teacher finds most likely.
+        log_p = self.log_probs[positions].float().to(student.device)
+        log_q = student.gather(1, self.choices[positions].long().to(student.device))
+        return (log_p.exp() * (log_p - log_q)).sum() + _remaining_divergence(log_p, log_q)
 
 
 def write_cache(
     teacher: LiveTeacher, batches: Iterator[Batch], top_k: int, file: Path, advance: Callable[[int], None]
 ) -> None:
-    """Ask the teacher about all rows in order and keep its `top_k` choices at every token with loss."""
+    """Run the teacher on all rows in order and write its `top_k` most likely tokens at every token with loss.
+
+    Args:
+        teacher: The model at the end of phase 1.
+        batches: All training rows, in order.
+        top_k: Number of tokens to keep.
+        file: Read by `CachedTeacher`.
+        advance: Called with the number of rows done.
+    """
     choices, log_probs, offsets, done = [], [], [0], 0
     for batch in batches:
-        wanted = batch["labels"][:, 1:] != IGNORED
+        has_loss = batch["labels"][:, 1:] != IGNORED
+        # (rows, length - 1, k), of which only the tokens with loss are kept: the rows differ in their number.
         likely = (teacher.logits(batch)[:, :-1].float() / teacher.temperature).log_softmax(-1).topk(top_k)
-        for row in range(len(wanted)):
-            choices.append(likely.indices[row][wanted[row]].to(torch.int32).cpu())
-            log_probs.append(likely.values[row][wanted[row]].to(torch.float16).cpu())
+        for row in range(len(has_loss)):
+            choices.append(likely.indices[row][has_loss[row]].to(torch.int32).cpu())
+            log_probs.append(likely.values[row][has_loss[row]].to(torch.float16).cpu())
             offsets.append(offsets[-1] + len(choices[-1]))
-        done += len(wanted)
+        done += len(has_loss)
         advance(done)
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}, file
-    )
+    tensors = {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}
+    save_file(tensors, file)
 
 
-def _divergence(teacher: Tensor, student: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Sum of KL(teacher || student) over the `wanted` (tokens,) of logits (tokens, vocabulary)."""
-    log_p, log_q = ((logits[wanted].float() / temperature).log_softmax(-1) for logits in (teacher, student))
+def _divergence(teacher: Tensor, student: Tensor, has_loss: Tensor, temperature: float) -> Tensor:
+    """Return the sum of KL(teacher || student).
+
+    Args:
+        teacher: Logits, (tokens, vocabulary).
+        student: Logits, (tokens, vocabulary).
+        has_loss: Tokens that count, bool (tokens,).
+        temperature: Divides both logits.
+    """
+    log_p = (teacher[has_loss].float() / temperature).log_softmax(-1)
+    log_q = (student[has_loss].float() / temperature).log_softmax(-1)
     return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def _beyond(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """What the tokens that were not kept add to the divergence, as one choice."""
+def _remaining_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the part of the divergence from all tokens that were not kept, taken as one choice.
+
+    Args:
+        log_p: The teacher's log-probabilities of the kept tokens, (tokens, k).
+        log_q: The student's for the same tokens, (tokens, k).
+    """
+    # Clamped: by rounding, the probabilities of the kept tokens may sum to 1 or more.
     p = (1 - log_p.exp().sum(1)).clamp(min=NEGLIGIBLE)
     q = (1 - log_q.exp().sum(1)).clamp(min=NEGLIGIBLE)
     return (p * (p.log() - q.log())).sum()
 
 
-def _adapters(model: Any) -> list[tuple[str, Tensor]]:
+def _adapters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the LoRA matrices of a model by name."""
     return [(n, p) for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]

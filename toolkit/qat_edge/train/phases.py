@@ -1,214 +1,182 @@
-"""The border between plain LoRA and fake quantization: what is kept, what teaches, where the second phase starts."""
+"""Start of the QAT phase: save the FP32 reference, prepare the teacher, initialize weights and scales.
+
+Phase 1 trains without rounding, phase 2 with fake quantization. Between them, once (`PhaseTransition.start_qat`):
+
+1. RUN/reference: the weights trained so far, without anything of phase 2.
+2. The teacher of self-distillation, if one is requested: the same weights, live or run beforehand (`distill`).
+3. RUN/start: scales, and for most methods base weights, from a PTQ method (`--ptq-init`), put into the model.
+4. The optimizer starts again, if the weights were rotated: its averages are of gradients in the old basis.
+
+A resumed run that is in phase 2 already reads 2 and 3 from the run folder (`PhaseTransition.restore`). A training
+that has no second phase ends with 1 and 3 (`PhaseTransition.finish_without_qat`). When the transition happens is
+decided in `trainer.TwoPhases`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import progress
-from qat_edge.config import FinetuneOptions, flag_name
+from qat_edge.config import FinetuneOptions
 from qat_edge.data import calibration, tokenization
 from qat_edge.data.tokenization import TokenizedRows
-from qat_edge.errors import UsageError
-from qat_edge.quant import fake
-from qat_edge.quant import qat_init as starts
+from qat_edge.quant import fake, qat_init
 from qat_edge.quant.ptq import methods
-from qat_edge.quant.qat_init import Start
+from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
 from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
 
-LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
-METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights, and what learned scales begin from
+METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights; learned scales then begin at round-to-nearest's
+TEACHER_FILE = "teacher.safetensors"  # next to the checkpoints
+
+
+def needs_initialization(options: FinetuneOptions) -> bool:
+    """Return whether phase 2 has scales or weights of its own, which are kept in RUN/start."""
+    return options.ptq_init != "none" or options.scales != "absmax"
 
 
 @dataclass
-class Crossing:
-    """Crosses the border once, or brings a resumed training to the other side.
+class PhaseTransition:
+    """The transition from phase 1 to phase 2, made once, or restored for a resumed run.
 
-    adapted: the peft model, or the model itself where it has no adapters; snapshot: keeps what was trained as
-    RUN/reference; teach: hands the trainer its teacher; forget: drops the optimizer's averages of gradients.
-    rotation_seed: None where the hidden states stay as they are. start_sha256: of RUN/start, None where phase 2
-    needs none.
+    Attributes:
+        model: The peft model, or the model itself if it has no adapters.
+        switch: Turns fake quantization on and off.
+        scheme: Bits and group size of each weight.
+        rows: Training rows, for the cached teacher and for calibration.
+        tokenizer: The model's tokenizer.
+        options: All options of finetune.
+        run: The run folder.
+        device: "cpu" or "cuda".
+        precision: "bf16" or "fp32", of the matrix products.
+        rotation_seed: Seed of the rotation of the hidden states; None without a rotation.
+        save_reference: Saves the trained weights as RUN/reference.
+        set_teacher: Passes the teacher to the trainer.
+        reset_optimizer: Drops the optimizer's averages of gradients.
+        init_sha256: sha256 of the tensors in RUN/start; None until it is made, and where phase 2 needs none.
     """
 
-    adapted: Any
+    model: PreTrainedModel | PeftModel
     switch: fake.Switch
     scheme: Scheme
     rows: TokenizedRows
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     options: FinetuneOptions
     run: Run
     device: str
     precision: str
     rotation_seed: int | None
-    snapshot: Callable[[], None]
-    teach: Callable[[Teacher], None]
-    forget: Callable[[], None]
-    start_sha256: str | None = field(default=None, init=False)
+    save_reference: Callable[[], None]
+    set_teacher: Callable[[Teacher], None]
+    reset_optimizer: Callable[[], None]
+    init_sha256: str | None = field(default=None, init=False)
 
-    def cross(self) -> None:
-        """Snapshot, then the teacher, then the start: each needs what the next one changes."""
+    def start_qat(self) -> None:
+        """Make the transition. The steps are in this order because each one needs what the next one changes."""
+        # The FP32 reference: the weights as phase 1 left them.
         self.switch.enabled = False
-        self.snapshot()
+        self.save_reference()
+
+        # The teacher is the model at this moment. It is run now, if the initialization is about to change the base.
         if self.options.distill_weight > 0:
-            teacher = LiveTeacher(self.adapted, self.switch, self.options.distill_temperature)
+            teacher = LiveTeacher(self.model, self.switch, self.options.distill_temperature)
             if self.options.distill_top_k:
-                self._ask_beforehand(teacher)
-            self.teach(self._cached() if self.options.distill_top_k else teacher)
-        if needs_start(self.options):
-            self.start_sha256 = self._make_start()
+                self._write_teacher_cache(teacher)
+                self.set_teacher(self._cached_teacher())
+            else:
+                self.set_teacher(teacher)
+
+        # Scales, and weights with their rounding compensated; with a rotation also the rotated basis.
+        if needs_initialization(self.options):
+            self.init_sha256 = self._initialize()
+
         if self.rotation_seed is not None:
-            self.forget()  # the averages are of gradients in the coordinates before
+            self.reset_optimizer()  # its averages are of gradients in the basis before the rotation
 
-    def finish(self) -> None:
-        """End a training whose steps were all plain: what phase 2 would have started from is what ships."""
-        self.snapshot()
-        if needs_start(self.options):
-            self.start_sha256 = self._make_start()
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a manifest records of the adapters on the far side."""
-        learned = self.options.scales == "learned" and self.start_sha256 is not None
-        return {
-            "learned_scales": learned,
-            "start": self.start_sha256
-            and {
-                "method": self.options.ptq_init,
-                "sha256": self.start_sha256,
-                "rotation_seed": self.rotation_seed,
-            },
-        }
+    def finish_without_qat(self) -> None:
+        """End a training that has no second phase: the model as phase 2 would have begun is the result."""
+        self.save_reference()
+        if needs_initialization(self.options):
+            self.init_sha256 = self._initialize()
 
     def restore(self) -> None:
-        """Teacher and start as `cross` left them in the run folder."""
+        """Bring a resumed run to where `start_qat` left it, from the files in the run folder."""
         if self.options.distill_weight > 0:
-            self.teach(self._cached() if self.options.distill_top_k else self._restored_teacher())
-        if needs_start(self.options):
-            self.start_sha256 = starts.recorded_sha256(self.run.start)
-            start = Start.load(self.run.start, self.start_sha256)
-            # Weights that were trained since then are in the checkpoint, and stay as they are.
-            start = start if self.options.method == "lora" else replace(start, changed={})
-            start.apply(fake.base_of(self.adapted))
+            self.set_teacher(self._cached_teacher() if self.options.distill_top_k else self._restored_teacher())
 
-    def _restored_teacher(self) -> LiveTeacher:
-        teacher = LiveTeacher(self.adapted, self.switch, self.options.distill_temperature)
-        teacher.load(self.run.reference)
-        return teacher
+        if needs_initialization(self.options):
+            self.init_sha256 = qat_init.recorded_sha256(self.run.start)
+            start = QatInit.load(self.run.start, self.init_sha256)
+            if self.options.method != "lora":
+                # The weights have been trained since, and the checkpoint that is resumed has them.
+                start = replace(start, changed={})
+            start.apply(fake.base_of(self.model))
 
-    def _make_start(self) -> str:
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Entries of the manifest of RUN/adapter that are known only after the transition."""
+        # Merging the adapters needs the file they were trained on: its checksum, not only its method.
+        start = None
+        if self.init_sha256 is not None:
+            start = {
+                "method": self.options.ptq_init,
+                "sha256": self.init_sha256,
+                "rotation_seed": self.rotation_seed,
+            }
+        return {"learned_scales": self.options.scales == "learned" and start is not None, "start": start}
+
+    def _initialize(self) -> str:
+        """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start."""
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
-        seen: list[dict[str, Tensor]] = []
-        facts: dict[str, Any] = {"method": method}
+        batches: list[dict[str, Tensor]] = []
+        metadata: dict[str, Any] = {"method": method}
         if method in methods.CALIBRATED:
+            # Methods that compensate rounding need activations, which training rows give.
             rows = self.rows.rows
-            facts["calibration_tokens"] = tokens = calibration.tokens_to_take(self.options.calibration_tokens, rows)
-            progress.info(f"Preparing the second phase: {method.upper()} on {tokens} tokens of the training rows")
+            tokens = calibration.choose_token_count(self.options.calibration_tokens, rows)
+            metadata["calibration_tokens"] = tokens
+            progress.info(f"Start of QAT: initializing weights by {method} on {tokens} tokens of the training rows")
             chosen = calibration.choose_rows(rows, tokens, self.options.seed, self.options.data, "--calibration-tokens")
-            seen = calibration.batches(chosen, self.tokenizer)
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-            start = starts.make(self.adapted, self.scheme, method, seen, self.rotation_seed)
-        return start.save(self.run.start, **facts)
+            batches = calibration.make_batches(chosen, self.tokenizer)
 
-    def _ask_beforehand(self, teacher: LiveTeacher) -> None:
-        with progress.bar("asking the teacher", len(self.rows.rows)) as shown:
-            write_cache(teacher, self._batches(), self.options.distill_top_k, self._cache, shown.update)
+        # Calibration runs the model in the precision of the training.
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            start = qat_init.prepare(self.model, self.scheme, method, batches, self.rotation_seed)
+        return start.save(self.run.start, **metadata)
+
+    # --- the teacher ---------------------------------------------------------------------------------------
+
+    def _write_teacher_cache(self, teacher: LiveTeacher) -> None:
+        """Run the teacher on all training rows and keep its most likely tokens."""
+        with progress.bar("running the teacher", len(self.rows.rows)) as shown:
+            write_cache(teacher, self._batches(), self.options.distill_top_k, self._teacher_file, shown.update)
 
     def _batches(self) -> Iterator[Batch]:
+        """Yield all training rows in order, in batches on the device of the training."""
+        # In the order of the file, which is the order of the offsets in the cache.
         collate, size = tokenization.Collator(self.tokenizer), self.options.batch_size
         for begin in range(0, len(self.rows.rows), size):
             batch = collate(self.rows.rows[begin : begin + size])
             yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def _cached(self) -> CachedTeacher:
-        return CachedTeacher(self.rows.rows, self._cache, self.options.distill_temperature)
+    def _cached_teacher(self) -> CachedTeacher:
+        return CachedTeacher(self.rows.rows, self._teacher_file, self.options.distill_temperature)
+
+    def _restored_teacher(self) -> LiveTeacher:
+        """Return the live teacher of a resumed run; RUN/reference has the adapters of the end of phase 1."""
+        teacher = LiveTeacher(self.model, self.switch, self.options.distill_temperature)
+        teacher.load(self.run.reference)
+        return teacher
 
     @property
-    def _cache(self) -> Any:
-        return self.run.checkpoints / "teacher.safetensors"
-
-
-def needs_start(options: FinetuneOptions) -> bool:
-    """Whether phase 2 has scales, or weights, that have to be kept beside the adapters."""
-    return options.ptq_init != "none" or options.scales != "absmax"
-
-
-def check_combination(options: FinetuneOptions) -> None:
-    """Refuse schemes that exclude each other, before anything is loaded.
-
-    Raises:
-        UsageError: names both.
-    """
-    for wrong, message in (*_refused_schemes(options), *_refused_bases(options)):
-        if wrong:
-            raise UsageError(message)
-
-
-def _refused_schemes(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
-    """What excludes each other in start, scales and teacher: whether it is so, and what to say then."""
-    changes_base = options.ptq_init in methods.CALIBRATED
-    return (
-        (
-            options.ptq_init != "none" and options.scales == "absmax",
-            f"--ptq-init {options.ptq_init} and --scales absmax: the scales it chooses would be thrown away. "
-            "Take --scales learned or fixed.",
-        ),
-        (
-            options.distill_weight > 1,
-            f"--distill-weight {options.distill_weight:g}: is a share of the loss, 1 at most.",
-        ),
-        (
-            options.distill_top_k > 0 and options.distill_weight == 0,
-            f"--distill-top-k {options.distill_top_k} and --distill-weight 0: nothing would be learned from the "
-            "teacher. Give it a weight.",
-        ),
-        (
-            options.distill_weight > 0 and options.qat_start == 0,
-            "--distill-weight and --qat-start 0: without plain LoRA first there is no teacher. Start later.",
-        ),
-        (
-            options.distill_weight > 0 and options.distill_top_k == 0 and changes_base,
-            f"--distill-weight and --ptq-init {options.ptq_init}: it changes the base weights that the teacher "
-            "needs. Add --distill-top-k 64, which asks the teacher beforehand.",
-        ),
-    )
-
-
-def _refused_bases(options: FinetuneOptions) -> tuple[tuple[bool, str], ...]:
-    """The same for what is trained, and what it is trained on."""
-    stored, full = options.base != "fp32", options.method == "full"
-    defaults = {f.name: f.default for f in fields(options)}
-    given = [name for name in LORA_OPTIONS if getattr(options, name) != defaults[name]]
-    return (
-        (
-            stored and full,
-            f"--base {options.base} and --method full: weights that are trained cannot be stored in few bits. "
-            "Take --base fp32 or --method lora.",
-        ),
-        (
-            stored and options.ptq_init in methods.CALIBRATED,
-            f"--base {options.base} and --ptq-init {options.ptq_init}"
-            f"{' (the default)' if options.ptq_init == defaults['ptq_init'] else ''}: it would write into the base "
-            f"weights, which are held as {options.base}. Give --ptq-init hqq, which only looks at them, or none.",
-        ),
-        (
-            options.rotate == "on" and (full or options.ptq_init not in methods.CALIBRATED),
-            f"--rotate on and {'--method full' if full else f'--ptq-init {options.ptq_init}'}: weights are turned "
-            "where a start changes them under adapters. "
-            f"Take --method lora, --ptq-init {'|'.join(methods.CALIBRATED)}.",
-        ),
-        (
-            full and bool(given),
-            f"--method full and {', '.join(map(flag_name, given))}: there are no adapters. Leave it out.",
-        ),
-        (
-            full and options.distill_weight > 0 and options.distill_top_k == 0,
-            "--distill-weight and --method full: training changes the weights that the teacher needs. Add "
-            "--distill-top-k 64, which asks the teacher beforehand.",
-        ),
-    )
+    def _teacher_file(self) -> Path:
+        return self.run.checkpoints / TEACHER_FILE

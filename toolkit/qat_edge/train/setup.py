@@ -1,4 +1,4 @@
-"""Everything before the first step: device, model, data, which weights get which bits, what is trained."""
+"""Setup of a training: device, model, data, bits of each weight, and what is trained. All before the first step."""
 
 from __future__ import annotations
 
@@ -12,94 +12,210 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from qat_edge import progress
 from qat_edge.config import FinetuneOptions
-from qat_edge.data import tokenization, training_examples
+from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
+from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load
-from qat_edge.models.tasks import CAUSAL_LM, Kind
+from qat_edge.models.layer_removal import keep_layers
+from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq import methods
+from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything that is loaded before training. facts: what the manifests record of it.
+class TrainingJob:
+    """Everything that is loaded and chosen before training.
 
-    rotation_seed: None where the hidden states are not to be turned.
+    Attributes:
+        task: The task the model is trained for.
+        model: The base model, its layers removed already if it is pruned.
+        tokenizer: The model's tokenizer.
+        scheme: Bits and group size of each weight.
+        rows: Training rows.
+        eval_rows: Rows of --eval-data; None without.
+        device: "cpu" or "cuda".
+        precision: "bf16" or "fp32", of the matrix products.
+        rotation_seed: Seed of the rotation of the hidden states; None without a rotation.
+        metadata: Entries of the manifests of RUN/reference and RUN/adapter.
     """
 
-    kind: Kind
-    model: Any
-    tokenizer: Any
-    plan: scheme.Scheme
-    rows: tokenization.TokenizedRows
-    eval_rows: tokenization.TokenizedRows | None
+    task: ModelTask
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    scheme: Scheme
+    rows: TokenizedRows
+    eval_rows: TokenizedRows | None
     device: str
     precision: str
     rotation_seed: int | None
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def prepare(options: FinetuneOptions, kept_layers: list[int] | None = None) -> Job:
-    """Load model and data, and say aloud what was found and chosen.
+def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = None) -> TrainingJob:
+    """Load model and data, choose what the options leave open, and report all of it.
 
-    kept_layers: those that a resumed run kept, where it was pruned.
+    Args:
+        options: All options of finetune.
+        kept_layers: The layers that a resumed run kept, if it is pruned.
+
+    Raises:
+        UsageError: An option does not fit the machine or the model.
+        ModelError: The model cannot be loaded or exported.
+        DataError: The data cannot be read, or does not fit the model.
     """
+    device, precision = _choose_machine(options)
+
+    # The task decides which class of model is loaded. That of an encoder depends on the rows.
+    task = _choose_task(options)
+    model, tokenizer, identity = _load_model(options, task)
+    bits = load_bits(Path(options.bits)) if options.bits else {}
+
+    # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
+    read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
+    rows = read(options.data, "train")
+    eval_rows = read(options.eval_data, "eval") if options.eval_data else None
+
+    if options.keep_layers is not None:
+        if not kept_layers:
+            kept_layers = prune.choose_layers(
+                model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
+            )
+        keep_layers(model, kept_layers)
+        progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
+    weights = _choose_scheme(model, options, bits)
+
+    metadata = _metadata(options, task, identity, rows, eval_rows)
+    metadata |= {"device": device, "bits": bits, "kept_layers": kept_layers}
+    rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
+    return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
+
+
+def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
+    """Choose bits and group size of each weight, and report them. bits: by module name, from --bits."""
+    weights = scheme.choose_scheme(model, options.group_size, bits, (options.embedding_bits, options.head_bits))
+    progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
+    # Weights that could not be quantized as requested, each with its reason.
+    for name, reason in weights.exceptions.items():
+        progress.info(f"  {name}: {reason}")
+    return weights
+
+
+def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
+    """Insert fake quantization, switched off, and what is trained: adapters, or all weights.
+
+    Returns:
+        The model to train and the switch of its fake quantization.
+
+    Raises:
+        UsageError: The target modules include one whose adapters cannot be merged before rounding.
+    """
+    # First, because fake quantization has another layer class over a base in few bits.
+    if options.base != "fp32":
+        before, after = qlora_base.quantize_base(job.model, job.scheme.linears, options.base)
+        progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
+
+    switch = fake.insert(job.model, job.scheme, options.scales == "learned")
+    torch.manual_seed(options.seed)  # adapters begin at random values
+    if options.method == "full":
+        progress.info(
+            f"Training all {_millions(job.model)} M weights at a learning rate of {options.learning_rate:g}, "
+            "without adapters"
+        )
+        return fake.train_weights(job.model), switch
+    return fake.add_adapters(job.model, _lora_config(options, job)), switch
+
+
+# --- device and precision ----------------------------------------------------------------------------------
+
+
+def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
+    """Choose and report device and precision; options that this machine cannot meet are refused here, at once."""
     device = choose_device(options.device)
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
     progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
-    kind = _kind(options)
-    model, tokenizer, identity = load.load_model(options.model, options.trust_remote_code, kind=kind)
-    progress.info(f"Model: {identity.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
-    for target, why in load.export_gaps(model.config).items():
-        progress.info(f"Warning: what is trained here cannot be exported to {target}: {why}")
-    bits = load_bits(Path(options.bits)) if options.bits else {}
-    read = partial(_tokenize, options=options, kind=kind, model=model, tokenizer=tokenizer)
-    rows = read(options.data, "train")
-    eval_rows = read(options.eval_data, "eval") if options.eval_data else None
-    if options.keep_layers is not None:
-        kept_layers = kept_layers or prune.choose_layers(
-            model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
-        )
-        load.keep_layers(model, kept_layers)
-        progress.info(
-            f"Pruned to {len(kept_layers)} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
-        )
-    plan = scheme.choose(model, options.group_size, bits, (options.embedding_bits, options.head_bits))
-    progress.info(f"Quantization: {plan.summary()}; {plan.tables()}")
-    for name, reason in plan.exceptions.items():
-        progress.info(f"  {name}: {reason}")
-    facts = _facts(options, kind, identity, rows, eval_rows) | {
-        "device": device,
-        "bits": bits,
-        "kept_layers": kept_layers,
-    }
-    rotation_seed = None if kind.encodes else _rotation_seed(model, plan, options)
-    return Job(kind, model, tokenizer, plan, rows, eval_rows, device, precision, rotation_seed, facts)
+    return device, precision
 
 
-def _kind(options: FinetuneOptions) -> Kind:
-    """What the model is trained for: an encoder for what its rows say, any other to generate text.
+def choose_device(requested: str) -> str:
+    """Return "cuda" or "cpu" for a requested "auto", "cuda" or "cpu".
 
     Raises:
-        UsageError: an option that is for models that generate text, given for an encoder.
-        ModelError: an encoder that no target takes.
-        DataError: rows that no encoder learns from.
+        UsageError: CUDA is requested and there is no GPU.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise UsageError("--device cuda: torch finds no CUDA GPU here. Use --device auto or --device cpu.")
+    return "cuda" if requested != "cpu" and available else "cpu"
+
+
+def choose_precision(requested: str, device: str) -> str:
+    """Return "bf16" or "fp32" for a requested "auto", "bf16" or "fp32".
+
+    Raises:
+        UsageError: bfloat16 is requested and the GPU does not support it.
+    """
+    # GPUs before Ampere only emulate bfloat16, which gains nothing.
+    supported = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "bf16" and not supported:
+        raise UsageError(
+            f"--precision bf16: {torch.cuda.get_device_name()} does not support bfloat16. Use --precision auto or fp32."
+        )
+    return "bf16" if requested != "fp32" and supported else "fp32"
+
+
+def describe_device(device: str) -> str:
+    """Return the name of the GPU, or "CPU" with the number of threads."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Check the experiment trackers first: the trainer would report a missing one after minutes of loading.
+
+    Raises:
+        UsageError: The trainer does not know a tracker, or its package is not installed.
+    """
+    available = get_available_reporting_integrations()
+    unknown = [name for name in names if name not in (*available, "none")]
+    if unknown:
+        raise UsageError(
+            f"--track {unknown[0]}: not known to the trainer, or its package is not installed "
+            f"(`pip install {unknown[0]}`). Installed: {', '.join(available)}; 'none' turns tracking off."
+        )
+
+
+# --- task, data, rotation ----------------------------------------------------------------------------------
+
+
+def _choose_task(options: FinetuneOptions) -> ModelTask:
+    """Return the task to train for: for an encoder the one of its rows, for any other model text generation.
+
+    Raises:
+        UsageError: An option is for text generation and the model is an encoder.
+        ModelError: No target supports the encoder.
+        DataError: An encoder cannot be trained on such rows.
     """
     config = load.encoder_config(options.model, options.trust_remote_code)
     if config is None:
         return CAUSAL_LM
+
+    # Only one target exports encoders, so an encoder it does not support has no use here.
     gap = load.export_gaps(config).get("executorch")
     if gap:
         raise ModelError(f"{options.model}: an encoder that could not be exported: {gap}")
+
+    # These work on decoder layers, next-token logits and the residual stream of a decoder.
     refused = {
         "--keep-layers": options.keep_layers is not None,
         "--distill-weight": options.distill_weight > 0,
@@ -108,40 +224,71 @@ def _kind(options: FinetuneOptions) -> Kind:
     for flag, given in refused.items():
         if given:
             raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
-    kind = training_examples.kind_for(config, load_rows(options.data), options.data)
-    progress.info(f"{config.model_type} is an encoder, and these rows make it {kind.title}")
-    return kind
+
+    task = training_examples.task_for_rows(config, load_rows(options.data), options.data)
+    progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
+    return task
 
 
-def _rotation_seed(model: Any, plan: scheme.Scheme, options: FinetuneOptions) -> int | None:
-    """The seed where the start is to turn the hidden states, None where they stay.
+def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
+    """Load the base model, and report its size and the targets it cannot be exported to."""
+    loaded = load.load_model(options.model, options.trust_remote_code, task=task)
+    progress.info(f"Model: {loaded.identity.name}, {_millions(loaded.model)} M parameters")
+    # Training works for models that no exporter supports, but nobody should find out hours later.
+    for target, reason in load.export_gaps(loaded.model.config).items():
+        progress.warn(f"This model cannot be exported to {target}: {reason}")
+    return loaded
+
+
+def _read_rows(
+    source: str,
+    split: str,
+    options: FinetuneOptions,
+    task: ModelTask,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TokenizedRows:
+    """Read and tokenize the rows of a file or data set, and report their counts."""
+    rows = training_examples.tokenize_for_task(task, load_rows(source, split), model, tokenizer, options.max_length)
+    progress.info(f"{split}: {rows.summary()}")
+    return rows
+
+
+def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOptions) -> int | None:
+    """Return the seed if the PTQ initialization is to rotate the hidden states, None otherwise.
 
     Raises:
-        UsageError: they are to be turned, and cannot be.
+        UsageError: The rotation is requested, and the model does not allow it.
     """
-    suits = options.method == "lora" and options.ptq_init in methods.COMPENSATED
-    if options.rotate == "off" or (options.rotate == "auto" and not suits):
+    # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
+    useful = options.method == "lora" and options.ptq_init in methods.COMPENSATED
+    if options.rotate == "off" or (options.rotate == "auto" and not useful):
         return None
-    obstacle = rotation.obstacle(model, plan)
+
+    obstacle = rotation.obstacle(model, weights)
     if obstacle and options.rotate == "on":
-        raise UsageError(f"--rotate on: {obstacle} Take --rotate auto.")
+        raise UsageError(f"--rotate on: {obstacle} Use --rotate auto.")
     if obstacle:
-        progress.info(f"The hidden states stay in their coordinates: {obstacle}")
+        progress.warn(f"Rotation is off: {obstacle}")
         return None
-    progress.info("The hidden states will be turned before the start")
+    progress.info("Rotation is on: the hidden states are rotated at the start of QAT")
     return options.seed
 
 
-def _facts(
+# --- what the manifests record -----------------------------------------------------------------------------
+
+
+def _metadata(
     options: FinetuneOptions,
-    kind: Kind,
+    task: ModelTask,
     identity: load.ModelIdentity,
-    rows: tokenization.TokenizedRows,
-    eval_rows: tokenization.TokenizedRows | None,
+    rows: TokenizedRows,
+    eval_rows: TokenizedRows | None,
 ) -> dict[str, Any]:
-    origin = {"source": options.model, "trust_remote_code": options.trust_remote_code}
+    """Return the entries of the manifests that identify model, data and quantization."""
+    source = {"source": options.model, "trust_remote_code": options.trust_remote_code}
     return {
-        "model": {**origin, "identity": dataclasses.asdict(identity), **kind.facts()},
+        "model": {**source, "identity": dataclasses.asdict(identity), **task.metadata()},
         "data": {"source": options.data, "sha256": _fingerprint(rows)},
         "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
         "seed": options.seed,
@@ -150,106 +297,34 @@ def _facts(
         "table_bits": [options.embedding_bits, options.head_bits],
         "method": options.method,
         "base": options.base,
+        # Both change at the start of QAT, see `PhaseTransition.metadata`.
         "learned_scales": False,
         "start": None,
     }
 
 
-def trainable(job: Job, options: FinetuneOptions) -> tuple[Any, fake.Switch]:
-    """The model ready to be trained, fake quantization inserted and off: with adapters, or all of it.
-
-    Raises:
-        UsageError: the target modules are none that adapters can be merged into before they are rounded.
-    """
-    if options.base != "fp32":
-        before, after = qlora_base.store(job.model, job.plan.linears, options.base)
-        progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
-    switch = fake.insert(job.model, job.plan, options.scales == "learned")
-    torch.manual_seed(options.seed)
-    if options.method == "full":
-        trained = sum(p.numel() for p in job.model.parameters()) / 1e6
-        progress.info(
-            f"Training all {trained:.0f} M weights at a learning rate of {options.learning_rate:g}, without adapters"
-        )
-        return fake.train_weights(job.model), switch
-    return fake.add_adapters(job.model, _lora_config(options, job)), switch
-
-
-def choose_device(asked: str) -> str:
-    """`cuda` or `cpu`.
-
-    Raises:
-        UsageError: CUDA was asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise UsageError("--device cuda: torch sees no CUDA GPU here. Use --device auto or --device cpu.")
-    return "cuda" if asked != "cpu" and available else "cpu"
-
-
-def choose_precision(asked: str, device: str) -> str:
-    """`bf16` or `fp32`.
-
-    Raises:
-        UsageError: bfloat16 was asked for and the GPU has none.
-    """
-    supported = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "bf16" and not supported:
-        raise UsageError(
-            f"--precision bf16: {torch.cuda.get_device_name()} has no bfloat16. Use --precision auto or fp32."
-        )
-    return "bf16" if asked != "fp32" and supported else "fp32"
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Before anything is loaded, not after.
-
-    Raises:
-        UsageError: a tracker that the trainer does not know, or whose package is not installed.
-    """
-    available = get_available_reporting_integrations()
-    unknown = [name for name in names if name not in (*available, "none")]
-    if unknown:
-        raise UsageError(
-            f"--track {unknown[0]}: not known to the trainer, or its package is not installed "
-            f"(`pip install {unknown[0]}`). Installed: {', '.join(available)}; 'none' logs nowhere."
-        )
-
-
-def describe_device(device: str) -> str:
-    """The device in words."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def _tokenize(
-    source: str,
-    split: str,
-    options: FinetuneOptions,
-    kind: Kind,
-    model: Any,
-    tokenizer: Any,
-) -> tokenization.TokenizedRows:
-    rows = training_examples.tokenize(kind, load_rows(source, split), model, tokenizer, options.max_length)
-    progress.info(f"{split}: {rows.summary()}")
-    return rows
-
-
-def _fingerprint(rows: tokenization.TokenizedRows) -> str:
-    """sha256 of the token ids and labels: the same text under another tokenizer is other data."""
+def _fingerprint(rows: TokenizedRows) -> str:
+    """Return the sha256 of token ids and labels: the same text under another tokenizer is other data."""
     digest = hashlib.sha256()
     for row in rows.rows:
         digest.update(json.dumps([list(values) for values in row.values()]).encode())
     return digest.hexdigest()
 
 
-def _lora_config(options: FinetuneOptions, job: Job) -> LoraConfig:
-    """Adapters; what an encoder has after its blocks, which may be new, is trained itself."""
+def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
+    """Return peft's configuration. An encoder's head is trained itself, since it may be new and random."""
     targets = list(options.target_modules)
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
+        # peft knows "all-linear" as a string; in a list it would be the name of a module.
         target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type=None if job.kind.encodes else "CAUSAL_LM",
-        modules_to_save=job.plan.heads if job.kind.encodes else None,
+        task_type=None if job.task.is_encoder else "CAUSAL_LM",
+        modules_to_save=job.scheme.heads if job.task.is_encoder else None,
     )
+
+
+def _millions(model: nn.Module) -> str:
+    """Return the number of a model's parameters in millions, rounded."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}"

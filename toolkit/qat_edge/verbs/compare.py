@@ -1,8 +1,8 @@
-"""Every way of shipping one fine-tune, each exported, run in its own runtime and measured like the others.
+"""Export one fine-tune in every way of shipping it, run each artifact in its own runtime and compare the figures.
 
-RUN/compare/NAME/checkpoint/        what the exporters read: float or frozen, unmerged adapters in its adapter/
-RUN/compare/NAME/exports/TARGET/    the artifact; those of `qat` and of merged PTQ stay where export puts them
-RUN/compare/NAME/TARGET.json        what was measured of it, and of which artifact on which tokens
+RUN/compare/NAME/checkpoint/        input of the exporters: float or frozen, with unmerged adapters in its adapter/
+RUN/compare/NAME/exports/TARGET/    the artifact; those of `qat` and of merged PTQ stay where export writes them
+RUN/compare/NAME/TARGET.json        the measurement, and a key of the artifact and the evaluation data it was made with
 RUN/compare/compare.json, compare.html
 """
 
@@ -14,21 +14,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat_edge import config, progress
 from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
-from qat_edge.evaluate import reference, results
+from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.evaluate.devices import LOCAL
-from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.evaluate.results import Measured
+from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
+from qat_edge.evaluate.results import Measurement, read_measurement, to_json
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.quant import frozen
 from qat_edge.report.comparison_page import render
@@ -37,25 +37,37 @@ from qat_edge.verbs.export import export_one
 from qat_edge.verbs.quantize import QAT, quantize_if_missing
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.checkpoint import ADAPTER
 from qat_edge_exporters.targets import target_named
 
-Say = Callable[[str], None]
 FOLDER = "compare"
+ADAPTER = "adapter"  # folder in a checkpoint that exporters read unmerged adapters from
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TRAINING = ("model", "data", "eval_data")  # options that finetune is given
+WITH_ADAPTERS = ("lora", "naive")  # deployments that ship unmerged adapters
+TRAINING = ("model", "data", "eval_data")  # options that are passed on to finetune
 ROW_FORMAT = 1
-# A row that ends in one of these is shown with the reason; anything else ends the command.
-SHOWN = (ExportError, ArtifactError, DataError, DeviceError, ModelError)
+# Errors that become the reason in a row of the table; any other ends the command.
+ROW_ERRORS = (ExportError, ArtifactError, DataError, DeviceError, ModelError)
+
+
+class RowKey(NamedTuple):
+    """A row of the table: deployment and target."""
+
+    name: str
+    target: str
+
+    @property
+    def title(self) -> str:
+        """Name for messages."""
+        return f"{TITLES[self.name]}, {self.target}"
 
 
 @dataclass(frozen=True)
-class Shipped(Variant):
-    """A deployment that only compare makes."""
+class DeploymentVariant(Variant):
+    """A deployment that only compare makes, in a folder of its own."""
 
     @property
     def name(self) -> str:
-        """What its row is called."""
+        """Title of its row."""
         return TITLES[self.path.name]
 
     @property
@@ -65,8 +77,14 @@ class Shipped(Variant):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all rows share. force: make and measure again what is there already."""
+class CompareJob:
+    """Settings that all rows share.
+
+    Attributes:
+        run: whose fine-tune is shipped.
+        exporting: options of export.
+        force: make and measure again what exists already.
+    """
 
     run: Run
     exporting: ExportOptions
@@ -74,12 +92,16 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where compare writes."""
+        """Folder that compare writes to."""
         return self.run.path / FOLDER
 
-    def shipped(self, name: str) -> Shipped:
-        """The place of a deployment that only compare makes."""
-        return Shipped(self.folder / name)
+    def variant(self, name: str) -> DeploymentVariant:
+        """Return the folder of a deployment that only compare makes."""
+        return DeploymentVariant(self.folder / name)
+
+    def measurement_path(self, row: RowKey) -> Path:
+        """Return the path of a row's measurement."""
+        return self.folder / row.name / f"{row.target}.json"
 
 
 def train(options: CompareOptions, out: Path, config_path: Path | None, force: bool = False) -> Run:
@@ -87,70 +109,84 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
 
     Raises:
         RunError: `out` exists and `force` is not set.
-        QatEdgeError: finetune failed; it has said why.
+        QatEdgeError: finetune failed; its message is on stderr.
     """
+    # Validate the options first, so that a bad one is an error of this command.
     given = {k: v for k, v in config.plain(options).items() if k in TRAINING and v is not None}
     config.load(FinetuneOptions, "finetune", config_path, given)
     if out.exists() and not force:
-        raise RunError(f"{out} exists already. `qat-edge compare {out}` goes on with it; --force trains it again.")
+        raise RunError(f"{out} exists already. `qat-edge compare {out}` continues with it; --force trains it again.")
+
     flags = [text for key, value in given.items() for text in (config.flag_name(key), value)]
-    flags += ["--config", str(config_path)] if config_path else []
-    flags += ["--force"] if Run(out).config.is_file() else []
+    if config_path:
+        flags += ["--config", str(config_path)]
+    if Run(out).config.is_file():
+        flags += ["--force"]
     progress.info(f"Training {out}")
     command = [sys.executable, "-m", "qat_edge", "finetune", "--out", str(out), *flags]
     code = subprocess.run(command, check=False).returncode
     if code != 0:
-        raise QatEdgeError(f"compare stops here: `qat-edge finetune` ended with exit code {code}.")
+        raise QatEdgeError(f"`qat-edge finetune` ended with exit code {code}, so there is nothing to compare.")
     return Run.open(out)
 
 
 def compare(run: Run, options: CompareOptions, config_path: Path | None, force: bool = False) -> DeploymentTable:
-    """Make, run and measure every deployment; write RUN/compare/compare.json and compare.html.
+    """Export, run and measure every deployment; write RUN/compare/compare.json and compare.html.
 
-    What was measured before, of the same artifact on the same tokens, is taken over unless `force` is set.
+    A measurement of the same artifact on the same evaluation data is reused unless `force` is set.
 
     Raises:
         RunError: no finished training, or an artifact of the run is out of date.
         DataError: no evaluation rows.
     """
-    tasks.require_generating(run, "compare")
+    tasks.require_causal_lm(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
-    exporting = config.load(
-        ExportOptions, "export", source, {"backend": config.EXPORT_BACKENDS[0]}
-    )  # others cannot run here
-    job = Job(run, exporting, force)
+    # Artifacts of other backends than the first cannot run on this machine.
+    exporting = config.load(ExportOptions, "export", source, {"backend": config.EXPORT_BACKENDS[0]})
+    job = CompareJob(run, exporting, force)
+
+    # The quantized run has the tokenizer, so it is needed even if no row ships it.
     quantize_if_missing(run, QAT)
-    material = gather_material(run, measuring)
-    made = {(n, t): _make(job, n, t) for n in row_names(options.deployment, options.method) for t in options.target}
-    _checkpoint(job, "merged")
+    eval_set = load_eval_set(run, measuring)
+
+    rows = [RowKey(n, t) for n in row_names(options.deployment, options.method) for t in options.target]
+    made = {row: _make(job, row) for row in rows}
+    _checkpoint(job, "merged")  # the FP32 reference, whether or not it is a row
+
+    # Run them one after the other, then write the table.
     with scratch_folder(run) as scratch, device_errors(), closing(open_transport(LOCAL)) as transport:
-        tuned, measured = _measure(job, Bench(material, measuring, scratch), transport, made)
+        tuned, deployments = _measure(job, Evaluator(eval_set, measuring, scratch), transport, made)
         machine = dataclasses.asdict(transport.info())
+
     table = DeploymentTable(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=_model_name(run),
         device=LOCAL,
         machine=machine,
         options={**config.plain(measuring), "context_length": job.exporting.context_length},
-        tokens=material.tokens,
+        tokens=eval_set.tokens,
         steps=_steps(run),
         reference=tuned,
-        deployments=measured,
+        deployments=deployments,
     )
-    save(table, job.folder / "compare.json")
-    write_text(job.folder / "compare.html", render(table))
+    _save(table, job.folder)
     return table
 
 
+def _save(table: DeploymentTable, folder: Path) -> None:
+    save(table, folder / "compare.json")
+    write_text(folder / "compare.html", render(table))
+
+
 def _model_name(run: Run) -> str:
-    """The base model's name, without the path of some machine."""
+    """Return the base model's name on the Hub; of a local path only the last part."""
     name = str(read_manifest(run.quantized)["model"]["identity"]["name"])
     return Path(name).name if name.count("/") > 1 or name[:1] in "/.~" else name
 
 
 def _steps(run: Run) -> dict[str, int]:
-    """Optimizer steps of the FP32 fine-tune and of the run, as far as its training log says."""
+    """Return the optimizer steps of the FP32 fine-tune and of the run; empty without a training log."""
     try:
         log = json.loads((run.path / "training.json").read_text(encoding="utf-8"))
         return {"reference": int(log["qat_start_step"]), "qat": int(log["steps"])}
@@ -161,32 +197,38 @@ def _steps(run: Run) -> dict[str, int]:
 # --- making ------------------------------------------------------------------------------------------------
 
 
-def _make(job: Job, name: str, target: str) -> Variant | str:
-    """Checkpoint and artifact of one row, made where they are missing; or why they cannot be."""
+def _make(job: CompareJob, row: RowKey) -> Variant | str:
+    """Make the checkpoint and the artifact of one row where they are missing.
+
+    Returns:
+        The variant, or the reason why it cannot be made.
+    """
     try:
-        variant = _checkpoint(job, name)
-        _export(job, variant, target)
-    except SHOWN as error:
-        progress.info(f"{TITLES[name]}, {target}: {error}")
+        variant = _checkpoint(job, row.name)
+        _export(job, variant, row.target)
+    except ROW_ERRORS as error:
+        progress.warn(f"{row.title}: {error}")
         return f"not expressible: {error}" if isinstance(error, ExportError) else str(error)
     return variant
 
 
-def _export(job: Job, variant: Variant, target: str) -> None:
-    """Export what is missing, or is compare's own and out of date.
+def _export(job: CompareJob, variant: Variant, target: str) -> None:
+    """Export an artifact that is missing, or that is compare's own and out of date.
 
     Raises:
         RunError: an artifact of the run itself is out of date, and `force` is not set.
     """
     folder = variant.exports / target
-    current = folder.is_dir() and _is_current(variant, folder, job.exporting.context_length)
-    own = isinstance(variant, Shipped)
-    if current and not (own and job.force):
+    is_current = folder.is_dir() and _is_current(variant, folder, job.exporting.context_length)
+    belongs_to_run = not isinstance(variant, DeploymentVariant)
+
+    # --force makes compare's own artifacts again, but not a current one that the user exported.
+    if is_current and (belongs_to_run or not job.force):
         return
-    if folder.is_dir() and not own and not job.force:
+    if folder.is_dir() and belongs_to_run and not job.force:
         raise RunError(
-            f"{folder} is of another checkpoint, or for another --context-length than {job.exporting.context_length}. "
-            f"Export again: `qat-edge export {job.run.path} --force`."
+            f"{folder} was exported from another checkpoint, or for another --context-length than "
+            f"{job.exporting.context_length}. Export again: `qat-edge export {job.run.path} --force`."
         )
     export_one(variant, target_named(target), job.exporting)
 
@@ -197,58 +239,66 @@ def _is_current(variant: Variant, folder: Path, context_length: int) -> bool:
     return same_length and manifest["quantized_sha256"] == sha256(variant.quantized / MANIFEST)
 
 
-def _checkpoint(job: Job, name: str) -> Variant:
-    """Where a deployment's checkpoint lies; made where it is missing or of another training.
+def _checkpoint(job: CompareJob, name: str) -> Variant:
+    """Return the variant of a deployment, whose checkpoint is made if it is missing or of another training.
 
     Raises:
         ExportError: the deployment needs adapters, and the run has none.
     """
+    # These are made by quantize, in the run's own folders.
     run = job.run
     if name == QAT:
         return run
     if name.startswith(PTQ):
         return quantize_if_missing(run, name.removeprefix(PTQ))
-    if name in ("lora", "naive") and not (run.reference / ADAPTER_FILES[0]).is_file():
+
+    if name in WITH_ADAPTERS and not (run.reference / ADAPTER_FILES[0]).is_file():
         raise ExportError("this run trained the weights themselves, so it has no adapters to ship")
     if name == "lora":
-        _checkpoint(job, "base")
-    shipped = job.shipped(name)
+        _checkpoint(job, "base")  # whose files it shares
+
+    # The manifest records which fine-tune the checkpoint was made of: a new training makes it again.
+    variant = job.variant(name)
     made_of = sha256(run.reference / MANIFEST)
-    if (shipped.quantized / MANIFEST).is_file() and read_manifest(shipped.quantized)["made_of"] == made_of:
-        return shipped
-    progress.info(f"Making {shipped.quantized}")
-    with replace_folder(shipped.quantized, force=True) as work:
-        facts = _write_checkpoint(job, name, work)
-        write_manifest(work, "checkpoint", made_of=made_of, **facts)
-    return shipped
+    if (variant.quantized / MANIFEST).is_file() and read_manifest(variant.quantized)["made_of"] == made_of:
+        return variant
+    progress.info(f"Writing the checkpoint of {TITLES[name]}: {variant.quantized}")
+    with replace_folder(variant.quantized, force=True) as work:
+        extra = _write_checkpoint(job, name, work)
+        write_manifest(work, "checkpoint", made_of=made_of, **extra)
+    return variant
 
 
-def _write_checkpoint(job: Job, name: str, work: Path) -> dict[str, Any]:
-    """Fill the empty folder; returns what its manifest holds beside the rest."""
-    run, facts = job.run, {}
+def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
+    """Write a deployment's checkpoint into the empty folder `work`; return what its manifest records in addition."""
+    run = job.run
+    extra: dict[str, Any] = {}
+    # Weights: the base for lora and base, merged for merged, the base rounded to nearest for naive.
     if name == "lora":
-        for path in job.shipped("base").quantized.iterdir():
+        for path in job.variant("base").quantized.iterdir():
             if path.name != MANIFEST:
-                _share(path, work / path.name)
+                _link_or_copy(path, work / path.name)
     elif name == "merged":
         merge.merged_model(run.reference).model.save_pretrained(work)
     else:
         model = merge.base_model(run.reference)
         if name == "naive":
-            plan = frozen.read_scheme(run.quantized)
-            frozen.freeze(model, plan)
-            facts["scheme"] = frozen.scheme_facts(plan)
+            scheme = frozen.read_scheme(run.quantized)
+            frozen.freeze(model, scheme)
+            extra["scheme"] = frozen.scheme_metadata(scheme)
         model.save_pretrained(work)
-    if name in ("lora", "naive"):
+
+    # peft's own files, which the exporters read.
+    if name in WITH_ADAPTERS:
         (work / ADAPTER).mkdir()
         for file in ADAPTER_FILES:
             shutil.copyfile(run.reference / file, work / ADAPTER / file)
-    tokenizer.copy_files(run.quantized, work)
-    return facts
+    tokenizer.copy_tokenizer_files(run.quantized, work)
+    return extra
 
 
-def _share(source: Path, target: Path) -> None:
-    """One file under two names, or a copy of it where the file system has no such thing."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -259,82 +309,92 @@ def _share(source: Path, target: Path) -> None:
 
 
 def _measure(
-    job: Job, bench: Bench, transport: Transport, made: Mapping[tuple[str, str], Variant | str]
-) -> tuple[Measured, list[Deployment]]:
-    """The FP32 fine-tune in torch, and every row in the order of `made`."""
-    asked = _asked(bench)
+    job: CompareJob, evaluator: Evaluator, transport: Transport, made: Mapping[RowKey, Variant | str]
+) -> tuple[Measurement, list[Deployment]]:
+    """Measure the FP32 fine-tune in torch, and every row in the order of `made`."""
+    # Earlier measurements, where they have the same key.
+    shared_key = _evaluation_key(evaluator)
     keys = {
-        row: {**asked, "artifact": sha256(variant.exports / row[1] / MANIFEST)}
+        row: {**shared_key, "artifact": sha256(variant.exports / row.target / MANIFEST)}
         for row, variant in made.items()
         if isinstance(variant, Variant)
     }
-    known = {row: None if job.force else _read(_row_path(job, *row), key) for row, key in keys.items()}
-    tuned = _reference(job, bench, asked, needed=None in known.values())
-    rows = []
+    known = {row: None if job.force else _read_measurement(job.measurement_path(row), key) for row, key in keys.items()}
+
+    tuned = _measure_reference(job, evaluator, shared_key, needs_logits=None in known.values())
+
+    deployments = []
     for row, variant in made.items():
-        measured: Measured | str | None = variant if isinstance(variant, str) else known[row]
-        if measured is None and isinstance(variant, Variant):
-            measured = _measure_row(job, bench, transport, variant, row)
-            if isinstance(measured, Measured):
-                _write(_row_path(job, *row), keys[row], measured)
-        elif isinstance(measured, Measured):
-            progress.info(f"{TITLES[row[0]]}, {row[1]}: measured before")
-        found = measured if isinstance(measured, Measured) else None
-        rows.append(Deployment(*row, measured=found, reason=measured if isinstance(measured, str) else ""))
-    return tuned, rows
+        if isinstance(variant, str):
+            deployments.append(Deployment(*row, reason=variant))
+            continue
+        measured = known[row]
+        if measured is not None:
+            progress.info(f"{row.title}: reusing the earlier measurement of this artifact")
+            deployments.append(Deployment(*row, measured=measured))
+            continue
+        result = _measure_row(evaluator, transport, variant, row)
+        if isinstance(result, Measurement):
+            _write_measurement(job.measurement_path(row), keys[row], result)
+            deployments.append(Deployment(*row, measured=result))
+        else:
+            deployments.append(Deployment(*row, reason=result))
+    return tuned, deployments
 
 
-def _measure_row(
-    job: Job, bench: Bench, transport: Transport, variant: Variant, row: tuple[str, str]
-) -> Measured | str:
-    """What was measured, or why it could not be."""
+def _measure_row(evaluator: Evaluator, transport: Transport, variant: Variant, row: RowKey) -> Measurement | str:
+    """Measure one artifact; return the reason where it cannot be measured."""
     try:
         with device_errors():
-            return bench.artifact(variant, row[1], transport, own=False)
-    except SHOWN as error:
-        progress.info(f"{TITLES[row[0]]}, {row[1]}: {error}")
+            return evaluator.measure_artifact(variant, row.target, transport, own=False)
+    except ROW_ERRORS as error:
+        progress.warn(f"{row.title}: {error}")
         return f"not measured: {error}"
 
 
-def _reference(job: Job, bench: Bench, asked: dict[str, Any], needed: bool) -> Measured:
-    """The FP32 fine-tune in torch; its logits for the rows still to be measured, where any are `needed`."""
-    path, checkpoint = job.folder / "reference.json", job.shipped("merged").quantized
-    key = {**asked, "artifact": sha256(checkpoint / MANIFEST)}
-    known = None if job.force else _read(path, key)
-    if known is not None and not needed:
+def _measure_reference(
+    job: CompareJob, evaluator: Evaluator, shared_key: dict[str, Any], needs_logits: bool
+) -> Measurement:
+    """Measure the FP32 fine-tune in torch, or reuse its earlier measurement.
+
+    needs_logits: True if rows are still to be measured, which are compared with its logits.
+    """
+    path, checkpoint = job.folder / "reference.json", job.variant("merged").quantized
+    key = {**shared_key, "artifact": sha256(checkpoint / MANIFEST)}
+    known = None if job.force else _read_measurement(path, key)
+    if known is not None and not needs_logits:
         return known
+
+    # `frozen.load` reads float checkpoints as well. A full measurement leaves its logits in the evaluator's store.
     model = frozen.load(checkpoint)
     if known is None:
-        known = bench.fine_tuned(model)
-        _write(path, key, known)
-        return known
-    sequences = bench.material.sequences
-    with progress.bar("FP32 fine-tune", len(sequences)) as shown:
-        reference.score(model, sequences, bench.fp32, shown.update)
+        measured = evaluator.measure_fine_tuned(model)
+        _write_measurement(path, key, measured)
+        return measured
+
+    sequences = evaluator.eval_set.sequences
+    with progress.bar("FP32 fine-tune, logits in torch", len(sequences)) as bar:
+        reference.score(model, sequences, evaluator.fp32_logits, bar.update)
     return known
 
 
-def _asked(bench: Bench) -> dict[str, Any]:
-    """What decides the figures beside the artifact: tokens, prompts, and how speed is timed."""
-    material, options = bench.material, bench.options
-    ids = [[s.ids, list(s.positions)] for s in material.sequences], material.prompts, material.eos_ids
-    timed = ("threads", "prefill", "decode", "repeats", "max_new_tokens")
+def _evaluation_key(evaluator: Evaluator) -> dict[str, Any]:
+    """Return everything besides the artifact that figures depend on: tokens, prompts, and how speed is timed."""
+    eval_set, options = evaluator.eval_set, evaluator.options
+    ids = [[s.ids, list(s.positions)] for s in eval_set.sequences], eval_set.prompts, eval_set.eos_ids
     tokens = hashlib.sha256(json.dumps(ids, default=int).encode()).hexdigest()
-    return {"format": ROW_FORMAT, "tokens": tokens, **{name: getattr(options, name) for name in timed}}
+    timing = ("threads", "prefill", "decode", "repeats", "max_new_tokens")
+    return {"format": ROW_FORMAT, "tokens": tokens, **{name: getattr(options, name) for name in timing}}
 
 
-def _row_path(job: Job, name: str, target: str) -> Path:
-    return job.folder / name / f"{target}.json"
-
-
-def _read(path: Path, key: dict[str, Any]) -> Measured | None:
-    """What was measured before under the same key; None where there is nothing of the kind."""
+def _read_measurement(path: Path, key: dict[str, Any]) -> Measurement | None:
+    """Read an earlier measurement; None if there is none with this key."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return results.measured(document["measured"]) if document["key"] == key else None
+        return read_measurement(document["measured"]) if document["key"] == key else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, key: dict[str, Any], measured: Measured) -> None:
-    write_text(path, json.dumps({"key": key, "measured": dataclasses.asdict(measured)}, indent=1) + "\n")
+def _write_measurement(path: Path, key: dict[str, Any], measured: Measurement) -> None:
+    write_text(path, json.dumps({"key": key, "measured": to_json(measured)}, indent=1) + "\n")

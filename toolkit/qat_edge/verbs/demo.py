@@ -14,7 +14,7 @@ from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
-from qat_edge.models import load
+from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 
@@ -56,7 +56,7 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         progress.info(
             f"Data: {assistant.TRAIN_ROWS} generated requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
         )
-        source = load.demo_model(_cache())
+        source = fetch_demo_model(_cache())
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
     else:
         config.load(FinetuneOptions, "finetune", config_path, {})

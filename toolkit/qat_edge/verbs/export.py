@@ -191,7 +191,7 @@ def _check_encoder(run: Run, targets: list[Target], options: ExportOptions) -> N
     flags += [_flag("kv_cache", options)] if options.kv_cache != KV_CACHE_FLOAT else []
     flags += [f"--backend {options.backend}"] if options.backend != USUAL_BACKEND else []
     for flag in flags:
-        tasks.require_generating(run, flag)
+        tasks.require_causal_lm(run, flag)
 
 
 def _ptq_methods(options: ExportOptions) -> list[str]:

@@ -29,8 +29,9 @@ from qat_edge.models import merge
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
 from qat_edge.train import objectives
-from qat_edge.train.phases import Crossing, check_combination
-from qat_edge.train.setup import Job, describe_device, prepare, trainable
+from qat_edge.train.option_checks import check_combination
+from qat_edge.train.phases import PhaseTransition
+from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
 from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
@@ -78,21 +79,21 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
     run = _check_folder(options, out, resume, force)
     check_combination(options)
     began = time.monotonic()
-    job = prepare(options, _recorded_inputs(run).get("kept_layers") if resume else None)
-    adapted, switch = trainable(job, options)
+    job = prepare_training(options, _recorded_inputs(run).get("kept_layers") if resume else None)
+    adapted, switch = make_trainable(job, options)
 
     # All options are validated by now, so an earlier run is never deleted for a bad flag.
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
         config.save(run.config, "finetune", options)
-    _same_inputs(run, job.facts, resume)
+    _same_inputs(run, job.metadata, resume)
 
-    # The Trainer calls back at the end of phase 1, where the crossing into QAT happens.
+    # The Trainer calls back at the end of phase 1, where the transition into QAT happens.
     start = qat_start_step(options)
     trainer = _trainer(adapted, job, options, run)
-    trainer.configure(options, start)
-    crossing = _crossing(adapted, switch, job, options, run, trainer)
-    phases = TwoPhases(switch, start, crossing)
+    trainer.configure_optimizer(options, start)
+    transition = _phase_transition(adapted, switch, job, options, run, trainer)
+    phases = TwoPhases(switch, start, transition)
     trainer.add_callback(phases)
     phase_1 = "LoRA" if options.method == "lora" else "full fine-tuning"
     progress.info(f"{start} steps of {phase_1}, then {options.steps - start} of QAT")
@@ -102,13 +103,13 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
         trainer.train(resume_from_checkpoint=resume or None)
 
     # With no step of QAT, the start of QAT comes after the last step.
-    if not phases.crossed:
-        crossing.finish()
-    merge.save(adapted, run.adapter, "adapter", job.facts | crossing.facts)
+    if not phases.qat_started:
+        transition.finish_without_qat()
+    merge.save_weights(adapted, run.adapter, "adapter", job.metadata | transition.metadata)
     return _log(run, job, trainer, start, time.monotonic() - began)
 
 
-def _log(run: Run, job: Job, trainer: QatTrainer, start: int, wall_s: float) -> Finetuned:
+def _log(run: Run, job: TrainingJob, trainer: QatTrainer, start: int, wall_s: float) -> Finetuned:
     """Write RUN/training.json and return the result; `start` is the last step of phase 1."""
     steps = curve(trainer.state.log_history, start)
     result = Finetuned(
@@ -124,34 +125,34 @@ def _log(run: Run, job: Job, trainer: QatTrainer, start: int, wall_s: float) -> 
     return result
 
 
-def _crossing(
+def _phase_transition(
     adapted: Any,
     switch: fake.Switch,
-    job: Job,
+    job: TrainingJob,
     options: FinetuneOptions,
     run: Run,
     trainer: QatTrainer,
-) -> Crossing:
+) -> PhaseTransition:
     """Return the start of QAT as a callback of the Trainer."""
-    return Crossing(
-        adapted=adapted, switch=switch, scheme=job.plan, rows=job.rows, tokenizer=job.tokenizer, options=options,
+    return PhaseTransition(
+        model=adapted, switch=switch, scheme=job.scheme, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
-        snapshot=lambda: merge.save(adapted, run.reference, "reference", job.facts, scales=False),
-        teach=trainer.learn_from, forget=trainer.forget_averages,
+        save_reference=lambda: merge.save_weights(adapted, run.reference, "reference", job.metadata, scales=False),
+        set_teacher=trainer.set_teacher, reset_optimizer=trainer.reset_optimizer,
     )  # fmt: skip
 
 
-def _trainer(adapted: Any, job: Job, options: FinetuneOptions, run: Run) -> QatTrainer:
+def _trainer(adapted: Any, job: TrainingJob, options: FinetuneOptions, run: Run) -> QatTrainer:
     """Return the Trainer with the rows, the loss and the options."""
     trainer = QatTrainer(
         model=adapted,
         args=_arguments(options, run, job),
-        data_collator=training_examples.collator(job.kind, job.tokenizer),
+        data_collator=training_examples.make_collator(job.task, job.tokenizer),
         train_dataset=job.rows.rows,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.learn(objectives.of(job.kind))
+    trainer.set_objective(objectives.objective_for_task(job.task))
     return trainer
 
 
@@ -231,7 +232,7 @@ def _recorded_inputs(run: Run) -> dict[str, Any]:
     return found
 
 
-def _arguments(options: FinetuneOptions, run: Run, job: Job) -> TrainingArguments:
+def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> TrainingArguments:
     """Translate the options into those of the Hugging Face Trainer."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "logs")
     return TrainingArguments(
@@ -249,7 +250,7 @@ def _arguments(options: FinetuneOptions, run: Run, job: Job) -> TrainingArgument
         eval_strategy="no" if job.eval_rows is None else "steps",
         eval_steps=options.eval_every or options.steps + 1,
         prediction_loss_only=True,
-        label_names=["labels"] if job.kind.encodes else None,
+        label_names=["labels"] if job.task.is_encoder else None,
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=2,

@@ -44,7 +44,7 @@ def generate(
         RunError: there is nothing to generate with, or the artifact runs on other machines only.
         UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
     """
-    tasks.require_generating(run, "generate")
+    tasks.require_causal_lm(run, "generate")
     target = None if source == TORCH else target_named(source)
     if target is not None and target.runs_elsewhere:
         raise RunError(f"{target.runs_elsewhere} Use the same codes in another artifact, or the torch model.")
@@ -52,7 +52,7 @@ def generate(
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
 
-    words = tokenizer.load(folder)
+    words = tokenizer.load_tokenizer(folder)
     text = prompt if raw else chat_text(words, prompt, system)
     if target is None:
         _generate_in_torch(folder, words, text, emit, max_new_tokens)

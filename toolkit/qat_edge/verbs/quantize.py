@@ -21,7 +21,7 @@ from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import tasks
-from qat_edge.models.merge import WHOLE_MODEL, Merged, adapter_facts, merged_model
+from qat_edge.models.merge import WHOLE_MODEL, MergedModel, adapter_metadata, merged_model
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq import methods
@@ -78,11 +78,11 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
     # PTQ may choose other bits and another basis than training; QAT has trained with its own.
     if options.bits is not None:
         bits, trained = load_bits(Path(options.bits)), merged.scheme
-        new_scheme = scheme.choose(merged.model, trained.group_size, bits, trained.table_bits)
+        new_scheme = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits)
         merged = replace(merged, scheme=new_scheme)
     if options.rotate:
         rotation.rotate(merged.model, merged.scheme, options.seed)
-        tied = merged.scheme.tied and scheme.share_table(merged.model)
+        tied = merged.scheme.tied and scheme.shares_table(merged.model)
         merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
 
     # Scales come first: codes are what rounding by them gives.
@@ -100,8 +100,8 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
             calibration=calibration_record,
             rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=_weights_sha256(adapter),
-            scheme=frozen.scheme_facts(merged.scheme),
-            **{k: v for k, v in adapter_facts(adapter).items() if k in ("model", "data", "seed", "device")},
+            scheme=frozen.scheme_metadata(merged.scheme),
+            **{k: v for k, v in adapter_metadata(adapter).items() if k in ("model", "data", "seed", "device")},
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
     wall_s = time.monotonic() - began
@@ -119,7 +119,7 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     if options.rotate:
-        tasks.require_generating(run, "--rotate")
+        tasks.require_causal_lm(run, "--rotate")
 
 
 def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
@@ -169,7 +169,9 @@ def _is_of(variant: Variant, adapter: Path) -> bool:
     return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
 
 
-def _scales(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+def _scales(
+    run: Run, merged: MergedModel, options: QuantizeOptions
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """Return the group scales by weight, and a record of the calibration data.
 
     Methods that compensate rounding errors (GPTQ, GPTAQ, coordinate descent, AWQ) also change the merged weights.
@@ -185,23 +187,25 @@ def _scales(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[Mapping
         return methods.apply(merged.model, merged.scheme, options.method, batches), record
 
 
-def _calibration(run: Run, merged: Merged, options: QuantizeOptions) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+def _calibration(
+    run: Run, merged: MergedModel, options: QuantizeOptions
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Return calibration batches, tokenized as for training, and what the manifest records about them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
-    task, loaded = tasks.of_run(run), load_rows(source, "train")
-    rows = training_examples.tokenize(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
-    tokens = calibration.tokens_to_take(options.calibration_tokens, rows)
+    task, loaded = tasks.task_of_run(run), load_rows(source, "train")
+    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
     record = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
-    return calibration.batches(chosen, merged.tokenizer), record
+    return calibration.make_batches(chosen, merged.tokenizer), record
 
 
 def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
     """Return the seed of the checkpoint's rotation; None without rotation."""
     if options.method == QAT:
-        seed: int | None = (adapter_facts(adapter)["start"] or {}).get("rotation_seed")
+        seed: int | None = (adapter_metadata(adapter)["start"] or {}).get("rotation_seed")
         return seed
     return options.seed if options.rotate else None
 

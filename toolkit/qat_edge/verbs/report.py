@@ -11,7 +11,7 @@ from qat_edge import progress
 from qat_edge.errors import UsageError
 from qat_edge.report.collect import collect
 from qat_edge.report.encoder_page import render as render_encoder
-from qat_edge.report.history import Entry, history
+from qat_edge.report.history import RunEntry, history
 from qat_edge.report.history_page import render as render_history
 from qat_edge.report.run_page import render
 from qat_edge.run import Run, write_text
@@ -41,7 +41,7 @@ def report(runs: Sequence[Run]) -> Path:
 
     # A history compares figures of models that generate text; an encoder has a page of its own.
     stories = [collect(run) for run in runs]
-    encoder = next((run for run, story in zip(runs, stories, strict=True) if story.answers), None)
+    encoder = next((run for run, story in zip(runs, stories, strict=True) if story.encoder), None)
     if encoder is not None and len(runs) > 1:
         raise UsageError(f"{encoder.path}: has an encoder; a history is of models that generate text. Name it alone.")
 
@@ -52,7 +52,7 @@ def report(runs: Sequence[Run]) -> Path:
     if len(runs) == 1:
         html = render_encoder(stories[0]) if encoder else render(stories[0])
         return _write(runs[0].report_html, html, stories[0].document())
-    found = history([Entry(folder.name, story) for folder, story in zip(folders, stories, strict=True)])
+    found = history([RunEntry(folder.name, story) for folder, story in zip(folders, stories, strict=True)])
     return _write(runs[-1].path / HISTORY, render_history(found), found.document())
 
 

@@ -1,6 +1,7 @@
-"""What every layer of the FP32 fine-tune costs at 4 and at 8 bits, and the bits to give it.
+"""Measure the loss of every layer of the FP32 fine-tune at 4 and at 8 bits, and choose the bits of each.
 
-Measured once into RUN/sensitivity/; `--max-size-mb` and `--max-kl` pick from what was measured, as often as wanted.
+Load the fine-tune, measure it once into RUN/sensitivity/, then choose from the measurement as often as wanted:
+`--max-size-mb` minimizes the loss for a size, `--max-kl` the size for a loss.
 """
 
 from __future__ import annotations
@@ -11,88 +12,104 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.data import tokenization
-from qat_edge.data.calibration import by_length, choose_rows
+from qat_edge.data.calibration import choose_rows, group_by_length
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
-from qat_edge.models import tasks
-from qat_edge.models.merge import adapter_facts, merged_model
-from qat_edge.quant import layer_sensitivity, scheme
+from qat_edge.models import decoder, tasks
+from qat_edge.models.merge import adapter_metadata, merged_model
+from qat_edge.quant import layer_sensitivity
 from qat_edge.quant.bit_allocation import (
     MEASURED,
     Choice,
     Cost,
     LayerCost,
     Sensitivity,
-    read_measured,
+    read_sensitivity,
     save_bits,
     weight_bytes,
     within_budget,
     within_kl,
 )
-from qat_edge.report.figures import megabytes, number
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
+from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BITS, PAGE = "bits.yaml", "sensitivity.html"
 BATCH_TOKENS = 512  # of one forward pass
 
 
 @dataclass(frozen=True)
-class Result:
-    """folder: what was written. choice: None where nothing was to be picked."""
+class SensitivityResult:
+    """Result of the verb.
+
+    Attributes:
+        folder: RUN/sensitivity.
+        measured: loss by layer and bits.
+        choice: bits of every weight; None where neither --max-size-mb nor --max-kl was given.
+    """
 
     folder: Path
     measured: Sensitivity
     choice: Choice | None
 
     def describe(self) -> str:
-        """The line that `qat-edge sensitivity` ends with."""
+        """Return the line that `qat-edge sensitivity` ends with."""
         if self.choice is None:
-            return f"Wrote {self.folder / PAGE}. --max-size-mb or --max-kl now picks the bits, without measuring again"
-        picked, path = self.choice, self.folder / BITS
+            return f"Wrote {self.folder / PAGE}. --max-size-mb or --max-kl now chooses the bits without measuring again"
+        choice, path = self.choice, self.folder / BITS
         return (
-            f"Wrote {path}: {raised(self.measured, picked)}, {megabytes(picked.size_bytes)} MB and KL "
-            f"{number(picked.kl_nats)} predicted. Next: qat-edge finetune --bits {path}, or "
+            f"Wrote {path}: {raised(self.measured, choice)}, {megabytes(choice.size_bytes)} MB and KL "
+            f"{number(choice.kl_nats)} predicted. Next: qat-edge finetune --bits {path}, or "
             f"qat-edge quantize {self.folder.parent} --method gptq --bits {path}"
         )
 
 
-def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> Result:
-    """Measure into RUN/sensitivity, or take what was measured there, and pick bits where `options` asks for it.
+def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> SensitivityResult:
+    """Measure into RUN/sensitivity, or read the measurement there, and choose bits if `options` has a limit.
 
     Raises:
-        UsageError: both limits, or one that cannot be kept.
-        RunError: already measured and nothing to pick (without `force`), or measured on another fine-tune.
-        DataError: fewer calibration tokens than asked for.
+        UsageError: both limits are given, or one that cannot be met.
+        RunError: already measured and no limit given (without `force`), or measured on another fine-tune.
+        DataError: fewer calibration tokens than requested.
     """
     if options.max_size_mb is not None and options.max_kl is not None:
-        raise UsageError("--max-size-mb and --max-kl: one limit picks the bits. Give one of them.")
-    tasks.require_generating(run, "sensitivity")
+        raise UsageError("--max-size-mb and --max-kl: one limit chooses the bits. Give one of them.")
+    tasks.require_causal_lm(run, "sensitivity")
+
+    # A limit chooses from the measurement that is there; without one, or with --force, measure.
     folder = run.path / "sensitivity"
-    picking = options.max_size_mb is not None or options.max_kl is not None
-    if (folder / MANIFEST).is_file() and picking and not force:
-        measured = _same_finetune(run, folder, options)
+    has_limit = options.max_size_mb is not None or options.max_kl is not None
+    if (folder / MANIFEST).is_file() and has_limit and not force:
+        measured = _read_same_finetune(run, folder, options)
     else:
         if folder.exists() and not force:
             raise RunError(
-                f"{folder} exists already. Give --max-size-mb or --max-kl to pick from it, or --force to measure again."
+                f"{folder} exists already. Give --max-size-mb or --max-kl to choose bits from it, or --force to "
+                "measure again."
             )
+        # Written before bits are chosen: a limit that cannot be met does not throw away minutes of measuring.
         measured = measure(run, options, force)
         with replace_folder(folder, force=True) as work:
             write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
             _write_page(run, work, measured, None)
-    choice = pick(measured, options)
+
+    # The page is written again, with the choice marked in it.
+    choice = choose_bits(measured, options)
     if choice is not None:
         save_bits(folder / BITS, choice)
         _write_page(run, folder, measured, choice)
-    return Result(folder, measured, choice)
+    return SensitivityResult(folder, measured, choice)
 
 
 def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensitivity:
@@ -104,56 +121,80 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     began = time.monotonic()
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     merged = merged_model(run.reference, force)
+
+    # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
     tokenized = tokenization.tokenize(load_rows(trained.data, "train"), merged.tokenizer, trained.max_length)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, trained.data, "--tokens")
-    found = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
-    source = adapter_facts(run.reference)["model"]["identity"]["name"]
-    return dataclasses.replace(found, model=source, wall_s=time.monotonic() - began)
+    measured = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
+
+    name = adapter_metadata(run.reference)["model"]["identity"]["name"]
+    return dataclasses.replace(measured, model=name, wall_s=time.monotonic() - began)
 
 
 def measure_model(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     group_size: int,
     rows: Sequence[dict[str, list[int]]],
     seed: int,
 ) -> Sensitivity:
-    """Cost of every weight of a float model on tokenized rows {"input_ids", "labels"}."""
+    """Measure the loss of every weight of a float model.
+
+    Args:
+        model: in float32, on the CPU; it is moved to the GPU, if there is one, and back.
+        tokenizer: pads batches.
+        group_size: of int4 weights.
+        rows: tokenized, {"input_ids", "labels"}.
+        seed: that the rows were chosen with, for the record.
+    """
     began = time.monotonic()
-    plan = scheme.choose(model, group_size)
-    schemes = layer_sensitivity.candidates(plan)
+    scheme = choose_scheme(model, group_size)
+    candidates = layer_sensitivity.candidate_schemes(scheme)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batches = list(_batches(rows, tokenizer, device))
-    total = len(batches) * sum(map(len, schemes.values()))
-    progress.info(
-        f"Measuring {len(schemes)} weights on {sum(len(row['input_ids']) for row in rows)} tokens, on {device}"
-    )
-    with progress.bar("measuring", total) as shown:
-        done = iter(range(1, total + 1))
-        found = layer_sensitivity.probe(
-            model.to(device), schemes, batches, lambda name, bits: shown.update(next(done), f"{name} int{bits}")
-        )
-    model.to("cpu")
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    progress.info(f"Measuring the sensitivity of {len(candidates)} weights on {tokens} tokens, on {device}")
+
+    losses = _probe(model, candidates, list(_batches(rows, tokenizer, device)), device)
     return Sensitivity(
         model=type(model).__name__,
-        tokens=sum(len(row["input_ids"]) for row in rows),
-        compared=found.compared,
+        tokens=tokens,
+        compared=losses.compared,
         rows=len(rows),
         seed=seed,
         group_size=group_size,
-        tied=plan.tied,
-        float_bytes=_float_bytes(model, plan),
+        tied=scheme.tied,
+        float_bytes=_float_bytes(model, scheme),
         wall_s=time.monotonic() - began,
-        together=found.together,
-        weights={name: _layer_cost(model, name, schemes[name], kl) for name, kl in found.alone.items()},
+        together=losses.together,
+        weights={name: _layer_cost(model, name, candidates[name], kl) for name, kl in losses.alone.items()},
     )
 
 
-def pick(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
-    """The bits that the one limit of `options` asks for; None where it has none.
+def _probe(
+    model: PreTrainedModel,
+    candidates: layer_sensitivity.Candidates,
+    batches: Sequence[layer_sensitivity.ProbeBatch],
+    device: str,
+) -> layer_sensitivity.LayerDivergences:
+    """Measure the loss of every weight at every width, showing progress."""
+    # One step a batch, weight and width.
+    total = len(batches) * sum(map(len, candidates.values()))
+    with progress.bar("quantizing one weight at a time", total) as bar:
+        steps = iter(range(1, total + 1))
+
+        def advance(name: str, bits: int) -> None:
+            bar.update(next(steps), f"{name} int{bits}")
+
+        losses = layer_sensitivity.measure_layers(model.to(device), candidates, batches, advance)
+    model.to("cpu")  # the GPU's memory is for whatever comes next
+    return losses
+
+
+def choose_bits(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
+    """Choose bits under the limit in `options`; None where it has none.
 
     Raises:
-        UsageError: the limit cannot be kept.
+        UsageError: the limit cannot be met.
     """
     if options.max_size_mb is not None:
         return within_budget(measured.costs, measured.float_bytes, options.max_size_mb)
@@ -162,43 +203,48 @@ def pick(measured: Sensitivity, options: SensitivityOptions) -> Choice | None:
     return None
 
 
-def _batches(rows: Sequence[dict[str, list[int]]], tokenizer: Any, device: str) -> Iterator[layer_sensitivity.Batch]:
-    for tensors in map(tokenization.Collator(tokenizer), by_length(rows, BATCH_TOKENS)):
+def _batches(
+    rows: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase, device: str
+) -> Iterator[layer_sensitivity.ProbeBatch]:
+    """Yield padded batches on a device, with a mask of the tokens that training puts loss on."""
+    collate = tokenization.Collator(tokenizer)
+    for batch in group_by_length(rows, BATCH_TOKENS):
+        tensors = collate(batch)
+        # The logits at position t predict the label at t + 1.
         compared = torch.zeros_like(tensors["labels"], dtype=torch.bool)
         compared[:, :-1] = tensors["labels"][:, 1:] != tokenization.IGNORED
         if compared.any():
-            yield layer_sensitivity.Batch(
-                *(t.to(device) for t in (tensors["input_ids"], tensors["attention_mask"], compared))
-            )
+            ids, mask = tensors["input_ids"], tensors["attention_mask"]
+            yield layer_sensitivity.ProbeBatch(ids.to(device), mask.to(device), compared.to(device))
 
 
 def _layer_cost(
-    model: Any, name: str, schemes: Mapping[int, scheme.WeightScheme], kl: Mapping[int, float]
+    model: PreTrainedModel, name: str, schemes: Mapping[int, WeightScheme], kl: Mapping[int, float]
 ) -> LayerCost:
     rows, width = model.get_submodule(name).weight.shape
-    return LayerCost(
-        layer=layer_sensitivity.layer_index(name),
-        kind=name.rpartition(".")[2],
-        shape=(rows, width),
-        costs={
-            bits: Cost(kl[bits], weight_bytes(rows, width, bits, spec.group_size)) for bits, spec in schemes.items()
-        },
-    )
+    costs = {bits: Cost(kl[bits], weight_bytes(rows, width, bits, spec.group_size)) for bits, spec in schemes.items()}
+    return LayerCost(decoder.layer_index(name), name.rpartition(".")[2], (rows, width), costs)
 
 
-def _float_bytes(model: Any, plan: scheme.Scheme) -> int:
-    quantized = {f"{name}.weight" for name in plan.weights}
+def _float_bytes(model: PreTrainedModel, scheme: Scheme) -> int:
+    """Return the bytes of all parameters that the scheme does not quantize, in float32."""
+    quantized = {f"{name}.weight" for name in scheme.weights}
     return sum(4 * p.numel() for name, p in model.named_parameters() if name not in quantized)
 
 
-def _same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> Sensitivity:
-    """What was measured before, if it was measured on the fine-tune that the run holds now."""
+def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> Sensitivity:
+    """Read an earlier measurement.
+
+    Raises:
+        RunError: it was made on another fine-tune than the run now has.
+    """
     if read_manifest(folder)["reference_sha256"] != _reference_sha256(run):
         raise RunError(f"{folder} was measured on another fine-tune. Give --force to measure again.")
-    measured = read_measured(folder)
-    other = (options.tokens, options.seed) != (measured.tokens, measured.seed)
-    again = f"; --force measures again, on {options.tokens} (seed {options.seed})" if other else ""
-    progress.info(f"Picking from {folder}, measured on {measured.tokens} tokens (seed {measured.seed}){again}")
+    measured = read_sensitivity(folder)
+    # Other --tokens or --seed have no effect without measuring again, so that is mentioned.
+    differs = (options.tokens, options.seed) != (measured.tokens, measured.seed)
+    hint = f"; --force measures again, on {options.tokens} (seed {options.seed})" if differs else ""
+    progress.info(f"Choosing bits from {folder}, measured on {measured.tokens} tokens (seed {measured.seed}){hint}")
     return measured
 
 

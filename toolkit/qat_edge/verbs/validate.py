@@ -24,15 +24,21 @@ from pathlib import Path
 from qat_edge import config, progress
 from qat_edge.config import ValidateOptions
 from qat_edge.diagnose import locate_fault
-from qat_edge.diagnose.error_budget import TorchSide, budget, judge, score_here, torch_side
+from qat_edge.diagnose.error_budget import (
+    TorchBudget,
+    budget,
+    compute_torch_budget,
+    run_fault_test,
+    score_on_this_machine,
+)
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
 from qat_edge.evaluate import encoders, native_runner
-from qat_edge.evaluate.devices import LOCAL, connect, report_paths, side_by_side
-from qat_edge.evaluate.encoder_results import Comparison
-from qat_edge.evaluate.evaluator import Bench, device_errors, gather_material, scratch_folder
-from qat_edge.evaluate.gates import hold, require_gates, require_limits, require_measurable
-from qat_edge.evaluate.gates import junit as junit_xml
-from qat_edge.evaluate.results import Agreement, Budget, Judgement, Measured, Report, save
+from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
+from qat_edge.evaluate.encoder_results import EncoderReport
+from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
+from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable
+from qat_edge.evaluate.junit import junit_xml
+from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Measurement, Report, save
 from qat_edge.models import merge, tasks
 from qat_edge.run import Run, Variant, read_manifest, write_text
 from qat_edge.verbs.verify import verify_folder
@@ -53,7 +59,7 @@ class Validated:
         paths: by device, where its report was written.
     """
 
-    reports: Sequence[Report | Comparison]
+    reports: Sequence[Report | EncoderReport]
     failures: dict[str, str]
     paths: dict[str, Path] = field(default_factory=dict)
 
@@ -70,9 +76,9 @@ class TorchResults:
     """
 
     identities: dict[str, str]
-    models: list[Measured]
+    models: list[Measurement]
     noise_floor: Agreement
-    budget: TorchSide | None
+    budget: TorchBudget | None
 
 
 def validate_run(
@@ -98,11 +104,11 @@ def validate_run(
     """
     if junit is not None:
         of_devices = by_device or {}
-        require_limits(*(of_devices.get(device, options) for device in options.device))
+        require_any_gate(*(of_devices.get(device, options) for device in options.device))
         junit.unlink(missing_ok=True)  # an earlier result must not be taken for this one
 
-    if tasks.of_run(run).encodes:
-        encoder = encoders.validate(run, options, force=force)
+    if tasks.task_of_run(run).is_encoder:
+        encoder = encoders.validate_encoder(run, options, force=force)
         result = Validated([encoder], {}, {encoder.device: run.answers})
     else:
         paths = report_paths(run.reports, options.device)
@@ -149,12 +155,12 @@ def validate_devices(
         RunError, DataError: as `validate`.
     """
     # Everything that can be refused is refused before anything is computed.
-    tasks.require_generating(run, "validate")
+    tasks.require_causal_lm(run, "validate")
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
     _require_possible(options_of.values(), paths.values(), force)
     artifacts = _artifacts_by_target(run, options_of.values())
-    eval_set = gather_material(run, options)
+    eval_set = load_eval_set(run, options)
 
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
@@ -165,7 +171,7 @@ def validate_devices(
 
         # The torch side is computed once, with an error budget if any device needs one.
         shared = dataclasses.replace(options, error_budget=any(each.error_budget for each in options_of.values()))
-        evaluator = Bench(eval_set, shared, scratch)
+        evaluator = Evaluator(eval_set, shared, scratch)
         torch_results = _run_torch(run, evaluator, artifacts.values(), is_reported=LOCAL in transports)
 
         def measure(device: str, transport: Transport) -> Report:
@@ -180,7 +186,7 @@ def validate_devices(
             save(report, paths[device])
             return report
 
-        reports, failed = side_by_side(transports, measure)
+        reports, failed = run_on_devices(transports, measure)
 
     config.save(run.config, "validate", options, left_out=_set_by_profiles(options, options_of.values()))
     return Validated(list(reports.values()), failures | failed)
@@ -216,7 +222,7 @@ def _require_possible(options_by_device: Iterable[ValidateOptions], paths: Itera
     for options in options_by_device:
         require_measurable(options)
         if options.runner_binary is not None:
-            native_runner.require_possible(options)
+            native_runner.require_supported(options)
     for path in paths:
         if path.exists() and not force:
             raise RunError(f"{path} exists already. Give --force to measure again.")
@@ -228,7 +234,7 @@ def _set_by_profiles(options: ValidateOptions, options_by_device: Iterable[Valid
     return {k for each in options_by_device for k, value in vars(each).items() if value != shared[k]} - {"profile"}
 
 
-def _run_torch(run: Run, evaluator: Bench, artifacts: Iterable[Artifacts], is_reported: bool) -> TorchResults:
+def _run_torch(run: Run, evaluator: Evaluator, artifacts: Iterable[Artifacts], is_reported: bool) -> TorchResults:
     """Run everything that needs no device.
 
     Args:
@@ -237,22 +243,22 @@ def _run_torch(run: Run, evaluator: Bench, artifacts: Iterable[Artifacts], is_re
         artifacts: those of each device.
         is_reported: whether this machine has a report of its own, and so measures the artifacts anyway.
     """
-    tuned = evaluator.fine_tuned(merge.merged_model(run.reference).model)
-    models = [evaluator.base(merge.base_model(run.reference)), tuned]
-    floor = evaluator.noise_floor(run.quantized)
+    tuned = evaluator.measure_fine_tuned(merge.merged_model(run.reference).model)
+    models = [evaluator.measure_base(merge.base_model(run.reference)), tuned]
+    floor = evaluator.measure_noise_floor(run.quantized)
 
     # The error budget needs the trained forward pass, and the artifacts' logits on this machine as a step of their own.
     side = None
     if evaluator.options.error_budget:
         own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
-        side = torch_side(run, evaluator, models, own)
+        side = compute_torch_budget(run, evaluator, models, own)
         if not is_reported:
-            score_here(run, evaluator, own)
+            score_on_this_machine(run, evaluator, own)
     return TorchResults(_identities(run, evaluator), models, floor, side)
 
 
 def _measure(
-    run: Run, artifacts: Artifacts, device: str, transport: Transport, evaluator: Bench, torch_results: TorchResults
+    run: Run, artifacts: Artifacts, device: str, transport: Transport, evaluator: Evaluator, torch_results: TorchResults
 ) -> Report:
     """Measure every artifact on one device and check the gates."""
     options = evaluator.options
@@ -270,26 +276,26 @@ def _measure(
         device=device,
         machine=dataclasses.asdict(transport.info()),
         options=config.plain(options),
-        tokens=evaluator.material.tokens,
+        tokens=evaluator.eval_set.tokens,
         noise_floor=torch_results.noise_floor,
         measured=measured,
-        gates=hold(options, measured, budgets),
+        gates=check_gates(options, measured, budgets),
         budgets=budgets,
         identities=torch_results.identities,
     )
 
 
-def _artifact(variant: Variant, target: str, transport: Transport, evaluator: Bench, own: bool) -> Measured:
+def _artifact(variant: Variant, target: str, transport: Transport, evaluator: Evaluator, own: bool) -> Measurement:
     """Measure one artifact on one device, in the device's runtime or in the runner that the user built."""
     if evaluator.options.runner_binary is None:
-        return evaluator.artifact(variant, target, transport, own)
-    binary = native_runner.require_possible(evaluator.options)
+        return evaluator.measure_artifact(variant, target, transport, own)
+    binary = native_runner.require_supported(evaluator.options)
     return native_runner.measure(evaluator, binary, variant, target, transport, own)
 
 
-def _identities(run: Run, evaluator: Bench) -> dict[str, str]:
+def _identities(run: Run, evaluator: Evaluator) -> dict[str, str]:
     """Return digests of what the figures of two runs must share to be compared; see `Report`."""
-    eval_set, manifest = evaluator.material, read_manifest(run.reference)
+    eval_set, manifest = evaluator.eval_set, read_manifest(run.reference)
     weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
     base = manifest["model"]["identity"]
     parts = {
@@ -300,16 +306,22 @@ def _identities(run: Run, evaluator: Bench) -> dict[str, str]:
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def _budget(run: Run, target: str, transport: Transport, evaluator: Bench, side: TorchSide) -> Budget:
+def _budget(run: Run, target: str, transport: Transport, evaluator: Evaluator, side: TorchBudget) -> Budget:
     """Return the error budget of one artifact, with the location of a fault where there is one."""
-    judged = judge(run, evaluator, side, target, transport)
-    if judged.beyond:
-        judged = dataclasses.replace(judged, where=_locate(run, evaluator, side, target, transport, judged))
-        progress.warn(f"{target}: differs from the frozen checkpoint by more than rounding noise. {judged.where}")
-    return budget(evaluator, side, target, transport.name, judged)
+    fault_test = run_fault_test(run, evaluator, side, target, transport)
+    if fault_test.exceeds_noise:
+        fault_test = dataclasses.replace(
+            fault_test, location=_locate(run, evaluator, side, target, transport, fault_test)
+        )
+        progress.warn(
+            f"{target}: differs from the frozen checkpoint by more than rounding noise. {fault_test.location}"
+        )
+    return budget(evaluator, side, target, transport.name, fault_test)
 
 
-def _locate(run: Run, evaluator: Bench, side: TorchSide, target: str, transport: Transport, judged: Judgement) -> str:
+def _locate(
+    run: Run, evaluator: Evaluator, side: TorchBudget, target: str, transport: Transport, fault_test: FaultTest
+) -> str:
     """Describe where a fault is: the file is read back first, then its layers are compared one by one."""
     folder = run.exports / target
     verified = verify_folder(folder, target, run.quantized)
@@ -318,13 +330,13 @@ def _locate(run: Run, evaluator: Bench, side: TorchSide, target: str, transport:
         return in_file
 
     # At position 0 there is nothing to attend to, so a difference there is not one of attention.
-    cause = "attention (rotary angles, mask or cache)" if judged.position else "how the runtime computes them"
+    cause = "attention (rotary angles, mask or cache)" if fault_test.position else "how the runtime computes them"
     in_file = in_file or "Its codes and scales equal the frozen checkpoint's"
-    layer = locate_fault.first_words(folder, target, run.quantized, side, transport, evaluator.options.threads)
-    return f"{in_file}. It diverges at position {judged.position} of a prompt: {cause}. {layer}"
+    layer = locate_fault.describe_location(folder, target, run.quantized, side, transport, evaluator.options.threads)
+    return f"{in_file}. It diverges at position {fault_test.position} of a prompt: {cause}. {layer}"
 
 
-def _without_speed(model: Measured) -> Measured:
+def _without_speed(model: Measurement) -> Measurement:
     """Return a torch model for the report of a device that it did not run on."""
     if model.speed is None:
         return model
@@ -334,7 +346,7 @@ def _without_speed(model: Measured) -> Measured:
 def _why_not(target: str, options: ValidateOptions) -> str:
     """Return why an artifact cannot be measured with these options, as a sentence; empty where it can."""
     if options.runner_binary is not None:
-        return native_runner.why_not(target)
+        return native_runner.unsupported_reason(target)
     return target_named(target).runs_elsewhere
 
 

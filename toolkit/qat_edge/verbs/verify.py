@@ -168,8 +168,8 @@ def _rotation_faults(quantized: Path, artifact: Artifact) -> list[str]:
     if artifact.floats is None:
         return []
     return [
-        f"{name}.{rotated_norm.TURN}: not in the artifact as it was frozen"
-        for name, turn in rotated_norm.stored_turns(quantized).items()
+        f"{name}.{rotated_norm.ROTATION}: not in the artifact as it was frozen"
+        for name, turn in rotated_norm.stored_rotations(quantized).items()
         if hashlib.sha256(turn.numpy().tobytes()).hexdigest() not in artifact.floats
     ]
 
@@ -177,7 +177,7 @@ def _rotation_faults(quantized: Path, artifact: Artifact) -> list[str]:
 def _file_faults(folder: Path, quantized: Path) -> list[str]:
     """Compare the artifact's tokenizer with the checkpoint's, and every file with the manifest."""
     faults = []
-    for name in tokenizer.FILES:
+    for name in tokenizer.TOKENIZER_FILES:
         if not (quantized / name).is_file():
             continue
         if not (folder / name).is_file():

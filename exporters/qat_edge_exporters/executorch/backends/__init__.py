@@ -1,1 +1,1 @@
-"""Backends that a .pte can be lowered to, one file each."""
+"""Backends other than XNNPACK that a .pte can be lowered to, one file each."""

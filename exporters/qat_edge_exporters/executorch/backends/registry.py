@@ -1,28 +1,39 @@
-"""Backends that a .pte can be lowered to beside XNNPACK, by name. Nothing of them is imported here.
+"""Table of the backends other than XNNPACK that a .pte can be lowered to. Importing this imports none of them.
 
-What each computes otherwise than trained stands here too: `qat-edge export` prints and records it.
+The table also lists how each backend's results differ from what was trained: `qat-edge export` prints and records it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from qat_edge.errors import ExportError
+
+if TYPE_CHECKING:
+    from executorch.exir import EdgeProgramManager
+    from torch.export import ExportedProgram
+    from transformers import PreTrainedModel
 
 XNNPACK = "xnnpack"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What is known of one without importing it.
+    """Properties of a backend that are known without importing it.
 
-    delegate: its name in a .pte. package, extra: what has to be installed to compile for it, and qat-edge's extra
-    that brings it; empty where executorch alone is enough. runs_on: what can load it.
-    differences: how what it computes may differ from what was trained, an assertion each.
+    Attributes:
+        name: value of --backend.
+        delegate: the backend's name in a .pte.
+        module: a `Compiler`.
+        runs_on: systems and packages that can load it.
+        differences: ways in which its results may differ from what was trained, one sentence each.
+        package: Python package that its compiler needs; empty if executorch alone is enough.
+        extra: the extra of qat-edge that installs `package`.
     """
 
     name: str
@@ -35,21 +46,21 @@ class Backend:
 
     @property
     def folder(self) -> str:
-        """Of its artifacts, below exports/."""
+        """Name of its artifact's folder, below exports/."""
         return f"executorch-{self.name}"
 
 
 class Compiler(Protocol):
     """A module that lowers to one backend."""
 
-    def prepare(self, model: Any) -> dict[str, str]:
-        """Make a frozen model exportable in place; names of rounded weights: the buffer's -> the module's."""
+    def prepare(self, model: PreTrainedModel) -> dict[str, str]:
+        """Make a frozen model exportable in place; return names of frozen weights: the buffer's -> the module's."""
 
-    def trace(self, model: Any, context_length: int) -> Any:
-        """The exported program of what `prepare` made."""
+    def trace(self, model: PreTrainedModel, context_length: int) -> ExportedProgram:
+        """Trace a model that `prepare` changed."""
 
-    def lower(self, program: Any, methods: dict[str, Any]) -> Any:
-        """That program in delegates of this backend, `methods` beside it as constant methods."""
+    def lower(self, program: ExportedProgram, methods: Mapping[str, Any]) -> EdgeProgramManager:
+        """Lower a traced program into delegates of this backend, and add `methods` as constant methods."""
 
 
 BACKENDS = {
@@ -71,7 +82,7 @@ BACKENDS = {
         runs_on="iOS 18, macOS 15 and later, in the Swift package's backend_coreml",
         differences=(
             "inputs of linear layers stay in float, where training rounds them to int8: "
-            "CoreML has weights in int4, and no rounding of each token beside them",
+            "CoreML has weights in int4, but does not round the inputs of each token",
             "keys and values are kept in float16, the only kind of state that CoreML has",
         ),
         package="coremltools",
@@ -81,7 +92,14 @@ BACKENDS = {
 
 
 def runs_elsewhere(artifact: str) -> str:
-    """Why an artifact of that name cannot run here or where `validate` reaches, a sentence; empty where it can."""
+    """Return why an artifact cannot run on this machine or on a device of `validate`, as a sentence.
+
+    Args:
+        artifact: name of its folder.
+
+    Returns:
+        An empty text if it can.
+    """
     found = next((backend for backend in BACKENDS.values() if backend.folder == artifact), None)
     if found is None:
         return ""
@@ -90,10 +108,10 @@ def runs_elsewhere(artifact: str) -> str:
 
 
 def compiler(name: str) -> Compiler:
-    """What lowers to the backend `name`, once what it needs is there.
+    """Import the compiler of the backend `name`.
 
     Raises:
-        ExportError: a package is missing, which the message names, with the extra that brings it.
+        ExportError: a package is missing; the message names it, and the extra that installs it.
     """
     require_package(BACKENDS[name])
     root = logging.getLogger()
@@ -101,11 +119,11 @@ def compiler(name: str) -> Compiler:
     try:
         return cast(Compiler, import_module(BACKENDS[name].module))
     finally:
-        root.setLevel(level)  # ExecuTorch's partitioners would have it tell of every operator
+        root.setLevel(level)  # ExecuTorch's partitioners change it, and would log every operator
 
 
 def require_package(backend: Backend) -> None:
-    """Check that what the backend's compiler and reader need is installed.
+    """Check that the package of the backend's compiler and reader is installed.
 
     Raises:
         ExportError: it is not.
@@ -113,5 +131,5 @@ def require_package(backend: Backend) -> None:
     if backend.package and find_spec(backend.package) is None:
         raise ExportError(
             f"--backend {backend.name} needs {backend.package}, which is not installed. "
-            f"`pip install 'qat-edge[{backend.extra}]'` brings it (Linux and macOS only)."
+            f"`pip install 'qat-edge[{backend.extra}]'` installs it (Linux and macOS only)."
         )

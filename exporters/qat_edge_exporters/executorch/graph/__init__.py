@@ -1,1 +1,1 @@
-"""Model to exported program: tracing, attention, graph passes, lowering to XNNPACK."""
+"""From a model to an exported program, and from there to XNNPACK's delegates."""

@@ -1,35 +1,28 @@
-"""The libraries' passes over a graph, each only where it changes something, several in one tracing.
+"""The libraries' graph passes, run only where they change something, and several of them in one tracing.
 
-ExecuTorch traces a graph anew for every pass, under fake tensors: that is most of the time of an export. Driven as
-they are, the libraries trace a decoder twice to decompose it and seven times to make edge operators of it, then
-each delegate up to seventeen times. What comes out is the same, byte for byte.
+ExecuTorch traces a graph again for every pass, under fake tensors, and that is most of the time of an export. By
+default the libraries trace a decoder twice to decompose it, seven times to turn it into edge operators, and then each
+delegate up to seventeen times. The program that comes out here is the same, byte for byte.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from executorch.backends.xnnpack import xnnpack_preprocess
-from executorch.backends.xnnpack._passes import XNNPACKPassManager
-from executorch.exir.passes.normalize_transpose_pass import NormalizeTransposePass
-from executorch.exir.passes.remove_mixed_type_operators import RemoveMixedTypeOperators
-from executorch.exir.passes.replace_aten_with_edge_pass import OpReplacePass
-from executorch.exir.passes.replace_broken_ops_with_function_ops_pass import ReplaceBrokenOpsWithFunctionalOpsPass
-from executorch.exir.passes.scalar_to_tensor_pass import ScalarToTensorPass
-from executorch.exir.passes.sym_to_tensor_pass import SymToTensorPass
-from executorch.exir.program import _program
 from torch.export import ExportedProgram
 
-# A pass of XNNPACK's, and the operators without which it changes nothing.
+from qat_edge_exporters.executorch import compat
+
+# Passes of XNNPACK's backend by name, and the operators without which each changes nothing.
 ACTS_ON = {
     "XNNPACKRemoveCloneOpsTransform": ("clone",),
     "DimOrderOpsRevertPass": ("dim_order",),
     "ConvertToUpsampleBilinear2d": ("index", "upsample"),
     "ConvertToLinearPass": (".mm.", ".addmm.", ".bmm."),
-    "PropagateCustomMetaPass": (),  # tags for constants in a file of their own; there are none
+    "PropagateCustomMetaPass": (),  # tags for constants in a separate file, and there are none
     "ConvertToSDPAPass": ("softmax",),
     "ConstPropPass": (),  # nothing is left to fold once torch.export has lifted the constants
     "FuseBatchNormPass": ("batch_norm",),
@@ -46,22 +39,26 @@ ACTS_ON = {
 
 
 class EdgeOperators(
-    NormalizeTransposePass,
-    ReplaceBrokenOpsWithFunctionalOpsPass,
-    ScalarToTensorPass,
-    SymToTensorPass,
-    RemoveMixedTypeOperators,
-    OpReplacePass,
+    compat.NormalizeTransposePass,
+    compat.ReplaceBrokenOpsWithFunctionalOpsPass,
+    compat.ScalarToTensorPass,
+    compat.SymToTensorPass,
+    compat.RemoveMixedTypeOperators,
+    compat.OpReplacePass,
 ):
-    """Six passes of ExecuTorch's in one tracing: each rewrites a call and hands it on to the next."""
+    """Six passes of ExecuTorch in one tracing: each rewrites a call and passes it on to the next base class."""
 
 
-class Undecomposed(ExportedProgram):
-    """A program that is not made functional by a tracing of its own: decomposing it does that as well."""
+class DecomposedOnce(ExportedProgram):
+    """Exported program that ignores a request to be made functional only.
+
+    `to_edge_transform_and_lower` first decomposes by an empty table, which costs one tracing and makes the program
+    functional. The decomposition by the full table that follows does that as well.
+    """
 
     @classmethod
-    def of(cls, program: ExportedProgram) -> Undecomposed:
-        """The same program."""
+    def of(cls, program: ExportedProgram) -> DecomposedOnce:
+        """Return the same program as an instance of this class; nothing is copied."""
         return cls(
             root=program.graph_module,
             graph=program.graph,
@@ -77,55 +74,48 @@ class Undecomposed(ExportedProgram):
     def run_decompositions(
         self, decomp_table: Mapping[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        """Itself for an empty table; decomposed, and functional, for any other."""
+        """Return this program for an empty table, and a decomposed, functional one for any other."""
         if decomp_table is not None and not decomp_table:
             return self
         return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
 
 
-@contextmanager
-def edge_operators_at_once() -> Iterator[None]:
-    """Within the block, ATen's operators become edge operators in one tracing."""
-    merged = {kind.__name__ for kind in EdgeOperators.__bases__}
-    passes = _program._get_aten_to_edge_passes
+def edge_operators_at_once() -> AbstractContextManager[None]:
+    """Inside the block, ATen operators become edge operators in one tracing."""
+    merged = {base.__name__ for base in EdgeOperators.__bases__}
 
-    def others(config: Any) -> tuple[list[Any], list[Any]]:
-        before, after = passes(config)
-        return [step for step in before if getattr(step, "__name__", type(step).__name__) not in merged], after
+    def keep(step: Any) -> bool:
+        name = getattr(step, "__name__", type(step).__name__)  # the library lists classes and objects
+        return name not in merged
 
-    _program._get_aten_to_edge_passes, _program.OpReplacePass = others, EdgeOperators
-    try:
-        yield
-    finally:
-        _program._get_aten_to_edge_passes, _program.OpReplacePass = passes, OpReplacePass
+    return compat.replace_edge_passes(keep, EdgeOperators)
 
 
-@contextmanager
-def xnnpack_where_they_act(lowering: Callable[[], None]) -> Iterator[None]:
-    """Within the block, XNNPACK's passes run only where they have something to act on.
+def xnnpack_where_they_act(on_delegate: Callable[[], None]) -> AbstractContextManager[None]:
+    """Inside the block, XNNPACK's passes run only where they have something to act on.
 
-    lowering: called before each delegate.
+    Args:
+        on_delegate: called before each delegate is lowered.
     """
 
-    class Selective(XNNPACKPassManager):
+    class SelectivePassManager(compat.XNNPACKPassManager):
         def transform(self) -> ExportedProgram:
-            lowering()
+            on_delegate()
             program = self.exported_program
             for step in self.passes:
                 if _acts(step, program):
-                    program = XNNPACKPassManager(program, [step]).transform()
+                    # One manager a pass: each pass checks the operators that the ones before it left.
+                    program = compat.XNNPACKPassManager(program, [step]).transform()
             return program
 
-    xnnpack_preprocess.XNNPACKPassManager = Selective
-    try:
-        yield
-    finally:
-        xnnpack_preprocess.XNNPACKPassManager = XNNPACKPassManager
+    return compat.replace_xnnpack_pass_manager(SelectivePassManager)
 
 
 def _acts(step: type, program: ExportedProgram) -> bool:
+    """Return whether a pass may change `program`; True for a pass that `ACTS_ON` does not list."""
     if step.__name__ not in ACTS_ON:
-        return True  # a pass that this version of ours does not know
+        return True
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    # Names between dots, so that ".mm." is not found in ".bmm.".
     names = {f".{target.__name__}." for target in calls if target is not operator.getitem}
     return any(part in name for part in ACTS_ON[step.__name__] for name in names)

@@ -1,12 +1,13 @@
-"""What a graph need not compute: at every token each operator costs time, and in small models that adds up.
+"""Remove operators that change nothing from an exported program.
 
-Transposes of heads and positions are taken out where they undo each other. Transformers computes rotary embeddings on
-(batch, head, position, channel), and ExecuTorch's attention and cache take (batch, position, head, channel). What is
-computed in between, element by element or along the channels, is the same either way round, so each transpose before it
-meets the one behind it. In a .pte each is a copy.
+At every token each operator costs time, and in small models that adds up. Two kinds are removed:
 
-Factors of one are taken out as well: they are the norms' weights where the hidden states were turned
-(qat_edge.quant.rotation).
+Transposes of heads and positions that undo each other. Transformers computes rotary embeddings on (batch, head,
+position, channel), while ExecuTorch's attention and cache take (batch, position, head, channel). Operators in between
+that work element by element, or along the channels, give the same result in either layout, so each transpose before
+them can be moved next to the one behind them. In a .pte each transpose is a copy.
+
+Factors of one. They are the weights of the norms if the hidden states were rotated (qat_edge.quant.rotation).
 """
 
 from __future__ import annotations
@@ -23,35 +24,37 @@ ELEMENTWISE = {
     aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.neg.default, aten.rsqrt.default,
     aten.pow.Tensor_Scalar,
 }  # fmt: skip
-ALONG = {aten.cat.default, aten.slice.Tensor}  # a dimension, the second argument
-CHANNELS = (-1, 3)
+ALONG = {aten.cat.default, aten.slice.Tensor}  # work along one dimension, their second argument
+CHANNELS = (-1, 3)  # the last dimension, which a swap of 1 and 2 leaves in its position
 
 
 def simplify(program: ExportedProgram) -> None:
-    """Take out, in place, what changes nothing."""
+    """Remove operators that change nothing, in place."""
     graph = program.graph_module.graph
-    _drop_ones(program, graph)
+    _remove_factors_of_one(program, graph)
     _cancel_swaps(graph)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
 
-def _drop_ones(program: ExportedProgram, graph: Graph) -> None:
-    """Products with a parameter that is one everywhere are the other factor."""
-    named = program.graph_signature.inputs_to_parameters
+def _remove_factors_of_one(program: ExportedProgram, graph: Graph) -> None:
+    """Replace products with a parameter that is 1 everywhere by their other factor."""
+    parameters = program.graph_signature.inputs_to_parameters
     for node in graph.nodes:
-        if node.op != "placeholder" or node.name not in named or node.meta["val"].dim() != 1:
+        if node.op != "placeholder" or node.name not in parameters or node.meta["val"].dim() != 1:
             continue
-        if not bool((program.state_dict[named[node.name]] == 1).all()):
+        # Read from the weights: a graph does not hold values.
+        if not bool((program.state_dict[parameters[node.name]] == 1).all()):
             continue
+
         for user in list(node.users):
             other = next((n for n in user.all_input_nodes if n is not node), None)
-            if user.target is aten.mul.Tensor and other is not None and _alike(user, other):
+            # A product that broadcasts, or changes the type, is not its other factor.
+            if user.target is aten.mul.Tensor and other is not None and _have_same_shape_and_type(user, other):
                 user.replace_all_uses_with(other)
 
 
-def _alike(node: Node, other: Node) -> bool:
-    """Whether two tensors have the same shape and type."""
+def _have_same_shape_and_type(node: Node, other: Node) -> bool:
     one, two = node.meta["val"], other.meta["val"]
     return bool(one.dtype == two.dtype and one.dim() == two.dim()) and all(
         statically_known_true(a == b) for a, b in zip(one.shape, two.shape, strict=True)
@@ -59,14 +62,18 @@ def _alike(node: Node, other: Node) -> bool:
 
 
 def _cancel_swaps(graph: Graph) -> None:
-    """Compute between two transposes of dimensions 1 and 2 as if neither were there."""
+    """Remove pairs of swaps of dimensions 1 and 2, and compute everything in between in the swapped layout."""
+    # Backwards: nodes all of whose users are swaps, or can be computed in the swapped layout themselves.
     movable: set[Node] = set()
     for node in reversed(graph.nodes):
-        if _computes_alike(node) and all(user in movable or _is_swap(user) for user in node.users):
+        if _commutes_with_swap(node) and all(user in movable or _is_swap(user) for user in node.users):
             movable.add(node)
-    swapped: dict[Node, Node] = {}  # by node: what holds it with its dimensions 1 and 2 exchanged
+
+    # Forwards: `swapped` maps a node to one that holds the same tensor with dimensions 1 and 2 exchanged.
+    swapped: dict[Node, Node] = {}
     for node in list(graph.nodes):
         if _is_swap(node):
+            # A swap of something that exists swapped is that; any other swap adds such a pair.
             if node.args[0] in swapped:
                 node.replace_all_uses_with(swapped[node.args[0]])
             else:
@@ -76,20 +83,22 @@ def _cancel_swaps(graph: Graph) -> None:
 
 
 def _is_swap(node: Node) -> bool:
+    """Return whether a node exchanges dimensions 1 and 2 of a tensor with four."""
     if node.target is not aten.transpose.int or node.meta["val"].dim() != 4:
         return False
     return {dim % 4 for dim in node.args[1:] if isinstance(dim, int)} == {1, 2}
 
 
-def _computes_alike(node: Node) -> bool:
-    """Whether it gives the same elements whichever way round its operands' dimensions 1 and 2 lie."""
+def _commutes_with_swap(node: Node) -> bool:
+    """Return whether a node gives the same elements in either order of its operands' dimensions 1 and 2."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or node.meta["val"].dim() != 4:
         return False
     if node.target in ALONG:
         return len(node.args) > 1 and node.args[1] in CHANNELS
-    return node.target is aten.linear.default or (
-        node.target in ELEMENTWISE and all(operand.meta["val"].dim() == 4 for operand in _tensors(node))
-    )
+    if node.target is aten.linear.default:
+        return True
+    # With an operand of fewer dimensions, broadcasting would pair other elements after a swap.
+    return node.target in ELEMENTWISE and all(operand.meta["val"].dim() == 4 for operand in _tensors(node))
 
 
 def _tensors(node: Node) -> list[Node]:
@@ -97,29 +106,36 @@ def _tensors(node: Node) -> list[Node]:
 
 
 def _operands(node: Node) -> list[Node]:
-    """What of a node's inputs has dimensions 1 and 2: not a product's matrix."""
+    """Return the inputs that have dimensions 1 and 2, which the matrix of a linear layer does not."""
     return [n for n in _tensors(node) if n.meta["val"].dim() == 4]
 
 
 def _can_follow(operands: list[Node], swapped: dict[Node, Node]) -> bool:
-    """Whether some operand is there the other way round, and each other one moves nothing: a dimension of it is 1."""
+    """Return whether some operand exists in the swapped layout, and a swap of each other one moves no element.
+
+    A swap moves nothing where dimension 1 or 2 has length 1.
+    """
     rest = [operand.meta["val"].shape[1:3] for operand in operands if operand not in swapped]
     return len(rest) < len(operands) and all(any(statically_known_true(d == 1) for d in shape) for shape in rest)
 
 
 def _computed_swapped(graph: Graph, node: Node, swapped: dict[Node, Node]) -> Node:
+    """Add a node that computes `node` in the swapped layout, and return it."""
+    # An operand that exists in the original layout only has a dimension of length 1: its swap costs nothing.
     for operand in _operands(node):
         if operand in swapped:
             continue
         with graph.inserting_after(operand):
-            swapped[operand] = _called(graph, aten.transpose.int, (operand, 1, 2), {})
+            swapped[operand] = _add_call(graph, aten.transpose.int, (operand, 1, 2), {})
+
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: swapped.get(n, n))
     with graph.inserting_before(node):
-        return _called(graph, node.target, args, kwargs)
+        return _add_call(graph, node.target, args, kwargs)
 
 
-def _called(graph: Graph, target: Any, args: Any, kwargs: Any) -> Node:
-    made = graph.call_function(target, args, kwargs)
-    given = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    made.meta["val"] = target(*given[0], **given[1])
-    return made
+def _add_call(graph: Graph, target: Any, args: Any, kwargs: Any) -> Node:
+    """Add a call with the fake tensor that it returns, which later passes read."""
+    call = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    call.meta["val"] = target(*fake_args, **fake_kwargs)
+    return call

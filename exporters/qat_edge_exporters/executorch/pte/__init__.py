@@ -1,1 +1,1 @@
-"""The bytes of a .pte: read, check and rewrite."""
+"""The bytes of a .pte: read, checked and rewritten."""

@@ -1,7 +1,7 @@
-"""Codes and scales back out of programs for other backends than XNNPACK.
+"""Read codes and scales back out of programs for Vulkan and CoreML.
 
-Vulkan's constants are read by the readers of XNNPACK's; CoreML's package through coremltools, whose own schema and
-blob reader say what Apple's compiler will see.
+Vulkan's constants are read as XNNPACK's are; CoreML's package through coremltools, whose schema and blob reader are
+those of Apple's compiler.
 """
 
 from __future__ import annotations
@@ -11,145 +11,183 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError, ExportError
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.executorch import compat
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.pte import delegates, pte_reader, runner_contract
 
 DEQUANTIZE = "constexpr_blockwise_shift_scale"  # data (out, in), scale (out, groups)
-CODES = {"INT4": 4, "INT8": 8}
+# Operators of a CoreML program that use a weight, and the name of that input.
+USES_WEIGHT = {"linear": "weight", "gather": "x"}
+CODE_BITS = {"INT4": 4, "INT8": 8}
 
 
 def read_vulkan(folder: Path) -> Artifact:
-    """Everything that an export folder with a Vulkan program holds.
+    """Read an export folder with a Vulkan program.
 
     Raises:
         ArtifactError: the .pte or layers.json is missing or cannot be parsed.
     """
-    artifact, layers = pte_reader.read(folder), pte_reader.read_layers(folder / pte_reader.LAYERS)
-    linears = {name: _by_row(artifact.weights[name]) for name in layers.linears if name in artifact.weights}
-    return replace(artifact, weights=artifact.weights | linears, floats=None)  # its layout of them is not ours
+    artifact, names = pte_reader.read(folder), pte_reader.read_layers(folder / pte_reader.LAYERS)
+    linears = {name: _scales_by_row(artifact.weights[name]) for name in names.linears if name in artifact.weights}
+    # Vulkan stores float constants in a layout of its own, so their hashes mean nothing.
+    return replace(artifact, weights=artifact.weights | linears, floats=None)
 
 
-def _by_row(weight: ArtifactWeight) -> ArtifactWeight:
-    """Vulkan keeps scales of int4 weights as (groups, out); int8 weights are XNNPACK's."""
+def _scales_by_row(weight: ArtifactWeight) -> ArtifactWeight:
+    """Transpose the scales of int4 weights, which Vulkan stores as (groups, out); int8 weights are XNNPACK's."""
     if weight.bits != 4:
         return weight
+    # The reader took the bytes for (out, groups).
     out, groups = weight.scales.shape
     return replace(weight, scales=weight.scales.reshape(groups, out).T)
 
 
 def read_coreml(folder: Path) -> Artifact:
-    """Everything that an export folder with a CoreML program holds.
+    """Read an export folder with a CoreML program.
 
     Raises:
         ArtifactError: the .pte or layers.json is missing or cannot be parsed, or coremltools, which reads the
             package inside, is not installed.
     """
     path = folder / pte_reader.MODEL
-    pte, layers = delegates.open_pte(path), pte_reader.read_layers(folder / pte_reader.LAYERS)
+    # A damaged file is reported even if coremltools is not installed.
+    pte, names = delegates.open_pte(path), pte_reader.read_layers(folder / pte_reader.LAYERS)
     try:
         registry.require_package(registry.BACKENDS["coreml"])
     except ExportError as error:
-        raise ArtifactError(f"{path}: its codes cannot be read, nothing is proved. {error}") from error
+        raise ArtifactError(f"{path}: its codes cannot be read, so nothing is verified. {error}") from error
+
+    # Weights of all delegates; there is one, unless CoreML left an operator out.
     try:
         plans = {plan.name: plan for plan in pte.program.execution_plan}
-        metadata = {name: pte_reader.constant(plan) for name, plan in plans.items() if name != runner_contract.FORWARD}
+        metadata = pte_reader.constant_values(plans)
         forward = plans.get(runner_contract.FORWARD)
-        packages = [] if forward is None else [b for i, b in delegates.blobs(pte, forward) if i == "CoreMLBackend"]
+        blobs = [] if forward is None else delegates.delegate_blobs(pte, forward)
+        packages = [blob.data for blob in blobs if blob.backend == registry.BACKENDS["coreml"].delegate]
         stored = [matrix for package in packages for matrix in _matrices(package)]
-    except delegates.DAMAGE as error:
+    except delegates.PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, its package cannot be parsed ({error}). Export again.") from error
-    tables, linears = ([m for m in stored if m.is_table == table] for table in (True, False))
-    faults = [
-        f"{pte_reader.MODEL} has no method {name}, which runners ask for."
-        for name in runner_contract.missing_methods(plans)
-    ]
-    names = [*layers.linears, layers.embedding]
-    if (len(linears), len(tables)) != (len(layers.linears), 1):
+
+    # Linear layers in the order of computation, as layers.json names them, then the embedding.
+    tables, linears = ([m for m in stored if m.is_table == is_table] for is_table in (True, False))
+    faults = pte_reader.method_faults(list(plans))
+    expected = [*names.linears, names.embedding]
+    if (len(linears), len(tables)) != (len(names.linears), 1):
         faults.append(
-            f"{pte_reader.MODEL} holds {len(stored)} quantized matrices, {pte_reader.LAYERS} names {len(names)}."
+            f"{pte_reader.MODEL} holds {len(stored)} quantized matrices, {pte_reader.LAYERS} names {len(expected)}."
         )
-    named = dict(zip(names, [*linears, *tables], strict=False))
+    named = dict(zip(expected, [*linears, *tables], strict=False))
     weights = {name: matrix.weight for name, matrix in named.items()}
-    return Artifact(weights, metadata, _sizes(folder, layers, named), faults)
+    return Artifact(weights, metadata, _sizes(folder, names, named), faults)
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """A weight of a CoreML program. place: of its codes in the package's weights, the same for what is stored once."""
+class _CoreMLMatrix:
+    """A weight of a CoreML program.
+
+    Attributes:
+        weight: codes and scales.
+        offset: of its codes in the package's weights; equal for two matrices that are stored once.
+        is_table: whether rows of it are looked up.
+    """
 
     weight: ArtifactWeight
-    place: int
+    offset: int
     is_table: bool
 
     @property
-    def sizes_bytes(self) -> tuple[int, int]:
-        """Of codes and of scales."""
-        return self.weight.codes.size * self.weight.bits // 8, self.weight.scales.nbytes
+    def code_bytes(self) -> int:
+        """Bytes of its codes in the file."""
+        return self.weight.codes.size * self.weight.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of its scales in the file."""
+        return self.weight.scales.nbytes
 
 
-def _sizes(folder: Path, layers: pte_reader.Layers, named: dict[str, _Matrix]) -> dict[str, int]:
-    """Bytes by part; a table that embedding and head share counts for the embedding."""
-    sizes = pte_reader.sizes_by_part(folder, layers, {}, {}, 0)
+def _sizes(folder: Path, names: pte_reader.MatrixNames, named: dict[str, _CoreMLMatrix]) -> dict[str, int]:
+    """Return bytes by part; a table that embedding and head share is the embedding's."""
+    sizes = pte_reader.sizes_by_part(folder, names, {}, {}, 0)
     counted: set[int] = set()
-    for name, matrix in [(layers.embedding, named.get(layers.embedding)), *named.items()]:
-        if matrix is None or matrix.place in counted:
+    # The embedding first, so that it is counted before the head.
+    for name in (names.embedding, *named):
+        matrix = named.get(name)
+        if matrix is None or matrix.offset in counted:
             continue
-        counted.add(matrix.place)
-        part = {layers.embedding: "embedding", layers.head: "head"}.get(name)
-        for other, size in zip(("linears", "scales"), matrix.sizes_bytes, strict=True):
-            sizes[part or other] += size
+        counted.add(matrix.offset)
+        table = {names.embedding: "embedding", names.head: "head"}.get(name)
+        for part, size in (("linears", matrix.code_bytes), ("scales", matrix.scale_bytes)):
+            sizes[table or part] += size
             sizes["graph"] -= size
     return sizes
 
 
-def _matrices(package: bytes) -> Iterator[_Matrix]:
-    """Weights that linear layers and embeddings of a CoreML program use, in the order it computes them."""
-    with _opened(package) as (block, blob):
-        made = {op.outputs[0].name: op for op in block.operations if op.type == DEQUANTIZE}
-        for op in block.operations:
-            argument = {"linear": "weight", "gather": "x"}.get(op.type)
-            name = op.inputs[argument].arguments[0].name if argument else ""
-            if name in made:
-                data, scale = (made[name].inputs[part].arguments[0].value for part in ("data", "scale"))
-                codes, bits = _array(data, blob)
-                scales, _ = _array(scale, blob)
-                weight = ArtifactWeight(codes.astype(np.int8), scales.astype(np.float32), bits)
-                yield _Matrix(weight, data.blobFileValue.offset, op.type == "gather")
+def _matrices(package: bytes) -> Iterator[_CoreMLMatrix]:
+    """Yield the weights of a CoreML program's linear layers and embeddings, in the order of computation."""
+    with _opened(package) as program:
+        # Weights by the name of the value that dequantizes them.
+        dequantized = {op.outputs[0].name: op for op in program.block.operations if op.type == DEQUANTIZE}
+        for op in program.block.operations:
+            argument = USES_WEIGHT.get(op.type)
+            source = dequantized.get(op.inputs[argument].arguments[0].name) if argument else None
+            if source is None:
+                continue
+            # A head that shares the embedding's table refers to the same offset.
+            data, scale = (source.inputs[part].arguments[0].value for part in ("data", "scale"))
+            codes, scales = _read_constant(data, program.weights), _read_constant(scale, program.weights)
+            weight = ArtifactWeight(codes.array.astype(np.int8), scales.array.astype(np.float32), codes.bits)
+            yield _CoreMLMatrix(weight, data.blobFileValue.offset, op.type == "gather")
+
+
+class _CoreMLProgram(NamedTuple):
+    """The main function's block, a protobuf message, and the reader of the package's weights."""
+
+    block: Any
+    weights: Any
 
 
 @contextmanager
-def _opened(package: bytes) -> Iterator[tuple[Any, Any]]:
-    """The program and the weights in the bytes of a CoreML delegate."""
-    from coremltools.libmilstoragepython import _BlobStorageReader
-    from coremltools.proto import Model_pb2
-    from executorch.backends.apple.coreml import executorchcoreml
-
+def _opened(package: bytes) -> Iterator[_CoreMLProgram]:
+    """Unpack and parse the bytes of a CoreML delegate."""
     with tempfile.TemporaryDirectory() as name:
-        if not executorchcoreml.unflatten_directory_contents(package, name):
+        folder = Path(name)
+        if not compat.unpack_coreml_package(package, folder):
             raise ValueError("the delegate holds no CoreML package")
-        model = Model_pb2.Model()
-        model.ParseFromString(next(Path(name).rglob("*.mlmodel")).read_bytes())
+        model = compat.parse_coreml_model(next(folder.rglob("*.mlmodel")).read_bytes())
         function = model.mlProgram.functions["main"]
-        weights = next(Path(name).rglob("weight.bin"))
-        yield function.block_specializations[function.opset], _BlobStorageReader(str(weights))
+        weights = compat.open_coreml_weights(next(folder.rglob("weight.bin")))
+        yield _CoreMLProgram(function.block_specializations[function.opset], weights)
 
 
-def _array(value: Any, blob: Any) -> tuple[NDArray[Any], int]:
-    """A constant and the bits of its type; float32 where it is no integer."""
-    from coremltools.proto import MIL_pb2
+class _Constant(NamedTuple):
+    """A constant of a CoreML program, and the bits of its type."""
 
-    kind = MIL_pb2.DataType.Name(value.type.tensorType.dataType)
+    array: NDArray[Any]
+    bits: int
+
+
+def _read_constant(value: Any, weights: Any) -> _Constant:
+    """Read a constant of the types INT4, INT8 or FLOAT32.
+
+    Args:
+        value: the protobuf message.
+        weights: reader of the package's weights.
+    """
+    kind = compat.read_coreml_type(value.type.tensorType.dataType)
     shape = [dimension.constant.size for dimension in value.type.tensorType.dimensions]
+    # A small constant is in the message itself.
     if value.WhichOneof("value") != "blobFileValue":
-        return np.array(value.immediateValue.tensor.floats.values, np.float32).reshape(shape), 32
-    read = {"INT4": blob.read_int4_data, "INT8": blob.read_int8_data, "FLOAT32": blob.read_float_data}
-    if kind not in read:
+        return _Constant(np.array(value.immediateValue.tensor.floats.values, np.float32).reshape(shape), 32)
+
+    readers = {"INT4": weights.read_int4_data, "INT8": weights.read_int8_data, "FLOAT32": weights.read_float_data}
+    if kind not in readers:
         raise ValueError(f"a weight in {kind}")
-    return read[kind](value.blobFileValue.offset).reshape(shape), CODES.get(kind, 32)
+    return _Constant(readers[kind](value.blobFileValue.offset).reshape(shape), CODE_BITS.get(kind, 32))

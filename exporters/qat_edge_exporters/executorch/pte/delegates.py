@@ -1,6 +1,6 @@
-"""What XNNPACK's and Vulkan's delegates in a .pte say: which constants each quantized matrix product uses, in order.
+"""Read XNNPACK's and Vulkan's delegates in a .pte: which constants each quantized matrix product uses, in order.
 
-Reads the file with ExecuTorch's own deserializers and schema; nothing of our exporter takes part.
+Uses ExecuTorch's own deserializers and schema, and nothing of the exporter, so that `verify` does not trust it.
 """
 
 from __future__ import annotations
@@ -13,45 +13,59 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import executorch.backends.xnnpack.serialization as xnnpack_schema
-from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
-from executorch.exir._serialize._flatbuffer import _run_flatc
-from executorch.exir._serialize._program import PTEFile, _get_extended_header, deserialize_pte_binary
-from executorch.exir.scalar_type import ScalarType
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from typing import Any, NamedTuple
 
 from qat_edge.errors import ArtifactError
+from qat_edge_exporters.executorch.compat import (
+    BACKENDS_FOLDER,
+    DelegateCall,
+    ExecutionPlan,
+    KernelCall,
+    PTEFile,
+    ScalarType,
+    SchemaTensor,
+    XNNHeader,
+    deserialize_pte_binary,
+    read_pte_header,
+    run_flatc,
+)
 
-# What deserializers raise on bytes that are not what they expect: their own checks, or the first thing that fails.
-DAMAGE = (
+# Raised by deserializers on damaged bytes: their own checks, or the first operation that fails.
+PARSE_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
     struct.error, subprocess.SubprocessError, MemoryError,
 )  # fmt: skip
 BITS = {"xnn_datatype_qbint4": 4, "xnn_datatype_qcint4": 4, "xnn_datatype_qcint8": 8}
-IDENTIFIER = b"ET12"  # of the program's format, in the file's bytes 4 to 7
-# Operators that look rows up, and how many tables they take.
+IDENTIFIER = b"ET12"  # format of the program, bytes 4 to 7 of the file
+# Operators that look up rows, and the number of tables that each takes.
 EMBEDDINGS = {
     "quantized_decomposed::embedding_byte": 2,
     "quantized_decomposed::embedding_4bit": 2,
     "aten::embedding": 1,
 }
-ORDERS = "aten::index_select"  # what puts looked-up rows in order, see `puts_in_order`
-CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # of an embedding: bits by type
-UNBOUNDED = re.compile(r"(?<=: )(-?)inf\b")  # a bound of a ReLU as flatc writes it, which is no JSON
-SWAPPED = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
+REORDER = "aten::index_select"  # puts the columns of looked-up rows in order, see `reorders_columns`
+CODES = {ScalarType.CHAR: 8, ScalarType.BYTE: 4}  # bits of an embedding's codes, by the type of its tensor
+UNBOUNDED = re.compile(r"(?<=: )(-?)inf\b")  # bound of a ReLU as flatc writes it, which is not JSON
+SWAPPED_NIBBLES = bytes(b >> 4 | (b & 15) << 4 for b in range(256))
 XNNPACK, VULKAN = "XnnpackBackend", "VulkanBackend"
-# Importing Vulkan's package would make the root logger tell everything, so its files are read beside XNNPACK's.
-BACKENDS = Path(str(xnnpack_schema.__path__[0])).parents[1]
 SCHEMAS = {XNNPACK: "xnnpack/serialization/schema.fbs", VULKAN: "vulkan/serialization/schema.fbs"}
 VULKAN_MAGIC = b"VH00"
+VULKAN_HEADER_AT = 10  # byte of a Vulkan delegate: begin and size of the graph, two uint32
 VULKAN_LINEAR = "et_vk.linear_dq8ca_q4gsw.default"  # input, its scales and zeros, codes, sums, scales, group, bias
 
 
 @dataclass(frozen=True)
-class Product:
-    """One fully connected node with quantized weights (out, in); keys name its constants in the file."""
+class MatrixProduct:
+    """A matrix product with quantized weights.
+
+    Attributes:
+        out: rows of the weight.
+        width: columns of the weight.
+        bits: of a code.
+        groups: scales of a row.
+        codes_key: name of the codes among the delegates' constants.
+        scales_key: name of the scales.
+    """
 
     out: int
     width: int
@@ -61,141 +75,221 @@ class Product:
     scales_key: str
 
 
+class EmbeddingTable(NamedTuple):
+    """A quantized embedding, in the layout of a product's weight.
+
+    Attributes:
+        shape: without keys, as the program itself holds the constants.
+        codes: int8, or int4 in pairs with the first one in the low nibble.
+        scales: float32 or bfloat16.
+    """
+
+    shape: MatrixProduct
+    codes: bytes
+    scales: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return len(self.codes) + len(self.scales)
+
+
 def open_pte(path: Path) -> PTEFile:
-    """The program and constants of a .pte.
+    """Parse the program and constants of a .pte.
 
     Raises:
-        ArtifactError: the file is missing, shorter than it says, or no .pte.
+        ArtifactError: the file is missing, truncated, damaged, or not a .pte of this format.
     """
-    again = "Export again, or copy the file again."
+    remedy = "Export again, or copy the file again."
     if not path.is_file():
-        raise ArtifactError(f"{path}: not there. {again}")
+        raise ArtifactError(f"{path}: not there. {remedy}")
+
     data = path.read_bytes()
     try:
+        # The file's format first: the parser of this version may fail anywhere on another one.
         if data[4:6] == b"ET" and data[4:8] != IDENTIFIER:
             raise ArtifactError(
                 f"{path}: an ExecuTorch program in format {data[4:8].decode('ascii', 'replace')}, and the installed "
                 f"executorch reads {IDENTIFIER.decode()}. Export again, or install the version that wrote it."
             )
-        header = _get_extended_header(data)
+        # The extended header says where the segments begin and how long they are.
+        header = read_pte_header(data)
         if header is None or data[4:6] != b"ET":
-            raise ArtifactError(f"{path}: no ExecuTorch program (its first bytes are {data[:8]!r}). {again}")
-        whole = header.segment_base_offset + header.segment_data_size
-        if len(data) < whole:
-            raise ArtifactError(f"{path}: cut short: {len(data)} of {whole} bytes. {again}")
+            raise ArtifactError(f"{path}: no ExecuTorch program (its first bytes are {data[:8]!r}). {remedy}")
+        # A copy that was interrupted: the parser would fail later, with a message about a buffer.
+        expected = header.segment_base_offset + header.segment_data_size
+        if len(data) < expected:
+            raise ArtifactError(f"{path}: cut short: {len(data)} of {expected} bytes. {remedy}")
         return deserialize_pte_binary(data)
-    except DAMAGE as error:
-        raise ArtifactError(f"{path}: damaged, it cannot be parsed ({error}). {again}") from error
+    except PARSE_ERRORS as error:
+        raise ArtifactError(f"{path}: damaged, it cannot be parsed ({error}). {remedy}") from error
 
 
-def constants(pte: PTEFile) -> dict[str, bytes]:
-    """Named constants of the delegates."""
+def named_constants(pte: PTEFile) -> dict[str, bytes]:
+    """Return the delegates' constants by name."""
     if pte.named_data is None:
         return {}
     return {key: pte.named_data.buffers[e.buffer_index] for key, e in pte.named_data.pte_data.items()}
 
 
-def graphs(pte: PTEFile, plan: ExecutionPlan) -> list[dict[str, Any]]:
-    """XNNPACK's and Vulkan's graphs, in the order in which the program runs them; "xnodes" are their operators."""
-    found = blobs(pte, plan)
-    parsed = {
-        backend: iter(_parsed(backend, [b for name, b in found if name == backend])) for backend in (XNNPACK, VULKAN)
-    }
-    return [next(parsed[backend]) for backend, _ in found if backend in parsed]
+def kernel_calls(plan: ExecutionPlan) -> list[KernelCall]:
+    """Return all calls of operators outside delegates, in order."""
+    return [call for call in _instructions(plan) if isinstance(call, KernelCall)]
 
 
-def blobs(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[str, bytes]]:
-    """Backend and bytes of every delegate, in the order in which the program runs them."""
-    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    used = [plan.delegates[c.delegate_index] for c in calls if isinstance(c, DelegateCall)]
-    return [(d.id, bytes(pte.program.backend_delegate_data[d.processed.index].data)) for d in used]
+def delegate_calls(plan: ExecutionPlan) -> list[DelegateCall]:
+    """Return all calls of delegates, in order."""
+    return [call for call in _instructions(plan) if isinstance(call, DelegateCall)]
 
 
-def products(pte: PTEFile, plan: ExecutionPlan) -> list[Product]:
-    """Every quantized matrix product, in the order in which the program computes them."""
-    return [product for graph in graphs(pte, plan) for product in products_of(graph)]
+def _instructions(plan: ExecutionPlan) -> list[Any]:
+    return [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
 
 
-def puts_in_order(plan: ExecutionPlan) -> bool:
-    """Whether an embedding's pairs lie as the head's do, so that what is looked up is put in order afterwards."""
-    return any(operator.name == ORDERS for operator in plan.operators)
+class DelegateBlob(NamedTuple):
+    """A backend's name and the bytes of one of its delegates."""
+
+    backend: str
+    data: bytes
 
 
-def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[tuple[Product, bytes, bytes]]:
-    """The quantized embeddings' shapes, codes and scales as those of products, in the order of their use.
+def delegate_blobs(pte: PTEFile, plan: ExecutionPlan) -> list[DelegateBlob]:
+    """Return all delegates, in the order in which the program runs them."""
+    used = [plan.delegates[call.delegate_index] for call in delegate_calls(plan)]
+    return [DelegateBlob(d.id, bytes(pte.program.backend_delegate_data[d.processed.index].data)) for d in used]
 
-    A portable program looks codes and scales up by one ATen operator each, others by one operator for both. int4 codes
-    are returned as products have them, the first of a pair in the low nibble.
+
+def delegate_graphs(pte: PTEFile, plan: ExecutionPlan) -> list[dict[str, Any]]:
+    """Return XNNPACK's and Vulkan's graphs, in the order in which the program runs them.
+
+    The operators of both are under the key "xnodes"; Vulkan's graph has them under "chain" as well.
     """
-    as_head = puts_in_order(plan)
-    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    tensors: list[Any] = []
-    for call in calls:
-        tables = EMBEDDINGS.get(plan.operators[call.op_index].name, 0) if isinstance(call, KernelCall) else 0
-        tensors += [plan.values[index].val for index in call.args[:tables]] if tables else []
-    pairs = zip(tensors[0::2], tensors[1::2], strict=False)
-    in_order = [sorted(pair, key=lambda t: t.scalar_type not in CODES) for pair in pairs]
-    return [_table(pte, as_head, *pair) for pair in in_order if pair[0].scalar_type in CODES]
+    blobs = delegate_blobs(pte, plan)
+    parsed = {}
+    for backend in (XNNPACK, VULKAN):
+        # One run of flatc for all graphs of a backend: starting it takes longer than parsing.
+        parsed[backend] = iter(_parse_graphs(backend, [blob.data for blob in blobs if blob.backend == backend]))
+    return [next(parsed[blob.backend]) for blob in blobs if blob.backend in parsed]
 
 
-def _table(pte: PTEFile, as_head: bool, *tensors: Any) -> tuple[Product, bytes, bytes]:
-    """Of an embedding's codes and scales; as_head: pairs lie as in a product already."""
-    rows, columns = tensors[0].sizes
-    groups = tensors[1].sizes[1] if len(tensors[1].sizes) > 1 else 1
-    codes, scales = (bytes(pte.program.constant_buffer[t.data_buffer_idx].storage) for t in tensors)
-    # The storage of a small tensor is filled up.
-    each = 4 if tensors[1].scalar_type == ScalarType.FLOAT else 2
-    codes, scales = codes[: rows * columns], scales[: rows * groups * each]
-    bits = CODES[tensors[0].scalar_type]
-    if bits == 4 and not as_head:  # the only place in a .pte where the first of a pair lies in the high nibble
-        codes = codes.translate(SWAPPED)
-    return Product(rows, columns * 8 // bits, bits, groups, "", ""), codes, scales
+def matrix_products(pte: PTEFile, plan: ExecutionPlan) -> list[MatrixProduct]:
+    """Return all quantized matrix products, in the order in which the program computes them."""
+    return [product for graph in delegate_graphs(pte, plan) for product in graph_products(graph)]
 
 
-def _parsed(backend: str, found: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Graphs of one backend as the JSON that flatc makes of them, all in one run of it."""
-    if not found:
+def reorders_columns(plan: ExecutionPlan) -> bool:
+    """Return whether the embedding has its pairs of codes in the head's order, and looked-up columns are reordered."""
+    return any(operator.name == REORDER for operator in plan.operators)
+
+
+def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[EmbeddingTable]:
+    """Return the quantized embeddings, in the order of their use.
+
+    A portable program looks up codes and scales by one ATen operator each, others by one operator for both.
+    """
+    low_first = reorders_columns(plan)
+    # Codes and scales in the order of the calls: each operator's first arguments.
+    tensors: list[SchemaTensor] = []
+    for call in kernel_calls(plan):
+        count = EMBEDDINGS.get(plan.operators[call.op_index].name, 0)
+        if count:
+            tensors += [plan.values[index].val for index in call.args[:count]]
+
+    tables = []
+    for pair in zip(tensors[0::2], tensors[1::2], strict=False):
+        # Codes first; a pair without codes is an embedding in float.
+        first, second = sorted(pair, key=lambda tensor: tensor.scalar_type not in CODES)
+        if first.scalar_type in CODES:
+            tables.append(_embedding_table(pte, first, second, low_first))
+    return tables
+
+
+def _embedding_table(pte: PTEFile, codes: SchemaTensor, scales: SchemaTensor, low_first: bool) -> EmbeddingTable:
+    """Return one table; low_first: the first code of a pair is in the low nibble already."""
+    rows, columns = codes.sizes
+    # Scales of rows are a vector, scales of groups a matrix.
+    groups = scales.sizes[1] if len(scales.sizes) > 1 else 1
+    bits = CODES[codes.scalar_type]
+
+    # The storage of a small tensor is padded.
+    scale_bytes = 4 if scales.scalar_type == ScalarType.FLOAT else 2
+    code_data = _program_constant(pte, codes)[: rows * columns]
+    scale_data = _program_constant(pte, scales)[: rows * groups * scale_bytes]
+
+    # The only place in a .pte where the first code of a pair is in the high nibble.
+    if bits == 4 and not low_first:
+        code_data = _swap_nibbles(code_data)
+    return EmbeddingTable(MatrixProduct(rows, columns * 8 // bits, bits, groups, "", ""), code_data, scale_data)
+
+
+def _program_constant(pte: PTEFile, tensor: SchemaTensor) -> bytes:
+    return bytes(pte.program.constant_buffer[tensor.data_buffer_idx].storage)
+
+
+def _swap_nibbles(data: bytes) -> bytes:
+    return data.translate(SWAPPED_NIBBLES)
+
+
+def _parse_graphs(backend: str, blobs: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Parse the delegates of one backend as the JSON that flatc converts their graphs to."""
+    if not blobs:
         return []
+    # flatc reads and writes files only.
     with tempfile.TemporaryDirectory() as name:
-        files = [Path(name) / f"{i}.bin" for i in range(len(found))]
-        for file, blob in zip(files, found, strict=True):
+        files = [Path(name) / f"{i}.bin" for i in range(len(blobs))]
+        for file, blob in zip(files, blobs, strict=True):
             file.write_bytes(_graph_bytes(backend, blob))
-        options = ["--json", "--defaults-json", "--strict-json", "-o", name, str(BACKENDS / SCHEMAS[backend])]
-        _run_flatc([*options, "--", *map(str, files)])
+        schema = BACKENDS_FOLDER / SCHEMAS[backend]
+        options = ["--json", "--defaults-json", "--strict-json", "-o", name, str(schema)]
+        run_flatc([*options, "--", *map(str, files)])
         texts = [file.with_suffix(".json").read_text(encoding="utf-8") for file in files]
-        read = [json.loads(UNBOUNDED.sub(r"\1Infinity", text)) for text in texts]
-    return [{"xnodes": graph["chain"], **graph} if backend == VULKAN else graph for graph in read]
+
+    # Vulkan's operators under XNNPACK's name as well.
+    graphs = [json.loads(UNBOUNDED.sub(r"\1Infinity", text)) for text in texts]
+    return [{"xnodes": graph["chain"], **graph} if backend == VULKAN else graph for graph in graphs]
 
 
 def _graph_bytes(backend: str, blob: bytes) -> bytes:
-    """The graph in a delegate's bytes, behind a header that says where."""
+    """Return the flatbuffer of a delegate's graph, whose position is in the header."""
     if backend == XNNPACK:
         header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
         return blob[header.flatbuffer_offset :][: header.flatbuffer_size]
     if blob[4:8] != VULKAN_MAGIC:
         raise ValueError(f"a delegate of Vulkan's begins with {blob[:8]!r}")
-    begin, size = struct.unpack_from("<II", blob, 10)
+    begin, size = struct.unpack_from("<II", blob, VULKAN_HEADER_AT)
     return blob[begin:][:size]
 
 
-def products_of(graph: dict[str, Any]) -> Iterator[Product]:
-    """Quantized matrix products of one graph, in order."""
-    if "chain" in graph:
-        yield from _vulkan_products(graph)
-        return
-    values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+def graph_products(graph: dict[str, Any]) -> Iterator[MatrixProduct]:
+    """Yield the quantized matrix products of one graph, in order."""
+    return _vulkan_products(graph) if "chain" in graph else _xnnpack_products(graph)
+
+
+class _XnnValue(NamedTuple):
+    """A tensor of an XNNPACK graph, and its quantization; empty for a float tensor."""
+
+    tensor: dict[str, Any]
+    quantization: dict[str, Any]
+
+
+def _xnnpack_products(graph: dict[str, Any]) -> Iterator[MatrixProduct]:
+    """Yield XNNPACK's fully connected nodes. Codes are stored (out, in), or (out, in // 2) in pairs."""
+    values: dict[int, _XnnValue] = {}
     for value in graph["xvalues"]:
         body = value["xvalue_union"]
+        # A quantized tensor wraps a plain one.
         tensor, quantization = body.get("tensor_value", body), body.get("quant_params", {})
-        values[tensor["id_out"]] = (tensor, quantization)
+        values[tensor["id_out"]] = _XnnValue(tensor, quantization)
+
     for node in graph["xnodes"]:
         if node["xnode_union_type"] != "XNNFullyConnected":
             continue
         tensor, quantization = values[node["xnode_union"]["filter_id"]]
         if tensor["datatype"] not in BITS:
             continue  # a float matrix, such as the mean of a norm
+        # Weight and scales are named constants, whose bytes are outside of the delegate.
         out, width = tensor["dims"]
-        yield Product(
+        yield MatrixProduct(
             out=out,
             width=width,
             bits=BITS[tensor["datatype"]],
@@ -205,14 +299,15 @@ def products_of(graph: dict[str, Any]) -> Iterator[Product]:
         )
 
 
-def _vulkan_products(graph: dict[str, Any]) -> Iterator[Product]:
-    """Codes are stored (out, in // 2), scales (groups, out)."""
+def _vulkan_products(graph: dict[str, Any]) -> Iterator[MatrixProduct]:
+    """Yield Vulkan's int4 products. Codes are stored (out, in // 2), scales (groups, out)."""
     values, stored = [value["value"] for value in graph["values"]], graph["constants"]
     for call in graph["chain"]:
         if call["name"] != VULKAN_LINEAR:
             continue
+        # See VULKAN_LINEAR for the order of arguments.
         codes, scales = values[call["args"][3]], values[call["args"][5]]
-        yield Product(
+        yield MatrixProduct(
             out=codes["dims"][0],
             width=codes["dims"][1] * 2,
             bits=4,

@@ -1,6 +1,6 @@
-"""Bytes of a .pte -> what is in it: methods, constant methods, operators, delegates, sizes.
+"""List the contents of a .pte from its bytes: methods, constant methods, operators, delegates, sizes.
 
-Nothing is executed; `probe.py` loads the file for real.
+Nothing is executed; `runtime_probe.py` loads the file.
 """
 
 from __future__ import annotations
@@ -11,125 +11,137 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir._serialize._program import PTEFile
-from executorch.exir.scalar_type import ScalarType
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
-from executorch.exir.schema import Tensor as TensorFact
-from executorch.exir.tensor import TensorShapeDynamism
 
 from qat_edge.errors import ArtifactError
+from qat_edge_exporters.executorch.compat import (
+    ExecutionPlan,
+    PTEFile,
+    ScalarType,
+    SchemaTensor,
+    TensorShapeDynamism,
+)
 from qat_edge_exporters.executorch.pte import delegates, runner_contract, shared_table
-from qat_edge_exporters.executorch.pte.delegates import Product
-from qat_edge_exporters.executorch.pte.program_info import Cache, Method, Port, Program
+from qat_edge_exporters.executorch.pte.delegates import MatrixProduct
+from qat_edge_exporters.executorch.pte.program_info import CacheInfo, MethodInfo, ProgramInfo, TensorInfo
 from qat_edge_exporters.executorch.pte.pte_reader import constant
 
-DTYPES = {  # by torch's names, where they are not the schema's in lower case
+DTYPES = {  # names in torch that are not the schema's in lower case
     ScalarType.BYTE: "uint8", ScalarType.CHAR: "int8", ScalarType.SHORT: "int16", ScalarType.INT: "int32",
     ScalarType.LONG: "int64", ScalarType.HALF: "float16", ScalarType.FLOAT: "float32", ScalarType.DOUBLE: "float64",
 }  # fmt: skip
-WRITES = {"llama::update_cache": 1, "aten::index_put_": 0}  # which argument of an operator is the cache it writes into
+# Operators that write into a cache, and which argument of each that is.
+CACHE_WRITES = {"llama::update_cache": 1, "aten::index_put_": 0}
 
 
-def inspect(path: Path) -> Program:
-    """What the .pte at `path` says about itself.
+def inspect(path: Path) -> ProgramInfo:
+    """Return the contents of the .pte at `path`.
 
     Raises:
-        ArtifactError: missing, cut short, no .pte, one of another format, or damaged.
+        ArtifactError: missing, truncated, damaged, or not a .pte of this format.
     """
     pte = delegates.open_pte(path)
     try:
-        return _program(pte, path.stat().st_size, shared_table.shared(path))
-    except delegates.DAMAGE as error:
+        return _program_info(pte, path.stat().st_size, shared_table.shared(path))
+    except delegates.PARSE_ERRORS as error:
         raise ArtifactError(
             f"{path}: damaged, its graph cannot be parsed ({error}). Export or copy it again."
         ) from error
 
 
-def _program(pte: PTEFile, size_bytes: int, shared: set[str]) -> Program:
-    """shared: names of the delegates' constants that are the program's own."""
+def _program_info(pte: PTEFile, file_bytes: int, shared: set[str]) -> ProgramInfo:
+    """Collect the contents; shared: names of the delegates' constants that are the program's own."""
+    # A constant method has no inputs, and runs nothing.
     computing, constants = [], {}
     for plan in pte.program.execution_plan:
         if plan.inputs or any(chain.instructions for chain in plan.chains):
             computing.append(plan)
         else:
             constants[plan.name] = constant(plan)
-    graphs = [graph for plan in computing for graph in delegates.graphs(pte, plan)]
+
+    # Parsed once: flatc takes most of the time.
+    graphs = [graph for plan in computing for graph in delegates.delegate_graphs(pte, plan)]
     forward = next((plan for plan in computing if plan.name == "forward"), None)
-    tables = [] if forward is None else delegates.embedding_tables(pte, forward)
-    products = [product for graph in graphs for product in delegates.products_of(graph)]
-    methods = [_method(plan) for plan in computing]
-    named = delegates.constants(pte)
-    stored = {key: data for key, data in named.items() if key not in shared}
-    # An embedding is as wide as many layers; which of an encoder's is its head, its program does not say.
-    generates = not set(runner_contract.ENCODER) <= constants.keys()
-    width = methods[0].outputs[0].shape[-1:] if generates and methods and methods[0].outputs else ()
-    return Program(
+    methods = [_method_info(plan) for plan in computing]
+    return ProgramInfo(
         methods=methods,
         constants=constants,
-        operators=dict(Counter(name for plan in computing for name in _kernels(plan)).most_common()),
-        delegates=dict(Counter(name for plan in computing for name in _delegates(plan)).most_common()),
+        operators=dict(Counter(name for plan in computing for name in _operator_names(plan)).most_common()),
+        delegates=dict(Counter(name for plan in computing for name in _backend_names(plan)).most_common()),
         nodes=sum(len(graph["xnodes"]) for graph in graphs),
-        size_bytes=_sizes(pte, products, stored, sum(len(c) + len(s) for _, c, s in tables), width, size_bytes),
-        shared_bytes=sum(len(named[key]) for key in shared),
+        size_bytes=_sizes(pte, graphs, shared, _head_rows(methods, constants), file_bytes),
+        shared_bytes=sum(len(data) for key, data in delegates.named_constants(pte).items() if key in shared),
         memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
-        cache=None if forward is None else _cache(forward),
+        cache=None if forward is None else _cache_info(forward),
     )
 
 
-def _method(plan: ExecutionPlan) -> Method:
-    inputs, outputs = (tuple(_port(plan.values[i].val) for i in ports) for ports in (plan.inputs, plan.outputs))
-    return Method(plan.name, inputs, outputs)
+def _method_info(plan: ExecutionPlan) -> MethodInfo:
+    inputs, outputs = (tuple(_tensor_info(plan.values[i].val) for i in ids) for ids in (plan.inputs, plan.outputs))
+    return MethodInfo(plan.name, inputs, outputs)
 
 
-def _port(value: Any) -> Port:
-    if not isinstance(value, TensorFact):
-        return Port(type(value).__name__.lower())
+def _tensor_info(value: Any) -> TensorInfo:
+    if not isinstance(value, SchemaTensor):
+        return TensorInfo(type(value).__name__.lower())
     dtype = DTYPES.get(value.scalar_type, value.scalar_type.name.lower())
-    return Port(dtype, tuple(value.sizes), value.shape_dynamism != TensorShapeDynamism.STATIC)
+    return TensorInfo(dtype, tuple(value.sizes), value.shape_dynamism != TensorShapeDynamism.STATIC)
 
 
-def _kernels(plan: ExecutionPlan) -> list[str]:
-    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    used = [plan.operators[call.op_index] for call in calls if isinstance(call, KernelCall)]
+def _operator_names(plan: ExecutionPlan) -> list[str]:
+    used = [plan.operators[call.op_index] for call in delegates.kernel_calls(plan)]
     return [f"{op.name}.{op.overload}" if op.overload else op.name for op in used]
 
 
-def _cache(plan: ExecutionPlan) -> Cache | None:
-    """The tensors that keys and values are written into."""
-    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    written = {
-        call.args[WRITES[plan.operators[call.op_index].name]]
-        for call in calls
-        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in WRITES
-    }
+def _backend_names(plan: ExecutionPlan) -> list[str]:
+    return [plan.delegates[call.delegate_index].id for call in delegates.delegate_calls(plan)]
+
+
+def _cache_info(plan: ExecutionPlan) -> CacheInfo | None:
+    """Find the tensors that keys and values are written into."""
+    # As a set: keys and values may be written by more than one call.
+    written = set()
+    for call in delegates.kernel_calls(plan):
+        argument = CACHE_WRITES.get(plan.operators[call.op_index].name)
+        if argument is not None:
+            written.add(call.args[argument])
     tensors = [plan.values[index].val for index in written]
     if not tensors:
         return None
+
+    # Scales and zero points are smaller than the keys and values they belong to.
     largest = max(tensors, key=lambda t: prod(t.sizes))
     size_bytes = sum(prod(t.sizes) * getattr(torch, DTYPES[t.scalar_type]).itemsize for t in tensors)
-    return Cache(DTYPES[largest.scalar_type], size_bytes)
+    return CacheInfo(DTYPES[largest.scalar_type], size_bytes)
 
 
-def _delegates(plan: ExecutionPlan) -> list[str]:
-    calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
-    return [plan.delegates[call.delegate_index].id for call in calls if isinstance(call, DelegateCall)]
+def _head_rows(methods: list[MethodInfo], constants: dict[str, Any]) -> int | None:
+    """Return the rows of the head; None for an encoder, whose program does not show which layer is its head."""
+    generates = not set(runner_contract.ENCODER) <= constants.keys()
+    shape = methods[0].outputs[0].shape if generates and methods and methods[0].outputs else ()
+    return shape[-1] if shape else None
 
 
 def _sizes(
-    pte: PTEFile, products: list[Product], named: dict[str, bytes], embedding: int, width: tuple[int, ...], whole: int
+    pte: PTEFile, graphs: list[dict[str, Any]], shared: set[str], head_rows: int | None, file_bytes: int
 ) -> dict[str, int]:
-    """Bytes by part. The head is the last matrix, where it has as many rows as the output is wide.
+    """Return bytes by part. The head is the last matrix, if it has as many rows as the output is wide."""
+    forward = next((plan for plan in pte.program.execution_plan if plan.name == "forward"), None)
+    tables = [] if forward is None else delegates.embedding_tables(pte, forward)
+    embedding_bytes = sum(table.size_bytes for table in tables)
+    stored = {key: data for key, data in delegates.named_constants(pte).items() if key not in shared}
+    products: list[MatrixProduct] = [product for graph in graphs for product in delegates.graph_products(graph)]
+    head = products[-1] if products and products[-1].out == head_rows else None
 
-    named: the delegates' constants that are not the program's as well.
-    """
-    parts = {"embedding": embedding, "head": 0, "linears": 0, "scales": 0}
-    head = products[-1] if products and (products[-1].out,) == width else None
+    # Backwards, so that constants that the head shares with a layer are the head's.
+    parts = {"embedding": embedding_bytes, "head": 0, "linears": 0, "scales": 0}
     counted: set[str] = set()
     for product in reversed(products):
         for part, key in (("linears", product.codes_key), ("scales", product.scales_key)):
             if key not in counted:
-                parts["head" if product is head else part] += len(named.get(key, b""))
+                parts["head" if product is head else part] += len(stored.get(key, b""))
                 counted.add(key)
-    parts["other constants"] = sum(len(data) for key, data in named.items() if key not in counted)
-    parts["other constants"] += sum(len(b.storage) for b in pte.program.constant_buffer) - embedding
-    return {**parts, "program": whole - sum(parts.values())}
+
+    # Norms, biases and rotary frequencies, in delegates and in the program.
+    parts["other constants"] = sum(len(data) for key, data in stored.items() if key not in counted)
+    parts["other constants"] += sum(len(b.storage) for b in pte.program.constant_buffer) - embedding_bytes
+    return {**parts, "program": file_bytes - sum(parts.values())}

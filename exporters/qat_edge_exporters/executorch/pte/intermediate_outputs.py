@@ -1,8 +1,9 @@
-"""What passes between the delegates of a .pte: a copy of its program with these values as outputs.
+"""Write a copy of a .pte that also returns the values passed between its delegates.
 
-ExecuTorch's event tracer is not compiled into the Python wheel. But what delegates and attention hand on are values of
-the program like its result, so a copy may return them, too; each gets memory of its own, as the plan reuses it. They
-are, of every layer, what attention found (the input of o_proj) and the layer's output; of the last, the head's input.
+ExecuTorch's event tracer is not compiled into the Python wheel. However, what delegates and attention pass on are
+values of the program like its result, so a copy may return them as well; each gets its own memory, because the original
+reuses it. The values are, for every layer, the output of attention (the input of o_proj) and the output of the layer,
+and for the last layer the input of the head.
 """
 
 from __future__ import annotations
@@ -13,93 +14,121 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from executorch.exir._serialize._program import serialize_pte_binary
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
-from executorch.exir.schema import Tensor as TensorFact
-
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Exposed
+from qat_edge_exporters.executorch.compat import (
+    DelegateCall,
+    ExecutionPlan,
+    KernelCall,
+    SchemaTensor,
+    serialize_pte_binary,
+)
 from qat_edge_exporters.executorch.pte import delegates
-from qat_edge_exporters.executorch.pte.pte_reader import LAYERS, MODEL, Layers, read_layers
+from qat_edge_exporters.executorch.pte.pte_reader import LAYERS, MODEL, MatrixNames, read_layers
 from qat_edge_exporters.executorch.pte.runner_contract import FORWARD
 
 ATTENTION = ("llama::custom_sdpa", "llama::custom_quantized_sdpa")
-PROJECTION = ".o_proj"  # of what attention found
-LAYER = ".self_attn"  # ends the name of a layer's attention
-ALIGNMENT = 64  # bytes
-TOKENS = 8  # of one call of the copy, at most
+PROJECTION = ".o_proj"  # ends the name of the layer that takes attention's output
+LAYER = ".self_attn"  # follows the name of a decoder layer
+ALIGNMENT_BYTES = 64
+MOST_TOKENS = 8  # of one call of the copy
 
 
 @dataclass(frozen=True)
-class Place:
-    """A value of the program, and what it is: the input or the output of a module."""
+class ExposedValue:
+    """A value of the program that the copy returns.
 
-    value: int
+    Attributes:
+        index: of the value in the program.
+        module: name of the module it passes through.
+        at_input: whether it is the module's input, or its output.
+    """
+
+    index: int
     module: str
     at_input: bool
 
 
 def expose(folder: Path, out: Path) -> Exposed:
-    """Write a copy of the program into the folder `out`; each of its values is an output after the logits.
+    """Write a copy of the program into the folder `out`, with intermediate values as outputs after the logits.
 
     Raises:
-        ArtifactError: the .pte is damaged, or has no attention whose layers could be told.
+        ArtifactError: the .pte is damaged, or its attention is unknown, so that its layers cannot be identified.
     """
-    pte, layers = delegates.open_pte(folder / MODEL), read_layers(folder / LAYERS)
+    pte, names = delegates.open_pte(folder / MODEL), read_layers(folder / LAYERS)
     plan = next(plan for plan in pte.program.execution_plan if plan.name == FORWARD)
-    found = list(places(plan, layers))
-    if not any(place.at_input for place in found):
-        raise ArtifactError(f"{folder / MODEL}: none of {', '.join(ATTENTION)} in it, so its layers cannot be told.")
-    _expose(plan, [place.value for place in found])
+    values = list(exposed_values(plan, names))
+    if not any(value.at_input for value in values):
+        raise ArtifactError(
+            f"{folder / MODEL}: none of {', '.join(ATTENTION)} in it, so its layers cannot be identified."
+        )
+
+    # Changed in the parsed program, which is then serialized again.
+    _return_values(plan, [value.index for value in values])
     with (out / MODEL).open("wb") as file:
         serialize_pte_binary(pte).write_to_file(file)
-    names = map(str, range(1, len(found) + 1))
-    return Exposed({p.module: (n, []) if p.at_input else (None, [n]) for p, n in zip(found, names, strict=True)})
+
+    # The logits are output 0.
+    numbers = map(str, range(1, len(values) + 1))
+    return Exposed({v.module: (n, []) if v.at_input else (None, [n]) for v, n in zip(values, numbers, strict=True)})
 
 
-def places(plan: ExecutionPlan, layers: Layers) -> Iterator[Place]:
-    """Every value that passes between layers, in the order of the program."""
-    projections = [name for name in layers.linears if name.endswith(PROJECTION)]
-    attended: dict[int, str] = {}  # what attention found -> its layer's projection
+def exposed_values(plan: ExecutionPlan, names: MatrixNames) -> Iterator[ExposedValue]:
+    """Yield every value that passes between layers, in the order of the program."""
+    projections = [name for name in names.linears if name.endswith(PROJECTION)]
+    attended: dict[int, str] = {}  # output of attention -> name of its layer's projection
     written: set[int] = set()
-    width = 0
-    ordered = delegates.puts_in_order(plan)
+    width = 0  # of the hidden states
+    reorders = delegates.reorders_columns(plan)
+
     for call in (instruction.instr_args for instruction in plan.chains[0].instructions):
         if not isinstance(call, KernelCall | DelegateCall):
             continue
+        # Values that this call is the first to mention: its outputs.
         new = [index for index in call.args if index not in written and _is_computed(plan, index)]
         operator = plan.operators[call.op_index].name if isinstance(call, KernelCall) else ""
+        projected = next((attended[index] for index in call.args if index in attended), None)
+
+        # The embedding's output is what is looked up, or that with its columns in order.
         if operator in delegates.EMBEDDINGS:
             width = plan.values[new[-1]].val.sizes[-1]
-            if not ordered:
-                yield Place(new[-1], layers.embedding, at_input=False)
-        elif operator == delegates.ORDERS:
-            yield Place(new[-1], layers.embedding, at_input=False)
+            if not reorders:
+                yield ExposedValue(new[-1], names.embedding, at_input=False)
+        elif operator == delegates.REORDER:
+            yield ExposedValue(new[-1], names.embedding, at_input=False)
+
+        # The n-th attention belongs to the n-th projection.
         elif operator in ATTENTION and len(attended) < len(projections):
             projection = projections[len(attended)]
             attended[call.args[-1]] = projection
-            yield Place(call.args[-1], projection, at_input=True)
-        elif found := next((attended[index] for index in call.args if index in attended), None):
-            passed = [index for index in new if plan.values[index].val.sizes[2:] == [width]]
-            is_last = found == projections[-1]
-            if len(passed) == 1:
-                yield Place(passed[0], layers.head if is_last else found.partition(LAYER)[0], at_input=is_last)
+            yield ExposedValue(call.args[-1], projection, at_input=True)
+
+        # A delegate that takes attention's output computes the rest of the layer, and passes one tensor of hidden
+        # states on: the layer's output, or, after the last layer, the head's input.
+        elif projected is not None:
+            hidden = [index for index in new if plan.values[index].val.sizes[2:] == [width]]
+            is_last = projected == projections[-1]
+            if len(hidden) == 1:
+                module = names.head if is_last else projected.partition(LAYER)[0]
+                yield ExposedValue(hidden[0], module, at_input=is_last)
         written.update(new)
 
 
 def _is_computed(plan: ExecutionPlan, index: int) -> bool:
-    """Whether a value is a tensor that the program writes: no constant, and no input."""
+    """Return whether a value is a tensor that the program writes: neither a constant nor an input."""
     value = plan.values[index].val
-    return isinstance(value, TensorFact) and value.allocation_info is not None and index not in plan.inputs
+    return isinstance(value, SchemaTensor) and value.allocation_info is not None and index not in plan.inputs
 
 
-def _expose(plan: ExecutionPlan, values: Sequence[int]) -> None:
-    """Return these values after the result, of `TOKENS` tokens at most, in memory that nothing else is put in."""
-    for index in values:
+def _return_values(plan: ExecutionPlan, indices: Sequence[int]) -> None:
+    """Add values to the outputs, for `MOST_TOKENS` tokens at most, in memory that nothing else uses."""
+    for index in indices:
         value: Any = plan.values[index].val
-        value.sizes = [1, TOKENS, *value.sizes[2:]]
-        place, pool = value.allocation_info, value.allocation_info.memory_id
-        begin = -(-plan.non_const_buffer_sizes[pool] // ALIGNMENT) * ALIGNMENT
-        place.memory_offset_low, place.memory_offset_high = begin & 0xFFFFFFFF, begin >> 32
+        value.sizes = [1, MOST_TOKENS, *value.sizes[2:]]
+
+        # At the end of the value's memory pool, which grows by its float32 numbers.
+        allocation, pool = value.allocation_info, value.allocation_info.memory_id
+        begin = -(-plan.non_const_buffer_sizes[pool] // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        allocation.memory_offset_low, allocation.memory_offset_high = begin & 0xFFFFFFFF, begin >> 32
         plan.non_const_buffer_sizes[pool] = begin + 4 * math.prod(value.sizes)
-    plan.outputs = [*plan.outputs, *values]
+    plan.outputs = [*plan.outputs, *indices]

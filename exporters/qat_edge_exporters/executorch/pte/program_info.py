@@ -1,4 +1,4 @@
-"""What is found in a .pte and around it: plain values, which `qat-edge doctor` judges and prints."""
+"""Plain values that describe a .pte, for `qat-edge doctor`. Their field names are the keys of its --json output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Port:
-    """An input or output. shape: upper bounds where `dynamic`, which then holds for every length above 1."""
+class TensorInfo:
+    """An input or output of a method.
+
+    Attributes:
+        dtype: torch's name of its type, or the schema's name of a value that is no tensor.
+        shape: sizes; upper bounds if `dynamic`.
+        dynamic: whether every size above 1 may also be smaller.
+    """
 
     dtype: str
     shape: tuple[int, ...] = ()
@@ -20,62 +26,81 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A method that computes; those that return a constant are in `Program.constants`."""
+class MethodInfo:
+    """A method that computes; those that return a constant are in `ProgramInfo.constants`."""
 
     name: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
 
     def __str__(self) -> str:
-        inputs, outputs = (", ".join(map(str, ports)) for ports in (self.inputs, self.outputs))
+        inputs, outputs = (", ".join(map(str, tensors)) for tensors in (self.inputs, self.outputs))
         return f"{self.name}({inputs}) -> {outputs}"
 
 
 @dataclass(frozen=True)
-class Cache:
-    """What a program keeps of earlier tokens. dtype: of keys and values; size_bytes: with their scales, all layers."""
+class CacheInfo:
+    """Key-value cache of a program.
+
+    Attributes:
+        dtype: of keys and values.
+        size_bytes: of all layers, with scales and zero points.
+    """
 
     dtype: str
     size_bytes: int
 
 
 @dataclass(frozen=True)
-class Program:
-    """What the bytes of a .pte say.
+class ProgramInfo:
+    """Contents of a .pte, from its bytes.
 
-    constants: what each constant method returns. operators: calls outside delegates, by full name.
-    delegates: calls by backend. nodes: operators inside XNNPACK's delegates.
-    size_bytes: by part; sums to the file. memory_bytes: planned for activations and cache when it is loaded.
-    cache: None where none was found. shared_bytes: of the embedding, which are the head as well.
+    Attributes:
+        methods: methods that compute.
+        constants: values of the constant methods, by name.
+        operators: number of calls outside delegates, by the operator's full name.
+        delegates: number of calls, by backend.
+        nodes: operators inside XNNPACK's and Vulkan's delegates.
+        size_bytes: by part; sums to the size of the file.
+        memory_bytes: planned for activations and cache when the program is loaded.
+        cache: None if none was found.
+        shared_bytes: part of the embedding that the head uses as well.
     """
 
-    methods: list[Method]
+    methods: list[MethodInfo]
     constants: dict[str, Any]
     operators: dict[str, int]
     delegates: dict[str, int]
     nodes: int
     size_bytes: dict[str, int]
     memory_bytes: int
-    cache: Cache | None = None
+    cache: CacheInfo | None = None
     shared_bytes: int = 0
 
     @property
-    def forward(self) -> Method | None:
+    def forward(self) -> MethodInfo | None:
+        """The method that the LLM runner calls; None if there is none."""
         return next((method for method in self.methods if method.name == "forward"), None)
 
     @property
     def is_language_model(self) -> bool:
-        """Whether ExecuTorch's LLM runner is what it was made for: it has the runner's metadata or inputs."""
+        """True if it has the metadata or the inputs of a program for ExecuTorch's LLM runner."""
         inputs = () if self.forward is None else self.forward.inputs
-        integers = len(inputs) == 2 and all(port.dtype == "int64" for port in inputs)
-        tokens_and_start = integers and len(inputs[1].shape) == 1  # an encoder's mask is shaped like its tokens
+        integers = len(inputs) == 2 and all(tensor.dtype == "int64" for tensor in inputs)
+        tokens_and_start = integers and len(inputs[1].shape) == 1  # an encoder's mask has the shape of its tokens
         return "get_max_seq_len" in self.constants or tokens_and_start
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One constant method against what the LLM runner does with it. problem: empty where all is well."""
+class ContractEntry:
+    """One constant method, checked against its use in the LLM runner.
+
+    Attributes:
+        name: of the method.
+        value: None if the program lacks it.
+        use: the runner's use of the value.
+        problem: a sentence without its subject; empty if nothing is wrong.
+    """
 
     name: str
     value: Any
@@ -84,8 +109,18 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Whether one runtime can load the program; `tried` where it was loaded, not only looked up."""
+class RuntimeCheck:
+    """Result of one runtime for one program.
+
+    Attributes:
+        runtime: its name, as in --runtime.
+        title: for people.
+        source: where its operators and backends are listed.
+        missing_operators: operators of the program that it lacks.
+        missing_backends: backends of the program that it lacks.
+        tried: whether the program was loaded, not only looked up.
+        error: why loading failed; empty if it did not, or was not tried.
+    """
 
     runtime: str
     title: str
@@ -97,15 +132,34 @@ class Check:
 
     @property
     def loads(self) -> bool:
+        """True if nothing is missing and loading did not fail."""
         return not (self.missing_operators or self.missing_backends or self.error)
+
+    @property
+    def reason(self) -> str:
+        """Explanation, as one line, of what keeps the runtime from loading the program; empty if nothing does."""
+        lacks = [*self.missing_operators, *(f"backend {name}" for name in self.missing_backends)]
+        parts = [f"it lacks {', '.join(lacks)}"] if lacks else []
+        parts += [self.error] if self.error else []
+
+        # A portable program helps only if custom operators are all that is missing.
+        custom = [name for name in self.missing_operators if name.startswith(("llama::", "quantized_decomposed::"))]
+        if custom and custom == self.missing_operators and not self.missing_backends:
+            parts.append("`qat-edge export --portable` writes a program without these")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
-class Words:
-    """The tokenizer beside the program, as ExecuTorch's own tokenizer library reads it.
+class TokenizerCheck:
+    """The tokenizer next to a program, as ExecuTorch's own tokenizer library reads it.
 
-    end_tokens: of the model's and the tokenizer's configuration. differing: texts that it splits otherwise than
-    the Hugging Face tokenizer does.
+    Attributes:
+        error: why it cannot be used; the other fields then have no meaning.
+        size: number of tokens.
+        bos: id of the token that begins a text.
+        eos: id of the token that ends one.
+        end_tokens: ids from the configurations of the model and the tokenizer.
+        differing: texts that it splits differently than the Hugging Face tokenizer.
     """
 
     error: str = ""

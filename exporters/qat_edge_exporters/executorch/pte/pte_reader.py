@@ -1,7 +1,7 @@
-"""Codes and scales back out of a .pte, from its bytes alone, with what is wrong with them.
+"""Read codes and scales back out of a .pte, from its bytes alone, and list what is wrong with them.
 
-A constant's name in the file is the sha256 of its bytes. Which module a matrix belongs to follows from the order of
-computation: layers.json lists the modules in that order, so two layers swapped come out under each other's names
+A constant's name in the file is the sha256 of its bytes. The module that a matrix belongs to follows from the order of
+computation: layers.json lists the modules in that order, so two swapped layers are returned under each other's names
 and differ from the frozen checkpoint.
 """
 
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from executorch.exir.schema import ExecutionPlan
 from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.executorch.compat import ExecutionPlan
 from qat_edge_exporters.executorch.pte import delegates, runner_contract, shared_table
-from qat_edge_exporters.executorch.pte.delegates import Product
+from qat_edge_exporters.executorch.pte.delegates import EmbeddingTable, MatrixProduct
 
 MODEL = "model.pte"
 LAYERS = "layers.json"
@@ -29,11 +30,15 @@ NOT_COUNTED = ("manifest.json",)
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Module names as layers.json has them; `linears`, the rounded ones, in the order of computation, head included.
+class MatrixNames:
+    """Module names of a .pte's matrices. The fields are the keys of layers.json.
 
-    float_bytes: of matrices that were exported in float, by part; empty where all were rounded.
-    tables: an encoder's embeddings in the order of their use; empty for a program that generates text.
+    Attributes:
+        embedding: of the token embedding.
+        head: of the output head.
+        linears: frozen linear layers in the order of computation, head included.
+        float_bytes: bytes of matrices that were exported in float, by part; empty if all were frozen.
+        tables: an encoder's embeddings in the order of their use; empty for a program that generates text.
     """
 
     embedding: str
@@ -44,117 +49,172 @@ class Layers:
 
     @property
     def embeddings(self) -> list[str]:
+        """Names of all embeddings, in the order of their use."""
         return self.tables or [self.embedding]
 
 
+@dataclass(frozen=True)
+class _PteContents:
+    """What the reader takes out of the parsed file.
+
+    Attributes:
+        methods: names of all methods.
+        metadata: values of the constant methods.
+        products: quantized matrix products in the order of computation.
+        tables: quantized embeddings in the order of their use.
+        named: the delegates' constants by name.
+        shared: names of those that are the program's constants as well.
+    """
+
+    methods: list[str]
+    metadata: dict[str, Any]
+    products: list[MatrixProduct]
+    tables: list[EmbeddingTable]
+    named: dict[str, bytes]
+    shared: set[str]
+
+
 def read(folder: Path) -> Artifact:
-    """Everything that an executorch export folder holds.
+    """Read an executorch export folder.
 
     Raises:
         ArtifactError: the .pte or layers.json is missing or cannot be parsed.
     """
-    path = folder / MODEL
+    contents = _read_contents(folder / MODEL)
+    names = read_layers(folder / LAYERS)
+    required = runner_contract.ENCODER if names.tables else runner_contract.REQUIRED
+
+    # What callers need, and as many matrices as layers.json has names for.
+    faults = method_faults(contents.methods, required)
+    faults += _count_faults(contents.products, names, len(contents.tables))
+
+    # The n-th product belongs to the n-th name.
+    used = dict(zip(names.linears, contents.products, strict=False))
+    faults += _hash_faults(contents.named, used)
+    weights, shape_faults = _weights(used, contents.named)
+
+    # Embeddings are constants of the program itself, so they have no hash in their name.
+    for name, table in zip(names.embeddings, contents.tables, strict=False):
+        codes, scales = _unpack(table.codes, table.shape), _unpack_scales(table.scales, table.shape)
+        weights[name] = ArtifactWeight(codes, scales, table.shape.bits)
+
+    # A shared table is in the file once, as the embedding.
+    stored = {key: data for key, data in contents.named.items() if key not in contents.shared}
+    sizes = sizes_by_part(folder, names, used, stored, sum(table.size_bytes for table in contents.tables))
+    return Artifact(weights, contents.metadata, sizes, faults + shape_faults, frozenset(contents.named))
+
+
+def _read_contents(path: Path) -> _PteContents:
     pte = delegates.open_pte(path)
-    layers = read_layers(folder / LAYERS)
     try:
         plans = {plan.name: plan for plan in pte.program.execution_plan}
-        metadata = {name: constant(plan) for name, plan in plans.items() if name != runner_contract.FORWARD}
         forward = plans.get(runner_contract.FORWARD)
-        products = delegates.products(pte, forward) if forward else []
-        tables = delegates.embedding_tables(pte, forward) if forward else []
-        named, shared = delegates.constants(pte), shared_table.shared(path)
-    except delegates.DAMAGE as error:
+        return _PteContents(
+            methods=list(plans),
+            metadata=constant_values(plans),
+            products=delegates.matrix_products(pte, forward) if forward else [],
+            tables=delegates.embedding_tables(pte, forward) if forward else [],
+            named=delegates.named_constants(pte),
+            shared=shared_table.shared(path),
+        )
+    except delegates.PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
-    missing = runner_contract.missing_methods(
-        plans, runner_contract.ENCODER if layers.tables else runner_contract.REQUIRED
-    )
-    faults = [f"{MODEL} has no method {name}, which runners ask for." for name in missing]
-    faults += _count_faults(products, layers, len(tables))
-    used = dict(zip(layers.linears, products, strict=False))
-    faults += _hash_faults(named, used)
-    weights, unreadable = _weights(used, named)
-    for name, (shape, codes, scales) in zip(layers.embeddings, tables, strict=False):
-        weights[name] = ArtifactWeight(_unpack(codes, shape), _unpack_scales(scales, shape), shape.bits)
-    stored = {key: data for key, data in named.items() if key not in shared}
-    sizes = sizes_by_part(folder, layers, used, stored, sum(len(c) + len(s) for _, c, s in tables))
-    return Artifact(weights, metadata, sizes, faults + unreadable, frozenset(named))
 
 
-def read_layers(path: Path) -> Layers:
-    """The names of the matrices in a .pte, in the order in which it uses them.
+def read_layers(path: Path) -> MatrixNames:
+    """Read layers.json.
 
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    again = "Export again."
     if not path.is_file():
-        raise ArtifactError(f"{path}: not there, so the matrices of {MODEL} have no names. {again}")
+        raise ArtifactError(f"{path}: not there, so the matrices of {MODEL} have no names. Export again.")
     try:
-        found = Layers(**json.loads(path.read_text(encoding="utf-8")))
+        return MatrixNames(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path}: damaged ({error}). {again}") from error
-    return found
+        raise ArtifactError(f"{path}: damaged ({error}). Export again.") from error
+
+
+def constant_values(plans: Mapping[str, ExecutionPlan]) -> dict[str, Any]:
+    """Return the values of all methods except forward."""
+    return {name: constant(plan) for name, plan in plans.items() if name != runner_contract.FORWARD}
 
 
 def constant(plan: ExecutionPlan) -> Any:
-    """What a constant method returns: a list where the runner reads one."""
+    """Return the value of a constant method: a list if the runner reads one, and None for an empty value."""
     values: list[Any] = []
     for index in plan.outputs:
+        # A dataclass with one field: Int(int_val=...), Bool(bool_val=...), ...
         value = plan.values[index].val
-        values.append(next(iter(vars(value).values()), None))  # Int(int_val=...), Bool(bool_val=...), ...
+        values.append(next(iter(vars(value).values()), None))
     return values if len(values) != 1 or plan.name in runner_contract.LISTS else values[0]
 
 
-def _count_faults(products: list[Product], layers: Layers, tables: int) -> list[str]:
+def method_faults(methods: Sequence[str], required: Sequence[str] = runner_contract.REQUIRED) -> list[str]:
+    """Return a fault for each method that callers need and the program lacks."""
+    missing = runner_contract.missing_methods(methods, required)
+    return [f"{MODEL} has no method {name}, which runners look for." for name in missing]
+
+
+def _count_faults(products: list[MatrixProduct], names: MatrixNames, tables: int) -> list[str]:
     faults = []
-    if len(products) != len(layers.linears):
-        faults.append(
-            f"{MODEL} computes {len(products)} quantized linear layers, {LAYERS} names {len(layers.linears)}."
-        )
-    if "embedding" not in layers.float_bytes:
-        faults += [f"{name}: {MODEL} holds no quantized embedding." for name in layers.embeddings[tables:]]
+    if len(products) != len(names.linears):
+        faults.append(f"{MODEL} computes {len(products)} quantized linear layers, {LAYERS} names {len(names.linears)}.")
+    if "embedding" not in names.float_bytes:
+        faults += [f"{name}: {MODEL} holds no quantized embedding." for name in names.embeddings[tables:]]
     return faults
 
 
-def _hash_faults(named: dict[str, bytes], used: dict[str, Product]) -> list[str]:
-    """Constants whose bytes are not what their name says, and layers whose constants are not there."""
+def _hash_faults(named: dict[str, bytes], used: dict[str, MatrixProduct]) -> list[str]:
+    """Return faults of constants whose bytes have another hash than their name, and of layers that lack constants."""
+    # By key: the layer whose codes or scales it should be.
     owner = {p.codes_key: f"{name}: its codes" for name, p in used.items()}
     owner |= {p.scales_key: f"{name}: its scales" for name, p in used.items()}
     faults = [f"{owner[key]} are not in {MODEL}." for key in owner if key not in named]
+
     for key, data in named.items():
-        wanted, found = key.removeprefix("scale_"), hashlib.sha256(data).hexdigest()
-        if found != wanted:
+        # XNNPACK prefixes the names of scales.
+        expected, found = key.removeprefix("scale_"), hashlib.sha256(data).hexdigest()
+        if found != expected:
             what = owner.get(key, "a float constant (norm, bias or rotation)")
-            faults.append(f"{what} in {MODEL} were changed after export: sha256 {found[:12]}..., not {wanted[:12]}...")
+            faults.append(
+                f"{what} in {MODEL} were changed after export: sha256 {found[:12]}..., not {expected[:12]}..."
+            )
     return faults
 
 
-def _weights(used: dict[str, Product], named: dict[str, bytes]) -> tuple[dict[str, ArtifactWeight], list[str]]:
+def _weights(used: dict[str, MatrixProduct], named: dict[str, bytes]) -> tuple[dict[str, ArtifactWeight], list[str]]:
+    """Unpack the weights of all products; return them, and faults of those that cannot be unpacked."""
     weights, faults = {}, []
     for name, product in used.items():
         codes, scales = named.get(product.codes_key), named.get(product.scales_key)
         if codes is None or scales is None:
-            continue
+            continue  # a fault of its own
         try:
             weights[name] = ArtifactWeight(_unpack(codes, product), _unpack_scales(scales, product), product.bits)
         except ValueError as error:
-            faults.append(f"{name}: {MODEL} holds a matrix of another shape than its graph says ({error}).")
+            faults.append(f"{name}: the matrix in {MODEL} has another shape than its graph says ({error}).")
     return weights, faults
 
 
-def _unpack(data: bytes, product: Product) -> NDArray[np.int8]:
-    """Codes (out, in): int8 as they are, int4 in pairs, low nibble first, each stored as code + 8."""
+def _unpack(data: bytes, product: MatrixProduct) -> NDArray[np.int8]:
+    """Return codes (out, in)."""
     if product.bits == 8:
         return np.frombuffer(data, np.int8).reshape(product.out, product.width)
-    packed = np.frombuffer(data, np.uint8).reshape(product.out, product.width // 2)
-    codes = np.empty((product.out, product.width), np.int8)
+    return _unpack_int4(np.frombuffer(data, np.uint8).reshape(product.out, product.width // 2))
+
+
+def _unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Unpack pairs (rows, columns // 2), low nibble first, each nibble a code + 8, to codes (rows, columns)."""
+    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
     codes[:, 0::2] = (packed & 15).astype(np.int8) - 8
     codes[:, 1::2] = (packed >> 4).astype(np.int8) - 8
     return codes
 
 
-def _unpack_scales(data: bytes, product: Product) -> NDArray[np.float32]:
-    """Scales (out, groups): XNNPACK keeps those of groups as bfloat16, the upper half of a float32."""
+def _unpack_scales(data: bytes, product: MatrixProduct) -> NDArray[np.float32]:
+    """Return scales (out, groups). XNNPACK keeps those of groups as bfloat16, the upper half of a float32."""
+    # The graph does not give their type, but their length does.
     if len(data) == 4 * product.out * product.groups:
         return np.frombuffer(data, np.float32).reshape(product.out, product.groups)
     wide = np.frombuffer(data, np.uint16).astype(np.uint32) << 16
@@ -162,22 +222,35 @@ def _unpack_scales(data: bytes, product: Product) -> NDArray[np.float32]:
 
 
 def sizes_by_part(
-    folder: Path, layers: Layers, used: dict[str, Product], named: dict[str, bytes], embedding: int
+    folder: Path,
+    names: MatrixNames,
+    used: dict[str, MatrixProduct],
+    stored: dict[str, bytes],
+    embedding_bytes: int,
 ) -> dict[str, int]:
-    """Bytes by part; what the .pte holds beside the matrices, and the small files, are the graph.
+    """Return bytes by part of an export folder.
 
-    named: the delegates' constants, without those that are the program's: a shared table counts for the embedding.
+    Args:
+        folder: the export folder. Its small files, and everything in the .pte except the matrices, are the "graph".
+        names: of the matrices.
+        used: products by module name.
+        stored: the delegates' constants, without those that are the program's: a shared table is the embedding's.
+        embedding_bytes: of all embeddings in the program.
     """
-    parts = {"linears": 0, "scales": 0, "embedding": embedding, "head": 0}
+    parts = {"linears": 0, "scales": 0, "embedding": embedding_bytes, "head": 0}
+
+    # Two layers with equal bytes share one constant.
     counted: set[str] = set()
     for name, product in used.items():
         for part, key in (("linears", product.codes_key), ("scales", product.scales_key)):
             if key not in counted:
-                parts["head" if name == layers.head else part] += len(named.get(key, b""))
+                parts["head" if name == names.head else part] += len(stored.get(key, b""))
                 counted.add(key)
-    for part, size in layers.float_bytes.items():
+    for part, size in names.float_bytes.items():
         parts[part] = parts.get(part, 0) + size
+
+    # The graph is the remainder, so that all parts sum to the folder.
     files = {p.name: p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix != ".log"}
-    words = sum(size for name, size in files.items() if name in tokenizer.FILES)
+    tokenizer_bytes = sum(size for name, size in files.items() if name in tokenizer.TOKENIZER_FILES)
     whole = sum(size for name, size in files.items() if name not in NOT_COUNTED)
-    return {**parts, "graph": whole - words - sum(parts.values()), "tokenizer": words}
+    return {**parts, "graph": whole - tokenizer_bytes - sum(parts.values()), "tokenizer": tokenizer_bytes}

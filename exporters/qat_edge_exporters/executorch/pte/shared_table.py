@@ -1,139 +1,176 @@
-"""What the program and one of its delegates both hold, stored once: the table of a tied embedding and head.
+"""Store the table of a tied embedding and head once in a .pte.
 
-ExecuTorch's serializer finds equal bytes among the program's own constants and among those of its delegates, not
-between the two. But a delegate's constant is a name and a place in the file, and every loader of the runtime reads that
-place by itself, so it may lie inside the program's constants:
+ExecuTorch's serializer finds equal bytes among the program's own constants and among those of its delegates, but not
+between the two. A delegate's constant is a name with a position in the file, and every loader of the runtime reads that
+position independently, so it may be inside the program's constants:
 https://github.com/pytorch/executorch/blob/v1.4.1/runtime/executor/pte_data_map.cpp
 
     before   program | constants: embedding, ... | delegates | named data: ..., head, ...
     after    program | constants: embedding, ... | delegates | named data: ...            (head -> embedding)
 
-So it is with int4, though the two operators want a byte's codes in different orders: see `tracing.QuantizedEmbedding`.
+This holds for int4 as well, although the two operators want a byte's codes in different orders: see
+`quantized_modules.QuantizedEmbedding`.
 """
 
 from __future__ import annotations
 
 import itertools
 import mmap
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases
-from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
-from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
-from executorch.exir.tensor import ALIGNMENT
+from qat_edge_exporters.executorch.compat import (
+    ALIGNMENT,
+    PteHeader,
+    open_program_table,
+    read_pte_header,
+    set_segment_offset,
+)
 
-LEAST = 1024  # bytes of a constant that is worth it: a small one moves the whole file for nothing
+SMALLEST_BYTES = 1024  # of a constant that is shared: a smaller one would move the whole file for nothing
 HEADER_AT = 8  # byte of the file, after the root's offset and the format
-OFFSET_FIELD = 4  # of a DataSegment in the schema's table of fields
+
+
+class _Span(NamedTuple):
+    """Bytes of a .pte, counted from the first segment."""
+
+    begin: int
+    length: int
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where things lie in a .pte; places count from the first segment.
+class _PteLayout:
+    """Positions in a .pte, counted from the first segment.
 
-    head: all bytes before that. segments: tables of `head`, which say begin and size. constants: begin and greatest
-    length of the program's own, padding included. named: segments of the delegates' constants, by name.
+    Attributes:
+        head: all bytes before that.
+        header: sizes of the file's parts.
+        segments: tables inside `head`, with the offset and size of each.
+        constants: of the program itself, padding included.
+        named: segment of each of the delegates' constants, by name.
     """
 
     head: bytearray
-    header: _ExtendedHeader
+    header: PteHeader
     segments: list[Any]
-    constants: list[tuple[int, int]]
+    constants: list[_Span]
     named: dict[str, int]
 
 
 def share(path: Path) -> int:
-    """Store what the program and its delegates both hold once, in the .pte at `path`; bytes saved.
+    """Store once, in the .pte at `path`, what the program and its delegates both hold; return the bytes saved.
 
-    A file that holds nothing twice is left alone. Segments stay as aligned as they were; what is shared keeps the 16
-    bytes that the program's constants have, all that XNNPACK asks for its own.
+    A file that holds nothing twice is not touched. Segments keep their alignment. A shared constant has the 16 bytes of
+    the program's constants, which is all that XNNPACK needs.
 
     Raises:
-        OSError: there is no space for the second file, which takes the place of the first.
+        OSError: there is no space for the second file, which replaces the first.
     """
-    layout = _layout(path)
+    layout = _read_layout(path)
     if layout is None:
         return 0
-    other = path.with_name(f"{path.name}.shared")
+
+    # Written next to the original and renamed, so that an interruption leaves a complete file.
+    smaller = path.with_name(f"{path.name}.shared")
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         memoryview(mapped)[len(layout.head) :] as data,
     ):
-        twins = dict(_twins(layout, data))
+        twins = _find_twins(layout, data)
         if not twins:
             return 0
-        kept = _move(layout, twins)
-        with other.open("wb") as out:
+        # The head is changed in memory, then written in front of what is kept.
+        kept = _move_segments(layout, twins)
+        with smaller.open("wb") as out:
             out.write(layout.head)
-            for begin, end in kept:
-                out.write(data[begin:end])
-    saved = path.stat().st_size - other.stat().st_size
-    other.replace(path)
+            for span in kept:
+                out.write(data[span.begin : span.begin + span.length])
+
+    saved = path.stat().st_size - smaller.stat().st_size
+    smaller.replace(path)
     return saved
 
 
 def shared(path: Path) -> set[str]:
-    """Names of the delegates' constants that lie inside the program's own, and take no bytes of the file themselves."""
-    layout = _layout(path)
+    """Return the names of delegates' constants that are inside the program's, and add nothing to the file's size."""
+    layout = _read_layout(path)
     return set() if layout is None else {name for name, index in layout.named.items() if _is_shared(layout, index)}
 
 
-def _layout(path: Path) -> _Layout | None:
-    """None of a program without segments or constants of its own."""
+def _read_layout(path: Path) -> _PteLayout | None:
+    """Read the positions in a .pte; None for a program without segments, or without its own constants."""
+    # The head only: the segments may be as large as the model.
     with path.open("rb") as file:
-        header = _get_extended_header(file.read(_ExtendedHeader.NUM_HEAD_BYTES))
+        header = read_pte_header(file.read(PteHeader.NUM_HEAD_BYTES))
         if header is None or not header.segment_base_offset:
             return None
         file.seek(0)
         head = bytearray(file.read(header.segment_base_offset))
-    _patch_generated_flatbuffer_aliases()  # without it the generated classes do not find each other
-    program = Program.GetRootAs(head)
+
+    program = open_program_table(head)
     segments = [program.Segments(i) for i in range(program.SegmentsLength())]
     table = program.ConstantSegment()
     if table is None or not table.OffsetsLength():
         return None
+
+    # All of the program's constants are in one segment; each ends where the next begins.
     own = segments[table.SegmentIndex()]
     ends = [table.Offsets(i) for i in range(table.OffsetsLength())] + [own.Size()]
-    constants = [(own.Offset() + begin, end - begin) for begin, end in itertools.pairwise(ends)]
+    constants = [_Span(own.Offset() + begin, end - begin) for begin, end in itertools.pairwise(ends)]
     entries = [program.NamedData(i) for i in range(program.NamedDataLength())]
     named = {entry.Key().decode(): entry.SegmentIndex() for entry in entries}
-    return _Layout(head, header, segments, constants, named)
+    return _PteLayout(head, header, segments, constants, named)
 
 
-def _is_shared(layout: _Layout, index: int) -> bool:
-    return any(layout.segments[index].Offset() == begin and length for begin, length in layout.constants)
+def _is_shared(layout: _PteLayout, index: int) -> bool:
+    return any(layout.segments[index].Offset() == span.begin and span.length for span in layout.constants)
 
 
-def _twins(layout: _Layout, data: memoryview) -> Iterator[tuple[int, int]]:
-    """Segments of the delegates' constants that the program holds as well, and where."""
+def _find_twins(layout: _PteLayout, data: memoryview) -> dict[int, int]:
+    """Return segments of delegates' constants that the program holds as well, and the positions where it does."""
+    twins = {}
     for index in sorted(set(layout.named.values())):
-        begin, size = layout.segments[index].Offset(), layout.segments[index].Size()
-        for place, length in layout.constants:
-            fits = LEAST <= size <= length < size + ALIGNMENT
-            if fits and not _is_shared(layout, index) and data[begin:][:size] == data[place:][:size]:
-                yield index, place
-                break
+        position = next(_equal_constants(layout, index, data), None)
+        if position is not None:
+            twins[index] = position
+    return twins
 
 
-def _move(layout: _Layout, twins: dict[int, int]) -> list[tuple[int, int]]:
-    """Write into `layout.head` where every segment will lie; begin and end of the spans of the file that stay.
+def _equal_constants(layout: _PteLayout, index: int, data: memoryview) -> Iterator[int]:
+    """Yield positions of the program's constants that begin with the bytes of segment `index`."""
+    if _is_shared(layout, index):
+        return
+    begin, size = layout.segments[index].Offset(), layout.segments[index].Size()
+    for span in layout.constants:
+        # The program's constant has the same length, up to padding.
+        fits = SMALLEST_BYTES <= size <= span.length < size + ALIGNMENT
+        if fits and data[begin:][:size] == data[span.begin :][:size]:
+            yield span.begin
 
-    Whole spans with their padding go, so what follows moves by a multiple of the segments' alignment.
+
+def _move_segments(layout: _PteLayout, twins: Mapping[int, int]) -> list[_Span]:
+    """Write the new position of every segment into `layout.head`, and return the spans of the file that are kept.
+
+    Whole spans with their padding are removed, so whatever follows moves by a multiple of the segments' alignment.
     """
+    # A span reaches from one segment to the next.
     begins = sorted({segment.Offset() for segment in layout.segments})
     ends = dict(zip(begins, [*begins[1:], layout.header.segment_data_size], strict=True))
-    gone = sorted(layout.segments[index].Offset() for index in twins)
+    removed = sorted(layout.segments[index].Offset() for index in twins)
+
+    # A removed segment moves to its twin; any other one closes the gaps before it.
     for index, segment in enumerate(layout.segments):
         begin = segment.Offset()
-        place = twins.get(index, begin - sum(ends[other] - other for other in gone if other < begin))
-        if place != begin:
-            struct.pack_into("<Q", layout.head, segment._tab.Pos + segment._tab.Offset(OFFSET_FIELD), place)
-    kept = [(begin, ends[begin]) for begin in begins if begin not in gone]
-    header = replace(layout.header, segment_data_size=sum(end - begin for begin, end in kept)).to_bytes()
+        moved = begin - sum(ends[other] - other for other in removed if other < begin)
+        position = twins.get(index, moved)
+        if position != begin:
+            set_segment_offset(layout.head, segment, position)
+
+    # The header has the size of all segments together.
+    kept = [_Span(begin, ends[begin] - begin) for begin in begins if begin not in removed]
+    header = replace(layout.header, segment_data_size=sum(span.length for span in kept)).to_bytes()
     layout.head[HEADER_AT : HEADER_AT + len(header)] = header
     return kept

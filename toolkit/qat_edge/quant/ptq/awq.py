@@ -1,13 +1,13 @@
-"""AWQ (https://arxiv.org/abs/2306.00978): columns with large inputs are rounded more finely, at nothing to run.
+"""AWQ (https://arxiv.org/abs/2306.00978): round columns with large inputs more finely, at no cost at run time.
 
 Column k of a matrix is multiplied by s_k and its input divided by it, which changes nothing before rounding:
 
     s = mean|x|^alpha, over its geometric middle        y = (W diag(s)) (x / s)
 
 alpha is searched per group of layers that share an input, for the least output error with weights and inputs rounded.
-The division is folded into what makes the input: the weight of a norm, or the output rows of the linear layer
-before. What that is, is found by trying: a candidate is taken where scaling it leaves the block's outputs as they
-were, so a norm that stores weight - 1 is handled, and an input with a second reader is refused.
+The division is folded into the module that produces the input: the weight of a norm, or the output rows of the linear
+layer before. That module is found by trial: a candidate is accepted if scaling it leaves the block's outputs as they
+were. So a norm that stores weight - 1 is handled, and an input with a second reader is refused.
 """
 
 from __future__ import annotations
@@ -15,142 +15,181 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat_edge.quant import numerics
-from qat_edge.quant.ptq.blockwise import Block, tokens_of
+from qat_edge.quant.ptq.blockwise import Block, token_rows
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
 
 ALPHAS = [step / 20 for step in range(20)]  # the paper's grid
-SAMPLE = 1024  # tokens an alpha is judged on
-UNCHANGED = 1e-3  # of what a block adds, median over tokens; SmolLM2: 0 for what feeds, 0.13 and more for what does not
-Key = tuple[str, ...]
+SAMPLE = 1024  # tokens that alpha is searched on
+# Of what a block adds, median over tokens. SmolLM2: 0 for the producer of an input, 0.13 and more for other modules.
+UNCHANGED = 1e-3
 
 
 @dataclass(frozen=True)
-class Feeder:
-    """What makes a shared input: a norm or a linear layer. offset: 1 where a norm stores weight - 1."""
+class InputProducer:
+    """The module that produces a shared input: a norm or a linear layer.
+
+    Attributes:
+        name: Name in the model for a linear layer, in the block for a norm.
+        module: The module.
+        offset: 1 where a norm stores weight - 1, else 0.
+    """
 
     name: str
     module: Any
     offset: float
 
     def divide(self, factors: Tensor) -> None:
-        """Divide its outputs by `factors` (width,), in place."""
+        """Divide the module's outputs by `factors` (width,), in place."""
         for parameter, offset in ((self.module.weight, self.offset), (getattr(self.module, "bias", None), 0.0)):
             if parameter is not None:
+                # Rows of a matrix, elements of a vector.
                 shaped = factors.view(-1, *[1] * (parameter.dim() - 1))
                 parameter.data.copy_((parameter.data + offset) / shaped - offset)
 
 
+class _KnownProducer(NamedTuple):
+    """The producer found in an earlier block. name: in the block."""
+
+    name: str
+    offset: float
+
+
 @dataclass
-class Balancer:
-    """AWQ on one block after another. scaled, unscaled: names of layers; feeders: found in earlier blocks."""
+class AWQ:
+    """AWQ on one block after another.
+
+    Attributes:
+        scaled: Names of layers whose columns were scaled.
+        unscaled: Names of layers without a module that takes the inverse.
+        producers: Found in earlier blocks, by the names of the layers in the block; None where there is none.
+    """
 
     scaled: list[str] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
-    feeders: dict[Key, tuple[str, float] | None] = field(default_factory=dict)
+    producers: dict[tuple[str, ...], _KnownProducer | None] = field(default_factory=dict)
 
-    def treat(self, block: Block) -> dict[str, Tensor]:
-        """Scale the block's weights in place and fold the inverse; scales of its int4 weights by name."""
-        groups = [names for names in block.shared_inputs() if any(block.specs[n].bits == 4 for n in names)]
+    def quantize_block(self, block: Block) -> dict[str, Tensor]:
+        """Scale the block's weights in place and fold the inverse; returns the scales of its int4 weights by name."""
+        groups = [names for names in block.input_groups() if any(block.specs[n].bits == 4 for n in names)]
         inputs = sample_inputs(block, [names[0] for names in groups])
-        importance = {}
+
+        importance: dict[str, Tensor] = {}
         for names in groups:
             x = inputs.pop(names[0])
-            feeder = self._feeder(block, names)
-            (self.unscaled if feeder is None else self.scaled).extend(names)
-            if feeder is not None:
+            # Without a producer the columns stay as they are, and only the scales are searched.
+            producer = self._find_producer(block, names)
+            (self.unscaled if producer is None else self.scaled).extend(names)
+            if producer is not None:
+                # All layers that share the input get the same factors, int8 ones too.
                 weights = [(block.linears[n].weight.detach().float(), block.specs[n]) for n in names]
                 with torch.autocast(x.device.type, enabled=False):
                     factors = search_factors(x, weights)
-                fold(feeder, [block.linears[n] for n in names], factors)
+                fold(producer, [block.linears[n] for n in names], factors)
                 x = x / factors
             importance.update(dict.fromkeys(names, x.square().mean(dim=0)))
-        return {
-            name: search_scales(
-                block.linears[name].weight.detach().float(), spec.bits, spec.group_size, importance[name]
-            )
-            for name, spec in block.specs.items()
-            if spec.bits == 4 and name in importance
-        }
+
+        # The scales are searched in any case, for the inputs as they are now.
+        scales: dict[str, Tensor] = {}
+        for name, spec in block.specs.items():
+            if spec.bits == 4 and name in importance:
+                weight = block.linears[name].weight.detach().float()
+                scales[name] = search_scales(weight, spec.bits, spec.group_size, importance[name])
+        return scales
 
     def summary(self) -> list[str]:
-        """For people: which layers were scaled, and which could not be."""
+        """Return lines for people: how many layers were scaled, and which could not be."""
         lines = [f"AWQ: {len(self.scaled)} layers scaled"]
         if self.unscaled:
             kinds = sorted({name.rpartition(".")[2] for name in self.unscaled})
             lines.append(
-                f"AWQ: {len(self.unscaled)} layers not scaled ({', '.join(kinds)}): nothing before them takes the "
+                f"AWQ: {len(self.unscaled)} layers not scaled ({', '.join(kinds)}): no module before them can take the "
                 "inverse without changing the model. Their scales are searched all the same."
             )
         return lines
 
-    def _feeder(self, block: Block, names: list[str]) -> Feeder | None:
-        """What makes the input of `names`, tried first where it lay in the block before."""
+    def _find_producer(self, block: Block, names: list[str]) -> InputProducer | None:
+        """Find the module that produces the input of `names`; the one of the block before is tried first."""
+        # Blocks are alike: names inside the block identify the same layers in the next one.
         prefix = _prefix(block)
         key = tuple(name.removeprefix(prefix) for name in names)
-        found = candidates(block, names)
-        if key in self.feeders:
-            before = self.feeders[key]
-            found.sort(key=lambda one: (one.name.removeprefix(prefix), one.offset) != before)
-        chosen = next((one for one in found if feeds(block, one, names)), None)
-        self.feeders[key] = None if chosen is None else (chosen.name.removeprefix(prefix), chosen.offset)
+        candidates = candidate_producers(block, names)
+        if key in self.producers:
+            known = self.producers[key]
+            candidates.sort(key=lambda one: (one.name.removeprefix(prefix), one.offset) != known)
+        chosen = next((one for one in candidates if is_producer(block, one, names)), None)
+        self.producers[key] = (
+            None if chosen is None else _KnownProducer(chosen.name.removeprefix(prefix), chosen.offset)
+        )
         return chosen
 
 
-def candidates(block: Block, names: list[str]) -> list[Feeder]:
-    """Norms and linear layers of the block that are as wide as the input of `names`."""
+def candidate_producers(block: Block, names: list[str]) -> list[InputProducer]:
+    """Return the norms and linear layers of the block that are as wide as the input of `names`."""
     width = block.linears[names[0]].weight.shape[1]
     found = [
-        Feeder(name, module, 0.0)
+        InputProducer(name, module, 0.0)
         for name, module in block.linears.items()
         if name not in names and module.weight.shape[0] == width
     ]
     for name, module in block.module.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.shape == (width,):
-            found += [Feeder(name, module, 0.0), Feeder(name, module, 1.0)]
+            found += [InputProducer(name, module, 0.0), InputProducer(name, module, 1.0)]
     return found
 
 
-def feeds(block: Block, feeder: Feeder, names: list[str]) -> bool:
-    """Whether scaling the inputs of `names`, and dividing in `feeder`, leaves the block's outputs as they were."""
+def is_producer(block: Block, candidate: InputProducer, names: list[str]) -> bool:
+    """Return whether scaling the inputs of `names` and dividing in `candidate` leaves the block's outputs unchanged."""
     batch = block.batches[0]
     width = block.linears[names[0]].weight.shape[1]
-    # Powers of two commute with rounding to any float format, so that only a wrong place changes a result.
+    # Powers of two commute with rounding to any float format, so that only a wrong candidate changes a result.
     factors = torch.exp2((torch.arange(width, device=batch.hidden.device) * 7 % 5 - 2).float())
     layers = [block.linears[n] for n in names]
+
+    # Fold, run, and undo.
     before = block.run(batch)
-    with _restored([feeder.module, *layers]):
-        fold(feeder, layers, factors)
+    with _restored([candidate.module, *layers]):
+        fold(candidate, layers, factors)
         after = block.run(batch)
-    update = tokens_of(before - batch.hidden, batch.keep).norm(dim=-1)
-    change = tokens_of(after - before, batch.keep).norm(dim=-1)
+
+    update = token_rows(before - batch.hidden, batch.keep).norm(dim=-1)
+    change = token_rows(after - before, batch.keep).norm(dim=-1)
     return bool((change / update.clamp(min=torch.finfo(torch.float32).tiny)).median() < UNCHANGED)
 
 
-def fold(feeder: Feeder, layers: list[Any], factors: Tensor) -> None:
-    """Columns of `layers` times `factors` (in,), outputs of `feeder` divided by them; in place."""
-    feeder.divide(factors)
+def fold(producer: InputProducer, layers: list[Any], factors: Tensor) -> None:
+    """Multiply the columns of `layers` by `factors` (in,) and divide the outputs of `producer` by them, in place."""
+    producer.divide(factors)
     for layer in layers:
         layer.weight.data.mul_(factors)
 
 
 def search_factors(inputs: Tensor, weights: list[tuple[Tensor, WeightScheme]]) -> Tensor:
-    """Factors (in,) of the alpha whose rounded layers come closest to the float ones.
+    """Search the alpha whose rounded layers come closest to the float ones.
 
-    inputs: (tokens, in); weights: (out, in) with their schemes. The error of each layer counts over its own square.
+    Args:
+        inputs: Shape (tokens, in).
+        weights: Matrices (out, in) that share these inputs, with their schemes. The error of each counts relative to
+            its own output.
+
+    Returns:
+        Factors of that alpha, shape (in,).
     """
+    # A channel that is always zero must not get a factor of zero.
     magnitude = inputs.abs().mean(dim=0)
     magnitude = magnitude.clamp(min=float(magnitude.max()) * 1e-4 + torch.finfo(torch.float32).tiny)
     best, least = torch.ones_like(magnitude), torch.inf
     expected = [inputs @ weight.T for weight, _ in weights]
+
     for alpha in ALPHAS:
+        # Around 1, so that neither the weights nor the inputs grow as a whole.
         factors = magnitude**alpha
         factors = factors / (factors.max() * factors.min()).sqrt()
         rounded = numerics.fake_quantize_activation(inputs / factors)
@@ -164,23 +203,27 @@ def search_factors(inputs: Tensor, weights: list[tuple[Tensor, WeightScheme]]) -
 
 
 def sample_inputs(block: Block, names: list[str]) -> dict[str, Tensor]:
-    """Up to `SAMPLE` tokens each layer is given, evenly from all batches, before they are rounded: (tokens, in)."""
+    """Sample inputs of layers before they are rounded, evenly from all batches.
+
+    Returns up to about `SAMPLE` tokens of each layer: (tokens, in) by name.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    share = -(-SAMPLE // len(block.batches))
+    per_batch = -(-SAMPLE // len(block.batches))
     for batch in block.batches:
 
-        def see(name: str, x: Tensor, keep: Tensor = batch.keep) -> None:
+        def sample(name: str, x: Tensor, keep: Tensor = batch.keep) -> None:
             if name in found:
-                rows = tokens_of(x, keep)
-                found[name].append(rows[:: -(-rows.shape[0] // share)].clone())
+                rows = token_rows(x, keep)
+                every = -(-rows.shape[0] // per_batch)
+                found[name].append(rows[::every].clone())
 
-        block.observe(batch, see)
+        block.observe(batch, sample)
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @contextmanager
 def _restored(modules: list[Any]) -> Iterator[None]:
-    """Give weights and biases back as they were."""
+    """Restore the weights and biases of these modules when the context closes."""
     parameters = [p for m in modules for p in (m.weight, getattr(m, "bias", None)) if p is not None]
     kept = [p.detach().clone() for p in parameters]
     try:
@@ -191,5 +234,5 @@ def _restored(modules: list[Any]) -> Iterator[None]:
 
 
 def _prefix(block: Block) -> str:
-    """What the names of the block's layers begin with."""
+    """Return the part of a layer's name that names the block."""
     return next(iter(block.linears)).split(f".{block.index}.")[0] + f".{block.index}."

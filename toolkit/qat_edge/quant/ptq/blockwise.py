@@ -1,7 +1,8 @@
-"""A model one block at a time on calibration data: what each linear layer sees once the blocks before are rounded.
+"""Quantize a model one block at a time on calibration data, each block with the inputs of the deployed model.
 
-Only one block's statistics exist at a time, and one hidden state a token: memory does not grow with depth. A
-block's inputs are what the deployed model computes: codes for the weights before it, int8 for every linear input.
+The inputs of a block went through the rounded blocks before it: codes for their weights, int8 for the input of every
+linear layer. Only one block's statistics exist at a time, and one hidden state per token: memory does not grow with
+depth.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,86 +19,113 @@ from torch import Tensor, nn
 from qat_edge import progress
 from qat_edge.errors import DataError, ModelError
 from qat_edge.quant import numerics
-from qat_edge.quant.ptq.activation_cache import Replay
+from qat_edge.quant.ptq.activation_cache import ActivationCache
 from qat_edge.quant.scheme import Scheme, WeightScheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAME = 0.02  # of a shift by one standard deviation: bfloat16 sums are off by up to 2^-8
 STRIP = 256  # columns of a sum of x x^T at once; of 1536 it took 70% of the time that all at once did
 Calibration = Mapping[str, Tensor]  # "input_ids", "attention_mask": (rows, length), padded on the right
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Observer = Callable[[str, Tensor], None]  # called with a layer's name and its input
 
 
-class _Stop(Exception):
-    """Ends a forward pass at the last block: the head's logits would be the largest tensor of all."""
+class CallArguments(NamedTuple):
+    """Arguments that a block is called with besides the hidden states."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _StopForward(Exception):
+    """Ends a forward pass early. At the last block, this saves the logits, the largest tensor of all."""
 
 
 @dataclass
-class Batch:
-    """One calibration batch on its way. hidden: (rows, length, width); keep: (rows * length,), False at padding;
-    others: what each block is called with besides the hidden states; unrounded: `hidden` of the float model."""
+class BatchState:
+    """One calibration batch on its way through the blocks.
+
+    Attributes:
+        hidden: Input of the next block in the rounded model, shape (rows, length, width).
+        keep: bool, shape (rows * length,); False at padding.
+        others: Other arguments of each block.
+        unrounded: The same as `hidden` in the float model, kept up to date by the methods that use it.
+    """
 
     hidden: Tensor
     keep: Tensor
-    others: list[Arguments]
+    others: list[CallArguments]
     unrounded: Tensor
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block with the linear layers of the scheme that lie in it, by their names in the model.
+    """A block and the linear layers of the scheme inside it, by their names in the model.
 
-    replay: layers that `treat` calls finished are not computed again by the passes to come under `rounded`.
+    Attributes:
+        module: The block.
+        index: Its number.
+        linears: Layers by name.
+        specs: Their schemes.
+        batches: The calibration data, as far as this block.
+        cache: Outputs of layers that a method marks as finished; used by passes under `quantized`.
     """
 
     module: nn.Module
     index: int
     linears: dict[str, Any]
     specs: dict[str, WeightScheme]
-    batches: list[Batch]
-    replay: Replay
+    batches: list[BatchState]
+    cache: ActivationCache
 
     def weights(self, names: list[str]) -> Tensor:
-        """Weights of layers that share an input, their rows one below the other: (sum of out, in), float32."""
+        """Return the weights of layers that share an input, one below the other: (sum of out, in), float32."""
         return torch.cat([self.linears[name].weight.detach().float() for name in names])
 
-    def run(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        """Hidden states after the block, from `batch.hidden` or those given: (rows, length, width)."""
+    def run(self, batch: BatchState, hidden: Tensor | None = None) -> Tensor:
+        """Return the hidden states after the block, from `batch.hidden` or from `hidden`: (rows, length, width)."""
         arguments, keywords = batch.others[self.index]
-        self.replay.begin(batch if hidden is None else None)
+        self.cache.start_pass(batch if hidden is None else None)
         output = self.module(batch.hidden if hidden is None else hidden, *arguments, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
-    def observe(self, batch: Batch, see: Callable[[str, Tensor], None], hidden: Tensor | None = None) -> Tensor:
-        """`run`, with `see(name, input)` at every linear layer in the order of execution."""
+    def observe(self, batch: BatchState, observer: Observer, hidden: Tensor | None = None) -> Tensor:
+        """Run the block, calling `observer(name, input)` at every linear layer in the order of execution."""
         with ExitStack() as stack:
             for name, module in self.linears.items():
-                hook = _observing(name, see)
+                hook = _observing(name, observer)
                 stack.callback(module.register_forward_pre_hook(hook).remove)
             return self.run(batch, hidden)
 
-    def input_of(self, batch: Batch, name: str) -> Tensor:
-        """What one linear layer is given; the block is run no further."""
+    def input_of(self, batch: BatchState, name: str) -> Tensor:
+        """Return the input of one linear layer; the block is run no further."""
         seen: list[Tensor] = []
 
-        def see(found: str, x: Tensor) -> None:
+        def stop_at(found: str, x: Tensor) -> None:
             if found == name:
                 seen.append(x)
-                raise _Stop
+                raise _StopForward
 
-        with suppress(_Stop):
-            self.observe(batch, see)
+        with suppress(_StopForward):
+            self.observe(batch, stop_at)
         return seen[0]
 
-    def ends_with(self, name: str) -> bool:
-        """Whether a linear layer's output is added to the block's as it is, so that it can correct all of it."""
-        return self._adds(name, 1.0)
+    def is_output_layer(self, name: str) -> bool:
+        """Return whether a layer's output is added to the block's unchanged, so that it can correct all of it."""
+        return self._shifts_output(name, 1.0)
 
     def adds_to_stream(self, name: str) -> bool:
-        """Whether a linear layer's output is added to the hidden states, whatever in the block reads them after."""
-        return self._adds(name, 1000.0)  # what a block adds to hidden states of any size is bounded by its norms
+        """Return whether a layer's output is added to the hidden states, even if the block reads them afterwards."""
+        # The shift outweighs everything that the block adds afterwards, which its norms bound.
+        return self._shifts_output(name, 1000.0)
 
-    def _adds(self, name: str, size: float) -> bool:
-        """Whether the block's output moves with a shift of the layer's, of `size` standard deviations of the former."""
+    def _shifts_output(self, name: str, size: float) -> bool:
+        """Return whether the block's output moves by the same vector as the layer's.
+
+        size: of the vector, in standard deviations of the block's output.
+        """
+        # By trial, since nothing in a module tells where its output goes.
         batch, module = self.batches[0], self.linears[name]
         before = self.run(batch)
         if module.weight.shape[0] != before.shape[-1]:
@@ -110,28 +138,28 @@ class Block:
             handle.remove()
         return bool(((moved - shift).abs().mean() < SAME * shift.mean()).all())
 
-    def shared_inputs(self) -> list[list[str]]:
-        """Names of the linear layers in order of execution, together where they are given the very same tensor."""
-        seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that no id is used twice
+    def input_groups(self) -> list[list[str]]:
+        """Return the names of the linear layers in the order of execution, grouped where they share an input."""
+        seen: list[tuple[Tensor, list[str]]] = []  # keeps the tensors alive, so that no id is used twice
 
-        def see(name: str, x: Tensor) -> None:
+        def group(name: str, x: Tensor) -> None:
             names = next((names for tensor, names in seen if tensor is x), None)
             if names is None:
                 seen.append((x, [name]))
             elif name not in names:
                 names.append(name)
 
-        self.observe(self.batches[0], see)
+        self.observe(self.batches[0], group)
         return [names for _, names in seen]
 
-    def compensated(self) -> list[list[str]]:
-        """`shared_inputs` of int4 weights alone: those that are rounded column by column."""
-        groups = ([n for n in names if self.specs[n].bits == 4] for names in self.shared_inputs())
+    def int4_groups(self) -> list[list[str]]:
+        """Return `input_groups` without the int8 weights, which are not rounded column by column."""
+        groups = ([n for n in names if self.specs[n].bits == 4] for names in self.input_groups())
         return [names for names in groups if names]
 
     @contextmanager
-    def rounded_inputs(self) -> Iterator[None]:
-        """Linear layers get their inputs as int8 represents them, where the scheme says so."""
+    def quantized_inputs(self) -> Iterator[None]:
+        """Round the inputs of linear layers to int8 where the scheme says so, while the context is open."""
         with ExitStack() as stack:
             hook = _rounding_once()
             for name, module in self.linears.items():
@@ -140,49 +168,90 @@ class Block:
             yield
 
     @contextmanager
-    def rounded(self, scales: Mapping[str, Tensor], finished: bool = False) -> Iterator[None]:
-        """The block as it will be deployed, under these scales or those of the largest weights; floats afterwards.
+    def quantized(self, scales: Mapping[str, Tensor], finished: bool = False) -> Iterator[None]:
+        """Round weights and inputs as deployed while the context is open; the weights are floats again afterwards.
 
-        finished: of layers that are, the weights alone; all inputs in any case.
+        Args:
+            scales: By name; the other layers get those of their largest weights.
+            finished: Round only the weights of finished layers. All inputs are rounded in any case.
         """
-        names = self.replay.finished if finished else self.linears
+        names = self.cache.finished if finished else self.linears
         kept = {name: self.linears[name].weight.detach().clone() for name in names}
         try:
+            # In place, because hooks and caches know the layers, not copies of them.
             for name, original in kept.items():
                 spec, weight = self.specs[name], original.float()
                 given = scales.get(name)
                 used = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
                 rounded = numerics.dequantize(numerics.quantize(weight, used, spec.bits), used)
                 self.linears[name].weight.data.copy_(rounded)
-            with self.rounded_inputs(), self.replay.on():
+            with self.quantized_inputs(), self.cache.enabled():
                 yield
         finally:
             for name, original in kept.items():
                 self.linears[name].weight.data.copy_(original)
 
 
-def walk(
-    model: Any,
+def quantize_blocks(
+    model: PreTrainedModel,
     scheme: Scheme,
     calibration: Sequence[Calibration],
-    treat: Callable[[Block], dict[str, Tensor]],
+    quantize_block: Callable[[Block], dict[str, Tensor]],
     title: str,
 ) -> dict[str, Tensor]:
-    """Give every block to `treat`, first to last, each with inputs that went through the rounded blocks before it.
+    """Pass every block to `quantize_block`, first to last, each with inputs from the rounded blocks before it.
 
-    Returns what `treat` returned of all blocks: scales by module name.
+    Args:
+        model: A float model with repeated blocks.
+        scheme: Bits and group size by module name.
+        calibration: Batches of texts.
+        quantize_block: Changes the block's weights in place and returns scales by module name.
+        title: Of the progress bar.
+
+    Returns:
+        The scales of all blocks by module name.
 
     Raises:
-        ModelError: no repeated blocks are found.
-        DataError: no calibration data.
+        ModelError: No repeated blocks are found.
+        DataError: There is no calibration data.
     """
-    # Weights change from pass to pass: a cast that autocast kept of an earlier one would be used instead.
-    with _no_kept_casts():
-        return _walk(model, scheme, calibration, treat, title)
+    if not calibration:
+        raise DataError(
+            "No calibration data: gptq, gptaq, coordinate-descent and awq look at the inputs of the layers. "
+            "Give some rows."
+        )
+    prefix = find_blocks(scheme, model)
+    block_list: Any = model.get_submodule(prefix)
+    modules: list[nn.Module] = list(block_list)
+    scales: dict[str, Tensor] = {}
+    with _autocast_cache_off():
+        batches = [_enter_blocks(model, scheme, modules, batch) for batch in calibration]
+        with progress.bar(title, len(modules)) as shown:
+            for index in range(len(modules)):
+                block = _block(model, scheme, prefix, index, batches)
+                found = quantize_block(block)
+
+                # The next block's inputs.
+                with block.quantized(found):
+                    for batch in batches:
+                        batch.hidden = block.run(batch)
+                scales |= found
+                shown.update(index + 1)
+    return scales
+
+
+def _block(model: PreTrainedModel, scheme: Scheme, prefix: str, index: int, batches: list[BatchState]) -> Block:
+    """Collect the linear layers of one block. prefix: name of the module list."""
+    name = f"{prefix}.{index}"
+    module = model.get_submodule(name)
+    specs = {n: spec for n, spec in scheme.linears.items() if n.startswith(f"{name}.")}
+    linears: dict[str, Any] = {n: model.get_submodule(n) for n in specs}
+    return Block(module, index, linears, specs, batches, ActivationCache(module, linears))
 
 
 @contextmanager
-def _no_kept_casts() -> Iterator[None]:
+def _autocast_cache_off() -> Iterator[None]:
+    # Weights change from pass to pass: a cast that autocast kept of an earlier one would be used instead.
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
@@ -193,11 +262,11 @@ def _no_kept_casts() -> Iterator[None]:
 
 
 @contextmanager
-def summing(device: torch.device) -> Iterator[None]:
-    """For products of float32 matrices that sum over tokens: sums in float32, factors rounded to bfloat16 on a CPU.
+def token_sum_precision(device: torch.device) -> Iterator[None]:
+    """Set the precision for products of float32 matrices that sum over tokens, while the context is open.
 
-    Of 1024 random tokens it took 40% of the time, and the sums were off by 0.2%. A sum of x x^T stays positive, as both
-    factors are rounded alike.
+    Sums are float32; on a CPU, factors are rounded to bfloat16. Of 1024 random tokens it took 40% of the time, and the
+    sums were off by 0.2%. A sum of x x^T stays positive, because both factors are rounded alike.
     """
     library: Any = torch.backends.mkldnn
     before = library.matmul.fp32_precision
@@ -210,10 +279,11 @@ def summing(device: torch.device) -> Iterator[None]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """rows^T rows (width, width), as `summing` takes it: what lies above the diagonal is copied, not computed."""
+    """Return rows^T rows (width, width) in `token_sum_precision`; what is above the diagonal is copied."""
     width = rows.shape[1]
     found = rows.new_empty(width, width)
-    with summing(rows.device):
+    with token_sum_precision(rows.device):
+        # Strips of columns from the diagonal down: half of the products.
         for start in range(0, width, STRIP):
             end = min(start + STRIP, width)
             found[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
@@ -221,41 +291,13 @@ def gram(rows: Tensor) -> Tensor:
     return found
 
 
-def _walk(
-    model: Any,
-    scheme: Scheme,
-    calibration: Sequence[Calibration],
-    treat: Callable[[Block], dict[str, Tensor]],
-    title: str,
-) -> dict[str, Tensor]:
-    if not calibration:
-        raise DataError(
-            "No calibration data: GPTQ, GPTAQ, CD and AWQ look at what the layers are given. Give some rows."
-        )
-    prefix = find_blocks(scheme, model)
-    modules = list(model.get_submodule(prefix))
-    batches = [_enter(model, scheme, modules, batch) for batch in calibration]
-    scales: dict[str, Tensor] = {}
-    with progress.bar(title, len(modules)) as shown:
-        for index, module in enumerate(modules):
-            specs = {n: s for n, s in scheme.linears.items() if n.startswith(f"{prefix}.{index}.")}
-            linears = {name: model.get_submodule(name) for name in specs}
-            block = Block(module, index, linears, specs, batches, Replay(module, linears))
-            found = treat(block)
-            with block.rounded(found):
-                for batch in batches:
-                    batch.hidden = block.run(batch)
-            scales |= found
-            shown.update(index + 1)
-    return scales
-
-
-def find_blocks(scheme: Scheme, model: Any) -> str:
-    """Name of the module list that holds the blocks: the outermost of those with the most linear layers.
+def find_blocks(scheme: Scheme, model: nn.Module) -> str:
+    """Return the name of the module list that holds the blocks: the outermost of those with the most linear layers.
 
     Raises:
-        ModelError: the linear layers lie in no module list.
+        ModelError: No linear layer is inside a module list.
     """
+    # Count the linear layers under every module list, inner ones (of experts, say) included.
     counts: Counter[str] = Counter()
     for name in scheme.linears:
         parts = name.split(".")
@@ -265,92 +307,122 @@ def find_blocks(scheme: Scheme, model: Any) -> str:
     best = max(counts, key=lambda name: (counts[name], -len(name)), default="")
     if not counts[best]:
         raise ModelError(
-            f"{type(model).__name__}: no list of blocks found, which GPTQ, GPTAQ, CD and AWQ go through. "
-            "Use rtn or hqq."
+            f"{type(model).__name__}: no list of blocks found, which gptq, gptaq, coordinate-descent and awq go "
+            "through. Use rtn or hqq."
         )
     return best
 
 
-def _enter(model: Any, scheme: Scheme, modules: list[nn.Module], batch: Calibration) -> Batch:
-    """The float model's way into its blocks: the first one's input, and what each is called with besides.
+def _enter_blocks(model: PreTrainedModel, scheme: Scheme, modules: list[nn.Module], batch: Calibration) -> BatchState:
+    """Run the float model as far as its blocks: the first block's input, and the other arguments of each.
 
-    No block but the first is computed; the others hand on what they are given.
+    Only the first block is computed; the others return the hidden states they are given.
     """
     device = next(model.parameters()).device
-    hidden: list[Tensor] = []
-    others: list[Arguments] = []
-    in_tuple: list[bool] = []  # how blocks of this model answer
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        keywords = dict(keywords)
-        first = keywords.pop("hidden_states") if not arguments else arguments[0]
-        others.append((arguments[1:], keywords))
-        if len(others) == 1:
-            hidden.append(first)
-        if len(others) == len(modules):
-            raise _Stop
-
-    def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states,) if in_tuple[-1] else hidden_states
-
     mask = batch["attention_mask"].to(device)
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
+    calls = _BlockCalls(len(modules))
+
     with ExitStack() as stack:
         for module in modules:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        hook = modules[0].register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple)))
-        stack.callback(hook.remove)
+            stack.callback(module.register_forward_pre_hook(calls.record, with_kwargs=True).remove)
+        stack.callback(modules[0].register_forward_hook(calls.record_output).remove)
+        # In the instance's dictionary, so that removing it gives back the forward of the class.
         for module in modules[1:]:
-            vars(module)["forward"] = hand_on
+            vars(module)["forward"] = calls.pass_on
             stack.callback(vars(module).pop, "forward")
-        with suppress(_Stop):
-            model(**inputs)
-        unrounded = hidden.pop()
-        others.clear()
+
+        # Once with float embeddings, once with rounded ones.
+        unrounded = calls.run(model, inputs)
         for name in scheme.embeddings:
-            rounding = _rounding_rows(scheme.weights[name])
-            stack.callback(model.get_submodule(name).register_forward_hook(rounding).remove)
-        with suppress(_Stop):
+            hook = _rounding_rows(scheme.weights[name])
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        hidden = calls.run(model, inputs)
+    return BatchState(hidden, mask.flatten().bool(), calls.others, unrounded)
+
+
+class _BlockCalls:
+    """Hooks that record how a model calls its blocks.
+
+    Attributes:
+        others: Arguments of each block of the latest pass, without the hidden states.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.others: list[CallArguments] = []
+        self._count = count
+        self._hidden: Tensor | None = None
+        self._returns_tuple = False
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Run the model as far as its last block; returns the input of the first."""
+        self.others.clear()
+        with suppress(_StopForward):
             model(**inputs)
-    return Batch(hidden[0], mask.flatten().bool(), others, unrounded)
+        assert self._hidden is not None, "the first block was called"
+        return self._hidden
+
+    def record(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Record one call. A forward pre-hook of every block."""
+        # Models pass the hidden states first, or by this name.
+        keywords = dict(keywords)
+        first = keywords.pop("hidden_states") if not arguments else arguments[0]
+        self.others.append(CallArguments(arguments[1:], keywords))
+        if len(self.others) == 1:
+            self._hidden = first
+        if len(self.others) == self._count:
+            raise _StopForward
+
+    def record_output(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Record whether blocks of this model return a tuple. A forward hook of the first one."""
+        self._returns_tuple = isinstance(output, tuple)
+
+    def pass_on(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return the hidden states in the form that the first block returns. Forward of the other blocks."""
+        return (hidden_states,) if self._returns_tuple else hidden_states
 
 
-def _observing(name: str, see: Callable[[str, Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _observing(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        see(name, arguments[0])
+        observer(name, arguments[0])
 
     return hook
 
 
 def _rounding_once() -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """`numerics.round_input` for layers of which several are given the very same tensor in turn."""
-    given: Tensor | None = None
+    """Return `numerics.round_input` for several layers, which rounds a tensor that they share only once."""
+    latest: Tensor | None = None
     rounded: Tensor | None = None
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal given, rounded
-        if arguments[0] is not given:
-            given, rounded = arguments[0], numerics.fake_quantize_activation(arguments[0])
+        nonlocal latest, rounded
+        if arguments[0] is not latest:
+            latest, rounded = arguments[0], numerics.fake_quantize_activation(arguments[0])
         return rounded, *arguments[1:]
 
     return hook
 
 
 def _rounding_rows(spec: WeightScheme) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """Return a forward hook that rounds the rows of an embedding."""
+
     def hook(module: nn.Module, arguments: tuple[Any, ...], rows: Tensor) -> Tensor:
         return numerics.fake_quantize_weight(rows.float(), spec.bits, spec.group_size)
 
     return hook
 
 
-def tokens_of(x: Tensor, keep: Tensor) -> Tensor:
-    """Inputs (..., width) as (tokens, width) in float32, without padding where they still lie token by token."""
+def token_rows(x: Tensor, keep: Tensor) -> Tensor:
+    """Return inputs (..., width) as (tokens, width) in float32, without padding if there still is a row per token.
+
+    Experts, for one, are given a selection of tokens.
+    """
     rows = x.detach().flatten(0, -2).float()
     return rows[keep] if rows.shape[0] == keep.shape[0] else rows
 
 
 def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """`|| (W - R) X ||^2 / || W X ||^2` from the sum of x x^T: weights (out, in), hessian (in, in)."""
+    """Return `|| (W - R) X ||^2 / || W X ||^2` from the sum of x x^T: weights (out, in), hessian (in, in)."""
     error = weight - rounded
     energy = ((weight @ hessian) * weight).sum()
     return float(((error @ hessian) * error).sum() / energy.clamp(min=torch.finfo(energy.dtype).tiny))

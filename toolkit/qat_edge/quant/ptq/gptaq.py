@@ -1,26 +1,26 @@
-"""GPTAQ (https://arxiv.org/abs/2504.02692): GPTQ towards what the float model computes, not the rounded one.
+"""GPTAQ (https://arxiv.org/abs/2504.02692): GPTQ towards the outputs of the float model, not of the rounded one.
 
 A layer deep in the model is given inputs X that rounding before it has changed from Xf. GPTQ makes the rounded
-weight reproduce W X, errors and all; here it is to reproduce W Xf. Both sums of squares differ by a constant from one
+weight reproduce W X, errors included; here it is to reproduce W Xf. Both sums of squares differ by a constant from one
 around the least-squares weight
 
     W* = W + (W Xf - W X) X^T (X X^T + damping)^-1        || W Xf - Q X ||^2 = || (W* - Q) X ||^2 + constant
 
-so it is GPTQ on W*. The layer whose output ends the block stands in for all that came before: its target is what is
-missing from the block's output, so that an error in the residual stream is made up for as well. Layers are taken in the
-order they run, each with inputs that went through those just rounded.
+so it is GPTQ on W*. The layer whose output ends the block compensates for everything before it: its target is what the
+block's output lacks, so that an error in the residual stream is compensated as well. Layers are quantized in the order
+they run, each with inputs that went through those just rounded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat_edge.quant.ptq.blockwise import Batch, Block, gram, summing, tokens_of
-from qat_edge.quant.ptq.gptq import Compensator, inverse_factor
+from qat_edge.quant.ptq.blockwise import BatchState, Block, gram, token_rows, token_sum_precision
+from qat_edge.quant.ptq.gptq import GPTQ, inverse_factor
 
 # Of the Hessian's mean diagonal, when the target is solved for. Perplexity of SmolLM2 on held-out text after 12288
 # tokens of calibration: 16.07 with GPTQ's 0.01, 15.94 with 0.1 (float 15.23).
@@ -28,100 +28,144 @@ TARGET_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One batch through a block: inputs of some linear layers by name, and the hidden states after it."""
+class BlockPass:
+    """One batch through a block.
+
+    Attributes:
+        inputs: Inputs of some linear layers by name.
+        output: Hidden states after the block, shape (rows, length, width).
+    """
 
     inputs: dict[str, Tensor]
     output: Tensor
 
 
+class Moments(NamedTuple):
+    """Sums over tokens, float32; x are inputs rounded as in deployment.
+
+    Attributes:
+        hessian: Sum of x x^T, shape (in, in).
+        missing: Sum of (xf - x) x^T, shape (in, in), xf being the float model's inputs; for the layer that ends the
+            block, of the block's missing output times x^T, shape (out, in).
+    """
+
+    hessian: Tensor
+    missing: Tensor
+
+
 @dataclass
-class Aligner(Compensator):
+class GPTAQ(GPTQ):
     """GPTAQ on one block after another."""
 
     name: ClassVar[str] = "GPTAQ"
 
-    def treat(self, block: Block) -> dict[str, Tensor]:
-        """Compensate every weight of the block in place; scales of the int4 ones by name.
+    def quantize_block(self, block: Block) -> dict[str, Tensor]:
+        """Compensate every weight of the block in place; returns the scales of the int4 ones by name.
 
-        An int8 weight is left at what is aimed at: its own rounding is small, but not what lies before it.
+        An int8 weight becomes its target: its own rounding error is small, but not the error of the layers before it.
 
         Raises:
-            DataError: the inputs say too little about the weights.
+            DataError: The inputs do not determine the weights.
         """
-        groups = block.shared_inputs()
-        ending = bool(groups) and len(groups[-1]) == 1 and block.ends_with(groups[-1][0])
-        first = [names[0] for names in groups[: len(groups) - ending]]
-        floats = [_pass(block, batch, first, batch.unrounded) for batch in block.batches]
+        groups = block.input_groups()
+        has_output_layer = bool(groups) and len(groups[-1]) == 1 and block.is_output_layer(groups[-1][0])
+
+        # One pass of the float model gives the target of every layer but the last, whose target is the block's output.
+        first = [names[0] for names in groups[: len(groups) - has_output_layer]]
+        float_passes = [_run(block, batch, first, batch.unrounded) for batch in block.batches]
+
         scales: dict[str, Tensor] = {}
         for names in groups:
-            last = ending and names is groups[-1]
-            relative = self.weigh(block, names[0])
-            with block.rounded(scales, finished=True):
-                hessian, missing = _moments(block, names[0], floats, last, relative)
-            for float_pass in floats:
+            is_last = has_output_layer and names is groups[-1]
+            relative = self.weights_tokens(block, names[0])
+            with block.quantized(scales, finished=True):
+                moments = _moments(block, names[0], float_passes, is_last, relative)
+            # Not needed again, and a block's inputs are the largest tensors here.
+            for float_pass in float_passes:
                 float_pass.inputs.pop(names[0], None)
-            with torch.autocast(hessian.device.type, enabled=False):
-                factor = inverse_factor(hessian, names[0])
-                strict = inverse_factor(hessian, names[0], TARGET_DAMPING)
-                weight = block.weights(names)
-                target = least_squares(weight, missing if last else weight @ missing, strict)
-                rows = target.split([block.linears[name].weight.shape[0] for name in names])
-                aims = dict(zip(names, rows, strict=True))
-                narrow = [name for name in names if block.specs[name].bits == 4]
-                for name in names:
-                    if name not in narrow:
-                        block.linears[name].weight.data.copy_(aims[name])
-                if narrow:
-                    scales |= self.settle(block, narrow, torch.cat([aims[n] for n in narrow]), hessian, factor)
-            block.replay.finish(names)
-        for batch, float_pass in zip(block.batches, floats, strict=True):
+            scales |= self._quantize_group(block, names, moments, is_last)
+            block.cache.mark_finished(names)
+
+        # The float model goes on to the next block.
+        for batch, float_pass in zip(block.batches, float_passes, strict=True):
             batch.unrounded = float_pass.output
         return scales
 
-    def weigh(self, block: Block, name: str) -> bool:
-        """Whether an error in the layer's output counts over the size of the hidden states; else all count alike."""
+    def _quantize_group(self, block: Block, names: list[str], moments: Moments, is_last: bool) -> dict[str, Tensor]:
+        """Solve for the target of layers that share an input, and approximate it; returns scales by name."""
+        hessian, missing = moments
+        with torch.autocast(hessian.device.type, enabled=False):
+            factor = inverse_factor(hessian, names[0])
+            target_factor = inverse_factor(hessian, names[0], TARGET_DAMPING)
+            weight = block.weights(names)
+            target = least_squares(weight, missing if is_last else weight @ missing, target_factor)
+
+            rows = target.split([block.linears[name].weight.shape[0] for name in names])
+            targets = dict(zip(names, rows, strict=True))
+            # int8 layers become their target; int4 ones approximate theirs together.
+            int4 = [name for name in names if block.specs[name].bits == 4]
+            for name in names:
+                if name not in int4:
+                    block.linears[name].weight.data.copy_(targets[name])
+            if not int4:
+                return {}
+            return self.compensate_layers(block, int4, torch.cat([targets[n] for n in int4]), hessian, factor)
+
+    def weights_tokens(self, block: Block, name: str) -> bool:
+        """Return whether a token's error counts relative to the size of its hidden states; GPTAQ: all count alike."""
         return False
 
 
 def least_squares(weight: Tensor, missing: Tensor, factor: Tensor) -> Tensor:
-    """The weight (out, in) that also gives what is missing: sum of missing output times x^T (out, in), over the inputs.
+    """Return the weight (out, in) that also gives the missing output.
 
-    factor: upper Cholesky factor of the damped inverse of sum x x^T (in, in).
+    Args:
+        weight: W, shape (out, in).
+        missing: Sum over tokens of the missing output times x^T, shape (out, in).
+        factor: Upper Cholesky factor of the damped inverse of sum x x^T, shape (in, in).
     """
     return weight + (missing @ factor.T) @ factor
 
 
-def _pass(block: Block, batch: Batch, names: list[str], hidden: Tensor | None = None) -> Pass:
+def _run(block: Block, batch: BatchState, names: list[str], hidden: Tensor | None = None) -> BlockPass:
+    """Run the block, keeping the inputs of the layers `names`."""
     inputs: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def keep_input(name: str, x: Tensor) -> None:
         if name in names:
             inputs[name] = x
 
-    return Pass(inputs, block.observe(batch, see, hidden))
+    return BlockPass(inputs, block.observe(batch, keep_input, hidden))
 
 
-def _moments(block: Block, name: str, floats: list[Pass], last: bool, relative: bool) -> tuple[Tensor, Tensor]:
-    """Sum of x x^T (in, in), and of (xf - x) x^T (in, in) or, of the last layer, of what is missing from the
-    block's output, times x^T (out, in). x: inputs rounded as in deployment, xf: the float model's. float32.
+def _moments(block: Block, name: str, float_passes: list[BlockPass], is_last: bool, relative: bool) -> Moments:
+    """Sum over the tokens of all batches.
 
-    relative: each token counts over the mean square of its hidden states, as the norms that read them see it.
+    Args:
+        block: With the layers before `name` rounded.
+        name: The layer.
+        float_passes: The float model's inputs and outputs, by batch.
+        is_last: The layer ends the block.
+        relative: Each token counts over the mean square of its hidden states, as the norms that read them see it.
     """
+    # Scalars of zero, so that the first batch decides shape and device.
     hessian = missing = torch.zeros(())
-    for batch, float_pass in zip(block.batches, floats, strict=True):
-        outputs = tokens_of(float_pass.output, batch.keep)
-        if last:
-            found = _pass(block, batch, [name])
-            rows = tokens_of(found.inputs[name], batch.keep)
-            lacking = outputs - tokens_of(found.output, batch.keep)
+    for batch, float_pass in zip(block.batches, float_passes, strict=True):
+        outputs = token_rows(float_pass.output, batch.keep)
+        if is_last:
+            # The whole block runs: this layer compensates for everything that the block's output lacks.
+            found = _run(block, batch, [name])
+            rows = token_rows(found.inputs[name], batch.keep)
+            lacking = outputs - token_rows(found.output, batch.keep)
         else:
-            rows = tokens_of(block.input_of(batch, name), batch.keep)
-            lacking = tokens_of(float_pass.inputs[name], batch.keep) - rows
+            # What the layer's input lacks; times W^T, it is what the output lacks.
+            rows = token_rows(block.input_of(batch, name), batch.keep)
+            lacking = token_rows(float_pass.inputs[name], batch.keep) - rows
         if relative:
             size = outputs.square().mean(dim=1, keepdim=True).sqrt()
             rows, lacking = rows / size, lacking / size
+
         hessian = hessian.to(rows.device) + gram(rows)
-        with summing(rows.device):
+        with token_sum_precision(rows.device):
             missing = missing.to(rows.device) + lacking.T @ rows
-    return hessian, missing
+    return Moments(hessian, missing)

@@ -1,0 +1,179 @@
+"""Diagnose a .pte: which runtimes load it, and whether it meets the contract of ExecuTorch's LLM runner.
+
+Runtimes are known by name. The installed Python wheel loads the file; those of apps are looked up in a table. Memory
+and processor of a device are for `validate` to test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from qat_edge import progress
+from qat_edge.errors import ModelError
+from qat_edge.models import tokenizer
+from qat_edge.run import MANIFEST, library_version
+from qat_edge_exporters.executorch import known_runtimes, runtime_probe
+from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.executorch.pte.program_info import (
+    CacheInfo,
+    ContractEntry,
+    ProgramInfo,
+    RuntimeCheck,
+    TokenizerCheck,
+)
+from qat_edge_exporters.executorch.runtime_probe import ProbedTokenizer
+
+__all__ = [
+    "CacheInfo", "ContractEntry", "Diagnosis", "ProgramInfo", "RuntimeCheck", "TokenizerCheck", "diagnose_pte",
+]  # fmt: skip
+
+TOKENIZER = "tokenizer.json"
+BUILT_AGAINST = ("executorch", "torch", "torchao")
+# Split by both tokenizers: a request, whitespace and digits, and characters of several bytes.
+TEXTS = ("Set an alarm for seven.", "  two  spaces,\n\nline feeds and 12345 digits", "Grüße, 你好 🙂, don't")
+MOST_SPECIAL_TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings about one .pte. The field names are the keys of `qat-edge doctor --json`.
+
+    Attributes:
+        path: of the file.
+        program: its contents.
+        runtimes: one check for each runtime.
+        runner: its constant methods, checked; empty for a program that is no language model.
+        words: check of the tokenizer next to it; None if there is none.
+        written_by: versions from the manifest next to it, by library.
+        installed: versions in this environment, by library.
+        faults: what is wrong in any runtime, one sentence each.
+    """
+
+    path: Path
+    program: ProgramInfo
+    runtimes: list[RuntimeCheck]
+    runner: list[ContractEntry]
+    words: TokenizerCheck | None
+    written_by: dict[str, str]
+    installed: dict[str, str]
+    faults: list[str]
+
+
+def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
+    """Examine the .pte at `path` for each of `runtimes`.
+
+    Raises:
+        ArtifactError: there is no .pte, or it cannot be read at all.
+    """
+    progress.info(f"Reading {path}")
+    program = inspect(path)
+
+    progress.info("Loading it with the installed executorch")
+    # One process for program and tokenizer: starting it takes seconds.
+    tokenizer_path = path.parent / TOKENIZER
+    texts = probe_texts(tokenizer_path)
+    probed = runtime_probe.probe(path, tokenizer_path, texts)
+    checks = known_runtimes.check_runtimes(program, runtimes, probed)
+
+    # The runner's contract, and the tokenizer, are those of a program that generates text.
+    entries: list[ContractEntry] = []
+    tokenizer_check, faults = None, []
+    if program.is_language_model:
+        entries = runner_contract.entries(program)
+        tokenizer_check = _check_tokenizer(tokenizer_path, probed["tokenizer"], texts)
+        faults = [f"{entry.name}: {entry.problem}" for entry in entries if entry.problem]
+        faults += runner_contract.forward_problems(program)
+        faults += _tokenizer_faults(tokenizer_path, tokenizer_check, program)
+
+    return Diagnosis(
+        path=path,
+        program=program,
+        runtimes=checks,
+        runner=entries,
+        words=tokenizer_check,
+        written_by=_written_by(path.parent),
+        installed={name: library_version(name) or "none" for name in BUILT_AGAINST},
+        faults=faults,
+    )
+
+
+def probe_texts(tokenizer_path: Path) -> list[str]:
+    """Return texts that the runner's tokenizer has to split as training did: general ones, and a chat's special tokens.
+
+    A missing or damaged tokenizer has no special tokens; loading it reports that.
+    """
+    try:
+        added = json.loads(tokenizer_path.read_text(encoding="utf-8")).get("added_tokens", [])
+        special = [f"{token['content']}user\nHello{token['content']}\n" for token in added if token.get("special")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        special = []
+    return [*TEXTS, *special[:MOST_SPECIAL_TEXTS]]
+
+
+def _check_tokenizer(path: Path, probed: ProbedTokenizer | None, texts: list[str]) -> TokenizerCheck | None:
+    """Compare the tokenizer in ExecuTorch's library with the Hugging Face one; None if there is no file.
+
+    Args:
+        path: of tokenizer.json.
+        probed: result of ExecuTorch's library for `texts`.
+        texts: that both split.
+    """
+    if probed is None:
+        return None
+    if probed["error"]:
+        return TokenizerCheck(error=probed["error"])
+
+    # The other library was called without special tokens around the texts.
+    try:
+        reference = Tokenizer.from_file(str(path))
+        expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
+        end_tokens = tokenizer.end_tokens(path.parent)
+    except (OSError, ValueError, ModelError) as error:
+        one_line = " ".join(str(error).split())
+        return TokenizerCheck(error=one_line, size=probed["size"], bos=probed["bos"], eos=probed["eos"])
+    differing = [text for text, ids, wanted in zip(texts, probed["ids"], expected, strict=True) if ids != wanted]
+    return TokenizerCheck("", probed["size"], probed["bos"], probed["eos"], end_tokens, differing)
+
+
+def _tokenizer_faults(path: Path, check: TokenizerCheck | None, program: ProgramInfo) -> list[str]:
+    """Return disagreements between tokenizer and program, one sentence each."""
+    if check is None:
+        return [
+            f"{path.name} is not next to the program: the runner cannot read a prompt. Copy it from the export folder."
+        ]
+    if check.error:
+        return [f"{path.name} cannot be used: {check.error}."]
+
+    faults = [
+        f"{path.name}: ExecuTorch's tokenizer splits {text!r} differently than training." for text in check.differing
+    ]
+
+    # Without get_eos_ids, the runner stops at the tokenizer's own end token.
+    ids = program.constants.get("get_eos_ids", [check.eos])
+    lost = [token for token in check.end_tokens if isinstance(ids, list) and token not in ids]
+    if lost:
+        faults.append(f"get_eos_ids is {ids}, and the model also ends with {lost}: generation would not stop there.")
+
+    # A tokenizer may have fewer tokens than the logits, which are often padded.
+    output = program.forward.outputs[0].shape if program.forward and program.forward.outputs else ()
+    if output and check.size > output[-1]:
+        faults.append(
+            f"{path.name} has {check.size} tokens, the program's logits only {output[-1]}: it belongs to another model."
+        )
+    return faults
+
+
+def _written_by(folder: Path) -> dict[str, str]:
+    """Return the versions in the folder's manifest; empty if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = {"qat-edge": manifest["qat_edge"], **{name: manifest["libraries"][name] for name in BUILT_AGAINST}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: str(version) for name, version in found.items()}

@@ -1,0 +1,70 @@
+"""JSON files of validate: they keep their keys, whatever the fields are called in code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qat_edge.errors import RunError
+from qat_edge.evaluate import encoder_results, results
+from qat_edge.evaluate.encoder_results import ACCURACY, EncoderReport, EncoderResult
+from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Part, Report, Speed, Spread, Step
+
+AGREEMENT = Agreement(64, 0.05, 0.9, 20.0)
+TIMES = Spread(2.0, 1.0, 3.0)
+
+
+def report() -> Report:
+    """A report in which every field is set."""
+    qat = Measurement(
+        "qat", "onnx", "onnxruntime", {"linears": 5}, 11.0, AGREEMENT, AGREEMENT, 0.8, 4, 1.5,
+        Speed(2, 8, 4, 2, TIMES, TIMES, TIMES, 1.0, 2.0), 300, 100, 0.5, 3.0, ("a note",),
+    )  # fmt: skip
+    budget = Budget(
+        target="onnx",
+        fault_test=FaultTest(exceeds_noise=True, chance=0.98, position=1, location="layer 0"),
+        frozen_divergence="layer 1",
+        steps=[Step("FP32 base", 20.0, AGREEMENT, None)],
+        parts=[Part("weights", 12.0, AGREEMENT)],
+        floor=[AGREEMENT],
+        floor_nats=[0.001],
+    )
+    gate = Gate("--max-kl", 0.1, "qat, onnx", 0.05, True, "why")
+    machine, options = {"cores": 2}, {"tokens": 64}
+    return Report("now", "local", machine, options, 64, AGREEMENT, [qat], [gate], [budget], {"tokens": "abc"})
+
+
+def encoder_report() -> EncoderReport:
+    result = EncoderResult("qat", "executorch", {"linears": 5}, 0.8, 0.99, 0.5, 0.95, 1.0)
+    return EncoderReport("now", "local", {}, {}, "text-classification", ACCURACY, 2, 2, [result], [])
+
+
+def test_a_report_survives_its_file_and_keeps_its_keys(tmp_path: Path) -> None:
+    results.save(report(), tmp_path / "local.json")
+    assert results.load(tmp_path / "local.json") == report()
+    document = json.loads((tmp_path / "local.json").read_text())
+    assert list(document) == [
+        "format", "created", "device", "machine", "options", "tokens", "noise_floor", "measured", "gates", "budgets",
+        "identities",
+    ]  # fmt: skip
+    (budget,) = document["budgets"]
+    assert list(budget) == ["target", "judged", "converted", "steps", "parts", "floor", "floor_nats"]
+    assert budget["judged"] == {"beyond": True, "chance": 0.98, "position": 1, "where": "layer 0"}
+    assert document["measured"][0]["speed"]["prefill"] == {"median": 2.0, "least": 1.0, "greatest": 3.0}
+
+
+def test_an_encoders_report_survives_its_file_and_keeps_its_keys(tmp_path: Path) -> None:
+    encoder_results.save(encoder_report(), tmp_path / "answers.json")
+    assert encoder_results.load(tmp_path / "answers.json") == encoder_report()
+    assert list(json.loads((tmp_path / "answers.json").read_text())) == [
+        "format", "created", "device", "machine", "options", "kind", "measure", "rows", "texts", "answered", "gates",
+    ]  # fmt: skip
+
+
+def test_an_unknown_key_is_damage(tmp_path: Path) -> None:
+    document = {"format": encoder_results.FORMAT, **results.to_json(encoder_report()), "more": 1}
+    (tmp_path / "answers.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=r"answers\.json: damaged .*'more'"):
+        encoder_results.load(tmp_path / "answers.json")

@@ -1,0 +1,32 @@
+"""Options that exclude each other are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qat_edge.config import FinetuneOptions
+from qat_edge.errors import UsageError
+from qat_edge.train.option_checks import check_combination
+
+OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"ptq_init": "hqq", "scales": "absmax"}, ("--ptq-init hqq", "--scales absmax")),
+        ({"distill_weight": 0.5}, ("--distill-weight", "--ptq-init coordinate-descent")),
+        ({"distill_weight": 0.5, "qat_start": 0.0}, ("--distill-weight", "--qat-start 0")),
+        ({"distill_top_k": 8}, ("--distill-top-k 8", "--distill-weight 0")),
+        ({"rotate": "on", "ptq_init": "hqq"}, ("--rotate on", "--ptq-init hqq")),
+        ({"rotate": "on", "method": "full"}, ("--rotate on", "--method full")),
+        ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
+    ],
+)
+def test_options_that_exclude_each_other_are_named(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_combination(replace(OPTIONS, **changes))
+    assert all(name in str(caught.value) for name in names)

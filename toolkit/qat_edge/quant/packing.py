@@ -1,0 +1,52 @@
+"""Two int4 codes in one byte: pack and unpack.
+
+    byte k of a row = (q[2k] + 8) | (q[2k + 1] + 8) << 4
+
+Rows are packed one after another, low nibble first, each code as code + 8, so that the unsigned values are 0 to 15.
+XNNPACK and ONNX Runtime's MatMulNBits store weights like this. Two other layouts follow from it: ExecuTorch's embedding
+takes the high nibble first (`high_first`), and two's complement nibbles are `packed ^ 0x88`.
+
+Both functions take numpy arrays. For a CPU tensor pass `tensor.numpy()`, which copies nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+OFFSET = 8  # added to a code, -8 to 7, so that it is stored as 0 to 15
+LOW_NIBBLE = 0x0F
+
+
+def pack_int4(codes: NDArray[Any], *, high_first: bool = False) -> NDArray[np.uint8]:
+    """Pack pairs of neighboring codes into bytes.
+
+    Args:
+        codes: Whole numbers from -8 to 7, shape (..., width), of any integer dtype.
+        high_first: Store the first code of a pair in the high nibble instead of the low one.
+
+    Returns:
+        uint8, shape (..., width // 2).
+
+    Raises:
+        ValueError: The width is odd.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"int4 codes are packed in pairs, but a row has {codes.shape[-1]} of them")
+    # Every code fits int8, in which the sum with the offset does not overflow.
+    unsigned = (codes.astype(np.int8) + np.int8(OFFSET)).astype(np.uint8)
+    first, second = unsigned[..., 0::2], unsigned[..., 1::2]
+    low, high = (second, first) if high_first else (first, second)
+    return low | high << np.uint8(4)
+
+
+def unpack_int4(packed: NDArray[np.uint8], *, high_first: bool = False) -> NDArray[np.int8]:
+    """Undo `pack_int4`: uint8 (..., width // 2) to int8 codes (..., width)."""
+    low, high = packed & LOW_NIBBLE, packed >> 4
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.int8)
+    codes[..., 0::2] = high if high_first else low
+    codes[..., 1::2] = low if high_first else high
+    codes -= OFFSET
+    return codes

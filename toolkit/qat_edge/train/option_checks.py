@@ -1,0 +1,103 @@
+"""Combinations of finetune's options that exclude each other."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import NamedTuple
+
+from qat_edge.config import FinetuneOptions, flag_name
+from qat_edge.errors import UsageError
+from qat_edge.quant.ptq import methods
+
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+
+
+class _Check(NamedTuple):
+    """A combination of options and the message that refuses it."""
+
+    found: bool
+    message: str
+
+
+def check_combination(options: FinetuneOptions) -> None:
+    """Refuse options that exclude each other, before anything is loaded.
+
+    Raises:
+        UsageError: Names the options and what to change.
+    """
+    for check in (*_phase_2_checks(options), *_base_checks(options)):
+        if check.found:
+            raise UsageError(check.message)
+
+
+def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
+    """Return the checks of PTQ initialization, scales and teacher."""
+    # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
+    changes_base = options.ptq_init in methods.CALIBRATED
+    return (
+        # PTQ initialization and scales.
+        _Check(
+            options.ptq_init != "none" and options.scales == "absmax",
+            f"--ptq-init {options.ptq_init} and --scales absmax: the scales it chooses would be discarded. "
+            "Give --scales learned or fixed.",
+        ),
+        # The teacher: its weight, and a moment at which it can be run.
+        _Check(
+            options.distill_weight > 1,
+            f"--distill-weight {options.distill_weight:g}: it is a share of the loss, 1 at most.",
+        ),
+        _Check(
+            options.distill_top_k > 0 and options.distill_weight == 0,
+            f"--distill-top-k {options.distill_top_k} and --distill-weight 0: the teacher would have no effect. "
+            "Give it a weight.",
+        ),
+        _Check(
+            options.distill_weight > 0 and options.qat_start == 0,
+            "--distill-weight and --qat-start 0: the teacher is the model at the end of plain LoRA, which this skips. "
+            "Start later.",
+        ),
+        _Check(
+            options.distill_weight > 0 and options.distill_top_k == 0 and changes_base,
+            f"--distill-weight and --ptq-init {options.ptq_init}: it changes the base weights that the teacher "
+            "needs. Add --distill-top-k 64, which runs the teacher beforehand.",
+        ),
+    )
+
+
+def _base_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
+    """Return the checks of the weights that are trained, and of the base they are trained on."""
+    # Options of adapters count as given if they differ from their defaults: a configuration file lists them all.
+    few_bits, full = options.base != "fp32", options.method == "full"
+    defaults = {f.name: f.default for f in fields(options)}
+    lora_flags = [flag_name(name) for name in LORA_OPTIONS if getattr(options, name) != defaults[name]]
+    by_default = " (the default)" if options.ptq_init == defaults["ptq_init"] else ""
+    return (
+        # A base in few bits cannot be changed, by training or by the initialization.
+        _Check(
+            few_bits and full,
+            f"--base {options.base} and --method full: weights that are trained cannot be stored in few bits. "
+            "Give --base fp32 or --method lora.",
+        ),
+        _Check(
+            few_bits and options.ptq_init in methods.CALIBRATED,
+            f"--base {options.base} and --ptq-init {options.ptq_init}{by_default}: it changes the base weights, which "
+            f"are stored as {options.base}. Give --ptq-init hqq, which chooses scales alone, or none.",
+        ),
+        # A rotation changes base weights under adapters, at the start of QAT.
+        _Check(
+            options.rotate == "on" and (full or options.ptq_init not in methods.CALIBRATED),
+            f"--rotate on and {'--method full' if full else f'--ptq-init {options.ptq_init}'}: a rotation needs "
+            "adapters, and a PTQ initialization that changes the weights under them. "
+            f"Give --method lora, --ptq-init {'|'.join(methods.CALIBRATED)}.",
+        ),
+        # Full fine-tuning has no adapters, and no base that stays as it is for a live teacher.
+        _Check(
+            full and bool(lora_flags),
+            f"--method full and {', '.join(lora_flags)}: there are no adapters. Leave it out.",
+        ),
+        _Check(
+            full and options.distill_weight > 0 and options.distill_top_k == 0,
+            "--distill-weight and --method full: training changes the weights that the teacher needs. Add "
+            "--distill-top-k 64, which runs the teacher beforehand.",
+        ),
+    )
