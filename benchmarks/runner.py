@@ -42,10 +42,10 @@ from qat_edge.evaluate import results
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics
 from qat_edge.evaluate.reference import LogitStore, score
 from qat_edge.evaluate.results import Measurement
-from qat_edge.lazy import resolve
+from qat_edge.lazy import load
 from qat_edge.models import merge
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.quant.ptq.methods import CALIBRATED
-from qat_edge.quant.ptq.names import PTQ_METHODS
 from qat_edge.run import Run, replace_folder, sha256
 from qat_edge.train.trainer import qat_learning_rate
 from qat_edge.verbs.finetune import TRAINING_LOG
@@ -136,7 +136,7 @@ class BenchmarkRunner:
         folder = self.work / "data" / task
         paths = TaskData(folder / "train.jsonl", folder / "eval.jsonl")
         if not all(path.is_file() for path in paths):
-            resolve({task: settings.TASKS[task].write}, task, "task")(folder)
+            load(settings.TASKS[task].write)(folder)
         return paths
 
     # --- training ------------------------------------------------------------------------------------------

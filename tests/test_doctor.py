@@ -26,6 +26,7 @@ from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run, Variant, library_version, write_manifest
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
+from qat_edge_exporters import targets
 from qat_edge_exporters.executorch import diagnosis, known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.pte import runner_contract
@@ -281,7 +282,7 @@ def test_the_command_prints_and_exits_by_the_verdict(folder: Path) -> None:
     assert CliRunner().invoke(commands.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
 
 
-def test_portable_is_for_executorch_only(tmp_path: Path) -> None:
+def test_portable_is_for_executorch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--portable is for --target executorch"):
         exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True))
     given: dict[str, dict[str, Any]] = {}
@@ -291,9 +292,11 @@ def test_portable_is_for_executorch_only(tmp_path: Path) -> None:
 
     variant, options = Variant(tmp_path), ExportOptions(portable=True)
     write_manifest(variant.quantized, "quantized")
+    monkeypatch.setattr(targets, "load", lambda entry: exporter)
     for target in options.target:
-        exporting.export_one(variant, target, exporter, options)
+        exporting.export_one(variant, targets.target_named(target), options)
     assert given == {"executorch": {"portable": True}, "onnx": {}}
     for target, kept in (("executorch", False), ("onnx", True)):
-        assert exporting._is_current(variant.exports / target, options)
-        assert exporting._is_current(variant.exports / target, ExportOptions()) == kept
+        record = targets.target_named(target)
+        assert exporting._is_current(variant.exports / target, record, options)
+        assert exporting._is_current(variant.exports / target, record, ExportOptions()) == kept

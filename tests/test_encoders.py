@@ -48,7 +48,7 @@ from qat_edge.models import tasks
 from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
 from qat_edge.models.tasks import ModelTask, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.run import Run
 from qat_edge.train import objectives
 from qat_edge.verbs.compare import compare

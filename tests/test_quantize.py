@@ -20,7 +20,7 @@ from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq import methods
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune

@@ -40,7 +40,7 @@ from qat_edge.errors import RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.deployments import TITLES, Deployment, DeploymentTable
 from qat_edge.evaluate.results import Gate, Measurement, Report
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report import comparison_page
 from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin
 from qat_edge.report.formatting import number, percent, whole_percent

@@ -17,7 +17,7 @@ FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / fo
 
 # The floors of the house: a module imports from its own floor and from those below it.
 FLOORS = (
-    {"errors", "run", "lazy", "logs", "progress", "profiles", "config", "quant.ptq.names"},
+    {"errors", "run", "lazy", "logs", "progress", "profiles", "config", "quant.ptq.method_names"},
     {"data", "models", "quant", "demo_data"},
     {"train", "evaluate"},
     {"diagnose", "report"},
@@ -26,7 +26,11 @@ FLOORS = (
     {"cli"},
 )
 # What qat_edge may know of the exporters: their records and the types that these return.
-DOORS = {"qat_edge_exporters.targets", "qat_edge_exporters.artifact"}
+DOORS = {
+    "qat_edge_exporters.targets",
+    "qat_edge_exporters.artifact",
+    "qat_edge_exporters.executorch.diagnosis",
+}
 
 
 def module_name(path: Path) -> str:

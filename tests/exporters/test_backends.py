@@ -14,14 +14,15 @@ from tiny import CONTEXT, SHAPE, TinyExport, export_into, freeze, llama, prefill
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from conftest import make_tokenizer
-from qat_edge.config import ARTIFACTS, BACKENDS, RUNTIMES, TARGETS, ExportOptions, ValidateOptions
+from qat_edge.config import ARTIFACTS, EXPORT_BACKENDS, FORMATS, RUNTIMES, ExportOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
+from qat_edge.lazy import load
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
 from qat_edge.verbs import export as exporting
 from qat_edge.verbs import generate, validate
 from qat_edge.verbs.verify import Verified, verify_folder
-from qat_edge_exporters import READERS
+from qat_edge_exporters import targets
 from qat_edge_exporters.executorch import known_runtimes
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.pte import backend_readers, delegates, runner_contract
@@ -243,7 +244,7 @@ def test_invalid_combinations_are_usage_errors(options: ExportOptions, message: 
 
 @pytest.mark.parametrize("name", registry.BACKENDS)
 def test_each_backend_has_its_folder_and_reports_its_differences(
-    name: str, tmp_path: Path, messages: list[str]
+    name: str, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant = Variant(tmp_path)
     given: dict[str, dict[str, Any]] = {}
@@ -252,8 +253,10 @@ def test_each_backend_has_its_folder_and_reports_its_differences(
         given[out.name.split(".")[1]] = extras
 
     write_manifest(variant.quantized, "quantized")
-    for target in TARGETS:
-        exporting.export_one(variant, target, exporter, ExportOptions(backend=name))
+    monkeypatch.setattr(targets, "load", lambda entry: exporter)
+    options = ExportOptions(backend=name)
+    for format in FORMATS:
+        exporting.export_one(variant, targets.target_for(format, name), options)
     folder = f"executorch-{name}"
     assert variant.targets() == [folder, "onnx"]
     assert given == {folder: {"backend": name}, "onnx": {}}
@@ -261,12 +264,13 @@ def test_each_backend_has_its_folder_and_reports_its_differences(
     assert read_manifest(variant.exports / folder)["differences"] == differences
     assert all(any(difference in line for line in messages) for difference in differences)
     assert read_manifest(variant.exports / "onnx")["differences"] == []
-    assert exporting._is_current(variant.exports / folder, ExportOptions(backend=name))
+    assert exporting._is_current(variant.exports / folder, targets.target_named(folder), options)
 
 
 def test_every_backend_has_an_option_and_a_reader() -> None:
-    assert (registry.XNNPACK, *registry.BACKENDS) == BACKENDS
-    assert {*ARTIFACTS} == {*READERS} == {*TARGETS, *(backend.folder for backend in registry.BACKENDS.values())}
+    assert (registry.XNNPACK, *registry.BACKENDS) == EXPORT_BACKENDS
+    assert {*ARTIFACTS} == {*FORMATS, *(backend.folder for backend in registry.BACKENDS.values())}
+    assert all(callable(load(target.reader)) for target in targets.TARGETS.values())
 
 
 @pytest.mark.parametrize("artifact", [backend.folder for backend in registry.BACKENDS.values()])
@@ -279,4 +283,4 @@ def test_artifacts_of_other_backends_do_not_run_here(artifact: str, tmp_path: Pa
         validate.validate(run, ValidateOptions(target=(artifact,)))
     with pytest.raises(RunError, match="nothing exported"):
         validate.validate(run, ValidateOptions())
-    assert messages == [f"Left out {registry.runs_elsewhere(artifact)}"]
+    assert messages == [f"Left out {targets.target_named(artifact).runs_elsewhere}"]

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from conftest import make_model, make_tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.evaluate.reference import load_exact
-from qat_edge.lazy import resolve
 from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.quant import frozen, scheme
-from qat_edge_exporters import EXPORTERS, READERS
 from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
+from qat_edge_exporters.targets import FORMATS, target_named
 
 CONTEXT = 32
 RANK = 4
@@ -108,7 +107,7 @@ def artifacts(made: Mapping[str, Made], tmp_path_factory: pytest.TempPathFactory
         folder = root / kind / target
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            resolve(EXPORTERS, target, "--target")(made[kind].checkpoint, folder, CONTEXT)
+            target_named(target).export(made[kind].checkpoint, folder, CONTEXT)
         return folder
 
     return export
@@ -149,7 +148,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
         return torch.as_tensor(model(tokens).logits[0])
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("kind", ["float", "adapted"])
 def test_float_artifacts_compute_the_float_function(
     kind: str, target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
@@ -158,7 +157,7 @@ def test_float_artifacts_compute_the_float_function(
     torch.testing.assert_close(found, logits(made[kind].reference, text()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_unmerged_adapters_compute_the_merged_model(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
@@ -182,22 +181,22 @@ def test_adapters_with_quantized_weights_compute_the_emulation(
     assert sqnr(logits(made["adapted"].reference, text()), wanted) < 25  # quantization is not a small change
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_quantized_weights_are_read_back_with_adapters(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
     wanted = frozen.read_weights(made["quantized_adapted"].checkpoint)
-    found = resolve(READERS, target, "--target")(artifacts("quantized_adapted", target)).weights
+    found = target_named(target).read(artifacts("quantized_adapted", target)).weights
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         np.testing.assert_array_equal(found[name].codes, weight.codes.numpy())
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], Path]) -> None:
     folder = artifacts(kind, target)
-    sizes = resolve(READERS, target, "--target")(folder).size_bytes
+    sizes = target_named(target).read(folder).size_bytes
     assert sum(sizes.values()) == sum(p.stat().st_size for p in folder.iterdir())
     assert sizes.get("adapters", 0) == (0 if kind == "float" else 4 * ADAPTERS)
     assert sizes["linears"] == (LINEARS // 2 if kind == "quantized_adapted" else 4 * LINEARS)
@@ -209,12 +208,12 @@ def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], P
     }
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_unsupported_adapters_are_rejected(target: str, made: Mapping[str, Made], tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(made["adapted"].checkpoint, checkpoint)
     path = checkpoint / ADAPTER / "adapter_config.json"
-    export = resolve(EXPORTERS, target, "--target")
+    export = target_named(target).export
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(ExportError, match="use_dora"):

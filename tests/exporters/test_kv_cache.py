@@ -20,6 +20,7 @@ from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
+from qat_edge_exporters import targets
 from qat_edge_exporters.executorch.graph import attention, tracing
 
 LENGTHS = (1, 2, 7, 33)  # tokens of prompts
@@ -152,7 +153,9 @@ def test_invalid_combinations_are_usage_errors(options: ExportOptions, message: 
         exporting.export(Run(tmp_path), options)
 
 
-def test_the_manifest_records_the_cache_and_another_one_is_exported_again(tmp_path: Path) -> None:
+def test_the_manifest_records_the_cache_and_another_one_is_exported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
 
     def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
@@ -160,7 +163,10 @@ def test_the_manifest_records_the_cache_and_another_one_is_exported_again(tmp_pa
 
     variant, options = Variant(tmp_path), ExportOptions(target=("executorch",), kv_cache="int8")
     write_manifest(variant.quantized, "quantized")
-    exporting.export_one(variant, "executorch", exporter, options)
+    monkeypatch.setattr(targets, "load", lambda entry: exporter)
+    target = targets.target_named("executorch")
+    exporting.export_one(variant, target, options)
     folder = variant.exports / "executorch"
     assert given == {"kv_cache": "int8"} and read_manifest(folder)["options"]["kv_cache"] == "int8"
-    assert exporting._is_current(folder, options) and not exporting._is_current(folder, ExportOptions())
+    assert exporting._is_current(folder, target, options)
+    assert not exporting._is_current(folder, target, ExportOptions())

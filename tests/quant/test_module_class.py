@@ -58,5 +58,5 @@ def test_custom_functions_compute_in_the_dtype_of_autocast() -> None:
 
 
 def test_the_names_of_methods_load_no_torch() -> None:
-    code = "import sys, qat_edge.quant.ptq.names; sys.exit('torch' in sys.modules)"
+    code = "import sys, qat_edge.quant.ptq.method_names; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

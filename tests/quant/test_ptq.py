@@ -20,7 +20,7 @@ from qat_edge.quant.ptq import awq, coordinate_descent, gptaq, gptq, methods
 from qat_edge.quant.ptq.activation_cache import ActivationCache
 from qat_edge.quant.ptq.blockwise import Block, find_blocks, quantize_blocks, relative_error
 from qat_edge.quant.ptq.hqq import hqq_scales, search_scales
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)

@@ -20,7 +20,7 @@ import yaml
 
 from qat_edge import profiles, run
 from qat_edge.errors import UsageError
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge_exporters import targets
 
 Options = TypeVar("Options")

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 
 from qat_edge import __version__
 from qat_edge.errors import RunError
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 
 FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
 MANIFEST = "manifest.json"

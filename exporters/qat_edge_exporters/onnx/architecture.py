@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge_exporters.onnx import compat
+from qat_edge_exporters.onnx import onnx_compat
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,7 +66,7 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
     return Architecture(
         rotary=_rotary_tables(model, context_length),
         unrotated_layers=unrotated,
-        embedding_scale=compat.embedding_scale(model),
+        embedding_scale=onnx_compat.embedding_scale(model),
         fused=_fused_projections(model),
     )
 
@@ -90,7 +90,7 @@ def fused_metadata(fused: dict[str, dict[str, int]]) -> dict[str, str]:
 
 def _rotary_tables(model: nn.Module, positions: int) -> dict[str, RotaryTables]:
     """Compute the rotary tables by layer type with the model's own module."""
-    module = compat.find_rotary_embedding(model)
+    module = onnx_compat.find_rotary_embedding(model)
     if module is None:
         return {}
 

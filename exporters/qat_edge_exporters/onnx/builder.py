@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qat_edge_exporters.onnx import compat
+from qat_edge_exporters.onnx import onnx_compat
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Build as the builder's own command line does, with an adapted configuration."""
-    compat.run_model_builder(adapt_config)
+    onnx_compat.run_model_builder(adapt_config)
 
 
 def adapt_config(config: PretrainedConfig) -> None:

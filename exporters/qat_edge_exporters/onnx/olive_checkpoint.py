@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_edge.quant.frozen import FrozenWeight
+from qat_edge.quant.packing import pack_int4
 from qat_edge.quant.rotated_norm import GAIN, WEIGHT
 from qat_edge_exporters.onnx import names
 
@@ -45,18 +46,12 @@ def packed_codes(weight: FrozenWeight) -> Tensor:
     """Return codes as MatMulNBits stores them: uint8 (out, whole blocks * bits // 8); padding is code 0."""
     padding = -weight.codes.shape[1] % block_size(weight)
     codes = F.pad(weight.codes, (0, padding))
-    return _pack_int4(codes) if weight.bits == 4 else _pack_int8(codes)
+    return torch.from_numpy(pack_int4(codes.numpy())) if weight.bits == 4 else _pack_int8(codes)
 
 
 def _pack_int8(codes: Tensor) -> Tensor:
     """Convert int8 codes to unsigned ones, code + 128: flipping the sign bit of two's complement does that."""
     return codes.view(torch.uint8) ^ 0x80
-
-
-def _pack_int4(codes: Tensor) -> Tensor:
-    """Pack int4 codes in int8 (out, in) to uint8 (out, in // 2), low nibble first, value code + 8."""
-    unsigned = codes.view(torch.uint8) & 0xF ^ 0x8
-    return unsigned[:, 0::2] | unsigned[:, 1::2] << 4
 
 
 def block_scales(weight: FrozenWeight) -> Tensor:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
+from qat_edge.quant.packing import unpack_int4
 from qat_edge.run import MANIFEST
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.onnx import graph_file, names
@@ -145,21 +146,12 @@ def read(folder: Path) -> Artifact:
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
     """Unpack rows of codes: uint8 (out, in * bits // 8) to int8 (out, in)."""
-    return _unpack_int4(packed) if bits == 4 else _unpack_int8(packed)
+    return unpack_int4(packed) if bits == 4 else _unpack_int8(packed)
 
 
 def _unpack_int8(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Convert unsigned codes, code + 128, to int8: flipping the sign bit of two's complement does that."""
     return (packed ^ 0x80).view(np.int8)
-
-
-def _unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Unpack int4 codes, low nibble first, value code + 8: uint8 (out, in // 2) to int8 (out, in)."""
-    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
-    codes[:, 0::2] = packed & 0xF
-    codes[:, 1::2] = packed >> 4
-    codes -= 8
-    return codes
 
 
 def _read_linear(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:

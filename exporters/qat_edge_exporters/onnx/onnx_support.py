@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat_edge_exporters.onnx import compat
+from qat_edge_exporters.onnx import onnx_compat
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,7 +17,7 @@ ROTATED_MULTIPLE = 16
 
 def missing(config: PretrainedConfig) -> str:
     """Return a sentence on why the model cannot become ONNX; empty if nothing prevents it."""
-    architectures, known = config.architectures or [], compat.known_architectures()
+    architectures, known = config.architectures or [], onnx_compat.known_architectures()
     if architectures and known and architectures[0] not in known:
         return f"onnxruntime-genai's builder does not know the architecture {architectures[0]}."
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Measurement, Report, Spread
 from qat_edge.quant.bit_allocation import Choice, Sensitivity
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.verbs.demo import Stage
 

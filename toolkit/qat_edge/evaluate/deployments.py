@@ -23,7 +23,7 @@ from typing import Any
 
 from qat_edge.config import DEPLOYMENTS
 from qat_edge.evaluate.results import Measurement, read_document, read_measurement, to_json
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.run import write_text
 
 FORMAT = 1

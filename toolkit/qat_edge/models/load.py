@@ -29,21 +29,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qat_edge.errors import ModelError
-from qat_edge.lazy import resolve
 from qat_edge.models import hub, tasks
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.run import sha256
+from qat_edge_exporters.targets import FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
 # Everything that parsers raise for a file that is truncated or overwritten, depending on where it is damaged.
 PARSE_ERRORS = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
 DOWNLOAD_ERRORS = (OSError, ValueError, httpx2.HTTPError)
-# target -> function of a configuration that names what the exporter lacks for it, without importing a runtime.
-SUPPORT = {
-    "executorch": "qat_edge_exporters.executorch.pte_support:missing",
-    "onnx": "qat_edge_exporters.onnx.onnx_support:missing",
-}
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | N
 
 
 def export_gaps(config: PretrainedConfig) -> dict[str, str]:
-    """Return the targets to which a model of this configuration cannot be exported: target -> reason, a sentence."""
-    reasons = {target: resolve(SUPPORT, target, "--target")(config) for target in SUPPORT}
+    """Return the formats to which a model of this configuration cannot be exported: format -> reason, a sentence."""
+    reasons = {name: target_named(name).missing_for(config) for name in FORMATS}
     return {target: reason for target, reason in reasons.items() if reason}
 
 

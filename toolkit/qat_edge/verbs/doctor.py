@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat_edge.config import RUNTIMES, DoctorOptions
 from qat_edge.errors import ArtifactError
 from qat_edge.run import MANIFEST
-from qat_edge_exporters.executorch.diagnosis import (
-    CacheInfo,
-    Diagnosis,
-    ProgramInfo,
-    RuntimeCheck,
-    TokenizerCheck,
-    diagnose_pte,
-)
+from qat_edge_exporters.targets import EXECUTORCH, target_named
+
+if TYPE_CHECKING:
+    from qat_edge_exporters.executorch.diagnosis import (
+        CacheInfo,
+        Diagnosis,
+        ProgramInfo,
+        RuntimeCheck,
+        TokenizerCheck,
+    )
 
 MODEL = "model.pte"
 # Backends whose operators are counted inside their delegates.
@@ -31,7 +33,8 @@ def doctor(path: Path, options: DoctorOptions) -> Diagnosis:
     Raises:
         ArtifactError: there is no .pte, or it cannot be read at all.
     """
-    return diagnose_pte(path / MODEL if path.is_dir() else path, options.runtime or RUNTIMES)
+    program = path / MODEL if path.is_dir() else path
+    return target_named(EXECUTORCH).diagnose(program, options.runtime or RUNTIMES)
 
 
 def require_loadable(diagnosis: Diagnosis, options: DoctorOptions) -> None:

@@ -91,22 +91,6 @@ BACKENDS = {
 }
 
 
-def runs_elsewhere(artifact: str) -> str:
-    """Return why an artifact cannot run on this machine or on a device of `validate`, as a sentence.
-
-    Args:
-        artifact: name of its folder.
-
-    Returns:
-        An empty text if it can.
-    """
-    found = next((backend for backend in BACKENDS.values() if backend.folder == artifact), None)
-    if found is None:
-        return ""
-    lacking = f"{found.delegate} is not in ExecuTorch's Python package"
-    return f"{artifact} cannot run here: {lacking}. It runs on {found.runs_on}."
-
-
 def compiler(name: str) -> Compiler:
     """Import the compiler of the backend `name`.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.errors import ExportError
+from qat_edge.quant.packing import pack_int4
 from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.executorch import compat  # noqa: F401  registers torch.ops.quantized_decomposed
 
@@ -98,7 +99,7 @@ class QuantizedEmbedding(nn.Module):
         order = None
         # The 4-bit operator takes scales by group, the 8-bit one a scale for each row.
         if self.bits == 4:
-            codes = _pack_pairs(codes, high_first=not as_head)
+            codes = torch.from_numpy(pack_int4(codes.numpy(), high_first=not as_head))
             scales = weight.scale.to(torch.bfloat16)  # exact: frozen scales are bfloat16 numbers
             order = _swapped_pairs(self.width) if as_head else None
         self.order: Tensor | None
@@ -135,14 +136,6 @@ class PlainEmbedding(QuantizedEmbedding):
         columns = _unpack_pairs(codes)
         groups, width = scales.shape[-1], codes.shape[-1] * 2
         return (columns.view(1, -1, groups, width // groups) * scales.unsqueeze(-1)).view(1, -1, width)
-
-
-def _pack_pairs(codes: Tensor, high_first: bool) -> Tensor:
-    """Pack int4 codes (rows, columns) as uint8 (rows, columns // 2), each nibble a code + 8."""
-    # -8 to 7 becomes 0 to 15.
-    first, second = (codes + 8).to(torch.uint8).view(len(codes), -1, 2).unbind(-1)
-    high, low = (first, second) if high_first else (second, first)
-    return high << 4 | low
 
 
 def _unpack_pairs(packed: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
+from qat_edge.quant.packing import unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.executorch.compat import ExecutionPlan
 from qat_edge_exporters.executorch.pte import delegates, runner_contract, shared_table
@@ -201,15 +202,7 @@ def _unpack(data: bytes, product: MatrixProduct) -> NDArray[np.int8]:
     """Return codes (out, in)."""
     if product.bits == 8:
         return np.frombuffer(data, np.int8).reshape(product.out, product.width)
-    return _unpack_int4(np.frombuffer(data, np.uint8).reshape(product.out, product.width // 2))
-
-
-def _unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Unpack pairs (rows, columns // 2), low nibble first, each nibble a code + 8, to codes (rows, columns)."""
-    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
-    codes[:, 0::2] = (packed & 15).astype(np.int8) - 8
-    codes[:, 1::2] = (packed >> 4).astype(np.int8) - 8
-    return codes
+    return unpack_int4(np.frombuffer(data, np.uint8).reshape(product.out, product.width // 2))
 
 
 def _unpack_scales(data: bytes, product: MatrixProduct) -> NDArray[np.float32]:

@@ -38,7 +38,7 @@ from qat_edge.quant.ptq.coordinate_descent import CoordinateDescent
 from qat_edge.quant.ptq.gptaq import GPTAQ
 from qat_edge.quant.ptq.gptq import GPTQ
 from qat_edge.quant.ptq.hqq import hqq_scales
-from qat_edge.quant.ptq.names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.quant.scheme import Scheme
 
 if TYPE_CHECKING:
