@@ -47,7 +47,7 @@ from qat_edge.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qat_edge.evaluate.encoder_results import Comparison
+    from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
     from qat_edge.verbs.export import Exported
     from qat_edge.verbs.finetune import Finetuned
@@ -247,7 +247,7 @@ VERBS = (
         options=config.ValidateOptions,
         first={"run": "a run with exports, or its folder."},
         summary="Run every artifact in its own runtime and compare it with the FP32 fine-tune.",
-        returns=("list[Report | Comparison]", "One report per device; of an encoder, a `Comparison`."),
+        returns=("list[Report | EncoderReport]", "One report per device; of an encoder, a `EncoderReport`."),
         raises=(
             "UsageError: an impossible value or combination of options.",
             "RunError: nothing was exported, or a report exists and `force` is not set.",

@@ -11,7 +11,7 @@ import pytest
 
 from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate.devices import connect, report_paths, side_by_side
+from qat_edge.evaluate.devices import connect, report_paths, run_on_devices
 from qat_edge.evaluate.results import Agreement, Gate, Report
 from qat_edge.verbs.validate import Validated, require_success
 from qat_edge_devices.device_errors import KilledError
@@ -40,14 +40,14 @@ def test_devices_run_in_parallel_and_fail_independently() -> None:
             raise RunError("disk full")
         return device.upper()
 
-    results, failures = side_by_side(mocks(*names), work)
+    results, failures = run_on_devices(mocks(*names), work)
     assert results == {name: name.upper() for name in names if name not in ("ssh:b", "ssh:c")}
     assert failures == {"ssh:b": "ssh:b: ended by SIGKILL", "ssh:c": "disk full"}
 
 
 def test_this_machine_is_measured_alone() -> None:
     order: list[str] = []
-    side_by_side(mocks("ssh:a", "local"), lambda device, transport: order.append(device))
+    run_on_devices(mocks("ssh:a", "local"), lambda device, transport: order.append(device))
     assert order == ["local", "ssh:a"]
 
 
@@ -62,7 +62,7 @@ def test_an_interrupt_cancels_every_device(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("qat_edge.evaluate.devices.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        side_by_side(transports, lambda device, transport: cancelled.wait(10))
+        run_on_devices(transports, lambda device, transport: cancelled.wait(10))
     assert cancelled.is_set()
 
 
@@ -71,7 +71,7 @@ def test_a_bug_is_not_reported_as_a_failure_of_the_device() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        side_by_side(mocks("ssh:a"), work)
+        run_on_devices(mocks("ssh:a"), work)
 
 
 def test_each_device_has_its_own_report_file(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from qat_edge.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qat_edge.evaluate.encoder_results import Comparison
+    from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
     from qat_edge.verbs.export import Exported
     from qat_edge.verbs.finetune import Finetuned
@@ -343,7 +343,7 @@ def validate(
     min_quality: float | None = None,
     min_cosine: float | None = None,
     force: bool = False,
-) -> list[Report | Comparison]:
+) -> list[Report | EncoderReport]:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune.
 
     Args:
@@ -385,7 +385,7 @@ def validate(
         force: replace what exists already.
 
     Returns:
-        One report per device; of an encoder, a `Comparison`.
+        One report per device; of an encoder, a `EncoderReport`.
 
     Raises:
         UsageError: an impossible value or combination of options.
