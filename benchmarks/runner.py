@@ -44,8 +44,7 @@ from qat_edge.evaluate.reference import LogitStore, score
 from qat_edge.evaluate.results import Measurement
 from qat_edge.lazy import load
 from qat_edge.models import merge
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
-from qat_edge.quant.ptq.methods import CALIBRATED
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import Run, replace_folder, sha256
 from qat_edge.train.trainer import qat_learning_rate
 from qat_edge.verbs.finetune import TRAINING_LOG

@@ -24,7 +24,7 @@ from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
 from qat_edge.data.calibration import DEFAULT_CALIBRATION_TOKENS
 from qat_edge.evaluate.reference import load_exact
-from qat_edge.quant.ptq.methods import CALIBRATED
+from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.report.formatting import duration
 
 if TYPE_CHECKING:

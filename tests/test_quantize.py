@@ -19,8 +19,7 @@ from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import frozen, numerics
-from qat_edge.quant.ptq import methods
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
@@ -97,7 +96,7 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
     assert result.folder == folder and result.method == method and "14 int4" in result.weights
     manifest = read_manifest(folder)
     assert manifest["method"] == method
-    if method in methods.CALIBRATED:
+    if method in CALIBRATED:
         assert manifest["calibration"]["tokens"] == TOKENS and 0 < manifest["calibration"]["rows"] <= ROWS
     else:
         assert manifest["calibration"] is None
@@ -107,7 +106,7 @@ def test_every_method_leaves_a_checkpoint_that_plain_transformers_runs(run: Run,
         expected, logits = tuned(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     error = float((logits - expected).norm() / expected.norm())
     # On text like the calibration rows: 0.043 rounded to nearest, 0.008 to 0.035 by the methods that look at them.
-    assert 0 < error < (0.04 if method in methods.CALIBRATED else 0.16)
+    assert 0 < error < (0.04 if method in CALIBRATED else 0.16)
 
 
 def test_round_to_nearest_is_of_the_fp32_fine_tune(run: Run) -> None:

@@ -20,7 +20,7 @@ from qat_edge.quant.ptq import awq, coordinate_descent, gptaq, gptq, methods
 from qat_edge.quant.ptq.activation_cache import ActivationCache
 from qat_edge.quant.ptq.blockwise import Block, find_blocks, quantize_blocks, relative_error
 from qat_edge.quant.ptq.hqq import hqq_scales, search_scales
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 SPEC = WeightScheme(bits=4, group_size=32, quantize_input=True)
@@ -408,7 +408,7 @@ def test_scales_and_weights_freeze_to_a_model_that_runs(tiny_model_folder: Path,
     assert float((logits - expected).norm() / expected.norm()) < 0.3
 
 
-@pytest.mark.parametrize("method", methods.CALIBRATED)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_adapters_of_zeros_change_nothing(tiny_model_folder: Path, method: str) -> None:
     plain, scheme = load(tiny_model_folder)
     wrapped, _ = load(tiny_model_folder)
@@ -421,7 +421,7 @@ def test_adapters_of_zeros_change_nothing(tiny_model_folder: Path, method: str) 
         assert torch.equal(wrapped.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("method", methods.CALIBRATED)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_hooks_and_modes_are_as_before(tiny_model_folder: Path, method: str) -> None:
     model, scheme = load(tiny_model_folder)
     model.train()
@@ -444,7 +444,7 @@ def test_under_autocast_statistics_are_still_float32(tiny_model_folder: Path) ->
     assert {h.dtype for h in found.values()} == {torch.float32} == {s.dtype for s in scales.values()}
 
 
-@pytest.mark.parametrize("method", methods.CALIBRATED)
+@pytest.mark.parametrize("method", CALIBRATED)
 def test_autocast_uses_no_outdated_cast_of_a_weight(tiny_model_folder: Path, method: str) -> None:
     """Autocast caches the casts of trainable parameters: after a weight is rounded, its cast would be outdated."""
     found = []

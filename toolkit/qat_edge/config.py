@@ -20,7 +20,7 @@ import yaml
 
 from qat_edge import profiles, run
 from qat_edge.errors import UsageError
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge_exporters import targets
 
 Options = TypeVar("Options")
@@ -39,7 +39,7 @@ PTQ_INITS = ("none", "hqq", "gptq", "gptaq", "coordinate-descent", "awq")
 SECTIONS = ("finetune", "quantize", "export", "validate", "sensitivity", "compare")  # of a configuration file
 
 # Values renamed since 0.1.0; the old ones still work.
-RENAMED_VALUES = run.RENAMED_METHODS
+RENAMED_VALUES = RENAMED_METHODS
 
 # Headings of `--help`, in this order.
 DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"

@@ -38,12 +38,11 @@ from safetensors import SafetensorError
 
 from qat_edge import __version__
 from qat_edge.errors import RunError
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 
 FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
 MANIFEST = "manifest.json"
 OLD = ".old"  # suffix of the hidden folder that keeps what is being replaced
-RENAMED_METHODS = {"cd": "coordinate-descent"}  # methods of 0.1.0 -> today's names
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qat_edge.errors import RunError
 from qat_edge.quant import fake, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
 
@@ -116,7 +117,7 @@ def prepare(
         ModelError: The hidden states cannot be rotated.
     """
     model = fake.base_of(trained)
-    if method not in methods.CALIBRATED:
+    if method not in CALIBRATED:
         # The method only looks at weights, so not a bit of them may change.
         init = QatInit(methods.apply(fake.MergedWeights(trained), scheme, method, calibration), {})
         init.apply(model)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qat_edge.config import FinetuneOptions, flag_name
 from qat_edge.errors import UsageError
-from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import CALIBRATED
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
@@ -33,7 +33,7 @@ def check_combination(options: FinetuneOptions) -> None:
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of PTQ initialization, scales and teacher."""
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
-    changes_base = options.ptq_init in methods.CALIBRATED
+    changes_base = options.ptq_init in CALIBRATED
     return (
         # PTQ initialization and scales.
         _Check(
@@ -79,16 +79,16 @@ def _base_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             "Give --base fp32 or --method lora.",
         ),
         _Check(
-            few_bits and options.ptq_init in methods.CALIBRATED,
+            few_bits and options.ptq_init in CALIBRATED,
             f"--base {options.base} and --ptq-init {options.ptq_init}{by_default}: it changes the base weights, which "
             f"are stored as {options.base}. Give --ptq-init hqq, which chooses scales alone, or none.",
         ),
         # A rotation changes base weights under adapters, at the start of QAT.
         _Check(
-            options.rotate == "on" and (full or options.ptq_init not in methods.CALIBRATED),
+            options.rotate == "on" and (full or options.ptq_init not in CALIBRATED),
             f"--rotate on and {'--method full' if full else f'--ptq-init {options.ptq_init}'}: a rotation needs "
             "adapters, and a PTQ initialization that changes the weights under them. "
-            f"Give --method lora, --ptq-init {'|'.join(methods.CALIBRATED)}.",
+            f"Give --method lora, --ptq-init {'|'.join(CALIBRATED)}.",
         ),
         # Full fine-tuning has no adapters, and no base that stays as it is for a live teacher.
         _Check(

@@ -29,7 +29,7 @@ from qat_edge.config import FinetuneOptions
 from qat_edge.data import calibration, tokenization
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.quant import fake, qat_init
-from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
@@ -139,7 +139,7 @@ class PhaseTransition:
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
         batches: list[dict[str, Tensor]] = []
         metadata: dict[str, Any] = {"method": method}
-        if method in methods.CALIBRATED:
+        if method in CALIBRATED:
             # Methods that compensate rounding need activations, which training rows give.
             rows = self.rows.rows
             tokens = calibration.choose_token_count(self.options.calibration_tokens, rows)

@@ -28,7 +28,7 @@ from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
-from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
 
@@ -261,7 +261,7 @@ def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOpt
         UsageError: The rotation is requested, and the model does not allow it.
     """
     # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
-    useful = options.method == "lora" and options.ptq_init in methods.COMPENSATED
+    useful = options.method == "lora" and options.ptq_init in COMPENSATED
     if options.rotate == "off" or (options.rotate == "auto" and not useful):
         return None
 

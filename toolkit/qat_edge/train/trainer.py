@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from qat_edge.config import FinetuneOptions
 from qat_edge.progress import Bar
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
-from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.objectives import Objective
 
@@ -194,7 +194,7 @@ def qat_learning_rate(options: FinetuneOptions) -> float:
         return options.qat_learning_rate
     if not options.lr_restart:
         return options.learning_rate
-    compensated = options.ptq_init in methods.COMPENSATED
+    compensated = options.ptq_init in COMPENSATED
     return options.learning_rate * (COMPENSATED_RATIO if compensated else QAT_RATIO)
 
 

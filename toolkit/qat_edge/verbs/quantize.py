@@ -1,33 +1,24 @@
 """Freeze codes and scales: of the trained model, or of the FP32 fine-tune by post-training quantization (PTQ).
 
-This is the only place where a deployed weight is rounded. `models.merge` merges the adapters, `quant.frozen` computes
-codes and scales and writes the frozen checkpoint; exporters pack what it holds.
+Here it is decided whether a checkpoint has to be made; `verbs.freezing` makes it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions, QuantizeOptions
-from qat_edge.data import calibration, training_examples
-from qat_edge.data.formats import load_rows
+from qat_edge.config import QuantizeOptions
 from qat_edge.errors import RunError, UsageError
-from qat_edge.models import tasks
-from qat_edge.models.merge import WHOLE_MODEL, MergedModel, adapter_metadata, merged_model
-from qat_edge.quant import frozen, rotation, scheme
-from qat_edge.quant.bit_allocation import load_bits
-from qat_edge.quant.ptq import methods
-from qat_edge.run import Run, Variant, read_manifest, replace_folder, sha256, write_manifest
+from qat_edge.models.tasks import require_causal_lm
+from qat_edge.quant import frozen
+from qat_edge.run import Run, Variant, read_manifest, sha256
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WHOLE_MODEL = "model.safetensors"  # of finetune --method full
 QAT = "qat"
 
 
@@ -72,40 +63,11 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
     if variant.quantized.exists() and not force:
         return _existing(variant, adapter, options)
 
-    # Merge the adapters in float32: W + s B A.
-    merged = merged_model(adapter, force)
+    # Imported here, because it needs the whole of models and quant: an existing checkpoint does not.
+    from qat_edge.verbs.freezing import freeze
 
-    # PTQ may choose other bits and another basis than training; QAT has trained with its own.
-    if options.bits is not None:
-        bits, trained = load_bits(Path(options.bits)), merged.scheme
-        new_scheme = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits)
-        merged = replace(merged, scheme=new_scheme)
-    if options.rotate:
-        rotation.rotate(merged.model, merged.scheme, options.seed)
-        tied = merged.scheme.tied and scheme.shares_table(merged.model)
-        merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
-
-    # Scales come first: codes are what rounding by them gives.
-    scales, calibration_record = _scales(run, merged, options)
-    frozen.freeze(merged.model, merged.scheme, scales)
-
-    with replace_folder(variant.quantized, force=True) as work:
-        merged.model.save_pretrained(work)
-        merged.tokenizer.save_pretrained(work)
-        write_manifest(
-            work,
-            "quantized",
-            method=options.method,
-            options=config.plain(options),
-            calibration=calibration_record,
-            rotation_seed=_rotation_seed(adapter, options),
-            adapter_sha256=_weights_sha256(adapter),
-            scheme=frozen.scheme_metadata(merged.scheme),
-            **{k: v for k, v in adapter_metadata(adapter).items() if k in ("model", "data", "seed", "device")},
-        )
-    progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
-    wall_s = time.monotonic() - began
-    return Quantized(options.method, variant.quantized, merged.scheme.summary(), calibration_record, wall_s)
+    weights, calibration = freeze(run, variant, adapter, options, force)
+    return Quantized(options.method, variant.quantized, weights, calibration, time.monotonic() - began)
 
 
 def _check_options(run: Run, options: QuantizeOptions) -> None:
@@ -119,7 +81,7 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
     if options.rotate:
-        tasks.require_causal_lm(run, "--rotate")
+        require_causal_lm(run, "--rotate")
 
 
 def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
@@ -166,51 +128,10 @@ def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quan
 
 def _is_of(variant: Variant, adapter: Path) -> bool:
     """Return whether a variant's checkpoint was made from this adapter."""
-    return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
+    return bool(read_manifest(variant.quantized)["adapter_sha256"] == weights_sha256(adapter))
 
 
-def _scales(
-    run: Run, merged: MergedModel, options: QuantizeOptions
-) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
-    """Return the group scales by weight, and a record of the calibration data.
-
-    Methods that compensate rounding errors (GPTQ, GPTAQ, coordinate descent, AWQ) also change the merged weights.
-    """
-    if options.method == QAT:
-        return merged.scales, None
-    if options.method not in methods.CALIBRATED:
-        return methods.apply(merged.model, merged.scheme, options.method, []), None
-
-    batches, record = _calibration(run, merged, options)
-    # Matrix products in bfloat16, as in training: four times faster on this CPU. Statistics and rounding stay float32.
-    with torch.autocast("cpu", torch.bfloat16):
-        return methods.apply(merged.model, merged.scheme, options.method, batches), record
-
-
-def _calibration(
-    run: Run, merged: MergedModel, options: QuantizeOptions
-) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Return calibration batches, tokenized as for training, and what the manifest records about them."""
-    trained = config.load(FinetuneOptions, "finetune", run.config, {})
-    source = options.calibration_data or trained.data
-    task, loaded = tasks.task_of_run(run), load_rows(source, "train")
-    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
-    tokens = calibration.choose_token_count(options.calibration_tokens, rows)
-    chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
-    progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
-    record = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
-    return calibration.make_batches(chosen, merged.tokenizer), record
-
-
-def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
-    """Return the seed of the checkpoint's rotation; None without rotation."""
-    if options.method == QAT:
-        seed: int | None = (adapter_metadata(adapter)["start"] or {}).get("rotation_seed")
-        return seed
-    return options.seed if options.rotate else None
-
-
-def _weights_sha256(adapter: Path) -> str | None:
+def weights_sha256(adapter: Path) -> str | None:
     """Return the hash of the adapters, or of the whole model; None where there is neither (loading it reports that)."""
     found = [path for name in (ADAPTER_WEIGHTS, WHOLE_MODEL) if (path := adapter / name).is_file()]
     return sha256(found[0]) if found else None

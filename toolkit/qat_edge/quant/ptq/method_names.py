@@ -9,3 +9,11 @@ PTQ_METHODS = {
     "coordinate-descent": "coordinate descent",
     "awq": "AWQ",
 }
+RENAMED_METHODS = {"cd": "coordinate-descent"}  # names of 0.1.0 -> today's
+# Methods whose weights compensate for the rounding errors of others.
+COMPENSATED = ("gptq", "gptaq", "coordinate-descent")
+    "gptq",
+    "gptaq",
+    "coordinate-descent",
+)  # methods whose weights compensate for each other's rounding errors
+CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights as well as scales

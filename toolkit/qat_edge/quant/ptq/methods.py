@@ -31,23 +31,28 @@ from torch import Tensor, nn
 
 from qat_edge import progress
 from qat_edge.errors import UsageError
+from qat_edge.lazy import load
 from qat_edge.quant import numerics
-from qat_edge.quant.ptq.awq import AWQ
-from qat_edge.quant.ptq.blockwise import Block, Calibration, quantize_blocks
-from qat_edge.quant.ptq.coordinate_descent import CoordinateDescent
-from qat_edge.quant.ptq.gptaq import GPTAQ
-from qat_edge.quant.ptq.gptq import GPTQ
-from qat_edge.quant.ptq.hqq import hqq_scales
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.quant.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qat_edge.quant.fake import MergedWeights
+    from qat_edge.quant.ptq.blockwise import Block, Calibration
 
-COMPENSATED = ("gptq", "gptaq", "coordinate-descent")  # weights compensate for each other's rounding errors
-CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights as well as scales
+# Imported when they are used: a method does not need the files of the others.
+BLOCK_METHODS = {
+    "gptq": "qat_edge.quant.ptq.gptq:GPTQ",
+    "gptaq": "qat_edge.quant.ptq.gptaq:GPTAQ",
+    "coordinate-descent": "qat_edge.quant.ptq.coordinate_descent:CoordinateDescent",
+    "awq": "qat_edge.quant.ptq.awq:AWQ",
+}
+SCALE_METHODS = {
+    "rtn": "qat_edge.quant.numerics:choose_scales",
+    "hqq": "qat_edge.quant.ptq.hqq:hqq_scales",
+}
 
 
 class BlockMethod(Protocol):
@@ -65,14 +70,6 @@ class _Layers(Protocol):
 
     def get_submodule(self, name: str, /) -> nn.Module:
         """Return the module of this name."""
-
-
-BLOCK_METHODS: dict[str, Callable[[], BlockMethod]] = {
-    "gptq": GPTQ,
-    "gptaq": GPTAQ,
-    "coordinate-descent": CoordinateDescent,
-    "awq": AWQ,
-}
 
 
 def apply(
@@ -100,7 +97,7 @@ def apply(
     if method not in PTQ_METHODS:
         raise UsageError(f"Quantization method '{method}' is not known. Known: {', '.join(PTQ_METHODS)}.")
     if method not in CALIBRATED:
-        return _scales_without_data(model, scheme, hqq_scales if method == "hqq" else numerics.choose_scales)
+        return _scales_without_data(model, scheme, load(SCALE_METHODS[method]))
 
     scales = _quantize_with_data(model, scheme, method, calibration)
     outside = [name for name, spec in scheme.linears.items() if spec.bits == 4 and name not in scales]
@@ -114,13 +111,15 @@ def _quantize_with_data(
     model: Any, scheme: Scheme, method: str, calibration: Sequence[Calibration]
 ) -> dict[str, Tensor]:
     """Run a calibrated method on all blocks in evaluation mode; returns scales by module name."""
-    block_method = BLOCK_METHODS[method]()
+    from qat_edge.quant.ptq.blockwise import quantize_blocks
+
+    block_method: BlockMethod = load(BLOCK_METHODS[method])()
     # Dropout would change the inputs that the method measures.
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            scales = quantize_blocks(model, scheme, calibration, block_method.quantize_block, method.upper())
+            scales = quantize_blocks(model, scheme, calibration, block_method.quantize_block, PTQ_METHODS[method])
     finally:
         model.train(training)
 

@@ -1,0 +1,124 @@
+"""Make a frozen checkpoint: merge, rotate, quantize, write.
+
+This is the only place where a deployed weight is rounded. `models.merge` merges the adapters, `quant.ptq.methods` has
+the PTQ methods, `quant.frozen` computes codes and writes the checkpoint; exporters pack what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_edge import config, progress
+from qat_edge.config import FinetuneOptions, QuantizeOptions
+from qat_edge.data import calibration, training_examples
+from qat_edge.data.formats import load_rows
+from qat_edge.models import tasks
+from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
+from qat_edge.quant import frozen, rotation, scheme
+from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.ptq import methods
+from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge.run import Run, Variant, replace_folder, write_manifest
+from qat_edge.verbs.quantize import QAT, weights_sha256
+
+
+def freeze(
+    run: Run, variant: Variant, adapter: Path, options: QuantizeOptions, force: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """Write the frozen checkpoint of one variant, replacing what is there.
+
+    Args:
+        run: the run that the variant belongs to.
+        variant: where the checkpoint goes.
+        adapter: the adapter that is merged.
+        options: method, bits, rotation and calibration data.
+        force: merge even if library versions differ from those in training.
+
+    Returns:
+        How many weights have which bits, as text, and a record of the calibration data.
+
+    Raises:
+        UsageError: a file of bits that does not fit the model.
+        DataError: too little calibration data.
+        ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
+    """
+    # Merge the adapters in float32: W + s B A.
+    merged = merged_model(adapter, force)
+
+    # PTQ may choose other bits and another basis than training; QAT has trained with its own.
+    if options.bits is not None:
+        bits, trained = load_bits(Path(options.bits)), merged.scheme
+        new_scheme = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits)
+        merged = replace(merged, scheme=new_scheme)
+    if options.rotate:
+        rotation.rotate(merged.model, merged.scheme, options.seed)
+        tied = merged.scheme.tied and scheme.shares_table(merged.model)
+        merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
+
+    # Scales come first: codes are what rounding by them gives.
+    scales, calibration_record = _scales(run, merged, options)
+    frozen.freeze(merged.model, merged.scheme, scales)
+
+    with replace_folder(variant.quantized, force=True) as work:
+        merged.model.save_pretrained(work)
+        merged.tokenizer.save_pretrained(work)
+        write_manifest(
+            work,
+            "quantized",
+            method=options.method,
+            options=config.plain(options),
+            calibration=calibration_record,
+            rotation_seed=_rotation_seed(adapter, options),
+            adapter_sha256=weights_sha256(adapter),
+            scheme=frozen.scheme_metadata(merged.scheme),
+            **{k: v for k, v in adapter_metadata(adapter).items() if k in ("model", "data", "seed", "device")},
+        )
+    progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
+    return merged.scheme.summary(), calibration_record
+
+
+def _scales(
+    run: Run, merged: MergedModel, options: QuantizeOptions
+) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """Return the group scales by weight, and a record of the calibration data.
+
+    Methods that compensate rounding errors (GPTQ, GPTAQ, coordinate descent, AWQ) also change the merged weights.
+    """
+    if options.method == QAT:
+        return merged.scales, None
+    if options.method not in CALIBRATED:
+        return methods.apply(merged.model, merged.scheme, options.method, []), None
+
+    batches, record = _calibration(run, merged, options)
+    # Matrix products in bfloat16, as in training: four times faster on this CPU. Statistics and rounding stay float32.
+    with torch.autocast("cpu", torch.bfloat16):
+        return methods.apply(merged.model, merged.scheme, options.method, batches), record
+
+
+def _calibration(
+    run: Run, merged: MergedModel, options: QuantizeOptions
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Return calibration batches, tokenized as for training, and what the manifest records about them."""
+    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    source = options.calibration_data or trained.data
+    task, loaded = tasks.task_of_run(run), load_rows(source, "train")
+    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    tokens = calibration.choose_token_count(options.calibration_tokens, rows)
+    chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
+    progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
+    record = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
+    return calibration.make_batches(chosen, merged.tokenizer), record
+
+
+def _rotation_seed(adapter: Path, options: QuantizeOptions) -> int | None:
+    """Return the seed of the checkpoint's rotation; None without rotation."""
+    if options.method == QAT:
+        seed: int | None = (adapter_metadata(adapter)["start"] or {}).get("rotation_seed")
+        return seed
+    return options.seed if options.rotate else None
