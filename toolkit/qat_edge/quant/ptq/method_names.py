@@ -10,10 +10,6 @@ PTQ_METHODS = {
     "awq": "AWQ",
 }
 RENAMED_METHODS = {"cd": "coordinate-descent"}  # names of 0.1.0 -> today's
-# Methods whose weights compensate for the rounding errors of others.
+# Methods whose weights compensate for each other's rounding errors.
 COMPENSATED = ("gptq", "gptaq", "coordinate-descent")
-    "gptq",
-    "gptaq",
-    "coordinate-descent",
-)  # methods whose weights compensate for each other's rounding errors
 CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights as well as scales
