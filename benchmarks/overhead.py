@@ -104,7 +104,7 @@ def time_alternately(text: str, result: str) -> None:
 
 
 def steps(
-    model: loaded_models.LoadedModel, request: dict[str, Any], bare_first: bool
+    model: loaded_models.DeviceModel, request: dict[str, Any], bare_first: bool
 ) -> tuple[list[float], list[float]]:
     """Return milliseconds of the bare steps and of the agent's steps after one prompt, which alternate."""
     prefill, decode = request["prefill"], request["decode"]
@@ -122,14 +122,14 @@ def steps(
     return bare_ms, agent_ms
 
 
-def _executorch(model: loaded_models.LoadedModel, token: int, position: int) -> Step:
+def _executorch(model: loaded_models.DeviceModel, token: int, position: int) -> Step:
     """Prepare one call of ExecuTorch's method."""
     loaded = cast(loaded_models.ExecuTorchModel, model)
     loaded.position = position + 1  # the agent's next step continues here
     return partial(loaded.method.call, [loaded.torch.tensor([[token]]), loaded.torch.tensor([position])])
 
 
-def _onnxruntime(model: loaded_models.LoadedModel, token: int, position: int) -> Step:
+def _onnxruntime(model: loaded_models.DeviceModel, token: int, position: int) -> Step:
     """Prepare one call of onnxruntime, which includes passing the KV cache from call to call."""
     loaded = cast(loaded_models.OnnxModel, model)
     loaded.position = position + 1
@@ -143,7 +143,7 @@ def _onnxruntime(model: loaded_models.LoadedModel, token: int, position: int) ->
     return step
 
 
-def _genai(model: loaded_models.LoadedModel, token: int, position: int) -> Step:
+def _genai(model: loaded_models.DeviceModel, token: int, position: int) -> Step:
     """Prepare one call of onnxruntime-genai, which keeps token and position itself."""
     step: Step = cast(loaded_models.GenaiModel, model).generator.generate_next_token
     return step

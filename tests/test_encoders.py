@@ -204,7 +204,7 @@ def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, mess
     export(classifier, ExportOptions(target=("executorch",), ptq=("none",), context_length=40))
     (result,) = verify(classifier, ())
     assert result.faults == [] and result.linears_equal == result.linears == 12
-    assert "texts of up to 40 tokens, answered by 3 numbers" in messages
+    assert "texts of up to 40 tokens, an output of 3 numbers for each" in messages
     labels = json.loads((classifier.exports / "executorch" / "config.json").read_text())["id2label"]
     assert list(labels.values()) == list(WORDS)
 

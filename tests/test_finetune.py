@@ -214,7 +214,7 @@ def test_force_does_not_remove_its_own_input(options: FinetuneOptions, tmp_path:
     out = tmp_path / "run"
     finetune(options, out)
     (out / "mine.jsonl").write_text(Path(options.data).read_text())
-    with pytest.raises(UsageError, match=r"--data .* lies inside"):
+    with pytest.raises(UsageError, match=r"--data .* is inside"):
         finetune(replace(options, data=str(out / "mine.jsonl")), out, force=True)
     assert (out / "mine.jsonl").is_file()
 

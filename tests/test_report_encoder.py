@@ -138,7 +138,7 @@ def test_hostile_text_and_metrics_that_are_not_finite(tmp_path: Path) -> None:
 def test_a_damaged_file_and_a_history_of_encoders_are_errors(tmp_path: Path) -> None:
     run = run_with(tmp_path / "one", example())
     other = run_with(tmp_path / "other", example())
-    with pytest.raises(UsageError, match="holds an encoder; a history is of models that generate text"):
+    with pytest.raises(UsageError, match="has an encoder; a history is of models that generate text"):
         report([run, other])
     run.answers.write_text(json.dumps({"kind": "text-classification"}))
     with pytest.raises(RunError, match=r"answers\.json: damaged .*Run validate again"):

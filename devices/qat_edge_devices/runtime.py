@@ -158,7 +158,7 @@ class TimedRun:
 
     @property
     def throttled(self) -> bool:
-        """Whether the system reports that it slowed the CPUs for heat during the repeats."""
+        """True if the system reports that it slowed the CPUs for heat during the repeats."""
         # Lists of another length come from a machine whose CPUs went offline: compare those that remain.
         permitted = zip(self.before.permitted_khz, self.after.permitted_khz, strict=False)
         lowered = any(earlier > later for earlier, later in permitted)

@@ -25,7 +25,7 @@ load = {{
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,
     "runtime": "none", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
 }}
-Path("results/result.json").write_text(json.dumps({{"format": 1, "scored": len(sequences), "load": load}}))
+Path("results/result.json").write_text(json.dumps({{"format": 2, "scored": len(sequences), "load": load}}))
 """
 
 # Runs in a process of its own and prints its peak memory after a short evaluation and after a long one.

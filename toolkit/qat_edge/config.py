@@ -71,7 +71,7 @@ def option(
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How to train. Steps are optimizer steps; lengths are in tokens."""
+    """Options of `finetune`. Steps are optimizer steps; lengths are in tokens."""
 
     model: str = option("Hub id, local folder or .gguf file of a causal language model or an encoder.", group=DATA)
     data: str = option("Training rows: a .jsonl file, or anything datasets.load_dataset reads.", group=DATA)
@@ -178,7 +178,7 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to quantize, how, and on which calibration data."""
+    """Options of `quantize`: the method and its calibration data."""
 
     method: str = option(
         "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ).",
@@ -203,7 +203,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write, and for which context length."""
+    """Options of `export`: the artifacts to write, and their context length."""
 
     target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS)
     context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, minimum=16)
@@ -225,7 +225,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Which runtimes a program has to load in."""
+    """Options of `doctor`: the runtimes that a program has to load in."""
 
     runtime: tuple[str, ...] = option(
         "Runtimes that must load the program; without this, all are checked and one must load it.", (), RUNTIMES
@@ -234,7 +234,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What to measure, on which devices, and the gates that set the exit code."""
+    """Options of `validate`: measurements, devices, and the gates that set the exit code."""
 
     target: tuple[str, ...] = option(
         "Artifacts to measure; by default all that run here.", (), ARTIFACTS, group=MEASURING
@@ -316,7 +316,7 @@ class ValidateOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Which deployments to compare. How they are measured is the validate section of --config, or of the run."""
+    """Options of `compare`: the deployments. The validate section of --config, or of the run, says how to measure."""
 
     model: str | None = option("Train first, with --out: the base model, as for finetune.", None, group=DATA)
     data: str | None = option("Train first: training rows, as for finetune.", None, group=DATA)
@@ -330,7 +330,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """On what to measure each layer, and how to pick its bits."""
+    """Options of `sensitivity`: the data to measure each layer on, and the limit that picks its bits."""
 
     tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16, group=MEASURING)
     seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=MEASURING)

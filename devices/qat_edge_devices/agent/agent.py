@@ -31,14 +31,14 @@ from typing import Any, BinaryIO
 
 # Relative, because the folder is sent under a shorter name.
 from . import machine  # noqa: TID252
-from .loaded_models import PIP_NAMES, LoadedModel, RequestRejected, choose_backend  # noqa: TID252
+from .loaded_models import PIP_NAMES, DeviceModel, RequestRejected, choose_backend  # noqa: TID252
 
 FORMAT = 2  # of request and result
 EXIT_REJECTED = 65
 EXIT_MISSING_PACKAGE = 69
 
 
-def score(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
+def score(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write logits until the next sequence would exceed `max_bytes`; at least one, so that the caller advances."""
     sequences = request["sequences"]
     written, row_bytes, done = 0, 0, 0
@@ -56,7 +56,7 @@ def score(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str, A
     return {"scored": done}
 
 
-def trace(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
+def trace(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write all outputs of the artifact for each sequence; return their names in the order of the files' arrays."""
     import numpy
 
@@ -97,7 +97,7 @@ def write_rows(file: BinaryIO, count: int, chunks: Iterator[Any]) -> int:
     return width * 4
 
 
-def generate(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
+def generate(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
     """Continue each prompt greedily; return the ids without the end token, and why it stopped."""
     completions = []
     longest, end_ids = request["max_new_tokens"], set(request["eos_ids"])
@@ -125,7 +125,7 @@ def generate(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str
     return {"completions": completions}
 
 
-def speed(model: LoadedModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
+def speed(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str, Any]:
     """Time one prompt and `decode` steps after its first token, `repeats` times after a warm-up that is dropped."""
     prefill, decode, repeats = request["prefill"], request["decode"], request["repeats"]
     require_length(model, prefill + decode + 1, "the prompt and the decode steps")
@@ -197,7 +197,7 @@ def run(request: dict[str, Any], out: Path) -> None:
     (out / "result.json").write_text(text, encoding="utf-8")
 
 
-def require_length(model: LoadedModel, tokens: int, what: str, least: int = 1) -> None:
+def require_length(model: DeviceModel, tokens: int, what: str, least: int = 1) -> None:
     """Reject empty input, and input longer than the cache: runtimes fail there in different ways, or not at all.
 
     Raises:

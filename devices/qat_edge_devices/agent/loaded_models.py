@@ -36,7 +36,7 @@ class RequestRejected(Exception):
     """The artifact cannot do what the request asks for; the message has the reason."""
 
 
-class LoadedModel(Protocol):
+class DeviceModel(Protocol):
     """A loaded artifact with a KV cache for one sequence.
 
     Attributes:
@@ -93,7 +93,7 @@ class PteModel(ABC):
 
     @abstractmethod
     def load(self, artifact: Path, request: dict[str, Any], threads: int) -> None:
-        """Load the artifact; see `LoadedModel.load`."""
+        """Load the artifact; see `DeviceModel.load`."""
 
     @abstractmethod
     def call(self, ids: list[int], position: int) -> list[Any]:
@@ -383,7 +383,7 @@ class GenaiModel:
         raise RequestRejected("onnxruntime-genai does not score sequences; use plain onnxruntime.")
 
 
-def choose_backend(request: dict[str, Any]) -> LoadedModel:
+def choose_backend(request: dict[str, Any]) -> DeviceModel:
     """Import the runtime for a request and return its model, not yet loaded.
 
     A .pte runs in the torch-free runtime if that is installed and the one with torch is not. An ONNX folder is

@@ -84,12 +84,12 @@ class NativeRunner:
 
     @property
     def generates_text(self) -> bool:
-        """Whether it takes a prompt and returns text."""
+        """True if it takes a prompt and returns text."""
         return self.flags >= TEXT_FLAGS and bool(self.flags & {"prompt", "prompt_file"})
 
     @property
     def computes_logits(self) -> bool:
-        """Whether it reads and writes tensors in files."""
+        """True if it reads and writes tensors in files."""
         return self.flags >= LOGITS_FLAGS
 
     def prepare(self, artifact: Path) -> None:

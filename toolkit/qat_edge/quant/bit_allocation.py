@@ -263,7 +263,7 @@ def save_bits(path: Path, choice: Choice) -> None:
         "note": "sum of what each layer costs alone; a first-order prediction",
     }
     document = {"asked": choice.request, "prediction": prediction, "bits": choice.bits}
-    # "asked" is the key in files of every version.
+    # The first key is the same in files of every version.
     head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --method METHOD --bits FILE.\n"
     run.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 

@@ -165,7 +165,7 @@ class FakeQuantLinear(nn.Linear):
 
     @property
     def learns_scales(self) -> bool:
-        """Whether the scales are trained. Those of a head follow its weights: no PTQ method prepares a head."""
+        """True if the scales are trained. Those of a head follow its weights: no PTQ method prepares a head."""
         return self.switch.learned_scales and self.spec.bits == 4 and not self.is_head
 
     @property

@@ -59,7 +59,7 @@ def render(history: History) -> str:
 
 
 def run_names(history: History) -> list[str]:
-    """Return the folder names with a number in front, so that equal names can be told apart."""
+    """Return the folder names with a number in front, so that equal names differ."""
     return [f"{index} {plain(entry.name)}" for index, entry in enumerate(history.entries, start=1)]
 
 

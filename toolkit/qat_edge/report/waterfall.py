@@ -37,7 +37,7 @@ SHORT = {
 }
 
 
-class Bar(NamedTuple):
+class WaterfallBar(NamedTuple):
     """One bar of the chart, from `start` to `end` in nats per token. css: class that colors it."""
 
     name: str
@@ -102,29 +102,29 @@ def caption(budget: Budget) -> str:
     return " ".join(sentences)
 
 
-def _step_bars(budget: Budget) -> list[Bar]:
+def _step_bars(budget: Budget) -> list[WaterfallBar]:
     """Return one bar per step, each starting where the one before ends; then the total and the noise floor."""
     # The first two steps are the base and the fine-tune; the bars start at the fine-tune.
     tuned, *rest = budget.steps[1:]
-    bars: list[Bar] = []
+    bars: list[WaterfallBar] = []
     start = 0.0
     for step in rest:
         end = _log_perplexity(step) - _log_perplexity(tuned)
-        bars.append(Bar(SHORT.get(step.name, step.name), start, end, "c-more" if end > start else "c-less"))
+        bars.append(WaterfallBar(SHORT.get(step.name, step.name), start, end, "c-more" if end > start else "c-less"))
         start = end
     # The perturbed checkpoints move the loss both ways.
     floor = max(map(abs, budget.floor_nats), default=0.0)
-    return [*bars, Bar("total", 0.0, start, "c-qat"), Bar("noise floor", -floor, floor, "c-floor")]
+    return [*bars, WaterfallBar("total", 0.0, start, "c-qat"), WaterfallBar("noise floor", -floor, floor, "c-floor")]
 
 
-def _part_bars(budget: Budget) -> list[Bar]:
+def _part_bars(budget: Budget) -> list[WaterfallBar]:
     checkpoint = next(step for step in budget.steps if step.name == "frozen checkpoint")
     rows = [("all quantized", checkpoint.agreement)]
     rows += [(f"{part.name} in floats", part.agreement) for part in budget.parts]
-    return [Bar(name, 0.0, found.kl_nats, "c-qat") for name, found in rows if found is not None]
+    return [WaterfallBar(name, 0.0, found.kl_nats, "c-qat") for name, found in rows if found is not None]
 
 
-def _panel(root: ET.Element, bars: Sequence[Bar], top: float, title: str, signed: bool) -> None:
+def _panel(root: ET.Element, bars: Sequence[WaterfallBar], top: float, title: str, signed: bool) -> None:
     """Draw horizontal bars on an axis that includes zero. signed: values are changes, shown with their sign."""
     # The axis includes zero, where the fine-tune is.
     ends = [value for bar in bars for value in (bar.start, bar.end)]

@@ -146,7 +146,7 @@ def _check_options(targets: list[Target], options: ExportOptions) -> None:
     for name, neutral in NEUTRAL.items():
         flag = _flag(name, options)
         if getattr(options, name) != neutral and not any(name in target.options for target in targets):
-            raise UsageError(f"{flag} is for --target {EXECUTORCH}, which is not asked for. Give both, or neither.")
+            raise UsageError(f"{flag} is for --target {EXECUTORCH}, which was not given. Give both, or neither.")
 
     for target in targets:
         for (one, other), reason in target.exclusions.items():
@@ -161,7 +161,7 @@ def _check_backend(targets: list[Target], options: ExportOptions) -> None:
     flag = f"--backend {options.backend}"
     lowered = next((target for target in targets if target.backend is not None), None)
     if lowered is None:
-        raise UsageError(f"{flag} is for --target {EXECUTORCH}, which is not asked for. Give both, or neither.")
+        raise UsageError(f"{flag} is for --target {EXECUTORCH}, which was not given. Give both, or neither.")
 
     for name, neutral in NEUTRAL.items():
         if getattr(options, name) != neutral and name not in lowered.options:

@@ -360,7 +360,7 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     """Return the artifacts to measure: those of --target, or all that can run.
 
     Raises:
-        RunError: one was asked for that cannot run or was not exported, or none is left.
+        RunError: one of --target cannot run or was not exported, or none is left.
     """
     chosen = options.target or run.targets()
     reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}

@@ -56,7 +56,7 @@ class MatrixNames:
 
 @dataclass(frozen=True)
 class _PteContents:
-    """What the reader takes out of the parsed file.
+    """Parts of the parsed file that the reader uses.
 
     Attributes:
         methods: names of all methods.
