@@ -7,7 +7,7 @@ computes is computed here, once, whatever devices the artifacts run on.
 
     validate_run      the command: gates first, encoder or decoder, JUnit
     validate_devices  a model that generates text: evaluation set -> torch side -> every device -> reports
-    _measure          one device: every artifact (`evaluate.evaluator`), error budgets (`diagnose.error_budget`), gates
+    _measure          one device: every artifact (`evaluate.evaluator`), error budgets (`artifact_budget`), gates
 """
 
 from __future__ import annotations
@@ -20,30 +20,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qat_edge import config, progress
 from qat_edge.config import ValidateOptions
-from qat_edge.diagnose import locate_fault
-from qat_edge.diagnose.error_budget import (
-    TorchBudget,
-    budget,
-    compute_torch_budget,
-    run_fault_test,
-    score_on_this_machine,
-)
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate import encoders, native_runner
 from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
-from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable
-from qat_edge.evaluate.junit import junit_xml
-from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Measurement, Report, save
+from qat_edge.evaluate.results import Agreement, Measurement, Report, save
 from qat_edge.models import merge, tasks
 from qat_edge.run import Run, Variant, read_manifest, write_text
-from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
+
+# What only some validations need is imported where it is needed: encoders, error budgets, native runners.
+if TYPE_CHECKING:
+    from qat_edge.diagnose.error_budget import TorchBudget
+    from qat_edge.evaluate.encoder_results import EncoderReport
 
 Artifacts = list[tuple[Variant, str]]  # variants, each with the target of one of its artifacts
 NOT_THERE = "speed not given: torch ran on the machine that validates, not on this device"
@@ -108,6 +102,8 @@ def validate_run(
         junit.unlink(missing_ok=True)  # an earlier result must not be taken for this one
 
     if tasks.task_of_run(run).is_encoder:
+        from qat_edge.evaluate import encoders
+
         encoder = encoders.validate_encoder(run, options, force=force)
         result = Validated([encoder], {}, {encoder.device: run.answers})
     else:
@@ -115,6 +111,8 @@ def validate_run(
         result = dataclasses.replace(validate_devices(run, options, force=force, own=by_device), paths=paths)
 
     if junit is not None:
+        from qat_edge.evaluate.junit import junit_xml
+
         write_text(junit, junit_xml(result.reports, result.failures))
     return result
 
@@ -222,6 +220,8 @@ def _require_possible(options_by_device: Iterable[ValidateOptions], paths: Itera
     for options in options_by_device:
         require_measurable(options)
         if options.runner_binary is not None:
+            from qat_edge.evaluate import native_runner
+
             native_runner.require_supported(options)
     for path in paths:
         if path.exists() and not force:
@@ -250,6 +250,8 @@ def _run_torch(run: Run, evaluator: Evaluator, artifacts: Iterable[Artifacts], i
     # The error budget needs the trained forward pass, and the artifacts' logits on this machine as a step of their own.
     side = None
     if evaluator.options.error_budget:
+        from qat_edge.diagnose.error_budget import compute_torch_budget, score_on_this_machine
+
         own = list(dict.fromkeys(target for found in artifacts for variant, target in found if variant is run))
         side = compute_torch_budget(run, evaluator, models, own)
         if not is_reported:
@@ -265,11 +267,12 @@ def _measure(
     measured = [model if device == LOCAL else _without_speed(model) for model in torch_results.models]
     measured += [_artifact(variant, target, transport, evaluator, own=variant is run) for variant, target in artifacts]
 
-    budgets = [
-        _budget(run, target, transport, evaluator, torch_results.budget)
-        for variant, target in artifacts
-        if torch_results.budget is not None and options.error_budget and variant is run
-    ]
+    budgets = []
+    if torch_results.budget is not None and options.error_budget:
+        from qat_edge.verbs.artifact_budget import artifact_budget
+
+        own = [target for variant, target in artifacts if variant is run]
+        budgets = [artifact_budget(run, target, transport, evaluator, torch_results.budget) for target in own]
 
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -289,6 +292,9 @@ def _artifact(variant: Variant, target: str, transport: Transport, evaluator: Ev
     """Measure one artifact on one device, in the device's runtime or in the runner that the user built."""
     if evaluator.options.runner_binary is None:
         return evaluator.measure_artifact(variant, target, transport, own)
+
+    from qat_edge.evaluate import native_runner
+
     binary = native_runner.require_supported(evaluator.options)
     return native_runner.measure(evaluator, binary, variant, target, transport, own)
 
@@ -306,36 +312,6 @@ def _identities(run: Run, evaluator: Evaluator) -> dict[str, str]:
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def _budget(run: Run, target: str, transport: Transport, evaluator: Evaluator, side: TorchBudget) -> Budget:
-    """Return the error budget of one artifact, with the location of a fault where there is one."""
-    fault_test = run_fault_test(run, evaluator, side, target, transport)
-    if fault_test.exceeds_noise:
-        fault_test = dataclasses.replace(
-            fault_test, location=_locate(run, evaluator, side, target, transport, fault_test)
-        )
-        progress.warn(
-            f"{target}: differs from the frozen checkpoint by more than rounding noise. {fault_test.location}"
-        )
-    return budget(evaluator, side, target, transport.name, fault_test)
-
-
-def _locate(
-    run: Run, evaluator: Evaluator, side: TorchBudget, target: str, transport: Transport, fault_test: FaultTest
-) -> str:
-    """Describe where a fault is: the file is read back first, then its layers are compared one by one."""
-    folder = run.exports / target
-    verified = verify_folder(folder, target, run.quantized)
-    in_file = f"The file differs from the frozen checkpoint: {verified.faults[0]}" if verified.faults else ""
-    if verified.linears_equal < verified.linears or not (verified.embedding_equal and verified.head_equal):
-        return in_file
-
-    # At position 0 there is nothing to attend to, so a difference there is not one of attention.
-    cause = "attention (rotary angles, mask or cache)" if fault_test.position else "how the runtime computes them"
-    in_file = in_file or "Its codes and scales equal the frozen checkpoint's"
-    layer = locate_fault.describe_location(folder, target, run.quantized, side, transport, evaluator.options.threads)
-    return f"{in_file}. It diverges at position {fault_test.position} of a prompt: {cause}. {layer}"
-
-
 def _without_speed(model: Measurement) -> Measurement:
     """Return a torch model for the report of a device that it did not run on."""
     if model.speed is None:
@@ -346,6 +322,8 @@ def _without_speed(model: Measurement) -> Measurement:
 def _why_not(target: str, options: ValidateOptions) -> str:
     """Return why an artifact cannot be measured with these options, as a sentence; empty where it can."""
     if options.runner_binary is not None:
+        from qat_edge.evaluate import native_runner
+
         return native_runner.unsupported_reason(target)
     return target_named(target).runs_elsewhere
 
