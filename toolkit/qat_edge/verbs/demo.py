@@ -20,8 +20,10 @@ from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
 # With these, two cores take less than ten minutes for everything.
-FINETUNE = ["--steps", "100", "--batch-size", "16", "--eval-rows", "64", "--max-length", "192"]
-VALIDATE = ["--tokens", "1024", "--prompts", "160"]
+FINETUNE = [
+    "--steps", "60", "--batch-size", "8", "--eval-rows", "32", "--max-length", "192", "--calibration-tokens", "8192",
+]  # fmt: skip
+VALIDATE = ["--tokens", "1024", "--prompts", "64", "--repeats", "3"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from qat_edge import config, progress
 from qat_edge.config import FinetuneOptions
@@ -126,7 +127,7 @@ def _log(run: Run, job: TrainingJob, trainer: QatTrainer, start: int, wall_s: fl
 
 
 def _phase_transition(
-    adapted: Any,
+    adapted: PreTrainedModel | PeftModel,
     switch: fake.Switch,
     job: TrainingJob,
     options: FinetuneOptions,
@@ -142,7 +143,7 @@ def _phase_transition(
     )  # fmt: skip
 
 
-def _trainer(adapted: Any, job: TrainingJob, options: FinetuneOptions, run: Run) -> QatTrainer:
+def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: FinetuneOptions, run: Run) -> QatTrainer:
     """Return the Trainer with the rows, the loss and the options."""
     trainer = QatTrainer(
         model=adapted,

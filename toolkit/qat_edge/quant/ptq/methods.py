@@ -24,7 +24,7 @@ every method. Those inside the blocks have been moved by gptaq and coordinate-de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,8 @@ def apply(
     if method not in CALIBRATED:
         return _scales_without_data(model, scheme, load(SCALE_METHODS[method]))
 
-    scales = _quantize_with_data(model, scheme, method, calibration)
+    # These methods run the model, so a view of its weights would not do.
+    scales = _quantize_with_data(cast("PreTrainedModel", model), scheme, method, calibration)
     outside = [name for name, spec in scheme.linears.items() if spec.bits == 4 and name not in scales]
     if outside:
         progress.warn(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
@@ -108,7 +109,7 @@ def apply(
 
 
 def _quantize_with_data(
-    model: Any, scheme: Scheme, method: str, calibration: Sequence[Calibration]
+    model: PreTrainedModel, scheme: Scheme, method: str, calibration: Sequence[Calibration]
 ) -> dict[str, Tensor]:
     """Run a calibrated method on all blocks in evaluation mode; returns scales by module name."""
     from qat_edge.quant.ptq.blockwise import quantize_blocks
