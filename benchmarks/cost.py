@@ -20,9 +20,9 @@ from transformers import Trainer
 
 from qat_edge import config, progress
 from qat_edge.cli.console import ConsoleReporter
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
+from qat_edge.options import FinetuneOptions
 from qat_edge.run import write_text
 from qat_edge.train.trainer import peak_memory_bytes
 from qat_edge.verbs.finetune import finetune

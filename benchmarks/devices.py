@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qat_edge.config import ValidateOptions
 from qat_edge.logs import quiet_libraries
+from qat_edge.options import ValidateOptions
 from qat_edge.run import Run
 from qat_edge.verbs.validate import require_success, validate_devices
 from qat_edge_devices import TRANSPORTS

@@ -27,10 +27,10 @@ from torch.nn import functional
 
 from qat_edge import config, progress
 from qat_edge.cli.console import ConsoleReporter
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.logs import quiet_libraries
 from qat_edge.models import load, merge
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, scheme
 from qat_edge.quant.fake import ADAPTER, LoraFakeQuantLinear
 from qat_edge.quant.scheme import WeightScheme

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat_edge import progress
-from qat_edge.config import ExportOptions
 from qat_edge.errors import QatEdgeError
 from qat_edge.models import merge
+from qat_edge.options import ExportOptions
 from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, work_folder, write_text
 from qat_edge.verbs.export import export
 

@@ -33,7 +33,6 @@ from benchmarks import settings
 from benchmarks.cells import Cell, CellStore, digest, slug
 from benchmarks.settings import FP32, RECOMMENDED, Setting, Task
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import DEFAULT_CALIBRATION_TOKENS
 from qat_edge.data.formats import load_rows
@@ -44,11 +43,12 @@ from qat_edge.evaluate.reference import LogitStore, score
 from qat_edge.evaluate.results import Measurement
 from qat_edge.lazy import load
 from qat_edge.models import merge
-from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
+from qat_edge.options import FORMATS, FinetuneOptions
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run, replace_folder, sha256
 from qat_edge.train.trainer import qat_learning_rate
 from qat_edge.verbs.finetune import TRAINING_LOG
-from qat_edge.verbs.quantize import QAT, quantize_if_missing
+from qat_edge.verbs.quantize import quantize_if_missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -270,7 +270,7 @@ class BenchmarkRunner:
         # Speed is not reported here, so validate times as little as it can.
         path, setting = str(run.path), self.setting
         ptq = [word for method in methods or ("none",) for word in ("--ptq", method)]
-        targets = [word for target in config.FORMATS for word in ("--target", target)]
+        targets = [word for target in FORMATS for word in ("--target", target)]
         self.command(
             ["qat_edge", "export", path, *targets, *ptq, "--context-length", "512"],
             f"{run.path.name}-export",

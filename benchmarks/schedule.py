@@ -21,9 +21,9 @@ from benchmarks.partial_rounding import SWITCHED_OFF, TABLE_BITS, partly_rounded
 from benchmarks.runner import BenchmarkRunner, Figures, Training, artifact_rows
 from benchmarks.settings import BASELINES, BETTER, FP32, METHODS, RECOMMENDED, TASKS
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.data.calibration import DEFAULT_CALIBRATION_TOKENS
 from qat_edge.evaluate.reference import load_exact
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.report.formatting import duration
 

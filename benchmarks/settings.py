@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat_edge import config
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
+from qat_edge.options import FinetuneOptions
 
 Overrides = Mapping[str, Any]
 

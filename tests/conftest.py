@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat_edge import progress
-from qat_edge.config import FinetuneOptions
+from qat_edge.options import FinetuneOptions
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
 

@@ -17,9 +17,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from qat_edge import config
-from qat_edge.config import FinetuneOptions
 from qat_edge.evaluate import results
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Part, Report, Speed, Spread, Step
+from qat_edge.options import FinetuneOptions
 from qat_edge.run import Run, write_manifest
 from qat_edge.verbs.report import report
 

@@ -17,14 +17,15 @@ import qat_edge
 from conftest import train_run
 from qat_edge import api, config
 from qat_edge.errors import RunError, UsageError
+from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 from qat_edge.run import Run
 
 ROOT = Path(__file__).parents[1]
 GENERATED: dict[str, type] = {
-    "finetune": config.FinetuneOptions,
-    "quantize": config.QuantizeOptions,
-    "export": config.ExportOptions,
-    "validate": config.ValidateOptions,
+    "finetune": FinetuneOptions,
+    "quantize": QuantizeOptions,
+    "export": ExportOptions,
+    "validate": ValidateOptions,
 }
 
 
@@ -109,14 +110,14 @@ def test_a_bad_value_names_its_option(tmp_path: Path) -> None:
 def test_arguments_at_their_defaults_leave_a_profile_its_say(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     given: list[Any] = []
 
-    def stop(opened: Run, options: config.ValidateOptions, **_: Any) -> None:
+    def stop(opened: Run, options: ValidateOptions, **_: Any) -> None:
         given.append(options)
         raise UsageError("stop")
 
     monkeypatch.setattr("qat_edge.verbs.validate.validate_run", stop)
     with pytest.raises(UsageError, match="stop"):
         qat_edge.validate(run, profile="pi5", repeats=3)
-    from_profile = config.load(config.ValidateOptions, "validate", None, {"profile": "pi5", "repeats": 3})
+    from_profile = config.load(ValidateOptions, "validate", None, {"profile": "pi5", "repeats": 3})
     assert given == [from_profile]
 
 

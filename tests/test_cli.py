@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from qat_edge import config
-from qat_edge.cli import commands, options
-from qat_edge.config import (
+from qat_edge.cli import commands, flags
+from qat_edge.errors import UsageError
+from qat_edge.options import (
     CompareOptions,
     DoctorOptions,
     ExportOptions,
@@ -22,7 +23,6 @@ from qat_edge.config import (
     SensitivityOptions,
     ValidateOptions,
 )
-from qat_edge.errors import UsageError
 
 VERBS: dict[str, Any] = {
     "finetune": FinetuneOptions,
@@ -192,7 +192,7 @@ def test_old_names_work_with_a_warning(
         pass
 
     def capture(cls: type, *given: Any) -> Any:
-        seen.append(options.load_options(cls, *given))
+        seen.append(flags.load_options(cls, *given))
         raise Stop("seen")
 
     monkeypatch.setattr(commands, "load_options", capture)

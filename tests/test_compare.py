@@ -19,12 +19,12 @@ from pages import svgs
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.cli.terminal_tables import deployment_table
-from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.evaluate import deployments
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Agreement, Measurement, Speed, Spread
 from qat_edge.models import merge
+from qat_edge.options import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.report.comparison_page import render, verdict
 from qat_edge.run import Run, read_manifest

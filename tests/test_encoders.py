@@ -31,14 +31,6 @@ from transformers import (
 from conftest import make_tokenizer, train_run
 from qat_edge import config
 from qat_edge.cli.commands import main
-from qat_edge.config import (
-    CompareOptions,
-    ExportOptions,
-    FinetuneOptions,
-    QuantizeOptions,
-    SensitivityOptions,
-    ValidateOptions,
-)
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, ModelError, UsageError
@@ -47,6 +39,14 @@ from qat_edge.evaluate.encoders import cosines, quality
 from qat_edge.models import tasks
 from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
 from qat_edge.models.tasks import ModelTask, SentenceEncoder, SequenceClassifier
+from qat_edge.options import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.run import Run

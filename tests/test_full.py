@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models.merge import base_model, merged_model
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, frozen, numerics, scheme
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.run import read_manifest

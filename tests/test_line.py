@@ -21,13 +21,13 @@ from click.testing import CliRunner
 
 from conftest import train_run
 from qat_edge.cli import commands
-from qat_edge.config import ExportOptions, ValidateOptions
 from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, inputs_rounded_without, part_unquantized
 from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_rounding
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
 from qat_edge.models.merge import float_model, merged_model
+from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import MANIFEST, Run, read_manifest
 from qat_edge.verbs.export import export

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from qat_edge.cli import commands
-from qat_edge.config import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.models.merge import merged_model
+from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import MANIFEST, Run, read_manifest

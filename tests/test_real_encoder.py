@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from qat_edge.config import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.demo_data import python_reference
 from qat_edge.errors import ModelError
 from qat_edge.evaluate import encoders
 from qat_edge.models.demo_model import download_wheel
+from qat_edge.options import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.run import Run, replace_folder, work_folder
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune

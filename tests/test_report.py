@@ -35,11 +35,11 @@ from pages import (
 )  # fmt: skip
 from qat_edge import config
 from qat_edge.cli.terminal_tables import summary_table
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.deployments import TITLES, Deployment, DeploymentTable
 from qat_edge.evaluate.results import Gate, Measurement, Report
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report import comparison_page
 from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin

@@ -17,7 +17,7 @@ FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / fo
 
 # The floors of the house: a module imports from its own floor and from those below it.
 FLOORS = (
-    {"errors", "run", "lazy", "logs", "progress", "profiles", "config", "quant.ptq.method_names"},
+    {"errors", "run", "lazy", "logs", "progress", "profiles", "options", "config", "quant.ptq.method_names"},
     {"data", "models", "quant", "demo_data"},
     {"train", "evaluate"},
     {"diagnose", "report"},

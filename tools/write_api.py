@@ -1,6 +1,6 @@
 """Write toolkit/qat_edge/api.py: the verbs as functions, with the fields of the option dataclasses as keywords.
 
-Generated, so that a default still has one home (`qat_edge.config`) while editors, mypy and the documentation see real
+Generated, so that a default still has one home (`qat_edge.options`) while editors, mypy and the documentation see real
 signatures. `python tools/write_api.py` writes the file; a test fails when it is not current.
 """
 
@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge import config
+from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
@@ -31,7 +31,7 @@ Every function raises the errors of `qat_edge.errors`, with the same messages as
 go to the `qat_edge` logger; `qat_edge.progress.report_to` sends them elsewhere. Nothing heavy is imported before a
 function is called. An argument equal to its default counts as not given: a device profile may set it.
 
-This file is generated from `qat_edge.config` by tools/write_api.py.
+This file is generated from `qat_edge.options` by tools/write_api.py.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat_edge import config
+from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 from qat_edge.run import Run
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ RUN = {"run": "a finished run, or its folder."}
 VERBS = (
     Verb(
         name="finetune",
-        options=config.FinetuneOptions,
+        options=FinetuneOptions,
         first={"out": "run folder to write."},
         summary="Train LoRA adapters, then continue with fake quantization in the forward pass (QAT).",
         returns=("Finetuned", "The run folder, steps, last loss, time and memory."),
@@ -209,7 +210,7 @@ VERBS = (
     ),
     Verb(
         name="quantize",
-        options=config.QuantizeOptions,
+        options=QuantizeOptions,
         first=RUN,
         summary="Freeze the trained weights, or quantize the FP32 fine-tune without training (PTQ).",
         returns=("Quantized", "The frozen checkpoint and how it was made."),
@@ -227,7 +228,7 @@ VERBS = (
     ),
     Verb(
         name="export",
-        options=config.ExportOptions,
+        options=ExportOptions,
         first=RUN,
         summary="Merge the adapters and freeze the codes once, then write .pte and ONNX artifacts from them.",
         returns=("list[Exported]", "One entry per artifact that was written."),
@@ -244,7 +245,7 @@ VERBS = (
     ),
     Verb(
         name="validate",
-        options=config.ValidateOptions,
+        options=ValidateOptions,
         first={"run": "a run with exports, or its folder."},
         summary="Run every artifact in its own runtime and compare it with the FP32 fine-tune.",
         returns=("list[Report | EncoderReport]", "One report per device; of an encoder, a `EncoderReport`."),
@@ -299,8 +300,8 @@ def _function(verb: Verb) -> str:
     return (
         f"def {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"
         + textwrap.indent(_docstring(verb, lines), "    ")
-        + f"\n    given = _changed(config.{verb.options.__name__}, {{{given}}})\n"
-        + f"    options = config.load(config.{verb.options.__name__}, {verb.name!r}, None, given)\n"
+        + f"\n    given = _changed({verb.options.__name__}, {{{given}}})\n"
+        + f"    options = config.load({verb.options.__name__}, {verb.name!r}, None, given)\n"
         + body
         + "\n"
     )

@@ -11,6 +11,14 @@ from pathlib import Path
 
 from qat_edge import config
 from qat_edge.cli.commands import main
+from qat_edge.options import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 WIDTH = 110  # characters of a help text; wider ones scroll on the page
@@ -52,12 +60,12 @@ The keys are the names of the flags with underscores. A list is a repeatable fla
 
 # Options of each section of a configuration file, in the order of the work.
 SECTIONS: dict[str, type] = {
-    "finetune": config.FinetuneOptions,
-    "sensitivity": config.SensitivityOptions,
-    "quantize": config.QuantizeOptions,
-    "export": config.ExportOptions,
-    "validate": config.ValidateOptions,
-    "compare": config.CompareOptions,
+    "finetune": FinetuneOptions,
+    "sensitivity": SensitivityOptions,
+    "quantize": QuantizeOptions,
+    "export": ExportOptions,
+    "validate": ValidateOptions,
+    "compare": CompareOptions,
 }
 
 

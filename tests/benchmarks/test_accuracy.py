@@ -24,11 +24,11 @@ from benchmarks.partial_rounding import partly_rounded, with_table_bits
 from benchmarks.runner import ROOT, BenchmarkRunner, Training
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
-from qat_edge.config import FinetuneOptions
 from qat_edge.diagnose.error_budget import PARTS
 from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.models.merge import merged_model
+from qat_edge.options import FinetuneOptions
 from qat_edge.train import trainer
 from qat_edge.verbs.finetune import finetune
 

@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from conftest import train_run
-from qat_edge.config import ExportOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError
 from qat_edge.models import tasks
 from qat_edge.models.merge import base_model
 from qat_edge.models.tasks import SequenceClassifier
+from qat_edge.options import ExportOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge.verbs.export import export

@@ -15,6 +15,7 @@ from qat_edge.data.formats import Chat, Text, load_rows
 from qat_edge.demo_data import assistant, python_reference
 from qat_edge.demo_data.intents import INTENTS
 from qat_edge.errors import UsageError
+from qat_edge.options import ExportOptions, FinetuneOptions, ValidateOptions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = list(assistant.rows("train", 4000))
@@ -124,9 +125,9 @@ def test_python_reference_holds_out_twelve_topics_without_a_shared_paragraph(tmp
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_loads(path: Path) -> None:
     sections = {
-        "finetune": config.FinetuneOptions,
-        "export": config.ExportOptions,
-        "validate": config.ValidateOptions,
+        "finetune": FinetuneOptions,
+        "export": ExportOptions,
+        "validate": ValidateOptions,
     }
     found = set(config.read_sections(path))
     assert "finetune" in found <= set(sections)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from conftest import train_run
-from qat_edge.config import ExportOptions
 from qat_edge.diagnose import runtime_rounding
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.reference import Logits
+from qat_edge.options import ExportOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge_devices import open_runtime, open_transport

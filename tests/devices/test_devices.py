@@ -16,8 +16,8 @@ from summing_model import VOCABULARY, write_onnx, write_pte
 
 from conftest import train_run
 from qat_edge.cli import commands
-from qat_edge.config import ExportOptions
 from qat_edge.evaluate import results
+from qat_edge.options import ExportOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge_devices import open_runtime, open_transport

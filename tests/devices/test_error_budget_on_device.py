@@ -14,12 +14,12 @@ import pytest
 from device_fixtures import DeviceUnderTest, opened, start_device, unavailable_reason
 
 from conftest import train_run
-from qat_edge.config import ExportOptions, ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import fault_test, locate_fault
 from qat_edge.diagnose.error_budget import DEVICE, FROZEN, HOST, TRAINED
 from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, artifact_rounding
 from qat_edge.evaluate import results
+from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.validate import validate_devices

@@ -19,8 +19,8 @@ from device_fixtures import start_device, unavailable_reason
 
 from conftest import train_run
 from qat_edge.cli import commands
-from qat_edge.config import ExportOptions
 from qat_edge.evaluate import results
+from qat_edge.options import ExportOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.report import report

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qat_edge.config import ValidateOptions
 from qat_edge.errors import DeviceError, GateError, RunError, UsageError
 from qat_edge.evaluate.devices import connect, report_paths, run_on_devices
 from qat_edge.evaluate.results import Agreement, Gate, Report
+from qat_edge.options import ValidateOptions
 from qat_edge.verbs.validate import Validated, require_success
 from qat_edge_devices.device_errors import KilledError
 from qat_edge_devices.mock import MockTransport

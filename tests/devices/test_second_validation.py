@@ -10,7 +10,7 @@ import pytest
 from device_fixtures import device_under_test, unavailable_reason
 
 from conftest import train_run
-from qat_edge.config import ExportOptions, ValidateOptions
+from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.verbs.export import export
 from qat_edge.verbs.validate import require_success, validate_devices
 from qat_edge_devices import remote

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qat_edge.config import ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose.error_budget import (
     DEVICE,
@@ -28,6 +27,7 @@ from qat_edge.evaluate import metrics
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator
 from qat_edge.evaluate.reference import LogitStore
 from qat_edge.evaluate.results import FaultTest, Step
+from qat_edge.options import ValidateOptions
 from qat_edge.run import Run
 from qat_edge_devices.device_errors import KilledError
 

@@ -14,16 +14,24 @@ import yaml
 from qat_edge import config, profiles
 from qat_edge.cli.commands import main
 from qat_edge.data.formats import load_rows
+from qat_edge.options import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.quant.bit_allocation import load_bits
 from tests.docs.doc_pages import ROOT, CodeBlock, code_blocks
 
 SECTIONS = {
-    "finetune": config.FinetuneOptions,
-    "sensitivity": config.SensitivityOptions,
-    "quantize": config.QuantizeOptions,
-    "export": config.ExportOptions,
-    "validate": config.ValidateOptions,
-    "compare": config.CompareOptions,
+    "finetune": FinetuneOptions,
+    "sensitivity": SensitivityOptions,
+    "quantize": QuantizeOptions,
+    "export": ExportOptions,
+    "validate": ValidateOptions,
+    "compare": CompareOptions,
 }
 SHELL = [(block, line) for block in code_blocks("") for line in block.code.splitlines() if line.strip()]
 COMMANDS = [(f"{block.name} {line}", line) for block, line in SHELL if line.startswith("qat-edge ")]
@@ -77,7 +85,7 @@ def test_every_toml_block_is_a_profile(block: CodeBlock) -> None:
     values = tomllib.loads(block.code)
     assert values
     assert [key for key in values if not profiles.permitted(key)] == []
-    assert config.load(config.ValidateOptions, "validate", None, values)
+    assert config.load(ValidateOptions, "validate", None, values)
 
 
 @pytest.mark.parametrize("block", code_blocks("json"), ids=lambda block: block.name)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qat_edge.config import ValidateOptions
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator
+from qat_edge.options import ValidateOptions
 
 TUNED = [[5, 6, 7], [5, 6], [8], [1, 2, 3, 4]]
 

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 
 from qat_edge import config, profiles
 from qat_edge.cli import commands
-from qat_edge.config import PROFILES, ValidateOptions
 from qat_edge.errors import GateError, UsageError
 from qat_edge.evaluate import gates
 from qat_edge.evaluate.encoder_results import EncoderResult
 from qat_edge.evaluate.junit import junit_xml
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Report, Speed, Spread
+from qat_edge.options import PROFILES, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.verbs.validate import Validated, _set_by_profiles
 

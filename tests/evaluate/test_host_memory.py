@@ -35,7 +35,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from qat_edge.config import ValidateOptions
+from qat_edge.options import ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.evaluator import Evaluator, EvalSet

@@ -14,9 +14,9 @@ from tiny import CONTEXT, SHAPE, TinyExport, export_into, freeze, llama, prefill
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from conftest import make_tokenizer
-from qat_edge.config import ARTIFACTS, EXPORT_BACKENDS, FORMATS, RUNTIMES, ExportOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.lazy import load
+from qat_edge.options import ARTIFACTS, EXPORT_BACKENDS, FORMATS, RUNTIMES, ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
 from qat_edge.verbs import export as exporting

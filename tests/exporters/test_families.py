@@ -37,10 +37,10 @@ from transformers import (
 )
 
 from conftest import make_tokenizer
-from qat_edge.config import ExportOptions, FinetuneOptions
 from qat_edge.errors import ExportError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.models import load
+from qat_edge.options import ExportOptions, FinetuneOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune

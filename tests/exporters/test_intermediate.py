@@ -20,7 +20,6 @@ from executorch.exir.schema import Bool, EValue, Instruction, Int, KernelCall, O
 from tiny import CONTEXT, export_into, freeze, llama
 from transformers import AutoModelForCausalLM
 
-from qat_edge.config import ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import error_budget, fault_test, locate_fault
 from qat_edge.diagnose.fault_test import Divergence
@@ -28,6 +27,7 @@ from qat_edge.diagnose.locate_fault import Localization
 from qat_edge.diagnose.runtime_rounding import Rounding, artifact_rounding
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator
 from qat_edge.evaluate.results import FaultTest
+from qat_edge.options import ValidateOptions
 from qat_edge_devices.agent import agent, loaded_models, machine
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.transport import CompletedProgram

@@ -14,8 +14,8 @@ from tiny import CONTEXT, SHAPE, TinyExport, export_into, freeze, llama, prefill
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, MistralConfig, PretrainedConfig
 
-from qat_edge.config import DoctorOptions, ExportOptions
 from qat_edge.errors import ExportError, UsageError
+from qat_edge.options import DoctorOptions, ExportOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant, read_manifest, write_manifest
 from qat_edge.verbs import doctor

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qat_edge.config import FinetuneOptions
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, frozen, numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.run import Run

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qat_edge.config import FinetuneOptions
 from qat_edge.errors import UsageError
+from qat_edge.options import FinetuneOptions
 from qat_edge.train.option_checks import check_combination
 
 OPTIONS = FinetuneOptions(model="m", data="d", steps=100)

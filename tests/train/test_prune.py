@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conftest import make_model
-from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.merge import base_model, merged_model
+from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
 from qat_edge.train import prune

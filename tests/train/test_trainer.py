@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qat_edge.config import FinetuneOptions
+from qat_edge.options import FinetuneOptions
 from qat_edge.train.trainer import learning_rate_factor
 
 OPTIONS = FinetuneOptions(model="m", data="d", steps=100, warmup_steps=4, learning_rate=1e-3)

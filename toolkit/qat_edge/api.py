@@ -11,7 +11,7 @@ Every function raises the errors of `qat_edge.errors`, with the same messages as
 go to the `qat_edge` logger; `qat_edge.progress.report_to` sends them elsewhere. Nothing heavy is imported before a
 function is called. An argument equal to its default counts as not given: a device profile may set it.
 
-This file is generated from `qat_edge.config` by tools/write_api.py.
+This file is generated from `qat_edge.options` by tools/write_api.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat_edge import config
+from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 from qat_edge.run import Run
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def finetune(
         RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
     """
     given = _changed(
-        config.FinetuneOptions,
+        FinetuneOptions,
         {
             "model": model,
             "data": data,
@@ -200,7 +201,7 @@ def finetune(
             "track": track,
         },
     )
-    options = config.load(config.FinetuneOptions, "finetune", None, given)
+    options = config.load(FinetuneOptions, "finetune", None, given)
     from qat_edge.verbs.finetune import finetune as verb
 
     return verb(options, Path(out), resume=resume, force=force)
@@ -241,7 +242,7 @@ def quantize(
         ModelError: a model that the method cannot process.
     """
     given = _changed(
-        config.QuantizeOptions,
+        QuantizeOptions,
         {
             "method": method,
             "bits": bits,
@@ -251,7 +252,7 @@ def quantize(
             "seed": seed,
         },
     )
-    options = config.load(config.QuantizeOptions, "quantize", None, given)
+    options = config.load(QuantizeOptions, "quantize", None, given)
     from qat_edge.verbs.quantize import quantize as verb
 
     return verb(_opened(run), options, force=force)
@@ -293,7 +294,7 @@ def export(
         ExportError: a target cannot express the model, or a compiler failed.
     """
     given = _changed(
-        config.ExportOptions,
+        ExportOptions,
         {
             "target": target,
             "context_length": context_length,
@@ -303,7 +304,7 @@ def export(
             "kv_cache": kv_cache,
         },
     )
-    options = config.load(config.ExportOptions, "export", None, given)
+    options = config.load(ExportOptions, "export", None, given)
     from qat_edge.verbs.export import export as verb
 
     return verb(_opened(run), options, force=force)
@@ -395,7 +396,7 @@ def validate(
         GateError: a gate was missed; the reports are in RUN/reports.
     """
     given = _changed(
-        config.ValidateOptions,
+        ValidateOptions,
         {
             "target": target,
             "eval_data": eval_data,
@@ -429,7 +430,7 @@ def validate(
             "min_cosine": min_cosine,
         },
     )
-    options = config.load(config.ValidateOptions, "validate", None, given)
+    options = config.load(ValidateOptions, "validate", None, given)
     from qat_edge.verbs.validate import require_success, validate_run
 
     opened = _opened(run)

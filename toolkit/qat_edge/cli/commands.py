@@ -15,8 +15,10 @@ import click
 
 from qat_edge import __version__, config, progress
 from qat_edge.cli.console import ConsoleReporter, console
-from qat_edge.cli.options import GroupedCommand, load_options, options_of, without_empty
-from qat_edge.config import (
+from qat_edge.cli.flags import GroupedCommand, load_options, options_of, without_empty
+from qat_edge.errors import QatEdgeError, UsageError
+from qat_edge.options import (
+    ARTIFACTS,
     CompareOptions,
     DoctorOptions,
     ExportOptions,
@@ -25,7 +27,6 @@ from qat_edge.config import (
     SensitivityOptions,
     ValidateOptions,
 )
-from qat_edge.errors import QatEdgeError, UsageError
 
 if TYPE_CHECKING:
     from qat_edge.run import Run
@@ -160,9 +161,7 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 
 @main.command(example="qat-edge verify runs/mine")
 @RUN
-@click.option(
-    "--target", multiple=True, type=click.Choice(config.ARTIFACTS), help="Artifacts to verify; all by default."
-)
+@click.option("--target", multiple=True, type=click.Choice(ARTIFACTS), help="Artifacts to verify; all by default.")
 @JSON
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     """Read codes and scales back out of every artifact and compare them with the frozen checkpoint."""
@@ -279,7 +278,7 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     "--from",
     "source",
     default="torch",
-    type=click.Choice(["torch", *config.ARTIFACTS]),
+    type=click.Choice(["torch", *ARTIFACTS]),
     show_default=True,
     help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
 )

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_edge.config import DEPLOYMENTS
 from qat_edge.evaluate.results import Measurement, read_document, read_measurement, to_json
+from qat_edge.options import DEPLOYMENTS
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.run import write_text
 

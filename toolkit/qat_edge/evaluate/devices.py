@@ -10,8 +10,8 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from qat_edge.config import ValidateOptions
 from qat_edge.errors import QatEdgeError, UsageError
+from qat_edge.options import ValidateOptions
 from qat_edge_devices import open_transport
 from qat_edge_devices.device_errors import DeviceLayerError, UnknownNameError
 from qat_edge_devices.transport import Access, Transport

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, RunError, UsageError
@@ -29,6 +28,7 @@ from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, 
 from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.models import merge, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
+from qat_edge.options import FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions, ValidateOptions
 from qat_edge.data import tokenization
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, DeviceError
@@ -27,6 +26,7 @@ from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_diver
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
+from qat_edge.options import FinetuneOptions, ValidateOptions
 from qat_edge.run import Run, Variant, disk_errors, work_folder
 from qat_edge_devices import open_runtime
 from qat_edge_devices.device_errors import DeviceLayerError

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from qat_edge.config import ValidateOptions, flag_name
+from qat_edge.config import flag_name
 from qat_edge.errors import GateError, UsageError
 from qat_edge.evaluate.encoder_results import EncoderResult
 from qat_edge.evaluate.results import Budget, FaultTest, Gate, Measurement
+from qat_edge.options import ValidateOptions
 from qat_edge.profiles import is_gate
 
 ENCODER_GATES = ("min_quality", "min_cosine", "min_top1", "max_size_mb")  # options

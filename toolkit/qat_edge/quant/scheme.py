@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qat_edge.config import GROUP_SIZES, WIDTHS
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import tasks
+from qat_edge.options import GROUP_SIZES, WIDTHS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import NamedTuple
 
-from qat_edge.config import FinetuneOptions, flag_name
+from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")

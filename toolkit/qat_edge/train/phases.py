@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.data import calibration, tokenization
 from qat_edge.data.tokenization import TokenizedRows
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, qat_init
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.qat_init import QatInit

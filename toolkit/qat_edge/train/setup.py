@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 
 from qat_edge import progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import TokenizedRows
@@ -26,6 +25,7 @@ from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq.method_names import COMPENSATED

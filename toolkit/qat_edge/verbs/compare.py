@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qat_edge import config, progress
-from qat_edge.config import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
@@ -30,11 +29,13 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.results import Measurement, read_measurement, to_json
 from qat_edge.models import merge, tasks, tokenizer
+from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
+from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
 from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
 from qat_edge.verbs.export import export_one
-from qat_edge.verbs.quantize import QAT, quantize_if_missing
+from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
@@ -143,7 +144,7 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
     # Artifacts of other backends than the first cannot run on this machine.
-    exporting = config.load(ExportOptions, "export", source, {"backend": config.EXPORT_BACKENDS[0]})
+    exporting = config.load(ExportOptions, "export", source, {"backend": EXPORT_BACKENDS[0]})
     job = CompareJob(run, exporting, force)
 
     # The quantized run has the tokenizer, so it is needed even if no row ships it.

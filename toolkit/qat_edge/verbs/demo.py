@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
+from qat_edge.options import FinetuneOptions
 from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat_edge.config import RUNTIMES, DoctorOptions
 from qat_edge.errors import ArtifactError
+from qat_edge.options import RUNTIMES, DoctorOptions
 from qat_edge.run import MANIFEST
 from qat_edge_exporters.targets import EXECUTORCH, target_named
 

@@ -23,10 +23,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions
 from qat_edge.data import training_examples
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import merge
+from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
 from qat_edge.run import Run, disk_errors, write_text
 from qat_edge.train import objectives

@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions, QuantizeOptions
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
+from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq import methods
-from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant, replace_folder, write_manifest
-from qat_edge.verbs.quantize import QAT, weights_sha256
 
 
 def freeze(
-    run: Run, variant: Variant, adapter: Path, options: QuantizeOptions, force: bool
+    run: Run, variant: Variant, adapter: Path, adapter_sha256: str | None, options: QuantizeOptions, force: bool
 ) -> tuple[str, dict[str, Any] | None]:
     """Write the frozen checkpoint of one variant, replacing what is there.
 
@@ -37,6 +36,7 @@ def freeze(
         run: the run that the variant belongs to.
         variant: where the checkpoint goes.
         adapter: the adapter that is merged.
+        adapter_sha256: hash of its weights, for the manifest.
         options: method, bits, rotation and calibration data.
         force: merge even if library versions differ from those in training.
 
@@ -75,7 +75,7 @@ def freeze(
             options=config.plain(options),
             calibration=calibration_record,
             rotation_seed=_rotation_seed(adapter, options),
-            adapter_sha256=weights_sha256(adapter),
+            adapter_sha256=adapter_sha256,
             scheme=frozen.scheme_metadata(merged.scheme),
             **{k: v for k, v in adapter_metadata(adapter).items() if k in ("model", "data", "seed", "device")},
         )

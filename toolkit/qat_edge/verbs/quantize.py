@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge import config, progress
-from qat_edge.config import QuantizeOptions
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models.tasks import require_causal_lm
+from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
+from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant, read_manifest, sha256
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full
-QAT = "qat"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
     # Imported here, because it needs the whole of models and quant: an existing checkpoint does not.
     from qat_edge.verbs.freezing import freeze
 
-    weights, calibration = freeze(run, variant, adapter, options, force)
+    weights, calibration = freeze(run, variant, adapter, _weights_sha256(adapter), options, force)
     return Quantized(options.method, variant.quantized, weights, calibration, time.monotonic() - began)
 
 
@@ -128,10 +128,10 @@ def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quan
 
 def _is_of(variant: Variant, adapter: Path) -> bool:
     """Return whether a variant's checkpoint was made from this adapter."""
-    return bool(read_manifest(variant.quantized)["adapter_sha256"] == weights_sha256(adapter))
+    return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
 
 
-def weights_sha256(adapter: Path) -> str | None:
+def _weights_sha256(adapter: Path) -> str | None:
     """Return the hash of the adapters, or of the whole model; None where there is neither (loading it reports that)."""
     found = [path for name in (ADAPTER_WEIGHTS, WHOLE_MODEL) if (path := adapter / name).is_file()]
     return sha256(found[0]) if found else None

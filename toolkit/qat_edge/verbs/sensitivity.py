@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from qat_edge import config, progress
-from qat_edge.config import FinetuneOptions, SensitivityOptions
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import decoder, tasks
 from qat_edge.models.merge import adapter_metadata, merged_model
+from qat_edge.options import FinetuneOptions, SensitivityOptions
 from qat_edge.quant import layer_sensitivity
 from qat_edge.quant.bit_allocation import (
     MEASURED,

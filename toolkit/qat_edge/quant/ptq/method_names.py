@@ -1,5 +1,7 @@
 """Names of the post-training quantization methods. Imports nothing, so that `--help` can list them at once."""
 
+QAT = "qat"  # the method of a trained model, which is none of PTQ
+
 # Name in commands, run folders and manifests -> name in reports.
 PTQ_METHODS = {
     "rtn": "round-to-nearest",

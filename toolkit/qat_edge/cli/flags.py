@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from qat_edge import config, progress
+from qat_edge.options import GROUPS, OUTPUT, RENAMED_VALUES
 
 Command = Callable[..., Any]
 
@@ -72,12 +73,12 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                records.setdefault(getattr(parameter, "group", config.OUTPUT), []).append(record)
+                records.setdefault(getattr(parameter, "group", OUTPUT), []).append(record)
 
         # A command with one group needs no headings.
         if len(records) == 1:
             records = {"Options": next(iter(records.values()))}
-        for group in ("Options", *config.GROUPS):
+        for group in ("Options", *GROUPS):
             if group in records:
                 with formatter.section(group):
                     formatter.write_dl(records[group])
@@ -96,7 +97,7 @@ class _RenamedChoice(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Pass a known old value on as it is."""
-        if config.RENAMED_VALUES.get(value) in self.choices:
+        if RENAMED_VALUES.get(value) in self.choices:
             return value
         return super().convert(value, param, ctx)
 

@@ -1,0 +1,330 @@
+"""Options of every verb: one frozen dataclass each, the only home of a default, its help text and its permitted values.
+
+The command line makes its flags from these fields (`cli.flags`), tools/write_api.py the Python API, and `config` reads
+them from YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
+from qat_edge_exporters import targets
+
+FORMATS = targets.FORMATS  # what `export --target` writes
+EXPORT_BACKENDS = targets.EXPORT_BACKENDS
+ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered to one of its backends
+GROUP_SIZES = (32, 64, 128)
+WIDTHS = (4, 8)  # bits of a weight: int4 in groups, int8 per channel
+RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
+BASES = ("fp32", "nf4", "int8")
+KV_CACHES = ("float32", "int8")
+DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
+PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
+PTQ_INITS = ("none", "hqq", "gptq", "gptaq", "coordinate-descent", "awq")
+
+# Values renamed since 0.1.0; the old ones still work.
+RENAMED_VALUES = RENAMED_METHODS
+
+# Headings of `--help`, in this order.
+DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"
+MEASURING, GATES, HARDWARE, OUTPUT = "What to measure", "Gates", "Hardware", "Output"
+GROUPS = (DATA, TRAINING, QUANTIZATION, MEASURING, GATES, HARDWARE, OUTPUT)
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    group: str = OUTPUT,
+    old_name: str = "",
+) -> Any:
+    """Return a dataclass field that carries what its flag needs.
+
+    Args:
+        help: text for `--help` and the reference.
+        default: none makes the option required.
+        choices: permitted values; empty for any.
+        minimum: least permitted value.
+        group: heading of `--help` that the flag stands under.
+        old_name: the field's name in 0.1.0, where it was renamed since.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "group": group, "old_name": old_name}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Options of `finetune`. Steps are optimizer steps; lengths are in tokens."""
+
+    model: str = option("Hub id, local folder or .gguf file of a causal language model or an encoder.", group=DATA)
+    data: str = option("Training rows: a .jsonl file, or anything datasets.load_dataset reads.", group=DATA)
+    eval_data: str | None = option(
+        "Held-out rows for validate and the loss curve; NAME:PART picks a split.", None, group=DATA
+    )
+    max_length: int = option(
+        "Longest row; longer rows are truncated, counted and reported.", 512, minimum=8, group=DATA
+    )
+    trust_remote_code: bool = option("Run Python code that comes with the model.", False, group=DATA)
+
+    method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
+    steps: int = option("Optimizer steps of both phases together.", 200, minimum=1, group=TRAINING)
+    batch_size: int = option("Rows per device and batch.", 8, minimum=1, group=TRAINING)
+    gradient_accumulation: int = option("Batches per optimizer step.", 1, minimum=1, group=TRAINING)
+    learning_rate: float = option(
+        "Peak learning rate of AdamW; with --method full, try about a twentieth of the default.",
+        1e-3, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    lr_schedule: str = option(
+        "Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"), group=TRAINING
+    )
+    warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0, group=TRAINING)
+    weight_decay: float = option("AdamW weight decay.", 0.0, minimum=0, group=TRAINING)
+    lora_rank: int = option("Rank of the adapters.", 16, minimum=1, group=TRAINING)
+    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1, group=TRAINING)
+    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0, group=TRAINING)
+    target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",), group=TRAINING)
+    keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1, group=TRAINING)
+    prune: str = option(
+        "Which layers --keep-layers keeps: the first, or those whose removal raises the loss most.",
+        "least-harmful", ("least-harmful", "first"), group=TRAINING,
+    )  # fmt: skip
+    distill_weight: float = option(
+        "Share of the loss that is KL divergence from the model at the end of phase 1, 0 to 1.",
+        0.0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    distill_temperature: float = option("Temperature of that divergence.", 1.0, minimum=0.01, group=TRAINING)
+    distill_top_k: int = option(
+        "Tokens per position of the teacher's prediction to precompute; 0 runs the teacher at every step.",
+        0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    eval_every: int = option(
+        "Steps between evaluations on --eval-data; 0 evaluates at the end of each phase only.",
+        0, minimum=0, group=TRAINING,
+    )  # fmt: skip
+    eval_rows: int = option("Rows of --eval-data in each of those evaluations.", 128, minimum=1, group=TRAINING)
+    seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0, group=TRAINING)
+
+    qat_start: float = option(
+        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step.", 0.9, minimum=0, group=QUANTIZATION
+    )
+    group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES, group=QUANTIZATION)
+    bits: str | None = option("Bits by layer: a file written by `qat-edge sensitivity`.", None, group=QUANTIZATION)
+    embedding_bits: int = option(
+        "Bits of the token embedding, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS, group=QUANTIZATION
+    )
+    head_bits: int = option(
+        "Bits of the output head, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS, group=QUANTIZATION
+    )
+    ptq_init: str = option(
+        "PTQ method that initializes weights and scales at the start of QAT.",
+        "coordinate-descent", PTQ_INITS, group=QUANTIZATION, old_name="ptq_start",
+    )  # fmt: skip
+    rotate: str = option(
+        "Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates where the "
+        "model and the method allow it.",
+        "auto", ("auto", "on", "off"), group=QUANTIZATION,
+    )  # fmt: skip
+    calibration_tokens: int | None = option(
+        "Tokens of the training rows for PTQ initialization; by default 49152, or all if there are fewer.",
+        None, minimum=1, group=QUANTIZATION,
+    )  # fmt: skip
+    scales: str = option(
+        "Group scales during QAT: learned, fixed as initialized, or the largest weight at each step.",
+        "learned", ("absmax", "fixed", "learned"), group=QUANTIZATION,
+    )  # fmt: skip
+    scale_learning_rate: float = option(
+        "Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0, group=QUANTIZATION
+    )
+    qat_learning_rate: float | None = option(
+        "Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate: 0.1 after gptq, "
+        "gptaq and coordinate-descent, 0.3 after other initializations.",
+        None, minimum=0, group=QUANTIZATION,
+    )  # fmt: skip
+    lr_restart: bool = option(
+        "Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.",
+        True, group=QUANTIZATION,
+    )  # fmt: skip
+
+    device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"), group=HARDWARE)
+    precision: str = option(
+        "Autocast of matrix products; weights and rounding stay float32.",
+        "auto", ("auto", "bf16", "fp32"), group=HARDWARE,
+    )  # fmt: skip
+    base: str = option("Storage of the frozen base weights under the adapters.", "fp32", BASES, group=HARDWARE)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass to save memory.", False, group=HARDWARE
+    )
+
+    save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
+    track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `quantize`: the method and its calibration data."""
+
+    method: str = option(
+        "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ).",
+        "qat", ("qat", *PTQ_METHODS), group=QUANTIZATION,
+    )  # fmt: skip
+    bits: str | None = option(
+        "Bits by layer, instead of those of finetune; not with --method qat.", None, group=QUANTIZATION
+    )
+    rotate: bool = option(
+        "Rotate the hidden states first, as finetune --rotate does; not with --method qat.",
+        False, group=QUANTIZATION,
+    )  # fmt: skip
+    calibration_data: str | None = option(
+        "Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training rows.",
+        None, group=DATA,
+    )  # fmt: skip
+    calibration_tokens: int | None = option(
+        "Tokens of those rows; by default 49152, or all if there are fewer.", None, minimum=1, group=DATA
+    )
+    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=DATA)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export`: the artifacts to write, and their context length."""
+
+    target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS)
+    context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, minimum=16)
+    ptq: tuple[str, ...] = option(
+        "PTQ methods to export next to QAT, for comparison; none for no comparison.",
+        ("rtn",), (*PTQ_METHODS, "none"),
+    )  # fmt: skip
+    portable: bool = option(
+        "Write a .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized operators.", False
+    )
+    backend: str = option(
+        "Backend that a .pte is lowered to; others than xnnpack go to exports/executorch-BACKEND.",
+        EXPORT_BACKENDS[0], EXPORT_BACKENDS,
+    )  # fmt: skip
+    kv_cache: str = option(
+        "Storage of keys and values in a .pte; int8 takes about a quarter of the memory.", "float32", KV_CACHES
+    )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Options of `doctor`: the runtimes that a program has to load in."""
+
+    runtime: tuple[str, ...] = option(
+        "Runtimes that must load the program; without this, all are checked and one must load it.", (), RUNTIMES
+    )
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Options of `validate`: measurements, devices, and the gates that set the exit code."""
+
+    target: tuple[str, ...] = option(
+        "Artifacts to measure; by default all that run here.", (), ARTIFACTS, group=MEASURING
+    )
+    eval_data: str | None = option("Evaluation rows, instead of finetune's --eval-data.", None, group=MEASURING)
+    text: str | None = option("UTF-8 text for perplexity, instead of the evaluation rows.", None, group=MEASURING)
+    tokens: int = option("Tokens compared with the reference.", 2048, minimum=64, group=MEASURING)
+    window: int = option("Tokens of context in each compared sequence.", 128, minimum=16, group=MEASURING)
+    prompts: int = option(
+        "Evaluation rows to generate answers for, for exact match; 0 for none.", 64, minimum=0, group=MEASURING
+    )
+    max_new_tokens: int = option("Longest generated answer.", 96, minimum=1, group=MEASURING)
+    prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1, group=MEASURING)
+    decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2, group=MEASURING)
+    repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1, group=MEASURING)
+    error_budget: bool = option(
+        "Measure the loss of each step and of each part of the rounding, and tell a fault from rounding noise; "
+        "takes many more passes.",
+        False, group=MEASURING, old_name="budget",
+    )  # fmt: skip
+
+    device: tuple[str, ...] = option(
+        "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.",
+        ("local",), group=HARDWARE,
+    )  # fmt: skip
+    device_python: str | None = option(
+        "Python with numpy and the runtimes on ssh and adb devices; python3 by default.", None, group=HARDWARE
+    )
+    device_folder: str | None = option(
+        "Folder on those devices for artifacts and results; by default a cache folder of the user.",
+        None, group=HARDWARE,
+    )  # fmt: skip
+    ssh_config: str | None = option("OpenSSH configuration file to use instead of your own.", None, group=HARDWARE)
+    runner_binary: str | None = option(
+        "executor_runner or llama_main built for the device, to run the .pte instead of Python.",
+        None, group=HARDWARE,
+    )  # fmt: skip
+    profile: str | None = option(
+        f"Gates and timing for a class of device: {', '.join(PROFILES)}, or a FILE.toml; flags override it.",
+        None, group=HARDWARE,
+    )  # fmt: skip
+    device_profile: tuple[str, ...] = option(
+        "DEVICE=PROFILE: profile of one of several devices, instead of --profile; repeat for each.",
+        (), group=HARDWARE,
+    )  # fmt: skip
+    threads: int = option("CPU threads each runtime may use.", 2, minimum=1, group=HARDWARE)
+
+    max_kl: float | None = option(
+        "Largest mean KL divergence from the FP32 reference, nats per token.", None, minimum=0, group=GATES
+    )
+    min_top1: float | None = option(
+        "Least share of tokens (encoders: texts) with the reference's first choice, 0 to 1.",
+        None, minimum=0, group=GATES,
+    )  # fmt: skip
+    max_perplexity_ratio: float | None = option(
+        "Largest ratio of perplexity to the reference's.", None, minimum=0, group=GATES
+    )
+    min_exact_match: float | None = option(
+        "Least share of prompts answered exactly, 0 to 1.", None, minimum=0, group=GATES
+    )
+    max_size_mb: float | None = option("Largest artifact, in megabytes (10^6 bytes).", None, minimum=0, group=GATES)
+    max_memory_mb: float | None = option(
+        "Most memory above the runtime's own, in megabytes (10^6 bytes).", None, minimum=0, group=GATES
+    )
+    min_prefill: float | None = option("Least prefill speed, tokens per second.", None, minimum=0, group=GATES)
+    min_decode: float | None = option("Least decode speed, tokens per second.", None, minimum=0, group=GATES)
+    max_fault_chance: float | None = option(
+        "With --error-budget: largest probability that a token's error exceeds rounding noise; a fault is above 0.75.",
+        None, minimum=0, group=GATES,
+    )  # fmt: skip
+    min_quality: float | None = option(
+        "Encoders: least accuracy, retrieval or rank correlation, whichever the rows allow; 0 to 1.",
+        None, minimum=0, group=GATES,
+    )  # fmt: skip
+    min_cosine: float | None = option(
+        "Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.", None, minimum=0, group=GATES
+    )
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `compare`: the deployments. The validate section of --config, or of the run, says how to measure."""
+
+    model: str | None = option("Train first, with --out: the base model, as for finetune.", None, group=DATA)
+    data: str | None = option("Train first: training rows, as for finetune.", None, group=DATA)
+    eval_data: str | None = option("Train first: held-out rows, as for finetune.", None, group=DATA)
+    target: tuple[str, ...] = option("Formats to compare in.", FORMATS, FORMATS, group=MEASURING)
+    deployment: tuple[str, ...] = option("Rows of the table.", DEPLOYMENTS, DEPLOYMENTS, group=MEASURING)
+    method: tuple[str, ...] = option(
+        "PTQ methods of the merged PTQ rows.", tuple(PTQ_METHODS), tuple(PTQ_METHODS), group=MEASURING
+    )
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Options of `sensitivity`: the data to measure each layer on, and the limit that picks its bits."""
+
+    tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16, group=MEASURING)
+    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=MEASURING)
+    max_size_mb: float | None = option(
+        "Pick bits: lowest KL while the weights stay within this size, in megabytes (10^6 bytes).",
+        None, minimum=0, group=QUANTIZATION, old_name="budget_mb",
+    )  # fmt: skip
+    max_kl: float | None = option(
+        "Pick bits: smallest size with a predicted KL within this, nats per token.",
+        None, minimum=0, group=QUANTIZATION,
+    )  # fmt: skip
