@@ -12,7 +12,7 @@ from qat_edge import __version__
 from qat_edge.evaluate.deployments import PTQ, Deployment, DeploymentTable
 from qat_edge.evaluate.results import Measurement, Speed, Spread
 from qat_edge.report.charts import LINE, WIDTH, Scale, canvas, nice_top, rect, text, to_svg, x_axis
-from qat_edge.report.formatting import TARGETS, megabytes, number, percent, plain, whole_percent
+from qat_edge.report.formatting import TARGET_TITLES, megabytes, number, percent, plain, whole_percent
 from qat_edge.report.glossary import COMPARISON_TERMS
 from qat_edge.report.run_details import DetailList, flatten
 from qat_edge.report.run_page import Plot, environment, style
@@ -184,7 +184,7 @@ def _of(pick: Callable[[Measurement], float | None]) -> Callable[[Deployment], f
 
 def _runtime_section(table: DeploymentTable, target: str, index: int) -> RuntimeSection:
     rows = [row for row in table.deployments if row.target == target]
-    name = TARGETS.get(target, plain(target))
+    name = TARGET_TITLES.get(target, plain(target))
     return RuntimeSection(name, verdict(table, target), _main_table(table, rows, name), _plots(table, rows, index))
 
 
@@ -254,5 +254,7 @@ def _bars(name: str, title: str, rows: Sequence[tuple[Deployment, float]], colum
 
 def _runtimes(table: DeploymentTable) -> list[tuple[str, str]]:
     """Return the version of each runtime, and that of the reference."""
-    used = {(TARGETS.get(row.target, row.target), row.measured.runtime) for row in table.deployments if row.measured}
+    used = {
+        (TARGET_TITLES.get(row.target, row.target), row.measured.runtime) for row in table.deployments if row.measured
+    }
     return [*sorted(used), ("reference", table.reference.runtime)]

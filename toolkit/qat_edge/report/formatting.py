@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge_exporters.targets import TARGETS
 
 ROLES = {
     "base": "FP32 base",
@@ -15,7 +16,7 @@ ROLES = {
     "ptq": "PTQ",
     "qat": "QAT",
 }
-TARGETS = {"torch": "torch", "executorch": "ExecuTorch", "onnx": "ONNX"}
+TARGET_TITLES = {"torch": "torch"} | {target.name: target.title for target in TARGETS.values()}
 # Parts of an artifact's size with their display names, in the order in which they are stacked.
 PARTS = {
     "linears": "linear layers",
@@ -77,7 +78,7 @@ def model_label(row: ReportedModel) -> str:
 
 def target_label(row: ReportedModel) -> str:
     """Return the display name of the row's target."""
-    return TARGETS.get(row.target, plain(row.target))
+    return TARGET_TITLES.get(row.target, plain(row.target))
 
 
 def part_label(part: str) -> str:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qat_edge import __version__
 from qat_edge.report import glossary
-from qat_edge.report.formatting import ROLES, TARGETS, label, number, plain, role
+from qat_edge.report.formatting import ROLES, TARGET_TITLES, label, number, plain, role
 from qat_edge.report.history import METRICS, Change, History, Incomparable, Metric, Point, Series
 from qat_edge.report.plots import SHAPES
 from qat_edge.report.run_details import DetailList
@@ -103,7 +103,7 @@ def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
     """Return the colors of the models, the shapes of the runtimes and the sign of an interrupted line."""
     colors = {f"l-bar c-{role(one.model)}": ROLES.get(role(one.model), "other") for one in series}
     targets = dict.fromkeys(one.model.target for one in series)
-    shapes = {f"l-{SHAPES.get(t, 'diamond')}": TARGETS.get(t, plain(t)) for t in targets}
+    shapes = {f"l-{SHAPES.get(t, 'diamond')}": TARGET_TITLES.get(t, plain(t)) for t in targets}
     return [*colors.items(), *shapes.items(), ("l-apart", "≠ not comparable")]
 
 

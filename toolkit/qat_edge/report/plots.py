@@ -44,9 +44,10 @@ from qat_edge.report.formatting import (
     role,
     target_label,
 )
+from qat_edge_exporters.targets import TARGETS
 
 # Shape of a point by its target; a diamond for torch and for unknown targets.
-SHAPES = {"executorch": "circle", "onnx": "square"}
+SHAPES = {target.name: target.marker for target in TARGETS.values()}
 LOG_FROM = 12.0  # ratio of the largest to the smallest size above which the axis is logarithmic
 LEFT = 42.0  # width of the tick values at the left of an axis
 ROW = 30.0  # height of a bar with its margin

@@ -15,7 +15,7 @@ from qat_edge.report import glossary, plots, run_details, tables, waterfall
 from qat_edge.report.collect import RunResults
 from qat_edge.report.formatting import (
     ROLES,
-    TARGETS,
+    TARGET_TITLES,
     ReportedModel,
     duration,
     label,
@@ -240,7 +240,7 @@ def _quality_plot(rows: Sequence[Measurement], index: int) -> Plot:
 
     drawn = plots.rows_by_size(rows)
     # Shapes stand for targets; colors are explained by the labels in the chart.
-    shapes = {plots.SHAPES.get(row.target, "diamond"): TARGETS.get(row.target, row.target) for row in drawn}
+    shapes = {plots.SHAPES.get(row.target, "diamond"): TARGET_TITLES.get(row.target, row.target) for row in drawn}
     legend = [(f"l-{shape}", name) for shape, name in shapes.items()]
     if {"ptq", "qat"} <= {role(row) for row in drawn}:
         legend.append(("l-gain", "from PTQ to QAT"))
@@ -297,7 +297,7 @@ def _budget_plots(report: Report, index: int) -> list[Plot]:
     ]
     found = []
     for position, budget in enumerate(report.budgets):
-        title = f"Error budget, QAT · {TARGETS.get(budget.target, budget.target)}"
+        title = f"Error budget, QAT · {TARGET_TITLES.get(budget.target, budget.target)}"
         # Element ids have to be unique on the page: a chart per device and artifact.
         svg = waterfall.waterfall(f"budget-{index}-{position}", budget)
         if svg:
