@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils import logging as transformers_logging
 
 from qat_edge.errors import RunError
 from qat_edge.quant.module_class import wrap_class
@@ -100,7 +101,13 @@ def load(read: Callable[..., Any], folder: Path) -> PreTrainedModel:
     if not stored:
         model: PreTrainedModel = read(folder)
         return model
-    model, loading = read(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    # transformers would print a report of the mismatch; it is checked below instead.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, loading = read(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
     # The weights of rotated norms are expected not to fit; nothing else may be skipped.
     mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
