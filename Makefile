@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. Both build .venv first and touch nothing outside the checkout.
+# `make demo` and `make test` build .venv first, as all targets do, and touch nothing outside the checkout.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

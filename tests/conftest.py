@@ -93,7 +93,7 @@ def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), st
 
 @contextmanager
 def stored_tensors(checkpoint: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of a saved model, to be changed; what is said about them stays."""
+    """The tensors of a saved model, to be changed; their metadata is preserved."""
     path = checkpoint / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -82,6 +82,12 @@ def test_from_training_to_an_answer(tiny_model_folder: Path, tmp_path: Path) -> 
     )
     assert [gate.passed for report in reports for gate in report.gates] == [True]
 
+    assert [result.target for result in qat_edge.verify(done.run, target="onnx")] == ["onnx"]
+
+    # A resumed run has its own options; only its folder, model and data are named again.
+    with pytest.raises(RunError, match="checkpoint"):
+        qat_edge.finetune(tiny_model_folder, tmp_path / "train.jsonl", done.run, resume=True)
+
     pieces: list[str] = []
     answer = qat_edge.generate(done.run, "say 3 ", source="onnx", raw=True, max_new_tokens=4, emit=pieces.append)
     assert answer == "".join(pieces)
@@ -107,7 +113,7 @@ def test_a_bad_value_names_its_option(tmp_path: Path) -> None:
         qat_edge.load_frozen(tmp_path)
 
 
-def test_arguments_at_their_defaults_leave_a_profile_its_say(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+def test_arguments_at_their_defaults_do_not_override_a_profile(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     given: list[Any] = []
 
     def stop(opened: Run, options: ValidateOptions, **_: Any) -> None:

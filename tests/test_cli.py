@@ -225,3 +225,22 @@ def test_help_has_an_example_and_groups() -> None:
     order = ["Example:", "Model and data:", "Training:", "Quantization:", "Hardware:", "Output:"]
     assert sorted(order, key=shown.index) == order
     assert shown.index("--ptq-init") > shown.index("Quantization:")
+
+
+def test_an_option_under_both_names_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("finetune: {model: m, data: d, ptq_start: hqq, ptq_init: awq}\n")
+    with pytest.raises(UsageError, match="--ptq-start and --ptq-init are one option"):
+        config.load(FinetuneOptions, "finetune", path, {})
+
+
+def test_on_and_off_in_yaml_are_the_choices_of_the_flag(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for written, value in (("on", "on"), ("off", "off"), ("auto", "auto")):
+        path.write_text(f"finetune: {{model: m, data: d, rotate: {written}}}\n")
+        assert config.load(FinetuneOptions, "finetune", path, {}).rotate == value
+
+
+def test_every_command_has_a_short_help_that_fits_a_line() -> None:
+    shown = CliRunner().invoke(commands.main, ["--help"]).output
+    assert "..." not in shown.partition("Commands:")[2]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = {"qat_edge": "toolkit", "qat_edge_exporters": "exporters", "qat_edge_devices": "devices"}
 FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / folder / package).rglob("*.py"))
 
-# The floors of the house: a module imports from its own floor and from those below it.
+# Import layers, lowest first: a module imports from its own layer and from those below it.
 FLOORS = (
     {"errors", "run", "lazy", "logs", "progress", "profiles", "options", "config", "quant.ptq.method_names"},
     {"data", "models", "quant", "demo_data"},

@@ -18,7 +18,7 @@ from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, Va
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
-HEADER = '''"""The public Python API: every verb as a function, with the command's flags as keyword arguments.
+HEADER = '''"""The public Python API: the main commands as functions, with their flags as keyword arguments.
 
     from qat_edge import export, finetune, validate, verify
 
@@ -77,7 +77,7 @@ def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verifie
     from qat_edge.verbs.verify import require_equal
     from qat_edge.verbs.verify import verify as verb
 
-    results = verb(_opened(run), list(target))
+    results = verb(_opened(run), [target] if isinstance(target, str) else list(target))
     require_equal(results)
     return results
 
@@ -248,7 +248,7 @@ VERBS = (
         options=ValidateOptions,
         first={"run": "a run with exports, or its folder."},
         summary="Run every artifact in its own runtime and compare it with the FP32 fine-tune.",
-        returns=("list[Report | EncoderReport]", "One report per device; of an encoder, a `EncoderReport`."),
+        returns=("list[Report | EncoderReport]", "One report per device; for an encoder, one `EncoderReport`."),
         raises=(
             "UsageError: an impossible value or combination of options.",
             "RunError: nothing was exported, or a report exists and `force` is not set.",
@@ -296,12 +296,14 @@ def _function(verb: Verb) -> str:
     lines += ["force: replace what exists already."]
 
     given = ", ".join(f"{f.name!r}: {f.name}" for f in fields)
+    # A resumed run has its own options; arguments may repeat them.
+    recorded = "Run.open(Path(out)).config if resume else None" if verb.resumes else "None"
     body = textwrap.indent(textwrap.dedent(verb.body).strip(), "    ")
     return (
         f"def {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"
         + textwrap.indent(_docstring(verb, lines), "    ")
         + f"\n    given = _changed({verb.options.__name__}, {{{given}}})\n"
-        + f"    options = config.load({verb.options.__name__}, {verb.name!r}, None, given)\n"
+        + f"    options = config.load({verb.options.__name__}, {verb.name!r}, {recorded}, given)\n"
         + body
         + "\n"
     )

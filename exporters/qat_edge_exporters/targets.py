@@ -1,7 +1,7 @@
 """Every kind of artifact, one `Target` record each: who writes it, who reads it back, where it runs.
 
 Nothing heavy is imported here: a record names functions as "module:function", and its methods import them when they
-are called. A new kind of artifact is one more record in `TARGETS`; no other module has a list of targets.
+are called. A new kind of artifact is one more record in `TARGETS`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def target_named(name: str) -> Target:
         UsageError: there is none of that name; the known ones are listed.
     """
     if name not in TARGETS:
-        raise UsageError(f"--target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
+        raise UsageError(f"target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
     return TARGETS[name]
 
 

@@ -1,4 +1,4 @@
-"""The public Python API: every verb as a function, with the command's flags as keyword arguments.
+"""The public Python API: the main commands as functions, with their flags as keyword arguments.
 
     from qat_edge import export, finetune, validate, verify
 
@@ -102,7 +102,7 @@ def finetune(
         gradient_accumulation: Batches per optimizer step.
         learning_rate: Peak learning rate of AdamW; with --method full, try about a twentieth of the default.
         lr_schedule: Learning rate after warm-up. One of cosine, constant, linear.
-        warmup_steps: Steps to reach the peak learning rate.
+        warmup_steps: Steps to reach the peak learning rate; at most a fifth of a phase.
         weight_decay: AdamW weight decay.
         lora_rank: Rank of the adapters.
         lora_alpha: Adapters are scaled by alpha / rank.
@@ -133,7 +133,7 @@ def finetune(
             absmax, fixed, learned.
         scale_learning_rate: Peak learning rate of learned scales, relative to a scale.
         qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
-            0.1 after gptq, gptaq and coordinate-descent, 0.3 after other initializations.
+            0.1 after gptq, gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.
         lr_restart: Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.
         device: Where to train. One of auto, cpu, cuda.
         precision: Autocast of matrix products; weights and rounding stay float32. One of auto, bf16, fp32.
@@ -201,7 +201,7 @@ def finetune(
             "track": track,
         },
     )
-    options = config.load(FinetuneOptions, "finetune", None, given)
+    options = config.load(FinetuneOptions, "finetune", Run.open(Path(out)).config if resume else None, given)
     from qat_edge.verbs.finetune import finetune as verb
 
     return verb(options, Path(out), resume=resume, force=force)
@@ -386,7 +386,7 @@ def validate(
         force: replace what exists already.
 
     Returns:
-        One report per device; of an encoder, a `EncoderReport`.
+        One report per device; for an encoder, one `EncoderReport`.
 
     Raises:
         UsageError: an impossible value or combination of options.
@@ -457,7 +457,7 @@ def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verifie
     from qat_edge.verbs.verify import require_equal
     from qat_edge.verbs.verify import verify as verb
 
-    results = verb(_opened(run), list(target))
+    results = verb(_opened(run), [target] if isinstance(target, str) else list(target))
     require_equal(results)
     return results
 

@@ -142,8 +142,17 @@ def current_values(cls: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _current_names(fields: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with keys of 0.1.0 under today's names; where both are given, today's name wins."""
+    """Return `values` with keys of 0.1.0 under today's names.
+
+    Raises:
+        UsageError: an option is given under both names.
+    """
     renamed = {f.metadata["old_name"]: name for name, f in fields.items() if f.metadata["old_name"]}
+    for old_name, name in renamed.items():
+        if old_name not in fields and None not in (values.get(old_name), values.get(name)):
+            raise UsageError(
+                f"{flag_name(old_name)} and {flag_name(name)} are one option. Give {flag_name(name)} alone."
+            )
     old = {renamed[k]: v for k, v in values.items() if k in renamed and k not in fields}
     new = {k: v for k, v in values.items() if k in fields or k not in renamed}
     return old | {k: v for k, v in new.items() if v is not None or k not in old}
@@ -213,9 +222,11 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
 
 
 def _converted(value: Any, hint: Any, spec: dataclasses.Field[Any]) -> Any:
-    """Return `value` converted where YAML or 0.1.0 write it otherwise than the field does."""
+    """Convert values that YAML or 0.1.0 spell differently."""
     if _is_renamed(value, spec):
         return RENAMED_VALUES[value]
+    if isinstance(value, bool) and {"on", "off"} <= set(spec.metadata["choices"]):  # YAML reads on and off as booleans
+        return "on" if value else "off"
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string

@@ -22,7 +22,7 @@ BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
-PTQ_INITS = ("none", "hqq", "gptq", "gptaq", "coordinate-descent", "awq")
+PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 
 # Values renamed since 0.1.0; the old ones still work.
 RENAMED_VALUES = RENAMED_METHODS
@@ -80,7 +80,9 @@ class FinetuneOptions:
     lr_schedule: str = option(
         "Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"), group=TRAINING
     )
-    warmup_steps: int = option("Steps to reach the peak learning rate.", 5, minimum=0, group=TRAINING)
+    warmup_steps: int = option(
+        "Steps to reach the peak learning rate; at most a fifth of a phase.", 5, minimum=0, group=TRAINING
+    )
     weight_decay: float = option("AdamW weight decay.", 0.0, minimum=0, group=TRAINING)
     lora_rank: int = option("Rank of the adapters.", 16, minimum=1, group=TRAINING)
     lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1, group=TRAINING)
@@ -140,7 +142,7 @@ class FinetuneOptions:
     )
     qat_learning_rate: float | None = option(
         "Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate: 0.1 after gptq, "
-        "gptaq and coordinate-descent, 0.3 after other initializations.",
+        "gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.",
         None, minimum=0, group=QUANTIZATION,
     )  # fmt: skip
     lr_restart: bool = option(

@@ -1,4 +1,4 @@
-"""Messages and progress of a running verb, on their way to whoever shows them.
+"""Report messages and progress through a replaceable `Reporter`.
 
 Library code calls `info`, `warn` and `bar`; none of it knows how they are shown. The command line shows them on stderr
 (`qat_edge.cli.console`), so that stdout stays free for results. Without `report_to`, they go to the `qat_edge` logger

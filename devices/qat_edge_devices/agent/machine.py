@@ -23,7 +23,7 @@ def pin(threads: int, backend: str) -> int:
     Returns:
         The number of CPUs the process got.
     """
-    # ExecuTorch has its own pool. The attention operator of its Python wheel opens OpenMP threads besides, which spin
+    # ExecuTorch has its own pool. The attention operator of its Python wheel also starts OpenMP threads, which spin
     # on the pool's cores between tokens: with one of them instead of two, decoding is 2.3 times as fast after 128
     # tokens on two cores.
     os.environ["OMP_NUM_THREADS"] = "1" if backend == "executorch" else str(threads)

@@ -13,5 +13,5 @@ The modules in the order in which an export goes through them, then those that r
     names.py              convert between names of modules and names of nodes
     onnx_reader.py        read codes, scales and sizes back from a folder, for `verify`
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
-    compat.py             every use of internals of onnxruntime-genai and transformers
+    onnx_compat.py        every use of internals of onnxruntime-genai and transformers
 """

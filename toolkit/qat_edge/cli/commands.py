@@ -80,7 +80,8 @@ def main(ctx: click.Context, verbose: bool) -> None:
 
 
 @main.command(
-    example="qat-edge finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out runs/mine"
+    short_help="Train adapters, then QAT.",
+    example="qat-edge finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --out runs/mine",
 )
 @options_of(FinetuneOptions)
 @CONFIG
@@ -90,8 +91,11 @@ def main(ctx: click.Context, verbose: bool) -> None:
 @JSON
 def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_json: bool, **flags: Any) -> None:
     """Train LoRA adapters, then continue with fake quantization in the forward pass (QAT)."""
-    source = _open(out).config if resume and config_path is None else config_path
-    options = load_options(FinetuneOptions, "finetune", source, flags)
+    if resume and config_path is None:
+        # The run's own file: nobody wrote its old names by hand, so there is nothing to warn about.
+        options = config.load(FinetuneOptions, "finetune", _open(out).config, without_empty(flags))
+    else:
+        options = load_options(FinetuneOptions, "finetune", config_path, flags)
     from qat_edge.verbs.finetune import finetune as verb
 
     result = verb(options, out, resume=resume, force=force)
@@ -102,7 +106,9 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     )
 
 
-@main.command(example="qat-edge sensitivity runs/mine --max-kl 0.01")
+@main.command(
+    short_help="Measure each layer and pick bits by layer.", example="qat-edge sensitivity runs/mine --max-kl 0.01"
+)
 @RUN
 @options_of(SensitivityOptions)
 @CONFIG
@@ -122,7 +128,9 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
     progress.info(result.describe())
 
 
-@main.command(example="qat-edge quantize runs/mine --method gptq")
+@main.command(
+    short_help="Freeze the weights, or quantize without training.", example="qat-edge quantize runs/mine --method gptq"
+)
 @RUN
 @options_of(QuantizeOptions)
 @CONFIG
@@ -138,10 +146,13 @@ def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     if as_json:
         _print_json(result)
     ptq = "" if options.method == "qat" else f" --ptq {options.method}"
-    progress.info(f"Wrote {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
+    done = "Wrote" if result.wall_s else "Kept"
+    progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
 
 
-@main.command(example="qat-edge export runs/mine --target executorch --target onnx")
+@main.command(
+    short_help="Write .pte and ONNX artifacts.", example="qat-edge export runs/mine --target executorch --target onnx"
+)
 @RUN
 @options_of(ExportOptions)
 @CONFIG
@@ -159,7 +170,7 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
     progress.info(f"Wrote {len(written)} artifacts below {run}. Next: qat-edge verify {run}")
 
 
-@main.command(example="qat-edge verify runs/mine")
+@main.command(short_help="Compare artifacts with the frozen checkpoint.", example="qat-edge verify runs/mine")
 @RUN
 @click.option("--target", multiple=True, type=click.Choice(ARTIFACTS), help="Artifacts to verify; all by default.")
 @JSON
@@ -178,7 +189,10 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     progress.info(f"Verified {len(results)} artifacts: equal to the frozen checkpoint. Next: qat-edge validate {run}")
 
 
-@main.command(example="qat-edge doctor runs/mine/exports/executorch --runtime android-app")
+@main.command(
+    short_help="Find out where a .pte loads.",
+    example="qat-edge doctor runs/mine/exports/executorch --runtime android-app",
+)
 @click.argument("program", metavar="FILE", type=click.Path(path_type=Path))
 @options_of(DoctorOptions)
 @JSON
@@ -199,7 +213,10 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
     require_loadable(diagnosis, options)
 
 
-@main.command(example="qat-edge validate runs/mine --max-kl 0.1 --min-exact-match 0.8")
+@main.command(
+    short_help="Measure artifacts on this machine or on devices.",
+    example="qat-edge validate runs/mine --max-kl 0.1 --min-exact-match 0.8",
+)
 @RUN
 @options_of(ValidateOptions)
 @CONFIG
@@ -220,7 +237,7 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
     verb.require_success(result)
 
 
-@main.command(example="qat-edge compare runs/mine")
+@main.command(short_help="Compare all deployments of one fine-tune.", example="qat-edge compare runs/mine")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @options_of(CompareOptions)
 @CONFIG
@@ -253,7 +270,7 @@ def compare(
     progress.info(f"Wrote {opened.path / 'compare' / 'compare.html'}, and compare.json next to it")
 
 
-@main.command(example="qat-edge report runs/mine --open")
+@main.command(short_help="Write the HTML report.", example="qat-edge report runs/mine --open")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--open", "open_it", is_flag=True, help="Open the report in a browser.")
 def report(runs: tuple[Path, ...], open_it: bool) -> None:
@@ -271,7 +288,9 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
         click.launch(str(path))
 
 
-@main.command(example='qat-edge generate runs/mine --from executorch "Set an alarm for seven"')
+@main.command(
+    short_help="Generate an answer.", example='qat-edge generate runs/mine --from executorch "Set an alarm for seven"'
+)
 @RUN
 @click.argument("prompt")
 @click.option(
@@ -297,7 +316,7 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
     click.echo()
 
 
-@main.command(example="qat-edge demo")
+@main.command(short_help="Run every step on a real model.", example="qat-edge demo")
 @click.option(
     "--out", default=Path("runs/demo"), show_default=True, type=click.Path(path_type=Path), help="Run folder."
 )

@@ -1,4 +1,4 @@
-"""Flags made from the option dataclasses of `qat_edge.config`, and commands whose `--help` groups them."""
+"""Flags made from the option dataclasses of `qat_edge.options`, and commands whose `--help` groups them."""
 
 from __future__ import annotations
 
@@ -123,6 +123,9 @@ def _flag(field: dataclasses.Field[Any], hint: Any, old_name: str = "") -> Calla
 def _help_text(field: dataclasses.Field[Any]) -> str:
     """Return the field's help with its default."""
     text = str(field.metadata["help"])
+    # click shows the choices of text options itself.
+    if field.metadata["choices"] and not all(isinstance(choice, str) for choice in field.metadata["choices"]):
+        text += f" One of {', '.join(map(str, field.metadata['choices']))}."
     if field.default is dataclasses.MISSING:
         return text + "  [required, here or in --config]"
     if field.default in (None, ()):

@@ -60,7 +60,7 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
     """
-    # Truncate, and drop rows of which only the prompt is left.
+    # Truncate, and drop rows whose completion was cut off entirely.
     done: list[dict[str, list[int]]] = []
     truncated = cut = dropped = 0
     for ids, labels in _examples(rows, tokenizer, max_length):

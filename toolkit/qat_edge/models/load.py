@@ -91,7 +91,7 @@ def load_model(
         return _load_gguf(path, dtype)
     if path.is_dir():
         return _load_folder(path, trust_remote_code, dtype, task)
-    # Nor is what only looks like a path: the Hub's message would hide the typing error.
+    # Strings that look like paths are local too: the Hub's message would hide the typing error.
     if path.suffix.lower() == ".gguf" or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
     return _load_hub(source, trust_remote_code, dtype, task)
@@ -244,7 +244,7 @@ def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, 
             "Start from the float model it was made from."
         )
 
-    # An encoder is what its configuration says; a head that it lacks is made.
+    # Trust an encoder's configuration; a missing head is newly initialized.
     if task.is_encoder and tasks.is_encoder_config(config):
         task.configure(config)
         return

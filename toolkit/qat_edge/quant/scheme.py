@@ -1,6 +1,6 @@
 """Quantization scheme: the bits and the group size of every weight, chosen from the shapes alone.
 
-Where a weight cannot have what was requested, the scheme has what it gets instead, and the reason.
+If a request cannot be met, the scheme records the fallback and the reason.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Transition(Protocol):
 class TwoPhases(TrainerCallback):
     """Train without rounding up to a step, make the phase transition once, then train with fake quantization.
 
-    A resumed run is handled alike: its step alone decides in which phase it is.
+    On resume, the global step determines the phase.
 
     Attributes:
         switch: Turns fake quantization on and off.

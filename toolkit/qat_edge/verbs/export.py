@@ -110,7 +110,7 @@ def _given(target: Target, options: ExportOptions) -> dict[str, Any]:
 
 
 def _pending(folders: dict[Path, tuple[str, Target]], options: ExportOptions) -> list[Path]:
-    """Return the folders still to be written. Fails before the first minute of work, not after the last.
+    """Return the folders still to be written. Conflicts are detected before any slow step.
 
     Raises:
         RunError: nothing is left to do, or an artifact is of another checkpoint or context length.

@@ -1,7 +1,7 @@
 """Make a frozen checkpoint: merge, rotate, quantize, write.
 
-This is the only place where a deployed weight is rounded. `models.merge` merges the adapters, `quant.ptq.methods` has
-the PTQ methods, `quant.frozen` computes codes and writes the checkpoint; exporters pack what it holds.
+Weights are rounded for deployment by `quant.frozen.freeze` only, with the formulas of `quant.numerics`. `models.merge`
+merges the adapters, `quant.ptq.methods` has the PTQ methods. Exporters pack what the checkpoint holds.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _scales(
         return methods.apply(merged.model, merged.scheme, options.method, []), None
 
     batches, record = _calibration(run, merged, options)
-    # Matrix products in bfloat16, as in training: four times faster on this CPU. Statistics and rounding stay float32.
+    # Matrix products in bfloat16, as in training: four times faster on CPUs with bfloat16 instructions. Statistics and
+    # rounding stay float32.
     with torch.autocast("cpu", torch.bfloat16):
         return methods.apply(merged.model, merged.scheme, options.method, batches), record
 

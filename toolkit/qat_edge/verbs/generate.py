@@ -12,7 +12,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.models import tasks, tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import TARGETS, target_named
 
 TORCH = "torch"  # the source that is no artifact
 
@@ -45,6 +45,8 @@ def generate(
         UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
     """
     tasks.require_causal_lm(run, "generate")
+    if source != TORCH and source not in TARGETS:
+        raise UsageError(f"--from {source}: not known. Known: {', '.join((TORCH, *TARGETS))}.")
     target = None if source == TORCH else target_named(source)
     if target is not None and target.runs_elsewhere:
         raise RunError(f"{target.runs_elsewhere} Use the same codes in another artifact, or the torch model.")
@@ -79,7 +81,7 @@ def _free_context(folder: Path, prompt_tokens: int) -> int:
     """Return how many tokens the artifact's context leaves after the prompt.
 
     Raises:
-        UsageError: none.
+        UsageError: the prompt fills the context.
     """
     context_length: int = read_manifest(folder)["options"]["context_length"]
     if prompt_tokens >= context_length:

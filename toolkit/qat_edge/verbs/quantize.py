@@ -1,6 +1,6 @@
 """Freeze codes and scales: of the trained model, or of the FP32 fine-tune by post-training quantization (PTQ).
 
-Here it is decided whether a checkpoint has to be made; `verbs.freezing` makes it.
+Decide whether a checkpoint must be made; `verbs.freezing` makes it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Models are compared in token ids, teacher-forced, on the tokens that carry loss in training. Next to the comparison with
 FP32 there is `parity`: the same artifact against the frozen checkpoint in torch, which an exact runtime matches down to
-the arithmetic noise floor (the checkpoint against itself with a disturbance of 1e-7 in its embeddings). What torch
-computes is computed here, once, whatever devices the artifacts run on.
+the arithmetic noise floor (the checkpoint against itself with a disturbance of 1e-7 in its embeddings). Torch results
+are computed once, on this machine, and shared by all devices.
 
     validate_run      the command: gates first, encoder or decoder, JUnit
     validate_devices  a model that generates text: evaluation set -> torch side -> every device -> reports
@@ -34,7 +34,7 @@ from qat_edge.run import Run, Variant, read_manifest, write_text
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
 
-# What only some validations need is imported where it is needed: encoders, error budgets, native runners.
+# Encoders, error budgets and native runners are imported where they are used: most validations need none of them.
 if TYPE_CHECKING:
     from qat_edge.diagnose.error_budget import TorchBudget
     from qat_edge.evaluate.encoder_results import EncoderReport
@@ -152,7 +152,7 @@ def validate_devices(
         UsageError: a device is named twice, or is of an unknown type.
         RunError, DataError: as `validate`.
     """
-    # Everything that can be refused is refused before anything is computed.
+    # Check all options before computing anything.
     tasks.require_causal_lm(run, "validate")
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)

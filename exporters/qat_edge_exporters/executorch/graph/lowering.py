@@ -137,7 +137,7 @@ class FewestDelegates(XnnpackPartitioner):
         return [torch.ops.aten.linear.default], None
 
     def generate_partitions(self, ep: ExportedProgram) -> list[compat.Partition]:
-        """Cut what XNNPACK takes only where a value leaves it and comes back.
+        """Split a partition only where a value leaves XNNPACK and re-enters.
 
         The library merges greedily, pair by pair, and separates layers whose inputs are quantized once for all.
         """

@@ -2,7 +2,7 @@
 
 ExecuTorch traces a graph again for every pass, under fake tensors, and that is most of the time of an export. By
 default the libraries trace a decoder twice to decompose it, seven times to turn it into edge operators, and then each
-delegate up to seventeen times. The program that comes out here is the same, byte for byte.
+delegate up to seventeen times. The resulting program is identical, byte for byte.
 """
 
 from __future__ import annotations

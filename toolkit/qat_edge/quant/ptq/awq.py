@@ -27,7 +27,8 @@ from qat_edge.quant.scheme import WeightScheme
 
 ALPHAS = [step / 20 for step in range(20)]  # the paper's grid
 SAMPLE = 1024  # tokens that alpha is searched on
-# Of what a block adds, median over tokens. SmolLM2: 0 for the producer of an input, 0.13 and more for other modules.
+# Tolerance relative to the block's residual update, median over tokens. SmolLM2: 0 for the producer of an input, at
+# least 0.13 for other modules.
 UNCHANGED = 1e-3
 
 
@@ -149,7 +150,7 @@ def is_producer(block: Block, candidate: InputProducer, names: list[str]) -> boo
     """Return whether scaling the inputs of `names` and dividing in `candidate` leaves the block's outputs unchanged."""
     batch = block.batches[0]
     width = block.linears[names[0]].weight.shape[1]
-    # Powers of two commute with rounding to any float format, so that only a wrong candidate changes a result.
+    # Scaling by powers of two is exact, so any change means that the candidate is wrong.
     factors = torch.exp2((torch.arange(width, device=batch.hidden.device) * 7 % 5 - 2).float())
     layers = [block.linears[n] for n in names]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAME = 0.02  # of a shift by one standard deviation: bfloat16 sums are off by up to 2^-8
-STRIP = 256  # columns of a sum of x x^T at once; of 1536 it took 70% of the time that all at once did
+STRIP = 256  # columns of x x^T summed at once; at width 1536, strips take 70% of the time of one product
 Calibration = Mapping[str, Tensor]  # "input_ids", "attention_mask": (rows, length), padded on the right
 Observer = Callable[[str, Tensor], None]  # called with a layer's name and its input
 
@@ -112,7 +112,7 @@ class Block:
         return seen[0]
 
     def is_output_layer(self, name: str) -> bool:
-        """Return whether a layer's output is added to the block's unchanged, so that it can correct all of it."""
+        """Return True if the layer's output is added unchanged to the block's output, so that it can correct all of it."""
         return self._shifts_output(name, 1.0)
 
     def adds_to_stream(self, name: str) -> bool:
@@ -125,7 +125,7 @@ class Block:
 
         size: of the vector, in standard deviations of the block's output.
         """
-        # By trial, since nothing in a module tells where its output goes.
+        # Test empirically: a module does not record where its output is used.
         batch, module = self.batches[0], self.linears[name]
         before = self.run(batch)
         if module.weight.shape[0] != before.shape[-1]:
@@ -178,7 +178,7 @@ class Block:
         names = self.cache.finished if finished else self.linears
         kept = {name: self.linears[name].weight.detach().clone() for name in names}
         try:
-            # In place, because hooks and caches know the layers, not copies of them.
+            # Modify in place: hooks and caches reference these layers.
             for name, original in kept.items():
                 spec, weight = self.specs[name], original.float()
                 given = scales.get(name)

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from qat_edge.cli import commands
-from tools import measure_house
-from tools.measure_house import FileTracer, cycles, lines, measure
+from tools import measure_readability
+from tools.measure_readability import FileTracer, cycles, lines, measure
 
 FIRST = '''
 """What it was asked: one module, and a paragraph."""
@@ -99,7 +99,7 @@ def test_a_file_counts_when_a_function_of_it_is_called(tmp_path: Path, monkeypat
     module = __import__("entered_by_call")
     with FileTracer([tmp_path]) as tracer:
         module.run()
-        measure_house.cycles({})  # not below the folder
+        measure_readability.cycles({})  # not below the folder
     assert tracer.entered == {str(tmp_path / "entered_by_call.py")}
 
 
@@ -109,16 +109,16 @@ def test_names_are_printed_when_requested(checkout: Path) -> None:
     assert "  qat_edge.first <-> qat_edge.second" in lines(found, is_verbose=True)
 
 
-@pytest.mark.parametrize("verb", measure_house.VERBS)
+@pytest.mark.parametrize("verb", measure_readability.VERBS)
 def test_the_traced_commands_parse(verb: str, tmp_path: Path) -> None:
-    name, *arguments = measure_house._arguments(verb, tmp_path)
+    name, *arguments = measure_readability._arguments(verb, tmp_path)
     command = commands.main.commands[name]
     with click.Context(command, click.Context(commands.main), info_name=name) as context:
         assert command.parse_args(context, arguments) == []
 
 
 def test_it_runs_as_a_script_and_writes_json(checkout: Path) -> None:
-    command = [sys.executable, measure_house.__file__, str(checkout), "--json", str(checkout / "out.json")]
+    command = [sys.executable, measure_readability.__file__, str(checkout), "--json", str(checkout / "out.json")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads((checkout / "out.json").read_text()) == measure(checkout)
     assert "readme_words: 4\n" in printed

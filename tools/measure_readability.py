@@ -1,7 +1,7 @@
 """Measure how readable a checkout of qat-edge is, so that two checkouts can be compared.
 
-    python tools/measure_house.py [ROOT] [--json FILE] [--verbose]
-    python tools/measure_house.py [ROOT] --trace export|finetune|validate [--json FILE] [--verbose]
+    python tools/measure_readability.py [ROOT] [--json FILE] [--verbose]
+    python tools/measure_readability.py [ROOT] --trace export|finetune|validate [--json FILE] [--verbose]
 
 Without `--trace` only the text of the source files is read: their size, comments, types, imports and words. With it a
 command runs on a tiny random model, and the files whose functions it calls are counted: the files that a reader
