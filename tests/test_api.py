@@ -84,10 +84,6 @@ def test_from_training_to_an_answer(tiny_model_folder: Path, tmp_path: Path) -> 
 
     assert [result.target for result in qat_edge.verify(done.run, target="onnx")] == ["onnx"]
 
-    # A resumed run has its own options; only its folder, model and data are named again.
-    with pytest.raises(RunError, match="checkpoint"):
-        qat_edge.finetune(tiny_model_folder, tmp_path / "train.jsonl", done.run, resume=True)
-
     pieces: list[str] = []
     answer = qat_edge.generate(done.run, "say 3 ", source="onnx", raw=True, max_new_tokens=4, emit=pieces.append)
     assert answer == "".join(pieces)
@@ -125,6 +121,20 @@ def test_arguments_at_their_defaults_do_not_override_a_profile(monkeypatch: pyte
         qat_edge.validate(run, profile="pi5", repeats=3)
     from_profile = config.load(ValidateOptions, "validate", None, {"profile": "pi5", "repeats": 3})
     assert given == [from_profile]
+
+
+def test_a_resumed_run_has_its_own_options(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    given: list[Any] = []
+
+    def stop(options: FinetuneOptions, out: Path, **_: Any) -> None:
+        given.append(options)
+        raise UsageError("stop")
+
+    monkeypatch.setattr("qat_edge.verbs.finetune.finetune", stop)
+    own = config.load(FinetuneOptions, "finetune", run.config, {})
+    with pytest.raises(UsageError, match="stop"):
+        qat_edge.finetune(own.model, own.data, run.path, resume=True)
+    assert given == [own] and own.lora_rank == 4
 
 
 def test_messages_go_to_the_logger(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,9 @@ from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.errors import DataError
 
-# 32 times the widest layer input of a 135M model. KL of SmolLM2 to its fine-tune after coordinate descent, by the number
-# of calibration tokens, on 400 requests: 24576 0.0129, 49152 0.0110; on 1600 requests: 49152 0.0129, 98304 0.0158,
-# 196608 0.0136. More tokens than the default did not help.
+# 32 times the widest layer input of a 135M model. KL of SmolLM2 to its fine-tune after coordinate descent, by number of
+# tokens, on 400 requests: 24576 0.0129, 49152 0.0110; on 1600 requests: 49152 0.0129, 98304 0.0158, 196608 0.0136.
+# More tokens than the default did not help.
 DEFAULT_CALIBRATION_TOKENS = 49152
 BATCH_TOKENS = 1024  # approximate tokens of one forward pass, padding included
 TokenIds = dict[str, list[int]]

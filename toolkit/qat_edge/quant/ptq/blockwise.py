@@ -112,7 +112,7 @@ class Block:
         return seen[0]
 
     def is_output_layer(self, name: str) -> bool:
-        """Return True if the layer's output is added unchanged to the block's output, so that it can correct all of it."""
+        """Return True if the layer's output is added unchanged to the block's, so that it can correct all of it."""
         return self._shifts_output(name, 1.0)
 
     def adds_to_stream(self, name: str) -> bool:

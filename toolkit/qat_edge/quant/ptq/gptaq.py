@@ -1,13 +1,13 @@
 """GPTAQ (https://arxiv.org/abs/2504.02692): GPTQ towards the outputs of the float model, not of the rounded one.
 
-A layer deep in the model gets inputs X instead of Xf, because the layers before it are rounded. GPTQ fits W X, inherited
-error included; GPTAQ fits W Xf. Up to a constant, its cost is that of the least-squares weight
+A layer deep in the model gets inputs X instead of Xf, because the layers before it are rounded. GPTQ fits W X, errors
+included; GPTAQ fits W Xf. Up to a constant, its cost is that of the least-squares weight
 
     W* = W + (W Xf - W X) X^T (X X^T + damping)^-1        || W Xf - Q X ||^2 = || (W* - Q) X ||^2 + constant
 
-so GPTAQ is GPTQ applied to W*. The layer whose output ends the block compensates for everything before it: its target is what the
-block's output lacks, so that an error in the residual stream is compensated as well. Layers are quantized in the order
-they run, each with inputs that went through those just rounded.
+so GPTAQ is GPTQ applied to W*. The layer whose output ends the block compensates for everything before it: its target
+is what the block's output lacks, so that an error in the residual stream is compensated as well. Layers are quantized
+in the order they run, each with inputs that went through those just rounded.
 """
 
 from __future__ import annotations
