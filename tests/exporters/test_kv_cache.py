@@ -124,7 +124,7 @@ def test_doctor_and_export_report_its_size(exported: TinyExport) -> None:
     each = 2 * 2 * 2 * (16 + 4 + 1)  # layers, keys and values, heads; codes, scale and zero point
     line = f"cache      keys and values in int8: {CONTEXT * each / 1e3:.1f} kB for {CONTEXT} tokens, {each} bytes each"
     assert line in doctor.lines(diagnosis)
-    assert f"KV cache in int8: {each} bytes a token, 0.0 MB for {CONTEXT}" in exported.messages
+    assert f"KV cache in int8: {each} bytes per token, 0.0 MB for {CONTEXT}" in exported.messages
 
 
 def test_the_size_of_a_float_cache() -> None:

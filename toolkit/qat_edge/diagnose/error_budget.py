@@ -57,7 +57,7 @@ class FaultReference:
     """Reference of the fault test for one kind of rounding.
 
     Attributes:
-        logits: of the frozen checkpoint, one array a prompt.
+        logits: of the frozen checkpoint, one array per prompt.
         noise: errors of the same model under disturbance.
     """
 
@@ -220,7 +220,7 @@ def compare_stores(evaluator: Evaluator, one: LogitStore, other: LogitStore) -> 
 
 
 def noise_floor(quantized: Path, evaluator: Evaluator) -> Iterator[LogitMetrics]:
-    """Compare the frozen checkpoint with itself under disturbance, on the first tokens; yield metrics a seed."""
+    """Compare the frozen checkpoint with itself under disturbance, on the first tokens; yield metrics per seed."""
     model, part = reference.load_exact(quantized), evaluator.first_tokens(FLOOR_TOKENS)
     for seed in range(SEEDS):
         with reference.disturbed(model, seed):

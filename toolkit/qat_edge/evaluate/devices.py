@@ -94,7 +94,7 @@ def run_on_devices(
 def _run_in_threads(
     transports: Mapping[str, Transport], work: Callable[[str, Transport], Result]
 ) -> dict[str, Future[Result]]:
-    """Return one finished future a device."""
+    """Return one finished future per device."""
     with ThreadPoolExecutor(len(transports)) as pool:
         # A new thread starts with an empty context: run it in a copy of ours, which holds the current reporter.
         futures = {

@@ -206,8 +206,8 @@ class Budget:
             rounding; empty where none does.
         steps: from the base model to the artifact.
         parts: the frozen checkpoint with one part unquantized at a time.
-        floor: the frozen checkpoint compared with itself after a relative disturbance of 1e-7, one a seed.
-        floor_nats: change of its log perplexity under that disturbance, one a seed.
+        floor: the frozen checkpoint compared with itself after a relative disturbance of 1e-7, one per seed.
+        floor_nats: change of its log perplexity under that disturbance, one per seed.
     """
 
     target: str

@@ -94,7 +94,9 @@ class KeyValueCache(nn.Module):
     def describe(self) -> str:
         """Return its precision and size as one line."""
         each = self.size_bytes // self.length
-        return f"KV cache in {self.precision}: {each:,} bytes a token, {self.size_bytes / 1e6:.1f} MB for {self.length}"
+        return (
+            f"KV cache in {self.precision}: {each:,} bytes per token, {self.size_bytes / 1e6:.1f} MB for {self.length}"
+        )
 
     def begin(self, start: Position, positions: Tensor) -> None:
         """Prepare for new tokens at `positions`, (1, S), the first of them at `start`."""
