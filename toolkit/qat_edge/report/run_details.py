@@ -10,7 +10,7 @@ from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Measurement, Report
 from qat_edge.report.collect import RunResults
 from qat_edge.report.formatting import label, megabytes, number
-from qat_edge.report.tables import MISSING, Table, TableCell, TableRow
+from qat_edge.report.tables import MISSING, Table, TableCell, TableRow, number_cell
 
 # Divisor and unit of a value, by the suffix of its name.
 UNITS = {
@@ -94,8 +94,8 @@ def _artifact_cells(manifest: Mapping[str, Any], has_context: bool) -> list[Tabl
     # The largest file is the one that people copy, so its hash identifies the artifact.
     largest = max(files, key=lambda file: files[file]["bytes"], default="")
     return [
-        *([_number_cell(options.get("context_length"))] if has_context else []),
-        _number_cell(manifest.get("wall_s")),
+        *([number_cell(options.get("context_length"))] if has_context else []),
+        number_cell(manifest.get("wall_s")),
         TableCell(str(len(files)), len(files)),
         TableCell(largest) if largest else MISSING,
         TableCell(str(files[largest].get("sha256", "–"))[:16]) if largest else MISSING,
@@ -142,8 +142,3 @@ def _name_and_text(key: str, value: Any) -> tuple[str, str]:
     if isinstance(value, list | tuple):
         return key, ", ".join(map(str, value)) or "none"
     return key, str(value)
-
-
-def _number_cell(value: Any) -> TableCell:
-    """Return the cell of a value from a manifest, which may be of any type."""
-    return TableCell(number(value), value) if isinstance(value, int | float) else MISSING

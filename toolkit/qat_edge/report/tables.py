@@ -303,9 +303,7 @@ def losses(curve: Sequence[dict[str, Any]], unit: str = "nats per token") -> Tab
 
     keys = ("loss", "eval_loss", "learning_rate")
     rows = [
-        TableRow(
-            f"{row.get('step', '?')}", f"{row.get('phase', 'other')}", [_number_cell(row.get(key)) for key in keys]
-        )
+        TableRow(f"{row.get('step', '?')}", f"{row.get('phase', 'other')}", [number_cell(row.get(key)) for key in keys])
         for row in chosen
     ]
     heads = [("Loss", unit), ("Evaluation", unit), ("Learning rate", "")]
@@ -356,8 +354,8 @@ def _metric_cell(column: Column[Measurement], row: Measurement, best: bool) -> T
     return column.cell(value, best)
 
 
-def _number_cell(value: Any) -> TableCell:
-    """Return the cell of a value read from JSON, which may be of any type."""
+def number_cell(value: Any) -> TableCell:
+    """Return the cell of a value read from JSON or a manifest, which may be of any type."""
     return TableCell(number(value), value) if isinstance(value, int | float) else MISSING
 
 
@@ -366,7 +364,7 @@ def _agreement_cells(found: Agreement, over_floor: TableCell) -> list[TableCell]
         TableCell(number(found.kl_nats), found.kl_nats),
         over_floor,
         TableCell(percent(found.top1).removesuffix("%"), found.top1),
-        _number_cell(found.sqnr_db),
+        number_cell(found.sqnr_db),
         TableCell(f"{found.tokens:,}", found.tokens),
     ]
 

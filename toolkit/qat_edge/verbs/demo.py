@@ -52,6 +52,7 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         QatEdgeError: a stage failed; it has printed the reason.
     """
     progress.info("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
+    # The demo generates its data and fetches its model, unless a configuration names others.
     given = ["--config", str(config_path)] if config_path else []
     if not given:
         train, held_out = assistant.write(out.parent / f"{out.name}-data")
@@ -64,6 +65,7 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         config.load(FinetuneOptions, "finetune", config_path, {})
         given_finetune = given
 
+    # --force only where an earlier demo is in the way.
     run = str(out)
     replace = ["--force"] if Run(out).config.is_file() else []
     stages = [

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qat_edge.errors import RunError, UsageError
-from qat_edge.models import tasks, tokenizer
+from qat_edge.models import tasks
+from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run, read_manifest
 from qat_edge_exporters.targets import TARGETS, target_named
@@ -44,6 +45,7 @@ def generate(
         RunError: there is nothing to generate with, or the artifact runs on other machines only.
         UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
     """
+    # Find the model: the frozen checkpoint, or the folder of an artifact that runs here.
     tasks.require_causal_lm(run, "generate")
     if source != TORCH and source not in TARGETS:
         raise UsageError(f"--from {source}: not known. Known: {', '.join((TORCH, *TARGETS))}.")
@@ -54,27 +56,28 @@ def generate(
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
 
-    words = tokenizer.load_tokenizer(folder)
-    text = prompt if raw else chat_text(words, prompt, system)
+    tokenizer = load_tokenizer(folder)
+    text = prompt if raw else chat_text(tokenizer, prompt, system)
     if target is None:
-        _generate_in_torch(folder, words, text, emit, max_new_tokens)
+        _generate_in_torch(folder, tokenizer, text, emit, max_new_tokens)
         return
 
-    free = _free_context(folder, len(words.encode(text, add_special_tokens=False)))
-    target.generate(folder, words, text, emit, min(max_new_tokens, free))
+    # An artifact has a KV cache of a fixed length; the torch model does not.
+    free = _free_context(folder, len(tokenizer.encode(text, add_special_tokens=False)))
+    target.generate(folder, tokenizer, text, emit, min(max_new_tokens, free))
 
 
-def chat_text(words: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
     """Write the prompt with the model's chat template, up to where the assistant's message begins.
 
     Raises:
         UsageError: the tokenizer has no chat template.
     """
-    if not words.chat_template:
+    if not tokenizer.chat_template:
         raise UsageError("This model's tokenizer has no chat template. Give --raw to continue the text as it is.")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return str(words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _free_context(folder: Path, prompt_tokens: int) -> int:
@@ -95,8 +98,8 @@ def _free_context(folder: Path, prompt_tokens: int) -> int:
 class _Pieces(TextStreamer):
     """Streamer that passes finished text on instead of printing it."""
 
-    def __init__(self, words: PreTrainedTokenizerBase, emit: Emit) -> None:
-        super().__init__(words, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Emit) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._emit = emit
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -104,9 +107,11 @@ class _Pieces(TextStreamer):
 
 
 def _generate_in_torch(
-    folder: Path, words: PreTrainedTokenizerBase, text: str, emit: Emit, max_new_tokens: int
+    folder: Path, tokenizer: PreTrainedTokenizerBase, text: str, emit: Emit, max_new_tokens: int
 ) -> None:
     """Continue `text` with the frozen checkpoint in torch."""
-    ids = torch.tensor([words.encode(text, add_special_tokens=False)])
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
     with torch.no_grad():
-        frozen.load(folder).generate(ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(words, emit))
+        frozen.load(folder).generate(
+            ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(tokenizer, emit)
+        )

@@ -96,11 +96,13 @@ def validate_run(
         RunError: nothing was exported, or a report exists and `force` is not set.
         DataError: there are no evaluation rows.
     """
+    # A test report without a test would count as passed in many CI systems.
     if junit is not None:
         of_devices = by_device or {}
         require_any_gate(*(of_devices.get(device, options) for device in options.device))
         junit.unlink(missing_ok=True)  # an earlier result must not be taken for this one
 
+    # Encoders have a report of their own, measured on this machine.
     if tasks.task_of_run(run).is_encoder:
         from qat_edge.evaluate import encoders
 
@@ -264,9 +266,11 @@ def _measure(
 ) -> Report:
     """Measure every artifact on one device and check the gates."""
     options = evaluator.options
+    # The torch models ran once, on this machine: reports of other devices have them without their speed.
     measured = [model if device == LOCAL else _without_speed(model) for model in torch_results.models]
     measured += [_artifact(variant, target, transport, evaluator, own=variant is run) for variant, target in artifacts]
 
+    # Only the run's own artifacts have an error budget: PTQ variants were not trained.
     budgets = []
     if torch_results.budget is not None and options.error_budget:
         from qat_edge.verbs.artifact_budget import artifact_budget

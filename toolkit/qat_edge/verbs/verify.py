@@ -74,11 +74,13 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         RunError: nothing was exported, or a named target was not.
         ArtifactError: an artifact cannot be read at all.
     """
+    # A target is found if any variant has it.
     found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = ", ".join(sorted(missing)) or "no artifact"
         raise RunError(f"{run.exports}: {what} not exported yet. `qat-edge export {run.path}` does it.")
+
     results = []
     for variant, target in found:
         progress.info(f"Reading {variant.exports / target}")
