@@ -16,7 +16,7 @@ from benchmarks.runner import BenchmarkRunner, Figures
 from benchmarks.schedule import Job
 from benchmarks.settings import BASELINES, FP32, METHODS, RECOMMENDED, SETTINGS, TASKS, Setting
 from qat_edge.report.formatting import number, percent
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 NO_LOSS = "PTQ loses nothing"
 NAMES = {

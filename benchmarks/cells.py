@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge.errors import RunError
-from qat_edge.run import LIBRARIES, git_revision, library_version, write_text
+from qat_edge.manifest import LIBRARIES, git_revision, library_version
+from qat_edge.storage import write_text
 from qat_edge_devices import open_transport
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
 from qat_edge.options import FinetuneOptions
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 from qat_edge.train.trainer import peak_memory_bytes
 from qat_edge.verbs.finetune import finetune
 

@@ -25,7 +25,8 @@ from benchmarks.peers import LLAMA_CPP_PACKAGE, PTE_TARGET, PeerBuilder, PeerErr
 from qat_edge import progress
 from qat_edge.errors import QatEdgeError
 from qat_edge.evaluate.devices import FAILURES, LOCAL
-from qat_edge.run import Run, library_version, sha256
+from qat_edge.manifest import library_version, sha256
+from qat_edge.run import Run
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_exporters.executorch.pte import pte_reader
 from qat_edge_exporters.executorch.pte.inspection import inspect

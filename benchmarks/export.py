@@ -24,7 +24,8 @@ from benchmarks.export_step import CONTEXT, GROUP_SIZE, MODELS, VOCABULARY, Shap
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
-from qat_edge.run import sha256, work_folder, write_text
+from qat_edge.manifest import sha256
+from qat_edge.storage import work_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 RESULT = "export.json"

@@ -17,7 +17,7 @@ from qat_edge.errors import RunError
 from qat_edge.report import charts
 from qat_edge.report.charts import WIDTH, Scale
 from qat_edge.report.formatting import number
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 Records = Mapping[str, Mapping[str, Any]]  # name of the model -> record of its cell
 Points = Sequence[tuple[float, float]]

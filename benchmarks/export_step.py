@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from qat_edge import progress
 from qat_edge.logs import quiet_libraries
-from qat_edge.run import write_manifest, write_text
+from qat_edge.manifest import write_manifest
+from qat_edge.storage import write_text
 from qat_edge_devices.agent.machine import forget_peak, peak_bytes, resident_bytes
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from qat_edge.manifest import LIBRARIES
 from qat_edge.report.formatting import duration, number
-from qat_edge.run import LIBRARIES
 
 MISSING = "not measured"
 

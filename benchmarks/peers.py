@@ -23,9 +23,11 @@ from pathlib import Path
 
 from qat_edge import progress
 from qat_edge.errors import QatEdgeError
+from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.models import merge
 from qat_edge.options import ExportOptions
-from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, work_folder, write_text
+from qat_edge.run import Run
+from qat_edge.storage import replace_folder, work_folder, write_text
 from qat_edge.verbs.export import export
 
 LLAMA_CPP_PACKAGE = ("llama-cpp-python", "0.3.36")

@@ -42,10 +42,12 @@ from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics
 from qat_edge.evaluate.reference import LogitStore, score
 from qat_edge.evaluate.results import Measurement
 from qat_edge.lazy import load
+from qat_edge.manifest import sha256
 from qat_edge.models import merge
 from qat_edge.options import FORMATS, FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
-from qat_edge.run import Run, replace_folder, sha256
+from qat_edge.run import Run
+from qat_edge.storage import replace_folder
 from qat_edge.train.trainer import qat_learning_rate
 from qat_edge.verbs.finetune import TRAINING_LOG
 from qat_edge.verbs.quantize import quantize_if_missing

@@ -23,7 +23,8 @@ from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
-from qat_edge.run import Run, write_text
+from qat_edge.run import Run
+from qat_edge.storage import write_text
 
 if TYPE_CHECKING:
     from benchmarks.engines import Amounts, Engine

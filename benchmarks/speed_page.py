@@ -17,7 +17,7 @@ from benchmarks.engines import GENAI, LLAMA_CPP, NAMES, ONNX, PTE, PTE_INT4
 from benchmarks.page import MISSING, median_of, provenance, table
 from qat_edge.errors import RunError
 from qat_edge.report.formatting import megabytes, number, percent
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 PHASES = {"prefill": "prompt", "decode": "decoding"}
 OURS, THEIRS = (PTE, PTE_INT4), (ONNX, LLAMA_CPP, GENAI)

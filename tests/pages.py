@@ -19,8 +19,9 @@ import pytest
 from qat_edge import config
 from qat_edge.evaluate import results
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Part, Report, Speed, Spread, Step
+from qat_edge.manifest import write_manifest
 from qat_edge.options import FinetuneOptions
-from qat_edge.run import Run, write_manifest
+from qat_edge.run import Run
 from qat_edge.verbs.report import report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\x1b"

@@ -23,11 +23,12 @@ from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.evaluate import deployments
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Agreement, Measurement, Speed, Spread
+from qat_edge.manifest import read_manifest
 from qat_edge.models import merge
 from qat_edge.options import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.report.comparison_page import render, verdict
-from qat_edge.run import Run, read_manifest
+from qat_edge.run import Run
 from qat_edge.verbs import compare
 from qat_edge.verbs.finetune import finetune
 from qat_edge_exporters import checkpoint

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from conftest import make_tokenizer
 from qat_edge.cli import commands
 from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.manifest import library_version, write_manifest
 from qat_edge.options import RUNTIMES, DoctorOptions, ExportOptions
 from qat_edge.quant import frozen, scheme
-from qat_edge.run import Run, Variant, library_version, write_manifest
+from qat_edge.run import Run, Variant
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
 from qat_edge_exporters import targets

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from qat_edge import config
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import FinetuneOptions
-from qat_edge.run import read_manifest
 from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
 
 

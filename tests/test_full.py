@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, frozen, numerics, scheme
 from qat_edge.quant.qat_init import QatInit
-from qat_edge.run import read_manifest
 from qat_edge.train.option_checks import check_combination
 from qat_edge.verbs.finetune import finetune
 

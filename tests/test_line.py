@@ -26,10 +26,11 @@ from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_ro
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.merge import float_model, merged_model
 from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
-from qat_edge.run import MANIFEST, Run, read_manifest
+from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.validate import Validated, validate
 from qat_edge.verbs.verify import require_equal, verify, verify_folder

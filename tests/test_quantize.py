@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from qat_edge.cli import commands
 from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
-from qat_edge.run import MANIFEST, Run, read_manifest
+from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize, quantize_if_missing

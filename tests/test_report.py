@@ -39,6 +39,7 @@ from qat_edge.errors import RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.deployments import TITLES, Deployment, DeploymentTable
 from qat_edge.evaluate.results import Gate, Measurement, Report
+from qat_edge.manifest import MANIFEST, sha256, write_manifest
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report import comparison_page
@@ -48,7 +49,6 @@ from qat_edge.report.glossary import PTQ_TERMS, RUN_TERMS
 from qat_edge.report.plots import loss_curve
 from qat_edge.report.tables import COLUMNS, parts
 from qat_edge.report.verdict import verdict
-from qat_edge.run import MANIFEST, sha256, write_manifest
 from qat_edge.verbs.report import report
 
 

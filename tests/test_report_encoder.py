@@ -15,8 +15,9 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult
 from qat_edge.evaluate.results import Gate
+from qat_edge.manifest import MANIFEST, sha256
 from qat_edge.report.verdict import encoder_verdict
-from qat_edge.run import MANIFEST, Run, sha256
+from qat_edge.run import Run
 from qat_edge.verbs.report import report
 
 PARTS = {"linears": 10_700_000, "scales": 1_300_000, "embedding": 12_000_000, "head": 0, "graph": 250_000}

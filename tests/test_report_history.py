@@ -28,10 +28,11 @@ from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.results import Report
+from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.report.collect import collect
 from qat_edge.report.history import History, RunEntry, history
-from qat_edge.run import MANIFEST, Run
+from qat_edge.run import Run
 from qat_edge.verbs.report import report
 
 SAME = {"tokens": "t", "prompts": "p", "reference": "r"}

@@ -14,7 +14,9 @@ import pytest
 from safetensors import SafetensorError
 
 from qat_edge.errors import RunError
-from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
+from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
+from qat_edge.run import Run
+from qat_edge.storage import replace_folder, write_text
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_replacing_needs_force(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qat_edge.run import replace_folder
+from qat_edge.storage import replace_folder
 
 def kill(*given):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -24,13 +24,14 @@ from conftest import make_model, make_tokenizer
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
+from qat_edge.manifest import write_manifest
 from qat_edge.models import decoder
 from qat_edge.models.merge import MergedModel
 from qat_edge.options import FinetuneOptions, SensitivityOptions
 from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
 from qat_edge.quant.bit_allocation import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
-from qat_edge.run import Run, write_manifest
+from qat_edge.run import Run
 from qat_edge.verbs import sensitivity
 
 GROUP = 32

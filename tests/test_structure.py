@@ -17,7 +17,20 @@ FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / fo
 
 # Import layers, lowest first: a module imports from its own layer and from those below it.
 FLOORS = (
-    {"errors", "run", "lazy", "logs", "progress", "profiles", "options", "config", "quant.ptq.method_names"},
+    {
+        "errors",
+        "run",
+        "storage",
+        "manifest",
+        "readers",
+        "lazy",
+        "logs",
+        "progress",
+        "profiles",
+        "options",
+        "config",
+        "quant.ptq.method_names",
+    },
     {"data", "models", "quant", "demo_data"},
     {"train", "evaluate"},
     {"diagnose", "report"},

@@ -23,7 +23,8 @@ from benchmarks.peers import PeerBuilder, PeerError
 from benchmarks.speed_page import Timings
 from conftest import train_run
 from qat_edge.errors import RunError
-from qat_edge.run import Run, write_manifest
+from qat_edge.manifest import write_manifest
+from qat_edge.run import Run
 from qat_edge_exporters.executorch.pte import pte_reader
 
 AMOUNTS = Amounts(prefill=8, decode=4, repeats=3)

@@ -19,8 +19,8 @@ from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Divergence
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.results import FaultTest
+from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, numerics, scheme
-from qat_edge.run import write_manifest
 
 LINEAR = "model.layers.1.mlp.up_proj"
 FIRST = "model.layers.0.self_attn.q_proj"

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.lazy import load
+from qat_edge.manifest import read_manifest, write_manifest
 from qat_edge.options import ARTIFACTS, EXPORT_BACKENDS, FORMATS, RUNTIMES, ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
-from qat_edge.run import Run, Variant, read_manifest, write_manifest
+from qat_edge.run import Run, Variant
 from qat_edge.verbs import export as exporting
 from qat_edge.verbs import generate, validate
 from qat_edge.verbs.verify import Verified, verify_folder

@@ -88,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Made]:
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
         if kind == "quantized_adapted":
-            from qat_edge.run import write_manifest
+            from qat_edge.manifest import write_manifest
 
             write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(chosen))
         if kind != "float":

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, MistralConfig, PretrainedConfig
 
 from qat_edge.errors import ExportError, UsageError
+from qat_edge.manifest import read_manifest, write_manifest
 from qat_edge.options import DoctorOptions, ExportOptions
 from qat_edge.quant import frozen
-from qat_edge.run import Run, Variant, read_manifest, write_manifest
+from qat_edge.run import Run, Variant
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
 from qat_edge_exporters import targets

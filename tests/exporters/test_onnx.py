@@ -30,8 +30,8 @@ from transformers import (
 
 from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError
+from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, numerics, rotation, scheme
-from qat_edge.run import write_manifest
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import export_onnx as onnx_export
 from qat_edge_exporters.onnx.onnx_reader import read, unpack

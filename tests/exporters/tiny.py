@@ -11,9 +11,9 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from conftest import Recorder, make_tokenizer, stored_tensors
 from qat_edge import progress
+from qat_edge.manifest import write_manifest
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import frozen, rotation, scheme
-from qat_edge.run import write_manifest
 from qat_edge_exporters.executorch.export_pte import export
 
 CONTEXT = 64

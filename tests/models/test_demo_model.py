@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from tiny_gguf import write_gguf
 
 from qat_edge.errors import ModelError
+from qat_edge.manifest import sha256
 from qat_edge.models import demo_model, hub
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.load import load_model
-from qat_edge.run import sha256
 
 
 @pytest.fixture(scope="session")

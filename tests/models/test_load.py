@@ -16,9 +16,9 @@ from tiny_gguf import write_gguf
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from qat_edge.errors import ModelError
+from qat_edge.manifest import sha256
 from qat_edge.models import hub, load
 from qat_edge.models.load import load_model
-from qat_edge.run import sha256
 
 TOKENS = torch.tensor([[1, 40, 50, 60, 2]])
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qw
 
 from conftest import make_model
 from qat_edge.errors import ModelError, UsageError
+from qat_edge.manifest import read_manifest
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.merge import base_model, merged_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen
-from qat_edge.run import Run, read_manifest
+from qat_edge.run import Run
 from qat_edge.train import prune
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize

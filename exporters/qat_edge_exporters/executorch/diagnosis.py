@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
+from qat_edge.manifest import MANIFEST, library_version
 from qat_edge.models import tokenizer
-from qat_edge.run import MANIFEST, library_version
 from qat_edge_exporters.executorch import known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.pte import runner_contract
 from qat_edge_exporters.executorch.pte.inspection import inspect

@@ -20,7 +20,7 @@ from qat_edge.errors import ExportError, RunError
 from qat_edge.models import tasks, tokenizer
 from qat_edge.models.tasks import ModelTask
 from qat_edge.quant import frozen as checkpoint
-from qat_edge.run import disk_errors, write_text
+from qat_edge.storage import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry

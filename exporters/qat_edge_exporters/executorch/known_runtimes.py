@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_edge.run import library_version
+from qat_edge.manifest import library_version
 from qat_edge_exporters.executorch.pte.program_info import ProgramInfo, RuntimeCheck
 from qat_edge_exporters.executorch.runtime_probe import Probed
 

@@ -17,9 +17,9 @@ import onnx
 from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
+from qat_edge.manifest import MANIFEST
 from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
-from qat_edge.run import MANIFEST
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.onnx import graph_file, names
 

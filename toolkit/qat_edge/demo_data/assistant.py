@@ -18,7 +18,7 @@ from typing import Any
 
 from qat_edge.demo_data.intents import INTENTS, OPENERS, Intent
 from qat_edge.errors import UsageError
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 # In every row: without one, SmolLM2's chat template writes a system prompt of its own that is three times as long.
 SYSTEM = "Answer with one JSON tool call."

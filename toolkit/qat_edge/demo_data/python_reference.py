@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 HELD_OUT_TOPICS = 12
 MIN_CHARACTERS = 1500  # of a held-out topic, so that it fills a window of evaluation

@@ -17,8 +17,8 @@ import torch.ao.quantization.fx._decomposed  # registers the operators that roun
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from qat_edge.manifest import read_manifest
 from qat_edge.quant import numerics
-from qat_edge.run import read_manifest
 from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import Any
 from qat_edge.evaluate.results import Measurement, read_document, read_measurement, to_json
 from qat_edge.options import DEPLOYMENTS
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 FORMAT = 1
 PTQ = "ptq-"  # prefix of the name of a merged PTQ row; its method follows

@@ -27,7 +27,8 @@ from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.options import FinetuneOptions, ValidateOptions
-from qat_edge.run import Run, Variant, disk_errors, work_folder
+from qat_edge.run import Run, Variant
+from qat_edge.storage import disk_errors, work_folder
 from qat_edge_devices import open_runtime
 from qat_edge_devices.device_errors import DeviceLayerError
 from qat_edge_devices.runtime import TimedRun

@@ -21,8 +21,9 @@ from qat_edge.evaluate.evaluator import Evaluator, announce_timing, as_agreement
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, outputs_match
 from qat_edge.evaluate.reference import Logits, spread
 from qat_edge.evaluate.results import Measurement, Speed
+from qat_edge.manifest import read_manifest
 from qat_edge.options import ValidateOptions
-from qat_edge.run import Variant, read_manifest
+from qat_edge.run import Variant
 from qat_edge_devices.runtimes.native_runtime import NativeRunner, RunnerTimings
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named

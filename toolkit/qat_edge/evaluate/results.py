@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qat_edge.errors import RunError
-from qat_edge.run import write_text
+from qat_edge.storage import write_text
 
 FORMAT = 1
 KEY = "key"  # metadata of a field whose key in the JSON files differs from its name

@@ -13,8 +13,9 @@ from huggingface_hub import HfApi, snapshot_download
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
+from qat_edge.manifest import sha256
 from qat_edge.models import hub
-from qat_edge.run import disk_errors, replace_folder, sha256, work_folder
+from qat_edge.storage import disk_errors, replace_folder, work_folder
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_FILES = ("*.safetensors", "*config.json", "tokenizer.json", "special_tokens_map.json", "*.jinja")

@@ -29,10 +29,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qat_edge.errors import ModelError
+from qat_edge.manifest import sha256
 from qat_edge.models import hub, tasks
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
-from qat_edge.run import sha256
 from qat_edge_exporters.targets import FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.errors import RunError
+from qat_edge.manifest import LIBRARIES, library_version, read_manifest, write_manifest
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
 from qat_edge.models.tasks import task_from_metadata
@@ -25,7 +26,7 @@ from qat_edge.quant import fake, frozen, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
-from qat_edge.run import LIBRARIES, library_version, read_manifest, replace_folder, write_manifest
+from qat_edge.storage import replace_folder
 
 WHOLE_MODEL = "model.safetensors"
 # Libraries whose arithmetic decides trained codes.

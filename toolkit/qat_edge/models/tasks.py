@@ -34,7 +34,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from qat_edge.errors import UsageError
-from qat_edge.run import MANIFEST, Run, read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.run import Run
 
 PAIRS = "text_pairs"  # key in the configuration of a classifier whose input may be two texts
 POOLER = "pooler"  # BERT's layer on the first token's state, between the blocks and a classifier

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qat_edge import run
+from qat_edge import storage
 from qat_edge.errors import RunError, UsageError
 
 MEASURED = "sensitivity.json"
@@ -265,7 +265,7 @@ def save_bits(path: Path, choice: Choice) -> None:
     document = {"asked": choice.request, "prediction": prediction, "bits": choice.bits}
     # The first key is the same in files of every version.
     head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --method METHOD --bits FILE.\n"
-    run.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    storage.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def load_bits(path: Path) -> dict[str, int]:

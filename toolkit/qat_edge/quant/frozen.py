@@ -35,10 +35,10 @@ from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge.errors import RunError
+from qat_edge.manifest import read_manifest
 from qat_edge.models import tasks
 from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
-from qat_edge.run import read_manifest
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig

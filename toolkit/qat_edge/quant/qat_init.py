@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat_edge.errors import RunError
+from qat_edge.manifest import read_manifest, sha256, write_manifest
 from qat_edge.quant import fake, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.scheme import Scheme
-from qat_edge.run import read_manifest, replace_folder, sha256, write_manifest
+from qat_edge.storage import replace_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,9 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Report, load, to_json
+from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
-from qat_edge.run import MANIFEST, Run, read_manifest, sha256
+from qat_edge.run import Run
 
 FORMAT = 1  # of report.json
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it when it finishes"

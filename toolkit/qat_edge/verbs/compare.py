@@ -28,12 +28,14 @@ from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTab
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.results import Measurement, read_measurement, to_json
+from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest, write_text
+from qat_edge.run import Run, Variant
+from qat_edge.storage import replace_folder, write_text
 from qat_edge.verbs.export import export_one
 from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_devices import open_transport

@@ -21,9 +21,9 @@ from qat_edge.train.trainer import peak_rss_bytes
 QUESTION = "Wake me at 7:15 am"
 # With these, two cores take less than ten minutes for everything.
 FINETUNE = [
-    "--steps", "50", "--batch-size", "8", "--eval-rows", "32", "--max-length", "192", "--calibration-tokens", "8192",
+    "--steps", "45", "--batch-size", "8", "--eval-rows", "32", "--max-length", "192", "--calibration-tokens", "8192",
 ]  # fmt: skip
-VALIDATE = ["--tokens", "512", "--prompts", "48", "--repeats", "2"]
+VALIDATE = ["--tokens", "512", "--prompts", "32", "--repeats", "2"]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat_edge.errors import ArtifactError
+from qat_edge.manifest import MANIFEST
 from qat_edge.options import RUNTIMES, DoctorOptions
-from qat_edge.run import MANIFEST
 from qat_edge_exporters.targets import EXECUTORCH, target_named
 
 if TYPE_CHECKING:

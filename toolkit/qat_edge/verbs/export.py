@@ -14,10 +14,12 @@ from typing import Any
 
 from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import tasks
 from qat_edge.options import ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
-from qat_edge.run import MANIFEST, Run, Variant, read_manifest, replace_folder, sha256, write_manifest
+from qat_edge.run import Run, Variant
+from qat_edge.storage import replace_folder
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing
 from qat_edge_exporters.targets import (
     EXECUTORCH,

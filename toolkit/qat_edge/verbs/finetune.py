@@ -28,7 +28,8 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
-from qat_edge.run import Run, disk_errors, write_text
+from qat_edge.run import Run
+from qat_edge.storage import disk_errors, write_text
 from qat_edge.train import objectives
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition

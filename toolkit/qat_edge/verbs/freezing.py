@@ -17,6 +17,7 @@ from torch import Tensor
 from qat_edge import config, progress
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import load_rows
+from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
@@ -24,7 +25,8 @@ from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
-from qat_edge.run import Run, Variant, replace_folder, write_manifest
+from qat_edge.run import Run, Variant
+from qat_edge.storage import replace_folder
 
 
 def freeze(

@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import read_manifest
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.quant import frozen
-from qat_edge.run import Run, read_manifest
+from qat_edge.run import Run
 from qat_edge_exporters.targets import TARGETS, target_named
 
 TORCH = "torch"  # the source that is no artifact

@@ -12,11 +12,12 @@ from typing import Any
 
 from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import read_manifest, sha256
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import QAT
-from qat_edge.run import Run, Variant, read_manifest, sha256
+from qat_edge.run import Run, Variant
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full

@@ -14,7 +14,8 @@ from qat_edge.report.encoder_page import render as render_encoder
 from qat_edge.report.history import RunEntry, history
 from qat_edge.report.history_page import render as render_history
 from qat_edge.report.run_page import render
-from qat_edge.run import Run, write_text
+from qat_edge.run import Run
+from qat_edge.storage import write_text
 
 HISTORY = "history.html"
 

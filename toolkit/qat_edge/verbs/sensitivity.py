@@ -21,6 +21,7 @@ from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import decoder, tasks
 from qat_edge.models.merge import adapter_metadata, merged_model
 from qat_edge.options import FinetuneOptions, SensitivityOptions
@@ -40,7 +41,8 @@ from qat_edge.quant.bit_allocation import (
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
-from qat_edge.run import MANIFEST, Run, read_manifest, replace_folder, sha256, write_manifest, write_text
+from qat_edge.run import Run
+from qat_edge.storage import replace_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

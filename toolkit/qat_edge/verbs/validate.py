@@ -28,9 +28,11 @@ from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devic
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
+from qat_edge.manifest import read_manifest
 from qat_edge.models import merge, tasks
 from qat_edge.options import ValidateOptions
-from qat_edge.run import Run, Variant, read_manifest, write_text
+from qat_edge.run import Run, Variant
+from qat_edge.storage import write_text
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
 

@@ -17,11 +17,13 @@ import numpy as np
 
 from qat_edge import progress
 from qat_edge.errors import ArtifactError, RunError
+from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.models import tokenizer
 from qat_edge.quant import frozen, rotated_norm
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
-from qat_edge.run import MANIFEST, Run, read_manifest, sha256, write_text
+from qat_edge.run import Run
+from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.targets import target_named
 

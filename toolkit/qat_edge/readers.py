@@ -1,0 +1,211 @@
+"""Read JSON, YAML and TOML files that may come from anyone, with limits on size, depth and numbers.
+
+Every file of these formats is read here, so that a hostile or damaged one ends in one paragraph: no traceback, no
+endless loop, no message of gigabytes. Files are UTF-8, with or without a byte-order mark.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from qat_edge.errors import QatEdgeError
+
+MAX_BYTES = 256 * 1024 * 1024  # of a configuration, manifest or tokenizer file; the largest tokenizers have 40 MB
+MAX_DEPTH = 100  # of nested lists and objects
+SHOWN_CHARACTERS = 80  # of a value that a message quotes
+
+Failure = type[QatEdgeError]
+
+
+def read_text(path: Path, error: Failure, where: str | None = None, max_bytes: int = MAX_BYTES) -> str:
+    """Read a UTF-8 file, without its byte-order mark.
+
+    Args:
+        path: File to read.
+        error: Class of the error to raise.
+        where: How a message names the file; its path by default.
+        max_bytes: Size of the largest file that is read.
+
+    Raises:
+        QatEdgeError: The file is missing, too large, unreadable or not UTF-8.
+    """
+    where = where or str(path)
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise error(f"{where}: {size} bytes; at most {max_bytes} are read. Is it the right file?")
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as cause:
+        raise error(f"{where}: no such file.") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{where}: not UTF-8 text ({cause.reason} at byte {cause.start}). Save it as UTF-8.") from cause
+    except OSError as cause:
+        raise error(f"{where}: cannot be read ({cause.strerror or cause}).") from cause
+
+
+def parse_json(text: str | bytes, where: str, error: Failure, allow_nan: bool = False) -> Any:
+    """Parse one JSON document.
+
+    Args:
+        text: The document.
+        where: File, or file and line, for the message.
+        error: Class of the error to raise.
+        allow_nan: Accept NaN and Infinity, which are not JSON, but which our own results may hold.
+
+    Raises:
+        QatEdgeError: Not JSON, nested too deep, a key twice in one object, a number that is not finite or has thousands
+            of digits, or half of a surrogate pair, which no tokenizer can encode.
+    """
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
+
+    def parse_float(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{shorten(digits)} is too large for a number")
+        return value
+
+    try:
+        document = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=None if allow_nan else refuse_constant,
+            parse_float=parse_float,
+        )
+        _check_depth(document)
+    except json.JSONDecodeError as cause:
+        line = f"line {cause.lineno}, " if cause.lineno > 1 else ""
+        raise error(f"{where}: not JSON ({cause.msg} at {line}column {cause.colno}).") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{where}: not UTF-8 text ({cause.reason} at byte {cause.start}).") from cause
+    except RecursionError as cause:
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels.") from cause
+    except ValueError as cause:
+        raise error(f"{where}: not usable JSON ({cause}).") from cause
+    return document
+
+
+def read_json(path: Path, error: Failure, where: str | None = None, allow_nan: bool = False) -> Any:
+    """Read a JSON file; see `read_text` and `parse_json`."""
+    return parse_json(read_text(path, error, where), where or str(path), error, allow_nan)
+
+
+def read_yaml(path: Path, error: Failure, where: str | None = None) -> Any:
+    """Read a YAML file of plain values, without tags and aliases; an empty file is None.
+
+    Raises:
+        QatEdgeError: See `read_text`; or no YAML, a key twice, an alias, or nested too deep.
+    """
+    where = where or str(path)
+    text = read_text(path, error, where)
+    try:
+        document = yaml.load(text, _PlainLoader)  # a SafeLoader with fewer features
+        _check_depth(document)
+    except RecursionError as cause:
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels.") from cause
+    except (yaml.YAMLError, ValueError) as cause:
+        reason = shorten(" ".join(str(cause).split()), 300)
+        raise error(f"{where}: cannot be read as YAML: {reason}") from cause
+    return document
+
+
+def read_toml(path: Path, error: Failure, where: str | None = None) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        QatEdgeError: See `read_text`; or no TOML, or nested too deep.
+    """
+    where = where or str(path)
+    text = read_text(path, error, where)
+    try:
+        document = tomllib.loads(text)
+        _check_depth(document)
+    except RecursionError as cause:
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels.") from cause
+    except ValueError as cause:  # TOMLDecodeError is one
+        raise error(f"{where}: cannot be read as TOML: {shorten(str(cause), 300)}") from cause
+    return document
+
+
+def shorten(value: Any, length: int = SHOWN_CHARACTERS) -> str:
+    """Return a value as text for a message, cut to `length` characters."""
+    # repr of a deep or huge value would be as deep and as huge as the value.
+    if isinstance(value, dict | list | tuple | set):
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= length else text[:length] + "..."
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases, which a message or a copy would expand, and repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias '*{event.anchor}' is not supported; write the value again", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        seen: set[Hashable] = set()
+        for key in keys:
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{shorten(key)}' twice", node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON from its pairs.
+
+    Raises:
+        ValueError: A key is there twice, or a text holds half of a surrogate pair.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key '{shorten(twice)}' twice in one object")
+    return found
+
+
+def _check_depth(document: Any) -> None:
+    """Check nesting and text without recursion.
+
+    Raises:
+        RecursionError: Deeper than MAX_DEPTH.
+        ValueError: A text holds half of a surrogate pair.
+    """
+    level = [document]
+    for _ in range(MAX_DEPTH + 1):
+        following: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                following += value.keys()
+                following += value.values()
+            elif isinstance(value, list):
+                following += value
+            elif isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode("utf-8")
+                except UnicodeEncodeError as cause:
+                    raise ValueError(
+                        f"half of a surrogate pair, \\u{ord(value[cause.start]):04x}, which is no character"
+                    ) from cause
+        if not following:
+            return
+        level = following
+    raise RecursionError
