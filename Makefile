@@ -3,12 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := tools/lock/requirements.txt
+FRESH := .cache/lock-venv
 
 # Caches of the libraries stay inside the checkout too.
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: demo test test-arm64 lint format docs setup clean
+.PHONY: demo test test-arm64 lint format docs lock audit setup clean
 
 demo: $(STAMP)
 	$(BIN)/qat-edge demo
@@ -37,13 +39,29 @@ docs: $(STAMP)
 	$(BIN)/python tools/write_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# Resolves pyproject.toml in an empty environment. A local version, such as torch's "+cpu", depends on the machine.
+lock:
+	rm -rf $(FRESH)
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet --upgrade pip
+	$(FRESH)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(FRESH)/bin/python -m pip uninstall --quiet --yes qat-edge
+	$(FRESH)/bin/python -m pip freeze | sed 's/+cpu$$//' > $(LOCK)
+	$(FRESH)/bin/cyclonedx-py environment --output-reproducible --spec-version 1.6 --validate \
+		--output-file tools/lock/sbom.cdx.json $(FRESH)
+	rm -rf $(FRESH)
+
+# --strict: a package that cannot be looked up is an error, not a pass.
+audit: $(STAMP)
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(LOCK)
+
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(LOCK)
 	@echo "Setting up $(VENV): about 2 GB of packages, a minute or more"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable ".[dev]"
 	touch $(STAMP)
 
 clean:
