@@ -103,10 +103,12 @@ def generate(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str
     longest, end_ids = request["max_new_tokens"], set(request["eos_ids"])
     for index, prompt in enumerate(request["prompts"]):
         require_length(model, len(prompt) + 1, f"prompt {index} and a first token", least=2)
+        # A runtime with a KV cache of fixed length cannot go beyond it.
         limit = longest
         if model.context_length is not None:
             limit = min(longest, model.context_length - len(prompt))
 
+        # The first token comes with the prompt; the others one at a time.
         began = time.perf_counter()
         token = model.start(prompt, len(prompt) + limit)
         ttft_ms = (time.perf_counter() - began) * 1e3
@@ -118,6 +120,7 @@ def generate(model: DeviceModel, request: dict[str, Any], out: Path) -> dict[str
                 break
             token = model.next(token)
 
+        # The end token itself is not part of the answer.
         reason_for_limit = "length" if limit == longest else "context"
         stopped = "eos" if token in end_ids else reason_for_limit
         completions.append({"ids": ids, "stopped": stopped, "ttft_ms": ttft_ms})

@@ -129,6 +129,7 @@ def _measure(
     outputs = target_named(TARGET).run_encoder(folder, texts)
     artifact = target_named(TARGET).read(folder)
 
+    # A classifier is also judged by its labels; an embedding has none.
     similarity = cosines(outputs, reference)
     agreement: float | None = None
     if not isinstance(task, SentenceEncoder):
