@@ -57,9 +57,10 @@ def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, f
             f"{tokens - available} are missing. Add rows, or give {flag} {available}."
         )
 
-    # Rows in random order, the labels cut with the ids.
+    # Rows in random order, the labels cut with the ids. Rows may be on disk, so positions are drawn.
     chosen: list[TokenIds] = []
-    for row in random.Random(seed).sample(list(rows), len(rows)):
+    for index in random.Random(seed).sample(range(len(rows)), len(rows)):
+        row = rows[index]
         length = min(len(row["input_ids"]), tokens)
         chosen.append({key: values[:length] for key, values in row.items()})
         tokens -= length

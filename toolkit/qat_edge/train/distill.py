@@ -12,6 +12,8 @@ other tokens then count as one more choice.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,12 +109,12 @@ class CachedTeacher:
         choices: Token ids, int32 (tokens, k), all rows one after another.
         log_probs: Their log-probabilities, float16 (tokens, k).
         offsets: Beginning of each row in the two, int64 (rows + 1,), in the order of the training rows.
-        index: Token ids of a row -> its index.
+        index: Digest of a row's token ids -> its index.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, list[int]]], file: Path, temperature: float) -> None:
         # A batch does not say which rows it has, so rows are found by their token ids.
-        self.index = {tuple(row["input_ids"]): i for i, row in enumerate(rows)}
+        self.index = {_digest(row["input_ids"]): i for i, row in enumerate(rows)}
         if not file.is_file():
             raise RunError(
                 f"{file} is missing: the teacher's predictions for --distill-top-k. Train again with --force."
@@ -128,7 +130,7 @@ class CachedTeacher:
 
         # Batches come in random order and padded, so a row is found by its token ids without the padding.
         lengths = batch["attention_mask"].sum(1).tolist()
-        rows = [self.index[tuple(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        rows = [self.index[_digest(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
         positions = torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
 
         # Both sides at the k tokens that the teacher finds most likely.
@@ -164,6 +166,11 @@ def write_cache(
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}
     save_file(tensors, file)
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    """Return 16 bytes that stand for a row: the ids themselves would take more memory than the rest of a training."""
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
 def _divergence(teacher: Tensor, student: Tensor, has_loss: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,69 @@
+"""Tokenized rows on disk: the same rows as a list, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qat_edge.data.token_table import WRITER_ROWS, TokenRow, TokenTable
+
+
+def rows(count: int) -> Iterator[TokenRow]:
+    for i in range(count):
+        ids = [(i + k) % 997 for k in range(1 + i % 50)]
+        yield {"input_ids": ids, "labels": [-100, *ids[1:]]}
+
+
+def test_the_table_holds_the_same_rows_as_a_list() -> None:
+    expected = list(rows(2 * WRITER_ROWS + 7))
+    table = TokenTable(rows(2 * WRITER_ROWS + 7))
+
+    assert len(table) == len(expected)
+    assert list(table) == expected
+    assert table[3] == expected[3] and table[-1] == expected[-1]
+    assert table[5:9] == expected[5:9] and table[:0] == []
+    assert table == expected and table != expected[:-1]
+    with pytest.raises(IndexError):
+        table[len(expected)]
+
+
+def test_random_samples_are_the_same_as_of_a_list() -> None:
+    expected = list(rows(100))
+    table = TokenTable(rows(100))
+    positions = random.Random(3).sample(range(len(table)), len(table))
+    assert [table[i] for i in positions] == random.Random(3).sample(expected, len(expected))
+
+
+def test_labels_may_be_fractions_and_a_table_may_be_empty() -> None:
+    table = TokenTable([{"input_ids": [1, 2], "labels": [0.25], "other_ids": [3]}])
+    assert table[0] == {"input_ids": [1, 2], "labels": [0.25], "other_ids": [3]}
+    assert len(TokenTable([])) == 0
+
+
+def test_memory_does_not_grow_with_the_rows() -> None:
+    def peak(count: int) -> int:
+        gc.collect()
+        tracemalloc.start()
+        table = TokenTable(rows(count))
+        sum(len(row["input_ids"]) for row in table)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    peak(10)  # imports
+    assert peak(8 * WRITER_ROWS) < 1.5 * peak(2 * WRITER_ROWS)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot remove a file that is mapped")
+def test_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    table = TokenTable(rows(10))
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(table)) == 10

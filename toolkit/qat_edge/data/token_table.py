@@ -1,0 +1,72 @@
+"""Tokenized rows in an Arrow file that is memory-mapped, so that memory does not grow with the size of the data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+WRITER_ROWS = 1000  # rows in memory until they are written
+PREFIX = "qat-edge-rows-"
+
+TokenRow = dict[str, Any]  # "input_ids" and "labels", lists; see `tokenization` and `training_examples`
+
+
+class TokenTable(Sequence[TokenRow]):
+    """Rows of lists of numbers, read from disk when they are needed.
+
+    The file is in TMPDIR. It is removed with the table, and where the system permits it (not on Windows) as soon as it is
+    mapped, so that a killed process leaves nothing behind.
+    """
+
+    def __init__(self, rows: Iterable[TokenRow]) -> None:
+        """Write `rows`, all with the same keys and types, one after another.
+
+        Raises:
+            OSError: No space in TMPDIR.
+        """
+        import datasets  # takes seconds to import
+        from datasets.arrow_writer import ArrowWriter
+
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = folder / "rows.arrow"
+        count = 0
+        with ArrowWriter(path=str(path), writer_batch_size=WRITER_ROWS) as writer:
+            for row in rows:
+                writer.write(row)
+                count += 1
+            if count:
+                writer.finalize()
+
+        # An empty file has no columns, and could not be mapped.
+        self._rows: Any = datasets.Dataset.from_file(str(path)) if count else []
+        if os.name == "posix":
+            self._remove()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row: TokenRow = self._rows[index]
+        return row
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return iter(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value
