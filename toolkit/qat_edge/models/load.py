@@ -32,7 +32,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
-from qat_edge.models import gguf_model, hub, tasks, text_model, weights_check
+from qat_edge.models import experts, gguf_model, hub, tasks, text_model, weights_check
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.weights_check import LoadReport
@@ -332,6 +332,7 @@ def _check_task(
             f"{source}: not a causal language model (model type {config.model_type}, architecture "
             f"{', '.join(names)}). Use one that generates text, such as Llama, Qwen or SmolLM."
         )
+    experts.refuse_expert_config(config)
     return config
 
 
@@ -343,6 +344,7 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
             f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text model "
             f"({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
         )
+    experts.refuse_expert_config(text)
     return text
 
 
