@@ -111,7 +111,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ernie4_5": {**HEAD_16, **EPSILON, "tie_word_embeddings": True},
     "exaone4": BOTH,
     "falcon": {},
-    "falcon_h1": STATES,
+    "falcon_h1": {**STATES, "mamba_d_ssm": 128},
     "falcon_mamba": {"state_size": 4},
     "gemma": {**HEAD_16, **EPSILON},
     "gemma2": {

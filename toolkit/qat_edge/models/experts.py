@@ -35,7 +35,7 @@ def refuse_experts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         # Convolutions have such weights too, and are counted as unquantized.
         stacked = not isinstance(module, nn.modules.conv._ConvNd) and any(
-            parameter.dim() > 2 for parameter in module.parameters(recurse=False)
+            sum(size > 1 for size in parameter.shape) > 2 for parameter in module.parameters(recurse=False)
         )
         if stacked or (isinstance(module, nn.Linear) and _EXPERT_NAME.search(name)):
             kind = "stacks the weights of several layers in one tensor" if stacked else "is one of several experts"
