@@ -155,6 +155,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
     """Load a model from a folder with config.json and safetensors."""
     # Check the files first: the messages of transformers for a missing one do not say what to do.
+    weights_check.refuse_adapters((p.name for p in path.iterdir()), str(path))
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
@@ -166,8 +167,6 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
             f"{path}: no *.safetensors here (found: {pickles or 'no weights'}). Pickled weights can run code when they "
             "are read and are not loaded; save the model with save_pretrained(..., safe_serialization=True)."
         )
-
-    weights_check.refuse_adapters((p.name for p in path.iterdir()), str(path))
 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import progress, readers
-from qat_edge.errors import ModelError
+from qat_edge.errors import DataError, ModelError
 from qat_edge.models.tasks import POOLER, ModelTask
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,7 +79,8 @@ def refuse_adapters(names: Iterable[str], source: str) -> None:
     Raises:
         ModelError: There is an adapter.
     """
-    found = [name for name in ADAPTER_FILES if name in set(names)]
+    present = set(names)
+    found = [name for name in ADAPTER_FILES if name in present]
     if found:
         raise ModelError(
             f"{source}: holds an adapter ({', '.join(found)}), which is no part of the model's weights. Merge it first "
@@ -417,9 +418,31 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def unusable_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer can produce ids that the embedding has no row for: placeholders of images and so on."""
-    return max(tokenizer.get_vocab().values(), default=0) >= _table_rows(model)
+def check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], source: str
+) -> None:
+    """Refuse rows with an id that the embedding has no row for.
+
+    Args:
+        model: As loaded.
+        tokenizer: Its tokenizer, which may have placeholders of images outside of the embedding.
+        rows: Tokenized rows, with "input_ids".
+        source: File or data set of the rows, for the message.
+
+    Raises:
+        DataError: There is such an id.
+    """
+    count = _table_rows(model)
+    if max(tokenizer.get_vocab().values(), default=0) < count:
+        return  # no text can have such an id
+    for number, row in enumerate(rows, 1):
+        largest = max(row["input_ids"], default=0)
+        if largest >= count:
+            token = tokenizer.convert_ids_to_tokens(int(largest))
+            raise DataError(
+                f"{source}: training row {number} has the token {token!r}, which stands for an image or sound, and the "
+                "model is used for text alone. Remove it from the rows."
+            )
 
 
 def _table_rows(model: PreTrainedModel) -> int:
@@ -430,9 +453,11 @@ def _table_rows(model: PreTrainedModel) -> int:
 def _placeholders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return the tokens that stand for an image, a sound or a video."""
     names = re.compile(r"(image|audio|video|vision|boi|eoi|boa|eoa)_?\w*token$")
-    named = {**getattr(tokenizer, "init_kwargs", {}), **(getattr(tokenizer, "extra_special_tokens", None) or {})}
-    extra = named.get("extra_special_tokens") or named.get("model_specific_special_tokens") or {}
-    named |= extra if isinstance(extra, dict) else {}
+    named: dict[str, Any] = dict(getattr(tokenizer, "init_kwargs", {}))
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        # Tokenizer files have a list here or names.
+        extra = named.get(key)
+        named |= extra if isinstance(extra, dict) else {}
     return {str(token) for name, token in named.items() if names.search(str(name))}
 
 

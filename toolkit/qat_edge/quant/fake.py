@@ -299,12 +299,13 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         UsageError: The target modules do not exist, or their adapters cannot be merged before they are rounded.
         ModelError: The model cannot have adapters on its linear layers.
     """
+    is_default = config.target_modules == "all-linear"  # which peft replaces by the names of layers
     try:
         adapted: PeftModel = get_peft_model(model, register(config))
     except ValueError as error:
         text = " ".join(str(error).split())
         # The default needs no flag, so no message may name one.
-        if config.target_modules == "all-linear":
+        if is_default:
             raise ModelError(f"{type(model).__name__}: adapters cannot be added to its linear layers ({text}).") from error
         raise UsageError(f"--target-modules: {text}") from error
     # peft has adapters for embeddings and convolutions too, which it would add outside of the rounding.

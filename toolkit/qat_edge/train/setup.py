@@ -22,7 +22,7 @@ from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import load
+from qat_edge.models import load, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.options import FinetuneOptions
@@ -276,6 +276,8 @@ def _read_rows(
 ) -> TokenizedRows:
     """Read and tokenize the rows of a file or data set, and report their counts."""
     rows = training_examples.tokenize_for_task(task, load_rows(source, split), model, tokenizer, options.max_length)
+    if not task.is_encoder:
+        weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")
     return rows
 

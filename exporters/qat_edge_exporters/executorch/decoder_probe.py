@@ -1,4 +1,4 @@
-"""Find out from a configuration alone whether ExecuTorch's attention operator can take the place of a model's own.
+"""Find out from a configuration alone whether ExecuTorch's operators can take the place of a decoder's own.
 
 The model is built without weights, on the meta device, and run once with an attention function that only records how it
 is called. The same calls are what `graph.attention` gets when a model with weights is traced.
@@ -65,7 +65,7 @@ class _Calls:
 
 
 def obstacle(config: PretrainedConfig) -> str:
-    """Return why ExecuTorch's operator cannot take the place of a decoder's attention, a sentence; empty if it can."""
+    """Return why ExecuTorch's operators cannot take the place of a decoder's own, a sentence; empty if they can."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -74,6 +74,11 @@ def obstacle(config: PretrainedConfig) -> str:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # code of its own, which is not run here
+
+    # A factor in this attribute is applied to the rows by the exporter.
+    embedding = model.get_input_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "scalar_embed_scale"):
+        return f"{type(embedding).__name__} of {type(model).__name__} does more than look up rows."
 
     calls, failure = _run(model)
     if calls.faults:
