@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,8 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
-def write_gguf(folder: Path, path: Path) -> Path:
-    """Convert a folder with a small Llama model, as `conftest.make_model` makes it, and return `path`."""
+def write_gguf(folder: Path, path: Path, add: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    """Convert a folder with a small Llama model, as `conftest.make_model` makes it, and return `path`.
+
+    Args:
+        folder: Folder of the model.
+        path: File to write.
+        add: Adds further metadata and tensors to the file.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -26,6 +33,8 @@ def write_gguf(folder: Path, path: Path) -> Path:
         stem, _, suffix = name.rpartition(".")
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", _interleaved(name, tensor, config).contiguous().numpy())
 
+    if add is not None:
+        add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qat_edge.models import tasks
-from qat_edge_exporters.executorch import compat_transformers
+from qat_edge_exporters.executorch import compat_transformers, decoder_probe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,7 +23,7 @@ def missing(config: PretrainedConfig) -> str:
         return f"layers of type {', '.join(unknown)} keep a state that is no key-value cache."
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal."
-    return ""
+    return decoder_probe.obstacle(config)
 
 
 def _missing_for_encoder(config: PretrainedConfig) -> str:

@@ -19,7 +19,7 @@ from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.onnx import onnx_compat
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ALL_LAYERS = ""  # layer type of the rotary embedding of models that have one for all layers
 
@@ -55,11 +55,9 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
         ExportError: its rotary embeddings change within the context.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    # No weights are read, and a quantization of them would need its library to be initialized.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = without_weights(config)
+    if model is None:
+        raise ExportError(f"onnx: transformers has no class for a model of type {config.model_type}.")
 
     rotates = getattr(config, "no_rope_layers", None) or []  # despite its name, 1 for a layer that rotates
     unrotated = [index for index, rotated in enumerate(rotates[: config.num_hidden_layers]) if not rotated]
@@ -67,8 +65,22 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
         rotary=_rotary_tables(model, context_length),
         unrotated_layers=unrotated,
         embedding_scale=onnx_compat.embedding_scale(model),
-        fused=_fused_projections(model),
+        fused=fused_projections(model),
     )
+
+
+def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Build a model on the meta device; None where transformers cannot without the model's own code."""
+    config = copy.deepcopy(config)
+    # No weights are read, and a quantization of them would need its library to be initialized.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError):
+        return None
+    return model
 
 
 def split_fused(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int]]) -> dict[str, FrozenWeight]:
@@ -131,7 +143,7 @@ def _require_fixed_frequencies(config: PretrainedConfig, rope_type: str, positio
         )
 
 
-def _fused_projections(model: nn.Module) -> dict[str, dict[str, int]]:
+def fused_projections(model: nn.Module) -> dict[str, dict[str, int]]:
     """Find projections that the builder expects separately: queries, keys and values; gate and up."""
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():

@@ -5,6 +5,7 @@ the code of the model, `adapt_config` adds what the builder looks for:
 
 - One window for all layers (Mistral, Phi-3) needs `layer_types`, or the builder takes it for full attention.
 - Rotary parameters by layer type (Gemma 3) are expected as two base frequencies.
+- The epsilon of norms is read as `rms_norm_eps` alone, and 1e-6 where a configuration (Nemotron) calls it otherwise.
 - Types of rotary embedding that the builder does not know, or would switch at run time, become the default type. They
   differ in their tables only, and `repair` replaces all rotary tables by the model's own.
 """
@@ -28,6 +29,8 @@ def adapt_config(config: PretrainedConfig) -> None:
     """Change a configuration of transformers 5, in place, into one that the builder reads correctly."""
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+
+    config.rms_norm_eps = onnx_compat.norm_epsilon(config)
 
     rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rotary and all(isinstance(value, dict) for value in rotary.values()):

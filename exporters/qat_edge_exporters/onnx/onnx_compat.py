@@ -85,6 +85,38 @@ def embedding_scale(model: PreTrainedModel) -> float:
     """Return the factor by which a model multiplies looked-up embeddings; 1 if it has none.
 
     transformers 5.23: Gemma's embedding class has it in `scalar_embed_scale`. The buffer `embed_scale` next to it
-    holds no value on the meta device.
+    holds no value on the meta device. Granite multiplies outside of the class, by a number of its configuration.
     """
-    return float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
+    inside = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
+    factor = inside if inside is not None else getattr(model.config, "embedding_multiplier", None)
+    return 1.0 if factor is None else float(factor)
+
+
+# Names of the epsilon of a model's norms in configurations, the one that the builder reads first.
+NORM_EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+# Activation functions of `Model.make_activation` that transformers computes in the same way.
+ACTIVATIONS = {"silu", "swish", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu", "relu", "relu2"}
+# Architectures whose class writes LayerNorm; the others write RMS norms, whatever the model has.
+WITH_LAYER_NORM = {"NemotronForCausalLM", "PhiForCausalLM"}
+# Architectures whose class reads the multipliers of embeddings, residuals, attention and logits.
+WITH_MULTIPLIERS = {"GraniteForCausalLM"}
+
+
+def norm_epsilon(config: PretrainedConfig) -> float:
+    """Return the epsilon of all norms in the builder's graph, for a configuration that `builder.adapt_config` changed.
+
+    onnxruntime-genai 0.18, `Model.__init__`: `rms_norm_eps`, or 1e-6 where the configuration has none.
+    """
+    return float(next((getattr(config, n) for n in NORM_EPSILONS if getattr(config, n, None) is not None), 1e-6))
+
+
+def attention_scale(config: PretrainedConfig, head_width: int) -> float:
+    """Return the factor of attention scores in the builder's graph.
+
+    onnxruntime-genai 0.18: Gemma's classes and Granite's read it from the configuration.
+    """
+    if getattr(config, "query_pre_attn_scalar", None) is not None:
+        return float(config.query_pre_attn_scalar**-0.5)
+    if (config.architectures or [""])[0] in WITH_MULTIPLIERS:
+        return float(config.attention_multiplier)
+    return float(head_width**-0.5)

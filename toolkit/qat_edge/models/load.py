@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 import torch
@@ -21,18 +21,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
-from qat_edge.models import hub, tasks
+from qat_edge.models import experts, gguf_model, hub, tasks, text_model, weights_check
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
+from qat_edge.models.weights_check import LoadReport
 from qat_edge_exporters.targets import FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
@@ -82,8 +85,8 @@ def load_model(
             random weights every time.
 
     Raises:
-        ModelError: There is no such model, it does not fit the task, it has no safetensors or no tokenizer, it is
-            damaged, or it is quantized already.
+        ModelError: There is no such model, it does not fit the task, it has no safetensors or no tokenizer, its tensors
+            or tokens do not match, it is damaged, or it is quantized already.
     """
     # What exists on disk is never looked up on the Hub.
     path = Path(source).expanduser()
@@ -130,19 +133,21 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     if magic != GGUF_MAGIC:
         raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}). Give a folder or a .gguf file.")
 
-    # Quantized tensors are dequantized while reading, so the model is a float one.
-    arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    # Settings and tensors that transformers would leave out are applied here, or refused by name.
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        metadata = gguf_model.read_metadata(path)
+        model, report = gguf_model.load(path, metadata, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
             f"({one_line(error)}). Download it again, or use the model's safetensors folder."
         ) from error
 
+    weights_check.check_loaded(model, report, str(path), CAUSAL_LM)
+    weights_check.check_finite(model, str(path))
+    weights_check.check_vocabulary(model, tokenizer, str(path))
+    gguf_model.check_tokenizer(tokenizer, metadata, path)
     identity = ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
@@ -150,6 +155,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
     """Load a model from a folder with config.json and safetensors."""
     # Check the files first: the messages of transformers for a missing one do not say what to do.
+    weights_check.refuse_adapters((p.name for p in path.iterdir()), str(path))
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
@@ -164,19 +170,19 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
-    _check_task(config, str(path), trust_remote_code, task)
+    chosen = _check_task(config, str(path), trust_remote_code, task)
     if isinstance(task, SentenceEncoder):
         _check_pooling(path)
 
+    files = weights_check.check_files(path)
     try:
-        with _reproducible_head(task):
-            model = task.auto_class.from_pretrained(
-                path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        model, report = _read_weights(
+            str(path), chosen, trust_remote_code, dtype, task, chosen is not config, local_files_only=True
+        )
     except PARSE_ERRORS as error:
         raise ModelError(f"{path}: the weights cannot be loaded ({one_line(error)}). Save them again.") from error
     tokenizer = _load_tokenizer(str(path), trust_remote_code, local_files_only=True)
+    _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
     task.prepare(model)
 
     identity = ModelIdentity("folder", str(path.resolve()), files={p.name: sha256(p) for p in weights})
@@ -189,21 +195,24 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
     offline = hub.unreachable_reason()
     outcome = f"cannot be reached ({offline})" if offline else "does not provide it"
     config = _load_config(source, trust_remote_code, f"{source}: no such local folder, and the Hub {outcome}")
-    _check_task(config, source, trust_remote_code, task)
+    chosen = _check_task(config, source, trust_remote_code, task)
+    adapter = find_adapter_config_file(source, revision=config._commit_hash)
+    weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
 
     # Weights and tokenizer are read at the commit of the configuration: the branch may move in between.
     try:
-        with _reproducible_head(task):
-            model = task.auto_class.from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
-                revision=config._commit_hash,
-            )  # fmt: skip
+        model, report = _read_weights(
+            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=config._commit_hash
+        )
     except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
     tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
+    cached = cached_file(source, "config.json", revision=config._commit_hash)
+    files = weights_check.check_files(Path(str(cached)).parent)
+    _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)
 
     return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash))
@@ -224,6 +233,62 @@ def _load_config(source: str, trust_remote_code: bool, failure: str) -> Pretrain
         ) from error
 
 
+def _read_weights(
+    source: str,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    task: ModelTask,
+    is_part: bool,
+    **where: Any,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """Read the weights of a folder or a Hub id, and report which names did not match.
+
+    Args:
+        source: Folder or Hub id.
+        config: Configuration of the model, or of the text model of a multimodal one.
+        trust_remote_code: Run the code that comes with the model.
+        dtype: Type of the weights in memory.
+        task: The task the model is used for.
+        is_part: The model is the text model of a multimodal one.
+        where: `local_files_only` or `revision`.
+    """
+    with _reproducible_head(task):
+        model, info = task.auto_class.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            # Other shapes are part of the report, and refused there with their names.
+            ignore_mismatched_sizes=True, output_loading_info=True,
+            key_mapping=text_model.KEY_MAPPING if is_part else None, **where,
+        )  # fmt: skip
+    return model, LoadReport.from_transformers(info)
+
+
+def _check_model(
+    model: PreTrainedModel,
+    report: LoadReport,
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    task: ModelTask,
+    is_part: bool,
+) -> None:
+    """Refuse a model whose tensors, values or tokens do not match. is_part: it is the text model of a multimodal one."""
+    if is_part:
+        # The other models of a multimodal one are not needed for text.
+        others, own = text_model.left_out(report.unexpected)
+        parts = sorted({name.removeprefix("model.").partition(".")[0] for name in others})
+        progress.info(
+            f"{source}: a multimodal model, used for text alone as {type(model).__name__}; left out: "
+            f"{', '.join(parts) or 'nothing'} ({len(others)} tensors)"
+        )
+        report = LoadReport(report.missing, own, report.mismatched)
+
+    weights_check.check_loaded(model, report, source, task)
+    weights_check.check_buffers(model, files, source)
+    weights_check.check_finite(model, source)
+    weights_check.check_vocabulary(model, tokenizer, source)
+
+
 @contextmanager
 def _reproducible_head(task: ModelTask) -> Iterator[None]:
     """Initialize weights that an encoder's checkpoint lacks the same way every time, and leave the global RNG alone."""
@@ -233,8 +298,14 @@ def _reproducible_head(task: ModelTask) -> Iterator[None]:
         yield
 
 
-def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask) -> None:
-    """Refuse a model that does not fit the task or is quantized already, before its weights are read."""
+def _check_task(
+    config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask
+) -> PretrainedConfig:
+    """Refuse a model that does not fit the task or is quantized already, before its weights are read.
+
+    Returns:
+        The configuration to load: the given one, or that of the text model of a multimodal one.
+    """
     # Codes of another quantizer cannot be trained, and rounding them again would lose twice.
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -247,10 +318,12 @@ def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, 
     # Trust an encoder's configuration; a missing head is newly initialized.
     if task.is_encoder and tasks.is_encoder_config(config):
         task.configure(config)
-        return
+        return config
 
     # A model with code of its own is trusted to be what its auto_map says.
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and text_model.is_multimodal(config):
+        return _text_part(config, source)
     names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "none")]
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if not remote and (config.is_encoder_decoder or not known.intersection(names)):
@@ -258,6 +331,20 @@ def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, 
             f"{source}: not a causal language model (model type {config.model_type}, architecture "
             f"{', '.join(names)}). Use one that generates text, such as Llama, Qwen or SmolLM."
         )
+    experts.refuse_expert_config(config)
+    return config
+
+
+def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
+    """Return the configuration of the text model of a multimodal one, and refuse where it cannot be loaded alone."""
+    text = text_model.text_config(config)
+    if text is None:
+        raise ModelError(
+            f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text model "
+            f"({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
+        )
+    experts.refuse_expert_config(text)
+    return text
 
 
 def _check_pooling(folder: Path) -> None:

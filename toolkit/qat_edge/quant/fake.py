@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat_edge.errors import UsageError
+from qat_edge.errors import ModelError, UsageError
 from qat_edge.quant import numerics, qlora_base
 from qat_edge.quant.autocast import compute_dtype
 from qat_edge.quant.module_class import insert_base
@@ -297,11 +297,17 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
     Raises:
         UsageError: The target modules do not exist, or their adapters cannot be merged before they are rounded.
+        ModelError: The model cannot have adapters on its linear layers.
     """
+    is_default = config.target_modules == "all-linear"  # which peft replaces by the names of layers
     try:
         adapted: PeftModel = get_peft_model(model, register(config))
     except ValueError as error:
-        raise UsageError(f"--target-modules: {' '.join(str(error).split())}") from error
+        text = " ".join(str(error).split())
+        # The default needs no flag, so no message may name one.
+        if is_default:
+            raise ModelError(f"{type(model).__name__}: adapters cannot be added to its linear layers ({text}).") from error
+        raise UsageError(f"--target-modules: {text}") from error
     # peft has adapters for embeddings and convolutions too, which it would add outside of the rounding.
     for name, module in adapted.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraFakeQuantLinear):

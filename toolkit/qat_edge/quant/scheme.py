@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import tasks
+from qat_edge.models.experts import refuse_experts
 from qat_edge.options import GROUP_SIZES, WIDTHS
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # Shown next to the layer in `Scheme.exceptions`.
 HEAD_REASON = "after the blocks, where nothing compensates for its rounding: int8 per channel"
+LEAST_QUANTIZED = 0.5  # share of the parameters without which a model gets hardly smaller
+NOTABLE_SHARE = 0.01  # of the parameters, from which a module class that stays float is worth a line
+DEFAULT_GROUP_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,15 @@ def choose_scheme(
     Raises:
         UsageError: The group size divides no layer at all; `bits` names no weight of this model, or a width that it
             cannot have; an encoder's head is requested in 4 bits.
-        ModelError: The model has no token embedding, or is a causal language model without an output head.
+        ModelError: The model has no token embedding, is a causal language model without an output head, a mixture of
+            experts, or has most of its parameters in modules that cannot be quantized.
     """
+    refuse_experts(model)
     encodes = tasks.task_of_model(model).is_encoder
     ends = _encoder_ends(model, table_bits[1]) if encodes else _decoder_ends(model)
 
     weights = _default_weights(model, group_size, table_bits, ends, encodes)
+    _require_quantizable(model, weights)
     _require_group_size(model, group_size, weights, ends)
     _override(model, bits or {}, weights, ends)
 
@@ -150,6 +157,46 @@ def choose_scheme(
     # encoder are never the same matrix.
     tied = not encodes and shares_table(model) and weights[first].bits == weights[last].bits
     return Scheme(group_size, tied, first, last, weights, (*ends.embeddings[1:], *ends.heads[:-1]))
+
+
+@dataclass(frozen=True)
+class FloatModules:
+    """Modules of one class whose parameters stay in float.
+
+    Attributes:
+        module_class: Name of the class.
+        example: Name of one of them.
+        parameters: Number of parameters of all of them.
+        share: The same as a part of the model's parameters.
+    """
+
+    module_class: str
+    example: str
+    parameters: int
+    share: float
+
+
+def float_modules(model: nn.Module, weights: Container[str]) -> list[FloatModules]:
+    """Return the modules whose parameters are not quantized, by class, the largest share first.
+
+    Args:
+        model: May be on the meta device.
+        weights: Names of the modules whose weights are quantized.
+    """
+    # A shared parameter counts once, and as quantized if one of its owners is.
+    owners = {name: module for name, module in model.named_modules() if name in weights}
+    seen = {id(module.weight) for module in owners.values()}
+    total = sum({id(p): p.numel() for p in model.parameters()}.values())
+
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[type(module).__name__] += parameter.numel()
+                examples.setdefault(type(module).__name__, name)
+    return [FloatModules(kind, examples[kind], count, count / total) for kind, count in counts.most_common()]
 
 
 def shares_table(model: PreTrainedModel) -> bool:
@@ -198,6 +245,18 @@ def _default_weights(
     return weights
 
 
+def _require_quantizable(model: PreTrainedModel, weights: Mapping[str, WeightScheme]) -> None:
+    """Refuse a model most of whose parameters would stay float."""
+    left = float_modules(model, weights)
+    share = sum(modules.share for modules in left)
+    if share > 1 - LEAST_QUANTIZED:
+        shown = ", ".join(f"{m.module_class} {m.share:.0%} (such as {m.example})" for m in left[:3])
+        raise ModelError(
+            f"{type(model).__name__}: {share:.0%} of its parameters are in modules that cannot be quantized: {shown}. Only "
+            "linear layers and embeddings can; use a model that is made of them."
+        )
+
+
 def _require_group_size(
     model: PreTrainedModel, group_size: int, weights: Mapping[str, WeightScheme], ends: _Ends
 ) -> None:
@@ -206,7 +265,10 @@ def _require_group_size(
     if any(spec.bits == 4 and spec.group_size == group_size for spec in linears):
         return
     widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
-    raise UsageError(f"--group-size {group_size} divides no layer of this model (widths {widths}). Try a smaller one.")
+    default = "the default " if group_size == DEFAULT_GROUP_SIZE else ""
+    raise UsageError(
+        f"{default}--group-size {group_size} divides no layer of this model (widths {widths}). Try a smaller one."
+    )
 
 
 def _override(model: PreTrainedModel, bits: Mapping[str, int], weights: dict[str, WeightScheme], ends: _Ends) -> None:

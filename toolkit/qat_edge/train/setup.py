@@ -22,7 +22,7 @@ from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import load
+from qat_edge.models import load, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.options import FinetuneOptions
@@ -32,6 +32,7 @@ from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
 
+ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -108,6 +109,11 @@ def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[
     # Weights that could not be quantized as requested, each with its reason.
     for name, reason in weights.exceptions.items():
         progress.info(f"  {name}: {reason}")
+    for modules in scheme.float_modules(model, weights.weights):
+        if modules.share > scheme.NOTABLE_SHARE:
+            progress.info(
+                f"  stays float32: {modules.module_class}, {modules.share:.1%} of the parameters (such as {modules.example})"
+            )
     return weights
 
 
@@ -118,13 +124,16 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         The model to train and the switch of its fake quantization.
 
     Raises:
-        UsageError: The target modules include one whose adapters cannot be merged before rounding.
+        UsageError: A target module does not exist, or its adapters cannot be merged before rounding.
+        ModelError: The model cannot have adapters.
     """
     # First, because fake quantization has another layer class over a base in few bits.
     if options.base != "fp32":
         before, after = qlora_base.quantize_base(job.model, job.scheme.linears, options.base)
         progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
 
+    if options.method == "lora":
+        _check_targets(job.model, options.target_modules)
     switch = fake.insert(job.model, job.scheme, options.scales == "learned")
     torch.manual_seed(options.seed)  # adapters begin at random values
     if options.method == "full":
@@ -134,6 +143,23 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         )
         return fake.train_weights(job.model), switch
     return fake.add_adapters(job.model, _lora_config(options, job)), switch
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse target modules that no module is named like: peft accepts them if another one of the list exists."""
+    if list(targets) == [ALL_LINEAR]:
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if not unknown:
+        return
+
+    linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    hint = f" '{ALL_LINEAR}' stands alone." if ALL_LINEAR in unknown else ""
+    raise UsageError(
+        f"--target-modules: Target modules that are not in this model: {', '.join(unknown)}. Its linear layers are named "
+        f"{', '.join(linears)}.{hint}"
+    )
 
 
 # --- device and precision ----------------------------------------------------------------------------------
@@ -250,6 +276,8 @@ def _read_rows(
 ) -> TokenizedRows:
     """Read and tokenize the rows of a file or data set, and report their counts."""
     rows = training_examples.tokenize_for_task(task, load_rows(source, split), model, tokenizer, options.max_length)
+    if not task.is_encoder:
+        weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")
     return rows
 
@@ -319,7 +347,7 @@ def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         # peft knows "all-linear" as a string; in a list it would be the name of a module.
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=targets[0] if targets == [ALL_LINEAR] else targets,
         task_type=None if job.task.is_encoder else "CAUSAL_LM",
         modules_to_save=job.scheme.heads if job.task.is_encoder else None,
     )

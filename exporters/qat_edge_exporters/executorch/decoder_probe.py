@@ -1,0 +1,114 @@
+"""Find out from a configuration alone whether ExecuTorch's operators can take the place of a decoder's own.
+
+The model is built without weights, on the meta device, and run once with an attention function that only records how it
+is called. The same calls are what `graph.attention` gets when a model with weights is traced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qat_edge_exporters.executorch import compat_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PROBE_NAME = "qat_edge_probe"  # in AttentionInterface
+TOKENS = 3
+SINKS = "s_aux"  # gpt-oss's logits of a token that is not there
+
+
+@dataclass
+class _Calls:
+    """Calls of the attention function.
+
+    Attributes:
+        layers: How often each layer called it.
+        faults: Why ExecuTorch's operator cannot compute a call, as sentences.
+    """
+
+    layers: Counter[int] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,  # noqa: ARG002  the signature is that of transformers' AttentionInterface
+        **extras: Any,
+    ) -> tuple[Tensor, None]:
+        """Record one call, and return an output of the right shape."""
+        name = type(module).__name__
+        self.layers[int(getattr(module, "layer_idx", -1))] += 1
+        if extras.get(SINKS) is not None:
+            self.faults.append(f"{name} has attention sinks ({SINKS}), which ExecuTorch's operator cannot compute.")
+        if attention_mask is not None:
+            self.faults.append(f"{name} builds a mask of its own, and only causal ones export.")
+        if key.shape[2] != query.shape[2] or value.shape[2] != query.shape[2]:
+            self.faults.append(f"{name} attends to other tokens than its own.")
+        if value.shape[3] != key.shape[3]:
+            self.faults.append(
+                f"{name} has keys of {key.shape[3]} channels and values of {value.shape[3]}; ExecuTorch's operator needs "
+                "as many of both."
+            )
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def obstacle(config: PretrainedConfig) -> str:
+    """Return why ExecuTorch's operators cannot take the place of a decoder's own, a sentence; empty if they can."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""  # code of its own, which is not run here
+
+    # A factor in this attribute is applied to the rows by the exporter.
+    embedding = model.get_input_embeddings()
+    if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "scalar_embed_scale"):
+        return f"{type(embedding).__name__} of {type(model).__name__} does more than look up rows."
+
+    calls, failure = _run(model)
+    if calls.faults:
+        return calls.faults[0]
+    layers, name = config.num_hidden_layers, type(model).__name__
+    if failure and calls.layers:
+        return ""  # after the attention of a layer: experts, for one, whose models are refused for them
+    if not calls.layers:
+        return (
+            f"{name} computes attention by code of its own, which cannot be replaced"
+            f"{f' ({failure})' if failure else ''}."
+        )
+    if len(calls.layers) != layers:
+        return f"{len(calls.layers)} of the {layers} layers of {name} compute attention in a replaceable way."
+    if max(calls.layers.values()) > 1:
+        return f"{name} computes attention {max(calls.layers.values())} times in a layer, and a layer has one KV cache."
+    return ""
+
+
+def _run(model: Any) -> tuple[_Calls, str]:
+    """Run a model once on the meta device; return its calls of attention, and why it failed."""
+    calls = _Calls()
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    positions = torch.arange(TOKENS, device="meta").unsqueeze(0)
+    with compat_transformers.replace_attention(PROBE_NAME, calls.attend, model.config), torch.no_grad():
+        try:
+            model.eval()(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+        except NotImplementedError:
+            return calls, ""  # an operator that has no values to compute with, which says nothing about attention
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError, KeyError) as error:
+            text = " ".join(str(error).split())
+            return calls, "" if "meta" in text else text
+    return calls, ""

@@ -1,0 +1,217 @@
+"""Every setting in a GGUF file is used, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_gguf import write_gguf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import make_model, make_tokenizer
+from qat_edge.errors import ModelError
+from qat_edge.models import gguf_model
+from qat_edge.models.load import load_model
+
+Add = Callable[[gguf.GGUFWriter], None]
+TOKENS = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(0))
+THETA = 10000.0
+
+
+def make(tmp_path: Path, add: Add | None = None, **changes: Any) -> tuple[Path, LlamaForCausalLM]:
+    """Return a GGUF file, and the model it was made from with `changes` of the configuration.
+
+    The file has the metadata of a model without the changes, and what `add` adds.
+    """
+    tokenizer = make_tokenizer()
+    plain = make_model(tokenizer)
+    plain.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write_gguf(tmp_path / "model", tmp_path / "tiny.gguf", add)
+
+    changed = LlamaForCausalLM(LlamaConfig.from_dict({**plain.config.to_dict(), **changes})).eval()
+    changed.load_state_dict(plain.state_dict())
+    return path, changed
+
+
+def kl(path: Path, expected: LlamaForCausalLM) -> float:
+    """Return the KL divergence of the loaded file's predictions from those of the expected model, nats per token."""
+    model = load_model(str(path)).model
+    with torch.no_grad():
+        wanted, found = expected(TOKENS).logits.log_softmax(-1), model(TOKENS).logits.log_softmax(-1)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def legacy_linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_float32("llama.rope.scale_linear", 4.0)
+
+
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(8.0)
+    writer.add_rope_scaling_orig_ctx_len(64)
+
+
+def llama3(writer: gguf.GGUFWriter) -> None:
+    frequencies = THETA ** -(torch.arange(0, 16, 2) / 16)
+    factors = gguf_model.llama3_factors(frequencies, 8.0, 64)
+    writer.add_rope_scaling_orig_ctx_len(64)
+    writer.add_tensor("rope_freqs.weight", factors.numpy().astype(np.float32))
+
+
+SCALINGS: dict[str, tuple[Add, dict[str, Any]]] = {
+    "linear": (linear, {"rope_type": "linear", "factor": 4.0}),
+    "linear, old key": (legacy_linear, {"rope_type": "linear", "factor": 4.0}),
+    "yarn": (yarn, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}),
+    "llama3": (
+        llama3,
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_scaling_of_the_rotary_embedding_is_applied(tmp_path: Path, name: str) -> None:
+    add, parameters = SCALINGS[name]
+    path, expected = make(tmp_path, add, rope_parameters={"rope_theta": THETA, **parameters})
+    # The models differ without the scaling, and agree to float rounding with it.
+    with torch.no_grad():
+        plain = make_model(make_tokenizer())(TOKENS).logits
+        assert (plain - expected(TOKENS).logits).abs().max() > 1e-3
+    assert abs(kl(path, expected)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        ("llama.rope.freq_base", 500000.0, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("llama.attention.layer_norm_rms_epsilon", 1e-2, {"rms_norm_eps": 1e-2}),
+    ],
+)
+def test_numbers_of_the_file_are_those_of_the_model(
+    tmp_path: Path, key: str, value: float, changes: dict[str, Any]
+) -> None:
+    def replace(writer: gguf.GGUFWriter) -> None:
+        del writer.kv_data[0][key]
+        writer.add_float32(key, value)
+
+    path, expected = make(tmp_path, replace, **changes)
+    assert abs(kl(path, expected)) < 1e-9
+
+
+REFUSED: dict[str, tuple[Add, str]] = {
+    "unknown key": (lambda w: w.add_float32("llama.new_factor", 2.0), r"llama\.new_factor = 2\.0 is not known"),
+    "logit scale": (lambda w: w.add_logit_scale(8.0), r"logit_scale is 8\.0, and LlamaConfig has no such setting"),
+    "embedding scale": (lambda w: w.add_embedding_scale(12.0), r"embedding_scale is 12\.0"),
+    "residual scale": (lambda w: w.add_residual_scale(0.22), r"residual_scale is 0\.2"),
+    "attention scale": (lambda w: w.add_attention_scale(0.01), r"attention\.scale is 0\.0"),
+    "score cap": (lambda w: w.add_attn_logit_softcapping(50.0), r"attn_logit_softcapping is 50\.0"),
+    "logit cap": (lambda w: w.add_final_logit_softcapping(30.0), r"final_logit_softcapping is 30\.0"),
+    "window": (lambda w: w.add_sliding_window(8), r"attention\.sliding_window is 8"),
+    "head width": (lambda w: w.add_key_length(32), r"attention\.key_length is 32, but .* 16"),
+    "clipping": (lambda w: w.add_clamp_kqv(3.0), r"attention\.clamp_kqv is 3\.0"),
+    "experts": (lambda w: w.add_expert_count(8), r"llama\.expert_count = 8 is not known"),
+    "bidirectional": (lambda w: w.add_causal_attention(False), r"llama\.attention\.causal = False"),
+    "scaling type": (
+        lambda w: w.add_string("llama.rope.scaling.type", "other"),
+        r"llama\.rope\.scaling\.type = other is not known",
+    ),
+    "rotary factors": (
+        lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32)),
+        r"rope_freqs\.weight scales the rotary frequencies by 1 to 3",
+    ),
+    "unknown tensor": (
+        lambda w: w.add_tensor("blk.0.post_ffw_norm.weight", np.ones(64, np.float32)),
+        r"1 have no place in the model \(blk\.0\.post_ffw_norm\.weight\)",
+    ),
+    "part": (lambda w: w.add_uint16("split.count", 2), r"part 1 of 2 of a model"),
+    "adapter": (lambda w: w.add_type("adapter"), r"general\.type is 'adapter'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_changes_the_function_and_cannot_be_applied_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    add, message = REFUSED[name]
+    path, _ = make(tmp_path, add)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(path))
+
+
+def test_values_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_logit_scale(1.0)
+        writer.add_attn_logit_softcapping(0.0)
+        writer.add_sliding_window(0)
+        writer.add_expert_count(0)
+        writer.add_key_length(16)
+        writer.add_value_length(16)
+        writer.add_rope_dimension_count(16)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_finetuned(True)
+        writer.add_string("general.url", "somewhere")
+        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+
+    path, expected = make(tmp_path, add)
+    assert abs(kl(path, expected)) < 1e-9
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_begin_of_a_text_is_what_the_file_says(tmp_path: Path, given: bool) -> None:
+    path, _ = make(tmp_path, lambda writer: writer.add_add_bos_token(given))
+    tokenizer = load_model(str(path)).tokenizer
+    assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) is given
+
+
+def test_a_tokenizer_that_differs_from_the_file_is_refused(tmp_path: Path) -> None:
+    path, _ = make(tmp_path)
+    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_model.read_metadata(path)
+    gguf_model.check_tokenizer(tokenizer, metadata, path)
+    for key, value in {
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.eos_token_id": 7,
+        "tokenizer.chat_template": "{{ messages }}",
+    }.items():
+        other = dataclasses.replace(metadata, values={**metadata.values, key: value})
+        with pytest.raises(ModelError, match=key.replace(".", r"\.")):
+            gguf_model.check_tokenizer(tokenizer, other, path)
+
+
+def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages: list[str]) -> None:
+    path, _ = make(tmp_path, lambda writer: writer.add_string("tokenizer.chat_template.tool_use", "{{ tools }}"))
+    load_model(str(path))
+    assert any("tokenizer.chat_template.tool_use" in line for line in messages)
+
+
+def test_tokens_at_which_a_turn_ends_are_end_tokens(tmp_path: Path) -> None:
+    path, _ = make(tmp_path, lambda writer: writer.add_eot_token_id(0))
+    assert load_model(str(path)).model.generation_config.eos_token_id == [2, 0]
+
+
+def test_llama3_factors_are_those_of_transformers() -> None:
+    parameters = {
+        "rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, **gguf_model.LLAMA3,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    shape = make_model(make_tokenizer()).config.to_dict()
+    rotary = LlamaForCausalLM(LlamaConfig.from_dict({**shape, "rope_parameters": parameters})).model.rotary_emb
+    frequencies = THETA ** -(torch.arange(0, 16, 2) / 16)
+    expected = frequencies / gguf_model.llama3_factors(frequencies, 8.0, 64)
+    torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-5, atol=0)
+    assert expected[0] == frequencies[0] and torch.isclose(expected[-1], frequencies[-1] / 8)
