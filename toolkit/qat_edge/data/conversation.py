@@ -405,7 +405,9 @@ class ChatFormat:
         variables = self._template(chat).variables
         for name in chat.template_arguments:
             if name in reserved or name == "messages":
-                raise DataError(f"{chat.where}: 'chat_template_kwargs' cannot have '{name}'. Give it as a key of the row.")
+                raise DataError(
+                    f"{chat.where}: 'chat_template_kwargs' cannot have '{name}'. Give it as a key of the row."
+                )
             if name not in variables:
                 raise DataError(
                     f"{chat.where}: the chat template has no argument '{shorten(name)}', so it would have no effect. "
@@ -536,7 +538,9 @@ def _json(value: Any) -> str:
 
 
 def _unreadable(error: Exception) -> str:
-    return f"The chat template of the model cannot be read ({shorten(str(error), MAX_REASON)}). Correct it in its folder."
+    return (
+        f"The chat template of the model cannot be read ({shorten(str(error), MAX_REASON)}). Correct it in its folder."
+    )
 
 
 # --- answers and artifacts ---------------------------------------------------------------------------------
@@ -573,7 +577,9 @@ class AnswerReader:
         return text.strip().removesuffix(self._end) if self._end else text
 
 
-def template_faults(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], trained: Sequence[int] | None) -> list[str]:
+def template_faults(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], trained: Sequence[int] | None
+) -> list[str]:
     """Compare the chat template of a folder with the end tokens of an artifact; one sentence for each fault.
 
     Args:

@@ -29,7 +29,7 @@ SHARE_GPT_ROLES = {
 
 # Keys next to 'messages' whose meaning would be lost, and what to write instead.
 CHAT_HINTS = {
-    "functions": "List the functions in 'tools', each as {\"type\": \"function\", \"function\": {...}}.",
+    "functions": 'List the functions in \'tools\', each as {"type": "function", "function": {...}}.',
     "function_call": "Write calls as 'tool_calls' of the assistant's message.",
     "system": "Make it the first of the 'messages', with the role 'system'.",
 }
@@ -144,7 +144,7 @@ def _completion(given: dict[str, Any], where: str) -> Completion:
     if isinstance(given["prompt"], list) and isinstance(given["completion"], list):
         raise DataError(
             f"{where}: 'prompt' and 'completion' are lists of messages. Join them into one list, 'messages'; "
-            "\"weight\": 0 on an assistant's message leaves it without loss."
+            '"weight": 0 on an assistant\'s message leaves it without loss.'
         )
     if "label" in given:
         raise DataError(
@@ -188,7 +188,7 @@ def _messages(value: Any, where: str) -> list[Message]:
         raise DataError(f"{where}: the assistant's message is empty, so there is nothing to train on.")
     if all(m.get(WEIGHT, 1) == 0 for m in answers):
         raise DataError(
-            f"{where}: every message of the assistant has the weight 0, so there is nothing to train on. Remove the row."
+            f"{where}: every message of the assistant has the weight 0, so there is nothing to train on. Remove it."
         )
     return messages
 
@@ -204,32 +204,36 @@ def _message(message: Any, where: str, number: int) -> Message:
             raise DataError(f"{position}: '{key}' is not supported. {hint}")
 
     role = _string(found, "role", position)
-    found["content"] = _content(found.get("content"), position)
-    if found.get("tool_calls") in (None, []):
+    if "content" in found:
+        found["content"] = _content(found["content"], position)
+    if found.get("tool_calls", []) == []:
         found.pop("tool_calls", None)
     else:
         found["tool_calls"] = _tool_calls(found["tool_calls"], role, position)
-    for key in REASONING:
-        if key in found:
-            _string(found, key, position)
-            if role != "assistant":
-                raise DataError(f"{position}: '{key}' belongs to messages of the assistant. Remove it.")
+    _check_reasoning(found, position)
     _check_weight(found.get(WEIGHT), role, position)
 
     # An assistant may say nothing besides its calls or its reasoning; any other message needs content.
-    if found["content"] is None and role == "assistant":
-        del found["content"]
-        if not any(found.get(key) for key in ("tool_calls", *REASONING)):
-            found["content"] = ""
-    elif found["content"] is None:
+    if role != "assistant":
         _string(found, "content", position)
+    elif not any(found.get(key) for key in ("tool_calls", *REASONING)):
+        found.setdefault("content", "")
     return found
 
 
-def _content(value: Any, position: str) -> Any:
+def _check_reasoning(message: Message, position: str) -> None:
+    """Check that reasoning is one text, and the assistant's."""
+    given = {key: _string(message, key, position) for key in REASONING if key in message}
+    if given and message["role"] != "assistant":
+        raise DataError(f"{position}: '{next(iter(given))}' belongs to messages of the assistant. Remove it.")
+    if len(set(given.values())) > 1:
+        raise DataError(f"{position}: {' and '.join(map(repr, given))} are different texts. Keep one of them.")
+
+
+def _content(value: Any, position: str) -> str:
     """Return the content of a message; parts of text, as the APIs of several vendors have them, are joined."""
     if not isinstance(value, list):
-        return value if value is None else _string({"content": value}, "content", position)
+        return _string({"content": value}, "content", position)
     texts = []
     for number, part in enumerate(value, start=1):
         kind = part.get("type") if isinstance(part, dict) else None

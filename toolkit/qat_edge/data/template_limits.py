@@ -36,7 +36,7 @@ class TemplateLimitError(Exception):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What a template's source tells.
+    """Facts about a template, from its source.
 
     Attributes:
         variables: Names that it reads and does not set: arguments and special tokens.
