@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qat_edge.data.conversation import ChatFormat, encode, end_ids, extend_ids, leading_ids, text_prompt
+from qat_edge.data.chat_template import encode
+from qat_edge.data.conversation import ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import read_manifest
@@ -68,7 +69,7 @@ def generate(
         ready, shown = text_prompt(prompt, tokenizer), emit
     else:
         ready = chat_prompt(tokenizer, prompt, system, _template_arguments(run))
-        shown = without_prefix(emit, ChatFormat(tokenizer).empty_reasoning)
+        shown = without_prefix(emit, ChatTemplate(tokenizer).empty_reasoning)
     if not ready.ids:
         raise UsageError("The prompt is empty: it has no token to continue.")
     if target is None:
