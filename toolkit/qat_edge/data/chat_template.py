@@ -148,10 +148,13 @@ class ChatTemplate:
         reasoned.messages[1][REASONING[0]] = PROBE_REASONING
         try:
             prompt = self.render(plain, 1, add_generation_prompt=True)
-            lead, _, tail = self.render(plain, 2).removeprefix(prompt).rpartition(PROBE)
+            through = self.render(plain, 2)
+            lead, _, tail = through.removeprefix(prompt).rpartition(PROBE)
             reasoning = self.render(reasoned, 2).removeprefix(prompt).rpartition(PROBE)[0]
         except (DataError, ModelError):
             return AroundAnswer("", "", "")
+        if not through.startswith(prompt):
+            return AroundAnswer("", tail, "")
         return AroundAnswer(
             lead, tail, reasoning.rpartition(PROBE_REASONING)[2] if PROBE_REASONING in reasoning else ""
         )
