@@ -37,6 +37,7 @@ __all__ = ["Chat", "Completion", "Pair", "Row", "Text", "load_rows"]
 
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
 MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line
+BYTE_ORDER_MARK = "\ufeff"
 SHOWN_KEYS = 10  # unused keys that a message names
 
 Records = Iterator[tuple[Any, str]]  # a row as parsed, and its file and line
@@ -190,4 +191,12 @@ def _dataset_records(name: str, split: str) -> Records:
             f"Hub ({offline or ' '.join(str(error).split())[:300]}). Check the name; '{name}:PART' names another part."
         ) from error
     for number, record in enumerate(data, start=1):
-        yield without_nulls(record), f"{name}:{split}, row {number}"
+        yield _without_mark(without_nulls(record)), f"{name}:{split}, row {number}"
+
+
+def _without_mark(record: dict[str, Any]) -> dict[str, Any]:
+    """Remove the byte-order mark of a file, which `datasets` leaves in the first name or text of text files."""
+    return {
+        key.removeprefix(BYTE_ORDER_MARK): value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
+        for key, value in record.items()
+    }

@@ -16,7 +16,7 @@ from typing import Any
 
 from qat_edge.data.chat_template import PROBE, ChatTemplate
 from qat_edge.data.rows import REASONING, WEIGHT, Chat, Message, is_trained
-from qat_edge.errors import DataError
+from qat_edge.errors import DataError, ModelError
 from qat_edge.readers import shorten
 
 # Keys of messages that are refused, not counted, where they have no effect. Templates leave out past reasoning.
@@ -45,6 +45,7 @@ class TemplateUse:
         if all("content" in m and "tool_calls" not in m for m in chat.messages):
             return chat
         failure: DataError | None = None
+        is_python = False
         for as_text, fill in product((False, True), repeat=2):
             candidate = dataclasses.replace(chat, messages=[_in_form(m, as_text, fill) for m in chat.messages])
             try:
@@ -54,7 +55,10 @@ class TemplateUse:
                 continue
             if not any(_is_python(arguments, text) for arguments in _arguments(candidate.messages)):
                 return candidate
-        raise failure or DataError(
+            is_python = True
+        if not is_python and failure:
+            raise failure
+        raise DataError(
             f"{chat.where}: the chat template does not write arguments of tool calls as JSON. Write the calls into "
             "'content', as the model should answer, or use a model with tools in its template."
         )
@@ -120,13 +124,13 @@ class TemplateUse:
             self._count_fields(chat, last, text, i)
 
         lost = [tool["function"]["name"] for tool in chat.tools or () if tool["function"]["name"] not in text]
-        if chat.tools and (lost or self._template.render(dataclasses.replace(chat, tools=None), last + 1) == text):
+        if chat.tools and (lost or self._is_same(dataclasses.replace(chat, tools=None), last, text)):
             name = (lost or [chat.tools[0]["function"]["name"]])[0]
             raise DataError(
                 f"{chat.where}: 'tools' have no effect: the chat template leaves out '{shorten(name)}'. Use a model "
                 "with tools in its template, or describe them in a message of the system."
             )
-        if chat.documents and self._template.render(dataclasses.replace(chat, documents=None), last + 1) == text:
+        if chat.documents and self._is_same(dataclasses.replace(chat, documents=None), last, text):
             raise DataError(
                 f"{chat.where}: 'documents' have no effect: the chat template leaves them out. Write them into "
                 "a message."
@@ -155,10 +159,14 @@ class TemplateUse:
         changed = {key: value for key, value in chat.messages[index].items() if key not in keys or key == "content"}
         changed["content"] = PROBE if "content" in keys else changed.get("content", "")
         messages = [*chat.messages[:index], changed, *chat.messages[index + 1 :]]
+        return self._is_same(dataclasses.replace(chat, messages=messages), last, text)
+
+    def _is_same(self, changed: Chat, last: int, text: str) -> bool:
+        """Return whether a changed conversation is rendered as `text`, not refused for what it lacks."""
         try:
-            return self._template.render(dataclasses.replace(chat, messages=messages), last + 1) == text
-        except DataError:
-            return False  # a template that needs the field uses it
+            return self._template.render(changed, last + 1) == text
+        except (DataError, ModelError):
+            return False
 
 
 def _calls_left_out(chat: Chat, index: int) -> str:
