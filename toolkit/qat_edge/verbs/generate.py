@@ -66,19 +66,20 @@ def generate(
     if raw:
         if system is not None:
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
-        ready, shown = text_prompt(prompt, tokenizer), emit
+        ready, block = text_prompt(prompt, tokenizer), ""
     else:
         ready = chat_prompt(tokenizer, prompt, system, _template_arguments(run))
-        shown = without_prefix(emit, ChatTemplate(tokenizer).empty_reasoning)
+        block = ChatTemplate(tokenizer).empty_reasoning
     if not ready.ids:
         raise UsageError("The prompt is empty: it has no token to continue.")
+    shown = WithoutPrefix(emit, block)
     if target is None:
         _generate_in_torch(folder, tokenizer, ready.ids, shown, max_new_tokens)
-        return
-
-    # An artifact has a KV cache of a fixed length; the torch model does not.
-    free = _free_context(folder, len(ready.ids))
-    target.generate(folder, tokenizer, ready, shown, min(max_new_tokens, free))
+    else:
+        # An artifact has a KV cache of a fixed length; the torch model does not.
+        free = _free_context(folder, len(ready.ids))
+        target.generate(folder, tokenizer, ready, shown, min(max_new_tokens, free))
+    shown.finish()
 
 
 def chat_prompt(
@@ -105,30 +106,36 @@ def chat_prompt(
         raise UsageError(str(error)) from error
 
 
-def without_prefix(emit: Emit, prefix: str) -> Emit:
-    """Return a function that passes text on to `emit`, without a prefix such as an empty block of reasoning."""
-    prefix = prefix.strip()
-    if not prefix:
-        return emit
-    held = ""  # text that may still turn out to be the prefix
-    passing = False
+class WithoutPrefix:
+    """Passes text on to `emit`, without a prefix such as an empty block of reasoning, and white space after it."""
 
-    def take(text: str) -> None:
-        nonlocal held, passing
-        if passing:
-            emit(text)
+    def __init__(self, emit: Emit, prefix: str) -> None:
+        self._emit = emit
+        self._prefix = prefix.strip()
+        self._held = ""  # text that may still become the prefix
+        self._passing = not self._prefix
+
+    def __call__(self, text: str) -> None:
+        """Take a piece of text."""
+        if self._passing:
+            self._emit(text)
             return
-        held += text
-        start = held.lstrip()
-        if prefix.startswith(start) and start != prefix:
+        self._held += text
+        begun = self._held.lstrip()
+        if begun.startswith(self._prefix):
+            rest = begun.removeprefix(self._prefix).lstrip()
+        elif self._prefix.startswith(begun):
             return
-        # White space between the block and the answer comes next: it belongs to the block.
-        rest = start.removeprefix(prefix).lstrip() if start.startswith(prefix) else held
+        else:
+            rest = self._held
         if rest:
-            passing = True
-            emit(rest)
+            self._passing = True
+            self._emit(rest)
 
-    return take
+    def finish(self) -> None:
+        """Pass on what was held back, if the text ended inside the prefix."""
+        if not self._passing and not self._held.lstrip().startswith(self._prefix):
+            self._emit(self._held)
 
 
 def _template_arguments(run: Run) -> dict[str, Any]:
