@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from qat_edge.data.conversation import Prompt
     from qat_edge_exporters.artifact import Artifact, Exposed
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
@@ -43,7 +44,7 @@ class Target:
         reader: reads codes, scales and sizes back: (folder) -> Artifact.
         support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
         expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
-        generator: generates text on this machine: (folder, tokenizer, prompt, emit, max_new_tokens).
+        generator: generates text on this machine: (folder, tokenizer, `Prompt`, emit, max_new_tokens).
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
         doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
         options: names of `export` options that it takes beyond the context length.
@@ -119,7 +120,7 @@ class Target:
         self,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        prompt: str,
+        prompt: Prompt,
         emit: Callable[[str], None],
         max_new_tokens: int,
     ) -> None:

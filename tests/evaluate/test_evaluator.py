@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data.chat_templates import CHATML, THINKING, tokenizer_for
+from qat_edge.data import tokenization
+from qat_edge.data.conversation import ChatFormat
+from qat_edge.data.rows import Chat
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator
 from qat_edge.options import ValidateOptions
 
@@ -36,3 +40,20 @@ def test_outputs_are_compared_with_those_of_the_fine_tune(
 
 def test_outputs_are_not_compared_where_the_fine_tune_has_none(evaluator: Evaluator) -> None:
     assert evaluator.compare_outputs(TUNED) == (None, None)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, CHATML.replace("<|im_end|>", "<|stop|>")])
+def test_an_output_that_is_exactly_what_was_trained_matches(template: str) -> None:
+    tokenizer = tokenizer_for(template, added=("<|stop|>", "<think>", "</think>"))
+    call = {"type": "function", "function": {"name": "rain", "arguments": {"city": "Oslo"}}}
+    answers = [{"role": "assistant", "content": "Oslo"}]
+    if template == THINKING:
+        answers += [{**answers[0], "reasoning_content": "North."}, {"role": "assistant", "tool_calls": [call]}]
+    rows = [Chat([{"role": "user", "content": "Where?"}, answer], "row") for answer in answers]
+    turns = [turn for row in rows for turn in ChatFormat(tokenizer).turns(row)]
+    eval_set = EvalSet([], list(tokenization.prompts(rows, tokenizer)), [0], 0, tokenizer)
+    assert eval_set.prompt_ids == [turn.prompt_ids for turn in turns]
+    # With the token that ends the turn, and without.
+    assert eval_set.exact_match([turn.ids for turn in turns]) == 1.0
+    assert eval_set.exact_match([turn.ids[: turn.trained - 1] for turn in turns]) == 1.0
+    assert eval_set.exact_match([[*turn.ids[:-2], 5] for turn in turns]) == 0.0

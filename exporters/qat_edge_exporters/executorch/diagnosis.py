@@ -14,8 +14,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from qat_edge import progress
-from qat_edge.errors import ModelError
-from qat_edge.manifest import MANIFEST, library_version
+from qat_edge.data import conversation
+from qat_edge.errors import ModelError, RunError
+from qat_edge.manifest import MANIFEST, library_version, read_manifest
 from qat_edge.models import tokenizer
 from qat_edge_exporters.executorch import known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.pte import runner_contract
@@ -90,6 +91,7 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
         faults = [f"{entry.name}: {entry.problem}" for entry in entries if entry.problem]
         faults += runner_contract.forward_problems(program)
         faults += _tokenizer_faults(tokenizer_path, tokenizer_check, program)
+        faults += _template_faults(path.parent, tokenizer_check, program)
 
     return Diagnosis(
         path=path,
@@ -167,6 +169,25 @@ def _tokenizer_faults(path: Path, check: TokenizerCheck | None, program: Program
             f"{path.name} has {check.size} tokens, the program's logits only {output[-1]}: it belongs to another model."
         )
     return faults
+
+
+def _template_faults(folder: Path, check: TokenizerCheck | None, program: ProgramInfo) -> list[str]:
+    """Compare the chat template next to the program with the tokens that end a generation, one sentence each."""
+    if check is None or check.error:
+        return []
+    ends = program.constants.get("get_eos_ids", [check.eos])
+    loaded = tokenizer.load_tokenizer(folder)
+    return conversation.template_faults(loaded, ends if isinstance(ends, list) else [ends], _trained_ends(folder))
+
+
+def _trained_ends(folder: Path) -> list[int] | None:
+    """Return the ids that ended answers in training, from the folder's manifest; None where it has no record."""
+    try:
+        record = read_manifest(folder).get("conversation") or {}
+    except RunError:
+        return None
+    ids = record.get("end_of_turn")
+    return [token for token in ids if isinstance(token, int)] if isinstance(ids, list) else None
 
 
 def _written_by(folder: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import IO
 
 from transformers import PreTrainedTokenizerBase
 
+from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.executorch import llm_runner
 
@@ -20,14 +22,14 @@ from qat_edge_exporters.executorch import llm_runner
 def generate(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     emit: Callable[[str], None],
     max_new_tokens: int,
 ) -> None:
     """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
 
     Raises:
-        ArtifactError: the runner refused the program.
+        ArtifactError: the runner refused the program, or its tokenizer splits the prompt otherwise than training.
     """
     command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
     # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
@@ -38,14 +40,21 @@ def generate(
         ) as process,
     ):
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(prompt.encode())
+        process.stdin.write(json.dumps({"text": prompt.text, "ids": prompt.ids}).encode())
         process.stdin.close()
 
         for piece in without_last_newlines(generated_text(process.stdout, tokenizer.all_special_tokens)):
             emit(piece)
 
-        if process.wait() != 0:
-            log.seek(0)
+        code = process.wait()
+        log.seek(0)
+        if code == llm_runner.OTHER_IDS:
+            raise ArtifactError(
+                f"{folder / 'tokenizer.json'}: ExecuTorch's tokenizer splits this prompt otherwise than training did "
+                f"({_reason(log)}), so the output would be that of another prompt. Generate with --from torch or onnx; "
+                f"`qat-edge doctor {folder}` shows which texts differ."
+            )
+        if code != 0:
             raise ArtifactError(
                 f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {_reason(log)}. Export it again, with the "
                 "installed versions."

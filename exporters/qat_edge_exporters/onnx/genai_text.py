@@ -8,13 +8,14 @@ from pathlib import Path
 import onnxruntime_genai as genai
 from transformers import PreTrainedTokenizerBase
 
+from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
 
 
 def generate(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     emit: Callable[[str], None],
     max_new_tokens: int,
 ) -> None:
@@ -28,12 +29,10 @@ def generate(
         model = genai.Model(str(folder))
         stream = genai.Tokenizer(model).create_stream()
 
-        # Our own tokenizer encodes the prompt, so that every runtime continues the same token ids.
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
         params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(ids) + max_new_tokens)
+        params.set_search_options(do_sample=False, max_length=len(prompt.ids) + max_new_tokens)
         generator = genai.Generator(model, params)
-        generator.append_tokens(ids)
+        generator.append_tokens(prompt.ids)
 
         while not generator.is_done():
             generator.generate_next_token()

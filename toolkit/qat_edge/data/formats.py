@@ -13,100 +13,43 @@ and three are for encoders:
     scored pair    {"text_a": "a red car", "text_b": "a crimson car", "score": 0.9}, the score a cosine, -1 to 1
     matching pair  {"anchor": "capital of France", "positive": "Paris"}, the positive the right one among a batch's
 
-They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair` (scored and matching). A .csv or
-.parquet file has the keys as columns; a .txt file is one running text. Further keys are ignored, and null is absent.
+They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair` (scored and matching), which
+`data.row_parsing` checks. A .csv or .parquet file has the keys as columns; a .txt file is one running text. Text files
+are UTF-8, with or without a byte-order mark. Keys that are not used are reported with their counts; null is absent.
 """
 
 from __future__ import annotations
 
 import csv
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat_edge import progress
+from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
+from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.models import hub
+from qat_edge.readers import parse_json, read_text, shorten
 
-EXPECTED = (
-    "'messages' (a list of {role, content}), 'prompt' and 'completion', or 'text'; for an encoder 'text' and 'label', "
-    "'text_a', 'text_b' and 'score', or 'anchor' and 'positive'"
-)
+__all__ = ["Chat", "Completion", "Pair", "Row", "Text", "load_rows"]
 
+MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
+MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line
+BYTE_ORDER_MARK = "\ufeff"
+SHOWN_KEYS = 10  # unused keys that a message names
 
-@dataclass(frozen=True)
-class Chat:
-    """A conversation. Every assistant message is trained on.
-
-    Attributes:
-        messages: Messages with "role" and "content".
-        where: File and line, for error messages.
-    """
-
-    messages: list[dict[str, str]]
-    where: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt without a chat template, and the text that follows it.
-
-    Attributes:
-        prompt: Passed to the model as it is.
-        completion: The part that is trained on.
-        where: File and line, for error messages.
-    """
-
-    prompt: str
-    completion: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """Running text, trained on in windows; or the labelled text of a classifier.
-
-    Attributes:
-        text: The text, or the first of two.
-        where: File and line, for error messages.
-        label: The label as it is in the row; checked where a classifier is trained.
-        pair: The second text, for a classifier of pairs.
-    """
-
-    text: str
-    where: str
-    label: Any = None
-    pair: str | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts for a sentence encoder.
-
-    Attributes:
-        text_a: First text, or the anchor.
-        text_b: Second text, or the positive.
-        score: The cosine to train for, -1 to 1; None for a pair that belongs together.
-        where: File and line, for error messages.
-    """
-
-    text_a: str
-    text_b: str
-    score: float | None
-    where: str
-
-
-Row = Chat | Completion | Text | Pair
 Records = Iterator[tuple[Any, str]]  # a row as parsed, and its file and line
 
 
-def load_rows(source: str, split: str = "train") -> list[Row]:
+def load_rows(source: str, split: str = "train", report: bool = True) -> list[Row]:
     """Read the rows of a .jsonl, .json, .csv, .parquet or .txt file, a data set folder or a Hub data set.
 
     Args:
         source: Path or Hub id; `NAME:PART` names another part of a folder or Hub data set than `split`.
         split: Part of a folder or Hub data set.
+        report: Report keys that are not used, with their counts.
 
     Raises:
         DataError: The source does not exist or is empty, or a row has none of the six shapes. The message names the
@@ -128,10 +71,22 @@ def load_rows(source: str, split: str = "train") -> list[Row]:
             raise DataError(f"{source}: no such file or folder. Give an existing one or a Hub data set id.")
         records = _dataset_records(str(folder), part)
 
-    rows = [_parse_row(record, where) for record, where in records]
+    rows: list[Row] = []
+    unused: Counter[str] = Counter()
+    for record, where in records:
+        rows.append(parse_row(record, where))
+        unused.update(unused_keys(record, rows[-1]))
     if not rows:
         raise DataError(f"{source}: contains no rows. Expected rows with {EXPECTED}.")
+    if report and unused:
+        progress.info(f"{source}: not used: {_listed(unused)}")
     return rows
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Return keys with the numbers of rows that have them, the most frequent ones first."""
+    named = [f"'{shorten(key)}' in {count} rows" for key, count in counts.most_common(SHOWN_KEYS)]
+    return ", ".join(named) + (f" and {len(counts) - SHOWN_KEYS} more" if len(counts) > SHOWN_KEYS else "")
 
 
 # --- files to records --------------------------------------------------------------------------------------
@@ -151,17 +106,21 @@ def _file_records(path: Path) -> Records:
 
 
 def _jsonl_records(path: Path) -> Records:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_CHARACTERS + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise DataError(f"{where}: longer than {MAX_LINE_CHARACTERS} characters. Write one row in each line.")
             if line.strip():
-                where = f"{path}:{number}"
-                yield _parse_json(line, where), where
+                yield parse_json(line, where, DataError), where
 
 
 def _json_records(path: Path) -> Records:
-    document = _parse_json(path.read_text(encoding="utf-8"), str(path))
+    document = parse_json(read_text(path, DataError, max_bytes=MAX_FILE_BYTES), str(path), DataError)
     if not isinstance(document, list):
-        raise DataError(f"{path}: expected a JSON list of rows, found {_type(document)}.")
+        raise DataError(f"{path}: expected a JSON list of rows, found {type_name(document)}.")
     for number, record in enumerate(document, start=1):
         yield record, f"{path}: row {number}"
 
@@ -170,9 +129,18 @@ def _csv_records(path: Path) -> Records:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
+            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if twice:
+                raise DataError(f"{path}: several columns are named '{shorten(twice[0])}'. Rename all but one.")
             for record in reader:
                 # `line_num` is the line on which a row ends. Short rows have values None, long rows a key None.
-                yield {k: v for k, v in record.items() if k is not None}, f"{path}:{reader.line_num}"
+                where = f"{path}:{reader.line_num}"
+                if None in record:
+                    raise DataError(
+                        f"{where}: more values than the {len(reader.fieldnames or ())} columns of the first line. "
+                        "Put values that contain commas in double quotes."
+                    )
+                yield record, where
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: cannot be read as CSV ({error}).") from error
 
@@ -185,11 +153,12 @@ def _parquet_records(path: Path) -> Records:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error.__cause__ or error}).") from error
     for number, record in enumerate(records, start=1):
-        yield record, f"{path}: row {number}"
+        yield without_nulls(record), f"{path}: row {number}"
 
 
 def _txt_records(path: Path) -> Records:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, DataError, max_bytes=MAX_FILE_BYTES)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files on every system
     if text.strip():
         yield {"text": text}, str(path)
 
@@ -222,98 +191,12 @@ def _dataset_records(name: str, split: str) -> Records:
             f"Hub ({offline or ' '.join(str(error).split())[:300]}). Check the name; '{name}:PART' names another part."
         ) from error
     for number, record in enumerate(data, start=1):
-        yield record, f"{name}:{split}, row {number}"
+        yield _without_mark(without_nulls(record)), f"{name}:{split}, row {number}"
 
 
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
-
-
-# --- records to rows ---------------------------------------------------------------------------------------
-
-
-def _parse_row(record: Any, where: str) -> Row:
-    """Check a record and return the row of its shape; absent and null are the same."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with {EXPECTED}, found {_type(record)}.")
-    # Columns of a table exist in every row, so null has to count as absent.
-    given = {key: value for key, value in record.items() if value is not None}
-
-    # For text generation.
-    if "messages" in given:
-        return Chat(_messages(given["messages"], where), where)
-    if "prompt" in given and "completion" in given:
-        completion = _string(given, "completion", where)
-        if not completion:
-            raise DataError(f"{where}: 'completion' is empty, so there is nothing to train on. Remove the row.")
-        return Completion(_string(given, "prompt", where), completion, where)
-    # For both: a label makes the text a classifier's.
-    if "text" in given:
-        pair = _string(given, "text_pair", where) if "text_pair" in given else None
-        return Text(_string(given, "text", where), where, given.get("label"), pair)
-    # For sentence encoders.
-    if "text_a" in given and "text_b" in given:
-        return Pair(_string(given, "text_a", where), _string(given, "text_b", where), _score(given, where), where)
-    if "anchor" in given and "positive" in given:
-        return Pair(_string(given, "anchor", where), _string(given, "positive", where), None, where)
-
-    found = ", ".join(f"'{key}'" for key in given) or "none"
-    raise DataError(f"{where}: keys found: {found}; expected {EXPECTED}. Rename the keys of the rows.")
-
-
-def _score(record: dict[str, Any], where: str) -> float:
-    """Return the score of a pair as a number, and check its range."""
-    # A missing score is None, which is no number either.
-    value = record.get("score")
-    try:
-        score = float(str(value))  # the values of a .csv are strings
-    except ValueError as error:
-        raise DataError(f"{where}: 'score' must be a number, found {_type(value)}.") from error
-    if isinstance(value, bool) or not -1 <= score <= 1:
-        raise DataError(f"{where}: 'score' is {value}; a cosine is between -1 and 1. Divide scores of 0 to 5 by 5.")
-    return score
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    """Check the messages of a chat, and that an assistant message has content."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: 'messages' must be a list of {{role, content}}, found {_type(value)}.")
-
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: message {number} must be {{role, content}}, found {_type(message)}.")
-        position = f"{where}: message {number}"
-        messages.append({key: _string(message, key, position) for key in ("role", "content")})
-
-    # Two mistakes that need different corrections: no assistant at all, or one that says nothing.
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    if not answers:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"{where}: no message of role 'assistant', so there is nothing to train on; roles: {roles}.")
-    if not any(answers):
-        raise DataError(f"{where}: the assistant's message is empty, so there is nothing to train on.")
-    return messages
-
-
-def _string(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{key}' must be a string, found {_type(value)}.")
-    return value
-
-
-def _type(value: Any) -> str:
-    """Name the JSON type of a value, for messages."""
-    if value is None:
-        return "nothing"
-    # Before numbers: bool is a subclass of int.
-    if isinstance(value, bool):
-        return "true or false"
-    if value in ([], {}):
-        return f"an empty {'list' if value == [] else 'object'}"
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names[type(value)]
+def _without_mark(record: dict[str, Any]) -> dict[str, Any]:
+    """Remove the byte-order mark of a file, which `datasets` leaves in the first name or text of text files."""
+    return {
+        key.removeprefix(BYTE_ORDER_MARK): value.removeprefix(BYTE_ORDER_MARK) if isinstance(value, str) else value
+        for key, value in record.items()
+    }

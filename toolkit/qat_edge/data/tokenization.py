@@ -2,23 +2,25 @@
 
 The loss covers every assistant message with its end-of-turn token, every completion with the end-of-sequence token, and
 all of a running text. Prompts are tokenized exactly as in generation: the ids of a prompt are a prefix of the ids of
-its training row.
+its training row. What the chat template and the tokenizer make of a conversation is decided in `data.conversation`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qat_edge.data.formats import Chat, Completion, Pair, Row, Text
+from qat_edge.data.chat_template import encode
+from qat_edge.data.conversation import ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
+from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
@@ -35,6 +37,9 @@ class TokenizedRows:
         dropped: Number of rows removed because no token with loss was left.
         tokens: Number of tokens in `rows`.
         trained_tokens: Number of those that have a loss.
+        notes: What was left out of the rows, and what else the user should know about them, one sentence each.
+        end_of_turn: Ids of the tokens that end the assistant's messages; empty without conversations.
+        template_arguments: Arguments of the chat template that all conversations have in common.
     """
 
     rows: list[dict[str, list[int]]]
@@ -43,6 +48,9 @@ class TokenizedRows:
     dropped: int
     tokens: int
     trained_tokens: int
+    notes: tuple[str, ...] = ()
+    end_of_turn: tuple[int, ...] = ()
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Return the counts as one line of a message."""
@@ -59,11 +67,13 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length
 
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
+        ModelError: The chat template cannot be used at all.
     """
     # Truncate, and drop rows whose completion was cut off entirely.
     done: list[dict[str, list[int]]] = []
     truncated = cut = dropped = 0
-    for ids, labels in _examples(rows, tokenizer, max_length):
+    chat_format = ChatFormat(tokenizer)
+    for ids, labels in _examples(rows, chat_format, max_length):
         truncated += len(ids) > max_length
         cut += max(0, len(ids) - max_length)
         ids, labels = ids[:max_length], labels[:max_length]
@@ -79,19 +89,27 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length
         )
     tokens = sum(len(row["input_ids"]) for row in done)
     trained = sum(label != IGNORED for row in done for label in row["labels"][1:])
-    return TokenizedRows(done, truncated, cut, dropped, tokens, trained)
+    return TokenizedRows(
+        done, truncated, cut, dropped, tokens, trained,
+        notes=(*chat_format.notes(), *_unused_labels(rows)),
+        end_of_turn=tuple(chat_format.ends),
+        template_arguments=_common_arguments(rows),
+    )  # fmt: skip
 
 
 def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
-    """Yield prompt ids and expected output of each row's last assistant message or completion; texts have none."""
+    """Yield prompt ids and expected output of each row's last assistant message or completion; texts have none.
+
+    A conversation with tool calls has a prompt for each assistant message: the call, and the answer to its result.
+    """
+    chat_format = ChatFormat(tokenizer)
     for row in rows:
-        # The prompt ends with the template's generation prompt, as in `_chat_examples`.
         if isinstance(row, Chat):
-            last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
-            prompt = _render(row, tokenizer, last, add_generation_prompt=True)
-            yield _encode(prompt, tokenizer), row.messages[last]["content"]
+            turns = chat_format.turns(row)
+            calls_tools = any("tool_calls" in message for message in row.messages)
+            yield from ((turn.prompt_ids, turn.expected) for turn in (turns if calls_tools else turns[-1:]))
         elif isinstance(row, Completion):
-            yield leading_ids(tokenizer) + _encode(row.prompt, tokenizer), row.completion
+            yield text_prompt(row.prompt, tokenizer).ids, row.completion
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: 
     # Position i predicts token i + 1, so labels are shifted by one.
     found: list[ScoredIds] = []
     left = limit
-    for ids, labels in _examples(rows, tokenizer, window):
+    for ids, labels in _examples(rows, ChatFormat(tokenizer), window):
         positions = [i for i, label in enumerate(labels[1:window]) if label != IGNORED][:left]
         if positions:
             # Nothing after the last target has to be computed.
@@ -171,13 +189,6 @@ class Collator:
         return 0  # any id serves: the mask hides it
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before any text: a beginning-of-sequence token, or nothing."""
-    # The tokens around an empty text; an end token alone does not count.
-    first = tokenizer("").input_ids[:1]
-    return list(first) if first == [tokenizer.bos_token_id] else []
-
-
 def _pad(lists: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([items + [fill] * (length - len(items)) for items in lists], dtype=torch.long)
 
@@ -192,13 +203,14 @@ class _Example(NamedTuple):
     labels: list[int]
 
 
-def _examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:
+def _examples(rows: Sequence[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
     """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
+    tokenizer = chat_format.tokenizer
     stream: list[int] = []
     for row in rows:
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
-            stream += [*_encode(row.text, tokenizer), *_end_ids(tokenizer)]
+            stream += [*encode(row.text, tokenizer), *end_ids(tokenizer)]
             continue
         if isinstance(row, Pair):
             raise DataError(f"{row.where}: pairs of texts are for encoders; the model of --model generates text.")
@@ -207,7 +219,7 @@ def _examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_lengt
         yield from _text_examples(stream, tokenizer, max_length)
         stream = []
         if isinstance(row, Chat):
-            yield from _chat_examples(row, tokenizer)
+            yield from _chat_examples(row, chat_format)
         else:
             yield _completion_example(row, tokenizer)
     yield from _text_examples(stream, tokenizer, max_length)
@@ -220,87 +232,29 @@ def _text_examples(stream: list[int], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 def _completion_example(row: Completion, tokenizer: PreTrainedTokenizerBase) -> _Example:
-    prompt = leading_ids(tokenizer) + _encode(row.prompt, tokenizer)
-    ids = _extend(prompt, row.prompt, row.prompt + row.completion, tokenizer) + _end_ids(tokenizer)
+    prompt = text_prompt(row.prompt, tokenizer).ids
+    ids = extend_ids(prompt, row.prompt, row.prompt + row.completion, tokenizer) + end_ids(tokenizer)
     return _Example(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
 
 
-def _chat_examples(row: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Example]:
-    """Yield one example for a conversation, or one per assistant message if the template rewrites earlier turns.
+def _chat_examples(row: Chat, chat_format: ChatFormat) -> Iterator[_Example]:
+    """Yield one example for a conversation, or several if a turn does not continue the one before.
 
-    Templates of reasoning models do so: they drop the reasoning of past turns.
+    That is so for templates of reasoning models, which drop the reasoning of past turns, and for templates that end no
+    turn with a token.
     """
     ids: list[int] = []
     labels: list[int] = []
-    text = ""  # the rendered conversation that `ids` stands for
-    for i, message in enumerate(row.messages):
-        if message["role"] != "assistant":
-            continue
-
-        # Render the conversation up to this message and through it. Training has to continue the same prompt as
-        # generation does.
-        prompt = _render(row, tokenizer, i, add_generation_prompt=True)
-        through = _render(row, tokenizer, i + 1, add_generation_prompt=False)
-        if not through.startswith(prompt):
-            raise DataError(
-                f"{row.where}: the chat template does not render message {i + 1} after its own generation prompt, so "
-                "training would differ from generation. Give 'prompt' and 'completion' rows instead."
-            )
-
-        # An earlier turn was rendered differently: that example ends here.
-        if not prompt.startswith(text):
+    for turn in chat_format.turns(row):
+        if ids and not turn.continues:
             yield _Example(ids, labels)
-            ids, labels, text = [], [], ""
+            labels = []
 
-        # Append the prompt without loss, then the message with loss up to its end-of-turn token.
-        ids = _extend(ids, text, prompt, tokenizer)
-        labels += [IGNORED] * (len(ids) - len(labels))
-        whole = _extend(ids, prompt, through, tokenizer)
-        message_ids = whole[len(ids) :]
-        trained = _turn_length(message_ids, tokenizer)
-        labels += message_ids[:trained] + [IGNORED] * (len(message_ids) - trained)
-        ids, text = whole, through
+        # The prompt has no loss, and neither has white space after the end of the message.
+        labels += [IGNORED] * (len(turn.prompt_ids) - len(labels))
+        labels += turn.ids[: turn.trained] + [IGNORED] * (len(turn.ids) - turn.trained)
+        ids = turn.prompt_ids + turn.ids
     yield _Example(ids, labels)
-
-
-def _turn_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of an assistant message up to its end-of-turn token.
-
-    White space that a template adds after that token has no loss.
-    """
-    # The last special token ends the turn, unless text follows it.
-    special = set(tokenizer.all_special_ids)
-    last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
-    rest = tokenizer.decode(ids[last + 1 :])
-    return len(ids) if rest.strip() else last + 1
-
-
-def _extend(ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize a longer text so that the result begins with the ids of its beginning.
-
-    If a token would span the end of `text`, the rest is tokenized on its own, as in generation.
-
-    Args:
-        ids: Token ids of `text`.
-        text: Beginning of `longer`.
-        longer: The text to tokenize.
-        tokenizer: The model's tokenizer.
-    """
-    lead = leading_ids(tokenizer)
-    # A rendered chat template brings its own beginning-of-sequence token; a bare prompt got it before its text.
-    start = lead if lead and ids[:1] == lead and not text.startswith(tokenizer.bos_token) else []
-    whole = start + _encode(longer, tokenizer)
-    if whole[: len(ids)] == ids:
-        return whole
-    return ids + _encode(longer.removeprefix(text), tokenizer)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _windows(ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
@@ -310,19 +264,16 @@ def _windows(ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) ->
     return (lead + ids[start : start + step] for start in range(0, len(ids), step))
 
 
-def _render(row: Chat, tokenizer: PreTrainedTokenizerBase, count: int, add_generation_prompt: bool) -> str:
-    """Render the first `count` messages with the chat template."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{row.where}: the rows have 'messages', but the tokenizer of --model has no chat template. Use an "
-            "instruction-tuned model, or give --data rows of 'prompt' and 'completion'."
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                row.messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(m["role"] for m in row.messages)
-        raise DataError(f"{row.where}: the chat template refuses the roles {roles}: {error}") from error
+def _unused_labels(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence about labels and second texts, which only encoders use."""
+    texts = [row for row in rows if isinstance(row, Text)]
+    counts = Counter({"label": sum(row.label is not None for row in texts)})
+    counts["text_pair"] = sum(row.pair is not None for row in texts)
+    found = ", ".join(f"'{key}' in {count} rows" for key, count in counts.items() if count)
+    return [f"Not used, because the model generates text: {found}"] if found else []
+
+
+def _common_arguments(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the arguments of the chat template, if all conversations have the same ones."""
+    found = [row.template_arguments for row in rows if isinstance(row, Chat)]
+    return dict(found[0]) if found and all(arguments == found[0] for arguments in found) else {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge.data import tokenization
-from qat_edge.data.formats import Pair, Row, Text
+from qat_edge.data.rows import Pair, Row, Text
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError
 from qat_edge.models.tasks import (
@@ -123,7 +123,7 @@ def tokenize_for_task(
 
     tokens = sum(len(row["input_ids"]) + len(row.get("other_ids", ())) for row in done)
     truncated = sum(map(bool, cut))
-    return EncoderRows(done, truncated, sum(cut), 0, tokens, len(done), _describe(task, done))
+    return EncoderRows(done, truncated, sum(cut), 0, tokens, len(done), description=_describe(task, done))
 
 
 def make_collator(task: ModelTask, tokenizer: PreTrainedTokenizerBase) -> Collate:

@@ -18,6 +18,7 @@ import torch
 
 from qat_edge import config, progress
 from qat_edge.data import tokenization
+from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, DeviceError
 from qat_edge.evaluate import reference
@@ -75,10 +76,15 @@ class EvalSet:
         """Return the share of outputs that equal the expected ones; None where there are no prompts."""
         if not self.prompts:
             return None
-        assert self.tokenizer is not None
-        texts = self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        matches = [outputs_match(text, expected) for text, (_, expected) in zip(texts, self.prompts, strict=True)]
+        reader = self.reader()
+        pairs = zip(map(reader.from_ids, outputs), self.prompts, strict=True)
+        matches = [outputs_match(text, reader.from_text(expected)) for text, (_, expected) in pairs]
         return sum(matches) / len(matches)
+
+    def reader(self) -> AnswerReader:
+        """Return what takes the answers out of generated texts; there have to be prompts."""
+        assert self.tokenizer is not None
+        return AnswerReader(self.tokenizer)
 
 
 class OutputAgreement(NamedTuple):

@@ -167,10 +167,11 @@ def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
     if eval_set.prompts:
         progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
     # The runner takes text: prompts are decoded to text, and its own tokenizer encodes them again.
-    right = 0
+    right, reader = 0, eval_set.reader()
     for ids, expected in eval_set.prompts:
         output, _ = runner.generate_text(decode(ids), options.max_new_tokens)
-        right += outputs_match(_before_end(output, end_texts), expected)
+        answer = reader.from_text(_before_end(output, end_texts))
+        right += outputs_match(answer, reader.from_text(expected))
 
     # Timing needs a prompt of `prefill` tokens of real text; its content does not matter.
     announce_timing(options)

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge.errors import ModelError
-from qat_edge.storage import disk_errors
+from qat_edge.readers import read_json, shorten
+from qat_edge.storage import disk_errors, write_text
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
+GENERATION_CONFIG = "generation_config.json"
+EOS = "eos_token_id"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the tokenizer's files in a folder, those of named chat templates with their folder's."""
+    named = sorted(path.relative_to(folder).as_posix() for path in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + named
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
     """Copy the tokenizer byte for byte, so that the tokenizer of every artifact is the model's own."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            with disk_errors(target):
-                shutil.copyfile(source / name, target / name)
+    for name in tokenizer_files(source):
+        with disk_errors(target):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def end_tokens(folder: Path) -> list[int]:
@@ -36,14 +48,14 @@ def end_tokens(folder: Path) -> list[int]:
     They come from generation_config.json, config.json and the tokenizer, in this order.
 
     Raises:
-        ModelError: None of the three names one.
+        ModelError: None of the three names one, or one of the files is damaged.
     """
     # Chat models often name a second end token in generation_config.json alone.
     found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION_CONFIG, "config.json"):
         if (folder / name).is_file():
-            found += _as_list(json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id"))
-    found += _as_list(load_tokenizer(folder).eos_token_id)
+            found += _as_ids(_read_object(folder / name).get(EOS), f"{folder / name}")
+    found += _as_ids(load_tokenizer(folder).eos_token_id, f"{folder}: the tokenizer")
 
     if not found:
         raise ModelError(
@@ -53,8 +65,41 @@ def end_tokens(folder: Path) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
+def model_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a loaded model and its tokenizer name as end tokens, without repetitions."""
+    found: list[int] = []
+    for owner in (model.generation_config, model.config, tokenizer):
+        found += _as_ids(getattr(owner, EOS, None), type(owner).__name__)
+    return list(dict.fromkeys(found))
+
+
+def add_end_tokens(folder: Path, ids: Sequence[int]) -> None:
+    """Write end tokens into a checkpoint's generation_config.json that none of its files names.
+
+    Every exporter and runtime takes its end tokens from there. A folder that names them all is left as it is.
+    """
+    path = folder / GENERATION_CONFIG
+    config = _read_object(path) if path.is_file() else {}
+    try:
+        known = end_tokens(folder)
+    except ModelError:
+        known = []
+    if set(ids) - set(known):
+        config[EOS] = list(dict.fromkeys([*known, *ids]))
+        write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    document = read_json(path, ModelError)
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: damaged (no object). Copy the model again.")
+    return document
+
+
+def _as_ids(value: Any, where: str) -> list[int]:
     """Return `eos_token_id` as a list: files have one id, several or none."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ModelError(f"{where}: {EOS} is {shorten(token)}, which is no token id.")
+    return list(ids)

@@ -25,6 +25,7 @@ from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
+from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
@@ -86,6 +87,8 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
     rows = read(options.data, "train")
     eval_rows = read(options.eval_data, "eval") if options.eval_data else None
+
+    _report_new_end_tokens(rows, model, tokenizer)
 
     if options.keep_layers is not None:
         if not kept_layers:
@@ -251,7 +254,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         if given:
             raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
 
-    task = training_examples.task_for_rows(config, load_rows(options.data), options.data)
+    task = training_examples.task_for_rows(config, load_rows(options.data, report=False), options.data)
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task
 
@@ -279,7 +282,20 @@ def _read_rows(
     if not task.is_encoder:
         weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")
+    for note in rows.notes:
+        progress.info(f"{split}: {note}.")
     return rows
+
+
+def _report_new_end_tokens(rows: TokenizedRows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Report tokens that end the answers in training and that neither the model nor its tokenizer names as such."""
+    known = model_end_tokens(model, tokenizer)
+    for token in rows.end_of_turn:
+        if token not in known:
+            progress.warn(
+                f"Answers end with {tokenizer.convert_ids_to_tokens(token)!r} (token {token}), which is not among the "
+                f"model's end tokens {known}. It becomes one in every artifact."
+            )
 
 
 def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOptions) -> int | None:
@@ -319,6 +335,8 @@ def _metadata(
         "model": {**source, "identity": dataclasses.asdict(identity), **task.metadata()},
         "data": {"source": options.data, "sha256": _fingerprint(rows)},
         "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
+        # Carried to the frozen checkpoint, where the tokens join the end tokens, and to every artifact.
+        "conversation": {"end_of_turn": rows.end_of_turn, "template_arguments": rows.template_arguments},
         "seed": options.seed,
         "quantizer": numerics.QUANTIZER,
         "group_size": options.group_size,

@@ -279,7 +279,7 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
     # Weights: the base for lora and base, merged for merged, the base rounded to nearest for naive.
     if name == "lora":
         for path in job.variant("base").quantized.iterdir():
-            if path.name != MANIFEST:
+            if path.is_file() and path.name != MANIFEST:
                 _link_or_copy(path, work / path.name)
     elif name == "merged":
         merge.merged_model(run.reference).model.save_pretrained(work)
@@ -297,6 +297,8 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
         for file in ADAPTER_FILES:
             shutil.copyfile(run.reference / file, work / ADAPTER / file)
     tokenizer.copy_tokenizer_files(run.quantized, work)
+    conversation = merge.adapter_metadata(run.reference).get("conversation") or {}
+    tokenizer.add_end_tokens(work, conversation.get("end_of_turn", ()))
     return extra
 
 

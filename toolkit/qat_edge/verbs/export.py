@@ -96,6 +96,7 @@ def export_one(variant: Variant, target: Target, options: ExportOptions) -> Expo
             options=config.plain(options),
             differences=list(target.differences),
             quantized_sha256=sha256(variant.quantized / MANIFEST),
+            conversation=read_manifest(variant.quantized).get("conversation"),
             wall_s=wall_s,
         )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from qat_edge.errors import RunError, UsageError
+from qat_edge.data.chat_template import ChatTemplate
+from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
+from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models import tasks
-from qat_edge.models.tokenizer import load_tokenizer
+from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge_exporters.targets import TARGETS, target_named
@@ -44,7 +47,8 @@ def generate(
 
     Raises:
         RunError: there is nothing to generate with, or the artifact runs on other machines only.
-        UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
+        UsageError: the tokenizer has no chat template, the template refuses the messages, or the prompt fills the
+            artifact's context.
     """
     # Find the model: the frozen checkpoint, or the folder of an artifact that runs here.
     tasks.require_causal_lm(run, "generate")
@@ -57,28 +61,87 @@ def generate(
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
 
+    # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
-    text = prompt if raw else chat_text(tokenizer, prompt, system)
+    if raw:
+        if system is not None:
+            raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
+        ready, block = text_prompt(prompt, tokenizer), ""
+    else:
+        ready = chat_prompt(tokenizer, prompt, system, _template_arguments(run))
+        block = ChatTemplate(tokenizer).empty_reasoning
+    if not ready.ids:
+        raise UsageError("The prompt is empty: it has no token to continue.")
+    shown = WithoutPrefix(emit, block)
     if target is None:
-        _generate_in_torch(folder, tokenizer, text, emit, max_new_tokens)
-        return
+        _generate_in_torch(folder, tokenizer, ready.ids, shown, max_new_tokens)
+    else:
+        # An artifact has a KV cache of a fixed length; the torch model does not.
+        free = _free_context(folder, len(ready.ids))
+        target.generate(folder, tokenizer, ready, shown, min(max_new_tokens, free))
+    shown.finish()
 
-    # An artifact has a KV cache of a fixed length; the torch model does not.
-    free = _free_context(folder, len(tokenizer.encode(text, add_special_tokens=False)))
-    target.generate(folder, tokenizer, text, emit, min(max_new_tokens, free))
 
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, template_arguments: Mapping[str, Any]
+) -> Prompt:
+    """Return the prompt in the model's chat template, up to where the assistant's message begins.
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> str:
-    """Write the prompt with the model's chat template, up to where the assistant's message begins.
+    Args:
+        tokenizer: the model's.
+        prompt: the user's message.
+        system: system message before it.
+        template_arguments: further arguments of the chat template, as in training.
 
     Raises:
-        UsageError: the tokenizer has no chat template.
+        UsageError: the tokenizer has no chat template, or it refuses the messages.
     """
     if not tokenizer.chat_template:
         raise UsageError("This model's tokenizer has no chat template. Give --raw to continue the text as it is.")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return ChatFormat(tokenizer).prompt(messages, template_arguments)
+    except DataError as error:
+        raise UsageError(str(error)) from error
+
+
+class WithoutPrefix:
+    """Passes text on to `emit`, without a prefix such as an empty block of reasoning, and white space after it."""
+
+    def __init__(self, emit: Emit, prefix: str) -> None:
+        self._emit = emit
+        self._prefix = prefix.strip()
+        self._held = ""  # text that may still become the prefix
+        self._passing = not self._prefix
+
+    def __call__(self, text: str) -> None:
+        """Take a piece of text."""
+        if self._passing:
+            self._emit(text)
+            return
+        self._held += text
+        begun = self._held.lstrip()
+        if begun.startswith(self._prefix):
+            rest = begun.removeprefix(self._prefix).lstrip()
+        elif self._prefix.startswith(begun):
+            return
+        else:
+            rest = self._held
+        if rest:
+            self._passing = True
+            self._emit(rest)
+
+    def finish(self) -> None:
+        """Pass on what was held back, if the text ended inside the prefix."""
+        if not self._passing and not self._held.lstrip().startswith(self._prefix):
+            self._emit(self._held)
+
+
+def _template_arguments(run: Run) -> dict[str, Any]:
+    """Return the arguments of the chat template that all conversations of the training had in common."""
+    found = read_manifest(run.quantized) if run.quantized.is_dir() else {}
+    return dict((found.get("conversation") or {}).get("template_arguments") or {})
 
 
 def _free_context(folder: Path, prompt_tokens: int) -> int:
@@ -108,11 +171,11 @@ class _Pieces(TextStreamer):
 
 
 def _generate_in_torch(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, text: str, emit: Emit, max_new_tokens: int
+    folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Emit, max_new_tokens: int
 ) -> None:
-    """Continue `text` with the frozen checkpoint in torch."""
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    """Continue the ids of a prompt with the frozen checkpoint in torch."""
     with torch.no_grad():
         frozen.load(folder).generate(
-            ids, max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(tokenizer, emit)
-        )
+            torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(tokenizer, emit),
+            eos_token_id=end_tokens(folder),
+        )  # fmt: skip

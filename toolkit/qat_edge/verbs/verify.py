@@ -181,9 +181,7 @@ def _rotation_faults(quantized: Path, artifact: Artifact) -> list[str]:
 def _file_faults(folder: Path, quantized: Path) -> list[str]:
     """Compare the artifact's tokenizer with the checkpoint's, and every file with the manifest."""
     faults = []
-    for name in tokenizer.TOKENIZER_FILES:
-        if not (quantized / name).is_file():
-            continue
+    for name in tokenizer.tokenizer_files(quantized):
         if not (folder / name).is_file():
             faults.append(f"{name}: missing; the app would have no tokenizer or template")
         elif sha256(folder / name) != sha256(quantized / name):

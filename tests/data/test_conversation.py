@@ -1,0 +1,384 @@
+"""What the chat template and the tokenizer make of a conversation: prompts, ends of turns, tools, reasoning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.chat_templates import (
+    ALTERNATING,
+    CALLS_AS_PYTHON,
+    CALLS_AS_TEXT,
+    CHATML,
+    OPEN,
+    OWN_SYSTEM,
+    REWRITING,
+    THINKING,
+    TRIMMING,
+    tokenizer_for,
+)
+from qat_edge.data import tokenization
+from qat_edge.data.conversation import AnswerReader, ChatFormat, end_ids, template_faults, text_prompt
+from qat_edge.data.formats import Chat, Completion, Row, Text, load_rows
+from qat_edge.data.rows import Message
+from qat_edge.data.tokenization import IGNORED
+from qat_edge.errors import DataError, ModelError
+from qat_edge.evaluate.metrics import outputs_match
+
+QUESTION: Message = {"role": "user", "content": "Where?"}
+ANSWER: Message = {"role": "assistant", "content": "Oslo"}
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the first thing "},
+    {"role": "assistant", "content": "the answer"},
+    {"role": "user", "content": "another"},
+    {"role": "assistant", "content": "\nand on"},
+]
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"city": "Oslo", "days": 2}}}
+CALLING: list[Message] = [
+    QUESTION,
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"rain": true}'},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+def trained_texts(chat: Chat, tokenizer: Any) -> list[str]:
+    """Return the texts with loss of a conversation, one for each turn."""
+    return [tokenizer.decode(turn.ids[: turn.trained]) for turn in ChatFormat(tokenizer).turns(chat)]
+
+
+def notes(chat: Chat, tokenizer: Any) -> str:
+    return "\n".join(tokenization.tokenize([chat], tokenizer, 512).notes)
+
+
+# --- plain rows are what they were -------------------------------------------------------------------------
+
+GOLDEN_ROWS: list[Row] = [
+    Chat(DIALOGUE, "1"),
+    Chat(DIALOGUE[1:3], "2"),
+    Completion("in the ", "then", "3"),
+    Completion("t", "he", "4"),
+    Text("abcdefghij" * 3, "5"),
+    Text("then", "6"),
+    Chat([*DIALOGUE, {"role": "user", "content": "and?"}], "7"),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "adds_bos", "expected"),
+    [
+        (CHATML, False, "e4a568a72f15b3c0d36e148a751e8cf9569ce37b8215e7a6a4657605ec24929c"),
+        (CHATML, True, "b9bc7b2e654033ee167887deec2759473a948f84a6d712a6768e8bcf87692732"),
+        (OWN_SYSTEM, False, "0fb3c03504903f2e9015306d08330227df0696abc0b07d3fb052e66f92b73a8d"),
+        (OWN_SYSTEM, True, "f1ede65812c0bfcf8a06a2e0680c8321a1005f9bb19f0d21e1a6c92dce6f0b69"),
+        (TRIMMING, False, "c999fc272b9563431cd1dcab9cc86a6db319dc977f6a88397872fd3fe3a68e9b"),
+        (TRIMMING, True, "ff55878a11d5ef46a6cb7daede73b7978a39bfa9d0096cac8e871e784ca57ca9"),
+        (REWRITING, False, "e48be3d68fa13eef5aa6451bf264eaf8d5de32299aede34e95270e707fa6026c"),
+        (REWRITING, True, "95691341a82f6de334e91aabfda6d799f2490fa0333b2e6640bfd0fcc0d6fece"),
+    ],
+)
+def test_token_ids_and_labels_of_plain_rows_are_those_of_version_0_2(
+    template: str, adds_bos: bool, expected: str
+) -> None:
+    tokenizer = tokenizer_for(template, adds_bos=adds_bos)
+    rows = tokenization.tokenize(GOLDEN_ROWS, tokenizer, 400).rows
+    prompts = [[ids, text] for ids, text in tokenization.prompts(GOLDEN_ROWS, tokenizer)]
+    assert hashlib.sha256(json.dumps([rows, prompts]).encode()).hexdigest() == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, OWN_SYSTEM, TRIMMING, REWRITING, THINKING, OPEN, ALTERNATING])
+def test_the_prompt_of_generation_is_what_precedes_a_trained_answer(template: str) -> None:
+    tokenizer = tokenizer_for(template)
+    (turn,) = ChatFormat(tokenizer).turns(Chat([QUESTION, ANSWER], "row"))
+    (row,) = tokenization.tokenize([Chat([QUESTION, ANSWER], "row")], tokenizer, 512).rows
+    ((validated, _),) = tokenization.prompts([Chat([QUESTION, ANSWER], "row")], tokenizer)
+    generated = ChatFormat(tokenizer).prompt([QUESTION]).ids
+    assert generated == validated == turn.prompt_ids == row["input_ids"][: len(generated)]
+    assert row["labels"][: len(generated)] == [IGNORED] * len(generated)
+    assert row["labels"][len(generated)] != IGNORED
+
+
+def test_a_completion_and_a_raw_prompt_begin_alike() -> None:
+    tokenizer = tokenizer_for(None, adds_bos=True)
+    (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows
+    prompt = text_prompt("in the ", tokenizer)
+    assert prompt.ids == row["input_ids"][: len(prompt.ids)]
+    assert prompt.ids[0] == tokenizer.bos_token_id
+    assert tokenizer.encode(prompt.text, add_special_tokens=False) == prompt.ids
+
+
+# --- the end of a turn -------------------------------------------------------------------------------------
+
+
+def test_turns_that_the_template_does_not_end_are_trained_to_end_with_the_tokenizers_end_token() -> None:
+    tokenizer = tokenizer_for(OPEN)
+    chat = Chat([QUESTION, ANSWER, QUESTION, ANSWER], "row")
+    first, second = tokenization.tokenize([chat], tokenizer, 512).rows
+    assert tokenizer.decode(first["input_ids"]) == "<|user|>Where?<|assistant|>Oslo<|im_end|>"
+    # The prompt of the second turn is what the template writes, without the token.
+    assert tokenizer.decode(second["input_ids"]) == (
+        "<|user|>Where?<|assistant|>Oslo<|user|>Where?<|assistant|>Oslo<|im_end|>"
+    )
+    for row in (first, second):
+        assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
+        assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == "Oslo<|im_end|>"
+    done = tokenization.tokenize([chat], tokenizer, 512)
+    assert done.end_of_turn == (tokenizer.eos_token_id,)
+    assert "Answers are trained to end with <|im_end|>" in "\n".join(done.notes)
+
+
+def test_without_any_end_token_a_note_says_that_answers_do_not_end() -> None:
+    tokenizer = tokenizer_for(OPEN)
+    tokenizer.eos_token = None
+    assert end_ids(tokenizer) == []
+    assert trained_texts(Chat([QUESTION, ANSWER], "row"), tokenizer) == ["Oslo"]
+    assert "generation will run to its limit. Set eos_token" in notes(Chat([QUESTION, ANSWER], "row"), tokenizer)
+
+
+def test_an_added_token_that_the_template_writes_after_an_answer_ends_it() -> None:
+    tokenizer = tokenizer_for(CHATML.replace("<|im_end|>", "<|stop|>"), added=("<|stop|>", "</tool_call>"))
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    done = tokenization.tokenize([Chat([QUESTION, ANSWER], "row")], tokenizer, 512)
+    assert done.end_of_turn == (stop,)
+    assert not done.notes
+    # The same kind of token at the end of the text is no end of the turn.
+    open_ended = tokenizer_for(OPEN, added=("</tool_call>",))
+    calling = Chat([QUESTION, {"role": "assistant", "content": "call</tool_call>"}], "row")
+    assert trained_texts(calling, open_ended) == ["call</tool_call><|im_end|>"]
+
+
+def test_the_template_of_a_folder_is_compared_with_its_end_tokens() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    end = tokenizer.eos_token_id
+    assert template_faults(tokenizer, [end], [end]) == []
+    (fault,) = template_faults(tokenizer, [0], None)
+    assert "ends answers with '<|im_end|>' (2), which is not among the end tokens [0]" in fault
+    (fault,) = template_faults(tokenizer, [0], [end])
+    assert fault.startswith("Training ended answers with '<|im_end|>' (2)")
+    assert template_faults(tokenizer, [0], []) == [], "a run without conversations"
+    tokenizer.chat_template = "{{ bos_token + bos_token }}" + CHATML.replace("<|im_start|>", "")
+    assert any("twice" in fault for fault in template_faults(tokenizer, [end], None))
+    tokenizer.chat_template = "{% for %}"
+    assert "cannot be used" in template_faults(tokenizer, [end], None)[0]
+
+
+# --- reasoning ---------------------------------------------------------------------------------------------
+
+
+def test_an_empty_block_of_reasoning_is_trained_and_no_part_of_the_answer() -> None:
+    tokenizer = tokenizer_for(THINKING, added=("<think>", "</think>"))
+    chat = Chat([QUESTION, ANSWER], "row")
+    assert trained_texts(chat, tokenizer) == ["<think>\n\n</think>\n\nOslo<|im_end|>"]
+    ((prompt, expected),) = tokenization.prompts([chat], tokenizer)
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    reader = AnswerReader(tokenizer)
+    (turn,) = ChatFormat(tokenizer).turns(chat)
+    for output in (turn.ids, turn.ids[: turn.trained - 1], tokenizer.encode("Oslo")):
+        assert outputs_match(reader.from_ids(output), reader.from_text(expected))
+    assert not outputs_match(reader.from_ids(tokenizer.encode("<think>\n\n</think>\n\nRome")), expected)
+
+
+def test_reasoning_is_trained_and_the_answer_after_it_is_compared() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    chat = Chat([QUESTION, {**ANSWER, "reasoning_content": "Up north."}], "row")
+    assert trained_texts(chat, tokenizer) == ["<think>\nUp north.\n</think>\n\nOslo<|im_end|>"]
+    reader = AnswerReader(tokenizer)
+    assert reader.from_ids(tokenizer.encode("<think>\nOr so.\n</think>\n\nOslo")).strip() == "Oslo"
+    inline = Chat([QUESTION, {"role": "assistant", "content": "<think>\nUp north.\n</think>\n\nOslo"}], "row")
+    ((_, expected),) = tokenization.prompts([inline], tokenizer)
+    assert reader.from_text(expected).strip() == "Oslo"
+
+
+def test_reasoning_in_special_tokens_is_found_in_generated_ids() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}"
+        "{% if m.thinking %}<|endoftext|>why{{ m.thinking }}<|im_end|><|im_start|>assistant{% endif %}"
+        "{% if m.role == 'assistant' %}<|endoftext|>final{% endif %}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tokenizer = tokenizer_for(template)
+    reader = AnswerReader(tokenizer)
+    for message in (ANSWER, {**ANSWER, "thinking": "Up north."}):
+        (turn,) = ChatFormat(tokenizer).turns(Chat([QUESTION, message], "row"))
+        assert reader.from_ids(turn.ids).strip() == "Oslo"
+
+
+def test_reasoning_that_the_template_leaves_out_is_refused() -> None:
+    row = Chat([QUESTION, {**ANSWER, "reasoning": "Up north."}], "f:3")
+    with pytest.raises(DataError, match=r"f:3: message 2: 'reasoning' has no effect"):
+        ChatFormat(tokenizer_for(CHATML)).turns(row)
+
+
+def test_arguments_of_the_template_are_passed_or_refused() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    quiet = Chat([QUESTION, ANSWER], "f:3", template_arguments={"enable_thinking": False})
+    (turn,) = ChatFormat(tokenizer).turns(quiet)
+    assert tokenizer.decode(turn.prompt_ids).endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.decode(turn.ids[: turn.trained]) == "Oslo<|im_end|>"
+    done = tokenization.tokenize([quiet, quiet], tokenizer, 512)
+    assert done.template_arguments == {"enable_thinking": False}
+    mixed = tokenization.tokenize([quiet, Chat([QUESTION, ANSWER], "f:4")], tokenizer, 512)
+    assert mixed.template_arguments == {}
+    for name in ("enable_thinkin", "tools", "chat_template"):
+        with pytest.raises(DataError, match=f"f:3: .*'{name}'"):
+            ChatFormat(tokenizer).turns(Chat([QUESTION, ANSWER], "f:3", template_arguments={name: False}))
+
+
+# --- tools -------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_trained_and_results_are_not() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    chat = Chat(CALLING, "row", tools=[TOOL])
+    call = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>'
+    assert trained_texts(chat, tokenizer) == [
+        f"<think>\n\n</think>\n\n{call}<|im_end|>",
+        "<think>\n\n</think>\n\nYes.<|im_end|>",
+    ]
+    (_, first), (last_prompt, last) = tokenization.prompts([chat], tokenizer)
+    reader = AnswerReader(tokenizer)
+    assert reader.from_text(first).strip() == call and last == "Yes."
+    text = tokenizer.decode(last_prompt)
+    assert json.dumps(TOOL) in text and call in text and '<tool_response>\n{"rain": true}' in text
+    # Equal as JSON, not as text.
+    assert outputs_match(
+        call.replace('{"city": "Oslo", "days": 2}', '{"days":2,"city":"Oslo"}'), reader.from_text(first)
+    )
+    assert not outputs_match(call.replace("2", "3"), reader.from_text(first))
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, {}])
+def test_arguments_become_text_where_the_template_reads_text(arguments: dict[str, Any]) -> None:
+    tokenizer = tokenizer_for(CALLS_AS_TEXT)
+    call = {"type": "function", "function": {"name": "rain", "arguments": arguments}}
+    chat = Chat([QUESTION, {"role": "assistant", "tool_calls": [call]}], "row", tools=[TOOL])
+    assert trained_texts(chat, tokenizer) == [f"rain {json.dumps(arguments)}<|im_end|>"]
+
+
+def test_tools_and_calls_that_the_template_leaves_out_are_refused() -> None:
+    without_calls = THINKING.replace("m.tool_calls or []", "[]")
+    for template, chat, message in [
+        (CHATML, Chat([QUESTION, ANSWER], "f:3", tools=[TOOL]), "'tools' have no effect: .* leaves out 'rain'"),
+        (without_calls, Chat(CALLING[:2], "f:3", tools=[TOOL]), "message 2: 'tool_calls' have no effect"),
+        (CALLS_AS_PYTHON, Chat(CALLING[:2], "f:3", tools=[TOOL]), "does not write arguments of tool calls as JSON"),
+        (
+            THINKING.replace("m.role == 'tool'", "m.role == 'result'"),
+            Chat(CALLING, "f:3", tools=[TOOL]),
+            r"leaves out message 3 \(role 'tool'\)",
+        ),
+        (ALTERNATING, Chat(CALLING, "f:3"), "f:3"),
+        (CHATML, Chat([QUESTION, ANSWER], "f:3", documents=[{"text": "x"}]), "'documents' have no effect"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            ChatFormat(tokenizer_for(template)).turns(chat)
+        assert str(caught.value).startswith("f:3: ")
+
+
+def test_a_tool_call_in_a_message_without_loss_is_context() -> None:
+    tokenizer = tokenizer_for(THINKING)
+    chat = Chat([QUESTION, {**CALLING[1], "weight": 0}, *CALLING[2:]], "row", tools=[TOOL])
+    assert trained_texts(chat, tokenizer) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
+    with pytest.raises(DataError, match="message 2: 'tool_calls' have no effect"):
+        ChatFormat(tokenizer_for(THINKING.replace("m.tool_calls or []", "[]"))).turns(chat)
+
+
+def test_named_templates_are_chosen_by_the_tools() -> None:
+    tokenizer = tokenizer_for({"default": CHATML, "tool_use": THINKING})
+    assert trained_texts(Chat([QUESTION, ANSWER], "row"), tokenizer) == ["Oslo<|im_end|>"]
+    assert "tool_call" in trained_texts(Chat(CALLING[:2], "row", tools=[TOOL]), tokenizer)[0]
+    with pytest.raises(ModelError, match="cannot be read"):
+        ChatFormat(tokenizer_for({"tool_use": THINKING})).turns(Chat([QUESTION, ANSWER], "row"))
+
+
+# --- other conversations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [CHATML, OWN_SYSTEM, OPEN])
+def test_a_first_turn_of_the_assistant_is_trained_after_the_generation_prompt(template: str) -> None:
+    tokenizer = tokenizer_for(template)
+    first, second = ChatFormat(tokenizer).turns(Chat([ANSWER, QUESTION, ANSWER], "row"))
+    assert tokenizer.decode(first.prompt_ids).rstrip().endswith(("<|im_start|>assistant", "<|assistant|>"))
+    assert tokenizer.decode(first.ids[: first.trained]) == tokenizer.decode(second.ids[: second.trained])
+
+
+def test_a_first_turn_that_the_template_refuses_is_named() -> None:
+    with pytest.raises(DataError, match=r"f:3: the chat template refuses the roles assistant: .*must alternate"):
+        ChatFormat(tokenizer_for(ALTERNATING)).turns(Chat([ANSWER, QUESTION, ANSWER], "f:3"))
+    no_prompt = CHATML.replace("add_generation_prompt", "false")
+    with pytest.raises(DataError, match="f:3: message 1 is the assistant's"):
+        ChatFormat(tokenizer_for(no_prompt)).turns(Chat([ANSWER, QUESTION, ANSWER], "f:3"))
+
+
+def test_a_system_message_that_is_refused_or_left_out_is_named() -> None:
+    chat = Chat([{"role": "system", "content": "Be brief."}, QUESTION, ANSWER], "f:3")
+    with pytest.raises(DataError, match=r"refuses the roles system, user.*: System role not supported"):
+        ChatFormat(tokenizer_for(ALTERNATING)).turns(chat)
+    silent = "{% for message in messages if message.role != 'system' %}" + CHATML.partition("%}")[2]
+    with pytest.raises(DataError, match=r"leaves out message 1 \(role 'system'\)"):
+        ChatFormat(tokenizer_for(silent)).turns(chat)
+
+
+def test_messages_without_weight_have_no_loss() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    chat = Chat([QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "content": "Rome", "weight": 1}], "row")
+    (row,) = tokenization.tokenize([chat], tokenizer, 512).rows
+    assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == "Rome<|im_end|>"
+    assert "Oslo" in tokenizer.decode(row["input_ids"])
+    ((_, expected),) = tokenization.prompts([chat], tokenizer)
+    assert expected == "Rome"
+
+
+def test_fields_without_effect_and_unanswered_messages_are_counted() -> None:
+    tokenizer = tokenizer_for(CHATML)
+    named = Chat([{**QUESTION, "name": "Ada", "id": 7}, ANSWER, QUESTION], "row")
+    found = "\n".join(tokenization.tokenize([named, named], tokenizer, 512).notes)
+    assert "does not use: 'name' in 2, 'id' in 2 messages" in found
+    assert "2 rows end with a message that no answer follows" in found
+    using = tokenizer_for(CHATML.replace("message['role'] +", "message['role'] + message.name | default('') +"))
+    assert "'name'" not in notes(Chat([{**QUESTION, "name": "Ada"}, ANSWER], "row"), using)
+    labelled = tokenization.tokenize([Text("abc", "row", label="x", pair="y")], tokenizer, 64)
+    assert "'label' in 1 rows, 'text_pair' in 1 rows" in labelled.notes[0]
+
+
+def test_a_template_that_reads_the_clock_is_reported() -> None:
+    assert "current date" in notes(Chat([QUESTION, ANSWER], "row"), tokenizer_for("{{ strftime_now('%Y') }}" + CHATML))
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "message"),
+    [
+        ("{% for %}", ModelError, "cannot be read"),
+        ("{% break %}", ModelError, "cannot be read"),
+        ("{{ messages[0]['content'] + 1 }}", DataError, "cannot write the messages of user, assistant"),
+        ("{{ messages | sum }}", DataError, "f:3"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", DataError, "recursion"),
+        ("{{ messages[0].content.a.b }}", DataError, "refuses the roles"),
+        ("{{ 1 / 0 }}", DataError, "ZeroDivisionError"),
+        ("{{ range(999999) }}", DataError, "OverflowError"),
+        ("{{ 9 ** 9 ** 9 }}", ModelError, "it computes a power"),
+    ],
+)
+def test_a_template_that_fails_gives_one_paragraph(template: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ChatFormat(tokenizer_for(template)).turns(Chat([QUESTION, ANSWER], "f:3"))
+
+
+def test_rows_of_tools_go_from_the_file_to_the_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    rows = [
+        {"tools": [TOOL], "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"tools": json.dumps([TOOL["function"]]), "messages": [{**m, "name": None} for m in CALLING]},
+    ]
+    path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load_rows(str(path))
+    tokenizer = tokenizer_for(THINKING)
+    done = tokenization.tokenize(loaded, tokenizer, 1024)
+    texts = [tokenizer.decode([label for label in row["labels"] if label != IGNORED]) for row in done.rows]
+    assert sum('"arguments": {"city": "Oslo", "days": 2}' in text for text in texts) == 2
+    assert done.end_of_turn == (tokenizer.eos_token_id,) and not done.notes

@@ -1,0 +1,184 @@
+"""A run whose answers end with a token of the template alone: every artifact ends there, and all prompts are equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken
+
+from conftest import CHAT_TEMPLATE, Recorder, make_model, make_tokenizer, train_run
+from data.chat_templates import THINKING, tokenizer_for
+from qat_edge import progress
+from qat_edge.data import tokenization
+from qat_edge.data.conversation import Prompt, text_prompt
+from qat_edge.data.formats import Completion
+from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.evaluate.evaluator import load_eval_set
+from qat_edge.evaluate.reference import load_exact
+from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.models.tokenizer import end_tokens, load_tokenizer
+from qat_edge.options import DoctorOptions, ExportOptions, ValidateOptions
+from qat_edge.run import Run
+from qat_edge.verbs.doctor import doctor
+from qat_edge.verbs.export import export
+from qat_edge.verbs.generate import WithoutPrefix, chat_prompt, generate
+from qat_edge_exporters.executorch import generate_text, llm_runner
+from qat_edge_exporters.targets import target_named
+
+
+@pytest.fixture(scope="module")
+def lines() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, lines: Recorder) -> Run:
+    """The template ends turns with <|stop|>, an added token; model and tokenizer end with <|endoftext|>.
+
+    The tokenizer begins every text with <|im_start|>.
+    """
+    folder = tmp_path_factory.mktemp("stop")
+    tokenizer = tokenizer_for(CHAT_TEMPLATE.replace("<|im_end|>", "<|stop|>"), adds_bos=True)
+    tokenizer.add_tokens([AddedToken("<|stop|>", special=True, normalized=False)])
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    model = make_model(tokenizer)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with progress.report_to(lines):
+        made = train_run(folder / "model", folder)
+    export(made, ExportOptions(context_length=64))
+    return made
+
+
+def test_the_token_that_ends_turns_in_training_ends_every_artifact(run: Run, lines: Recorder) -> None:
+    stop = load_tokenizer(run.quantized).convert_tokens_to_ids("<|stop|>")
+    assert any(
+        "Answers end with '<|stop|>'" in line and "is not among the model's end tokens [0]" in line
+        for line in lines.lines
+    )
+    assert read_manifest(run.adapter)["conversation"] == {"end_of_turn": [stop], "template_arguments": {}}
+    assert read_manifest(run.exports / "onnx")["conversation"]["end_of_turn"] == [stop]
+    for folder in (run.quantized, run.exports / "executorch"):
+        assert end_tokens(folder) == [0, stop]
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, stop]
+    assert target_named("onnx").read(run.exports / "onnx").metadata["end_tokens"] == [0, stop]
+    assert target_named("executorch").read(run.exports / "executorch").metadata["get_eos_ids"] == [0, stop]
+    assert load_eval_set(run, ValidateOptions(tokens=32, window=64, prompts=2)).eos_ids == [0, stop]
+
+
+def test_doctor_compares_the_template_with_the_end_tokens(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "executorch"
+    shutil.copytree(run.exports / "executorch", folder)
+    assert doctor(folder, DoctorOptions()).faults == []
+    # Another template in the folder, and no record of the training.
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|stop|>", "<|im_end|>"))
+    assert [
+        "The chat template ends answers with '<|im_end|>' (2)" in f for f in doctor(folder, DoctorOptions()).faults
+    ] == [True]
+    (folder / MANIFEST).unlink()
+    assert len(doctor(folder, DoctorOptions()).faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "raw"), [("torch", True), ("torch", False), ("onnx", True), ("executorch", True), ("executorch", False)]
+)
+def test_every_runtime_continues_the_ids_of_training(
+    run: Run, source: str, raw: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(run.quantized)
+    seen: list[list[int]] = []
+    if source == "torch":
+        monkeypatch.setattr(
+            "qat_edge.verbs.generate._generate_in_torch", lambda folder, words, ids, emit, count: seen.append(ids)
+        )
+    else:
+        # ExecuTorch's runner compares its own ids with these, and refuses others.
+        real = type(target_named(source)).generate
+
+        def recorded(self: Any, folder: Path, words: Any, prompt: Prompt, emit: Any, count: int) -> None:
+            seen.append(prompt.ids)
+            real(self, folder, words, prompt, emit, count)
+
+        monkeypatch.setattr(type(target_named(source)), "generate", recorded)
+    generate(run, "say 3", source, lambda text: None, raw=raw, max_new_tokens=2)
+
+    (trained,) = tokenization.tokenize([Completion("say 3", " and on", "row")], tokenizer, 64).rows
+    expected = text_prompt("say 3", tokenizer) if raw else chat_prompt(tokenizer, "say 3", None, {})
+    assert seen == [expected.ids]
+    assert seen[0][0] == tokenizer.bos_token_id
+    if raw:
+        assert trained["input_ids"][: len(seen[0])] == seen[0]
+
+
+def test_generation_in_torch_ends_at_every_end_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_exact(run.quantized).generation_config.eos_token_id == end_tokens(run.quantized)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("qat_edge.verbs.generate.frozen.load", lambda folder: _Recording(given))
+    generate(run, "say 3", "torch", lambda text: None, max_new_tokens=2)
+    assert given["eos_token_id"] == end_tokens(run.quantized)
+
+
+class _Recording:
+    """Model that keeps the arguments of a generation."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._given = given
+
+    def generate(self, ids: torch.Tensor, **arguments: Any) -> None:
+        self._given.update(arguments)
+
+
+def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:
+    folder = run.exports / "executorch"
+    tokenizer = load_tokenizer(folder)
+    prompt = text_prompt("say 3", tokenizer)
+    assert llm_runner.first_difference(folder / "tokenizer.json", prompt.text, prompt.ids) == ""
+    other = Prompt(prompt.text, [*prompt.ids, 5])
+    with pytest.raises(
+        ArtifactError, match=r"splits this prompt otherwise than training did .*first difference at token"
+    ):
+        generate_text.generate(folder, tokenizer, other, lambda text: None, 2)
+
+
+def test_generate_takes_no_system_message_without_a_template(run: Run) -> None:
+    with pytest.raises(UsageError, match="--system and --raw"):
+        generate(run, "say 3", "torch", lambda text: None, raw=True, system="Be brief.")
+    with pytest.raises(UsageError, match="System role not supported"):
+        words = make_tokenizer()
+        words.chat_template = "{{ raise_exception('System role not supported') }}"
+        chat_prompt(words, "Hi", "Be brief.", {})
+
+
+def test_the_arguments_of_training_are_those_of_generation() -> None:
+    words = tokenizer_for(THINKING)
+    prompt = chat_prompt(words, "Hi", None, {"enable_thinking": False})
+    assert prompt.text.endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["<think>", "\n\n", "</think>", "\n\n", "Oslo", "\n\n", "now"], "Oslo\n\nnow"),
+        (["Oslo"], "Oslo"),
+        (["<thin", " air"], "<thin air"),
+        (["<think>\n\n</think>\n\nOslo"], "Oslo"),
+        (["  Oslo"], "  Oslo"),
+        (["<think>", "\n"], "<think>\n"),
+        (["<think>\n\n</think>"], ""),
+        (["<think>", "\nUp north.\n", "</think>"], "<think>\nUp north.\n</think>"),
+    ],
+)
+def test_an_empty_block_of_reasoning_is_not_shown(pieces: list[str], shown: str) -> None:
+    found: list[str] = []
+    take = WithoutPrefix(found.append, "<think>\n\n</think>\n\n")
+    for piece in pieces:
+        take(piece)
+    take.finish()
+    assert "".join(found) == shown
