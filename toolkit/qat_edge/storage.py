@@ -235,4 +235,5 @@ def _storage_reason(error: Exception) -> str | None:
     found = re.search(r"os error (\d+)", str(error))  # safetensors, written in Rust
     if found:
         return os.strerror(int(found[1]))
-    return "the write failed" if "file write failed" in str(error) else None  # torch.save
+    # torch.save, whose writer in C++ has no error numbers.
+    return "the write failed" if re.search("file write failed|iostream error|inline_container", str(error)) else None
