@@ -20,6 +20,10 @@ FLOORS = (
     {
         "errors",
         "run",
+        "run_lock",
+        "previous_run",
+        "option_paths",
+        "stop_signals",
         "storage",
         "manifest",
         "readers",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qat_edge import profiles, storage
+from qat_edge import option_paths, profiles, storage
 from qat_edge.errors import UsageError
 from qat_edge.options import RENAMED_VALUES, ValidateOptions
 
@@ -125,7 +125,8 @@ def read_sections(path: Path) -> dict[str, Any]:
 def save(path: Path, section: str, options: Any, left_out: Collection[str] = ()) -> None:
     """Write the resolved options of one verb, without those `left_out`, next to the other sections of config.yaml."""
     document = read_sections(path) if path.is_file() else {}
-    document[section] = {name: value for name, value in plain(options).items() if name not in left_out}
+    absolute = plain(option_paths.absolute(options))
+    document[section] = {name: value for name, value in absolute.items() if name not in left_out}
     storage.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 

@@ -320,6 +320,9 @@ class CompareOptions:
 class SensitivityOptions:
     """Options of `sensitivity`: the data to measure each layer on, and the limit that picks its bits."""
 
+    data: str | None = option(
+        "Training rows, where they are no longer in the place that finetune read.", None, group=DATA
+    )
     tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16, group=MEASURING)
     seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=MEASURING)
     max_size_mb: float | None = option(

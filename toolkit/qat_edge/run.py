@@ -15,13 +15,20 @@ RUN/answers.json           results of validate for an encoder
 RUN/sensitivity/           results of sensitivity
 RUN/compare/               results of compare
 RUN/report.html            the report; history.html where the run is the last of several in one
+RUN/.lock, .lock.json      lock of the command that is writing into the folder, and its name (`run_lock`)
+RUN/.previous/             the run that `finetune --force` replaces, until the new one is finished (`previous_run`)
+
+Every part appears whole or not at all (`storage`). Paths in config.yaml are absolute (`option_paths`), so a run folder
+can be opened from any working directory and can be moved.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat_edge import previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
@@ -82,12 +89,42 @@ class Run(Variant):
         run = cls(path)
         if not path.is_dir():
             raise RunError(f"{path}: no such run folder. `qat-edge finetune --out {path}` makes one.")
+        run._recover()
         if not run.config.is_file():
             raise RunError(f"{path}: not a run folder (it holds no config.yaml). Name the folder given to --out.")
         for part in (run.adapter, run.quantized):
             if (part / MANIFEST).is_file():
                 read_manifest(part)
         return run
+
+    @classmethod
+    def to_resume(cls, path: Path) -> Run:
+        """Return the run folder at `path` for `finetune --resume`, which may have no more than its options.
+
+        Raises:
+            RunError: there is nothing to resume.
+        """
+        run = cls(path)
+        if not path.is_dir():
+            raise RunError(
+                f"--resume: {path} does not exist, so there is nothing to resume. Check --out, or train without "
+                "--resume to begin a run there."
+            )
+        if not run.config.is_file():
+            raise RunError(
+                f"--resume: {path} has no config.yaml, so there is nothing to resume. Check --out, or train without "
+                "--resume."
+            )
+        return run
+
+    def _recover(self) -> None:
+        """Finish what a killed process left half done, where no other one is writing."""
+        if (self.path / previous_run.PREVIOUS).is_dir():
+            with suppress(RunError), run_lock.writing(self.path, "recovery"):
+                return
+        with suppress(OSError):  # a run on a read-only disk
+            for parent in (self.path, *(variant.exports for variant in self.variants())):
+                storage.sweep(parent)
 
     @property
     def config(self) -> Path:

@@ -1,7 +1,12 @@
-"""Write files and folders whole or not at all, and name the file and the cause where that fails."""
+"""Write files and folders whole or not at all, and name the file and the cause where that fails.
+
+Everything is written under a hidden temporary name next to its place, flushed to the disk, then renamed. The temporary
+name holds the machine and the process, so that the next writer removes what a killed process left.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -9,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,13 +22,17 @@ from safetensors import SafetensorError
 from qat_edge.errors import RunError
 
 OLD = ".old"  # suffix of the hidden folder that keeps what is being replaced
+CLOCK_S = 2.0  # by which the start time of one process may differ between two readings
+# Where a file system cannot flush a folder, its renames are flushed with the files.
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder next to `target` that takes its name when the block ends without an error.
 
-    Whatever goes wrong, `target` is either the whole new folder or the old one, unchanged.
+    Whatever goes wrong, `target` is either the whole new folder or the old one, unchanged. After a power cut, too: the
+    new folder is on the disk before it takes the name.
 
     Raises:
         RunError: `target` exists and `force` is not set, or the disk is full.
@@ -32,20 +42,34 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
             raise RunError(f"{target} exists already. Give --force to replace it.")
         yield work
         work.chmod(0o755)
+        flush_folder(work)
         if target.exists():
-            old = _hidden_folder(target.parent, f"{target.name}{OLD}")
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old)
+            _exchange(target, work)
         else:
             work.rename(target)
+        _flush(target.parent)
+
+
+def _exchange(target: Path, work: Path) -> None:
+    """Give `work` the name of `target`, and remove what had it."""
+    old = _hidden_folder(target.parent, f"{target.name}{OLD}")
+    try:
+        target.rename(old / target.name)
+        work.rename(target)
+    except BaseException:  # a signal, too, may end this between the two
+        if (old / target.name).exists() and not target.exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def work_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield an empty hidden folder in `parent`, removed at the end (or by the next call, if this process is killed)."""
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
+    sweep(parent)
     work = _hidden_folder(parent, name)
     try:
         yield work
@@ -53,47 +77,137 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _hidden_folder(parent: Path, name: str) -> Path:
-    """Make a hidden folder whose name holds the machine and process that it belongs to."""
-    return Path(tempfile.mkdtemp(prefix=f".{name}.{platform.node()}-{os.getpid()}-", dir=parent))
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes the name `path` when the block has written it without an error.
 
-
-def _sweep(parent: Path) -> None:
-    """Remove the work folders of killed processes; a folder that one of them was replacing gets its name back."""
-    ours = re.compile(rf"\.(.+?)({re.escape(OLD)})?\.{re.escape(platform.node())}-(\d{{1,9}})-[a-z0-9_]{{8}}")
-    for folder in list(parent.glob(".*")):
-        found = ours.fullmatch(folder.name)
-        if found is None or _is_running(int(found[3])):
-            continue
-        name = found[1]
-        if found[2] and (folder / name).exists() and not (parent / name).exists():
-            (folder / name).rename(parent / name)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, under another user
-    return True
+    Raises:
+        RunError: The file cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        handle, name = tempfile.mkstemp(prefix=_hidden_prefix(path.name), dir=path.parent)
+        os.close(handle)
+        work = Path(name)
+        try:
+            yield work
+            work.chmod(0o644)
+            _flush(work)
+            work.replace(path)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: readers see the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
+    """Write a file under a temporary name, then rename it: readers see the old text or the new one.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    with replace_file(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that others may look at: it disappears at once, not file by file."""
+    hidden = _hidden_folder(folder.parent, f"{folder.name}.removed")
+    folder.rename(hidden / folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until all files of a folder, and their names, are on the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before the folder that holds them
+        if not path.is_symlink():
+            _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Wait until one file, or the names in one folder, are on the disk."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_FLUSH:
             raise
+    finally:
+        os.close(handle)
+
+
+# --- temporary names ---------------------------------------------------------------------------------------
+
+
+def sweep(parent: Path) -> None:
+    """Remove the temporary files and folders of killed processes in `parent`.
+
+    A folder that one of them was replacing gets its name back.
+    """
+    # Process ids are used again, so the name also has the time when the process started.
+    ours = re.compile(
+        rf"\.(.+?)({re.escape(OLD)})?\.{re.escape(platform.node())}-(\d{{1,9}})(?:\.(\d{{1,12}}))?-[a-z0-9_]{{8}}"
+    )
+    for path in list(parent.glob(".*")):
+        found = ours.fullmatch(path.name)
+        if found is None or is_running(int(found[3]), int(found[4]) if found[4] else None):
+            continue
+        name = found[1]
+        if found[2] and (path / name).exists() and not (parent / name).exists():
+            (path / name).rename(parent / name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid: int, started_s: float | None) -> bool:
+    """Return whether a process of this machine still runs; True where that cannot be found out.
+
+    Args:
+        pid: Its id.
+        started_s: When it started, in seconds since 1970; None if that is not known.
+    """
+    import psutil  # here, because most commands need no process but their own
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False  # it ended, and its parent has not noticed yet
+        return started_s is None or process.create_time() <= started_s + CLOCK_S
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def own_start_s() -> int:
+    """Return when this process started, in seconds since 1970."""
+    return _start_s(os.getpid())
+
+
+@cache
+def _start_s(pid: int) -> int:
+    import psutil
+
+    return int(psutil.Process(pid).create_time())
+
+
+def _hidden_prefix(name: str) -> str:
+    """Return the beginning of a temporary name, which holds the machine and process that it belongs to."""
+    return f".{name}.{platform.node()}-{os.getpid()}.{own_start_s()}-"
+
+
+def _hidden_folder(parent: Path, name: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=_hidden_prefix(name), dir=parent))
+
+
+# --- errors of the disk ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -121,4 +235,5 @@ def _storage_reason(error: Exception) -> str | None:
     found = re.search(r"os error (\d+)", str(error))  # safetensors, written in Rust
     if found:
         return os.strerror(int(found[1]))
-    return "the write failed" if "file write failed" in str(error) else None  # torch.save
+    # torch.save, whose writer in C++ has no error numbers.
+    return "the write failed" if re.search("file write failed|iostream error|inline_container", str(error)) else None

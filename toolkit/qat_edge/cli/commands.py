@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qat_edge import __version__, config, progress
+from qat_edge import __version__, config, progress, stop_signals
 from qat_edge.cli.console import ConsoleReporter, console
 from qat_edge.cli.flags import GroupedCommand, load_options, options_of, without_empty
 from qat_edge.errors import QatEdgeError, UsageError
@@ -53,14 +53,18 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit with the error's code, or 130 after Ctrl-C."""
+        """Run the command; exit with the error's code, or 128 + n after signal n."""
         try:
-            return super().invoke(ctx)
+            with stop_signals.raise_on_signals():
+                return super().invoke(ctx)
         except QatEdgeError as error:
             click.secho(f"Error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
             ctx.exit(error.exit_code)
+        except stop_signals.Stopped as stopped:
+            click.echo(str(stopped), err=True)
+            ctx.exit(stopped.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            click.echo("Stopped by SIGINT.", err=True)
             ctx.exit(130)
 
 
@@ -93,7 +97,9 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     """Train LoRA adapters, then continue with fake quantization in the forward pass (QAT)."""
     if resume and config_path is None:
         # The run's own file: nobody wrote its old names by hand, so there is nothing to warn about.
-        options = config.load(FinetuneOptions, "finetune", _open(out).config, without_empty(flags))
+        from qat_edge.run import Run
+
+        options = config.load(FinetuneOptions, "finetune", Run.to_resume(out).config, without_empty(flags))
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)
     from qat_edge.verbs.finetune import finetune as verb
@@ -101,9 +107,10 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     result = verb(options, out, resume=resume, force=force)
     if as_json:
         _print_json(result)
-    progress.info(
-        f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s. Next: qat-edge export {out}"
+    done = (
+        f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s" if result.wall_s else f"Kept {out}"
     )
+    progress.info(f"{done}. Next: qat-edge export {out}")
 
 
 @main.command(

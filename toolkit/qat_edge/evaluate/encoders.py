@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qat_edge import config, progress
+from qat_edge import config, option_paths, progress
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, RunError, UsageError
@@ -207,6 +207,7 @@ def _evaluation_rows(
     source = options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: the run was trained without --eval-data. Give --eval-data.")
+    option_paths.require_data(source, "validate --eval-data")
     rows = load_rows(source, "eval")
     return training_examples.tokenize_for_task(task, rows, tuned.model, tuned.tokenizer, trained.max_length).rows
 

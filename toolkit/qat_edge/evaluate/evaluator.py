@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qat_edge import config, progress
+from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import load_rows
@@ -320,6 +320,7 @@ def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
     source = options.text or prompt_source
     if source is None:
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
+    option_paths.require_data(source, "validate --eval-data")
     rows = load_rows(source, "eval")
     sequences = tokenization.scored_ids(rows, tokenizer, options.window, options.tokens)
 

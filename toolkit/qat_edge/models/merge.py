@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_edge import progress
+from qat_edge import option_paths, progress
 from qat_edge.errors import RunError
 from qat_edge.manifest import LIBRARIES, library_version, read_manifest, write_manifest
 from qat_edge.models.layer_removal import keep_layers
@@ -189,6 +189,11 @@ def _load_base(metadata: dict[str, Any]) -> _BaseModel:
     """
     # "model" has the source as the user gave it, the identity of its weights, and the entries of its task.
     source = metadata["model"]
+    if option_paths.is_gone(source["source"]):
+        raise RunError(
+            f"{source['source']}: no such file or folder; the run was trained on the model there. Restore it, or put a "
+            "link to its new place there."
+        )
     loaded = load_model(source["source"], source["trust_remote_code"], task=task_from_metadata(source))
 
     # A Hub id may have a new commit, a folder new files. The name is not compared: a folder may have been moved.

@@ -142,6 +142,22 @@ def prepare(
     return init
 
 
+def repeat(trained: nn.Module, scheme: Scheme, method: str, saved: QatInit, rotation_seed: int | None) -> None:
+    """Bring a model to where `prepare` left it, from the initialization that it returned then.
+
+    Args:
+        trained: The model as it was before `prepare`, adapters included.
+        scheme: As for `prepare`.
+        method: As for `prepare`.
+        saved: Result of `prepare`, saved and loaded again.
+        rotation_seed: As for `prepare`.
+    """
+    # Adapters are not part of the saved initialization, so they are rotated again.
+    if method in CALIBRATED and rotation_seed is not None:
+        rotation.rotate(trained, scheme, rotation_seed)
+    saved.apply(fake.base_of(trained))
+
+
 def _changed_parameters(
     model: PreTrainedModel, scheme: Scheme, vectors: Mapping[str, Tensor], rotated: bool
 ) -> dict[str, Tensor]:

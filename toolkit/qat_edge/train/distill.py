@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,9 +31,11 @@ from transformers import PreTrainedModel
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
+from qat_edge.storage import replace_file
 
 Batch = Mapping[str, Tensor]
 CHUNK = 64  # tokens whose probabilities are in memory at once
+MADE_OF = "made_of"  # key in the file of predictions: the teacher that made them
 NEGLIGIBLE = 1e-9  # least probability of the choice that stands for all tokens after the top k
 
 
@@ -140,7 +143,12 @@ class CachedTeacher:
 
 
 def write_cache(
-    teacher: LiveTeacher, batches: Iterator[Batch], top_k: int, file: Path, advance: Callable[[int], None]
+    teacher: LiveTeacher,
+    batches: Iterator[Batch],
+    top_k: int,
+    file: Path,
+    advance: Callable[[int], None],
+    made_of: str = "",
 ) -> None:
     """Run the teacher on all rows in order and write its `top_k` most likely tokens at every token with loss.
 
@@ -150,6 +158,7 @@ def write_cache(
         top_k: Number of tokens to keep.
         file: Read by `CachedTeacher`.
         advance: Called with the number of rows done.
+        made_of: Identity of the teacher, for `cache_made_of`.
     """
     choices, log_probs, offsets, done = [], [], [0], 0
     for batch in batches:
@@ -163,9 +172,19 @@ def write_cache(
         done += len(has_loss)
         advance(done)
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}
-    save_file(tensors, file)
+    with replace_file(file) as work:
+        save_file(tensors, work, metadata={MADE_OF: made_of})
+
+
+def cache_made_of(file: Path) -> str | None:
+    """Return the identity of the teacher whose predictions a file holds; None where it has none."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            made_of: str | None = (tensors.metadata() or {}).get(MADE_OF)
+            return made_of
+    except (OSError, SafetensorError):
+        return None
 
 
 def _digest(ids: Sequence[int]) -> bytes:

@@ -36,6 +36,12 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
     changes_base = options.ptq_init in CALIBRATED
     return (
+        # The start of phase 2: a fraction of the steps, or a step.
+        _Check(
+            options.qat_start > options.steps,
+            f"--qat-start {options.qat_start:g} and --steps {options.steps}: training ends before QAT starts. Give a "
+            f"fraction below 1 or a step up to {options.steps}; --qat-start {options.steps} trains without QAT.",
+        ),
         # PTQ initialization and scales.
         _Check(
             options.ptq_init != "none" and options.scales == "absmax",

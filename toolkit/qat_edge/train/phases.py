@@ -7,13 +7,16 @@ Phase 1 trains without rounding, phase 2 with fake quantization. Between them, o
 3. RUN/start: scales, and for most methods base weights, from a PTQ method (`--ptq-init`), put into the model.
 4. The optimizer starts again, if the weights were rotated: its averages are of gradients in the old basis.
 
-A resumed run that is in phase 2 already reads 2 and 3 from the run folder (`PhaseTransition.restore`). A training
-that has no second phase ends with 1 and 3 (`PhaseTransition.finish_without_qat`). When the transition happens is
-decided in `trainer.TwoPhases`.
+A resumed run that is in phase 2 already reads 2 and 3 from the run folder (`PhaseTransition.restore`). One that was
+killed between the transition and the next checkpoint makes the transition again, but takes the results of 2 and 3 that
+were made of the same weights: calibration may take longer than the training. A training that has no second phase ends
+with 1 and 3 (`PhaseTransition.finish_without_qat`). When the transition happens is decided in `trainer.TwoPhases`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,16 +27,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_edge import progress
+from qat_edge import __version__, progress
 from qat_edge.data import calibration, tokenization
 from qat_edge.data.tokenization import TokenizedRows
+from qat_edge.errors import RunError
+from qat_edge.manifest import LIBRARIES, library_version, read_manifest
 from qat_edge.options import FinetuneOptions
-from qat_edge.quant import fake, qat_init
+from qat_edge.quant import fake, numerics, qat_init
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
-from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, write_cache
+from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, cache_made_of, write_cache
+from qat_edge.train.divergence import require_finite
 
 METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights; learned scales then begin at round-to-nearest's
 TEACHER_FILE = "teacher.safetensors"  # next to the checkpoints
@@ -85,19 +91,21 @@ class PhaseTransition:
         # The FP32 reference: the weights as phase 1 left them.
         self.switch.enabled = False
         self.save_reference()
+        made_of = self._identity()
 
         # The teacher is the model at this moment. It is run now, if the initialization is about to change the base.
         if self.options.distill_weight > 0:
             teacher = LiveTeacher(self.model, self.switch, self.options.distill_temperature)
             if self.options.distill_top_k:
-                self._write_teacher_cache(teacher)
+                if cache_made_of(self._teacher_file) != made_of:
+                    self._write_teacher_cache(teacher, made_of)
                 self.set_teacher(self._cached_teacher())
             else:
                 self.set_teacher(teacher)
 
         # Scales, and weights with their rounding compensated; with a rotation also the rotated basis.
         if needs_initialization(self.options):
-            self.init_sha256 = self._initialize()
+            self.init_sha256 = self._initialize(made_of)
 
         if self.rotation_seed is not None:
             self.reset_optimizer()  # its averages are of gradients in the basis before the rotation
@@ -106,7 +114,7 @@ class PhaseTransition:
         """End a training that has no second phase: the model as phase 2 would have begun is the result."""
         self.save_reference()
         if needs_initialization(self.options):
-            self.init_sha256 = self._initialize()
+            self.init_sha256 = self._initialize(self._identity())
 
     def restore(self) -> None:
         """Bring a resumed run to where `start_qat` left it, from the files in the run folder."""
@@ -134,11 +142,25 @@ class PhaseTransition:
             }
         return {"learned_scales": self.options.scales == "learned" and start is not None, "start": start}
 
-    def _initialize(self) -> str:
-        """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start."""
+    def _initialize(self, made_of: str) -> str:
+        """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start.
+
+        Args:
+            made_of: `_identity` at this moment. A RUN/start that was made of the same is taken as it is.
+
+        Returns:
+            sha256 of the tensors in RUN/start.
+        """
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
+        saved = self._saved_initialization(made_of)
+        if saved is not None:
+            progress.info(f"Start of QAT: taking the initialization in {self.run.start}, made of the same weights")
+            with torch.no_grad():
+                qat_init.repeat(self.model, self.scheme, method, saved, self.rotation_seed)
+            return qat_init.recorded_sha256(self.run.start)
+
         batches: list[dict[str, Tensor]] = []
-        metadata: dict[str, Any] = {"method": method}
+        metadata: dict[str, Any] = {"method": method, "made_of": made_of}
         if method in CALIBRATED:
             # Methods that compensate rounding need activations, which training rows give.
             rows = self.rows.rows
@@ -151,14 +173,39 @@ class PhaseTransition:
         # Calibration runs the model in the precision of the training.
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             start = qat_init.prepare(self.model, self.scheme, method, batches, self.rotation_seed)
+        require_finite((start.changed | start.scales).items(), "in the PTQ initialization")
         return start.save(self.run.start, **metadata)
+
+    def _saved_initialization(self, made_of: str) -> QatInit | None:
+        """Return RUN/start if it is whole and was made of the same weights, None otherwise."""
+        try:
+            if read_manifest(self.run.start).get("made_of") != made_of:
+                return None
+            return QatInit.load(self.run.start, qat_init.recorded_sha256(self.run.start))
+        except RunError:
+            return None  # missing or damaged
+
+    def _identity(self) -> str:
+        """Return a digest of all that the transition depends on and that may differ when a run is resumed.
+
+        The options, the base model and the rows are those of the run: `finetune` compares them.
+        """
+        digest = hashlib.sha256()
+        versions = {name: library_version(name) for name in LIBRARIES}
+        digest.update(json.dumps([__version__, numerics.QUANTIZER, versions, self.device]).encode())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     # --- the teacher ---------------------------------------------------------------------------------------
 
-    def _write_teacher_cache(self, teacher: LiveTeacher) -> None:
-        """Run the teacher on all training rows and keep its most likely tokens."""
+    def _write_teacher_cache(self, teacher: LiveTeacher, made_of: str) -> None:
+        """Run the teacher on all training rows and keep its most likely tokens. made_of: see `_identity`."""
+        file = self._teacher_file
         with progress.bar("running the teacher", len(self.rows.rows)) as shown:
-            write_cache(teacher, self._batches(), self.options.distill_top_k, self._teacher_file, shown.update)
+            write_cache(teacher, self._batches(), self.options.distill_top_k, file, shown.update, made_of)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield all training rows in order, in batches on the device of the training."""

@@ -1,8 +1,10 @@
 """Hugging Face `Trainer` with two phases (LoRA, then QAT), a learning rate for each, optional distillation, and
 progress reporting.
 
-    QatTrainer     optimizer, schedules, and the loss: the task's own, and in phase 2 the teacher's divergence
+    QatTrainer     optimizer, schedules, and the loss: the task's own, and in phase 2 the teacher's divergence; stops
+                   where a loss or a gradient is not finite; checkpoints that appear whole or not at all
     TwoPhases      callback that makes the phase transition at its step and turns fake quantization on
+    StopInOrder    callback that ends the training with a checkpoint after a signal
     ShowProgress   callback that feeds the progress bar
 """
 
@@ -13,17 +15,23 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qat_edge import progress
 from qat_edge.options import FinetuneOptions
 from qat_edge.progress import Bar
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
+from qat_edge.stop_signals import StopRequest
+from qat_edge.train import checkpoints, divergence
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.objectives import Objective
 
@@ -56,11 +64,18 @@ class TwoPhases(TrainerCallback):
         switch: Turns fake quantization on and off.
         start: Last step of phase 1.
         transition: Called once.
+        at_once: Context in which a signal ends the transition at once: it may take longer than the training.
         qat_started: Whether training is in phase 2.
     """
 
-    def __init__(self, switch: Switch, start: int, transition: Transition) -> None:
-        self.switch, self.start, self.transition = switch, start, transition
+    def __init__(
+        self,
+        switch: Switch,
+        start: int,
+        transition: Transition,
+        at_once: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.switch, self.start, self.transition, self.at_once = switch, start, transition, at_once
         self.qat_started = False
 
     def on_train_begin(
@@ -72,9 +87,11 @@ class TwoPhases(TrainerCallback):
             self.qat_started = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request an evaluation at the end of each phase."""
+        """Request an evaluation at the end of each phase, and a checkpoint before the transition."""
         if state.global_step in (self.start, state.max_steps) and args.eval_strategy != "no":
             control.should_evaluate = True
+        if state.global_step == self.start:
+            control.should_save = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,9 +101,33 @@ class TwoPhases(TrainerCallback):
         Not at the end of the step before it: the evaluation and the checkpoint in between belong to phase 1.
         """
         if state.global_step >= self.start and not self.qat_started:
-            self.transition.start_qat()
+            with self.at_once():
+                self.transition.start_qat()
             self.qat_started = True
         self.switch.enabled = self.qat_started
+
+
+class StopInOrder(TrainerCallback):
+    """End the training after the step in progress, with a checkpoint, once a signal has come.
+
+    Attributes:
+        request: Notes the signal.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after the step."""
+        self._stop(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after an evaluation: the signal came while it ran."""
+        self._stop(control)
+
+    def _stop(self, control: TrainerControl) -> None:
+        if self.request.signum is not None:
+            control.should_save = control.should_training_stop = True
 
 
 class QatTrainer(Trainer):
@@ -95,10 +136,15 @@ class QatTrainer(Trainer):
     Attributes:
         teacher: Set at the start of phase 2 if distillation is requested.
         objective: Loss of an encoder; None for next-token prediction.
+        start: Last step of phase 1.
+        phase_1: Name of phase 1.
     """
 
     teacher: Teacher | None = None
     objective: Objective | None = None
+    start: int = 0
+    phase_1: str = "LoRA"
+    _save_into: Path | None = None  # while a checkpoint is written
 
     def set_objective(self, objective: Objective | None) -> None:
         """Train on an encoder's objective in the place of next-token prediction, unless it is None."""
@@ -118,6 +164,9 @@ class QatTrainer(Trainer):
 
     def configure_optimizer(self, options: FinetuneOptions, start: int) -> None:
         """Make the optimizer and the learning-rate schedule. start: the last step of phase 1."""
+        self.start = start
+        self.phase_1 = "LoRA" if options.method == "lora" else "full fine-tuning"
+
         # Group 1: adapters, or all weights.
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         weights = [p for name, p in trained if SCALE_FACTOR not in name]
@@ -163,6 +212,78 @@ class QatTrainer(Trainer):
         # T^2 because gradients of soft targets scale with 1 / T^2: https://arxiv.org/abs/1503.02531, section 2.
         loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distill_temperature**2 * divergence
         return (loss, outputs) if return_outputs else loss
+
+    # --- divergence ----------------------------------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients after checking them and the loss.
+
+        Raises:
+            ModelError: One is not finite.
+        """
+        # The two steps of torch's clip_grad_norm_, which accelerate calls on one device, with the check in between:
+        # clipping by a norm that is not finite would spread it to all gradients, and hide where it began.
+        parameters = list(model.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = self._tr_loss  # of this step alone: every step is logged
+        if not bool(torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)):
+            raise divergence.diverged(
+                model,
+                loss=loss.item(),
+                norm=norm.item(),
+                step=self.state.global_step + 1,
+                phase=self.phase_1 if self.state.global_step < self.start else "QAT",
+                learning_rate=self._get_learning_rate(),
+                folder=Path(str(self.args.output_dir)),
+            )
+        clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log figures; warn about the loss of an evaluation that is not finite."""
+        eval_loss = logs.get("eval_loss")
+        if eval_loss is not None and not math.isfinite(eval_loss):
+            progress.warn(
+                f"The loss on the evaluation data is {eval_loss} at step {self.state.global_step}, although that of "
+                "training is finite. Check the rows of --eval-data: is there one without an answer?"
+            )
+        super().log(logs, start_time)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint that appears whole or not at all.
+
+        Raises:
+            ModelError: A trained weight is not finite: the checkpoints that exist are better than this one.
+            RunError: It cannot be written.
+        """
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        step = self.state.global_step
+        divergence.require_finite(trained, f"after step {step}")
+
+        def write(work: Path) -> None:
+            # The Trainer writes into a folder below its output directory, and removes older ones there.
+            self._save_into = work
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self._save_into = None
+            written = work / f"checkpoint-{step}"
+            for path in written.iterdir():
+                path.rename(work / path.name)
+            written.rmdir()
+
+        checkpoints.save(Path(str(self.args.output_dir)), step, write)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder that checkpoints are written below."""
+        return str(self._save_into or self.args.output_dir)
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Load the weights and the log of a training that has done all its steps."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
 
 
 # --- learning rates ----------------------------------------------------------------------------------------
@@ -281,4 +402,6 @@ def curve(history: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:
     rows = [{k: row[k] for k in keep if k in row} for row in history if "loss" in row or "eval_loss" in row]
     for row in rows:
         row["phase"] = "lora" if row["step"] <= start else "qat"
+        if not math.isfinite(row.get("eval_loss", 0.0)):
+            row["eval_loss"] = None  # JSON has no NaN
     return rows

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_edge import config, progress
+from qat_edge import config, progress, stop_signals
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
@@ -35,6 +35,7 @@ from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
 from qat_edge.run import Run, Variant
+from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder, write_text
 from qat_edge.verbs.export import export_one
 from qat_edge.verbs.quantize import quantize_if_missing
@@ -127,12 +128,15 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
         flags += ["--force"]
     progress.info(f"Training {out}")
     command = [sys.executable, "-m", "qat_edge", "finetune", "--out", str(out), *flags]
-    code = subprocess.run(command, check=False).returncode
+    process = subprocess.Popen(command)
+    with stop_signals.passed_on(process):
+        code = process.wait()
     if code != 0:
         raise QatEdgeError(f"`qat-edge finetune` ended with exit code {code}, so there is nothing to compare.")
     return Run.open(out)
 
 
+@writes_run("compare")
 def compare(run: Run, options: CompareOptions, config_path: Path | None, force: bool = False) -> DeploymentTable:
     """Export, run and measure every deployment; write RUN/compare/compare.json and compare.html.
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge import config, progress
+from qat_edge import config, progress, stop_signals
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
@@ -88,12 +88,9 @@ def _run_stage(arguments: list[str]) -> Stage:
     progress.info(f"\n$ qat-edge {shlex.join(arguments)}")
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments])
-    try:
+    with stop_signals.passed_on(process):
         # wait4 tells the peak memory, too.
         _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:
-        process.wait()
-        raise
     code = os.waitstatus_to_exitcode(status)
     process.returncode = code
     if code != 0:

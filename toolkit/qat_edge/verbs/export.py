@@ -19,6 +19,7 @@ from qat_edge.models import tasks
 from qat_edge.options import ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
+from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing
 from qat_edge_exporters.targets import (
@@ -48,6 +49,7 @@ class Exported:
     wall_s: float
 
 
+@writes_run("export")
 def export(run: Run, options: ExportOptions, force: bool = False) -> list[Exported]:
     """Write every target of the run, and of the FP32 fine-tune quantized by each method of `options.ptq`.
 

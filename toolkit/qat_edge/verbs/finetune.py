@@ -5,7 +5,9 @@
     start    `train.phases`: rotation and PTQ initialization of weights and scales, the teacher of distillation
     phase 2  the same training with fake quantization (`quant.fake`) in the forward pass; ends in RUN/adapter
 
-`train.trainer` is the Hugging Face Trainer with these phases.
+`train.trainer` is the Hugging Face Trainer with these phases. A training may be killed at any moment: every part of
+the run folder is whole or missing, and `--resume` goes on from the newest whole checkpoint (`train.checkpoints`) to the
+same result, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import shlex
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +25,25 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from qat_edge import config, progress
+from qat_edge import config, option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import ModelError, RunError, UsageError
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
+from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
-from qat_edge.train import objectives
+from qat_edge.train import checkpoints, divergence, objectives
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
-from qat_edge.train.trainer import QatTrainer, ShowProgress, TwoPhases, curve, peak_memory_bytes
+from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
-INPUTS = ("model", "data", "eval_data", "kept_layers")  # what it identifies, by the keys of the job's metadata
+INPUTS = ("model", "data", "eval_data", "kept_layers", "bits")  # what it identifies, by the keys of the job's metadata
 
 
 @dataclass(frozen=True)
@@ -68,47 +73,120 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
     Args:
         options: what to train, and how.
         out: run folder to write.
-        resume: continue from its last checkpoint.
-        force: replace a run folder that exists.
+        resume: continue from its last checkpoint, or from the beginning where there is none. Of a finished run, write
+            what is missing.
+        force: replace a run folder that exists. The old run is kept until the new one is finished.
 
     Raises:
-        RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
+        RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it.
         UsageError: an impossible combination of options.
-        ModelError: the model cannot be loaded or trained.
+        ModelError: the model cannot be loaded or trained, or the training diverged.
         DataError: the rows cannot be used.
+        Stopped: a signal ended it; the message has the command that continues.
     """
+    run = Run.to_resume(out) if resume else Run(out)
+    options = option_paths.absolute(options)
+    with run_lock.writing(out, "finetune", create=not resume, resuming=resume or force):
+        try:
+            return _finetune(options, run, resume, force)
+        except KeyboardInterrupt as error:
+            raise _stopped(run, error) from None
+
+
+def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> Finetuned:
+    """Train into a run folder whose lock is held."""
     # Check the options and set everything up; nothing is written yet.
-    run = _check_folder(options, out, resume, force)
+    _check_folder(options, run, resume, force)
     check_combination(options)
     began = time.monotonic()
     job = prepare_training(options, _recorded_inputs(run).get("kept_layers") if resume else None)
     adapted, switch = make_trainable(job, options)
 
-    # All options are validated by now, so an earlier run is never deleted for a bad flag.
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-        config.save(run.config, "finetune", options)
-    _same_inputs(run, job.metadata, resume)
+    # All options are validated by now, so an earlier run is never touched for a bad flag.
+    _begin(run, options, job, resume)
+    if resume and (finished := _finished(run, options)) is not None:
+        progress.info(f"{run.path} is finished: all {finished.steps} steps are done and its adapter is written")
+        return finished
+
+    try:
+        trainer = _train(run, options, job, adapted, switch, resume)
+        result = _log(run, job, trainer, qat_start_step(options), time.monotonic() - began)
+    except BaseException as error:
+        _report_unfinished(run, error)
+        raise
+    previous_run.discard(run.path)
+    return result
+
+
+def _train(
+    run: Run,
+    options: FinetuneOptions,
+    job: TrainingJob,
+    adapted: PreTrainedModel | PeftModel,
+    switch: fake.Switch,
+    resume: bool,
+) -> QatTrainer:
+    """Train, or load the result of a training whose steps are all done, and write RUN/adapter.
+
+    Raises:
+        Stopped: a signal ended the training after a step, whose checkpoint is saved.
+    """
+    checkpoint = checkpoints.newest_whole(run.checkpoints) if resume else None
+    if resume and checkpoint is None:
+        progress.info(f"--resume: {run.path} has no checkpoint yet, so training starts from the beginning")
 
     # The Trainer calls back at the end of phase 1, where the transition into QAT happens.
     start = qat_start_step(options)
     trainer = _trainer(adapted, job, options, run)
     trainer.configure_optimizer(options, start)
     transition = _phase_transition(adapted, switch, job, options, run, trainer)
-    phases = TwoPhases(switch, start, transition)
-    trainer.add_callback(phases)
-    phase_1 = "LoRA" if options.method == "lora" else "full fine-tuning"
-    progress.info(f"{start} steps of {phase_1}, then {options.steps - start} of QAT")
 
-    with progress.bar("training", options.steps) as shown, disk_errors(run.path):
-        trainer.add_callback(ShowProgress(shown, phases, phase_1))
-        trainer.train(resume_from_checkpoint=resume or None)
+    with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):
+        phases = TwoPhases(switch, start, transition, request.at_once)
+        if checkpoint is not None and checkpoints.step_of(checkpoint) >= options.steps:
+            progress.info(f"All {options.steps} steps are done in {checkpoint.name}; writing what is missing")
+            trainer.load_finished(checkpoint)
+            if start < options.steps:
+                transition.restore()
+                phases.qat_started = True
+        else:
+            _run_steps(trainer, phases, options, checkpoint, request)
 
-    # With no step of QAT, the start of QAT comes after the last step.
-    if not phases.qat_started:
-        transition.finish_without_qat()
+        # With no step of QAT, the start of QAT comes after the last step.
+        if not phases.qat_started:
+            with request.at_once():
+                transition.finish_without_qat()
+
+    divergence.require_finite(adapted.named_parameters(), "at the end of training")
     merge.save_weights(adapted, run.adapter, "adapter", job.metadata | transition.metadata)
-    return _log(run, job, trainer, start, time.monotonic() - began)
+    return trainer
+
+
+def _run_steps(
+    trainer: QatTrainer,
+    phases: TwoPhases,
+    options: FinetuneOptions,
+    checkpoint: Path | None,
+    request: stop_signals.StopRequest,
+) -> None:
+    """Do the steps that are left.
+
+    Raises:
+        Stopped: a signal came; the step in progress is done and its checkpoint saved.
+    """
+    trainer.add_callback(phases)
+    trainer.add_callback(StopInOrder(request))
+    progress.info(f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT")
+    with progress.bar("training", options.steps) as shown:
+        trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if request.signum is not None and trainer.state.global_step < options.steps:
+        raise stop_signals.Stopped(request.signum)
+
+
+def _announce_stop(signum: int) -> None:
+    name = signal.Signals(signum).name
+    progress.info(f"{name}: stopping after this step, with a checkpoint. Once more ends the training at once.")
 
 
 def _log(run: Run, job: TrainingJob, trainer: QatTrainer, start: int, wall_s: float) -> Finetuned:
@@ -125,6 +203,58 @@ def _log(run: Run, job: TrainingJob, trainer: QatTrainer, start: int, wall_s: fl
     log = dataclasses.asdict(result) | {"device": describe_device(job.device), "truncated_rows": job.rows.truncated}
     write_text(run.path / TRAINING_LOG, json.dumps({**log, "curve": steps}, indent=1, default=str))
     return result
+
+
+def _finished(run: Run, options: FinetuneOptions) -> Finetuned | None:
+    """Return the result of a finished run, with no time spent in this process; None where something is missing."""
+    try:
+        read_manifest(run.adapter)
+        log = read_json(run.path / TRAINING_LOG, RunError)
+        if log["steps"] != options.steps:
+            return None
+        return Finetuned(run.path, log["steps"], log["qat_start_step"], log["loss"], 0.0, log["peak_memory_bytes"])
+    except (RunError, KeyError, TypeError):
+        return None
+
+
+# --- ends before the last step -----------------------------------------------------------------------------
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that continues a training."""
+    return f"qat-edge finetune --resume --out {shlex.quote(str(run.path))}"
+
+
+def _stopped(run: Run, error: KeyboardInterrupt) -> stop_signals.Stopped:
+    """Return the error of a stopped training, whose message has the command that continues it."""
+    signum = error.signum if isinstance(error, stop_signals.Stopped) else signal.SIGINT
+    name, kept = signal.Signals(signum).name, checkpoints.found(run.checkpoints)
+    if (run.path / TRAINING_LOG).is_file():
+        return stop_signals.Stopped(signum, f"Stopped by {name}. {run.path} is as it was.")
+    if kept:
+        message = f"Stopped by {name}; {kept[0].name} is saved. To continue: {resume_command(run)}"
+    elif run.config.is_file():
+        message = f"Stopped by {name} before the first checkpoint. To begin again: {resume_command(run)}"
+    else:
+        message = f"Stopped by {name} before training began; nothing was written."
+    return stop_signals.Stopped(signum, message)
+
+
+def _report_unfinished(run: Run, error: BaseException) -> None:
+    """Report how a training that failed can be continued, and where the run is that it was to replace."""
+    can_continue = previous_run.has_checkpoint(run.path)
+    if can_continue and not isinstance(error, ModelError | KeyboardInterrupt):
+        progress.info(f"The checkpoints are kept. To continue: {resume_command(run)}")
+    previous = run.path / previous_run.PREVIOUS
+    if not previous.is_dir():
+        return
+    if can_continue:
+        progress.info(
+            f"The earlier run is kept in {previous} until this one is finished. It is a whole run folder: move it "
+            "elsewhere to keep it."
+        )
+    else:
+        previous_run.restore(run.path)
 
 
 def _phase_transition(
@@ -164,73 +294,132 @@ def qat_start_step(options: FinetuneOptions) -> int:
     return min(round(start), options.steps)
 
 
-def _check_folder(options: FinetuneOptions, out: Path, resume: bool, force: bool) -> Run:
-    """Return the run folder to train into.
+def _check_folder(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> None:
+    """Check that the run folder may be written.
 
     Raises:
-        RunError: it exists without `force` or `resume`, or cannot be resumed.
+        RunError: it exists without `force` or `resume`, is no run folder, or cannot be resumed.
         UsageError: the options differ from those of the run to resume, or an input would be deleted by `force`.
     """
-    run = Run(out)
+    out = run.path
     if resume:
         _check_resumable(options, run)
-        return run
-    if not out.exists():
-        return run
+        return
+    if not out.is_dir():
+        raise RunError(f"{out} is a file. Choose another --out.")
+    if run_lock.is_unused(out):
+        return
 
     if not force:
         raise RunError(f"{out} exists already. Give --force to replace it, or --resume to continue it.")
-    Run.open(out)  # --force replaces a run folder, never a folder that is something else
-    for name in ("model", "data", "eval_data"):
+    _require_own(run)
+    for name in ("model", "data", "eval_data", "bits"):
         if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
             raise UsageError(
                 f"{config.flag_name(name)} {getattr(options, name)} is inside {out}, which --force would "
                 "remove. Move it, or choose another --out."
             )
-    return run
+
+
+def _require_own(run: Run) -> None:
+    """Require that a folder is a run of ours: --force replaces nothing else.
+
+    Raises:
+        RunError: it is not.
+    """
+    # Unless a killed --force has moved the run away already.
+    if (run.path / previous_run.PREVIOUS).is_dir():
+        return
+    Run.open(run.path)
+    try:
+        config.load(FinetuneOptions, "finetune", run.config, {})
+        made_here = (run.adapter / MANIFEST).is_file() or INPUTS[0] in _recorded_inputs(run)
+    except (RunError, UsageError) as error:
+        raise RunError(
+            f"{run.path}: not a run folder of qat-edge, so --force does not replace it ({error}) Choose another --out."
+        ) from error
+    if not made_here:
+        raise RunError(
+            f"{run.path}: holds a config.yaml, but no adapter and no {INPUTS_FILE}, so it is not known to be a run "
+            "folder, and --force does not replace it. Choose another --out."
+        )
 
 
 def _check_resumable(options: FinetuneOptions, run: Run) -> None:
-    """Require a checkpoint, and the very options that the run began with.
+    """Require the very options that the run began with, and its inputs.
 
     Raises:
-        RunError: there is nothing to resume.
+        RunError: an input is gone.
         UsageError: options differ; the message names their flags.
     """
-    if not run.config.is_file():
-        raise RunError(
-            f"--resume: {run.path} has no config.yaml, so there is nothing to resume. Train without --resume."
-        )
-    if not any(run.checkpoints.glob("checkpoint-*")):
-        raise RunError(f"--resume: {run.checkpoints} has no checkpoint. Train with --force instead of --resume.")
-
-    saved = config.load(FinetuneOptions, "finetune", run.config, {})
-    changed = [k for k, v in dataclasses.asdict(saved).items() if getattr(options, k) != v]
+    Run.open(run.path)
+    saved = option_paths.absolute(config.load(FinetuneOptions, "finetune", run.config, {}))
+    changed = []
+    for name, before in dataclasses.asdict(saved).items():
+        given = getattr(options, name)
+        # A path may change where the old one is gone; that the contents are the same is checked later.
+        moved = name in option_paths.PATH_OPTIONS and option_paths.is_gone(before) and given is not None
+        if not option_paths.same(given, before) and not moved:
+            changed.append(config.flag_name(name))
     if changed:
         raise UsageError(
-            f"--resume: {', '.join(config.flag_name(k) for k in changed)} differ from {run.config}. "
+            f"--resume: {', '.join(changed)} differ from {run.config}. "
             "A resumed run continues exactly as it began: give the same options, or none."
         )
+    for name, path in option_paths.missing(options):
+        flag = config.flag_name(name)
+        raise RunError(f"--resume: {path} is gone, which the run began with. Restore it, or give {flag} its new path.")
 
 
-def _same_inputs(run: Run, facts: dict[str, Any], resume: bool) -> None:
-    """Save the identity of model and data next to the checkpoints; refuse to resume with others.
+def _begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) -> None:
+    """Write the options and the identity of model and data; refuse to resume with others.
 
     Raises:
         RunError: model or data changed since the run began.
     """
-    current = json.loads(json.dumps({k: facts[k] for k in INPUTS}, default=str))
+    current = json.loads(json.dumps({k: job.metadata[k] for k in INPUTS}, default=str))
     if not resume:
-        write_text(run.checkpoints / INPUTS_FILE, json.dumps(current, indent=1))
-        return
-    saved = _recorded_inputs(run)
-    changed = [k for k in current if current[k] != saved.get(k)]
-    if changed:
-        raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
+        if not run_lock.is_unused(run.path):
+            previous_run.set_aside(run.path)
+    else:
+        saved = _recorded_inputs(run)
+        if not saved and checkpoints.found(run.checkpoints):
+            raise RunError(
+                f"--resume: {run.checkpoints / INPUTS_FILE} is missing, so it is not known whether model and data are "
+                "those of the checkpoints. Restore it, or train again with --force."
+            )
+        # Earlier versions did not record every input.
+        changed = [k for k in current if k in saved and _without_place(current[k]) != _without_place(saved[k])]
+        if changed:
+            raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
+
+    # In this order: a folder with config.yaml can be resumed.
+    write_text(run.checkpoints / INPUTS_FILE, json.dumps(current, indent=1))
+    config.save(run.config, "finetune", options)
+
+
+def _without_place(recorded: Any) -> Any:
+    """Return the identity of an input without where it is: a run and its inputs may be moved."""
+    if not isinstance(recorded, dict):
+        return recorded
+    found = {key: value for key, value in recorded.items() if key != "source"}
+    if isinstance(found.get("identity"), dict):
+        found["identity"] = {key: value for key, value in found["identity"].items() if key != "name"}
+    return found
 
 
 def _recorded_inputs(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.checkpoints / INPUTS_FILE).read_text(encoding="utf-8"))
+    """Return the identity of model and data that was written when the run began; empty where it is missing.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = run.checkpoints / INPUTS_FILE
+    if not path.is_file():
+        return {}
+    found = read_json(path, RunError)
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: damaged (not an object). Train again with --force.")
     return found
 
 
@@ -255,8 +444,9 @@ def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> Training
         label_names=["labels"] if job.task.is_encoder else None,
         save_strategy="steps",
         save_steps=options.save_every,
-        save_total_limit=2,
+        save_total_limit=None,  # `checkpoints.save` removes older ones
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log the mean of earlier losses in place of one that is not finite
         include_num_input_tokens_seen="all",
         report_to=list(options.track),
         disable_tqdm=True,

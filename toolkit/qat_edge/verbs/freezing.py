@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_edge import config, progress
+from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.manifest import write_manifest
@@ -115,6 +115,7 @@ def _calibration(
     """Return calibration batches, tokenized as for training, and what the manifest records about them."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
+    option_paths.require_data(source, "--calibration-data")
     task, loaded = tasks.task_of_run(run), load_rows(source, "train")
     rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)

@@ -18,6 +18,7 @@ from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
+from qat_edge.run_lock import writes_run
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full
@@ -42,6 +43,7 @@ class Quantized:
     wall_s: float
 
 
+@writes_run("quantize")
 def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantized:
     """Freeze the run's model into RUN/quantized, or a PTQ variant of it into RUN/ptq/METHOD/quantized.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qat_edge import progress
+from qat_edge import progress, run_lock
 from qat_edge.errors import UsageError
 from qat_edge.report.collect import collect
 from qat_edge.report.encoder_page import render as render_encoder
@@ -59,6 +59,7 @@ def report(runs: Sequence[Run]) -> Path:
 
 def _write(page: Path, html: str, document: dict[str, Any]) -> Path:
     """Write the page, and the document as JSON next to it."""
-    write_text(page.with_suffix(".json"), json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
-    write_text(page, html)
+    with run_lock.writing(page.parent, "report"):
+        write_text(page.with_suffix(".json"), json.dumps(document, indent=1, default=str, allow_nan=False) + "\n")
+        write_text(page, html)
     return page

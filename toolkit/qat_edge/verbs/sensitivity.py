@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qat_edge import config, progress
+from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
 from qat_edge.data.formats import load_rows
@@ -42,6 +42,7 @@ from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import Run
+from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder, write_text
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class SensitivityResult:
         )
 
 
+@writes_run("sensitivity")
 def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> SensitivityResult:
     """Measure into RUN/sensitivity, or read the measurement there, and choose bits if `options` has a limit.
 
@@ -122,11 +124,13 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     """
     began = time.monotonic()
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    source = options.data or trained.data
+    option_paths.require_data(source, "--data")
     merged = merged_model(run.reference, force)
 
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
-    tokenized = tokenization.tokenize(load_rows(trained.data, "train"), merged.tokenizer, trained.max_length)
-    rows = choose_rows(tokenized.rows, options.tokens, options.seed, trained.data, "--tokens")
+    tokenized = tokenization.tokenize(load_rows(source, "train"), merged.tokenizer, trained.max_length)
+    rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
     measured = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
 
     name = adapter_metadata(run.reference)["model"]["identity"]["name"]

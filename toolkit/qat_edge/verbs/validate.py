@@ -32,6 +32,7 @@ from qat_edge.manifest import read_manifest
 from qat_edge.models import merge, tasks
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
+from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
@@ -77,6 +78,7 @@ class TorchResults:
     budget: TorchBudget | None
 
 
+@writes_run("validate")
 def validate_run(
     run: Run,
     options: ValidateOptions,
@@ -141,6 +143,7 @@ def validate(run: Run, options: ValidateOptions, force: bool = False) -> Report:
     return report
 
 
+@writes_run("validate")
 def validate_devices(
     run: Run, options: ValidateOptions, force: bool = False, own: Mapping[str, ValidateOptions] | None = None
 ) -> Validated:

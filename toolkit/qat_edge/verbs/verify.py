@@ -23,6 +23,7 @@ from qat_edge.quant import frozen, rotated_norm
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
+from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.targets import target_named
@@ -60,6 +61,7 @@ class Verified:
         return [("embedding", self.embedding_equal), *head]
 
 
+@writes_run("verify")
 def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     """Compare the run's artifacts, and those of its PTQ variants, with their checkpoints.
 
