@@ -25,6 +25,7 @@ FLOORS = (
         "readers",
         "lazy",
         "logs",
+        "remote_code",
         "progress",
         "profiles",
         "options",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qat_edge import remote_code
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.onnx import onnx_compat
@@ -54,12 +55,14 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
     Raises:
         ExportError: its rotary embeddings change within the context.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    permitted = remote_code.permitted()
+    with remote_code.refusals(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=permitted)
     # No weights are read, and a quantization of them would need its library to be initialized.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=permitted)
 
     rotates = getattr(config, "no_rope_layers", None) or []  # despite its name, 1 for a layer that rotates
     unrotated = [index for index, rotated in enumerate(rotates[: config.num_hidden_layers]) if not rotated]

@@ -20,12 +20,12 @@ They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat_edge import readers
 from qat_edge.errors import DataError
 from qat_edge.models import hub
 
@@ -226,10 +226,7 @@ def _dataset_records(name: str, split: str) -> Records:
 
 
 def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+    return readers.parse_json(text, where, DataError)
 
 
 # --- records to rows ---------------------------------------------------------------------------------------

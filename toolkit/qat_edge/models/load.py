@@ -6,7 +6,6 @@ runs only with `trust_remote_code`.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub, tasks
@@ -134,9 +134,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     arguments = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+            **arguments, dtype=dtype, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
@@ -215,13 +215,15 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
 def _load_config(source: str, trust_remote_code: bool, failure: str) -> PretrainedConfig:
     """Read a configuration. failure: the beginning of the message where that is impossible."""
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except DOWNLOAD_ERRORS as error:
         remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
         raise ModelError(
             f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
             "give a local folder."
         ) from error
+    remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
+    return config
 
 
 @contextmanager
@@ -264,10 +266,7 @@ def _check_pooling(folder: Path) -> None:
     """Refuse a sentence encoder that sentence-transformers pools otherwise than by the mean."""
     # sentence-transformers keeps each module next to the model's own files in a numbered folder.
     path = folder / "1_Pooling" / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{path}: damaged ({one_line(error)}). Copy the model again.") from error
+    settings = readers.read_object(path, ModelError) if path.is_file() else {}
 
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     if modes not in ([], ["pooling_mode_mean_tokens"]):

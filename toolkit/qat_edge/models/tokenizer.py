@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError
 from qat_edge.storage import disk_errors
 
@@ -19,7 +19,8 @@ TOKENIZER_FILES = (
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with remote_code.refusals(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code.permitted())
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
@@ -42,7 +43,7 @@ def end_tokens(folder: Path) -> list[int]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            found += _as_list(json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id"))
+            found += _as_list(readers.read_object(folder / name, ModelError).get("eos_token_id"))
     found += _as_list(load_tokenizer(folder).eos_token_id)
 
     if not found:

@@ -22,7 +22,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from qat_edge import config, progress
+from qat_edge import config, progress, readers
 from qat_edge.data import training_examples
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import merge
@@ -230,8 +230,7 @@ def _same_inputs(run: Run, facts: dict[str, Any], resume: bool) -> None:
 
 
 def _recorded_inputs(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.checkpoints / INPUTS_FILE).read_text(encoding="utf-8"))
-    return found
+    return readers.read_object(run.checkpoints / INPUTS_FILE, RunError)
 
 
 def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> TrainingArguments:
