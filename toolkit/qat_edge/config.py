@@ -252,7 +252,8 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
     if choices and value not in choices:
         raise UsageError(f"{name}: {show(value)} is not one of {', '.join(map(str, choices))}.")
     if spec.metadata["bounds"] is not None:
-        require_between(value, *spec.metadata["bounds"], name)
+        least, greatest = spec.metadata["bounds"]
+        require_between(value, least, greatest, name)
     return value
 
 

@@ -134,7 +134,13 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
     # The checkpoint is complete: a request to the Hub could only fail or wait.
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, env=offline, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=offline,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     # Exit code 0 alone does not prove that a graph was written.
     if done.returncode == 0 and (built / names.MODEL_FILE).is_file():
@@ -146,9 +152,7 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
 
 def _check_support(frozen: Path, config: dict[str, Any], context_length: int) -> None:
     with remote_code.refusals(frozen):
-        known = AutoConfig.from_pretrained(
-            frozen, local_files_only=True, trust_remote_code=remote_code.permitted()
-        )
+        known = AutoConfig.from_pretrained(frozen, local_files_only=True, trust_remote_code=remote_code.permitted())
     reason = onnx_support.missing(known)
     if reason:
         raise ExportError(f"onnx: {reason} Leave this target out with --target executorch.")

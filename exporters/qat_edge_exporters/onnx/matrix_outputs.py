@@ -48,7 +48,12 @@ def expose(folder: Path, out: Path) -> Exposed:
 def _join_fused(graph: onnx.ModelProto, matrices: dict[str, MatrixValues]) -> dict[str, tuple[str | None, list[str]]]:
     """Replace the parts of fused projections by the projection, according to the graph's metadata."""
     fused: dict[str, list[str]] = next(
-        (readers.parse_json(entry.value, names.MODEL_FILE, ArtifactError) for entry in graph.metadata_props if entry.key == "fused"), {}
+        (
+            readers.parse_json(entry.value, names.MODEL_FILE, ArtifactError)
+            for entry in graph.metadata_props
+            if entry.key == "fused"
+        ),
+        {},
     )
     is_part = {part for parts in fused.values() for part in parts}
     joined: dict[str, tuple[str | None, list[str]]] = {

@@ -257,6 +257,7 @@ class Evaluator:
 
         decode_from: see `Runtime.score`.
         """
+        target_named(target).check(folder)
         sequences = self.eval_set.sequences
         with progress.bar("logits of the artifact", len(sequences)) as bar:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: bar.update(done))
