@@ -54,7 +54,9 @@ def test_a_hostile_file_is_one_short_error(tmp_path: Path, name: str, data: byte
         ("plain.yaml", "a: [1, 2.5, null, true, 🙂]\n", readers.read_yaml),
     ],
 )
-def test_plain_files_are_read_with_and_without_a_byte_order_mark(tmp_path: Path, name: str, text: str, read: Reader) -> None:
+def test_plain_files_are_read_with_and_without_a_byte_order_mark(
+    tmp_path: Path, name: str, text: str, read: Reader
+) -> None:
     path = tmp_path / name
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text(text, encoding=encoding)
@@ -73,7 +75,8 @@ def test_nan_is_read_where_our_own_results_may_hold_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("/dev/zero", "not a file"), (".", "not a file"), ("no/such", "no such file"), ("a\0b", "null")]
+    ("path", "message"),
+    [("/dev/zero", "not a file"), (".", "not a file"), ("no/such", "no such file"), ("a\0b", "null")],
 )
 def test_what_is_no_file_is_named(path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
