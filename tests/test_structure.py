@@ -29,6 +29,7 @@ FLOORS = (
         "readers",
         "lazy",
         "logs",
+        "remote_code",
         "progress",
         "profiles",
         "options",
@@ -175,3 +176,86 @@ def test_rich_and_click_are_imported_by_the_command_line_only() -> None:
         if re.search(r"^\s*(from|import) (rich|click)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
     assert all(name.startswith("toolkit/qat_edge/cli/") for name in found), found
+
+
+# --- what is read may come from anyone ------------------------------------------------------------------------
+
+# Where JSON is parsed that no file of a user holds.
+OTHER_PARSERS = {
+    "qat_edge.evaluate.metrics": "text that a model generates, compared as JSON if it is JSON",
+    "qat_edge.verbs.finetune": "its own metadata, to compare it as JSON holds it",
+    "qat_edge_exporters.executorch.pte.delegates": "output of flatc, with infinities",
+    "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
+    "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",
+    "qat_edge_devices.agent.agent": "the request of this program",
+    "qat_edge_devices.agent.loaded_models": "genai_config.json, checked before it was sent",
+}
+PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "tomllib.load", "tomllib.loads"}
+WITHOUT_CODE = ("LoraConfig", "PeftModel")  # of peft: their from_pretrained runs no code of a model
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Yield the calls in a file with their dotted names; a call of partial counts as a call of its first argument."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            function = node.args[0] if ast.unparse(node.func) == "partial" and node.args else node.func
+            yield ast.unparse(function), node
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "qat_edge.readers"])
+def test_files_are_parsed_by_the_readers(module: str) -> None:
+    found = [name for name, _ in calls(MODULES[module]) if name in PARSERS]
+    assert not found or module in OTHER_PARSERS, f"{module} calls {found}: use qat_edge.readers"
+
+
+def test_the_exceptions_still_parse() -> None:
+    assert [m for m in OTHER_PARSERS if not any(name in PARSERS for name, _ in calls(MODULES[m]))] == []
+
+
+def test_every_load_says_whether_code_may_run() -> None:
+    """Without the keyword, transformers asks on stdin and may run the code."""
+    found = []
+    for module, path in MODULES.items():
+        for name, call in calls(path):
+            owner, _, method = name.rpartition(".")
+            if method in ("from_pretrained", "from_config") and owner not in WITHOUT_CODE:
+                found += [] if "trust_remote_code" in {k.arg for k in call.keywords} else [f"{module}:{call.lineno}"]
+    assert found == []
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    forbidden = {"torch.load", "pickle.load", "pickle.loads", "eval", "exec", "input", "os.system", "os.popen"}
+    found = []
+    for module, path in MODULES.items():
+        for name, call in calls(path):
+            keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            shell = keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False"
+            found += [f"{module}:{call.lineno}: {name}"] if name in forbidden or shell else []
+    assert found == []
+
+
+def test_no_child_process_reads_our_stdin() -> None:
+    found = []
+    for module, path in MODULES.items():
+        for name, call in calls(path):
+            if name in ("subprocess.run", "subprocess.Popen"):
+                given = {k.arg for k in call.keywords}
+                found += [] if given & {"stdin", "input"} else [f"{module}:{call.lineno}"]
+    assert found == []
+
+
+def test_numbers_have_bounds_that_contain_their_defaults() -> None:
+    import dataclasses
+    import math
+
+    from qat_edge import options
+
+    classes = [cls for name, cls in vars(options).items() if name.endswith("Options")]
+    fields = [field for cls in classes for field in dataclasses.fields(cls)]
+    for field in fields:
+        bounds, is_number = field.metadata["bounds"], str(field.type).startswith(("int", "float"))
+        has_choices = bool(field.metadata["choices"])
+        assert is_number == (bounds is not None or (has_choices and is_number)), field.name
+        if bounds:
+            assert all(map(math.isfinite, bounds)) and bounds[0] < bounds[1], field.name
+            assert field.default in (None, dataclasses.MISSING) or bounds[0] <= field.default <= bounds[1], field.name

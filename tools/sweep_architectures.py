@@ -276,7 +276,7 @@ def _export_and_compare(run: Run, target: str, gap: str) -> Outcome:
         export(run, ExportOptions(target=(target,), context_length=CONTEXT, ptq=("none",)), force=True)
         artifact_logits = {"executorch": _pte_logits, "onnx": _onnx_logits}[target]
         decibels, floor = _distances(run, target, artifact_logits)
-    except Exception as error:  # noqa: BLE001  the table is there to show what goes wrong
+    except Exception as error:
         return Outcome(fault=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     if decibels < min(floor - BELOW_FLOOR_DB, FLOAT_DB):
@@ -357,9 +357,7 @@ def _onnx_logits(folder: Path, ids: torch.Tensor, prefill: int) -> Iterator[tupl
             "position_ids": np.arange(begin, end)[None],
             **cache,
         }
-        found = dict(
-            zip(outputs, session.run(outputs, {k: v for k, v in feeds.items() if k in takes}), strict=True)
-        )
+        found = dict(zip(outputs, session.run(outputs, {k: v for k, v in feeds.items() if k in takes}), strict=True))
         for offset, row in enumerate(found.pop("logits")[0]):
             yield begin + offset, row
         cache = {name.replace("present", "past_key_values"): value for name, value in found.items()}

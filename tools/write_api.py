@@ -1,7 +1,8 @@
-"""Write toolkit/qat_edge/api.py: the verbs as functions, with the fields of the option dataclasses as keywords.
+"""Write one part of toolkit/qat_edge/api.py: the verbs with an options dataclass as functions, its fields as keywords.
 
 Generated, so that a default still has one home (`qat_edge.options`) while editors, mypy and the documentation see real
-signatures. `python tools/write_api.py` writes the file; a test fails when it is not current.
+signatures. The rest of api.py is ordinary code. `python tools/write_api.py` writes the part; a test fails when it is
+not current.
 """
 
 from __future__ import annotations
@@ -14,152 +15,13 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat_edge import remote_code
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
-HEADER = '''"""The public Python API: the main commands as functions, with their flags as keyword arguments.
-
-    from qat_edge import export, finetune, validate, verify
-
-    run = finetune("HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/mine", eval_data="eval.jsonl").run
-    export(run, target=["executorch"])
-    verify(run)
-    report, = validate(run, max_kl=0.1)
-
-Every function raises the errors of `qat_edge.errors`, with the same messages as the command line. Messages and progress
-go to the `qat_edge` logger; `qat_edge.progress.report_to` sends them elsewhere. Nothing heavy is imported before a
-function is called. An argument equal to its default counts as not given: a device profile may set it.
-
-This file is generated from `qat_edge.options` by tools/write_api.py.
-"""
-
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from qat_edge import config
-from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
-from qat_edge.run import Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from qat_edge.evaluate.encoder_results import EncoderReport
-    from qat_edge.evaluate.results import Report
-    from qat_edge.verbs.export import Exported
-    from qat_edge.verbs.finetune import Finetuned
-    from qat_edge.verbs.quantize import Quantized
-    from qat_edge.verbs.verify import Verified
-
-__all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
-'''
-
-# The functions without an options dataclass, as they are.
-FOOTER = '''
-def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verified]:
-    """Read codes and scales back out of every artifact and compare them with the frozen checkpoint.
-
-    Args:
-        run: a run with exports, or its folder.
-        target: artifacts to verify; all by default.
-
-    Returns:
-        One result per artifact.
-
-    Raises:
-        RunError: nothing was exported.
-        ArtifactError: an artifact is damaged or differs from the checkpoint.
-    """
-    from qat_edge.verbs.verify import require_equal
-    from qat_edge.verbs.verify import verify as verb
-
-    results = verb(_opened(run), [target] if isinstance(target, str) else list(target))
-    require_equal(results)
-    return results
-
-
-def generate(
-    run: Run | str | Path,
-    prompt: str,
-    *,
-    source: str = "torch",
-    raw: bool = False,
-    system: str | None = None,
-    max_new_tokens: int = 128,
-    emit: Callable[[str], None] | None = None,
-) -> str:
-    """Generate an answer to `prompt` greedily.
-
-    Args:
-        run: a finished run, or its folder.
-        prompt: the user's message; with `raw`, the text to continue.
-        source: "torch" for the frozen checkpoint, or an exported target such as "executorch" or "onnx".
-        raw: continue the text as it is, without the chat template.
-        system: system message before the prompt.
-        max_new_tokens: longest answer, in tokens.
-        emit: called with each piece of text as it comes.
-
-    Returns:
-        The whole answer.
-
-    Raises:
-        RunError: there is nothing to generate with.
-        UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
-    """
-    from qat_edge.verbs.generate import generate as verb
-
-    pieces: list[str] = []
-
-    def collect(piece: str) -> None:
-        pieces.append(piece)
-        if emit is not None:
-            emit(piece)
-
-    verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
-    return "".join(pieces)
-
-
-def load_frozen(run: Run | str | Path) -> PreTrainedModel:
-    """Load a frozen checkpoint: the model whose logits every artifact reproduces.
-
-    Args:
-        run: a run, its folder, or the folder of a frozen checkpoint, such as RUN/ptq/gptq/quantized.
-
-    Raises:
-        RunError: there is no frozen checkpoint.
-    """
-    from qat_edge.errors import RunError
-    from qat_edge.quant import frozen
-
-    folder = run.quantized if isinstance(run, Run) else Path(run)
-    folder = folder / "quantized" if (folder / "quantized").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge quantize` or `qat-edge export` makes one.")
-    model: PreTrainedModel = frozen.load(folder)
-    return model
-
-
-def _opened(run: Run | str | Path) -> Run:
-    return run if isinstance(run, Run) else Run.open(Path(run))
-
-
-def _changed(options: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that differ from their defaults, as a configuration file has them.
-
-    Arguments left at their defaults do not count as given, so that a device profile can set them.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    plain = {
-        name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for name, value in plain.items()
-    }
-    return {name: value for name, value in plain.items() if value != defaults[name]}
-'''
+BEGIN = "# --- written by tools/write_api.py: do not edit up to the end of this part ---------------------------------"
+END = "# --- end of the written part --------------------------------------------------------------------------------"
 
 
 @dataclass(frozen=True)
@@ -204,7 +66,9 @@ VERBS = (
         body="""
             from qat_edge.verbs.finetune import finetune as verb
 
-            return verb(options, Path(out), resume=resume, force=force)
+            config.require_output(Path(out), "out")
+            with remote_code.permit({permission}):
+                return verb(options, Path(out), resume=resume, force=force)
         """,
         resumes=True,
     ),
@@ -223,7 +87,8 @@ VERBS = (
         body="""
             from qat_edge.verbs.quantize import quantize as verb
 
-            return verb(_opened(run), options, force=force)
+            with remote_code.permit({permission}):
+                return verb(_opened(run), options, force=force)
         """,
     ),
     Verb(
@@ -240,7 +105,8 @@ VERBS = (
         body="""
             from qat_edge.verbs.export import export as verb
 
-            return verb(_opened(run), options, force=force)
+            with remote_code.permit({permission}):
+                return verb(_opened(run), options, force=force)
         """,
     ),
     Verb(
@@ -261,7 +127,8 @@ VERBS = (
 
             opened = _opened(run)
             by_device = config.for_devices(options, None, given)
-            result = validate_run(opened, options, force=force, by_device=by_device)
+            with remote_code.permit({permission}):
+                result = validate_run(opened, options, force=force, by_device=by_device)
             require_success(result)
             return list(result.reports)
         """,
@@ -270,10 +137,13 @@ VERBS = (
 
 
 def source() -> str:
-    """Return the text of api.py, formatted."""
-    text = HEADER + "\n\n" + "\n\n".join(_function(verb) for verb in VERBS) + "\n" + FOOTER
+    """Return the text of api.py with its generated part written anew, formatted."""
+    written = API.read_text(encoding="utf-8")
+    head, tail = written[: written.index(BEGIN)], written[written.index(END) :]
+    text = f"{head}{BEGIN}\n\n\n" + "\n\n".join(map(_function, VERBS)) + f"\n\n{tail}"
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(API), "-"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def _function(verb: Verb) -> str:
@@ -287,26 +157,34 @@ def _function(verb: Verb) -> str:
     parameters = [f"{f.name}: str | Path" for f in required]
     parameters += [f"{name}: {'Run | str | Path' if name == 'run' else 'str | Path'}" for name in verb.first]
     parameters += ["*", *(f"{f.name}: {_annotation(f, hints[f.name])} = {f.default!r}" for f in optional)]
-    parameters += ["resume: bool = False"] * verb.resumes + ["force: bool = False"]
+    parameters += ["resume: bool = False"] * verb.resumes
+    parameters += [f"{name}: bool = False" for name in ("force", *_permission(verb))]
 
     lines = [f"{f.name}: {f.metadata['help']}" for f in required]
     lines += [f"{name}: {text}" for name, text in verb.first.items()]
     lines += [f"{f.name}: {f.metadata['help']}{_choices(f)}" for f in optional]
     lines += ["resume: continue from the run folder's last checkpoint, bit for bit."] * verb.resumes
     lines += ["force: replace what exists already."]
+    lines += [f"{name}: {remote_code.HELP}" for name in _permission(verb)]
 
     given = ", ".join(f"{f.name!r}: {f.name}" for f in fields)
     # A resumed run has its own options; arguments may repeat them.
     recorded = "Run.open(Path(out)).config if resume else None" if verb.resumes else "None"
-    body = textwrap.indent(textwrap.dedent(verb.body).strip(), "    ")
+    permission = "options.trust_remote_code" if verb.resumes else remote_code.OPTION
+    body = textwrap.indent(textwrap.dedent(verb.body).strip().format(permission=permission), "    ")
     return (
-        f"def {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"
+        f"@_notes_arguments\ndef {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"
         + textwrap.indent(_docstring(verb, lines), "    ")
-        + f"\n    given = _changed({verb.options.__name__}, {{{given}}})\n"
+        + f"\n    given = _named({{{given}}})\n"
         + f"    options = config.load({verb.options.__name__}, {verb.name!r}, {recorded}, given)\n"
         + body
         + "\n"
     )
+
+
+def _permission(verb: Verb) -> list[str]:
+    """Return the parameter that permits a model's code, for verbs that do not have it among their options."""
+    return [] if remote_code.OPTION in {f.name for f in dataclasses.fields(verb.options)} else [remote_code.OPTION]
 
 
 def _annotation(field: dataclasses.Field[typing.Any], hint: object) -> str:

@@ -136,8 +136,9 @@ def _description(field: dataclasses.Field[typing.Any]) -> str:
     parts = [field.metadata["help"]]
     if field.metadata["choices"]:
         parts.append("One of " + ", ".join(f"`{choice}`" for choice in field.metadata["choices"]) + ".")
-    if field.metadata["minimum"]:
-        parts.append(f"At least {field.metadata['minimum']:g}.")
+    if field.metadata["bounds"]:
+        least, greatest = field.metadata["bounds"]
+        parts.append(f"From {least:g} to {greatest:.10g}.")
     if field.metadata["old_name"]:
         parts.append(f"Called `{field.metadata['old_name']}` in 0.1.0; that name still works.")
     return " ".join(parts).replace("|", "\\|")

@@ -18,6 +18,7 @@ The modules in the order in which `validate --device ssh:...` goes through them:
     runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
     runtimes/         the runtimes: send the agent or a native runner, write requests, read results
     agent/            the Python program that is sent to the device and runs the artifact there
+    device_data.py    checks of everything that a device returns
     device_errors.py  the tree of errors
     profiles/         gates and options for types of devices, read by `--device-profile`
 

@@ -20,7 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qat_edge_devices.device_data import printable
+
 TAIL_LINES = 8  # of a program's stderr, quoted in a message
+TAIL_CHARACTERS = 1000  # of each line
 
 
 class DeviceLayerError(Exception):
@@ -86,5 +89,5 @@ def command_line(argv: Sequence[str]) -> str:
 
 def tail(stderr: str) -> str:
     """Return the last lines of `stderr`, indented, to end an error message with."""
-    lines = [line for line in stderr.splitlines() if line.strip()][-TAIL_LINES:]
+    lines = [printable(line, TAIL_CHARACTERS) for line in stderr.splitlines() if line.strip()][-TAIL_LINES:]
     return "".join(f"\n  {line}" for line in lines) if lines else " It wrote nothing to stderr."

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from qat_edge_devices.device_errors import CancelledError, DeviceTimeoutError, TransportError, command_line, tail
+from qat_edge_devices.device_errors import (
+    CancelledError,
+    DeviceTimeoutError,
+    ResultError,
+    TransportError,
+    command_line,
+    tail,
+)
 from qat_edge_devices.transport import CompletedProgram
 
 Feed = Callable[[IO[bytes]], None]  # writes to the stdin of a program
 Drain = Callable[[IO[bytes]], None]  # reads the stdout of a program
+MOST_OUTPUT_BYTES = 32 * 1024**2  # of one program, on stdout and on stderr
 FEEDER_ENDS_S = 5.0  # once its reader is gone, a feeder fails with a broken pipe at its next write
 
 
@@ -84,9 +92,10 @@ class Launcher:
         with tempfile.TemporaryFile("w+b") as stderr:
             start = _Start(argv, stderr.fileno(), feed is not None, env, cwd)
             with self._started(start) as process, _supervised(process, timeout_s, expired, feed):
-                output = _read_output(process, on_line, drain)
+                output = _read_output(self.device, process, on_line, drain)
                 process.wait()
-            stderr.seek(0)
+            # The end of a long text has the reason of a failure, and the marker of a script.
+            stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - MOST_OUTPUT_BYTES))
             errors = stderr.read().decode(errors="replace")
 
         # A killed program looks like a failed one, so the reasons of this side come first.
@@ -174,15 +183,25 @@ def _popen(device: str, start: _Start) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _read_output(process: subprocess.Popen[bytes], on_line: Callable[[str], None] | None, drain: Drain | None) -> str:
-    """Read stdout to its end; return it, or "" if `drain` read it."""
+def _read_output(
+    device: str, process: subprocess.Popen[bytes], on_line: Callable[[str], None] | None, drain: Drain | None
+) -> str:
+    """Read stdout to its end; return it, or "" if `drain` read it.
+
+    Raises:
+        ResultError: it is longer than any program's output can be.
+    """
     if process.stdout is None:
         return ""
     if drain is not None:
         drain(process.stdout)
         return ""
-    lines = []
-    for raw in process.stdout:
+    lines: list[str] = []
+    size = 0
+    while raw := process.stdout.readline(MOST_OUTPUT_BYTES):
+        size += len(raw)
+        if size > MOST_OUTPUT_BYTES:
+            raise ResultError(f"{device}: the program wrote more than {MOST_OUTPUT_BYTES} bytes, so it was stopped.")
         line = raw.decode(errors="replace")
         lines.append(line)
         if on_line is not None:

@@ -28,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from qat_edge_devices import shell
+from qat_edge_devices import device_data, shell
 from qat_edge_devices.device_errors import (
     CapacityError,
     ConnectionLostError,
@@ -48,6 +48,8 @@ SAMPLED_BLOCKS = 8  # per file; some differ if weights were trained again
 SLOWEST_BYTES_PER_S = 100_000  # a slower transfer is aborted
 SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
 COPY_BYTES = 1024 * 1024  # read and written at once
+MOST_FILES = 100_000  # of one result
+MOST_BYTES = 64 * 1024**3
 DEVICE_TIMEOUT_MARGIN_S = 30  # after the time limit, the device ends a program by itself
 
 
@@ -160,8 +162,10 @@ class RemoteTransport(Session):
 
             if completed.returncode or errors:
                 self._require_connection()
-                reason = completed.stderr.strip() or "; ".join(errors)
+                reason = device_data.printable(completed.stderr.strip()) or "; ".join(errors)
                 raise TransportError(f"{self.name}: {remote} cannot be brought back to {local} ({reason}).")
+            if not (folder / path).exists():
+                raise TransportError(f"{self.name}: {remote} cannot be brought back to {local} (the device sent none).")
             (folder / path).rename(local)
 
     def info(self) -> DeviceInfo:
@@ -351,17 +355,17 @@ class RemoteTransport(Session):
         for line in self.run_script(shell.MACHINE_INFO).splitlines():
             key, _, value = line.partition("\t")
             if value.strip():
-                values.setdefault(key, []).append(value.strip())
+                values.setdefault(key, []).append(device_data.printable(value.strip()))
         first = {key: found[0] for key, found in values.items()}
 
         bits, cores = first.get("bits", ""), first.get("cores", "")
         return DeviceInfo(
             machine=first.get("machine", "unknown"),
             cpu_model=", ".join(dict.fromkeys(values.get("cpu", []))) or "unknown",
-            cores=int(cores) if cores.isdigit() else 1,
+            cores=device_data.whole_number(cores) or 1,
             memory_bytes=_memory_bytes(first.get("memory_total", "")),
             os=", ".join([*values.get("os", []), first.get("kernel", "")]),
-            bits=int(bits) if bits.isdigit() else None,
+            bits=device_data.whole_number(bits),
             free_memory_bytes=parse_kilobytes(first.get("memory_free", "")),
             free_disk_bytes=_free_disk_bytes(first.get("disk", "")),
         )
@@ -402,14 +406,35 @@ def _unpack(script: Script, stdout: IO[bytes], folder: Path, errors: list[str]) 
         if script.skip_to_output(stdout):
             with tarfile.open(fileobj=stdout, mode="r|") as archive:
                 # The filter permits nothing outside the folder, no device files, no links that lead out.
-                archive.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError) as error:
-        errors.append(str(error))
+                archive.extractall(folder, filter=_Limits())
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError) as error:
+        errors.append(device_data.printable(str(error)))
 
     # Read the rest, or the device would block on a full pipe.
     with suppress(OSError, ValueError):
         while stdout.read(COPY_BYTES):
             pass
+
+
+class _Limits:
+    """Filter of a tar archive: plain files and folders inside the target, no more than one result can have."""
+
+    def __init__(self) -> None:
+        self.count = self.size_bytes = 0
+
+    def __call__(self, member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        """Return the member to extract.
+
+        Raises:
+            ValueError: it is a link or a device, or there are too many members or bytes.
+        """
+        self.count += 1
+        self.size_bytes += member.size
+        if not (member.isreg() or member.isdir()):
+            raise ValueError(f"the archive has a member that is no file, {device_data.printable(member.name)}")
+        if self.count > MOST_FILES or self.size_bytes > MOST_BYTES:
+            raise ValueError(f"the archive has more than {MOST_FILES} files or {MOST_BYTES} bytes")
+        return tarfile.data_filter(member, path)
 
 
 @contextmanager
@@ -422,10 +447,10 @@ def _memory_bytes(text: str) -> int:
     """Parse installed memory: "MemTotal: 8051420 kB" of Linux, or plain bytes of sysctl; 0 if it is neither."""
     if "kB" in text:
         return parse_kilobytes(text) or 0
-    return int(text) if text.isdigit() else 0
+    return device_data.whole_number(text) or 0
 
 
 def _free_disk_bytes(line: str) -> int | None:
     """Parse the last line of `df -Pk`: "NAME 1024-blocks Used Available 9% /mount"."""
-    found = re.search(r"\s(\d+)\s+\d+%\s", line)
+    found = re.search(r"\s(\d{1,15})\s+\d+%\s", line)
     return None if found is None else int(found[1]) * 1024

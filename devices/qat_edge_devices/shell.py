@@ -245,7 +245,7 @@ class Script:
     def extract(self, completed: CompletedProgram) -> CompletedProgram | None:
         """Return the script's own exit code and output from those of ssh or adb; None if the last marker is missing."""
         _, _, stderr = completed.stderr.rpartition(self._begin + "\n")
-        found = re.search(rf"\n{self._end} (\d+)\n", stderr)
+        found = re.search(rf"\n{self._end} (\d{{1,9}})\n", stderr)
         if found is None:
             return None
         _, _, stdout = completed.stdout.rpartition(self._begin + "\n")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from qat_edge_devices.device_data import whole_number
 from qat_edge_devices.device_errors import TransportError
 
 SIGNAL_BASE = 128  # a shell reports a program that signal N ended as exit code 128 + N
@@ -151,5 +152,6 @@ def work_path(device: str, remote: str) -> PurePosixPath:
 
 def parse_kilobytes(text: str) -> int | None:
     """Return the bytes in a figure such as "1024 kB", or None if there is no number."""
-    digits = next((part for part in text.split() if part.isdigit()), None)
-    return None if digits is None else int(digits) * 1024
+    numbers = (whole_number(part) for part in text.split())
+    found = next((number for number in numbers if number is not None), None)
+    return None if found is None else found * 1024

@@ -6,7 +6,6 @@ with W rounded or in float, and A, B in float.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qat_edge import readers
 from qat_edge.errors import ExportError
 
 ADAPTER = "adapter"
@@ -43,7 +43,7 @@ class Adapter:
 
 def is_frozen(checkpoint: Path) -> bool:
     """Return whether the folder's weights are codes and scales."""
-    document = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    document = readers.read_object(checkpoint / "config.json", ExportError)
     return document.get("quantization_config") is not None
 
 
@@ -56,7 +56,7 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
     folder = checkpoint / ADAPTER
     if not folder.is_dir():
         return {}
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = readers.read_object(folder / "adapter_config.json", ExportError)
     scaling = _scaling(folder, settings)
 
     # Every tensor must belong to a pair of matrices A and B.

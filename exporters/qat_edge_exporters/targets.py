@@ -46,6 +46,7 @@ class Target:
         expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
         generator: generates text on this machine: (folder, tokenizer, `Prompt`, emit, max_new_tokens).
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
+        checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
         doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
         options: names of `export` options that it takes beyond the context length.
         backend: compiler other than the format's usual one; None for the usual one.
@@ -61,6 +62,7 @@ class Target:
     generator: str = ""
     expose: str = ""
     encoder: str = ""
+    checker: str = ""
     doctor: str = ""
     options: tuple[str, ...] = ()
     backend: Backend | None = None
@@ -98,6 +100,15 @@ class Target:
         given = {"backend": self.backend.name} if self.backend else {}
         load(self.exporter)(checkpoint, out, context_length, **given, **options)
 
+    def check(self, folder: Path) -> None:
+        """Check a folder before a runtime gets it, on this machine or on a device.
+
+        Raises:
+            ArtifactError: a file in it makes the runtime load a library, run other code or read another file.
+        """
+        if self.checker:
+            load(self.checker)(folder)
+
     def read(self, folder: Path) -> Artifact:
         """Read codes, scales, metadata and sizes back out of an exported folder.
 
@@ -113,6 +124,7 @@ class Target:
 
     def expose_outputs(self, folder: Path, out: Path) -> Exposed:
         """Write a copy of the artifact that also returns the inputs and outputs of its matrices."""
+        self.check(folder)
         exposed: Exposed = load(self.expose)(folder, out)
         return exposed
 
@@ -125,6 +137,7 @@ class Target:
         max_new_tokens: int,
     ) -> None:
         """Continue `prompt` greedily in the artifact's own runtime; each piece of text goes to `emit`."""
+        self.check(folder)
         load(self.generator)(folder, tokenizer, prompt, emit, max_new_tokens)
 
     def run_encoder(self, folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]:
@@ -183,6 +196,7 @@ _ALL = (
         support=f"{_ONNX}.onnx_support:missing",
         generator=f"{_ONNX}.genai_text:generate",
         expose=f"{_ONNX}.matrix_outputs:expose",
+        checker=f"{_ONNX}.folder_check:check_folder",
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),

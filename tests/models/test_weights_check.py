@@ -260,7 +260,9 @@ def test_two_sets_of_weights_are_refused(folder: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     shard(folder)
     (folder / "model.safetensors").write_bytes(whole)
-    with pytest.raises(ModelError, match=r"two sets of weights: model\.safetensors and model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ModelError, match=r"two sets of weights: model\.safetensors and model\.safetensors\.index\.json"
+    ):
         load_model(str(folder))
 
 

@@ -7,8 +7,13 @@ The functions are documented in `qat_edge.api`; importing this package imports n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime, onnxruntime-genai and the Hub's client report their use to their makers unless these are set before they
+# start; ONNX Runtime also keeps an identifier and a data base in the user's cache. Child processes inherit them.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from qat_edge.api import export, finetune, generate, load_frozen, quantize, validate, verify

@@ -9,20 +9,20 @@
 
 Every function raises the errors of `qat_edge.errors`, with the same messages as the command line. Messages and progress
 go to the `qat_edge` logger; `qat_edge.progress.report_to` sends them elsewhere. Nothing heavy is imported before a
-function is called. An argument equal to its default counts as not given: a device profile may set it.
-
-This file is generated from `qat_edge.options` by tools/write_api.py.
+function is called. An argument that is left out may be set by a device profile.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from qat_edge import config
-from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge import config, remote_code
+from qat_edge.options import MOST_PROMPT, MOST_TOKENS, ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 from qat_edge.run import Run
 
 if TYPE_CHECKING:
@@ -38,6 +38,46 @@ if TYPE_CHECKING:
 __all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
 
 
+# --- steps they share --------------------------------------------------------------------------------------
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+_given: ContextVar[frozenset[str]] = ContextVar("given_arguments", default=frozenset())
+
+
+def _notes_arguments(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorate a function so that `_named` knows which arguments its caller has written, defaults among them."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        token = _given.set(frozenset(signature.bind(*args, **kwargs).arguments))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _given.reset(token)
+
+    return call
+
+
+def _named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the caller has written, as a configuration file has them."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    return {
+        name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in plain.items()
+        if name in _given.get()
+    }
+
+
+def _opened(run: Run | str | Path) -> Run:
+    return run if isinstance(run, Run) else Run.open(Path(run))
+
+
+# --- written by tools/write_api.py: do not edit up to the end of this part ---------------------------------
+
+
+@_notes_arguments
 def finetune(
     model: str | Path,
     data: str | Path,
@@ -95,7 +135,8 @@ def finetune(
         out: run folder to write.
         eval_data: Held-out rows for validate and the loss curve; NAME:PART picks a split.
         max_length: Longest row; longer rows are truncated, counted and reported.
-        trust_remote_code: Run Python code that comes with the model.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
         method: Train LoRA adapters, or all weights. One of lora, full.
         steps: Optimizer steps of both phases together.
         batch_size: Rows per device and batch.
@@ -153,8 +194,7 @@ def finetune(
         DataError: the rows cannot be used.
         RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
     """
-    given = _changed(
-        FinetuneOptions,
+    given = _named(
         {
             "model": model,
             "data": data,
@@ -199,14 +239,17 @@ def finetune(
             "gradient_checkpointing": gradient_checkpointing,
             "save_every": save_every,
             "track": track,
-        },
+        }
     )
     options = config.load(FinetuneOptions, "finetune", Run.open(Path(out)).config if resume else None, given)
     from qat_edge.verbs.finetune import finetune as verb
 
-    return verb(options, Path(out), resume=resume, force=force)
+    config.require_output(Path(out), "out")
+    with remote_code.permit(options.trust_remote_code):
+        return verb(options, Path(out), resume=resume, force=force)
 
 
+@_notes_arguments
 def quantize(
     run: Run | str | Path,
     *,
@@ -217,6 +260,7 @@ def quantize(
     calibration_tokens: int | None = None,
     seed: int = 0,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Quantized:
     """Freeze the trained weights, or quantize the FP32 fine-tune without training (PTQ).
 
@@ -231,6 +275,8 @@ def quantize(
         calibration_tokens: Tokens of those rows; by default 49152, or all if there are fewer.
         seed: Seed for choosing the rows.
         force: replace what exists already.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
 
     Returns:
         The frozen checkpoint and how it was made.
@@ -241,8 +287,7 @@ def quantize(
         DataError: too little calibration data.
         ModelError: a model that the method cannot process.
     """
-    given = _changed(
-        QuantizeOptions,
+    given = _named(
         {
             "method": method,
             "bits": bits,
@@ -250,14 +295,16 @@ def quantize(
             "calibration_data": calibration_data,
             "calibration_tokens": calibration_tokens,
             "seed": seed,
-        },
+        }
     )
     options = config.load(QuantizeOptions, "quantize", None, given)
     from qat_edge.verbs.quantize import quantize as verb
 
-    return verb(_opened(run), options, force=force)
+    with remote_code.permit(trust_remote_code):
+        return verb(_opened(run), options, force=force)
 
 
+@_notes_arguments
 def export(
     run: Run | str | Path,
     *,
@@ -268,6 +315,7 @@ def export(
     backend: str = "xnnpack",
     kv_cache: str = "float32",
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Exported]:
     """Merge the adapters and freeze the codes once, then write .pte and ONNX artifacts from them.
 
@@ -284,6 +332,8 @@ def export(
         kv_cache: Storage of keys and values in a .pte; int8 takes about a quarter of the memory. One of float32,
             int8.
         force: replace what exists already.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
 
     Returns:
         One entry per artifact that was written.
@@ -293,8 +343,7 @@ def export(
         RunError: the artifacts exist and `force` is not set, or training is not finished.
         ExportError: a target cannot express the model, or a compiler failed.
     """
-    given = _changed(
-        ExportOptions,
+    given = _named(
         {
             "target": target,
             "context_length": context_length,
@@ -302,14 +351,16 @@ def export(
             "portable": portable,
             "backend": backend,
             "kv_cache": kv_cache,
-        },
+        }
     )
     options = config.load(ExportOptions, "export", None, given)
     from qat_edge.verbs.export import export as verb
 
-    return verb(_opened(run), options, force=force)
+    with remote_code.permit(trust_remote_code):
+        return verb(_opened(run), options, force=force)
 
 
+@_notes_arguments
 def validate(
     run: Run | str | Path,
     *,
@@ -344,6 +395,7 @@ def validate(
     min_quality: float | None = None,
     min_cosine: float | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Report | EncoderReport]:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune.
 
@@ -384,6 +436,8 @@ def validate(
         min_quality: Encoders: least accuracy, retrieval or rank correlation, whichever the rows allow; 0 to 1.
         min_cosine: Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.
         force: replace what exists already.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
 
     Returns:
         One report per device; for an encoder, one `EncoderReport`.
@@ -395,8 +449,7 @@ def validate(
         DeviceError: a device cannot be reached, or a runtime failed there.
         GateError: a gate was missed; the reports are in RUN/reports.
     """
-    given = _changed(
-        ValidateOptions,
+    given = _named(
         {
             "target": target,
             "eval_data": eval_data,
@@ -428,24 +481,29 @@ def validate(
             "max_fault_chance": max_fault_chance,
             "min_quality": min_quality,
             "min_cosine": min_cosine,
-        },
+        }
     )
     options = config.load(ValidateOptions, "validate", None, given)
     from qat_edge.verbs.validate import require_success, validate_run
 
     opened = _opened(run)
     by_device = config.for_devices(options, None, given)
-    result = validate_run(opened, options, force=force, by_device=by_device)
+    with remote_code.permit(trust_remote_code):
+        result = validate_run(opened, options, force=force, by_device=by_device)
     require_success(result)
     return list(result.reports)
 
 
-def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verified]:
+# --- end of the written part --------------------------------------------------------------------------------
+
+
+def verify(run: Run | str | Path, *, target: Sequence[str] = (), trust_remote_code: bool = False) -> list[Verified]:
     """Read codes and scales back out of every artifact and compare them with the frozen checkpoint.
 
     Args:
         run: a run with exports, or its folder.
         target: artifacts to verify; all by default.
+        trust_remote_code: run Python code that comes with the model.
 
     Returns:
         One result per artifact.
@@ -457,7 +515,8 @@ def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verifie
     from qat_edge.verbs.verify import require_equal
     from qat_edge.verbs.verify import verify as verb
 
-    results = verb(_opened(run), [target] if isinstance(target, str) else list(target))
+    with remote_code.permit(trust_remote_code):
+        results = verb(_opened(run), [target] if isinstance(target, str) else list(target))
     require_equal(results)
     return results
 
@@ -470,6 +529,7 @@ def generate(
     raw: bool = False,
     system: str | None = None,
     max_new_tokens: int = 128,
+    trust_remote_code: bool = False,
     emit: Callable[[str], None] | None = None,
 ) -> str:
     """Generate an answer to `prompt` greedily.
@@ -481,6 +541,7 @@ def generate(
         raw: continue the text as it is, without the chat template.
         system: system message before the prompt.
         max_new_tokens: longest answer, in tokens.
+        trust_remote_code: run Python code that comes with the model.
         emit: called with each piece of text as it comes.
 
     Returns:
@@ -488,8 +549,12 @@ def generate(
 
     Raises:
         RunError: there is nothing to generate with.
-        UsageError: the tokenizer has no chat template, or the prompt fills the artifact's context.
+        UsageError: the tokenizer has no chat template, the prompt fills the artifact's context, or a value is
+            impossible.
     """
+    config.require_between(max_new_tokens, 1, MOST_TOKENS, "max_new_tokens")
+    for name, text in (("prompt", prompt), ("system", system or "")):
+        config.require_text(text, name, MOST_PROMPT)
     from qat_edge.verbs.generate import generate as verb
 
     pieces: list[str] = []
@@ -499,15 +564,17 @@ def generate(
         if emit is not None:
             emit(piece)
 
-    verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
+    with remote_code.permit(trust_remote_code):
+        verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
     return "".join(pieces)
 
 
-def load_frozen(run: Run | str | Path) -> PreTrainedModel:
+def load_frozen(run: Run | str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a frozen checkpoint: the model whose logits every artifact reproduces.
 
     Args:
         run: a run, its folder, or the folder of a frozen checkpoint, such as RUN/ptq/gptq/quantized.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         RunError: there is no frozen checkpoint.
@@ -519,23 +586,6 @@ def load_frozen(run: Run | str | Path) -> PreTrainedModel:
     folder = folder / "quantized" if (folder / "quantized").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge quantize` or `qat-edge export` makes one.")
-    model: PreTrainedModel = frozen.load(folder)
+    with remote_code.permit(trust_remote_code):
+        model: PreTrainedModel = frozen.load(folder)
     return model
-
-
-def _opened(run: Run | str | Path) -> Run:
-    return run if isinstance(run, Run) else Run.open(Path(run))
-
-
-def _changed(options: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that differ from their defaults, as a configuration file has them.
-
-    Arguments left at their defaults do not count as given, so that a device profile can set them.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
-    plain = {
-        name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for name, value in plain.items()
-    }
-    return {name: value for name, value in plain.items() if value != defaults[name]}

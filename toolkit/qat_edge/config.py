@@ -8,24 +8,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from qat_edge import option_paths, profiles, storage
+from qat_edge import option_paths, profiles, readers, remote_code, storage
 from qat_edge.errors import UsageError
 from qat_edge.options import RENAMED_VALUES, ValidateOptions
+from qat_edge.readers import shorten, show
 
 Options = TypeVar("Options")
+MAX_TEXT = 4096  # characters of one value; the longest path of Linux
 SECTIONS = ("finetune", "quantize", "export", "validate", "sensitivity", "compare")  # of a configuration file
 
 
-def load(cls: type[Options], section: str, path: Path | None, flags: Mapping[str, Any]) -> Options:
+def load(
+    cls: type[Options],
+    section: str,
+    path: Path | None,
+    flags: Mapping[str, Any],
+    write_flag: Callable[[str], str] | None = None,
+) -> Options:
     """Resolve the options of one verb.
 
     Args:
@@ -33,20 +42,25 @@ def load(cls: type[Options], section: str, path: Path | None, flags: Mapping[str
         section: its section in the file.
         path: configuration file, or None.
         flags: values given by flags; None where a flag was not given.
+        write_flag: returns what a message calls an option of `flags`; by default "section.name".
 
     Raises:
-        UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value, or a required
-            option that nobody gave.
+        UsageError: an unreadable file, an unknown key (the nearest is named), a wrong type or value, a required option
+            that nobody gave, or a file that claims the permission to run a model's code.
     """
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    values = _current_names(fields, _section(section, path))
-    for key in values:
-        if key not in fields:
-            raise UsageError(f"{path}: unknown key '{section}.{key}'.{_nearest(key, list(fields))}")
+    written = _current_names(fields, _section(section, path))
+    for key in written:
+        if key not in fields and not (key == remote_code.OPTION and written[key]):  # that has a message of its own
+            raise UsageError(f"{path}: unknown key '{section}.{shorten(str(key))}'.{_nearest(key, list(fields))}")
 
     # Flags override the file. Names and values of 0.1.0 count as today's.
-    values.update({k: v for k, v in _current_names(fields, flags).items() if v is not None})
-    checked = _checked(cls, values, f"{section}.")
+    given = {k: v for k, v in _current_names(fields, flags).items() if v is not None}
+    _require_own_permission(written.pop(remote_code.OPTION, None), given, f"{path}: {section}.{remote_code.OPTION}")
+    checked = _checked(cls, {k: v for k, v in written.items() if k not in given}, lambda k: f"{path}: {section}.{k}")
+    checked |= _checked(cls, given, write_flag or (lambda k: f"{section}.{k}"))
+    if remote_code.OPTION in fields:
+        checked[remote_code.OPTION] = bool(given.get(remote_code.OPTION, remote_code.permitted()))
 
     # A profile fills in what neither flag nor file gave; a run's config.yaml has everything resolved already.
     resolved = all(n in checked for n in fields if profiles.permitted(n))
@@ -58,6 +72,20 @@ def load(cls: type[Options], section: str, path: Path | None, flags: Mapping[str
         flag = flag_name(missing[0])
         raise UsageError(f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE.")
     return cls(**checked)
+
+
+def _require_own_permission(claimed: Any, given: Mapping[str, Any], where: str) -> None:
+    """Refuse a file that claims the permission to run a model's code, unless this command has it from its own flag.
+
+    Raises:
+        UsageError: names the key and the flag.
+    """
+    if claimed in (None, False) or given.get(remote_code.OPTION) or remote_code.permitted():
+        return
+    raise UsageError(
+        f"{where}: a file cannot permit a model's own code to run, only {remote_code.FLAG} in the command can. Give "
+        "that flag if you have read the code and trust it, or remove the key."
+    )
 
 
 def renamed_in_use(cls: type, section: str, path: Path | None, flags: Mapping[str, Any]) -> list[str]:
@@ -79,7 +107,12 @@ def renamed_in_use(cls: type, section: str, path: Path | None, flags: Mapping[st
     return found
 
 
-def for_devices(options: ValidateOptions, path: Path | None, flags: Mapping[str, Any]) -> dict[str, ValidateOptions]:
+def for_devices(
+    options: ValidateOptions,
+    path: Path | None,
+    flags: Mapping[str, Any],
+    write_flag: Callable[[str], str] | None = None,
+) -> dict[str, ValidateOptions]:
     """Resolve the options of devices with a profile of their own; `options` were loaded from the same file and flags.
 
     Raises:
@@ -88,7 +121,7 @@ def for_devices(options: ValidateOptions, path: Path | None, flags: Mapping[str,
     found = {}
     for device, name in profiles.by_device(options.device_profile, options.device).items():
         try:
-            found[device] = load(ValidateOptions, "validate", path, {**flags, "profile": name})
+            found[device] = load(ValidateOptions, "validate", path, {**flags, "profile": name}, write_flag)
         except UsageError as error:
             raise UsageError(f"--device-profile {device}={name}: {error}") from error
     return found
@@ -105,18 +138,14 @@ def read_sections(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, is no YAML, or names a verb that takes no configuration.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError as error:
-        raise UsageError(f"--config {path}: no such file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-
+    document = readers.read_yaml(path, UsageError, f"--config {path}")
+    if document is None:  # an empty file
+        return {}
     if not isinstance(document, dict):
         raise UsageError(f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}.")
     for key, value in document.items():
         if key not in SECTIONS:
-            raise UsageError(f"{path}: unknown section '{key}'.{_nearest(str(key), list(SECTIONS))}")
+            raise UsageError(f"{path}: unknown section '{shorten(str(key))}'.{_nearest(key, list(SECTIONS))}")
         if value is not None and not isinstance(value, dict):
             raise UsageError(f"{path}: section '{key}' must hold 'key: value' lines.")
     return document
@@ -125,6 +154,8 @@ def read_sections(path: Path) -> dict[str, Any]:
 def save(path: Path, section: str, options: Any, left_out: Collection[str] = ()) -> None:
     """Write the resolved options of one verb, without those `left_out`, next to the other sections of config.yaml."""
     document = read_sections(path) if path.is_file() else {}
+    # A permission belongs to one command, so it is not kept.
+    left_out = {*left_out, remote_code.OPTION}
     absolute = plain(option_paths.absolute(options))
     document[section] = {name: value for name, value in absolute.items() if name not in left_out}
     storage.write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
@@ -176,27 +207,27 @@ def _of_profile(cls: type, name: str) -> dict[str, Any]:
     for key in values:
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, list(fields))}")
-    return _checked(cls, values, f"{path}: ")
+    return _checked(cls, values, lambda key: f"{path}: {key}")
 
 
-def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Return values with the fields' types; an error begins with `prefix` and the field's name."""
+def _checked(cls: type, values: dict[str, Any], write: Callable[[str], str]) -> dict[str, Any]:
+    """Return values with the fields' types; an error begins with what `write` makes of the field's name."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    return {k: _coerce(v, hints[k], fields[k], f"{prefix}{k}") for k, v in values.items()}
+    return {k: _coerce(v, hints[k], fields[k], write(k)) for k, v in values.items()}
 
 
 def _section(section: str, path: Path | None) -> dict[str, Any]:
     return {} if path is None else dict(read_sections(path).get(section) or {})
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+def _nearest(word: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(shorten(str(word)), known, n=1, cutoff=0.4)
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(known)}."
 
 
 def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> Any:
-    """Return `value` as the field's type, checked against its choices and minimum."""
+    """Return `value` as the field's type, checked against its choices and bounds."""
     # Optional fields: None stays None, anything else is checked as the other type.
     if typing.get_origin(hint) is types.UnionType:
         if value is None:
@@ -206,20 +237,68 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
     # Lists: a single string counts as a list of one.
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, str | list | tuple):
-            raise UsageError(f"{name}: expected a list, found {value!r}.")
+            raise UsageError(f"{name}: expected a list, found {show(value)}.")
         items = [value] if isinstance(value, str) else list(value)
+        if not items and not spec.metadata["may_be_empty"]:
+            raise UsageError(f"{name}: an empty list leaves nothing to do. Give at least one, or leave it out.")
         return tuple(_coerce(v, typing.get_args(hint)[0], spec, name) for v in items)
 
     value = _converted(value, hint, spec)
     if type(value) is not hint:
-        raise UsageError(f"{name}: expected {hint.__name__}, found {value!r}.")
+        raise UsageError(f"{name}: expected {hint.__name__}, found {show(value)}.")
+    if isinstance(value, str):
+        require_text(value, name)
 
-    choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
+    choices = spec.metadata["choices"]
     if choices and value not in choices:
-        raise UsageError(f"{name}: {value!r} is not one of {', '.join(map(str, choices))}.")
-    if minimum is not None and value < minimum:
-        raise UsageError(f"{name}: {value} is below the least permitted value, {minimum:g}.")
+        raise UsageError(f"{name}: {show(value)} is not one of {', '.join(map(str, choices))}.")
+    if spec.metadata["bounds"] is not None:
+        least, greatest = spec.metadata["bounds"]
+        require_between(value, least, greatest, name)
     return value
+
+
+def require_between(value: float, least: float, greatest: float, name: str) -> None:
+    """Refuse a number that is not finite or outside its bounds.
+
+    Raises:
+        UsageError: names the option and the bound.
+    """
+    if not math.isfinite(value):
+        raise UsageError(f"{name}: expected a number, found {value}.")
+    if value < least:
+        raise UsageError(f"{name}: {shorten(value)} is below the least permitted value, {least:g}.")
+    if value > greatest:
+        raise UsageError(f"{name}: {shorten(value)} is above the greatest permitted value, {greatest:.10g}.")
+
+
+def require_text(text: str, name: str, most: int = MAX_TEXT) -> None:
+    """Refuse text that no file name and no tokenizer can hold.
+
+    Raises:
+        UsageError: bytes that are not UTF-8, a null character, or thousands of characters.
+    """
+    if len(text) > most:
+        raise UsageError(f"{name}: {len(text)} characters; at most {most} are permitted.")
+    # Python keeps bytes of a command line that are not UTF-8 as halves of surrogate pairs.
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{name}: {shorten(text)!a} is not UTF-8 text without null characters.")
+
+
+def require_output(path: Path, name: str) -> None:
+    """Refuse a path that nothing can be written to, before any slow step.
+
+    Raises:
+        UsageError: a file is where a folder would have to be, or the path cannot exist.
+    """
+    require_text(str(path), name)
+    try:
+        for parent in path.parents:
+            if parent.exists() and not parent.is_dir():
+                raise UsageError(f"{name} {path}: {parent} is a file, so nothing can be written below it.")
+        path.exists()
+    except OSError as error:
+        raise UsageError(f"{name} {shorten(str(path))}: cannot be written ({error.strerror}).") from error
 
 
 def _converted(value: Any, hint: Any, spec: dataclasses.Field[Any]) -> Any:
@@ -228,9 +307,7 @@ def _converted(value: Any, hint: Any, spec: dataclasses.Field[Any]) -> Any:
         return RENAMED_VALUES[value]
     if isinstance(value, bool) and {"on", "off"} <= set(spec.metadata["choices"]):  # YAML reads on and off as booleans
         return "on" if value else "off"
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        with contextlib.suppress(ValueError):
+    if hint is float and type(value) in (int, str):  # YAML reads 1e-3 as a string
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qat_edge import __version__
+from qat_edge import __version__, readers
 from qat_edge.errors import RunError
 from qat_edge.storage import write_text
 
@@ -50,10 +50,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{folder}: no {MANIFEST} here, so its origin is unknown. Make the folder again.")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = readers.read_object(path, RunError)
         found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error}). Make the folder again.") from error
+    except (RunError, KeyError) as error:
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, RunError) else f"no {error}"
+        raise RunError(f"{path}: damaged ({reason.rstrip('.')}). Make the folder again.") from error
     if found != FORMAT:
         raise RunError(
             f"{path}: run folder format {found}, written by qat-edge {manifest.get('qat_edge')}; this is "
@@ -83,6 +84,6 @@ def git_revision() -> str | None:
         return None
     done = subprocess.run(
         ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.stdout.strip() or None if done.returncode == 0 else None

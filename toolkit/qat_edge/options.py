@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from qat_edge import remote_code
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge_exporters import targets
 
@@ -27,6 +28,23 @@ PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 # Values renamed since 0.1.0; the old ones still work.
 RENAMED_VALUES = RENAMED_METHODS
 
+# Greatest permitted values. They refuse mistyped figures before anything is loaded; no real use reaches them.
+MOST_TOKENS = 1_048_576  # of one sequence: prompt, answer, window, KV cache
+MOST_PROMPT = 1_000_000  # characters
+MOST_STEPS = 10_000_000
+MOST_ROWS = 10_000_000
+MOST_DATA_TOKENS = 1_000_000_000  # of calibration or evaluation
+MOST_LAYERS = 10_000
+MOST_RANK = 65_536
+MOST_BATCH = 65_536
+MOST_REPEATS = 10_000
+MOST_THREADS = 1024
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+HIGHEST_RATE = 10.0  # learning rates and weight decay
+MOST_MEGABYTES = 1e9
+MOST_PER_SECOND = 1e9
+HIGHEST_KL = 1e6  # nats; the logarithm of the largest vocabulary is 13
+
 # Headings of `--help`, in this order.
 DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"
 MEASURING, GATES, HARDWARE, OUTPUT = "What to measure", "Gates", "Hardware", "Output"
@@ -37,9 +55,10 @@ def option(
     help: str,
     default: Any = MISSING,
     choices: tuple[Any, ...] = (),
-    minimum: float | None = None,
+    bounds: tuple[float, float] | None = None,
     group: str = OUTPUT,
     old_name: str = "",
+    may_be_empty: bool = True,
 ) -> Any:
     """Return a dataclass field that carries what its flag needs.
 
@@ -47,11 +66,15 @@ def option(
         help: text for `--help` and the reference.
         default: none makes the option required.
         choices: permitted values; empty for any.
-        minimum: least permitted value.
+        bounds: least and greatest permitted value; every number has both.
         group: heading of `--help` that the flag stands under.
         old_name: the field's name in 0.1.0, where it was renamed since.
+        may_be_empty: whether a list may have no entries, where that means something.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "group": group, "old_name": old_name}
+    metadata = {
+        "help": help, "choices": choices, "bounds": bounds, "group": group, "old_name": old_name,
+        "may_be_empty": may_be_empty,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -65,52 +88,61 @@ class FinetuneOptions:
         "Held-out rows for validate and the loss curve; NAME:PART picks a split.", None, group=DATA
     )
     max_length: int = option(
-        "Longest row; longer rows are truncated, counted and reported.", 512, minimum=8, group=DATA
+        "Longest row; longer rows are truncated, counted and reported.", 512, bounds=(8, MOST_TOKENS), group=DATA
     )
-    trust_remote_code: bool = option("Run Python code that comes with the model.", False, group=DATA)
+    trust_remote_code: bool = option(remote_code.HELP, False, group=DATA)
 
     method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
-    steps: int = option("Optimizer steps of both phases together.", 200, minimum=1, group=TRAINING)
-    batch_size: int = option("Rows per device and batch.", 8, minimum=1, group=TRAINING)
-    gradient_accumulation: int = option("Batches per optimizer step.", 1, minimum=1, group=TRAINING)
+    steps: int = option("Optimizer steps of both phases together.", 200, bounds=(1, MOST_STEPS), group=TRAINING)
+    batch_size: int = option("Rows per device and batch.", 8, bounds=(1, MOST_BATCH), group=TRAINING)
+    gradient_accumulation: int = option("Batches per optimizer step.", 1, bounds=(1, MOST_BATCH), group=TRAINING)
     learning_rate: float = option(
         "Peak learning rate of AdamW; with --method full, try about a twentieth of the default.",
-        1e-3, minimum=0, group=TRAINING,
+        1e-3, bounds=(0, HIGHEST_RATE), group=TRAINING,
     )  # fmt: skip
     lr_schedule: str = option(
         "Learning rate after warm-up.", "cosine", ("cosine", "constant", "linear"), group=TRAINING
     )
     warmup_steps: int = option(
-        "Steps to reach the peak learning rate; at most a fifth of a phase.", 5, minimum=0, group=TRAINING
+        "Steps to reach the peak learning rate; at most a fifth of a phase.", 5, bounds=(0, MOST_STEPS), group=TRAINING
     )
-    weight_decay: float = option("AdamW weight decay.", 0.0, minimum=0, group=TRAINING)
-    lora_rank: int = option("Rank of the adapters.", 16, minimum=1, group=TRAINING)
-    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, minimum=1, group=TRAINING)
-    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, minimum=0, group=TRAINING)
-    target_modules: tuple[str, ...] = option("Linear layers that get adapters.", ("all-linear",), group=TRAINING)
-    keep_layers: int | None = option("Decoder layers to keep; all by default.", None, minimum=1, group=TRAINING)
+    weight_decay: float = option("AdamW weight decay.", 0.0, bounds=(0, HIGHEST_RATE), group=TRAINING)
+    lora_rank: int = option("Rank of the adapters.", 16, bounds=(1, MOST_RANK), group=TRAINING)
+    lora_alpha: int = option("Adapters are scaled by alpha / rank.", 32, bounds=(1, MOST_RANK), group=TRAINING)
+    lora_dropout: float = option("Dropout on the adapters' input.", 0.0, bounds=(0, 0.99), group=TRAINING)
+    target_modules: tuple[str, ...] = option(
+        "Linear layers that get adapters.", ("all-linear",), group=TRAINING, may_be_empty=False
+    )
+    keep_layers: int | None = option(
+        "Decoder layers to keep; all by default.", None, bounds=(1, MOST_LAYERS), group=TRAINING
+    )
     prune: str = option(
         "Which layers --keep-layers keeps: the first, or those whose removal raises the loss most.",
         "least-harmful", ("least-harmful", "first"), group=TRAINING,
     )  # fmt: skip
     distill_weight: float = option(
         "Share of the loss that is KL divergence from the model at the end of phase 1, 0 to 1.",
-        0.0, minimum=0, group=TRAINING,
+        0.0, bounds=(0, 1), group=TRAINING,
     )  # fmt: skip
-    distill_temperature: float = option("Temperature of that divergence.", 1.0, minimum=0.01, group=TRAINING)
+    distill_temperature: float = option("Temperature of that divergence.", 1.0, bounds=(0.01, 100), group=TRAINING)
     distill_top_k: int = option(
         "Tokens per position of the teacher's prediction to precompute; 0 runs the teacher at every step.",
-        0, minimum=0, group=TRAINING,
+        0, bounds=(0, MOST_TOKENS), group=TRAINING,
     )  # fmt: skip
     eval_every: int = option(
         "Steps between evaluations on --eval-data; 0 evaluates at the end of each phase only.",
-        0, minimum=0, group=TRAINING,
+        0, bounds=(0, MOST_STEPS), group=TRAINING,
     )  # fmt: skip
-    eval_rows: int = option("Rows of --eval-data in each of those evaluations.", 128, minimum=1, group=TRAINING)
-    seed: int = option("Seed of initialization, shuffling and dropout.", 0, minimum=0, group=TRAINING)
+    eval_rows: int = option(
+        "Rows of --eval-data in each of those evaluations.", 128, bounds=(1, MOST_ROWS), group=TRAINING
+    )
+    seed: int = option("Seed of initialization, shuffling and dropout.", 0, bounds=(0, LARGEST_SEED), group=TRAINING)
 
     qat_start: float = option(
-        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step.", 0.9, minimum=0, group=QUANTIZATION
+        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step.",
+        0.9,
+        bounds=(0, MOST_STEPS),
+        group=QUANTIZATION,
     )
     group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES, group=QUANTIZATION)
     bits: str | None = option("Bits by layer: a file written by `qat-edge sensitivity`.", None, group=QUANTIZATION)
@@ -131,19 +163,19 @@ class FinetuneOptions:
     )  # fmt: skip
     calibration_tokens: int | None = option(
         "Tokens of the training rows for PTQ initialization; by default 49152, or all if there are fewer.",
-        None, minimum=1, group=QUANTIZATION,
+        None, bounds=(1, MOST_DATA_TOKENS), group=QUANTIZATION,
     )  # fmt: skip
     scales: str = option(
         "Group scales during QAT: learned, fixed as initialized, or the largest weight at each step.",
         "learned", ("absmax", "fixed", "learned"), group=QUANTIZATION,
     )  # fmt: skip
     scale_learning_rate: float = option(
-        "Peak learning rate of learned scales, relative to a scale.", 1e-3, minimum=0, group=QUANTIZATION
+        "Peak learning rate of learned scales, relative to a scale.", 1e-3, bounds=(0, HIGHEST_RATE), group=QUANTIZATION
     )
     qat_learning_rate: float | None = option(
         "Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate: 0.1 after gptq, "
         "gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.",
-        None, minimum=0, group=QUANTIZATION,
+        None, bounds=(0, HIGHEST_RATE), group=QUANTIZATION,
     )  # fmt: skip
     lr_restart: bool = option(
         "Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.",
@@ -160,7 +192,7 @@ class FinetuneOptions:
         "Recompute activations in the backward pass to save memory.", False, group=HARDWARE
     )
 
-    save_every: int = option("Steps between checkpoints for --resume.", 50, minimum=1)
+    save_every: int = option("Steps between checkpoints for --resume.", 50, bounds=(1, MOST_STEPS))
     track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
 
 
@@ -184,17 +216,20 @@ class QuantizeOptions:
         None, group=DATA,
     )  # fmt: skip
     calibration_tokens: int | None = option(
-        "Tokens of those rows; by default 49152, or all if there are fewer.", None, minimum=1, group=DATA
+        "Tokens of those rows; by default 49152, or all if there are fewer.",
+        None,
+        bounds=(1, MOST_DATA_TOKENS),
+        group=DATA,
     )
-    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=DATA)
+    seed: int = option("Seed for choosing the rows.", 0, bounds=(0, LARGEST_SEED), group=DATA)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of `export`: the artifacts to write, and their context length."""
 
-    target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS)
-    context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, minimum=16)
+    target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS, may_be_empty=False)
+    context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, bounds=(16, MOST_TOKENS))
     ptq: tuple[str, ...] = option(
         "PTQ methods to export next to QAT, for comparison; none for no comparison.",
         ("rtn",), (*PTQ_METHODS, "none"),
@@ -229,15 +264,18 @@ class ValidateOptions:
     )
     eval_data: str | None = option("Evaluation rows, instead of finetune's --eval-data.", None, group=MEASURING)
     text: str | None = option("UTF-8 text for perplexity, instead of the evaluation rows.", None, group=MEASURING)
-    tokens: int = option("Tokens compared with the reference.", 2048, minimum=64, group=MEASURING)
-    window: int = option("Tokens of context in each compared sequence.", 128, minimum=16, group=MEASURING)
+    tokens: int = option("Tokens compared with the reference.", 2048, bounds=(64, MOST_DATA_TOKENS), group=MEASURING)
+    window: int = option("Tokens of context in each compared sequence.", 128, bounds=(16, MOST_TOKENS), group=MEASURING)
     prompts: int = option(
-        "Evaluation rows to generate answers for, for exact match; 0 for none.", 64, minimum=0, group=MEASURING
+        "Evaluation rows to generate answers for, for exact match; 0 for none.",
+        64,
+        bounds=(0, MOST_ROWS),
+        group=MEASURING,
     )
-    max_new_tokens: int = option("Longest generated answer.", 96, minimum=1, group=MEASURING)
-    prefill: int = option("Prompt tokens of the speed measurement.", 128, minimum=1, group=MEASURING)
-    decode: int = option("Generated tokens of the speed measurement.", 64, minimum=2, group=MEASURING)
-    repeats: int = option("Timed repeats after the warm-up.", 5, minimum=1, group=MEASURING)
+    max_new_tokens: int = option("Longest generated answer.", 96, bounds=(1, MOST_TOKENS), group=MEASURING)
+    prefill: int = option("Prompt tokens of the speed measurement.", 128, bounds=(1, MOST_TOKENS), group=MEASURING)
+    decode: int = option("Generated tokens of the speed measurement.", 64, bounds=(2, MOST_TOKENS), group=MEASURING)
+    repeats: int = option("Timed repeats after the warm-up.", 5, bounds=(1, MOST_REPEATS), group=MEASURING)
     error_budget: bool = option(
         "Measure the loss of each step and of each part of the rounding, and tell a fault from rounding noise; "
         "takes many more passes.",
@@ -246,7 +284,7 @@ class ValidateOptions:
 
     device: tuple[str, ...] = option(
         "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.",
-        ("local",), group=HARDWARE,
+        ("local",), group=HARDWARE, may_be_empty=False,
     )  # fmt: skip
     device_python: str | None = option(
         "Python with numpy and the runtimes on ssh and adb devices; python3 by default.", None, group=HARDWARE
@@ -268,37 +306,43 @@ class ValidateOptions:
         "DEVICE=PROFILE: profile of one of several devices, instead of --profile; repeat for each.",
         (), group=HARDWARE,
     )  # fmt: skip
-    threads: int = option("CPU threads each runtime may use.", 2, minimum=1, group=HARDWARE)
+    threads: int = option("CPU threads each runtime may use.", 2, bounds=(1, MOST_THREADS), group=HARDWARE)
 
     max_kl: float | None = option(
-        "Largest mean KL divergence from the FP32 reference, nats per token.", None, minimum=0, group=GATES
+        "Largest mean KL divergence from the FP32 reference, nats per token.", None, bounds=(0, HIGHEST_KL), group=GATES
     )
     min_top1: float | None = option(
         "Least share of tokens (encoders: texts) with the reference's first choice, 0 to 1.",
-        None, minimum=0, group=GATES,
+        None, bounds=(0, 1), group=GATES,
     )  # fmt: skip
     max_perplexity_ratio: float | None = option(
-        "Largest ratio of perplexity to the reference's.", None, minimum=0, group=GATES
+        "Largest ratio of perplexity to the reference's.", None, bounds=(0, 1e9), group=GATES
     )
     min_exact_match: float | None = option(
-        "Least share of prompts answered exactly, 0 to 1.", None, minimum=0, group=GATES
+        "Least share of prompts answered exactly, 0 to 1.", None, bounds=(0, 1), group=GATES
     )
-    max_size_mb: float | None = option("Largest artifact, in megabytes (10^6 bytes).", None, minimum=0, group=GATES)
+    max_size_mb: float | None = option(
+        "Largest artifact, in megabytes (10^6 bytes).", None, bounds=(0, MOST_MEGABYTES), group=GATES
+    )
     max_memory_mb: float | None = option(
-        "Most memory above the runtime's own, in megabytes (10^6 bytes).", None, minimum=0, group=GATES
+        "Most memory above the runtime's own, in megabytes (10^6 bytes).", None, bounds=(0, MOST_MEGABYTES), group=GATES
     )
-    min_prefill: float | None = option("Least prefill speed, tokens per second.", None, minimum=0, group=GATES)
-    min_decode: float | None = option("Least decode speed, tokens per second.", None, minimum=0, group=GATES)
+    min_prefill: float | None = option(
+        "Least prefill speed, tokens per second.", None, bounds=(0, MOST_PER_SECOND), group=GATES
+    )
+    min_decode: float | None = option(
+        "Least decode speed, tokens per second.", None, bounds=(0, MOST_PER_SECOND), group=GATES
+    )
     max_fault_chance: float | None = option(
         "With --error-budget: largest probability that a token's error exceeds rounding noise; a fault is above 0.75.",
-        None, minimum=0, group=GATES,
+        None, bounds=(0, 1), group=GATES,
     )  # fmt: skip
     min_quality: float | None = option(
         "Encoders: least accuracy, retrieval or rank correlation, whichever the rows allow; 0 to 1.",
-        None, minimum=0, group=GATES,
+        None, bounds=(0, 1), group=GATES,
     )  # fmt: skip
     min_cosine: float | None = option(
-        "Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.", None, minimum=0, group=GATES
+        "Encoders: least mean cosine with the FP32 reference's outputs, 0 to 1.", None, bounds=(0, 1), group=GATES
     )
 
 
@@ -309,10 +353,16 @@ class CompareOptions:
     model: str | None = option("Train first, with --out: the base model, as for finetune.", None, group=DATA)
     data: str | None = option("Train first: training rows, as for finetune.", None, group=DATA)
     eval_data: str | None = option("Train first: held-out rows, as for finetune.", None, group=DATA)
-    target: tuple[str, ...] = option("Formats to compare in.", FORMATS, FORMATS, group=MEASURING)
-    deployment: tuple[str, ...] = option("Rows of the table.", DEPLOYMENTS, DEPLOYMENTS, group=MEASURING)
+    target: tuple[str, ...] = option("Formats to compare in.", FORMATS, FORMATS, group=MEASURING, may_be_empty=False)
+    deployment: tuple[str, ...] = option(
+        "Rows of the table.", DEPLOYMENTS, DEPLOYMENTS, group=MEASURING, may_be_empty=False
+    )
     method: tuple[str, ...] = option(
-        "PTQ methods of the merged PTQ rows.", tuple(PTQ_METHODS), tuple(PTQ_METHODS), group=MEASURING
+        "PTQ methods of the merged PTQ rows.",
+        tuple(PTQ_METHODS),
+        tuple(PTQ_METHODS),
+        group=MEASURING,
+        may_be_empty=False,
     )
 
 
@@ -323,13 +373,15 @@ class SensitivityOptions:
     data: str | None = option(
         "Training rows, where they are no longer in the place that finetune read.", None, group=DATA
     )
-    tokens: int = option("Tokens of the training rows to measure on.", 1024, minimum=16, group=MEASURING)
-    seed: int = option("Seed for choosing the rows.", 0, minimum=0, group=MEASURING)
+    tokens: int = option(
+        "Tokens of the training rows to measure on.", 1024, bounds=(16, MOST_DATA_TOKENS), group=MEASURING
+    )
+    seed: int = option("Seed for choosing the rows.", 0, bounds=(0, LARGEST_SEED), group=MEASURING)
     max_size_mb: float | None = option(
         "Pick bits: lowest KL while the weights stay within this size, in megabytes (10^6 bytes).",
-        None, minimum=0, group=QUANTIZATION, old_name="budget_mb",
+        None, bounds=(0, MOST_MEGABYTES), group=QUANTIZATION, old_name="budget_mb",
     )  # fmt: skip
     max_kl: float | None = option(
         "Pick bits: smallest size with a predicted KL within this, nats per token.",
-        None, minimum=0, group=QUANTIZATION,
+        None, bounds=(0, HIGHEST_KL), group=QUANTIZATION,
     )  # fmt: skip

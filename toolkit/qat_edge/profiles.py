@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qat_edge import readers
 from qat_edge.errors import UsageError
 
 # Options that a profile may set besides gates.
@@ -26,13 +26,10 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
     """
     folder = Path(str(files("qat_edge_devices"))) / "profiles"
     path = Path(name) if name.endswith(SUFFIX) else folder / f"{name}{SUFFIX}"
-    try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob(f"*{SUFFIX}")))
-        raise UsageError(f"--profile {name}: no such profile. Known: {known}; or give a FILE{SUFFIX}.") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--profile {path}: cannot be read as TOML: {error}") from error
+        raise UsageError(f"--profile {name}: no such profile. Known: {known}; or give a FILE{SUFFIX}.")
+    return path, readers.read_toml(path, UsageError, f"--profile {path}")
 
 
 def by_device(pairs: Sequence[str], devices: Sequence[str]) -> dict[str, str]:

@@ -17,8 +17,13 @@ import yaml
 
 from qat_edge.errors import QatEdgeError
 
-MAX_BYTES = 256 * 1024 * 1024  # of a configuration, manifest or tokenizer file; the largest tokenizers have 40 MB
+MAX_BYTES = 256 * 1024 * 1024  # of a JSON file; the largest tokenizers have 40 MB
+# Their parsers are written in Python: this much YAML takes up to 4 s, and a long dotted key in TOML quadratic time.
+MAX_YAML_BYTES = 256 * 1024
+MAX_TOML_BYTES = 16 * 1024
 MAX_DEPTH = 100  # of nested lists and objects
+MAX_DIGITS = 100  # of an integer; every further step with a longer one takes quadratic time
+MAX_FLOAT_CHARACTERS = 1000
 SHOWN_CHARACTERS = 80  # of a value that a message quotes
 
 Failure = type[QatEdgeError]
@@ -38,16 +43,22 @@ def read_text(path: Path, error: Failure, where: str | None = None, max_bytes: i
     """
     where = where or str(path)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
+        # A pipe or a device would be read without end.
+        if path.exists() and not path.is_file():
+            raise error(f"{where}: not a file. Give the path of a file.")
+        # One byte more than is permitted, because a file may grow while it is read.
+        with path.open("rb") as file:
+            found = file.read(max_bytes + 1)
+        if len(found) > max_bytes:
+            size = max(path.stat().st_size, len(found))
             raise error(f"{where}: {size} bytes; at most {max_bytes} are read. Is it the right file?")
-        return path.read_bytes().decode("utf-8-sig")
+        return found.decode("utf-8-sig")
     except FileNotFoundError as cause:
         raise error(f"{where}: no such file.") from cause
     except UnicodeDecodeError as cause:
         raise error(f"{where}: not UTF-8 text ({cause.reason} at byte {cause.start}). Save it as UTF-8.") from cause
-    except OSError as cause:
-        raise error(f"{where}: cannot be read ({cause.strerror or cause}).") from cause
+    except (OSError, ValueError) as cause:  # a null byte in the path is a ValueError
+        raise error(f"{where}: cannot be read ({getattr(cause, 'strerror', None) or cause}).") from cause
 
 
 def parse_json(text: str | bytes, where: str, error: Failure, allow_nan: bool = False) -> Any:
@@ -67,18 +78,13 @@ def parse_json(text: str | bytes, where: str, error: Failure, allow_nan: bool = 
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not a JSON number")
 
-    def parse_float(digits: str) -> float:
-        value = float(digits)
-        if math.isinf(value):
-            raise ValueError(f"{shorten(digits)} is too large for a number")
-        return value
-
     try:
         document = json.loads(
             text,
             object_pairs_hook=_unique_keys,
             parse_constant=None if allow_nan else refuse_constant,
-            parse_float=parse_float,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
         )
         _check_depth(document)
     except json.JSONDecodeError as cause:
@@ -98,6 +104,18 @@ def read_json(path: Path, error: Failure, where: str | None = None, allow_nan: b
     return parse_json(read_text(path, error, where), where or str(path), error, allow_nan)
 
 
+def read_object(path: Path, error: Failure, where: str | None = None, allow_nan: bool = False) -> dict[str, Any]:
+    """Read a JSON file that holds one object; see `read_text` and `parse_json`.
+
+    Raises:
+        QatEdgeError: See there; or the file holds something else than an object.
+    """
+    document = read_json(path, error, where, allow_nan)
+    if not isinstance(document, dict):
+        raise error(f"{where or path}: expected a JSON object, found {show(document)}.")
+    return document
+
+
 def read_yaml(path: Path, error: Failure, where: str | None = None) -> Any:
     """Read a YAML file of plain values, without tags and aliases; an empty file is None.
 
@@ -105,7 +123,7 @@ def read_yaml(path: Path, error: Failure, where: str | None = None) -> Any:
         QatEdgeError: See `read_text`; or no YAML, a key twice, an alias, or nested too deep.
     """
     where = where or str(path)
-    text = read_text(path, error, where)
+    text = read_text(path, error, where, MAX_YAML_BYTES)
     try:
         document = yaml.load(text, _PlainLoader)  # a SafeLoader with fewer features
         _check_depth(document)
@@ -124,14 +142,16 @@ def read_toml(path: Path, error: Failure, where: str | None = None) -> dict[str,
         QatEdgeError: See `read_text`; or no TOML, or nested too deep.
     """
     where = where or str(path)
-    text = read_text(path, error, where)
+    text = read_text(path, error, where, MAX_TOML_BYTES)
     try:
         document = tomllib.loads(text)
         _check_depth(document)
     except RecursionError as cause:
         raise error(f"{where}: nested deeper than {MAX_DEPTH} levels.") from cause
     except ValueError as cause:  # TOMLDecodeError is one
-        raise error(f"{where}: cannot be read as TOML: {shorten(str(cause), 300)}") from cause
+        # Python's own text about a huge integer advises to raise its limit.
+        reason = "an integer with too many digits" if "integer string conversion" in str(cause) else str(cause)
+        raise error(f"{where}: cannot be read as TOML: {shorten(reason, 300)}") from cause
     return document
 
 
@@ -144,6 +164,11 @@ def shorten(value: Any, length: int = SHOWN_CHARACTERS) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= length else text[:length] + "..."
+
+
+def show(value: Any) -> str:
+    """Return a value for a message as Python writes it: text in quotation marks, and everything cut by `shorten`."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -167,18 +192,51 @@ class _PlainLoader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"an integer of {len(node.value)} digits", node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: Any) -> float:
+        if len(node.value) > MAX_FLOAT_CHARACTERS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} characters", node.start_mark
+            )
+        return float(super().construct_yaml_float(node))
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    if len(digits) > MAX_FLOAT_CHARACTERS:
+        raise ValueError(f"a number of {len(digits)} characters")
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{shorten(digits)} is too large for a number")
+    return value
+
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON from its pairs.
 
     Raises:
-        ValueError: A key is there twice, or a text holds half of a surrogate pair.
+        ValueError: A key is there twice.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{shorten(twice)}' twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key '{shorten(key)}' twice in one object")
+        found[key] = value
     return found
 
 

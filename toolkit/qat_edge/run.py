@@ -71,6 +71,8 @@ class Variant:
             RunError: it was exported from an earlier checkpoint.
         """
         folder = self.exports / target
+        if not (self.quantized / MANIFEST).is_file():
+            raise RunError(f"{self.quantized}: missing, or without {MANIFEST}. Export again: `{again}`.")
         if read_manifest(folder)["quantized_sha256"] != sha256(self.quantized / MANIFEST):
             raise RunError(f"{folder} was exported from an earlier {self.quantized}. Export again: `{again}`.")
 

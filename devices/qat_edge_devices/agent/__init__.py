@@ -6,3 +6,8 @@
 
 It needs Python with numpy and one runtime on the device, and nothing else of this package.
 """
+
+import os
+
+# Before ONNX Runtime is imported: it would report its use to its maker, and keep an identifier in the user's cache.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"

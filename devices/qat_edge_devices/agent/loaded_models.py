@@ -241,6 +241,7 @@ class OnnxModel:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+        onnxruntime.disable_telemetry_events()
         # onnxruntime's exceptions have no common base class of their own.
         self.errors = tuple(
             value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)

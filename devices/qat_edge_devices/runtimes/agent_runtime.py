@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qat_edge_devices import device_data
 from qat_edge_devices.device_errors import (
     MissingPackageError,
     RequestRejectedError,
@@ -41,6 +42,8 @@ EXIT_REJECTED = 65
 EXIT_MISSING_PACKAGE = 69
 SCORE_BYTES = 512 * 1024**2  # of logits on the device's disk at once
 DISK_SHARE = 4  # at most one part in so many of the device's free disk
+FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "step_ms")
+MESSAGE_CHARACTERS = 2000  # of the agent's own message
 # Processors that ExecuTorch and onnxruntime are published for.
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
@@ -119,15 +122,17 @@ class AgentRuntime(ABC):
             with tempfile.TemporaryDirectory(prefix="qat-edge-scores-") as name:
                 folder = Path(name) / "results"
                 result = self._request(request, folder, done_before=done)
-                files, load = self._score_files(result, folder)
+                files, load = self._score_files(result, folder, len(remaining))
                 for index, file in enumerate(files):
                     yield ScoredSequence(done + index, file, load)
                     file.unlink(missing_ok=True)
             done += len(files)
 
-    def _score_files(self, result: dict[str, Any], folder: Path) -> tuple[list[Path], LoadStats]:
+    def _score_files(self, result: dict[str, Any], folder: Path, most: int) -> tuple[list[Path], LoadStats]:
         with self._reading_results():
-            scored, load = int(result["scored"]), _load_stats(result)
+            scored, load = device_data.checked(result["scored"], int, "scored"), _load_stats(result)
+            if not 0 < scored <= most:
+                raise ValueError(f"{scored} of {most} sequences were scored")
             files = [folder / f"logits-{index:05d}.npy" for index in range(scored)]
             if not files or not all(file.is_file() for file in files):
                 raise ValueError(f"{scored} sequences were scored and not all their logits came back")
@@ -140,7 +145,7 @@ class AgentRuntime(ABC):
             folder = Path(name) / "results"
             result = self._request(request, folder, done_before=0)
             with self._reading_results():
-                names = tuple(result["outputs"])
+                names = device_data.checked(result["outputs"], tuple[str, ...], "outputs")
                 traced = [TracedSequence(folder / f"outputs-{index:05d}.npz", names) for index in range(len(sequences))]
                 if not all(sequence.outputs.is_file() for sequence in traced):
                     raise ValueError(f"not all outputs of {len(sequences)} sequences came back")
@@ -158,22 +163,21 @@ class AgentRuntime(ABC):
         }
         result = self._request_values(request)
         with self._reading_results():
-            completions = tuple(
-                GeneratedTokens(tuple(found["ids"]), found["stopped"], found["ttft_ms"])
-                for found in result["completions"]
-            )
+            completions = tuple(device_data.record(GeneratedTokens, found) for found in result["completions"])
+            if len(completions) != len(prompts) or any(len(each.ids) > max_new_tokens for each in completions):
+                raise ValueError(f"the completions are not those of {len(prompts)} prompts")
             return GenerationResult(completions, _load_stats(result))
 
     def speed(self, prefill: int, decode: int, repeats: int) -> TimedRun:
         """Time a prompt of `prefill` tokens and `decode` steps after its first new token, `repeats` times."""
         result = self._request_values({"task": "speed", "prefill": prefill, "decode": decode, "repeats": repeats})
         with self._reading_results():
+            figures = {name: device_data.checked(result[name], tuple[float, ...], name) for name in FIGURES}
+            if not all(figures.values()):
+                raise ValueError("a list of times is empty")
             return TimedRun(
-                prefill_tokens_per_s=tuple(result["prefill_tokens_per_s"]),
-                decode_tokens_per_s=tuple(result["decode_tokens_per_s"]),
-                ttft_ms=tuple(result["ttft_ms"]),
-                step_ms=tuple(result["step_ms"]),
-                cores_busy=result["cores_busy"],
+                **figures,
+                cores_busy=device_data.checked(result["cores_busy"], float, "cores_busy"),
                 before=_machine_state(result["before"]),
                 after=_machine_state(result["after"]),
                 load=_load_stats(result),
@@ -196,9 +200,10 @@ class AgentRuntime(ABC):
         # The agent empties its results folder first, so a request can be repeated.
         retry(lambda: self._round_trip(shared | request, folder, done_before))
         with self._reading_results():
-            result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            if result["format"] != FORMAT:
-                raise ValueError(f"format {result['format']}, expected {FORMAT}")
+            result = device_data.read_json(folder / "result.json")
+            found = device_data.checked(result["format"], int, "format")
+            if found != FORMAT:
+                raise ValueError(f"format {found}, expected {FORMAT}")
         return result
 
     def _round_trip(self, request: dict[str, Any], folder: Path, done_before: int) -> None:
@@ -215,9 +220,13 @@ class AgentRuntime(ABC):
 
     def _show(self, line: str, done_before: int) -> None:
         """Report the progress in a line "progress DONE TOTAL" of the agent's stdout."""
-        fields = line.split()
-        if self.progress is not None and len(fields) == 3 and fields[0] == "progress":
-            self.progress(done_before + int(fields[1]), done_before + int(fields[2]))
+        word, *numbers = line.split()[:4] or [""]
+        figures = [device_data.whole_number(number) for number in numbers]
+        if self.progress is None or word != "progress" or len(figures) != 2:
+            return
+        done, total = figures
+        if done is not None and total is not None:
+            self.progress(done_before + done, done_before + total)
 
     @contextmanager
     def _reading_results(self) -> Iterator[None]:
@@ -228,10 +237,11 @@ class AgentRuntime(ABC):
         """
         try:
             yield
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {device_data.printable(str(error))}"
             raise ResultError(
-                f"{self.transport.name}: the agent succeeded, but its results cannot be read "
-                f"({type(error).__name__}: {error}). Run again; if the error remains, its Python or disk is faulty."
+                f"{self.transport.name}: the agent succeeded, but its results cannot be read ({reason}). Run again; if "
+                "the error remains, its Python or disk is faulty."
             ) from error
 
 
@@ -283,13 +293,12 @@ def _require_processor(device: str, info: DeviceInfo) -> None:
         )
 
 
-def _machine_state(values: dict[str, Any]) -> MachineState:
-    lists = {key: tuple(values[key]) for key in ("clocks_khz", "permitted_khz")}
-    return MachineState(**values | lists)
+def _machine_state(values: object) -> MachineState:
+    return device_data.record(MachineState, values)
 
 
 def _load_stats(result: dict[str, Any]) -> LoadStats:
-    return LoadStats(**result["load"])
+    return device_data.record(LoadStats, result["load"])
 
 
 def _require_agent_success(device: str, argv: Sequence[str], completed: CompletedProgram) -> None:
@@ -299,7 +308,8 @@ def _require_agent_success(device: str, argv: Sequence[str], completed: Complete
         ProgramError: it is not 0.
     """
     # The last line of stderr is the message, or the name of the missing package.
-    message = next((line for line in reversed(completed.stderr.splitlines()) if line.strip()), "")
+    last = next((line for line in reversed(completed.stderr.splitlines()) if line.strip()), "")
+    message = device_data.printable(last, MESSAGE_CHARACTERS)
     if completed.returncode == EXIT_REJECTED:
         raise RequestRejectedError(f"{device}: {message}")
     if completed.returncode == EXIT_MISSING_PACKAGE:

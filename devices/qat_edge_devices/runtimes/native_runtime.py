@@ -13,7 +13,6 @@ https://github.com/pytorch/executorch/tree/v1.4.1/examples/portable/executor_run
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat_edge_devices import device_data
 from qat_edge_devices.device_errors import ResultError, UnsupportedDeviceError, tail
 from qat_edge_devices.elf import require_fit
 from qat_edge_devices.runtimes.agent_runtime import ExecuTorchRuntime
@@ -196,7 +196,11 @@ class NativeRunner:
     def _timings(self, text: str) -> RunnerTimings:
         """Parse the JSON line that ExecuTorch's extension/llm/runner/stats.h prints."""
         try:
-            found = json.loads(text.splitlines()[0])
+            found = {
+                name: device_data.checked(value, float, name)
+                for name, value in device_data.parse_json(text.splitlines()[0]).items()
+                if name.endswith(("_ms", "_tokens"))
+            }
             began, prompt_ended = found["inference_start_ms"], found["prompt_eval_end_ms"]
             prompt, new = found["prompt_tokens"], found["generated_tokens"]
             # At least 1 ms: the clock may not advance during a short prompt.
@@ -205,13 +209,13 @@ class NativeRunner:
             return RunnerTimings(
                 load_ms=found["model_load_end_ms"] - found["model_load_start_ms"],
                 ttft_ms=found["first_token_ms"] - began,
-                prompt_tokens=prompt,
+                prompt_tokens=int(prompt),
                 prefill_tokens_per_s=prompt / prefill_ms * 1e3,
-                new_tokens=new,
+                new_tokens=int(new),
                 decode_tokens_per_s=new / decode_ms * 1e3,
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ResultError(
                 f"{self.transport.name}: the figures of {self.binary.name} cannot be read "
-                f"({type(error).__name__}: {error}): {text[:200]!r}"
+                f"({type(error).__name__}: {device_data.printable(str(error))}): {text[:200]!r}"
             ) from error

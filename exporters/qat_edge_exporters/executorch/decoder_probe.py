@@ -44,7 +44,7 @@ class _Calls:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,  # noqa: ARG002  the signature is that of transformers' AttentionInterface
+        scaling: float | None = None,
         **extras: Any,
     ) -> tuple[Tensor, None]:
         """Record one call, and return an output of the right shape."""

@@ -6,16 +6,15 @@ and processor of a device are for `validate` to test.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from qat_edge import progress
+from qat_edge import progress, readers
 from qat_edge.data import conversation
-from qat_edge.errors import ModelError, RunError
+from qat_edge.errors import ArtifactError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, library_version, read_manifest
 from qat_edge.models import tokenizer
 from qat_edge_exporters.executorch import known_runtimes, runtime_probe
@@ -111,9 +110,9 @@ def probe_texts(tokenizer_path: Path) -> list[str]:
     A missing or damaged tokenizer has no special tokens; loading it reports that.
     """
     try:
-        added = json.loads(tokenizer_path.read_text(encoding="utf-8")).get("added_tokens", [])
+        added = readers.read_object(tokenizer_path, ArtifactError).get("added_tokens", [])
         special = [f"{token['content']}user\nHello{token['content']}\n" for token in added if token.get("special")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ArtifactError, KeyError, TypeError, AttributeError):
         special = []
     return [*TEXTS, *special[:MOST_SPECIAL_TEXTS]]
 
@@ -193,8 +192,8 @@ def _trained_ends(folder: Path) -> list[int] | None:
 def _written_by(folder: Path) -> dict[str, str]:
     """Return the versions in the folder's manifest; empty if there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = readers.read_object(folder / MANIFEST, ArtifactError)
         found = {"qat-edge": manifest["qat_edge"], **{name: manifest["libraries"][name] for name in BUILT_AGAINST}}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ArtifactError, KeyError, TypeError):
         return {}
     return {name: str(version) for name, version in found.items()}

@@ -6,11 +6,12 @@ one.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qat_edge import readers
+from qat_edge.errors import ArtifactError
 from qat_edge.manifest import library_version
 from qat_edge_exporters.executorch.pte.program_info import ProgramInfo, RuntimeCheck
 from qat_edge_exporters.executorch.runtime_probe import Probed
@@ -27,7 +28,7 @@ def check_runtimes(program: ProgramInfo, names: Sequence[str], probed: Probed | 
         names: runtimes of the table, or WHEEL.
         probed: result of loading the program in the installed runtime; needed for WHEEL only.
     """
-    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    table = readers.read_toml(TABLE, ArtifactError)
     checks = []
     for name in names:
         if name == WHEEL:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qat_edge import remote_code
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.onnx import onnx_compat
@@ -54,7 +55,8 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
     Raises:
         ExportError: its rotary embeddings change within the context.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with remote_code.refusals(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code.permitted())
     model = without_weights(config)
     if model is None:
         raise ExportError(f"onnx: transformers has no class for a model of type {config.model_type}.")
@@ -77,7 +79,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code.permitted())
     except (ValueError, KeyError):
         return None
     return model

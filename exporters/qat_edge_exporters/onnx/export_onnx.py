@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from qat_edge import progress
+from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
@@ -36,6 +36,7 @@ BUILDER_OPTIONS = (
     f"accuracy_level={ACCURACY_LEVEL}",
     "fuse_qkv=false",
     "hf_token=false",
+    "hf_remote=false",  # the builder reads configuration and weights, and needs no code of the model
     # A cache of the window alone would need buffers that only onnxruntime-genai makes; plain onnxruntime grows its own.
     "windowed_kv_cache=false",
 )
@@ -53,7 +54,7 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
     Raises:
         ExportError: the builder does not support this model, or failed.
     """
-    config: dict[str, Any] = json.loads((frozen / "config.json").read_text(encoding="utf-8"))
+    config = readers.read_object(frozen / "config.json", ExportError)
     adapters = read_adapters(frozen)
 
     # Reject what cannot be exported before the slow steps.
@@ -68,7 +69,7 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
             model = _build_float(frozen, built, config, adapters, architecture)
         progress.info("Repairing the graph")
         repair(built, out, model)
-        genai: dict[str, Any] = json.loads((built / names.GENAI_CONFIG).read_text(encoding="utf-8"))
+        genai = readers.read_object(built / names.GENAI_CONFIG, ExportError)
 
     # The builder has written the longest context of the model; end tokens are those of all files of the checkpoint.
     genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
@@ -133,7 +134,13 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
     # The checkpoint is complete: a request to the Hub could only fail or wait.
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=offline,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     # Exit code 0 alone does not prove that a graph was written.
     if done.returncode == 0 and (built / names.MODEL_FILE).is_file():
@@ -144,7 +151,9 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
 
 
 def _check_support(frozen: Path, config: dict[str, Any], context_length: int) -> None:
-    reason = onnx_support.missing(AutoConfig.from_pretrained(frozen, local_files_only=True))
+    with remote_code.refusals(frozen):
+        known = AutoConfig.from_pretrained(frozen, local_files_only=True, trust_remote_code=remote_code.permitted())
+    reason = onnx_support.missing(known)
     if reason:
         raise ExportError(f"onnx: {reason} Leave this target out with --target executorch.")
     longest = config.get("max_position_embeddings")

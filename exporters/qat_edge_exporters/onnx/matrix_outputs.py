@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import onnx
 
+from qat_edge import readers
+from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Exposed
 from qat_edge_exporters.onnx import graph_file, names
 
@@ -47,7 +48,12 @@ def expose(folder: Path, out: Path) -> Exposed:
 def _join_fused(graph: onnx.ModelProto, matrices: dict[str, MatrixValues]) -> dict[str, tuple[str | None, list[str]]]:
     """Replace the parts of fused projections by the projection, according to the graph's metadata."""
     fused: dict[str, list[str]] = next(
-        (json.loads(entry.value) for entry in graph.metadata_props if entry.key == "fused"), {}
+        (
+            readers.parse_json(entry.value, names.MODEL_FILE, ArtifactError)
+            for entry in graph.metadata_props
+            if entry.key == "fused"
+        ),
+        {},
     )
     is_part = {part for parts in fused.values() for part in parts}
     joined: dict[str, tuple[str | None, list[str]]] = {

@@ -7,7 +7,6 @@ head share is returned under both names; its bytes count once, as the embedding'
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import MANIFEST
 from qat_edge.models import tokenizer
@@ -244,7 +244,9 @@ def _rotation_hashes(graph: _Graph) -> frozenset[str]:
 def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
     """Join the parts of fused projections by rows, according to the graph's metadata."""
     for entry in model.metadata_props:
-        fused: dict[str, list[str]] = json.loads(entry.value) if entry.key == "fused" else {}
+        fused: dict[str, list[str]] = (
+            readers.parse_json(entry.value, names.MODEL_FILE, ArtifactError) if entry.key == "fused" else {}
+        )
         for name, part_names in fused.items():
             parts = [found.weights.pop(part) for part in part_names if part in found.weights]
             if len(parts) == len(part_names):  # a missing part has been recorded as a fault
@@ -323,7 +325,7 @@ def _genai_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{path}: missing. {graph_file.AGAIN}")
     try:
-        genai: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        genai = readers.read_object(path, ArtifactError)
         for key in ("hidden_size", "num_hidden_layers"):
             int(genai["model"]["decoder"][key])
     except (ValueError, KeyError, TypeError) as error:

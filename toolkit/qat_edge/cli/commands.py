@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qat_edge import __version__, config, progress, stop_signals
+from qat_edge import __version__, config, progress, remote_code, stop_signals
 from qat_edge.cli.console import ConsoleReporter, console
-from qat_edge.cli.flags import GroupedCommand, load_options, options_of, without_empty
+from qat_edge.cli.flags import (
+    TRUST_REMOTE_CODE,
+    GroupedCommand,
+    load_options,
+    options_of,
+    output_path,
+    text_value,
+    without_empty,
+)
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import (
     ARTIFACTS,
+    MOST_TOKENS,
     CompareOptions,
     DoctorOptions,
     ExportOptions,
@@ -44,7 +53,7 @@ CONFIG = click.option(
 
 
 class Commands(click.Group):
-    """Group that lists its commands in the order of the work, and prints an error as one paragraph."""
+    """Group that lists its commands in the order of the work, and prints every error as one paragraph."""
 
     command_class = GroupedCommand
 
@@ -53,12 +62,12 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; exit with the error's code, or 128 + n after signal n."""
+        """Run the command; exit with the error's code, 128 + n after signal n, or 70 after an unexpected error."""
         try:
             with stop_signals.raise_on_signals():
                 return super().invoke(ctx)
         except QatEdgeError as error:
-            click.secho(f"Error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
+            _print_error(str(error))
             ctx.exit(error.exit_code)
         except stop_signals.Stopped as stopped:
             click.echo(str(stopped), err=True)
@@ -66,6 +75,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Stopped by SIGINT.", err=True)
             ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click handles these: a closed pipe ends the command without a message
+        except Exception as error:
+            from qat_edge.cli.bug_report import EX_SOFTWARE, describe_known, report_bug
+
+            known = describe_known(error)
+            _print_error(known or report_bug(error))
+            ctx.exit(1 if known else EX_SOFTWARE)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -89,7 +106,9 @@ def main(ctx: click.Context, verbose: bool) -> None:
 )
 @options_of(FinetuneOptions)
 @CONFIG
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), callback=output_path, help="Run folder to write."
+)
 @click.option("--resume", is_flag=True, help="Continue from the run folder's last checkpoint, bit for bit.")
 @FORCE
 @JSON
@@ -99,12 +118,14 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
         # The run's own file: nobody wrote its old names by hand, so there is nothing to warn about.
         from qat_edge.run import Run
 
-        options = config.load(FinetuneOptions, "finetune", Run.to_resume(out).config, without_empty(flags))
+        path = Run.to_resume(out).config
+        options = config.load(FinetuneOptions, "finetune", path, without_empty(flags), config.flag_name)
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)
     from qat_edge.verbs.finetune import finetune as verb
 
-    result = verb(options, out, resume=resume, force=force)
+    with remote_code.permit(options.trust_remote_code):
+        result = verb(options, out, resume=resume, force=force)
     if as_json:
         _print_json(result)
     done = (
@@ -119,6 +140,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
 @RUN
 @options_of(SensitivityOptions)
 @CONFIG
+@TRUST_REMOTE_CODE
 @FORCE
 @JSON
 def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
@@ -141,6 +163,7 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
 @RUN
 @options_of(QuantizeOptions)
 @CONFIG
+@TRUST_REMOTE_CODE
 @FORCE
 @JSON
 def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
@@ -163,6 +186,7 @@ def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **
 @RUN
 @options_of(ExportOptions)
 @CONFIG
+@TRUST_REMOTE_CODE
 @FORCE
 @JSON
 def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
@@ -180,6 +204,7 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 @main.command(short_help="Compare artifacts with the frozen checkpoint.", example="qat-edge verify runs/mine")
 @RUN
 @click.option("--target", multiple=True, type=click.Choice(ARTIFACTS), help="Artifacts to verify; all by default.")
+@TRUST_REMOTE_CODE
 @JSON
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     """Read codes and scales back out of every artifact and compare them with the frozen checkpoint."""
@@ -227,13 +252,19 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
 @RUN
 @options_of(ValidateOptions)
 @CONFIG
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the results of the gates as JUnit XML.")
+@TRUST_REMOTE_CODE
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path),
+    callback=output_path,
+    help="Write the results of the gates as JUnit XML.",
+)
 @FORCE
 @JSON
 def validate(run: Path, config_path: Path | None, junit: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Run every artifact in its own runtime and compare it with the FP32 fine-tune."""
     options = load_options(ValidateOptions, "validate", config_path, flags)
-    by_device = config.for_devices(options, config_path, without_empty(flags))
+    by_device = config.for_devices(options, config_path, without_empty(flags), config.flag_name)
     opened = _open(run)
     from qat_edge.verbs import validate as verb
 
@@ -248,7 +279,10 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @options_of(CompareOptions)
 @CONFIG
-@click.option("--out", type=click.Path(path_type=Path), help="Train first, into this new run folder.")
+@TRUST_REMOTE_CODE
+@click.option(
+    "--out", type=click.Path(path_type=Path), callback=output_path, help="Train first, into this new run folder."
+)
 @FORCE
 @JSON
 def compare(
@@ -299,7 +333,7 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     short_help="Generate an answer.", example='qat-edge generate runs/mine --from executorch "Set an alarm for seven"'
 )
 @RUN
-@click.argument("prompt")
+@click.argument("prompt", callback=text_value)
 @click.option(
     "--from",
     "source",
@@ -309,8 +343,15 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
-@click.option("--system", help="System message before the prompt.")
-@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--system", callback=text_value, help="System message before the prompt.")
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1, MOST_TOKENS),
+    help="Longest answer.",
+)
+@TRUST_REMOTE_CODE
 def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None, max_new_tokens: int) -> None:
     """Generate an answer to PROMPT greedily, printing the text as it comes."""
     opened = _open(run)
@@ -325,7 +366,12 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
 
 @main.command(short_help="Run every step on a real model.", example="qat-edge demo")
 @click.option(
-    "--out", default=Path("runs/demo"), show_default=True, type=click.Path(path_type=Path), help="Run folder."
+    "--out",
+    default=Path("runs/demo"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    callback=output_path,
+    help="Run folder.",
 )
 @click.option(
     "--config",
@@ -355,6 +401,10 @@ def _print_validated(result: Validated, run: Path, as_json: bool) -> None:
             for line in report.lines():
                 click.echo(line, err=as_json)
         progress.info(f"Wrote {result.paths[report.device]}. Next: qat-edge report {run}")
+
+
+def _print_error(text: str) -> None:
+    click.secho(f"Error: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
 
 
 def _open(path: Path) -> Run:

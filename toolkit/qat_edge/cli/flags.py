@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from qat_edge import config, progress
-from qat_edge.options import GROUPS, OUTPUT, RENAMED_VALUES
+from qat_edge import config, progress, remote_code
+from qat_edge.options import DATA, GROUPS, MOST_PROMPT, OUTPUT, RENAMED_VALUES
 
 Command = Callable[..., Any]
 
@@ -41,7 +41,33 @@ def load_options(
     given = without_empty(flags)
     for sentence in config.renamed_in_use(cls, section, path, given):
         progress.warn(sentence)
-    return config.load(cls, section, path, given)
+    return config.load(cls, section, path, given, config.flag_name)
+
+
+def output_path(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Check the value of a flag that names an output, as a callback of click.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    if value is not None:
+        config.require_output(value, param.opts[0])
+    return value
+
+
+def text_value(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check text that is passed on to a tokenizer, as a callback of click.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    if value is not None:
+        config.require_text(value, param.opts[0], most=MOST_PROMPT)
+    return value
+
+
+def _permit_remote_code(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.with_resource(remote_code.permit(value))
 
 
 def without_empty(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,3 +158,16 @@ def _help_text(field: dataclasses.Field[Any]) -> str:
         return text
     shown = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default).lower()
     return text + f"  [default: {shown}]"
+
+
+# The permission of the command, for those that load models; finetune has it among its options. It is in force until the
+# command ends, and no part of what is computed, so it is in no options dataclass and in no file.
+TRUST_REMOTE_CODE = click.option(
+    remote_code.FLAG,
+    cls=_GroupedOption,
+    group=DATA,
+    is_flag=True,
+    expose_value=False,
+    callback=_permit_remote_code,
+    help=remote_code.HELP,
+)

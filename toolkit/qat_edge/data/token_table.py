@@ -19,8 +19,8 @@ TokenRow = dict[str, Any]  # "input_ids" and "labels", lists; see `tokenization`
 class TokenTable(Sequence[TokenRow]):
     """Rows of lists of numbers, read from disk when they are needed.
 
-    The file is in TMPDIR. It is removed with the table, and where the system permits it (not on Windows) as soon as it is
-    mapped, so that a killed process leaves nothing behind.
+    The file is in TMPDIR. It is removed with the table, and where the system permits it (not on Windows) as soon as it
+    is mapped, so that a killed process leaves nothing behind.
     """
 
     def __init__(self, rows: Iterable[TokenRow]) -> None:
@@ -67,6 +67,6 @@ class TokenTable(Sequence[TokenRow]):
         return iter(self._rows)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # compared by value

@@ -9,6 +9,7 @@ of every layer.
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.error_budget import TorchBudget
 from qat_edge.diagnose.fault_test import Divergence
 from qat_edge.diagnose.runtime_rounding import Rounding, emulate_rounding
-from qat_edge.errors import ArtifactError
+from qat_edge.errors import ArtifactError, DeviceError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.device_errors import CancelledError, DeviceLayerError
+from qat_edge_devices.runtime import TracedSequence
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.artifact import Exposed, Passage
 from qat_edge_exporters.targets import target_named
@@ -124,10 +126,29 @@ def trace_artifact(
         by_prompt = []
         for traced in runtime.trace(prompts, fault_test.DECODED_FROM):
             # The files are deleted after the last prompt, so the arrays are read now.
-            with np.load(traced.outputs) as arrays:
-                outputs = dict(zip(traced.names, arrays.values(), strict=True))
-            by_prompt.append(exposed.passages(outputs))
+            by_prompt.append(_read_passages(exposed, traced))
         return by_prompt
+
+
+def _read_passages(exposed: Exposed, traced: TracedSequence) -> dict[str, Passage]:
+    """Read the inputs and outputs of all modules for one sequence.
+
+    Raises:
+        DeviceError: the device returned something else than float32 arrays of the requested names.
+    """
+    try:
+        # Stored as they are: a compressed array could be many times as large as its file.
+        with zipfile.ZipFile(traced.outputs) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a compressed array")
+        with np.load(traced.outputs, allow_pickle=False) as arrays:
+            outputs = dict(zip(traced.names, arrays.values(), strict=True))
+        if any(values.dtype != np.float32 or values.ndim != 2 for values in outputs.values()):
+            raise ValueError("an array that is not float32 (tokens, features)")
+        return exposed.passages(outputs)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DeviceError(f"the outputs that the device returned cannot be read ({reason[:200]}).") from error
 
 
 def _tensor(values: NDArray[np.float32] | None) -> Tensor | None:

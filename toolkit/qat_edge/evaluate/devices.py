@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import ValidateOptions
-from qat_edge_devices import open_transport
+from qat_edge_devices import TRANSPORTS, open_transport
 from qat_edge_devices.device_errors import DeviceLayerError, UnknownNameError
 from qat_edge_devices.transport import Access, Transport
 
@@ -32,8 +32,13 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
     """Return the path of each device's report: "ssh://pi@kitchen:2222" -> folder/ssh-pi@kitchen-2222.json.
 
     Raises:
-        UsageError: a device is named twice, or two names differ in punctuation only.
+        UsageError: a device is named twice, two names differ in punctuation only, or one has no known scheme.
     """
+    for device in devices:
+        name = device.partition(":")[0]
+        if name not in TRANSPORTS:
+            known = ", ".join(sorted(TRANSPORTS))
+            raise UsageError(f"--device {device}: '{name}' is not a known transport. Known: {known}.")
     paths = {device: folder / f"{file_name(device)}.json" for device in devices}
     if len(set(paths.values())) != len(devices):
         raise UsageError(f"--device: {', '.join(devices)} name one device more than once. Name each once.")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from qat_edge import config, option_paths, progress
+from qat_edge import config, option_paths, progress, readers
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import load_rows
-from qat_edge.errors import DataError, DeviceError
+from qat_edge.errors import DataError, DeviceError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import file_name
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_divergence, outputs_match
@@ -250,7 +250,7 @@ class Evaluator:
         """Compare generated token ids with the FP32 fine-tune's; both figures are None where either has none."""
         if not outputs or not self.fp32_outputs.is_file():
             return OutputAgreement(None, None)
-        expected = json.loads(self.fp32_outputs.read_text(encoding="utf-8"))
+        expected = readers.read_json(self.fp32_outputs, RunError)
         divergences = [first_divergence(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)]
         # None marks equal outputs; the index of the others is where they first differ.
         different = [index for index in divergences if index is not None]
@@ -263,6 +263,7 @@ class Evaluator:
 
         decode_from: see `Runtime.score`.
         """
+        target_named(target).check(folder)
         sequences = self.eval_set.sequences
         with progress.bar("logits of the artifact", len(sequences)) as bar:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: bar.update(done))

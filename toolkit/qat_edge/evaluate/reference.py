@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.data.tokenization import ScoredIds
+from qat_edge.errors import DeviceError
 from qat_edge.evaluate.results import Speed, Spread
 from qat_edge.quant import frozen, numerics
 
@@ -60,9 +61,27 @@ def compared_logits(model: PreTrainedModel, sequences: Sequence[ScoredIds]) -> I
         yield logits.float().numpy()
 
 
-def read_rows(path: Path, positions: Sequence[int]) -> Logits:
-    """Read the rows at `positions` from a .npy file of logits (tokens, vocabulary)."""
-    return np.asarray(np.load(path, mmap_mode="r")[list(positions)])
+def read_rows(path: Path, positions: Sequence[int], width: int | None = None) -> Logits:
+    """Read the rows at `positions` from a .npy file of logits (tokens, vocabulary) that a device returned.
+
+    Args:
+        path: of the file.
+        positions: rows to read.
+        width: expected size of the vocabulary; None where it is not known.
+
+    Raises:
+        DeviceError: it is no such file, or of another shape or type.
+    """
+    try:
+        logits = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{logits.dtype} {logits.shape}"
+        is_right = logits.dtype == np.float32 and logits.ndim == 2 and len(logits) > max(positions, default=-1)
+    except (OSError, ValueError, EOFError, SyntaxError, AttributeError, TypeError, OverflowError, MemoryError) as error:
+        raise DeviceError(f"the logits that the device returned cannot be read ({type(error).__name__}).") from error
+    if not is_right or (width is not None and logits.shape[1] != width):
+        expected = f"float32 (at least {max(positions, default=-1) + 1}, {width or 'vocabulary'})"
+        raise DeviceError(f"the device returned logits {found}, expected {expected}. Is the artifact this run's own?")
+    return np.asarray(logits[list(positions)])
 
 
 def generate(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qat_edge import readers
 from qat_edge.errors import RunError
 from qat_edge.storage import write_text
 
@@ -305,14 +306,14 @@ def read_document(
     Raises:
         RunError: no such file, damaged, or of another format than `file_format`.
     """
+    if not path.exists():
+        raise RunError(f"{path}: no such {noun}. `qat-edge {verb}` writes it.")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = readers.read_object(path, RunError, allow_nan=True)
         if document.pop("format") != file_format:
             raise RunError(f"{path}: written by another version of qat-edge. Run {verb} again.")
         return build(document)
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: no such {noun}. `qat-edge {verb}` writes it.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}). Run {verb} again.") from error
 
 

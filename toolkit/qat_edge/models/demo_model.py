@@ -106,7 +106,9 @@ def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
     requirements = work / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
     command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(requirements)]
-    process = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
 
     wheels = list(work.glob("*.whl"))
     if process.returncode != 0 or not wheels:

@@ -235,7 +235,7 @@ def _check_shape(config: PretrainedConfig, key: str, value: Any, path: Path) -> 
     """Refuse a shape that differs from the configuration's. A list has one value for each layer."""
     name = next((name for name in SHAPES[key] if getattr(config, name, None) is not None), None)
     found = getattr(config, name) if name else None
-    if name == "head_dim" or key.endswith("_length") and name is None:
+    if name == "head_dim" or (key.endswith("_length") and name is None):
         found = _head_width(config)
     # Layers of convolutions have no heads.
     values = {v for v in value if v} if isinstance(value, list) else {value}
@@ -425,7 +425,9 @@ def _check_rotary(model: PreTrainedModel, metadata: GgufMetadata, path: Path) ->
 
     width = 2 * len(found)
     if count is not None and count != width:
-        raise ModelError(f"{path}: rope.dimension_count is {count}, but transformers rotates {width} channels. {_FOLDER}")
+        raise ModelError(
+            f"{path}: rope.dimension_count is {count}, but transformers rotates {width} channels. {_FOLDER}"
+        )
     expected = _frequencies(base, width)
     scalings: dict[str, Callable[[], Tensor | float]] = {
         "linear": lambda: full["factor"],

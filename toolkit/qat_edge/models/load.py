@@ -6,7 +6,6 @@ runs only with `trust_remote_code`.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from qat_edge import progress
+from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import experts, gguf_model, hub, tasks, text_model, weights_check
@@ -137,7 +135,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     try:
         metadata = gguf_model.read_metadata(path)
         model, report = gguf_model.load(path, metadata, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
@@ -224,13 +224,15 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
 def _load_config(source: str, trust_remote_code: bool, failure: str) -> PretrainedConfig:
     """Read a configuration. failure: the beginning of the message where that is impossible."""
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except DOWNLOAD_ERRORS as error:
         remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
         raise ModelError(
             f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
             "give a local folder."
         ) from error
+    remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
+    return config
 
 
 def _read_weights(
@@ -298,9 +300,7 @@ def _reproducible_head(task: ModelTask) -> Iterator[None]:
         yield
 
 
-def _check_task(
-    config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask
-) -> PretrainedConfig:
+def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask) -> PretrainedConfig:
     """Refuse a model that does not fit the task or is quantized already, before its weights are read.
 
     Returns:
@@ -351,10 +351,7 @@ def _check_pooling(folder: Path) -> None:
     """Refuse a sentence encoder that sentence-transformers pools otherwise than by the mean."""
     # sentence-transformers keeps each module next to the model's own files in a numbered folder.
     path = folder / "1_Pooling" / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{path}: damaged ({one_line(error)}). Copy the model again.") from error
+    settings = readers.read_object(path, ModelError) if path.is_file() else {}
 
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     if modes not in ([], ["pooling_mode_mean_tokens"]):

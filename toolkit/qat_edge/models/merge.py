@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_edge import option_paths, progress
+from qat_edge import option_paths, progress, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import LIBRARIES, library_version, read_manifest, write_manifest
 from qat_edge.models.layer_removal import keep_layers
@@ -170,7 +170,7 @@ def base_model(adapter: Path) -> PreTrainedModel:
     It has the layers that pruning kept, and the values that a base in few bits stands for.
     """
     # Layers stored in few bits are replaced by dense ones of the same values.
-    base = _load_base(adapter_metadata(adapter))
+    base = _load_base(adapter, adapter_metadata(adapter))
     for name in base.scheme.linears:
         layer = base.model.get_submodule(name)
         if isinstance(layer, qlora_base.QloraLinear):
@@ -181,11 +181,12 @@ def base_model(adapter: Path) -> PreTrainedModel:
 # --- steps they share --------------------------------------------------------------------------------------
 
 
-def _load_base(metadata: dict[str, Any]) -> _BaseModel:
+def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
     """Repeat how the training prepared its base model: load, prune, choose the scheme, store in few bits.
 
     Raises:
-        RunError: The model's files or its revision are not those of the training.
+        RunError: The model's files or its revision are not those of the training, or it has code of its own that may
+            not run.
     """
     # "model" has the source as the user gave it, the identity of its weights, and the entries of its task.
     source = metadata["model"]
@@ -194,7 +195,8 @@ def _load_base(metadata: dict[str, Any]) -> _BaseModel:
             f"{source['source']}: no such file or folder; the run was trained on the model there. Restore it, or put a "
             "link to its new place there."
         )
-    loaded = load_model(source["source"], source["trust_remote_code"], task=task_from_metadata(source))
+    trusted = remote_code.require_for(source["trust_remote_code"], adapter)
+    loaded = load_model(source["source"], trusted, task=task_from_metadata(source))
 
     # A Hub id may have a new commit, a folder new files. The name is not compared: a folder may have been moved.
     found, trained = dataclasses.asdict(loaded.identity), source["identity"]
@@ -221,7 +223,7 @@ def _load_base(metadata: dict[str, Any]) -> _BaseModel:
 
 def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
     """Load a base model and add the contents of one folder of trained weights, without merging."""
-    base = _load_base(metadata)
+    base = _load_base(adapter, metadata)
     switch = fake.insert(base.model, base.scheme, metadata["learned_scales"])
 
     # The PTQ initialization changed base weights before the adapters of phase 2 were trained on them. It may have

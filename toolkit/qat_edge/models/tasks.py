@@ -10,7 +10,6 @@ result. Code that differs between tasks calls a method of `ModelTask` instead of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from qat_edge.errors import UsageError
+from qat_edge import readers, remote_code
+from qat_edge.errors import ModelError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.run import Run
 
@@ -211,7 +211,8 @@ def task_of_config(config: PretrainedConfig) -> ModelTask:
 def task_of_folder(folder: Path) -> ModelTask:
     """Return the task of the model in a folder, read from its config.json."""
     # Two keys of the file are enough. AutoConfig would have to know the model type.
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = readers.read_object(folder / "config.json", ModelError)
+    remote_code.require_no_kernels(values, folder)
     return task_of_config(SimpleNamespace(**{"architectures": None, "model_type": None, **values}))
 
 

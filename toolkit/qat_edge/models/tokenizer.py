@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat_edge import remote_code
 from qat_edge.errors import ModelError
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
@@ -25,7 +26,8 @@ EOS = "eos_token_id"
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with remote_code.refusals(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code.permitted())
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -10,7 +10,6 @@ The sum is a first-order prediction: it leaves out how two roundings interact, a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qat_edge import storage
+from qat_edge import readers, storage
 from qat_edge.errors import RunError, UsageError
 
 MEASURED = "sensitivity.json"
@@ -167,12 +166,12 @@ def read_sensitivity(folder: Path) -> Sensitivity:
     """
     path = folder / MEASURED
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = readers.read_object(path, RunError)
         # JSON has no integer keys and no dataclasses.
         document["weights"] = {name: _read_layer(weight) for name, weight in document["weights"].items()}
         document["together"] = {int(bits): kl for bits, kl in document["together"].items()}
         return Sensitivity(**document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RunError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RunError(f"{path}: missing or damaged ({error}). Give --force to measure again.") from error
 
 
@@ -276,19 +275,15 @@ def load_bits(path: Path) -> dict[str, int]:
     Raises:
         UsageError: The file is missing, is no YAML or JSON, or has no `bits:` with lines of `module name: 4 or 8`.
     """
-    try:
-        document: Any = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one."
-        ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--bits {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not path.exists():
+        raise UsageError(f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one.")
+    document = readers.read_yaml(path, UsageError, f"--bits {path}")
 
     # People write this file by hand: name what was found instead.
     bits = document.get("bits") if isinstance(document, dict) else None
     if not isinstance(bits, dict) or not bits:
-        found = f"the keys {', '.join(map(str, document))}" if isinstance(document, dict) else type(document).__name__
+        keys = f"the keys {readers.shorten(', '.join(map(str, document)))}" if isinstance(document, dict) else ""
+        found = keys or type(document).__name__
         raise UsageError(
             f"--bits {path}: expected 'bits:' with lines such as 'model.layers.0.mlp.up_proj: 8', found "
             f"{found if bits is None else 'no such line under it'}."
@@ -296,19 +291,9 @@ def load_bits(path: Path) -> dict[str, int]:
     # `True` is an int too; `type` refuses it.
     for name, width in bits.items():
         if not isinstance(name, str) or type(width) is not int or width not in WIDTHS:
-            raise UsageError(f"--bits {path}: 'bits.{name}' is {width!r}; a weight can have 4 or 8 bits.")
+            found = f"'bits.{readers.shorten(name)}' is {readers.show(width)}"
+            raise UsageError(f"--bits {path}: {found}; a weight can have 4 or 8 bits.")
     return bits
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which the last would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"'{key}' is given twice, line {node.start_mark.line + 1} and below")
-        return super().construct_mapping(node, deep)
 
 
 def _read_layer(document: dict[str, Any]) -> LayerCost:

@@ -12,7 +12,6 @@ last norm's weight (`rotated_norm`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
+from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import read_manifest
 from qat_edge.models import tasks
@@ -106,13 +106,18 @@ def load(folder: Path) -> PreTrainedModel:
 
     Raises:
         RunError: The folder holds no frozen checkpoint.
+        ModelError: It needs code of its own, which the command does not permit.
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
     # The task decides the transformers class, and what a loaded model still needs.
     task = tasks.task_of_folder(folder)
-    read = partial(task.auto_class.from_pretrained, dtype=torch.float32, local_files_only=True)
-    model = rotated_norm.load(read, folder).eval()
+    read = partial(
+        task.auto_class.from_pretrained, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=remote_code.permitted(),
+    )  # fmt: skip
+    with remote_code.refusals(folder):
+        model = rotated_norm.load(read, folder).eval()
     task.prepare(model)
 
     embedding: Any = model.get_input_embeddings()
@@ -146,7 +151,7 @@ def read_weights(folder: Path) -> dict[str, FrozenWeight]:
         with safe_open(path, framework="pt") as file:
             for key, text in (file.metadata() or {}).items():
                 # torchao describes each quantized tensor as JSON in the file's metadata.
-                description = json.loads(text) if text.startswith("{") else {}
+                description = readers.parse_json(text, str(path), RunError) if text.startswith("{") else {}
                 if description.get("_type") != IntxUnpackedToInt8Tensor.__name__:
                     continue
                 name, _, attribute = key.rpartition(".")

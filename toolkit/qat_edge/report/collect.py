@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat_edge import readers
 from qat_edge.config import read_sections
 from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
@@ -132,12 +132,9 @@ def collect(run: Run) -> RunResults:
 
 def _training(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        missing["training"] = NO_TRAINING
-        return None
-    except (OSError, ValueError) as error:
-        missing["training"] = f"training.json cannot be read ({error})"
+        log = readers.read_json(path, RunError, allow_nan=True)
+    except RunError as error:
+        missing["training"] = f"training.json cannot be read ({error})" if path.exists() else NO_TRAINING
         return None
     # Rows of the curve are checked where they are drawn.
     if not isinstance(log, dict) or not isinstance(log.get("curve", []), list):
@@ -201,14 +198,12 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
 def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
     """Read the results of verify, without those of artifacts that were exported again since."""
     try:
-        rows: list[dict[str, Any]] = json.loads(run.verified.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = readers.read_json(run.verified, RunError)
         # The hash of the manifest changes with every export.
         current = [row for row in rows if row["manifest_sha256"] == _manifest_sha256(run.path / row["folder"])]
-    except FileNotFoundError:
-        missing["verified"] = "verified.json is missing; `qat-edge verify` writes it"
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        missing["verified"] = f"verified.json cannot be read ({error})"
+    except (RunError, KeyError, TypeError) as error:
+        absent = "verified.json is missing; `qat-edge verify` writes it"
+        missing["verified"] = f"verified.json cannot be read ({error})" if run.verified.exists() else absent
         return []
     if len(current) < len(rows):
         missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"

@@ -16,8 +16,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qat_edge import progress
+from qat_edge import progress, readers
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import TokenizedRows
@@ -34,6 +35,12 @@ from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
+# Name on PyPI of the trackers that are one package.
+TRACKER_PACKAGES = {
+    "comet_ml": "comet-ml",
+    **{name: name for name in ("clearml", "codecarbon", "dvclive", "mlflow", "neptune", "swanlab", "trackio", "wandb")},
+}
+
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -217,11 +224,15 @@ def _check_trackers(names: Sequence[str]) -> None:
     """
     available = get_available_reporting_integrations()
     unknown = [name for name in names if name not in (*available, "none")]
-    if unknown:
-        raise UsageError(
-            f"--track {unknown[0]}: not known to the trainer, or its package is not installed "
-            f"(`pip install {unknown[0]}`). Installed: {', '.join(available)}; 'none' turns tracking off."
-        )
+    if not unknown:
+        return
+    name, installed = unknown[0], f"Installed: {', '.join(available)}; 'none' turns tracking off."
+    # Only a known name may be suggested to pip: anybody can register a package under a misspelled one.
+    if name in INTEGRATION_TO_CALLBACK:
+        pip = f" (`pip install {TRACKER_PACKAGES[name]}`)" if name in TRACKER_PACKAGES else ""
+        raise UsageError(f"--track {name}: its package is not installed{pip}. {installed}")
+    known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+    raise UsageError(f"--track {readers.shorten(name)}: not known to the trainer. Known: {known}. {installed}")
 
 
 # --- task, data, rotation ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_edge import config, progress, stop_signals
+from qat_edge import config, progress, readers, remote_code, stop_signals
 from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
@@ -126,9 +126,11 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
         flags += ["--config", str(config_path)]
     if Run(out).config.is_file():
         flags += ["--force"]
+    if remote_code.permitted():
+        flags += [remote_code.FLAG]
     progress.info(f"Training {out}")
     command = [sys.executable, "-m", "qat_edge", "finetune", "--out", str(out), *flags]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     with stop_signals.passed_on(process):
         code = process.wait()
     if code != 0:
@@ -195,9 +197,9 @@ def _model_name(run: Run) -> str:
 def _steps(run: Run) -> dict[str, int]:
     """Return the optimizer steps of the FP32 fine-tune and of the run; empty without a training log."""
     try:
-        log = json.loads((run.path / "training.json").read_text(encoding="utf-8"))
+        log = readers.read_object(run.path / "training.json", RunError, allow_nan=True)
         return {"reference": int(log["qat_start_step"]), "qat": int(log["steps"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (RunError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -399,9 +401,9 @@ def _evaluation_key(evaluator: Evaluator) -> dict[str, Any]:
 def _read_measurement(path: Path, key: dict[str, Any]) -> Measurement | None:
     """Read an earlier measurement; None if there is none with this key."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = readers.read_object(path, RunError, allow_nan=True)
         return read_measurement(document["measured"]) if document["key"] == key else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (RunError, AttributeError, ValueError, KeyError, TypeError):
         return None
 
 

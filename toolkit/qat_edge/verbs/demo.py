@@ -51,19 +51,20 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
     Raises:
         QatEdgeError: a stage failed; it has printed the reason.
     """
-    progress.info("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
     # The demo generates its data and fetches its model, unless a configuration names others.
     given = ["--config", str(config_path)] if config_path else []
-    if not given:
+    if config_path:
+        options = config.load(FinetuneOptions, "finetune", config_path, {})
+        progress.info(f"qat-edge demo: every step with {config_path}: {options.model}, trained on {options.data}")
+        given_finetune = given
+    else:
+        progress.info("qat-edge demo: SmolLM2-135M-Instruct learns to answer phone requests with JSON tool calls.")
         train, held_out = assistant.write(out.parent / f"{out.name}-data")
         progress.info(
             f"Data: {assistant.TRAIN_ROWS} generated requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
         )
         source = fetch_demo_model(_cache())
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
-    else:
-        config.load(FinetuneOptions, "finetune", config_path, {})
-        given_finetune = given
 
     # --force only where an earlier demo is in the way.
     run = str(out)
@@ -87,7 +88,7 @@ def _run_stage(arguments: list[str]) -> Stage:
     """
     progress.info(f"\n$ qat-edge {shlex.join(arguments)}")
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments], stdin=subprocess.DEVNULL)
     with stop_signals.passed_on(process):
         # wait4 tells the peak memory, too.
         _, status, usage = os.wait4(process.pid, 0)

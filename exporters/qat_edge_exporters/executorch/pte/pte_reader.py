@@ -8,7 +8,6 @@ and differ from the frozen checkpoint.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
@@ -131,7 +131,7 @@ def read_layers(path: Path) -> MatrixNames:
     if not path.is_file():
         raise ArtifactError(f"{path}: not there, so the matrices of {MODEL} have no names. Export again.")
     try:
-        return MatrixNames(**json.loads(path.read_text(encoding="utf-8")))
+        return MatrixNames(**readers.read_object(path, ArtifactError))
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error}). Export again.") from error
 

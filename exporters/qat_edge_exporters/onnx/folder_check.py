@@ -1,0 +1,85 @@
+"""Check an ONNX folder before a runtime loads it, on this machine or on a device: it may come from anyone.
+
+ONNX Runtime reads what the graph and genai_config.json name: operators of other libraries, compiled graphs, data files.
+An export of ours needs the operators built into ONNX Runtime and one data file next to the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import external_data_helper
+
+from qat_edge import readers
+from qat_edge.errors import ArtifactError
+from qat_edge_exporters.onnx import genai_config, graph_file, names
+
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # of the operators in an export; both are built into ONNX Runtime
+# Operators of these domains that run a compiled graph from a file, or Python code.
+OTHER_CODE = ("EPContext", "PythonOp", "PythonOpGrad")
+
+
+def check_folder(folder: Path) -> None:
+    """Check genai_config.json, the graph's operators and the files that it names.
+
+    Raises:
+        ArtifactError: The folder asks a runtime to load something that is not part of an export.
+    """
+    genai_config.check_config(folder)
+    path = folder / names.MODEL_FILE
+    model = graph_file.load_graph(path)
+
+    found = {opset.domain for opset in model.opset_import} | {function.domain for function in model.functions}
+    for node in _nodes(model.graph):
+        found.add(node.domain)
+        if node.op_type in OTHER_CODE:
+            raise ArtifactError(f"{path}: the operator {node.op_type} runs other code. Export again.")
+    other = sorted(found - set(DOMAINS))
+    if other:
+        raise ArtifactError(
+            f"{path}: operators of '{readers.shorten(other[0])}' need a native library that an export does not have. "
+            f"Export again; the domains of an export are {' and '.join(filter(None, DOMAINS))}."
+        )
+
+    for tensor in _tensors(model.graph):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        if location != names.DATA_FILE:
+            raise ArtifactError(
+                f"{path}: tensor '{readers.shorten(tensor.name)}' is in the file {readers.show(location)}; those of an "
+                f"export are in {names.DATA_FILE}. Export again."
+            )
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and those inside its nodes, without recursion: protobuf nests up to 100 levels."""
+    waiting = [graph]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        for node in current.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
+                waiting.extend(attribute.graphs)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for each in _graphs(graph):
+        yield from each.node
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield initializers, the parts of sparse ones, and the tensors in attributes."""
+    for each in _graphs(graph):
+        yield from each.initializer
+        for sparse in each.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in each.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
