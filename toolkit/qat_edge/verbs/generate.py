@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qat_edge.errors import RunError, UsageError
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import check_files, read_manifest
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.quant import frozen
@@ -56,6 +56,7 @@ def generate(
     folder = run.quantized if target is None else run.exports / target.name
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
+    check_files(folder)
 
     tokenizer = load_tokenizer(folder)
     text = prompt if raw else chat_text(tokenizer, prompt, system)
