@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat_edge import progress
+from qat_edge.evaluate.results import Parity
+from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
@@ -100,6 +103,28 @@ def stored_tensors(checkpoint: Path) -> Iterator[dict[str, torch.Tensor]]:
     tensors = load_file(path)
     yield tensors
     save_file(tensors, path, metadata)
+
+
+def relist(folder: Path) -> None:
+    """Enter the files of a folder into its manifest as they are now, as somebody would who alters both."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
+    manifest["files"] = {
+        str(p.relative_to(folder)): {
+            "bytes": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+        }
+        for p in files
+    }
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def stand_in_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporters are replaced by functions that write no artifact, so nothing can be run afterwards."""
+    nothing = Parity(not_measured="A stand-in was exported.")
+    monkeypatch.setattr("qat_edge.verbs.export._measure_parity", lambda *_: nothing)
 
 
 class Recorder(progress.LogReporter):

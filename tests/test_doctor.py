@@ -283,6 +283,7 @@ def test_the_command_prints_and_exits_by_the_verdict(folder: Path) -> None:
     assert CliRunner().invoke(commands.main, ["doctor", str(folder), "--runtime", "watch"]).exit_code == 2
 
 
+@pytest.mark.usefixtures("stand_in_exports")
 def test_portable_is_for_executorch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--portable is for --target executorch"):
         exporting.export(Run(tmp_path), ExportOptions(target=("onnx",), portable=True))

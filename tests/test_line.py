@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from conftest import train_run
+from conftest import relist, train_run
 from qat_edge.cli import commands
 from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, inputs_rounded_without, part_unquantized
 from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_rounding
@@ -291,6 +291,7 @@ def test_a_doubled_scale_in_a_file_is_a_fault_and_its_weight_is_named(run: Run, 
     scales[5, 1] *= 2
     content[start : start + scales.nbytes] = scales.tobytes()
     path.write_bytes(content)
+    relist(copy.exports / "onnx")
     (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
     assert budget.fault_test.exceeds_noise and budget.fault_test.position == 0
     assert f"{name}: 1 scales differ, first at row 5, group 1" in budget.fault_test.location
@@ -304,6 +305,7 @@ def test_a_wrong_rotary_angle_in_a_file_is_a_fault_and_its_layer_is_named(run: R
     tables = {t.name: np.array(graph_file.tensor(t, source)) for t in graph.graph.initializer if t.name == "cos_cache"}
     tables["cos_cache"][:, 1] = 1.0
     graph_file.save(graph, tables, source, folder)
+    relist(folder)
     (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
     assert budget.fault_test.exceeds_noise and budget.fault_test.position != 0
     location = budget.fault_test.location  # only the file's codes and scales are those that were frozen

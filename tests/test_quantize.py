@@ -197,7 +197,7 @@ def copying(quantized: Path, work: Path, context_length: int) -> None:
 
 
 @pytest.fixture
-def quick_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_exporters(monkeypatch: pytest.MonkeyPatch, stand_in_exports: None) -> None:
     monkeypatch.setattr("qat_edge_exporters.targets.load", lambda entry: copying)
 
 

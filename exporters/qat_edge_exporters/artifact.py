@@ -28,6 +28,22 @@ class ArtifactWeight:
 
 
 @dataclass(frozen=True)
+class FloatConstant:
+    """One float32 constant of the file that is no matrix of codes and no scales: a norm, a bias, a rotary table.
+
+    Attributes:
+        name: in the file.
+        values: of any shape; a rotation as the checkpoint stores it.
+        tensor: name of the checkpoint's tensor that it should be ("model.norm.weight"); empty where the file's names do
+            not tell.
+    """
+
+    name: str
+    values: NDArray[np.float32]
+    tensor: str = ""
+
+
+@dataclass(frozen=True)
 class Passage:
     """Input and output of one module, for one sequence.
 
@@ -73,11 +89,11 @@ class Artifact:
             without manifest and logs. A table shared by embedding and head counts as the embedding's.
         faults: one sentence for each fault of the file itself (a constant whose bytes do not match their hash, a
             missing method), naming the layer and the position where known.
-        floats: sha256 of float32 constants as the checkpoint has them, row by row; None where they were not read.
+        floats: every other float32 constant; None where the backend stores them in a layout of its own.
     """
 
     weights: dict[str, ArtifactWeight]
     metadata: dict[str, Any]
     size_bytes: dict[str, int]
     faults: list[str] = field(default_factory=list)
-    floats: frozenset[str] | None = None
+    floats: Sequence[FloatConstant] | None = None

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from qat_edge.data.conversation import Prompt
-    from qat_edge_exporters.artifact import Artifact, Exposed
+    from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
 EXECUTORCH, ONNX = "executorch", "onnx"
 KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
+KV_CACHE_INT8 = "int8"
 
 # Options of `export` that only some targets take: name -> the value that changes nothing.
 NEUTRAL = {"portable": False, "kv_cache": KV_CACHE_FLOAT}
@@ -39,9 +40,12 @@ class Target:
         name: of its folder below RUN/exports, and what `verify`, `validate` and `generate` call it.
         format: what `export --target` calls it; several targets may share a format and differ in the backend.
         title: how reports write it.
+        file: name of the file with its graph.
         marker: shape of its points in plots.
         exporter: writes it: (checkpoint, empty folder, context_length, **options).
         reader: reads codes, scales and sizes back: (folder) -> Artifact.
+        constants: computes the float constants that are no tensors of the checkpoint: (checkpoint, Artifact) ->
+            constants. Empty: float constants are not read.
         support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
         expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
         generator: generates text on this machine: (folder, tokenizer, `Prompt`, emit, max_new_tokens).
@@ -55,10 +59,12 @@ class Target:
     name: str
     format: str
     title: str
+    file: str
     marker: str
     exporter: str
     reader: str
     support: str
+    constants: str = ""
     generator: str = ""
     expose: str = ""
     encoder: str = ""
@@ -118,6 +124,11 @@ class Target:
         artifact: Artifact = load(self.reader)(folder)
         return artifact
 
+    def computed_constants(self, checkpoint: Path, artifact: Artifact) -> Sequence[FloatConstant]:
+        """Compute again the float constants of an artifact that are no tensors of its frozen checkpoint."""
+        constants: Sequence[FloatConstant] = load(self.constants)(checkpoint, artifact) if self.constants else ()
+        return constants
+
     def missing_for(self, config: PretrainedConfig) -> str:
         """Return what the target lacks for a model of this configuration, as a sentence; empty where nothing."""
         return str(load(self.support)(config))
@@ -162,6 +173,7 @@ def _other_backend(name: str, reader: str) -> Target:
         name=backend.folder,
         format=EXECUTORCH,
         title=f"ExecuTorch, {name}",
+        file="model.pte",
         marker="diamond",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.backend_readers:{reader}",
@@ -175,9 +187,11 @@ _ALL = (
         name=EXECUTORCH,
         format=EXECUTORCH,
         title="ExecuTorch",
+        file="model.pte",
         marker="circle",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.pte_reader:read",
+        constants=f"{_PTE}.pte.rotary_constants:rotary_frequencies",
         support=f"{_PTE}.pte_support:missing",
         generator=f"{_PTE}.generate_text:generate",
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
@@ -190,9 +204,11 @@ _ALL = (
         name=ONNX,
         format=ONNX,
         title="ONNX",
+        file="model.onnx",
         marker="square",
         exporter=f"{_ONNX}.export_onnx:export",
         reader=f"{_ONNX}.onnx_reader:read",
+        constants=f"{_ONNX}.architecture:computed_constants",
         support=f"{_ONNX}.onnx_support:missing",
         generator=f"{_ONNX}.genai_text:generate",
         expose=f"{_ONNX}.matrix_outputs:expose",

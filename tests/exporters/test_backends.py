@@ -243,6 +243,7 @@ def test_invalid_combinations_are_usage_errors(options: ExportOptions, message: 
         exporting.export(Run(tmp_path), options)
 
 
+@pytest.mark.usefixtures("stand_in_exports")
 @pytest.mark.parametrize("name", registry.BACKENDS)
 def test_each_backend_has_its_folder_and_reports_its_differences(
     name: str, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch

@@ -154,6 +154,7 @@ def test_invalid_combinations_are_usage_errors(options: ExportOptions, message: 
         exporting.export(Run(tmp_path), options)
 
 
+@pytest.mark.usefixtures("stand_in_exports")
 def test_the_manifest_records_the_cache_and_another_one_is_exported_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

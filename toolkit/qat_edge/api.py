@@ -577,15 +577,17 @@ def load_frozen(run: Run | str | Path, *, trust_remote_code: bool = False) -> Pr
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        RunError: there is no frozen checkpoint.
+        RunError: there is no frozen checkpoint, or its files are not those that were written.
     """
     from qat_edge.errors import RunError
+    from qat_edge.manifest import check_files
     from qat_edge.quant import frozen
 
     folder = run.quantized if isinstance(run, Run) else Path(run)
     folder = folder / "quantized" if (folder / "quantized").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge quantize` or `qat-edge export` makes one.")
+    check_files(folder)
     with remote_code.permit(trust_remote_code):
         model: PreTrainedModel = frozen.load(folder)
     return model

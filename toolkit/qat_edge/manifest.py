@@ -7,9 +7,10 @@ import json
 import platform
 import shutil
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, NoReturn
 
 from qat_edge import __version__, readers
 from qat_edge.errors import RunError
@@ -21,6 +22,85 @@ LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
     "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",
 )  # fmt: skip
+# Files that nothing reads, and that people or systems add to a folder: notes and logs.
+NOTES = (".md", ".log")
+TICK_NS = 100_000_000  # longer than the clock of a local file system stands still (ext4: 4 ms)
+SHOWN_FAULTS = 5  # of the faults of a folder, named by an error
+
+# Types of the entries that are used, by their path; "*" is every key. An entry that is absent is another fault.
+ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "files": (dict,),
+    "files.*": (dict,),
+    "files.*.bytes": (int,),
+    "files.*.sha256": (str,),
+    "libraries": (dict,),
+    "options": (dict,),
+    "options.context_length": (int,),
+    "options.kv_cache": (str,),
+    "target": (str,),
+    "quantized_sha256": (str,),
+    "adapter_sha256": (str, type(None)),
+    "reference_sha256": (str,),
+    "made_of": (str,),
+    "parity": (dict,),
+    "rotation_seed": (int, type(None)),
+    "scheme": (dict,),
+    "scheme.group_size": (int,),
+    "scheme.weights": (dict,),
+    "scheme.weights.*": (dict,),
+    "scheme.weights.*.bits": (int,),
+    "scheme.weights.*.group_size": (int,),
+    "model": (dict,),
+    "model.source": (str,),
+    "model.identity": (dict,),
+    "model.identity.name": (str,),
+    "start": (dict, type(None)),
+    "start.sha256": (str,),
+    "kept_layers": (list, type(None)),
+    "group_size": (int,),
+    "base": (str,),
+    "device": (str,),
+}
+
+
+class Manifest(dict[str, Any]):
+    """A manifest, or an object inside one; a key that is missing is an error for people.
+
+    Args:
+        values: the entries.
+        file: the manifest's file, for messages.
+        prefix: path of this object inside the file, with a final dot; empty for the manifest itself.
+    """
+
+    def __init__(self, values: dict[str, Any], file: Path, prefix: str = "") -> None:
+        wrapped = {
+            key: Manifest(value, file, f"{prefix}{key}.") if isinstance(value, dict) else value
+            for key, value in values.items()
+        }
+        super().__init__(wrapped)
+        self.file, self.prefix = file, prefix
+
+    def __missing__(self, key: str) -> NoReturn:
+        """Name the entry that is missing.
+
+        Raises:
+            RunError: always.
+        """
+        raise RunError(f"{self.file}: damaged (no entry '{self.prefix}{key}'). Make the folder again.")
+
+
+class _Stamp(NamedTuple):
+    """Properties of a file that change when it is written: device, inode, size and times of change."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+_hashes: dict[_Stamp, str] = {}  # files of this process, so that each is read once
 
 
 def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
@@ -35,38 +115,133 @@ def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "git_revision": git_revision(),
         **facts,
-        "files": {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
+        "files": {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
     Raises:
-        RunError: there is none, it cannot be parsed, or it has another format.
+        RunError: there is none, it cannot be parsed, an entry has another type than callers expect, or it has another
+            format. Reading an entry that is missing raises it as well.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise RunError(f"{folder}: no {MANIFEST} here, so its origin is unknown. Make the folder again.")
     try:
-        manifest = readers.read_object(path, RunError)
-        found = manifest["format"]
-    except (RunError, KeyError) as error:
-        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, RunError) else f"no {error}"
-        raise RunError(f"{path}: damaged ({reason.rstrip('.')}). Make the folder again.") from error
+        manifest = Manifest(readers.read_object(path, RunError), path)
+    except RunError as error:
+        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
+        raise RunError(f"{path}: damaged ({reason}). Make the folder again.") from error
+
+    # The format first: another version may have entries of other types.
+    found = manifest["format"]
     if found != FORMAT:
         raise RunError(
-            f"{path}: run folder format {found}, written by qat-edge {manifest.get('qat_edge')}; this is "
-            f"qat-edge {__version__}, which reads format {FORMAT}. Use that version, or run finetune again."
+            f"{path}: run folder format {readers.shorten(found)}, written by qat-edge "
+            f"{readers.shorten(manifest.get('qat_edge'))}; this is qat-edge {__version__}, which reads format "
+            f"{FORMAT}. Use that version, or run finetune again."
+        )
+    for entry, types in ENTRY_TYPES.items():
+        _check_types(manifest, entry.split("."), types)
+    return manifest
+
+
+def check_files(folder: Path) -> Manifest:
+    """Check every file of `folder` against its manifest, and return the manifest.
+
+    Raises:
+        RunError: the manifest cannot be read, or a file is missing, changed or not listed; the message names them.
+    """
+    manifest = read_manifest(folder)
+    faults = file_faults(folder, manifest)
+    if faults:
+        more = f"; {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise RunError(
+            f"{folder} is not as it was written: {'; '.join(faults[:SHOWN_FAULTS])}{more}. Restore the files, or make "
+            "the folder again."
         )
     return manifest
 
 
+def file_faults(folder: Path, manifest: Manifest, made: str = "written") -> list[str]:
+    """Return how the files of `folder` differ from its manifest, a sentence without a stop for each.
+
+    A file that is not listed is a fault, because a reader may take it for a part of the folder: a further safetensors
+    file, a configuration, a tokenizer. Hidden files and notes (.md, .log) are not.
+
+    Args:
+        folder: folder with the files.
+        manifest: its manifest.
+        made: how the files came about, for the sentences: "written", "exported".
+    """
+    faults = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not _is_inside(name):
+            faults.append(f"{readers.shorten(name)}: listed in {MANIFEST}, but leads out of the folder")
+        elif not path.is_file():
+            faults.append(f"{name}: listed in {MANIFEST}, but missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{name}: changed since it was {made} ({path.stat().st_size} bytes, not {entry['bytes']})")
+        elif sha256(path) != entry["sha256"]:
+            faults.append(f"{name}: changed since it was {made} (its sha256 is not the one in {MANIFEST})")
+
+    listed = set(manifest["files"]) | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        if path.is_file() and name not in listed and not hidden and path.suffix not in NOTES:
+            faults.append(f"{name}: not listed in {MANIFEST}, so where it comes from is unknown")
+    return faults
+
+
+def _is_inside(name: str) -> bool:
+    """Return True if a path of a manifest stays inside the folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _check_types(value: Manifest, keys: list[str], types: tuple[type, ...]) -> None:
+    """Check the type of the entry at a path of keys, where there is one.
+
+    Raises:
+        RunError: it has none of the types.
+    """
+    key, rest = keys[0], keys[1:]
+    for name in value if key == "*" else [key]:
+        if name not in value:
+            continue
+        found = value[name]
+        if rest:
+            # A parent of another type has been reported under its own path, or may be None.
+            if isinstance(found, Manifest):
+                _check_types(found, rest, types)
+            continue
+        # bool is a subclass of int, and no number of bits.
+        if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
+            expected = " or ".join("null" if one is type(None) else one.__name__ for one in types)
+            raise RunError(
+                f"{value.file}: damaged ('{value.prefix}{readers.shorten(name)}' is {readers.shorten(found)}, expected "
+                f"{expected}). Make the folder again."
+            )
+
+
 def sha256(path: Path) -> str:
-    """Return the hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes; a file that has not changed is read once a process."""
+    status = path.stat()
+    stamp = _Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if stamp in _hashes:
+        return _hashes[stamp]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    # A file that was written a moment ago may be written again without another time: clocks of file systems tick.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > TICK_NS:
+        _hashes[stamp] = digest
+    return digest
 
 
 def library_version(name: str) -> str | None:

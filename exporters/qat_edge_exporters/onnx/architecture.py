@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qat_edge import remote_code
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge_exporters.onnx import onnx_compat
+from qat_edge_exporters.artifact import Artifact, FloatConstant
+from qat_edge_exporters.onnx import names, onnx_compat
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+EMBEDDING_SCALE = f"{names.EMBEDDING}.scale"  # initializer with the factor of looked-up embeddings
 ALL_LAYERS = ""  # layer type of the rotary embedding of models that have one for all layers
 
 
@@ -83,6 +85,18 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
     except (ValueError, KeyError):
         return None
     return model
+
+
+def computed_constants(checkpoint: Path, artifact: Artifact) -> list[FloatConstant]:
+    """Return the graph's constants that `repair` computes: rotary tables, and the factor of scaled embeddings."""
+    architecture = read_architecture(checkpoint, int(artifact.metadata["context_length"]))
+    constants = [FloatConstant(EMBEDDING_SCALE, np.array(architecture.embedding_scale, np.float32))]
+    for name, table in names.ROTARY_TABLES.items():
+        # The builder's own table stays where the model pairs neighbouring channels.
+        if table.layer_type in architecture.rotary:
+            tables = architecture.rotary[table.layer_type]
+            constants.append(FloatConstant(name, tables.sines if table.is_sine else tables.cosines))
+    return constants
 
 
 def split_fused(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int]]) -> dict[str, FrozenWeight]:

@@ -6,7 +6,7 @@ Format of external data: https://onnx.ai/onnx/repo-docs/ExternalData.html
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper
 
+from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.onnx import names
 
@@ -27,7 +28,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
     """Load the graph and leave its tensors in the data file.
 
     Raises:
-        ArtifactError: the file is missing or not ONNX.
+        ArtifactError: the file is missing or not ONNX, or a tensor is in another file than the data file next to it.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: missing. {AGAIN}")
@@ -37,7 +38,53 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise ArtifactError(f"{path}: no readable ONNX graph ({error}). {AGAIN}") from error
     if not model.graph.node:
         raise ArtifactError(f"{path}: the graph is empty. {AGAIN}")
+    for initializer in _all_tensors(model):
+        _check_location(initializer, path)
     return model
+
+
+def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that a runtime reads: of the graph, of nodes, of graphs and functions inside them."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+    for training in model.training_info:
+        yield from _graph_tensors(training.initialization)
+        yield from _graph_tensors(training.algorithm)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def _check_location(tensor: onnx.TensorProto, path: Path) -> None:
+    """Refuse a tensor outside of the data file: a runtime would read what no reader has checked.
+
+    Raises:
+        ArtifactError: names the tensor and the file that it names.
+    """
+    if not external_data_helper.uses_external_data(tensor):
+        return
+    locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+    if locations != [names.DATA_FILE]:
+        found = ", ".join(f"'{readers.shorten(location)}'" for location in locations) or "no file"
+        raise ArtifactError(
+            f"{path}: tensor '{readers.shorten(tensor.name)}' is in {found}; exports have all tensors in "
+            f"'{names.DATA_FILE}' next to the graph. {AGAIN}"
+        )
 
 
 def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
@@ -50,9 +97,9 @@ def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     try:
         if not external_data_helper.uses_external_data(initializer):
             return onnx.numpy_helper.to_array(initializer)
+        _check_location(initializer, folder / names.MODEL_FILE)
         info = external_data_helper.ExternalDataInfo(initializer)
-        # The name alone: a location must not lead out of the folder.
-        path, offset = folder / Path(info.location).name, int(info.offset or 0)
+        path, offset = folder / names.DATA_FILE, int(info.offset or 0)
         dtype = helper.tensor_dtype_to_np_dtype(initializer.data_type)
         size = math.prod(shape) * dtype.itemsize
     except (ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ head share is returned under both names; its bytes count once, as the embedding'
 
 from __future__ import annotations
 
-import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,13 @@ from qat_edge.errors import ArtifactError
 from qat_edge.manifest import MANIFEST
 from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
 from qat_edge_exporters.onnx import graph_file, names
 
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
+_FINAL_NORM = re.compile(r"model\.layers\.\d+\.final_norm_layernorm\.weight")
+_FLOAT_TENSOR = re.compile(r"(model\.layers\.\d+\.\w+(\.\w+)?|lm_head)\.(weight|bias)")
 FLOAT_OPERATORS = ("MatMul", "Gemm", "Gather", "Transpose")  # that can read a matrix in float
 
 
@@ -140,7 +142,7 @@ def read(folder: Path) -> Artifact:
         metadata=_metadata(graph, genai),
         size_bytes=_sizes(folder, found),
         faults=found.faults,
-        floats=_rotation_hashes(graph),
+        floats=_float_constants(graph, found),
     )
 
 
@@ -235,24 +237,66 @@ def _part_of_float_matrix(node: onnx.NodeProto) -> str:
     return names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
 
 
-def _rotation_hashes(graph: _Graph) -> frozenset[str]:
-    """Return the sha256 of the rotation of the head's input, as the checkpoint stores it; empty if there is none."""
-    stored = [graph.constant(node, 1).values for node in graph.model.graph.node if node.name == names.ROTATION_NODE]
-    return frozenset(hashlib.sha256(np.ascontiguousarray(matrix.T).tobytes()).hexdigest() for matrix in stored)
+def _float_constants(graph: _Graph, found: _Found) -> list[FloatConstant]:
+    """Return every float32 initializer that is no scale of a matrix, under the checkpoint's name where it has one."""
+    rotations = {node.input[1] for node in graph.model.graph.node if node.name == names.ROTATION_NODE}
+    constants = []
+    for name, initializer in graph.initializers.items():
+        if name in found.parts or initializer.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = graph_file.tensor(initializer, graph.path.parent)
+        # The graph multiplies by the transposed rotation.
+        stored = np.ascontiguousarray(values.T) if name in rotations else np.asarray(values)
+        constants.append(FloatConstant(name, stored, "" if name in rotations else _checkpoint_name(name)))
+    return _join_fused_biases(graph.model, constants)
+
+
+def _checkpoint_name(initializer: str) -> str:
+    """Return the checkpoint's name of a norm or bias; empty for other initializers."""
+    if _FINAL_NORM.fullmatch(initializer):
+        return "model.norm.weight"
+    name = initializer.replace(".attn.", ".self_attn.").replace(".layernorm.", ".").replace(".Add.bias", ".bias")
+    return name if _FLOAT_TENSOR.fullmatch(name) else ""
+
+
+def _join_fused_biases(model: onnx.ModelProto, constants: list[FloatConstant]) -> list[FloatConstant]:
+    """Join the biases of the parts of fused projections, as the checkpoint stores them."""
+    by_name = {constant.tensor: constant for constant in constants if constant.tensor}
+    for name, part_names in _fused_parts(model).items():
+        parts = [by_name.get(f"{part}.bias") for part in part_names]
+        present = [part for part in parts if part is not None]
+        if len(present) == len(part_names):
+            joined = np.concatenate([part.values for part in present])
+            constants = [each for each in constants if each not in present]
+            constants.append(FloatConstant(f"{name}.bias", joined, f"{name}.bias"))
+    return constants
+
+
+def _fused_parts(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Return the parts of each fused projection, from the graph's metadata.
+
+    Raises:
+        ArtifactError: the metadata is garbled.
+    """
+    fused: dict[str, list[str]] = {}
+    for entry in model.metadata_props:
+        if entry.key != "fused":
+            continue
+        found = readers.parse_json(entry.value, f"{names.MODEL_FILE}, metadata 'fused'", ArtifactError)
+        if not isinstance(found, dict) or not all(isinstance(parts, list) for parts in found.values()):
+            raise ArtifactError(f"{names.MODEL_FILE}: its metadata 'fused' is garbled. {graph_file.AGAIN}")
+        fused |= {name: [str(part) for part in parts] for name, parts in found.items()}
+    return fused
 
 
 def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
     """Join the parts of fused projections by rows, according to the graph's metadata."""
-    for entry in model.metadata_props:
-        fused: dict[str, list[str]] = (
-            readers.parse_json(entry.value, names.MODEL_FILE, ArtifactError) if entry.key == "fused" else {}
-        )
-        for name, part_names in fused.items():
-            parts = [found.weights.pop(part) for part in part_names if part in found.weights]
-            if len(parts) == len(part_names):  # a missing part has been recorded as a fault
-                codes = np.concatenate([part.codes for part in parts])
-                scales = np.concatenate([part.scales for part in parts])
-                found.weights[name] = ArtifactWeight(codes, scales, parts[0].bits, parts[0].block)
+    for name, part_names in _fused_parts(model).items():
+        parts = [found.weights.pop(part) for part in part_names if part in found.weights]
+        if len(parts) == len(part_names):  # a missing part has been recorded as a fault
+            codes = np.concatenate([part.codes for part in parts])
+            scales = np.concatenate([part.scales for part in parts])
+            found.weights[name] = ArtifactWeight(codes, scales, parts[0].bits, parts[0].block)
 
 
 def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx.architecture import EMBEDDING_SCALE as SCALE_INITIALIZER
 from qat_edge_exporters.onnx.architecture import Architecture, fused_metadata
 from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
 from qat_edge_exporters.onnx.unmerged_adapters import add_adapters
@@ -164,10 +165,9 @@ def _exact_embedding_scale(model: onnx.ModelProto, scale: float) -> Tensors:
         raise ExportError(f"onnx: the model scales its embeddings by {scale:g}, but the builder's graph does not.")
     if node is None:
         return {}
-    name = f"{names.EMBEDDING}.scale"
-    node.input[1] = name
-    model.graph.initializer.add(name=name)
-    return {name: np.array(scale, np.float32)}
+    node.input[1] = SCALE_INITIALIZER
+    model.graph.initializer.add(name=SCALE_INITIALIZER)
+    return {SCALE_INITIALIZER: np.array(scale, np.float32)}
 
 
 def _rotate_head_input(model: onnx.ModelProto, rotation: NDArray[np.float32]) -> Tensors:

@@ -95,27 +95,33 @@ def noise_db(model: PreTrainedModel, prompts: Sequence[ScoredIds], expected: Seq
     """Return the errors of the model itself under disturbance: (SEEDS * prompts, LENGTH)."""
     samples = []
     for seed in range(SEEDS):
-        with _layers_disturbed(model, seed):
+        with layers_disturbed(model, seed):
             samples.append(errors_db(expected, reference.compared_logits(model, prompts)))
     return np.concatenate(samples)
 
 
-def compare_errors(errors: Errors, noise: Errors) -> FaultTest:
-    """Test whether errors exceed those of the disturbed checkpoint, and from which position on."""
+def compare_errors(errors: Errors, noise: Errors, decisive_from: int = DECISIVE_FROM) -> FaultTest:
+    """Test whether errors exceed those of the disturbed checkpoint, and from which position on.
+
+    Args:
+        errors: of the candidate, (prompts, positions), dB.
+        noise: of the disturbed checkpoint, (draws, positions), dB.
+        decisive_from: position from which on an excess counts.
+    """
     # Every error is paired with every sample of the noise at the same position.
     pairs = errors[:, None], noise[None]
     equal = np.isclose(*pairs)
     larger = np.greater(*pairs) & ~equal
     chances = larger.mean(axis=(0, 1)) + equal.mean(axis=(0, 1)) / 2  # (LENGTH,)
 
-    chance = float(chances[DECISIVE_FROM:].max())
+    chance = float(chances[decisive_from:].max())
     exceeds = chance > MAX_CHANCE
     first = int(np.flatnonzero(chances > MAX_CHANCE)[0]) if exceeds else None
     return FaultTest(exceeds, chance, position=first, location="")
 
 
 @contextmanager
-def _layers_disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def layers_disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Add normal noise to the output of every linear layer inside the block."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -92,14 +92,38 @@ def locate(
         transport: to the device.
         threads: CPU threads of the runtime.
     """
-    step = max(len(torch.prompts) // PROMPTS, 1)
-    prompts = [prompt.ids[: fault_test.LENGTH] for prompt in torch.prompts[::step]]
+    ids = [prompt.ids for prompt in torch.prompts]
+    rounding = torch.roundings.get(target, Rounding())
+    return locate_on_prompts(folder, target, quantized, ids, rounding, transport, threads)
+
+
+def locate_on_prompts(
+    folder: Path,
+    target: str,
+    quantized: Path,
+    prompts: Sequence[Sequence[int]],
+    rounding: Rounding,
+    transport: Transport,
+    threads: int,
+) -> Localization:
+    """Find the first module whose values differ, on the first tokens of evenly spaced prompts.
+
+    Args:
+        folder: of the artifact.
+        target: of the artifact.
+        quantized: folder of the frozen checkpoint.
+        prompts: token ids.
+        rounding: of the runtime.
+        transport: to the device.
+        threads: CPU threads of the runtime.
+    """
+    step = max(len(prompts) // PROMPTS, 1)
+    traced_ids = [list(ids[: fault_test.LENGTH]) for ids in prompts[::step]]
 
     # An artifact that cannot be traced, or a device that fails, leaves the location unknown.
-    rounding = torch.roundings.get(target, Rounding())
     try:
         applies = rounding.applies(transport.info().machine)
-        traced = trace_artifact(folder, target, prompts, transport, threads)
+        traced = trace_artifact(folder, target, traced_ids, transport, threads)
     except CancelledError:
         raise
     except (ArtifactError, DeviceLayerError) as error:
@@ -110,7 +134,7 @@ def locate(
     model, rounded = reference.load_dequantized(quantized)
     every_linear = traces[0].keys() >= set(rounded)
     with _ONE, emulate_rounding(model, rounded, rounding if applies else Rounding()):
-        candidates = list(zip(prompts, traces, strict=True))
+        candidates = list(zip(traced_ids, traces, strict=True))
         return Localization(fault_test.find_divergence(model, candidates, every_linear))
 
 

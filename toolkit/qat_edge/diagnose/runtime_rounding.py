@@ -56,14 +56,23 @@ class Rounding:
 
 def artifact_rounding(folder: Path, target: str) -> Rounding | None:
     """Return how the runtime of an artifact rounds differently; None if it computes the frozen checkpoint."""
+    return rounding_of(folder, target, read_manifest(folder)["options"].get("kv_cache") == "int8")
+
+
+def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
+    """Return the same for a folder that has no manifest yet.
+
+    Args:
+        folder: of the artifact.
+        target: of the artifact.
+        int8_cache: the artifact keeps keys and values in int8.
+    """
     # MatMulNBits has a block size of its own, whatever groups the weights were trained with.
     if target == "onnx":
         artifact = target_named(target).read(folder)
         blocks = {name: weight.block for name, weight in artifact.weights.items() if weight.block}
         return Rounding(BLOCKS, blocks, machines=X86)
-    if read_manifest(folder)["options"].get("kv_cache") == "int8":
-        return Rounding(CACHE, int8_cache=True)
-    return None
+    return Rounding(CACHE, int8_cache=True) if int8_cache else None
 
 
 @contextmanager

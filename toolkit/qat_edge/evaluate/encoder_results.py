@@ -31,6 +31,8 @@ class EncoderResult:
         least_cosine: the lowest cosine similarity of all texts.
         agreement: share of texts with the same predicted label as the FP32 fine-tune; classifiers only.
         parity: mean cosine similarity with the outputs of the frozen checkpoint in torch.
+        not_finite: which of its outputs are not finite, as a sentence without a stop; empty where all are. The figures
+            are then nan.
     """
 
     name: str
@@ -41,6 +43,7 @@ class EncoderResult:
     least_cosine: float | None = None
     agreement: float | None = None
     parity: float | None = None
+    not_finite: str = ""
 
     @property
     def total_bytes(self) -> int:

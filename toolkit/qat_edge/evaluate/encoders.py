@@ -22,10 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from qat_edge import config, option_paths, progress
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
-from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult, save
 from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
+from qat_edge.evaluate.metrics import first_not_finite
+from qat_edge.manifest import check_files
 from qat_edge.models import merge, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.options import FinetuneOptions, ValidateOptions
@@ -50,6 +52,7 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
         UsageError: an option or a gate that is for other models.
         RunError: nothing exported, an artifact of an earlier checkpoint, or measured before and `force` is not set.
         DataError: no evaluation rows.
+        ModelError: the outputs of the FP32 fine-tune are not finite.
     """
     task = tasks.task_of_run(run)
     _check_options(run, options, task)
@@ -65,6 +68,11 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
     texts = [*(row["input_ids"] for row in rows), *(row["other_ids"] for row in rows if "other_ids" in row)]
     labels = np.array([row["labels"][0] for row in rows])
     reference = _torch_outputs(task, tuned.model, texts)
+    if _not_finite(reference):
+        raise ModelError(
+            f"The FP32 fine-tune: {_not_finite(reference)}. Nothing can be compared with it. Train again, with a lower "
+            "--learning-rate if the loss was not finite."
+        )
 
     results = [EncoderResult("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(task, reference, labels))]
     for variant in variants:
@@ -129,22 +137,35 @@ def _measure(
     outputs = target_named(TARGET).run_encoder(folder, texts)
     artifact = target_named(TARGET).read(folder)
 
+    # Figures of numbers that are not finite have no meaning: nan fails every gate.
+    not_finite = _not_finite(outputs)
+    if not_finite:
+        progress.warn(f"{variant.name}, {TARGET}: {not_finite}")
+        outputs = np.full_like(outputs, np.nan)
+
     # A classifier is also judged by its labels; an embedding has none.
     similarity = cosines(outputs, reference)
     agreement: float | None = None
     if not isinstance(task, SentenceEncoder):
-        agreement = float((outputs.argmax(1) == reference.argmax(1)).mean())
+        agreement = np.nan if not_finite else float((outputs.argmax(1) == reference.argmax(1)).mean())
 
     return EncoderResult(
         name=variant.name,
         target=TARGET,
         size_bytes=artifact.size_bytes,
-        quality=quality(task, outputs, labels),
+        quality=np.nan if not_finite else quality(task, outputs, labels),
         cosine=float(similarity.mean()),
         least_cosine=float(similarity.min()),
         agreement=agreement,
         parity=float(cosines(outputs, checkpoint).mean()),
+        not_finite=not_finite,
     )
+
+
+def _not_finite(outputs: Outputs) -> str:
+    """Return which outputs are not finite, as a sentence without a stop; empty where all are."""
+    row = first_not_finite(outputs)
+    return "" if row is None else f"its outputs are not finite, first for text {row}"
 
 
 def _metric(task: ModelTask) -> str:
@@ -195,6 +216,8 @@ def _exported(run: Run) -> list[Variant]:
         raise RunError(f"{run.exports}: nothing exported. Run `qat-edge export {run.path} --target {TARGET}`.")
     variants = [variant for variant in run.variants() if TARGET in variant.targets()]
     for variant in variants:
+        check_files(variant.quantized)
+        check_files(variant.exports / TARGET)
         variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")
     return variants
 

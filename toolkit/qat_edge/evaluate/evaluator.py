@@ -20,10 +20,10 @@ from qat_edge import config, option_paths, progress, readers
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import load_rows
-from qat_edge.errors import DataError, DeviceError, RunError
+from qat_edge.errors import DataError, DeviceError, ModelError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import file_name
-from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_divergence, outputs_match
+from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_divergence, first_not_finite, outputs_match
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
@@ -138,6 +138,7 @@ class Evaluator:
 
         # Both are kept on disk: every artifact is compared with them later.
         self._score_in_torch("FP32 fine-tune, logits in torch", model, self.fp32_logits)
+        self._require_finite(self.fp32_logits, "the FP32 fine-tune")
 
         if eval_set.prompts:
             progress.info(f"FP32 fine-tune: generating outputs for {len(eval_set.prompts)} prompts in torch")
@@ -164,6 +165,7 @@ class Evaluator:
         store = LogitStore(self.scratch / "base")
         self._score_in_torch("FP32 base model, logits in torch", model, store)
         metrics = self._compare(self.fp32_logits, store)
+        self._require_finite(store, "the FP32 base model")
         shutil.rmtree(store.folder)
         return Measurement(
             name="fp32 base",
@@ -182,6 +184,7 @@ class Evaluator:
         """
         model = reference.load_exact(quantized)
         self._score_in_torch("frozen checkpoint, logits in torch", model, self.frozen_logits)
+        self._require_finite(self.frozen_logits, f"the frozen checkpoint {quantized}")
 
         # The disturbed copy runs on the first tokens only: the mean over these is precise enough.
         part = self.first_tokens(FLOOR_TOKENS)
@@ -204,7 +207,9 @@ class Evaluator:
         """
         folder, options, eval_set = variant.exports / target, self.options, self.eval_set
         progress.info(f"Measuring {folder} on {transport.name}: logits of {eval_set.tokens} tokens")
-        accuracy, parity = self._compare_artifact(folder, target, transport, own)
+        accuracy, parity, not_finite = self._compare_artifact(folder, target, transport, own)
+        if not_finite:
+            progress.warn(f"{variant.name}, {target}: {not_finite}")
 
         # Scoring has sent the artifact: this runtime finds it on the device.
         runtime = open_runtime(target, transport, options.threads)
@@ -233,6 +238,7 @@ class Evaluator:
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
             notes=timed.remarks(),
+            not_finite=not_finite,
         )
 
     def first_tokens(self, limit: int) -> Evaluator:
@@ -283,18 +289,45 @@ class Evaluator:
 
     def _compare_artifact(
         self, folder: Path, target: str, transport: Transport, own: bool
-    ) -> tuple[LogitMetrics, LogitMetrics | None]:
-        """Compare an artifact's logits with FP32's and, if it is the run's own, with the frozen checkpoint's."""
-        accuracy, parity = LogitComparison(), LogitComparison()
+    ) -> tuple[LogitMetrics, LogitMetrics | None, str]:
+        """Compare an artifact's logits with FP32's and, if it is the run's own, with the frozen checkpoint's.
+
+        Returns:
+            Both metrics, and `Measurement.not_finite`.
+        """
+        accuracy, parity, not_finite = LogitComparison(), LogitComparison(), ""
         keep = own and self.options.error_budget  # the error budget compares them with other steps' later
         for index, logits in self.score_artifact(folder, target, transport):
             targets = self.eval_set.sequences[index].targets
+            not_finite = not_finite or self._describe_not_finite(index, logits)
             accuracy.add(self.fp32_logits.get(index), logits, targets)
             if own:
                 parity.add(self.frozen_logits.get(index), logits, targets)
             if keep:
                 self.artifact_logits(transport.name, target).put(index, logits)
-        return accuracy.result(), parity.result() if own else None
+        return accuracy.result(), parity.result() if own else None, not_finite
+
+    def _describe_not_finite(self, index: int, logits: Logits) -> str:
+        """Return where the logits of a sequence are not finite, as a sentence without a stop; empty where all are."""
+        row = first_not_finite(logits)
+        if row is None:
+            return ""
+        position = self.eval_set.sequences[index].positions[row]
+        return f"its logits are not finite, first at token {position} of evaluation sequence {index}"
+
+    def _require_finite(self, store: LogitStore, what: str) -> None:
+        """Refuse a reference whose logits are not finite: every figure is relative to it.
+
+        Raises:
+            ModelError: names the reference, the sequence and the token.
+        """
+        for index in range(len(self.eval_set.sequences)):
+            where = self._describe_not_finite(index, store.get(index))
+            if where:
+                raise ModelError(
+                    f"{what}: {where}. Nothing can be compared with it: its weights are not finite, or too large. "
+                    "Train again, with a lower --learning-rate if the loss was not finite."
+                )
 
     def _score_in_torch(self, title: str, model: PreTrainedModel, store: LogitStore) -> None:
         with progress.bar(title, len(self.eval_set.sequences)) as bar:
@@ -366,8 +399,8 @@ def announce_timing(options: ValidateOptions) -> None:
 
 def as_agreement(metrics: LogitMetrics) -> Agreement:
     """Return the metrics that reports record."""
-    # JSON has no infinity, which is the SQNR of equal logits.
-    sqnr_db = metrics.sqnr_db if math.isfinite(metrics.sqnr_db) else None
+    # JSON has no infinity, which is the SQNR of equal logits. nan says that the logits are not finite, and stays.
+    sqnr_db = None if metrics.sqnr_db == math.inf else metrics.sqnr_db
     return Agreement(metrics.tokens, metrics.kl_nats, metrics.top1_agreement, sqnr_db)
 
 

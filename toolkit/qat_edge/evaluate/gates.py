@@ -15,6 +15,7 @@ from qat_edge.profiles import is_gate
 
 ENCODER_GATES = ("min_quality", "min_cosine", "min_top1", "max_size_mb")  # options
 ENCODER_ONLY_GATES = ENCODER_GATES[:2]
+NOT_FINITE = "The figure is not a finite number"
 
 
 class GatedReport(Protocol):
@@ -88,7 +89,8 @@ def require_gates(report: GatedReport) -> None:
 
 def describe_miss(gate: Gate) -> str:
     """Describe a missed gate: flag, limit, measured figure and, where known, the cause."""
-    figure = "not measured" if math.isnan(gate.found) else f"measured {gate.found:.4g}"
+    measured = not math.isnan(gate.found) or gate.why == NOT_FINITE
+    figure = f"measured {gate.found:.4g}" if measured else "not measured"
     cause = f". {gate.why}" if gate.why else ""
     return f"{gate.flag} {gate.limit:g}, {figure}{cause}"
 
@@ -120,10 +122,12 @@ def require_any_gate(*options: ValidateOptions) -> None:
 
 
 def _gate(option: str, limit: float, measured: str, figure: float | None, why: str = "") -> Gate:
-    """Check one figure against its limit; a figure that was not measured fails."""
+    """Check one figure against its limit; a figure that was not measured, or is not finite, fails."""
     if figure is None:
         # A figure that should be checked but is missing must not look like a success in CI.
         return Gate(flag_name(option), limit, measured, math.nan, passed=False, why=why)
+    if not math.isfinite(figure):
+        return Gate(flag_name(option), limit, measured, figure, passed=False, why=NOT_FINITE)
     passed = figure <= limit if option.startswith("max_") else figure >= limit
     return Gate(flag_name(option), limit, measured, figure, passed, why)
 

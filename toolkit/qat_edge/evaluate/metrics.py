@@ -4,7 +4,8 @@
     perplexity = exp(mean of -log p(target))
     SQNR       = 10 log10(sum r^2 / sum (r - c)^2) over all logits, dB
 
-One token is one row of logits (tokens, vocabulary); its target is the id that follows it in the text.
+One token is one row of logits (tokens, vocabulary); its target is the id that follows it in the text. Where a row of
+either side is not finite, no figure has a meaning: all of them are nan, and `LogitMetrics.not_finite` says where.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class LogitMetrics:
         perplexity: of the candidate.
         sqnr_db: signal-to-quantization-noise ratio in dB; infinite where the logits are equal.
         tokens: number of compared tokens.
+        not_finite: which logits are not finite and where they begin, as a phrase; empty where all are finite.
     """
 
     kl_nats: float
@@ -44,6 +46,7 @@ class LogitMetrics:
     perplexity: float
     sqnr_db: float
     tokens: int
+    not_finite: str = ""
 
 
 class LogitComparison:
@@ -57,6 +60,7 @@ class LogitComparison:
         self._nll = 0.0
         self._signal = 0.0
         self._noise = 0.0
+        self._not_finite = ""
 
     def add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
         """Add one block.
@@ -83,6 +87,9 @@ class LogitComparison:
         """
         if self._tokens == 0:
             raise ValueError("no tokens were compared")
+        if self._not_finite:
+            nan = math.nan
+            return LogitMetrics(nan, nan, nan, nan, nan, self._tokens, self._not_finite)
         return LogitMetrics(
             kl_nats=self._kl / self._tokens,
             top1_agreement=self._agreeing / self._tokens,
@@ -93,6 +100,14 @@ class LogitComparison:
         )
 
     def _add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
+        for name, logits in (("reference", reference), ("model", candidate)):
+            row = first_not_finite(logits)
+            if row is not None and not self._not_finite:
+                self._not_finite = f"the {name}'s logits are not finite, first at compared token {self._tokens + row}"
+        if self._not_finite:
+            self._tokens += len(targets)
+            return
+
         # Sums, not means, so that blocks of any length can be added.
         log_p, log_q = log_softmax(reference), log_softmax(candidate)
         at_targets = np.arange(len(targets)), targets
@@ -103,6 +118,12 @@ class LogitComparison:
         self._nll -= float(log_q[at_targets].sum())
         self._signal += float((reference**2).sum())
         self._noise += float(((reference - candidate) ** 2).sum())
+
+
+def first_not_finite(logits: Logits) -> int | None:
+    """Return the index of the first row with a number that is not finite, or None."""
+    finite = np.isfinite(logits).all(axis=-1)
+    return None if finite.all() else int(finite.argmin())
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:

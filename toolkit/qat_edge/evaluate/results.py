@@ -37,6 +37,49 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """An artifact that was run on a few prompts, compared with its frozen checkpoint in torch.
+
+    Both sides round as the artifact's runtime does on this machine.
+
+    Attributes:
+        not_measured: why it was not run, as a sentence; empty where it was.
+        fault: how it differs by more than rounding noise, as sentences; empty where it does not.
+        tokens: number of compared tokens.
+        sqnr_db: of the logits or outputs, in dB; None where they are equal or were not compared.
+        kl_nats: mean KL divergence per token, in nats; None for an encoder.
+        floor_sqnr_db: the same figure of the checkpoint against itself with disturbed layers, the lowest of all draws.
+        floor_kl_nats: the same, the highest of all draws.
+        chance: probability that a token's error exceeds that of the disturbed checkpoint; see `FaultTest`.
+        not_reached: what these prompts do not test, as a phrase; empty where nothing is known.
+        seconds: time of the comparison.
+    """
+
+    not_measured: str = ""
+    fault: str = ""
+    tokens: int = 0
+    sqnr_db: float | None = None
+    kl_nats: float | None = None
+    floor_sqnr_db: float | None = None
+    floor_kl_nats: float | None = None
+    chance: float | None = None
+    not_reached: str = ""
+    seconds: float = 0.0
+
+    def describe(self) -> str:
+        """Return it as a phrase for one line."""
+        if self.not_measured:
+            return f"parity not measured: {self.not_measured.rstrip('.')}"
+        if self.fault:
+            return "parity FAILED"
+        found = "equal" if self.sqnr_db is None else f"{self.sqnr_db:.0f} dB"
+        floor = "exact" if self.floor_sqnr_db is None else f"{self.floor_sqnr_db:.0f} dB"
+        kl = "" if self.kl_nats is None else f", KL {self.kl_nats:.1g}"
+        beyond = f"; not reached: {self.not_reached}" if self.not_reached else ""
+        return f"parity {found}{kl} (noise floor {floor}), {self.tokens} tokens in {self.seconds:.0f} s{beyond}"
+
+
+@dataclass(frozen=True)
 class Spread:
     """Median of repeated measurements, with the smallest and the largest."""
 
@@ -94,6 +137,8 @@ class Measurement:
         same_answers: share of prompts whose output equals the FP32 fine-tune's, token for token.
         first_divergence: median index of the first differing token over the other prompts; None if there are none.
         notes: sentences to show next to the figures.
+        not_finite: which of its logits are not finite, as a sentence without a stop; empty where all are. The figures
+            are then nan.
     """
 
     name: str
@@ -112,6 +157,7 @@ class Measurement:
     same_answers: float | None = None
     first_divergence: float | None = None
     notes: tuple[str, ...] = ()
+    not_finite: str = ""
 
     @property
     def total_bytes(self) -> int:

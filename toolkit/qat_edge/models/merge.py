@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import option_paths, progress, remote_code
 from qat_edge.errors import RunError
-from qat_edge.manifest import LIBRARIES, library_version, read_manifest, write_manifest
+from qat_edge.manifest import LIBRARIES, check_files, library_version, read_manifest, write_manifest
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
 from qat_edge.models.tasks import task_from_metadata
@@ -103,13 +103,13 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder of trained weights.
 
     Raises:
-        RunError: The folder contains no finished adapter.
+        RunError: The folder contains no finished adapter, or its files are not those that were written.
     """
     if not folder.is_dir():
         raise RunError(
             f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
         )
-    return read_manifest(folder)
+    return check_files(folder)
 
 
 # --- load models -------------------------------------------------------------------------------------------

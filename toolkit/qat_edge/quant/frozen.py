@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchao.quantization import (
     FqnToConfig,
@@ -35,7 +36,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import tasks
 from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
@@ -128,11 +129,18 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def read_scheme(folder: Path) -> Scheme:
-    """Read the scheme of a frozen checkpoint from its manifest."""
+    """Read the scheme of a frozen checkpoint from its manifest.
+
+    Raises:
+        RunError: The folder has no manifest, or its scheme is damaged.
+    """
     # Checkpoints from before encoders have no "apart".
     metadata = read_manifest(folder)["scheme"]
-    weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
-    return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
+    try:
+        weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
+        return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
+    except TypeError as error:
+        raise RunError(f"{folder / MANIFEST}: damaged (scheme: {error}). Make the folder again.") from error
 
 
 def scheme_metadata(scheme: Scheme) -> dict[str, Any]:
@@ -144,26 +152,65 @@ def read_weights(folder: Path) -> dict[str, FrozenWeight]:
     """Read codes and scales by module name from the safetensors files, without loading a model.
 
     Raises:
-        RunError: The folder holds no quantized weights.
+        RunError: The folder holds no quantized weights, or a file is damaged.
     """
     found: dict[str, FrozenWeight] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key, text in (file.metadata() or {}).items():
-                # torchao describes each quantized tensor as JSON in the file's metadata.
-                description = readers.parse_json(text, str(path), RunError) if text.startswith("{") else {}
-                if description.get("_type") != IntxUnpackedToInt8Tensor.__name__:
-                    continue
-                name, _, attribute = key.rpartition(".")
-                stem = f"{name}._{attribute}"
-                found[name] = FrozenWeight(
-                    codes=file.get_tensor(f"{stem}_qdata"),
-                    scales=file.get_tensor(f"{stem}_scale"),
-                    bits=int(description["_data"]["target_dtype"]["_data"].removeprefix("int")),
-                )
+        with _opened(path) as file:
+            for name, stem, bits in _quantized_tensors(file):
+                found[name] = FrozenWeight(file.get_tensor(f"{stem}_qdata"), file.get_tensor(f"{stem}_scale"), bits)
     if not found:
         raise RunError(f"{folder}: no quantized weights found. `qat-edge export` makes a frozen checkpoint.")
     return found
+
+
+def read_floats(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors that are not quantized (norms, biases, buffers) by name, as float32.
+
+    A rotated norm's own weight is under NORM.weight and its rotation under NORM.turn, as in a loaded model.
+
+    Raises:
+        RunError: A file is damaged.
+    """
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _opened(path) as file:
+            stems = tuple(stem for _, stem, _ in _quantized_tensors(file))
+            keys = [key for key in file.keys() if not key.startswith(stems)] if stems else list(file.keys())  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in keys}
+            found |= {key: tensor.float() for key, tensor in tensors.items() if tensor.is_floating_point()}
+
+    for key in [key for key in found if key.endswith(f".{rotated_norm.GAIN}")]:
+        name = key.removesuffix(f".{rotated_norm.GAIN}")
+        found[f"{name}.{rotated_norm.ROTATION}"] = found[f"{name}.{rotated_norm.WEIGHT}"]
+        found[f"{name}.{rotated_norm.WEIGHT}"] = found.pop(key)
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({readers.shorten(str(error), 200)}). Make the folder again.") from error
+
+
+def _quantized_tensors(file: Any) -> Iterator[tuple[str, str, int]]:
+    """Yield module name, prefix of the stored tensors and bits of every quantized weight of an open file."""
+    for key, text in (file.metadata() or {}).items():
+        # torchao describes each quantized tensor as JSON in the file's metadata.
+        description = readers.parse_json(text, key, RunError) if text.startswith("{") else {}
+        if description.get("_type") != IntxUnpackedToInt8Tensor.__name__:
+            continue
+        name, _, attribute = key.rpartition(".")
+        bits = int(description["_data"]["target_dtype"]["_data"].removeprefix("int"))
+        yield name, f"{name}._{attribute}", bits
 
 
 def _torchao_config(scheme: Scheme) -> TorchAoConfig:

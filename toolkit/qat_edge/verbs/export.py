@@ -2,19 +2,24 @@
 
 `export` checks the options, freezes what is not frozen yet (`verbs.quantize`), and has each `Target` write its folder
 (`qat_edge_exporters.targets`): a .pte in `qat_edge_exporters.executorch.export_pte`, an ONNX folder in
-`qat_edge_exporters.onnx.export_onnx`.
+`qat_edge_exporters.onnx.export_onnx`. Every artifact is then run on a few prompts (`diagnose.parity`), and takes its
+place only if it computes the frozen checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qat_edge import config, progress
-from qat_edge.errors import RunError, UsageError
-from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
+from qat_edge.diagnose import parity
+from qat_edge.diagnose.parity import FrozenReference
+from qat_edge.errors import ExportError, RunError, UsageError
+from qat_edge.evaluate.results import Parity
+from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
 from qat_edge.models import tasks
 from qat_edge.options import ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
@@ -24,7 +29,9 @@ from qat_edge.storage import replace_folder
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing
 from qat_edge_exporters.targets import (
     EXECUTORCH,
+    FORMATS,
     KV_CACHE_FLOAT,
+    KV_CACHE_INT8,
     NEUTRAL,
     USUAL_BACKEND,
     Target,
@@ -40,13 +47,15 @@ class Exported:
         target: its format, "executorch" or "onnx".
         folder: where it is.
         size_bytes: of all its files.
-        wall_s: time it took.
+        wall_s: time it took to write it.
+        parity: what it computes, compared with the frozen checkpoint; its time is not part of `wall_s`.
     """
 
     target: str
     folder: Path
     size_bytes: int
     wall_s: float
+    parity: Parity
 
 
 @writes_run("export")
@@ -59,7 +68,8 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     Raises:
         UsageError: an unknown target; an option that no chosen target takes; methods together with none.
         RunError: all artifacts exist, or one of another checkpoint or context length does, and `force` is not set.
-        ExportError: a target cannot express the model, or a backend's compiler is not installed.
+        ExportError: a target cannot express the model, a backend's compiler is not installed, or an artifact does not
+            compute the frozen checkpoint.
     """
     # Every option is checked first, so that nothing is computed for a combination that cannot be.
     targets = [target_for(name, options.backend) for name in dict.fromkeys(options.target)]
@@ -71,10 +81,14 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     pending = list(folders) if force else _pending(folders, options)
     variants = {method: quantize_if_missing(run, method, force) for method in methods}
 
-    written = []
+    # The torch side of the comparison is shared by all artifacts of one checkpoint.
+    written: list[Exported] = []
+    references: dict[str, FrozenReference] = {}
     for folder, (method, target) in folders.items():
         if folder in pending:
-            written.append(export_one(variants[method], target, options))
+            variant = variants[method]
+            reference = references.setdefault(method, FrozenReference(variant.quantized))
+            written.append(export_one(variant, target, options, reference))
         else:
             progress.info(f"Kept {folder}: exported before from the same checkpoint")
 
@@ -82,15 +96,34 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     return written
 
 
-def export_one(variant: Variant, target: Target, options: ExportOptions) -> Exported:
-    """Write one artifact of one variant, replacing what is there."""
+def export_one(
+    variant: Variant, target: Target, options: ExportOptions, reference: FrozenReference | None = None
+) -> Exported:
+    """Write one artifact of one variant, replacing what is there.
+
+    Args:
+        variant: whose checkpoint is exported, and where the artifact goes.
+        target: what to write.
+        options: of the export.
+        reference: torch side of the comparison, if other artifacts of the checkpoint use it as well.
+
+    Raises:
+        RunError: the checkpoint is not as it was written.
+        ExportError: the target cannot express the model, or the artifact does not compute the checkpoint.
+    """
     folder = variant.exports / target.name
     began = time.monotonic()
     progress.info(f"Exporting {folder}")
+    check_files(variant.quantized)
 
     with replace_folder(folder, force=True) as work:
         target.export(variant.quantized, work, options.context_length, **_given(target, options))
         wall_s = time.monotonic() - began
+
+        # Nothing takes the folder's name that does not compute what was frozen.
+        found = _measure_parity(variant, target, work, options, reference)
+        if found.fault:
+            raise ExportError(_refusal(folder, target, found))
         write_manifest(
             work,
             "export",
@@ -100,13 +133,37 @@ def export_one(variant: Variant, target: Target, options: ExportOptions) -> Expo
             quantized_sha256=sha256(variant.quantized / MANIFEST),
             conversation=read_manifest(variant.quantized).get("conversation"),
             wall_s=wall_s,
+            parity=dataclasses.asdict(found),
         )
 
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     for difference in target.differences:
         progress.warn(f"{folder.name} is not exactly what was trained: {difference}")
-    progress.info(f"Wrote {folder}: {size / 1e6:.1f} MB in {wall_s:.0f} s")
-    return Exported(target.format, folder, size, wall_s)
+    progress.info(f"Wrote {folder}: {size / 1e6:.1f} MB in {wall_s:.0f} s; {found.describe()}")
+    return Exported(target.format, folder, size, wall_s, found)
+
+
+def _measure_parity(
+    variant: Variant, target: Target, folder: Path, options: ExportOptions, reference: FrozenReference | None
+) -> Parity:
+    """Run the artifact in `folder` on a few prompts, where it can run here and was made of a frozen checkpoint."""
+    reason = parity.not_comparable(variant.quantized)
+    if reason:
+        return Parity(not_measured=reason)
+    progress.info("Running the artifact on a few prompts, next to the frozen checkpoint in torch")
+    reference = reference or FrozenReference(variant.quantized)
+    int8_cache = "kv_cache" in target.options and options.kv_cache == KV_CACHE_INT8
+    return parity.measure(folder, target.name, reference, options.context_length, int8_cache)
+
+
+def _refusal(folder: Path, target: Target, found: Parity) -> str:
+    """Describe why an artifact was not kept, and what to do."""
+    other = next((f for f in FORMATS if f != target.format), "")
+    return (
+        f"{folder} was not written: the artifact does not compute the frozen checkpoint. {found.fault} "
+        f"The exporter of {target.format} or its runtime computes another function for this model. Leave it out with "
+        f"--target {other}, and please report this message."
+    )
 
 
 def _given(target: Target, options: ExportOptions) -> dict[str, Any]:
@@ -137,6 +194,7 @@ def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:
     exported = manifest["options"]
     same = exported["context_length"] == options.context_length
     same = same and all(exported.get(name, NEUTRAL[name]) == getattr(options, name) for name in target.options)
+    same = same and not file_faults(folder, manifest)
     return same and manifest["quantized_sha256"] == sha256(checkpoint)
 
 

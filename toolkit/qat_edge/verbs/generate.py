@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import check_files, read_manifest
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.quant import frozen
@@ -60,6 +60,7 @@ def generate(
     folder = run.quantized if target is None else run.exports / target.name
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
+    check_files(folder)
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qat_edge import config, progress
-from qat_edge.errors import DeviceError, GateError, RunError, UsageError
+from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, UsageError
 from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import check_files, read_manifest
 from qat_edge.models import merge, tasks
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
@@ -202,9 +202,11 @@ def require_success(validated: Validated) -> None:
 
     Raises:
         DeviceError: a device failed; missed gates of the others follow.
+        ArtifactError: an artifact computed numbers that are not finite, whatever the gates say.
         GateError: gates were missed, by device.
     """
-    missed = []
+    missed = [text for report in validated.reports for text in _not_finite(report)]
+    is_broken = bool(missed)
     for report in validated.reports:
         try:
             require_gates(report)
@@ -219,7 +221,18 @@ def require_success(validated: Validated) -> None:
         lines = "\n".join([*failed, *missed])
         raise DeviceError(f"{count} of {count + len(validated.reports)} devices failed.\n{lines}")
     if missed:
-        raise GateError("\n".join(missed))
+        raise (ArtifactError if is_broken else GateError)("\n".join(missed))
+
+
+def _not_finite(report: Report | EncoderReport) -> list[str]:
+    """Return a line for each artifact with outputs that are not finite."""
+    results = report.measured if isinstance(report, Report) else report.results
+    return [
+        f"{report.device}: {result.name}, {result.target}: {result.not_finite}. Its figures have no meaning; "
+        "`qat-edge verify` compares it with the frozen checkpoint."
+        for result in results
+        if result.not_finite
+    ]
 
 
 def _require_possible(options_by_device: Iterable[ValidateOptions], paths: Iterable[Path], force: bool) -> None:
@@ -347,7 +360,7 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     """Return the artifacts to measure: those of --target, or all that can run.
 
     Raises:
-        RunError: one of --target cannot run or was not exported, or none is left.
+        RunError: one of --target cannot run or was not exported, none is left, or a folder is not as it was written.
     """
     chosen = options.target or run.targets()
     reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}
@@ -364,4 +377,6 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     found = [(variant, target) for variant in run.variants() for target in wanted if target in variant.targets()]
     for variant, target in found:
         variant.require_current(target, f"qat-edge export {run.path} --force")
+        check_files(variant.quantized)
+        check_files(variant.exports / target)
     return found

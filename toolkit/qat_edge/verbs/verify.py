@@ -1,32 +1,42 @@
-"""Read every artifact back and compare it with the frozen checkpoint: every code and every scale of every matrix.
+"""Compare every artifact with its frozen checkpoint: what its files hold, and what it computes.
 
-The target's reader unpacks the file (`Target.read`); this module compares what it found with `quant.frozen`'s weights.
+read   codes and scales of every matrix, norms, biases and other float constants, bit for bit. The target's reader
+       unpacks the file (`Target.read`), and this module compares what it found with `quant.frozen`'s tensors.
+files  every file with the manifest, and the tokenizer with the checkpoint's
+run    the artifact in its own runtime on a few prompts, with the frozen checkpoint in torch (`diagnose.parity`)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qat_edge import progress
+from qat_edge.diagnose import parity
+from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, RunError
-from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.evaluate.results import Parity
+from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
-from qat_edge.quant import frozen, rotated_norm
+from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
-from qat_edge.run import Run
+from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import KV_CACHE_INT8, Target, target_named
+
+NOT_RUN = Parity(not_measured="The artifact was only read.")
+# Rotary tables of the ONNX builder for models that pair neighbouring channels: nothing here computes those.
+NOT_COMPUTED = ("cos_cache", "sin_cache")
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ class Verified:
         embedding_equal: whether all embeddings are.
         head_equal: whether the output head is; None for a model without one.
         faults: one sentence for each difference; empty where the artifact equals the checkpoint.
+        floats: number of norms, biases and other float tensors in the checkpoint; None where the artifact stores
+            them in a form that cannot be compared.
+        floats_equal: how many of them are equal, bit for bit.
+        parity: what it computes, compared with the checkpoint.
     """
 
     folder: Path
@@ -50,15 +64,25 @@ class Verified:
     embedding_equal: bool
     head_equal: bool | None
     faults: list[str]
+    floats: int | None = None
+    floats_equal: int = 0
+    parity: Parity = NOT_RUN
 
     def describe(self) -> str:
         """Return the line that `qat-edge verify` prints."""
         rest = [f"{name} {'equal' if equal else 'DIFFERS'}" for name, equal in self._tables()]
-        return f"{self.folder}: {self.linears_equal} of {self.linears} linear layers equal, {', '.join(rest)}"
+        rest.append(self._floats())
+        linears = f"{self.linears_equal} of {self.linears} linear layers equal"
+        return f"{self.folder}: {', '.join([linears, *rest])}; {self.parity.describe()}"
 
     def _tables(self) -> list[tuple[str, bool]]:
         head = [] if self.head_equal is None else [("head", self.head_equal)]
         return [("embedding", self.embedding_equal), *head]
+
+    def _floats(self) -> str:
+        if self.floats is None:
+            return "norms and biases not compared (stored in a layout of its backend)"
+        return f"{self.floats_equal} of {self.floats} norms and biases equal"
 
 
 @writes_run("verify")
@@ -75,7 +99,7 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         One result for each artifact. `require_equal` raises what they found.
 
     Raises:
-        RunError: nothing was exported, or a named target was not.
+        RunError: nothing was exported, a named target was not, or a checkpoint is not as it was written.
         ArtifactError: an artifact cannot be read at all.
     """
     # A target is found if any variant has it.
@@ -85,10 +109,16 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         what = ", ".join(sorted(missing)) or "no artifact"
         raise RunError(f"{run.exports}: {what} not exported yet. `qat-edge export {run.path}` does it.")
 
+    # Everything is compared with the checkpoints, so they are checked first.
+    references = {}
+    for path in dict.fromkeys(variant.quantized for variant, _ in found):
+        check_files(path)
+        references[path] = FrozenReference(path)
+
     results = []
     for variant, target in found:
-        progress.info(f"Reading {variant.exports / target}")
-        results.append(verify_folder(variant.exports / target, target, variant.quantized))
+        progress.info(f"Reading and running {variant.exports / target}")
+        results.append(_verify_artifact(variant, target, references[variant.quantized]))
     write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
     return results
 
@@ -99,17 +129,36 @@ def _record(run: Run, result: Verified) -> dict[str, Any]:
     return entry | {"manifest_sha256": sha256(result.folder / MANIFEST)}
 
 
+def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) -> Verified:
+    """Read one artifact back and run it."""
+    folder = variant.exports / target
+    manifest = read_manifest(folder)
+    result = verify_folder(folder, target, variant.quantized)
+
+    reason = parity.not_comparable(variant.quantized)
+    if reason:
+        return dataclasses.replace(result, parity=Parity(not_measured=reason))
+    options = manifest["options"]
+    measured = parity.measure(
+        folder, target, reference, options["context_length"], options.get("kv_cache") == KV_CACHE_INT8
+    )
+    faults = [f"It does not compute the frozen checkpoint. {measured.fault}"] if measured.fault else []
+    return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
+
+
 def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
-    """Compare the artifact in `folder` with the frozen checkpoint in `quantized`."""
+    """Compare the files of the artifact in `folder` with the frozen checkpoint in `quantized`; nothing is run."""
     scheme, expected = frozen.read_scheme(quantized), frozen.read_weights(quantized)
-    artifact = target_named(target).read(folder)
+    record = target_named(target)
+    artifact = record.read(folder)
 
     # Every matrix of the scheme has to be in the artifact, equal in bits, codes and scales.
     differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in scheme.weights}
+    floats = _compare_floats(quantized, record, artifact)
 
-    # Beyond the matrices: what the reader itself found wrong, extra matrices, the head's rotation, other files.
-    faults = [*artifact.faults, *(text for text in differing.values() if text)]
-    faults += _unexpected(scheme, artifact) + _rotation_faults(quantized, artifact) + _file_faults(folder, quantized)
+    # Beyond the tensors: what the reader itself found wrong, extra matrices, other files.
+    faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
+    faults += _unexpected(scheme, artifact) + _file_faults(folder, quantized)
 
     return Verified(
         folder=folder,
@@ -119,6 +168,8 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         embedding_equal=not any(differing[name] for name in scheme.embeddings),
         head_equal=not any(differing[name] for name in scheme.heads) if scheme.heads else None,
         faults=faults,
+        floats=floats.total,
+        floats_equal=floats.equal,
     )
 
 
@@ -169,15 +220,71 @@ def _unexpected(scheme: Scheme, artifact: Artifact) -> list[str]:
     return [f"{name}: in the artifact, but not in the checkpoint" for name in extra]
 
 
-def _rotation_faults(quantized: Path, artifact: Artifact) -> list[str]:
-    """Compare the rotation of the head's input, bit for bit, where the reader read float constants."""
+class _FloatComparison(NamedTuple):
+    """Number of float tensors of the checkpoint, how many are equal, and a sentence for each difference."""
+
+    total: int | None
+    equal: int
+    faults: list[str]
+
+
+def _compare_floats(quantized: Path, target: Target, artifact: Artifact) -> _FloatComparison:
+    """Compare norms, biases and every other float constant, bit for bit."""
     if artifact.floats is None:
-        return []
-    return [
-        f"{name}.{rotated_norm.ROTATION}: not in the artifact as it was frozen"
-        for name, turn in rotated_norm.stored_rotations(quantized).items()
-        if hashlib.sha256(turn.numpy().tobytes()).hexdigest() not in artifact.floats
-    ]
+        return _FloatComparison(None, 0, [])
+    expected = {name: _forms(tensor.numpy()) for name, tensor in frozen.read_floats(quantized).items()}
+    by_tensor = {constant.tensor: constant.values for constant in artifact.floats if constant.tensor}
+    stored = {constant.values.tobytes() for constant in artifact.floats}
+
+    # A constant under the tensor's name has to equal it. Without names, the file has to hold the values somewhere.
+    missing = []
+    for name, forms in expected.items():
+        if name in by_tensor:
+            is_equal = by_tensor[name].tobytes() in forms
+        else:
+            # An exporter drops a product with ones or a sum with zeros.
+            is_equal = not stored.isdisjoint(forms) or _is_neutral(name, forms[0])
+        if not is_equal:
+            missing.append(name)
+    faults = [f"{name}: not in the artifact as it was frozen" for name in missing]
+
+    # What is in the file and not in the checkpoint: computed by the exporter, or a constant that holds no information.
+    known = {form for forms in expected.values() for form in forms}
+    computed = {constant.name: constant.values for constant in target.computed_constants(quantized, artifact)}
+    known |= {values.astype(np.float32).tobytes() for values in computed.values()}
+    sizes = [len(expected[name][0]) for name in missing]
+    for constant in artifact.floats:
+        values, data = constant.values, constant.values.tobytes()
+        if constant.name in computed:
+            if not np.array_equal(values, computed[constant.name]):
+                faults.append(f"{target.file}: its constant {constant.name} is not what the model computes")
+        elif data not in known and not _is_structural(values) and constant.name not in NOT_COMPUTED:
+            # A changed tensor has been reported by its name: its new values are no further fault.
+            if constant.tensor in expected or len(data) in sizes:
+                continue
+            faults.append(
+                f"{target.file}: its constant {constant.name}, {values.size} numbers, is not in the checkpoint"
+            )
+    return _FloatComparison(len(expected), len(expected) - len(missing), faults)
+
+
+def _forms(values: NDArray[np.float32]) -> tuple[bytes, bytes]:
+    """Return the bytes of a tensor, and of 1 + the tensor: Gemma's norms are stored so where a norm has no offset."""
+    return values.tobytes(), (values + np.float32(1)).tobytes()
+
+
+def _is_neutral(name: str, data: bytes) -> bool:
+    """Return True for a weight of ones or a bias of zeros, which change nothing."""
+    return bool((np.frombuffer(data, np.float32) == (0 if name.endswith("bias") else 1)).all())
+
+
+def _is_structural(values: NDArray[np.float32]) -> bool:
+    """Return True for a constant that the graph needs and that holds no weights.
+
+    These are single numbers (an epsilon, a factor), rows of one number (the mean as a product), and matrices of 0, 1
+    and -1 (a permutation, `rotate_half`). Whether they are the right ones shows when the artifact runs.
+    """
+    return bool(values.size <= 1 or (values == values.flat[0]).all() or np.isin(values, (0, 1, -1)).all())
 
 
 def _file_faults(folder: Path, quantized: Path) -> list[str]:
@@ -189,9 +296,5 @@ def _file_faults(folder: Path, quantized: Path) -> list[str]:
         elif sha256(folder / name) != sha256(quantized / name):
             faults.append(f"{name}: not the tokenizer the model was trained with")
     if (folder / MANIFEST).is_file():
-        for name, entry in read_manifest(folder)["files"].items():
-            if not (folder / name).is_file():
-                faults.append(f"{name}: listed in {MANIFEST}, but missing")
-            elif sha256(folder / name) != entry["sha256"]:
-                faults.append(f"{name}: changed since it was exported (its sha256 is not the one in {MANIFEST})")
+        faults += [f"{fault}." for fault in file_faults(folder, read_manifest(folder), "exported")]
     return faults

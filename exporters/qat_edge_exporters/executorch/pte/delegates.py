@@ -12,10 +12,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from qat_edge.errors import ArtifactError
+from qat_edge_exporters.artifact import FloatConstant
 from qat_edge_exporters.executorch.compat import (
     BACKENDS_FOLDER,
     DelegateCall,
@@ -188,13 +192,7 @@ def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[EmbeddingTable]:
     A portable program looks up codes and scales by one ATen operator each, others by one operator for both.
     """
     low_first = reorders_columns(plan)
-    # Codes and scales in the order of the calls: each operator's first arguments.
-    tensors: list[SchemaTensor] = []
-    for call in kernel_calls(plan):
-        count = EMBEDDINGS.get(plan.operators[call.op_index].name, 0)
-        if count:
-            tensors += [plan.values[index].val for index in call.args[:count]]
-
+    tensors = _table_tensors(plan)
     tables = []
     for pair in zip(tensors[0::2], tensors[1::2], strict=False):
         # Codes first; a pair without codes is an embedding in float.
@@ -202,6 +200,31 @@ def embedding_tables(pte: PTEFile, plan: ExecutionPlan) -> list[EmbeddingTable]:
         if first.scalar_type in CODES:
             tables.append(_embedding_table(pte, first, second, low_first))
     return tables
+
+
+def _table_tensors(plan: ExecutionPlan) -> list[SchemaTensor]:
+    """Return codes and scales of all embeddings in the order of the calls: each operator's first arguments."""
+    tensors: list[SchemaTensor] = []
+    for call in kernel_calls(plan):
+        count = EMBEDDINGS.get(plan.operators[call.op_index].name, 0)
+        if count:
+            tensors += [plan.values[index].val for index in call.args[:count]]
+    return tensors
+
+
+def float_constants(pte: PTEFile, plan: ExecutionPlan) -> list[FloatConstant]:
+    """Return the float32 constants of operators outside delegates, without the scales of embeddings."""
+    of_tables = {id(tensor) for tensor in _table_tensors(plan)}
+    found = []
+    for index, value in enumerate(plan.values):
+        tensor = value.val
+        if not isinstance(tensor, SchemaTensor) or id(tensor) in of_tables or not tensor.data_buffer_idx:
+            continue
+        # A tensor with memory of its own is a buffer that the program writes, such as a cache.
+        if tensor.scalar_type == ScalarType.FLOAT and tensor.allocation_info is None:
+            data = _program_constant(pte, tensor)[: 4 * prod(tensor.sizes)]
+            found.append(FloatConstant(f"constant {index}", np.frombuffer(data, np.float32)))
+    return found
 
 
 def _embedding_table(pte: PTEFile, codes: SchemaTensor, scales: SchemaTensor, low_first: bool) -> EmbeddingTable:

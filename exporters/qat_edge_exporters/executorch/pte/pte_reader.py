@@ -20,7 +20,7 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
 from qat_edge_exporters.executorch.compat import ExecutionPlan
 from qat_edge_exporters.executorch.pte import delegates, runner_contract, shared_table
 from qat_edge_exporters.executorch.pte.delegates import EmbeddingTable, MatrixProduct
@@ -65,6 +65,7 @@ class _PteContents:
         tables: quantized embeddings in the order of their use.
         named: the delegates' constants by name.
         shared: names of those that are the program's constants as well.
+        floats: float32 constants of operators outside delegates, without those of embeddings.
     """
 
     methods: list[str]
@@ -73,6 +74,7 @@ class _PteContents:
     tables: list[EmbeddingTable]
     named: dict[str, bytes]
     shared: set[str]
+    floats: list[FloatConstant]
 
 
 def read(folder: Path) -> Artifact:
@@ -102,7 +104,15 @@ def read(folder: Path) -> Artifact:
     # A shared table is in the file once, as the embedding.
     stored = {key: data for key, data in contents.named.items() if key not in contents.shared}
     sizes = sizes_by_part(folder, names, used, stored, sum(table.size_bytes for table in contents.tables))
-    return Artifact(weights, contents.metadata, sizes, faults + shape_faults, frozenset(contents.named))
+    floats = [*_float_constants(contents), *contents.floats]
+    return Artifact(weights, contents.metadata, sizes, faults + shape_faults, floats)
+
+
+def _float_constants(contents: _PteContents) -> list[FloatConstant]:
+    """Return the delegates' constants that no quantized matrix uses; their names do not tell what they are."""
+    used = {key for product in contents.products for key in (product.codes_key, product.scales_key)}
+    named = {key: data for key, data in contents.named.items() if key not in used and len(data) % 4 == 0}
+    return [FloatConstant(key, np.frombuffer(data, np.float32)) for key, data in named.items()]
 
 
 def _read_contents(path: Path) -> _PteContents:
@@ -117,6 +127,7 @@ def _read_contents(path: Path) -> _PteContents:
             tables=delegates.embedding_tables(pte, forward) if forward else [],
             named=delegates.named_constants(pte),
             shared=shared_table.shared(path),
+            floats=delegates.float_constants(pte, forward) if forward else [],
         )
     except delegates.PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error
