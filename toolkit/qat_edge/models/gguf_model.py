@@ -198,8 +198,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, 
         if key in values and values[key] != found:
             shown = "another template" if key.endswith("template") else repr(found)
             raise ModelError(
-                f"{path}: {key} is {str(values[key])[:60]!r}, but the tokenizer made from the file has {shown}. Use the "
-                "model's safetensors folder."
+                f"{path}: {key} is {str(values[key])[:60]!r}, but the tokenizer made from the file has {shown}. "
+                f"{_FOLDER}"
             )
     named = sorted(key for key in values if key.startswith("tokenizer.chat_template."))
     if named:
@@ -235,7 +235,7 @@ def _check_shape(config: PretrainedConfig, key: str, value: Any, path: Path) -> 
     """Refuse a shape that differs from the configuration's. A list has one value for each layer."""
     name = next((name for name in SHAPES[key] if getattr(config, name, None) is not None), None)
     found = getattr(config, name) if name else None
-    if name == "head_dim" or key.endswith("_length") and name is None:
+    if name == "head_dim" or (key.endswith("_length") and name is None):
         found = _head_width(config)
     # Layers of convolutions have no heads.
     values = {v for v in value if v} if isinstance(value, list) else {value}
@@ -281,8 +281,8 @@ def _check_pattern(config: PretrainedConfig, value: Any, path: Path) -> None:
 
 def _refuse(path: Path, metadata: GgufMetadata, key: str, value: Any) -> None:
     raise ModelError(
-        f"{path}: the metadata {metadata.architecture}.{key} = {_short(value)} is not known to be used by transformers, "
-        f"and may change what the model computes. {_FOLDER}"
+        f"{path}: the metadata {metadata.architecture}.{key} = {_short(value)} is not known to be used by "
+        f"transformers, and may change what the model computes. {_FOLDER}"
     )
 
 
@@ -379,8 +379,8 @@ def _apply_factors(full: dict[str, Any], config: PretrainedConfig, metadata: Ggu
             progress.info(f"{path.name}: {ROTARY_FACTORS} is Llama 3's scaling by {factor:g} beyond {original} tokens")
             return
     raise ModelError(
-        f"{path}: {ROTARY_FACTORS} scales the rotary frequencies by {float(factors.min()):g} to {factor:g} in a way that "
-        f"transformers has no parameters for. {_FOLDER}"
+        f"{path}: {ROTARY_FACTORS} scales the rotary frequencies by {float(factors.min()):g} to {factor:g} in a way "
+        f"that transformers has no parameters for. {_FOLDER}"
     )
 
 
@@ -425,7 +425,9 @@ def _check_rotary(model: PreTrainedModel, metadata: GgufMetadata, path: Path) ->
 
     width = 2 * len(found)
     if count is not None and count != width:
-        raise ModelError(f"{path}: rope.dimension_count is {count}, but transformers rotates {width} channels. {_FOLDER}")
+        raise ModelError(
+            f"{path}: rope.dimension_count is {count}, but transformers rotates {width} channels. {_FOLDER}"
+        )
     expected = _frequencies(base, width)
     scalings: dict[str, Callable[[], Tensor | float]] = {
         "linear": lambda: full["factor"],

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -272,10 +271,23 @@ def _check_model(
     task: ModelTask,
     is_part: bool,
 ) -> None:
-    """Refuse a model whose tensors, values or tokens do not match. is_part: it is the text model of a multimodal one."""
+    """Refuse a model whose tensors, values or tokens do not match.
+
+    Args:
+        model: As it was loaded.
+        report: Names that did not match.
+        files: The safetensors files of the source.
+        tokenizer: The model's tokenizer.
+        source: Folder or Hub id, for messages.
+        task: The task the model is used for.
+        is_part: The model is the text model of a multimodal one.
+
+    Raises:
+        ModelError: Something does not match.
+    """
     if is_part:
         # The other models of a multimodal one are not needed for text.
-        others, own = text_model.left_out(report.unexpected)
+        others, own = text_model.left_out(report.unexpected, model)
         parts = sorted({name.removeprefix("model.").partition(".")[0] for name in others})
         progress.info(
             f"{source}: a multimodal model, used for text alone as {type(model).__name__}; left out: "
@@ -298,9 +310,7 @@ def _reproducible_head(task: ModelTask) -> Iterator[None]:
         yield
 
 
-def _check_task(
-    config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask
-) -> PretrainedConfig:
+def _check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, task: ModelTask) -> PretrainedConfig:
     """Refuse a model that does not fit the task or is quantized already, before its weights are read.
 
     Returns:
@@ -340,8 +350,8 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
     text = text_model.text_config(config)
     if text is None:
         raise ModelError(
-            f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text model "
-            f"({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
+            f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text "
+            f"model ({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
         )
     experts.refuse_expert_config(text)
     return text

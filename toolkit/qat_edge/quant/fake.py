@@ -306,7 +306,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         text = " ".join(str(error).split())
         # The default needs no flag, so no message may name one.
         if is_default:
-            raise ModelError(f"{type(model).__name__}: adapters cannot be added to its linear layers ({text}).") from error
+            raise ModelError(
+                f"{type(model).__name__}: adapters cannot be added to its linear layers ({text})."
+            ) from error
         raise UsageError(f"--target-modules: {text}") from error
     # peft has adapters for embeddings and convolutions too, which it would add outside of the rounding.
     for name, module in adapted.named_modules():
