@@ -193,43 +193,68 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
     # Downloads of earlier runs are in the cache, so an unreachable Hub is no error yet.
     offline = hub.unreachable_reason()
     outcome = f"cannot be reached ({offline})" if offline else "does not provide it"
-    config = _load_config(source, trust_remote_code, f"{source}: no such local folder, and the Hub {outcome}")
+    failure = f"{source}: no such local folder, and the Hub {outcome}"
+
+    # Everything is read at the commit of the configuration: the branch may move in between.
+    snapshot = _snapshot(source, failure)
+    revision = snapshot.name
+    config = _load_config(source, trust_remote_code, failure, revision)
     chosen = _check_task(config, source, trust_remote_code, task)
-    adapter = find_adapter_config_file(source, revision=config._commit_hash)
+    adapter = find_adapter_config_file(source, revision=revision)
     weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
 
-    # Weights and tokenizer are read at the commit of the configuration: the branch may move in between.
     try:
         model, report = _read_weights(
-            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=config._commit_hash
+            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=revision
         )
     except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
-    cached = cached_file(source, "config.json", revision=config._commit_hash)
-    files = weights_check.check_files(Path(str(cached)).parent)
+    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=revision)
+    files = weights_check.check_files(snapshot)
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)
 
-    return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash))
+    return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=revision))
 
 
 # --- steps they share --------------------------------------------------------------------------------------
 
 
-def _load_config(source: str, trust_remote_code: bool, failure: str) -> PretrainedConfig:
-    """Read a configuration. failure: the beginning of the message where that is impossible."""
+def _snapshot(source: str, failure: str) -> Path:
+    """Return the folder in the Hub's cache with the files of a model's newest commit; it is named after the commit.
+
+    failure: the beginning of the message where there is none.
+    """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return Path(str(cached_file(source, "config.json"))).parent
     except DOWNLOAD_ERRORS as error:
-        remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
-        raise ModelError(
-            f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
-            "give a local folder."
-        ) from error
+        raise _unavailable(failure, error) from error
+
+
+def _load_config(source: str, trust_remote_code: bool, failure: str, revision: str | None = None) -> PretrainedConfig:
+    """Read a configuration.
+
+    Args:
+        source: Folder or Hub id.
+        trust_remote_code: Run the code that comes with the model.
+        failure: The beginning of the message where that is impossible.
+        revision: Commit on the Hub.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except DOWNLOAD_ERRORS as error:
+        raise _unavailable(failure, error) from error
+
+
+def _unavailable(failure: str, error: BaseException) -> ModelError:
+    remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
+    return ModelError(
+        f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
+        "give a local folder."
+    )
 
 
 def _read_weights(
@@ -351,7 +376,8 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
     if text is None:
         raise ModelError(
             f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text "
-            f"model ({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
+            f"model ({config.text_config.model_type}) transformers cannot load alone. Use the text model it "
+            "was made from."
         )
     experts.refuse_expert_config(text)
     return text

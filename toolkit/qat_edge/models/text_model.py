@@ -47,7 +47,6 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
             setattr(text, name, getattr(config, name))
     if "tie_word_embeddings" in config.to_diff_dict():
         text.tie_word_embeddings = config.tie_word_embeddings
-    text._commit_hash = getattr(config, "_commit_hash", None)
     return text
 
 
