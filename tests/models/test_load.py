@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,6 +18,7 @@ from huggingface_hub import constants
 from tiny_gguf import write_gguf
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from conftest import make_tokenizer, stored_tensors
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub, load
@@ -166,6 +170,46 @@ def test_remote_code_is_not_run_without_permission(folder: Path) -> None:
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------
+
+
+def in_hub_cache(folder: Path, home: Path) -> None:
+    """Put a model folder into a Hub cache as `someone/tiny`, downloaded earlier."""
+    repository = home / "hub/models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+
+
+LOAD = "from qat_edge.models.load import load_model; print(load_model('someone/tiny').identity)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        ("", f"ModelIdentity(kind='hub', name='someone/tiny', revision='{'0' * 40}', files={{}})"),
+        ("adapter", "someone/tiny: holds an adapter (adapter_config.json)"),
+        ("tensor", "someone/tiny: the weights are not those of a LlamaForCausalLM: 1 tensors are missing"),
+        ("token", "someone/tiny: the tokenizer has"),
+    ],
+)
+def test_a_model_of_the_hub_is_checked_like_a_folder(folder: Path, tmp_path: Path, damage: str, wanted: str) -> None:
+    if damage == "adapter":
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/other"}')
+    elif damage == "tensor":
+        with stored_tensors(folder) as tensors:
+            del tensors["model.norm.weight"]
+    elif damage == "token":
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens([f"<more_{i}>" for i in range(40)])
+        tokenizer.save_pretrained(folder)
+    in_hub_cache(folder, tmp_path)
+    # The cache's place is read when the libraries are imported.
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert wanted in done.stdout + done.stderr
 
 
 def test_an_unreachable_hub_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_a_text_model_that_is_not_whole_is_refused(gemma3: Path) -> None:
     with pytest.raises(ModelError, match=r"1 tensors are missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         load_model(str(gemma3))
 
-    extra = {**stored, name.replace("layers.1", "layers.2"): stored[name]}
+    extra = {**stored, name.replace("layers.1", "layers.2"): stored[name].clone()}
     save_file(extra, gemma3 / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"1 have no place in the model \(.*layers\.2\.mlp\.up_proj\.weight\)"):
         load_model(str(gemma3))

@@ -137,7 +137,7 @@ def test_an_untied_model_without_its_head_is_refused(untied: Path) -> None:
 
 
 def test_a_run_is_not_merged_into_other_weights_than_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
-    """The file's hash tells every change; a change that leaves tensors out is refused even where the hash is not read."""
+    """The file's hash shows every change; one that leaves tensors out is refused before the hash is compared."""
     run = train_run(folder, tmp_path)
     with stored_tensors(folder) as tensors:
         tensors["model.norm.weight"] += 1

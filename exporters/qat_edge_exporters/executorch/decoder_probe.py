@@ -58,8 +58,8 @@ class _Calls:
             self.faults.append(f"{name} attends to other tokens than its own.")
         if value.shape[3] != key.shape[3]:
             self.faults.append(
-                f"{name} has keys of {key.shape[3]} channels and values of {value.shape[3]}; ExecuTorch's operator needs "
-                "as many of both."
+                f"{name} has keys of {key.shape[3]} channels and values of {value.shape[3]}; ExecuTorch's operator "
+                "needs as many of both."
             )
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 

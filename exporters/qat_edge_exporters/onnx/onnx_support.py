@@ -119,7 +119,8 @@ def _other_scales(model: PreTrainedModel) -> str:
             continue
         written = onnx_compat.attention_scale(model.config, width)
         if not math.isclose(scaling, written, rel_tol=1e-5):
-            return f"{type(module).__name__} multiplies attention scores by {scaling:g}, and the builder writes {written:g}."
+            kind = type(module).__name__
+            return f"{kind} multiplies attention scores by {scaling:g}, and the builder writes {written:g}."
     return ""
 
 

@@ -1,7 +1,7 @@
 """Find the experts of a mixture of experts, whose weights cannot be quantized here.
 
-transformers keeps the weights of all experts in one tensor (experts, out, in) and multiplies by the rows of those that a
-router chose. They are no linear layers, so neither the rounding of training nor the exporters reach them.
+transformers keeps the weights of all experts in one tensor (experts, out, in) and multiplies by the rows of those that
+a router chose. They are no linear layers, so neither the rounding of training nor the exporters reach them.
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, 
         if key in values and values[key] != found:
             shown = "another template" if key.endswith("template") else repr(found)
             raise ModelError(
-                f"{path}: {key} is {str(values[key])[:60]!r}, but the tokenizer made from the file has {shown}. Use the "
-                "model's safetensors folder."
+                f"{path}: {key} is {str(values[key])[:60]!r}, but the tokenizer made from the file has {shown}. "
+                f"{_FOLDER}"
             )
     named = sorted(key for key in values if key.startswith("tokenizer.chat_template."))
     if named:
@@ -281,8 +281,8 @@ def _check_pattern(config: PretrainedConfig, value: Any, path: Path) -> None:
 
 def _refuse(path: Path, metadata: GgufMetadata, key: str, value: Any) -> None:
     raise ModelError(
-        f"{path}: the metadata {metadata.architecture}.{key} = {_short(value)} is not known to be used by transformers, "
-        f"and may change what the model computes. {_FOLDER}"
+        f"{path}: the metadata {metadata.architecture}.{key} = {_short(value)} is not known to be used by "
+        f"transformers, and may change what the model computes. {_FOLDER}"
     )
 
 
@@ -379,8 +379,8 @@ def _apply_factors(full: dict[str, Any], config: PretrainedConfig, metadata: Ggu
             progress.info(f"{path.name}: {ROTARY_FACTORS} is Llama 3's scaling by {factor:g} beyond {original} tokens")
             return
     raise ModelError(
-        f"{path}: {ROTARY_FACTORS} scales the rotary frequencies by {float(factors.min()):g} to {factor:g} in a way that "
-        f"transformers has no parameters for. {_FOLDER}"
+        f"{path}: {ROTARY_FACTORS} scales the rotary frequencies by {float(factors.min()):g} to {factor:g} in a way "
+        f"that transformers has no parameters for. {_FOLDER}"
     )
 
 

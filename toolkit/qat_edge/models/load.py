@@ -194,45 +194,70 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
     # Downloads of earlier runs are in the cache, so an unreachable Hub is no error yet.
     offline = hub.unreachable_reason()
     outcome = f"cannot be reached ({offline})" if offline else "does not provide it"
-    config = _load_config(source, trust_remote_code, f"{source}: no such local folder, and the Hub {outcome}")
+    failure = f"{source}: no such local folder, and the Hub {outcome}"
+
+    # Everything is read at the commit of the configuration: the branch may move in between.
+    snapshot = _snapshot(source, failure)
+    revision = snapshot.name
+    config = _load_config(source, trust_remote_code, failure, revision)
     chosen = _check_task(config, source, trust_remote_code, task)
-    adapter = find_adapter_config_file(source, revision=config._commit_hash)
+    adapter = find_adapter_config_file(source, revision=revision)
     weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
 
-    # Weights and tokenizer are read at the commit of the configuration: the branch may move in between.
     try:
         model, report = _read_weights(
-            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=config._commit_hash
+            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=revision
         )
     except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=config._commit_hash)
-    cached = cached_file(source, "config.json", revision=config._commit_hash)
-    files = weights_check.check_files(Path(str(cached)).parent)
+    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=revision)
+    files = weights_check.check_files(snapshot)
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)
 
-    return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=config._commit_hash))
+    return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=revision))
 
 
 # --- steps they share --------------------------------------------------------------------------------------
 
 
-def _load_config(source: str, trust_remote_code: bool, failure: str) -> PretrainedConfig:
-    """Read a configuration. failure: the beginning of the message where that is impossible."""
+def _snapshot(source: str, failure: str) -> Path:
+    """Return the folder in the Hub's cache with the files of a model's newest commit; it is named after the commit.
+
+    failure: the beginning of the message where there is none.
+    """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return Path(str(cached_file(source, "config.json"))).parent
     except DOWNLOAD_ERRORS as error:
-        remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
-        raise ModelError(
-            f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
-            "give a local folder."
-        ) from error
+        raise _unavailable(failure, error) from error
+
+
+def _load_config(source: str, trust_remote_code: bool, failure: str, revision: str | None = None) -> PretrainedConfig:
+    """Read a configuration.
+
+    Args:
+        source: Folder or Hub id.
+        trust_remote_code: Run the code that comes with the model.
+        failure: The beginning of the message where that is impossible.
+        revision: Commit on the Hub.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except DOWNLOAD_ERRORS as error:
+        raise _unavailable(failure, error) from error
     remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
     return config
+
+
+def _unavailable(failure: str, error: BaseException) -> ModelError:
+    remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
+    return ModelError(
+        f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
+        "give a local folder."
+    )
 
 
 def _read_weights(
@@ -274,10 +299,23 @@ def _check_model(
     task: ModelTask,
     is_part: bool,
 ) -> None:
-    """Refuse a model whose tensors, values or tokens do not match. is_part: it is the text model of a multimodal one."""
+    """Refuse a model whose tensors, values or tokens do not match.
+
+    Args:
+        model: As it was loaded.
+        report: Names that did not match.
+        files: The safetensors files of the source.
+        tokenizer: The model's tokenizer.
+        source: Folder or Hub id, for messages.
+        task: The task the model is used for.
+        is_part: The model is the text model of a multimodal one.
+
+    Raises:
+        ModelError: Something does not match.
+    """
     if is_part:
         # The other models of a multimodal one are not needed for text.
-        others, own = text_model.left_out(report.unexpected)
+        others, own = text_model.left_out(report.unexpected, model)
         parts = sorted({name.removeprefix("model.").partition(".")[0] for name in others})
         progress.info(
             f"{source}: a multimodal model, used for text alone as {type(model).__name__}; left out: "
@@ -340,8 +378,9 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
     text = text_model.text_config(config)
     if text is None:
         raise ModelError(
-            f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text model "
-            f"({config.text_config.model_type}) transformers cannot load alone. Use the text model it was made from."
+            f"{source}: a multimodal model ({', '.join(config.architectures or [config.model_type])}), whose text "
+            f"model ({config.text_config.model_type}) transformers cannot load alone. Use the text model it "
+            "was made from."
         )
     experts.refuse_expert_config(text)
     return text

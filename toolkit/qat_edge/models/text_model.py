@@ -1,7 +1,7 @@
 """The text model inside a multimodal one: Gemma 3, Mistral 3 and others keep it next to their image and sound models.
 
-A model that is used for text alone needs its text model alone. transformers has a class for it where the text part has a
-configuration of its own that is known as a causal language model; its tensors are then read under their short names.
+A model that is used for text alone needs its text model alone. transformers has a class for it where the text part has
+a configuration of its own that is known as a causal language model; its tensors are then read under their short names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import cast
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # Names of the text model's tensors in a multimodal checkpoint -> their names in the text model alone. transformers 5
@@ -47,12 +47,17 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig | None:
             setattr(text, name, getattr(config, name))
     if "tie_word_embeddings" in config.to_diff_dict():
         text.tie_word_embeddings = config.tie_word_embeddings
-    text._commit_hash = getattr(config, "_commit_hash", None)
     return text
 
 
-def left_out(unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split the names that the text model has no place for into those of other models, and its own."""
+def left_out(unexpected: Iterable[str], model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Split the names that the text model has no place for into those of other models, and its own.
+
+    Args:
+        unexpected: Names as in the files, or as `KEY_MAPPING` makes them.
+        model: The text model.
+    """
     names = sorted(unexpected)
-    own = [name for name in names if _TEXT_NAME.search(name)]
+    parts = {child for child, _ in model.base_model.named_children()}
+    own = [n for n in names if _TEXT_NAME.search(n) or n.removeprefix("model.").partition(".")[0] in parts]
     return [name for name in names if name not in own], own

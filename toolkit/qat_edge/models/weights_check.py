@@ -309,8 +309,8 @@ def check_finite(model: nn.Module, source: str) -> None:
     if found:
         shown = _some([f"{name}: {count}" for name, count in found.items()])
         raise ModelError(
-            f"{source}: {len(found)} tensors hold values that are NaN or infinite ({shown}). The model was damaged when "
-            "it was trained or converted; use another copy or an earlier checkpoint."
+            f"{source}: {len(found)} tensors hold values that are NaN or infinite ({shown}). The model was damaged "
+            "when it was trained or converted; use another copy or an earlier checkpoint."
         )
 
 

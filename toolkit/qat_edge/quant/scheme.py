@@ -252,8 +252,8 @@ def _require_quantizable(model: PreTrainedModel, weights: Mapping[str, WeightSch
     if share > 1 - LEAST_QUANTIZED:
         shown = ", ".join(f"{m.module_class} {m.share:.0%} (such as {m.example})" for m in left[:3])
         raise ModelError(
-            f"{type(model).__name__}: {share:.0%} of its parameters are in modules that cannot be quantized: {shown}. Only "
-            "linear layers and embeddings can; use a model that is made of them."
+            f"{type(model).__name__}: {share:.0%} of its parameters are in modules that cannot be quantized: {shown}. "
+            "Only linear layers and embeddings can; use a model that is made of them."
         )
 
 

@@ -42,6 +42,7 @@ TRACKER_PACKAGES = {
 }
 
 
+
 @dataclass(frozen=True)
 class TrainingJob:
     """Everything that is loaded and chosen before training.
@@ -121,9 +122,8 @@ def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[
         progress.info(f"  {name}: {reason}")
     for modules in scheme.float_modules(model, weights.weights):
         if modules.share > scheme.NOTABLE_SHARE:
-            progress.info(
-                f"  stays float32: {modules.module_class}, {modules.share:.1%} of the parameters (such as {modules.example})"
-            )
+            share = f"{modules.share:.1%} of the parameters"
+            progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
     return weights
 
 
@@ -167,8 +167,8 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     hint = f" '{ALL_LINEAR}' stands alone." if ALL_LINEAR in unknown else ""
     raise UsageError(
-        f"--target-modules: Target modules that are not in this model: {', '.join(unknown)}. Its linear layers are named "
-        f"{', '.join(linears)}.{hint}"
+        f"--target-modules: Target modules that are not in this model: {', '.join(unknown)}. Its linear layers are "
+        f"named {', '.join(linears)}.{hint}"
     )
 
 

@@ -1,0 +1,52 @@
+"""The table of architectures in the documentation: it is current, whole and without faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.sweep_architectures import ARCHITECTURES, TARGETS, Outcome, make_config, refusals, sweep, write_table
+
+REFERENCE = Path(__file__).parents[2] / "docs/reference"
+RESULTS: dict[str, dict[str, Any]] = json.loads((REFERENCE / "architectures.json").read_text(encoding="utf-8"))
+# Whole lines that no other test takes: multipliers, norms with a bias, norms after the blocks.
+WHOLE = ("granite", "nemotron", "olmo2")
+
+
+def outcome(name: str, target: str) -> Outcome:
+    return Outcome(**RESULTS[name][target])
+
+
+def test_the_table_is_of_at_least_25_architectures_and_has_every_one() -> None:
+    assert sorted(RESULTS) == sorted(ARCHITECTURES)
+    assert len({name.partition(":")[0] for name in RESULTS}) >= 25
+
+
+def test_every_architecture_is_exported_or_refused_before_training() -> None:
+    faults = {(name, target) for name in RESULTS for target in TARGETS if outcome(name, target).fault}
+    assert faults == set()
+    for name in RESULTS:
+        for target in TARGETS:
+            assert bool(outcome(name, target).refusal) != (outcome(name, target).decibels is not None)
+
+
+def test_the_page_shows_the_results(tmp_path: Path) -> None:
+    write_table(RESULTS, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == (REFERENCE / "architectures.md").read_text()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_refusals_of_the_table_are_those_of_the_code(name: str) -> None:
+    found = refusals(make_config(name))
+    expected = {target: found.get("training", found.get(target, "")) for target in TARGETS}
+    assert {target: outcome(name, target).refusal for target in TARGETS} == expected
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_whole_line_of_an_architecture(name: str, tmp_path: Path) -> None:
+    for target, found in sweep(name, tmp_path).items():
+        assert found.fault == ""
+        assert found.refusal == outcome(name, target).refusal
