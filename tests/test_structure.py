@@ -118,6 +118,11 @@ def test_names_of_files_and_classes_are_unique() -> None:
     assert sorted(n for n in set(classes) if classes.count(n) > 1) == []
 
 
+def test_one_module_renders_chat_templates() -> None:
+    callers = [path.name for path in FILES if "apply_chat_template(" in path.read_text(encoding="utf-8")]
+    assert callers == ["chat_template.py"], "a prompt from elsewhere may differ from that of training"
+
+
 # --- words --------------------------------------------------------------------------------------------------
 
 # Words of ours that engineers of this field do not use, and openings that name no thing.

@@ -117,6 +117,12 @@ def test_a_comparison_needs_tokens_and_matching_shapes() -> None:
         ("Paris ", "Paris", True),
         ("Paris.", "Paris", False),
         ("07", "7", False),
+        ('<tool_call>\n{"b": 1, "a":2}\n</tool_call>', '<tool_call>{"a": 2, "b": 1}</tool_call>', True),
+        ('<tool_call>\n{"b": 1, "a":3}\n</tool_call>', '<tool_call>{"a": 2, "b": 1}</tool_call>', False),
+        ('Let me see. {"a": 1}', '{"a": 1}', False),
+        ('{"a": 1} {"a": 2}', '{"a": 2} {"a": 1}', False),
+        ('[CALLS] [{"a": 1}]', '[CALLS][{"a":1}]', True),
+        ("a [b] c", "a [b]  c", False),
     ],
 )
 def test_outputs_match(output: str, expected: str, same: bool) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat_edge.errors import ModelError
-from qat_edge.models.tokenizer import copy_tokenizer_files, end_tokens
+from qat_edge.models.tokenizer import (
+    add_end_tokens,
+    copy_tokenizer_files,
+    end_tokens,
+    load_tokenizer,
+    tokenizer_files,
+)
 
 
 def test_end_tokens_of_all_files_are_collected(tokenizer: Any, tmp_path: Path) -> None:
@@ -32,3 +39,34 @@ def test_files_are_copied_byte_for_byte(tokenizer: Any, tmp_path: Path) -> None:
     copy_tokenizer_files(source, target)
     assert {p.name for p in target.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert all((source / p.name).read_bytes() == p.read_bytes() for p in target.iterdir())
+
+
+def test_named_chat_templates_are_copied_too(tokenizer: Any, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    copy_tokenizer_files(source, target)
+    assert tokenizer_files(target) == tokenizer_files(source)
+    assert load_tokenizer(target).chat_template == tokenizer.chat_template
+
+
+def test_end_tokens_are_added_where_no_file_names_them(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    add_end_tokens(tmp_path, [2])
+    assert not (tmp_path / "generation_config.json").exists(), "the tokenizer names it"
+    add_end_tokens(tmp_path, [2, 7])
+    assert end_tokens(tmp_path) == [2, 7]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 5}')
+    add_end_tokens(tmp_path, [7])
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [9, 2, 7], "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    "document", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "[]", "{", '{"eos_token_id": -1}']
+)
+def test_a_damaged_end_token_is_named(tokenizer: Any, tmp_path: Path, document: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(document)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        end_tokens(tmp_path)

@@ -182,11 +182,9 @@ def _template_faults(folder: Path, check: TokenizerCheck | None, program: Progra
 def _trained_ends(folder: Path) -> list[int] | None:
     """Return the ids that ended answers in training, from the folder's manifest; None where it has no record."""
     try:
-        record = read_manifest(folder).get("conversation") or {}
-    except RunError:
+        return tokenizer.trained_end_tokens(read_manifest(folder))
+    except (RunError, ModelError):
         return None
-    ids = record.get("end_of_turn")
-    return [token for token in ids if isinstance(token, int)] if isinstance(ids, list) else None
 
 
 def _written_by(folder: Path) -> dict[str, str]:

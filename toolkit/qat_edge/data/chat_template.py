@@ -144,8 +144,8 @@ class ChatTemplate:
     def around(self) -> AroundAnswer:
         """Texts that the template writes around an answer; empty where it cannot write a plain conversation."""
         question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
-        plain, reasoned = Chat([question, answer], "probe"), Chat([question, {**answer, REASONING[0]: ""}], "probe")
-        reasoned.messages[1][REASONING[0]] = PROBE_REASONING
+        plain = Chat([question, answer], "probe")
+        reasoned = Chat([question, {**answer, REASONING[0]: PROBE_REASONING}], "probe")
         try:
             prompt = self.render(plain, 1, add_generation_prompt=True)
             through = self.render(plain, 2)

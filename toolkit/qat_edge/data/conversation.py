@@ -126,7 +126,7 @@ class ChatFormat:
             ModelError: The template cannot be used at all.
         """
         last = max(i for i, message in enumerate(chat.messages) if is_trained(message))
-        self._unanswered += any(message["role"] != "assistant" for message in chat.messages[last + 1 :])
+        self._unanswered += last + 1 < len(chat.messages)
         self._use.check_arguments(chat)
         chat = self._use.as_read(chat, last)
 
@@ -151,8 +151,8 @@ class ChatFormat:
                 )
             self._use.check_message(chat, i, through)
 
-            # An earlier turn was rendered differently, or ended with a token that the template does not write: this
-            # turn has a prompt of its own.
+            # Continue the example of the turn before, unless that turn was rendered differently or ended with a token
+            # that the template does not write.
             continues = bool(ids) and prompt.startswith(text)
             if not continues:
                 ids, text = [], ""

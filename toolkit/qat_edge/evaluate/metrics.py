@@ -168,7 +168,9 @@ def _parts(text: str) -> list[tuple[bool, str]]:
     while found := JSON_START.search(text, position):
         try:
             value, end = decoder.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
+        except RecursionError:
+            break  # no model means this
+        except ValueError:
             position = found.end()  # a bracket of the text
             continue
         parts += [(False, text[start : found.start()].strip()), (True, _canonical(value))]

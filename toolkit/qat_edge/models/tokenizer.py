@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,20 @@ def end_tokens(folder: Path) -> list[int]:
 def model_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a loaded model and its tokenizer name as end tokens, without repetitions."""
     found: list[int] = []
-    for owner in (model.generation_config, model.config, tokenizer):
+    for owner in (getattr(model, "generation_config", None), model.config, tokenizer):  # encoders have none
         found += _as_ids(getattr(owner, EOS, None), type(owner).__name__)
     return list(dict.fromkeys(found))
+
+
+def trained_end_tokens(manifest: Mapping[str, Any]) -> list[int] | None:
+    """Return the ids that ended the assistant's messages in training; None where a manifest has no record of them.
+
+    Raises:
+        ModelError: The record is damaged.
+    """
+    record = manifest.get("conversation")
+    ids = record.get("end_of_turn") if isinstance(record, dict) else None
+    return None if ids is None else _as_ids(ids, "manifest.json, end_of_turn")
 
 
 def add_end_tokens(folder: Path, ids: Sequence[int]) -> None:

@@ -303,8 +303,7 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
         for file in ADAPTER_FILES:
             shutil.copyfile(run.reference / file, work / ADAPTER / file)
     tokenizer.copy_tokenizer_files(run.quantized, work)
-    conversation = merge.adapter_metadata(run.reference).get("conversation") or {}
-    tokenizer.add_end_tokens(work, conversation.get("end_of_turn", ()))
+    tokenizer.add_end_tokens(work, tokenizer.trained_end_tokens(merge.adapter_metadata(run.reference)) or [])
     return extra
 
 

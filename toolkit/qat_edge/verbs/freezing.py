@@ -20,7 +20,7 @@ from qat_edge.data.formats import load_rows
 from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
-from qat_edge.models.tokenizer import add_end_tokens
+from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
@@ -28,6 +28,8 @@ from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant
 from qat_edge.storage import replace_folder
+
+CARRIED = ("model", "data", "conversation", "seed", "device")  # entries of the adapter's manifest
 
 
 def freeze(
@@ -69,11 +71,11 @@ def freeze(
     frozen.freeze(merged.model, merged.scheme, scales)
 
     # A run of an earlier version has no record of how its answers end.
-    conversation = adapter_metadata(adapter).get("conversation") or {}
+    ends = trained_end_tokens(adapter_metadata(adapter)) or []
     with replace_folder(variant.quantized, force=True) as work:
         merged.model.save_pretrained(work)
         merged.tokenizer.save_pretrained(work)
-        add_end_tokens(work, conversation.get("end_of_turn", ()))
+        add_end_tokens(work, ends)
         write_manifest(
             work,
             "quantized",
@@ -83,8 +85,7 @@ def freeze(
             rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=adapter_sha256,
             scheme=frozen.scheme_metadata(merged.scheme),
-            conversation=conversation,
-            **{k: v for k, v in adapter_metadata(adapter).items() if k in ("model", "data", "seed", "device")},
+            **{k: v for k, v in adapter_metadata(adapter).items() if k in CARRIED},
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
     return merged.scheme.summary(), calibration_record

@@ -141,8 +141,9 @@ class WithoutPrefix:
 
 def _template_arguments(run: Run) -> dict[str, Any]:
     """Return the arguments of the chat template that all conversations of the training had in common."""
-    found = read_manifest(run.quantized) if run.quantized.is_dir() else {}
-    return dict((found.get("conversation") or {}).get("template_arguments") or {})
+    record = read_manifest(run.quantized).get("conversation") if run.quantized.is_dir() else None
+    arguments = record.get("template_arguments") if isinstance(record, dict) else None
+    return dict(arguments) if isinstance(arguments, dict) else {}
 
 
 def _free_context(folder: Path, prompt_tokens: int) -> int:
