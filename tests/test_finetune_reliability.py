@@ -219,7 +219,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(
 
 
 def test_resuming_where_there_is_no_run_says_so(options: FinetuneOptions, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"missing does not exist, so there is nothing to resume\. Check --out"):
+    with pytest.raises(RunError, match=r"missing: no such run folder, so there is nothing to resume\. Check --out"):
         finetune(options, tmp_path / "missing", resume=True)
     assert not (tmp_path / "missing").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from qat_edge import storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.run import Run
@@ -92,6 +94,59 @@ def test_what_is_in_use_or_foreign_stays(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     with replace_folder(tmp_path / "made", force=False) as one, replace_folder(tmp_path / "made", force=True) as two:
         assert {p.name for p in tmp_path.iterdir()} == {*others, one.name, two.name}
+
+
+def test_a_process_id_that_is_used_again_is_not_the_process_that_left_a_name(tmp_path: Path) -> None:
+    """This process runs; one that started ten seconds before it under the same id does not."""
+    started = storage.own_start_s()
+    here, pid = platform.node(), os.getpid()
+    for name in (f".made.{here}-{pid}.{started}-abcdefgh", f".made.{here}-{pid}.{started - 10}-abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name.replace("made", "file.json")).write_text("half")
+    write_text(tmp_path / "other", "text")
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"other"} | {f".{name}.{here}-{pid}.{started}-abcdefgh" for name in ("made", "file.json")}
+
+
+def test_a_stop_between_the_two_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "file").write_text("old")
+    rename = Path.rename
+
+    def stop(self: Path, other: Path) -> Path:
+        if other == target and (self / "file").read_text() == "new":
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt), replace_folder(target, force=True) as work:
+        (work / "file").write_text("new")
+    assert (target / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files first, then the folders that hold their names, then the name itself, then the folder that holds it."""
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def flush(handle: int) -> None:
+        events.append(f"flush {Path(f'/proc/self/fd/{handle}').readlink().name}")
+        fsync(handle)
+
+    def name(self: Path, other: Path) -> Path:
+        events.append(f"name {other.name}")
+        return rename(self, other)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", name)
+    with replace_folder(tmp_path / "made", force=False) as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "file").write_text("new")
+    assert events == ["flush file", "flush sub", f"flush {work.name}", "name made", f"flush {tmp_path.name}"]
 
 
 @pytest.mark.parametrize(

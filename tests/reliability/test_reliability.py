@@ -12,19 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "verb", "trials"),
-    [
-        ("kill", "finetune", 6),
-        ("kill", "finetune-force", 4),
-        ("kill", "quantize-force", 4),
-        ("signal", "finetune", 3),
-        ("pair", "finetune", 1),
-        ("disk", "finetune", 3),
-    ],
+    ("kinds", "verbs"),
+    [(("kill",), ("finetune", "finetune-force", "quantize-force")), (("signal", "pair", "disk"), ("finetune",))],
 )
-def test_nothing_is_lost(kind: str, verb: str, trials: int) -> None:
-    command = [sys.executable, "-m", "tests.reliability", "--kind", kind, "--verb", verb, "--trials", str(trials)]
+def test_nothing_is_lost(kinds: tuple[str, ...], verbs: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "tests.reliability", "--trials", "3"]
+    command += [text for kind in kinds for text in ("--kind", kind)]
+    command += [text for verb in verbs for text in ("--verb", verb)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if "skipped" in done.stdout:
-        pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
+    # One line for each kind and verb; a kind that this user may not try has one line, too.
+    lines = [line for line in done.stdout.splitlines() if " 0 wrong" in line or "skipped" in line]
+    assert len(lines) == len(kinds) * len(verbs), done.stdout

@@ -109,8 +109,8 @@ class Run(Variant):
         run = cls(path)
         if not path.is_dir():
             raise RunError(
-                f"--resume: {path} does not exist, so there is nothing to resume. Check --out, or train without "
-                "--resume to begin a run there."
+                f"{path}: no such run folder, so there is nothing to resume. Check --out, or train without --resume to "
+                "begin a run there."
             )
         if not run.config.is_file():
             raise RunError(

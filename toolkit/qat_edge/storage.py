@@ -236,4 +236,4 @@ def _storage_reason(error: Exception) -> str | None:
     if found:
         return os.strerror(int(found[1]))
     # torch.save, whose writer in C++ has no error numbers.
-    return "the write failed" if re.search("file write failed|iostream error|inline_container", str(error)) else None
+    return "the write failed" if re.search("file write failed|iostream error|unexpected pos", str(error)) else None

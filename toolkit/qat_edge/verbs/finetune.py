@@ -229,7 +229,7 @@ def _stopped(run: Run, error: KeyboardInterrupt) -> stop_signals.Stopped:
     """Return the error of a stopped training, whose message has the command that continues it."""
     signum = error.signum if isinstance(error, stop_signals.Stopped) else signal.SIGINT
     name, kept = signal.Signals(signum).name, checkpoints.found(run.checkpoints)
-    if (run.path / TRAINING_LOG).is_file():
+    if (run.path / TRAINING_LOG).is_file() and (run.adapter / MANIFEST).is_file():
         return stop_signals.Stopped(signum, f"Stopped by {name}. {run.path} is as it was.")
     if kept:
         message = f"Stopped by {name}; {kept[0].name} is saved. To continue: {resume_command(run)}"
