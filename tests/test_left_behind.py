@@ -77,7 +77,8 @@ def test_onnx_runtime_leaves_no_identifier(tmp_path: Path) -> None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "graph", values[:1], values[1:])
     (tmp_path / "inputs").mkdir()
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "inputs" / "a.onnx")
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.save(model, tmp_path / "inputs" / "a.onnx")
 
     home = tmp_path / "home"
     home.mkdir()

@@ -55,6 +55,7 @@ validate:
   max_kl: 0.1
 ```
 
+`trust_remote_code` is the exception: it is no key of a file ([files from others](../guides/untrusted-files.md)).
 The keys are the names of the flags with underscores. A list is a repeatable flag.
 """
 

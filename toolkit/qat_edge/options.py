@@ -43,7 +43,7 @@ LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 HIGHEST_RATE = 10.0  # learning rates and weight decay
 MOST_MEGABYTES = 1e9
 MOST_PER_SECOND = 1e9
-HIGHEST_KL = 1e6  # nats; the logarithm of the largest vocabulary is 13
+HIGHEST_KL = 1e9  # nats
 
 # Headings of `--help`, in this order.
 DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"
