@@ -61,7 +61,7 @@ __all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "validat
 # The functions without an options dataclass, as they are.
 FOOTER = '''
 def verify(run: Run | str | Path, *, target: Sequence[str] = ()) -> list[Verified]:
-    """Read codes and scales back out of every artifact and compare them with the frozen checkpoint.
+    """Read every artifact back, run it on a few prompts, and compare both with the frozen checkpoint.
 
     Args:
         run: a run with exports, or its folder.
