@@ -38,7 +38,7 @@ from qat_edge.cli.terminal_tables import summary_table
 from qat_edge.errors import RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.deployments import TITLES, Deployment, DeploymentTable
-from qat_edge.evaluate.results import Gate, Measurement, Report
+from qat_edge.evaluate.results import Gate, Measurement, Parity, Report
 from qat_edge.manifest import MANIFEST, sha256, write_manifest
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
@@ -422,6 +422,10 @@ def test_results_of_verify_are_shown_until_the_artifact_changes(tmp_path: Path) 
     row |= {"faults": [], "manifest_sha256": sha256(run.exports / "onnx" / MANIFEST)}
     run.verified.write_text(json.dumps([row]))
     assert "14 of 14 linear layers" in write(run)
+    row |= {"floats": 5, "floats_equal": 5, "parity_line": Parity(tokens=192, sqnr_db=52.0, seconds=3.0).describe()}
+    run.verified.write_text(json.dumps([row]))
+    shown = write(run)
+    assert "5 of 5 norms and biases equal; parity 52 dB (noise floor exact), 192 tokens in 3 s" in shown
 
     # Exported again, with another context length: the results of verify no longer apply.
     (run.exports / "onnx" / MANIFEST).unlink()

@@ -11,20 +11,22 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import click
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from qat_edge import config, profiles
 from qat_edge.cli import commands
-from qat_edge.errors import GateError, UsageError
-from qat_edge.evaluate import gates
-from qat_edge.evaluate.encoder_results import EncoderResult
+from qat_edge.errors import ArtifactError, GateError, UsageError
+from qat_edge.evaluate import gates, metrics
+from qat_edge.evaluate.encoder_results import EncoderReport, EncoderResult
+from qat_edge.evaluate.evaluator import as_agreement
 from qat_edge.evaluate.junit import junit_xml
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Report, Speed, Spread
 from qat_edge.options import PROFILES, ValidateOptions
 from qat_edge.run import Run
-from qat_edge.verbs.validate import Validated, _set_by_profiles
+from qat_edge.verbs.validate import Validated, _set_by_profiles, require_success
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "examples" / "github-actions.yml"
@@ -81,6 +83,40 @@ def test_a_figure_that_was_not_measured_misses_its_gate() -> None:
     loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in GATES}
     missed = [gate.flag for gate in gates.check_gates(options(**loosest), [TUNED, BARE]) if not gate.passed]
     assert sorted(missed) == sorted(config.flag_name(name) for name in GATES if name != "max_size_mb")
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_misses_its_gate(figure: float) -> None:
+    broken = replace(QAT, agreement=Agreement(64, figure, figure, figure), perplexity=figure, exact_match=figure)
+    names = ("max_kl", "min_top1", "max_perplexity_ratio", "min_exact_match")
+    loosest = {name: 1e9 if name.startswith("max") else 0.0 for name in names}
+    missed = gates.check_gates(options(**loosest), [TUNED, broken])
+    assert [gate.passed for gate in missed] == [False] * len(names)
+    with pytest.raises(GateError, match=r"--max-kl 1e\+09, measured -?(nan|inf)\. The figure is not a finite number"):
+        gates.require_gates(report(*missed))
+    encoder = EncoderResult("qat", "executorch", {"linears": 5}, figure, figure, figure, figure, figure)
+    missed = gates.check_encoder_gates(options(min_quality=0.0, min_cosine=0.0, min_top1=0.0), [encoder])
+    assert [gate.passed for gate in missed] == [False] * 3
+
+
+def test_numbers_that_are_not_finite_fail_without_any_gate() -> None:
+    broken = replace(QAT, not_finite="its logits are not finite, first at token 3 of evaluation sequence 0")
+    require_success(Validated([replace(report(), measured=[TUNED, QAT])], {}))
+    with pytest.raises(ArtifactError, match="local: qat, onnx: its logits are not finite, first at token 3"):
+        require_success(Validated([replace(report(), measured=[TUNED, broken])], {}))
+    encoder = EncoderResult(
+        "qat", "executorch", {}, math.nan, not_finite="its outputs are not finite, first for text 2"
+    )
+    made = EncoderReport("now", "local", {}, {}, "text-classification", "accuracy", 1, 1, [encoder], [])
+    with pytest.raises(ArtifactError, match="qat, executorch: its outputs are not finite, first for text 2"):
+        require_success(Validated([made], {}))
+
+
+def test_the_sqnr_of_equal_logits_is_none_and_that_of_no_numbers_stays_nan() -> None:
+    rows, targets = np.ones((2, 3)), np.zeros(2, int)
+    assert as_agreement(metrics.compare(rows, rows, targets)).sqnr_db is None
+    sqnr_db = as_agreement(metrics.compare(rows, rows * np.nan, targets)).sqnr_db
+    assert sqnr_db is not None and math.isnan(sqnr_db)
 
 
 def test_an_encoders_gates_pass_at_their_limits_and_are_missed_just_past_them() -> None:

@@ -94,6 +94,25 @@ def test_metrics_over_blocks_equal_those_over_everything_at_once() -> None:
     assert 0 < found.top1_agreement < 1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["reference", "model"])
+def test_logits_that_are_not_finite_have_no_figures_and_are_located(value: float, side: str) -> None:
+    good = RNG.normal(0, 1, (9, 5)).astype(np.float32)
+    bad = good.copy()
+    bad[4, 2] = value
+    comparison, targets = LogitComparison(), np.zeros(9, int)
+    comparison.add(good, good, targets)
+    comparison.add(*((bad, good) if side == "reference" else (good, bad)), targets, "sequence 1")
+    comparison.add(good, good, targets)
+    found = comparison.result()
+    assert found.not_finite == f"the {side}'s logits are not finite, first at compared token 4 of sequence 1"
+    assert found.tokens == 27
+    # Equal rows of nan have equal largest tokens, which must not count as agreement.
+    for figure in (found.kl_nats, found.top1_agreement, found.perplexity, found.perplexity_reference, found.sqnr_db):
+        assert math.isnan(figure)
+    assert compare(good, good).not_finite == ""
+
+
 def test_a_comparison_needs_tokens_and_matching_shapes() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         LogitComparison().result()

@@ -498,7 +498,7 @@ def validate(
 
 
 def verify(run: Run | str | Path, *, target: Sequence[str] = (), trust_remote_code: bool = False) -> list[Verified]:
-    """Read codes and scales back out of every artifact and compare them with the frozen checkpoint.
+    """Read every artifact back, run it on a few prompts, and compare both with the frozen checkpoint.
 
     Args:
         run: a run with exports, or its folder.

@@ -207,7 +207,7 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 @TRUST_REMOTE_CODE
 @JSON
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
-    """Read codes and scales back out of every artifact and compare them with the frozen checkpoint."""
+    """Read every artifact back, run it, and compare both with the frozen checkpoint."""
     opened = _open(run)
     from qat_edge.verbs.verify import require_equal
     from qat_edge.verbs.verify import verify as verb

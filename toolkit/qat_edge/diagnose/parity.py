@@ -67,6 +67,7 @@ SEEDS = 3  # draws of the noise
 BATCH = 8  # prompts that torch computes at once: logits of 64 tokens
 # Two-layer models of twelve families: correct artifacts are at -100 dB, or where a rounding flips at -55 to -30 dB.
 FLOAT_DB = -80.0
+LOWEST_DB = -300.0
 # Reasons that say something about this machine and nothing about the artifact.
 UNAVAILABLE = (MissingPackageError, UnsupportedDeviceError, CapacityError)
 # Plain prose, code, numbers and other scripts, so that the prompts are not all of one kind.
@@ -475,7 +476,8 @@ def _rows(found: Sequence[Logits]) -> int:
 
 def _finite(value: float) -> float | None:
     """Return None for the infinite SQNR of equal outputs, which JSON has no number for."""
-    return value if np.isfinite(value) else None
+    # Outputs next to zeros have an SQNR of minus infinity; any number as low says the same.
+    return None if value == np.inf else max(value, LOWEST_DB)
 
 
 def _threads() -> int:

@@ -207,9 +207,9 @@ class Evaluator:
         """
         folder, options, eval_set = variant.exports / target, self.options, self.eval_set
         progress.info(f"Measuring {folder} on {transport.name}: logits of {eval_set.tokens} tokens")
-        accuracy, parity, not_finite = self._compare_artifact(folder, target, transport, own)
-        if not_finite:
-            progress.warn(f"{variant.name}, {target}: {not_finite}")
+        accuracy, parity = self._compare_artifact(folder, target, transport, own)
+        if accuracy.not_finite:
+            progress.warn(f"{variant.name}, {target}: {accuracy.not_finite}")
 
         # Scoring has sent the artifact: this runtime finds it on the device.
         runtime = open_runtime(target, transport, options.threads)
@@ -238,7 +238,7 @@ class Evaluator:
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
             notes=timed.remarks(),
-            not_finite=not_finite,
+            not_finite=accuracy.not_finite,
         )
 
     def first_tokens(self, limit: int) -> Evaluator:
@@ -289,31 +289,18 @@ class Evaluator:
 
     def _compare_artifact(
         self, folder: Path, target: str, transport: Transport, own: bool
-    ) -> tuple[LogitMetrics, LogitMetrics | None, str]:
-        """Compare an artifact's logits with FP32's and, if it is the run's own, with the frozen checkpoint's.
-
-        Returns:
-            Both metrics, and `Measurement.not_finite`.
-        """
-        accuracy, parity, not_finite = LogitComparison(), LogitComparison(), ""
+    ) -> tuple[LogitMetrics, LogitMetrics | None]:
+        """Compare an artifact's logits with FP32's and, if it is the run's own, with the frozen checkpoint's."""
+        accuracy, parity = LogitComparison(), LogitComparison()
         keep = own and self.options.error_budget  # the error budget compares them with other steps' later
         for index, logits in self.score_artifact(folder, target, transport):
             targets = self.eval_set.sequences[index].targets
-            not_finite = not_finite or self._describe_not_finite(index, logits)
-            accuracy.add(self.fp32_logits.get(index), logits, targets)
+            accuracy.add(self.fp32_logits.get(index), logits, targets, f"evaluation sequence {index}")
             if own:
-                parity.add(self.frozen_logits.get(index), logits, targets)
+                parity.add(self.frozen_logits.get(index), logits, targets, f"evaluation sequence {index}")
             if keep:
                 self.artifact_logits(transport.name, target).put(index, logits)
-        return accuracy.result(), parity.result() if own else None, not_finite
-
-    def _describe_not_finite(self, index: int, logits: Logits) -> str:
-        """Return where the logits of a sequence are not finite, as a sentence without a stop; empty where all are."""
-        row = first_not_finite(logits)
-        if row is None:
-            return ""
-        position = self.eval_set.sequences[index].positions[row]
-        return f"its logits are not finite, first at token {position} of evaluation sequence {index}"
+        return accuracy.result(), parity.result() if own else None
 
     def _require_finite(self, store: LogitStore, what: str) -> None:
         """Refuse a reference whose logits are not finite: every figure is relative to it.
@@ -322,10 +309,11 @@ class Evaluator:
             ModelError: names the reference, the sequence and the token.
         """
         for index in range(len(self.eval_set.sequences)):
-            where = self._describe_not_finite(index, store.get(index))
-            if where:
+            row = first_not_finite(store.get(index))
+            if row is not None:
                 raise ModelError(
-                    f"{what}: {where}. Nothing can be compared with it: its weights are not finite, or too large. "
+                    f"{what}: its logits are not finite, first at compared token {row} of evaluation sequence {index}. "
+                    "Nothing can be compared with it: its weights are not finite, or too large. "
                     "Train again, with a lower --learning-rate if the loss was not finite."
                 )
 

@@ -140,7 +140,7 @@ def _figures(
     return {
         "max_kl": None if agreement is None else agreement.kl_nats,
         "min_top1": None if agreement is None else agreement.top1,
-        "max_perplexity_ratio": artifact.perplexity / reference_perplexity,
+        "max_perplexity_ratio": artifact.perplexity / reference_perplexity if artifact.scored else None,
         "min_exact_match": artifact.exact_match,
         "max_size_mb": artifact.total_bytes / 1e6,
         "max_memory_mb": None if memory is None else memory / 1e6,

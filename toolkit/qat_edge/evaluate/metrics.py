@@ -62,19 +62,30 @@ class LogitComparison:
         self._noise = 0.0
         self._not_finite = ""
 
-    def add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
+    def add(
+        self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]], name: str = "the logits"
+    ) -> None:
         """Add one block.
 
         Args:
             reference: logits (tokens, vocabulary).
             candidate: logits of the same shape.
             targets: ids of the next tokens, (tokens,).
+            name: of the block, for the position of logits that are not finite.
         """
         if reference.ndim != 2 or reference.shape != candidate.shape or targets.shape != reference.shape[:1]:
             raise ValueError(
                 f"logits {reference.shape} and {candidate.shape} with targets {targets.shape}: expected twice "
                 "(tokens, vocabulary) and (tokens,)"
             )
+        for side, logits in (("reference", reference), ("model", candidate)):
+            row = first_not_finite(logits)
+            if row is not None and not self._not_finite:
+                self._not_finite = f"the {side}'s logits are not finite, first at compared token {row} of {name}"
+        if self._not_finite:
+            self._tokens += len(targets)
+            return
+
         for start in range(0, len(targets), ROWS):
             rows = slice(start, start + ROWS)
             self._add(reference[rows].astype(np.float64), candidate[rows].astype(np.float64), targets[rows])
@@ -100,14 +111,6 @@ class LogitComparison:
         )
 
     def _add(self, reference: Logits, candidate: Logits, targets: NDArray[np.integer[Any]]) -> None:
-        for name, logits in (("reference", reference), ("model", candidate)):
-            row = first_not_finite(logits)
-            if row is not None and not self._not_finite:
-                self._not_finite = f"the {name}'s logits are not finite, first at compared token {self._tokens + row}"
-        if self._not_finite:
-            self._tokens += len(targets)
-            return
-
         # Sums, not means, so that blocks of any length can be added.
         log_p, log_q = log_softmax(reference), log_softmax(candidate)
         at_targets = np.arange(len(targets)), targets

@@ -42,7 +42,6 @@ TRACKER_PACKAGES = {
 }
 
 
-
 @dataclass(frozen=True)
 class TrainingJob:
     """Everything that is loaded and chosen before training.

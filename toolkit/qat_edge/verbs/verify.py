@@ -126,7 +126,10 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
 def _record(run: Run, result: Verified) -> dict[str, Any]:
     """Return one artifact's entry in verified.json; the manifest's hash identifies the export."""
     entry = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
-    return entry | {"manifest_sha256": sha256(result.folder / MANIFEST)}
+    return entry | {
+        "parity_line": result.parity.describe(),
+        "manifest_sha256": sha256(result.folder / MANIFEST),
+    }
 
 
 def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) -> Verified:
