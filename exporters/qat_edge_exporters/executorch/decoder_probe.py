@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qat_edge import remote_code
 from qat_edge_exporters.executorch import compat_transformers
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def obstacle(config: PretrainedConfig) -> str:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code.permitted())
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # code of its own, which is not run here
 

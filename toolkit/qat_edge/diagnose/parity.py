@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from qat_edge import remote_code
 from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
 from qat_edge.diagnose.locate_fault import locate_on_prompts
@@ -128,7 +129,9 @@ class FrozenReference:
     def __init__(self, quantized: Path) -> None:
         self.quantized = quantized
         self.task: ModelTask = tasks.task_of_folder(quantized)
-        self._config: PretrainedConfig = AutoConfig.from_pretrained(quantized, local_files_only=True)
+        self._config: PretrainedConfig = AutoConfig.from_pretrained(
+            quantized, local_files_only=True, trust_remote_code=remote_code.permitted()
+        )
         self._expected: dict[tuple[str, int, int], list[ExpectedLogits]] = {}
 
     def prompt_sets(self, context_length: int, seed: int, count: int) -> list[PromptSet]:
@@ -242,17 +245,19 @@ class FrozenReference:
 
     def _model_on_meta(self) -> PreTrainedModel:
         """Return the model without weights."""
-        config = AutoConfig.from_pretrained(self.quantized, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            self.quantized, local_files_only=True, trust_remote_code=remote_code.permitted()
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: PreTrainedModel = self.task.auto_class.from_config(config)
+            model: PreTrainedModel = self.task.auto_class.from_config(config, trust_remote_code=remote_code.permitted())
         return model
 
 
 def not_comparable(quantized: Path) -> str:
     """Return why an artifact of this checkpoint cannot be compared with it, as a sentence; empty where it can."""
-    config = AutoConfig.from_pretrained(quantized, local_files_only=True)
+    config = AutoConfig.from_pretrained(quantized, local_files_only=True, trust_remote_code=remote_code.permitted())
     if getattr(config, "quantization_config", None) is None:
         return "The checkpoint holds float weights, and nothing was frozen."
     if (quantized / "adapter").is_dir():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qat_edge import remote_code
 from qat_edge.errors import ModelError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def refuse_expert_config(config: PretrainedConfig) -> None:
         return
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=remote_code.permitted())
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # code of its own: `refuse_experts` sees the loaded model
     refuse_experts(model)

@@ -161,13 +161,13 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
         ModelError: A key of the metadata changes the function and cannot be applied.
     """
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    config = AutoConfig.from_pretrained(**where)
+    config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     _apply_settings(config, metadata, path)
     _apply_rotary(config, metadata, path)
 
     # Quantized tensors are dequantized while reading, so the model is a float one.
     model, info = AutoModelForCausalLM.from_pretrained(
-        **where, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
+        **where, trust_remote_code=False, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     report = LoadReport.from_transformers(info)
