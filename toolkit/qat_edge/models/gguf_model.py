@@ -167,7 +167,8 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
 
     # Quantized tensors are dequantized while reading, so the model is a float one.
     model, info = AutoModelForCausalLM.from_pretrained(
-        **where, trust_remote_code=False, config=config, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
+        **where, trust_remote_code=False, config=config, dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     report = LoadReport.from_transformers(info)
