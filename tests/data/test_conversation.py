@@ -87,7 +87,7 @@ def test_token_ids_and_labels_of_plain_rows_are_those_of_version_0_2(
     template: str, adds_bos: bool, expected: str
 ) -> None:
     tokenizer = tokenizer_for(template, adds_bos=adds_bos)
-    rows = tokenization.tokenize(GOLDEN_ROWS, tokenizer, 400).rows
+    rows = list(tokenization.tokenize(GOLDEN_ROWS, tokenizer, 400).rows)
     prompts = [[ids, text] for ids, text in tokenization.prompts(GOLDEN_ROWS, tokenizer)]
     assert hashlib.sha256(json.dumps([rows, prompts]).encode()).hexdigest() == expected
 

@@ -33,7 +33,7 @@ from qat_edge.errors import DataError
 from qat_edge.models import hub
 from qat_edge.readers import parse_json, read_text, shorten
 
-__all__ = ["Chat", "Completion", "Pair", "Row", "Text", "load_rows"]
+__all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
 MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line
@@ -55,32 +55,53 @@ def load_rows(source: str, split: str = "train", report: bool = True) -> list[Ro
         DataError: The source does not exist or is empty, or a row has none of the six shapes. The message names the
             file and the line.
     """
+    return list(RowStream(source, split, report))
+
+
+class RowStream:
+    """The rows of a source, read again from the beginning in every loop: memory does not grow with the source."""
+
+    def __init__(self, source: str, split: str = "train", report: bool = True) -> None:
+        """Remember the source; see `load_rows` for the arguments. The first loop that ends reports unused keys."""
+        self.source, self.split, self.report = source, split, report
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows.
+
+        Raises:
+            DataError: See `load_rows`.
+        """
+        found = False
+        unused: Counter[str] = Counter()
+        for record, where in _records(self.source, self.split):
+            row = parse_row(record, where)
+            unused.update(unused_keys(record, row))
+            found = True
+            yield row
+        if not found:
+            raise DataError(f"{self.source}: contains no rows. Expected rows with {EXPECTED}.")
+        if self.report and unused:
+            progress.info(f"{self.source}: not used: {_listed(unused)}")
+        self.report = False
+
+
+def _records(source: str, split: str) -> Records:
+    """Return the records of a file, a folder or a Hub data set."""
     path = Path(source).expanduser()
     if path.is_file():
-        records = _file_records(path)
-    else:
-        # NAME:PART, unless the whole is the name of a folder.
-        name, colon, part = source.rpartition(":")
-        if not colon or path.is_dir():
-            name, part = source, split
+        return _file_records(path)
 
-        # A path that does not exist is an error. It is never looked up on the Hub, whose message would mislead.
-        folder = Path(name).expanduser()
-        is_path = name.startswith((".", "/", "~")) and not folder.is_dir()
-        if is_path or folder.suffix.lower() in READERS:
-            raise DataError(f"{source}: no such file or folder. Give an existing one or a Hub data set id.")
-        records = _dataset_records(str(folder), part)
+    # NAME:PART, unless the whole is the name of a folder.
+    name, colon, part = source.rpartition(":")
+    if not colon or path.is_dir():
+        name, part = source, split
 
-    rows: list[Row] = []
-    unused: Counter[str] = Counter()
-    for record, where in records:
-        rows.append(parse_row(record, where))
-        unused.update(unused_keys(record, rows[-1]))
-    if not rows:
-        raise DataError(f"{source}: contains no rows. Expected rows with {EXPECTED}.")
-    if report and unused:
-        progress.info(f"{source}: not used: {_listed(unused)}")
-    return rows
+    # A path that does not exist is an error. It is never looked up on the Hub, whose message would mislead.
+    folder = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) and not folder.is_dir()
+    if is_path or folder.suffix.lower() in READERS:
+        raise DataError(f"{source}: no such file or folder. Give an existing one or a Hub data set id.")
+    return _dataset_records(str(folder), part)
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -8,7 +8,7 @@ its training row. What the chat template and the tokenizer make of a conversatio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge.data.chat_template import encode
 from qat_edge.data.conversation import ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
+from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
 
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
@@ -31,7 +32,7 @@ class TokenizedRows:
     """Training rows, and what tokenizing them dropped.
 
     Attributes:
-        rows: "input_ids" and "labels" of each row, lists of equal length.
+        rows: "input_ids" and "labels" of each row, lists of equal length. They are on disk.
         truncated: Number of rows cut at the maximum length.
         cut_tokens: Number of tokens removed from them.
         dropped: Number of rows removed because no token with loss was left.
@@ -42,7 +43,7 @@ class TokenizedRows:
         template_arguments: Arguments of the chat template that all conversations have in common.
     """
 
-    rows: list[dict[str, list[int]]]
+    rows: Sequence[dict[str, list[int]]]
     truncated: int
     cut_tokens: int
     dropped: int
@@ -62,38 +63,25 @@ class TokenizedRows:
         return line
 
 
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedRows:
+def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedRows:
     """Tokenize rows into training examples of at most `max_length` tokens. Consecutive texts are packed together.
 
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
         ModelError: The chat template cannot be used at all.
     """
-    # Truncate, and drop rows whose completion was cut off entirely.
-    done: list[dict[str, list[int]]] = []
-    truncated = cut = dropped = 0
-    chat_format = ChatFormat(tokenizer)
-    for ids, labels in _examples(rows, chat_format, max_length):
-        truncated += len(ids) > max_length
-        cut += max(0, len(ids) - max_length)
-        ids, labels = ids[:max_length], labels[:max_length]
-        # The first label is never predicted: a causal model shifts labels by one.
-        if all(label == IGNORED for label in labels[1:]):
-            dropped += 1
-            continue
-        done.append({"input_ids": ids, "labels": labels})
-
+    # One pass: neither rows nor examples are kept in memory.
+    facts, counts, chat_format = _RowFacts(), _Counts(), ChatFormat(tokenizer)
+    done = TokenTable(_kept_examples(_examples(facts.watch(rows), chat_format, max_length), counts, max_length))
     if not done:
         raise DataError(
-            f"None of {len(rows)} rows has a token to train on within {max_length} tokens. Raise --max-length."
+            f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length."
         )
-    tokens = sum(len(row["input_ids"]) for row in done)
-    trained = sum(label != IGNORED for row in done for label in row["labels"][1:])
     return TokenizedRows(
-        done, truncated, cut, dropped, tokens, trained,
-        notes=(*chat_format.notes(), *_unused_labels(rows)),
+        done, counts.truncated, counts.cut, counts.dropped, counts.tokens, counts.trained,
+        notes=(*chat_format.notes(), *facts.unused()),
         end_of_turn=tuple(chat_format.ends),
-        template_arguments=_common_arguments(rows),
+        template_arguments=facts.common_arguments or {},
     )  # fmt: skip
 
 
@@ -203,14 +191,82 @@ class _Example(NamedTuple):
     labels: list[int]
 
 
-def _examples(rows: Sequence[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
+@dataclass
+class _Counts:
+    """Numbers of `TokenizedRows`, counted while examples are written."""
+
+    truncated: int = 0
+    cut: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    trained: int = 0
+
+
+@dataclass
+class _RowFacts:
+    """Facts about rows, collected while they pass.
+
+    Attributes:
+        rows: Their number.
+        unused_keys: Number of texts with a key that only encoders use, by key.
+        common_arguments: Arguments of the chat template that all conversations share; empty where they differ, None
+            before the first conversation.
+    """
+
+    rows: int = 0
+    unused_keys: Counter[str] = field(default_factory=Counter)
+    common_arguments: dict[str, Any] | None = None
+
+    def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass the rows on."""
+        for row in rows:
+            self.rows += 1
+            if isinstance(row, Text):
+                self.unused_keys["label"] += row.label is not None
+                self.unused_keys["text_pair"] += row.pair is not None
+            elif isinstance(row, Chat):
+                if self.common_arguments is None:
+                    self.common_arguments = dict(row.template_arguments)
+                elif self.common_arguments != row.template_arguments:
+                    self.common_arguments = {}
+            yield row
+
+    def unused(self) -> list[str]:
+        """Return a sentence about labels and second texts, which only encoders use."""
+        found = ", ".join(f"'{key}' in {count} rows" for key, count in self.unused_keys.items() if count)
+        return [f"Not used, because the model generates text: {found}"] if found else []
+
+
+def _kept_examples(examples: Iterable[_Example], counts: _Counts, max_length: int) -> Iterator[TokenRow]:
+    """Yield truncated examples, without those whose completion was cut off entirely."""
+    for example in examples:
+        counts.truncated += len(example.ids) > max_length
+        counts.cut += max(0, len(example.ids) - max_length)
+        ids, labels = example.ids[:max_length], example.labels[:max_length]
+
+        # The first label is never predicted: a causal model shifts labels by one.
+        trained = sum(label != IGNORED for label in labels[1:])
+        if not trained:
+            counts.dropped += 1
+            continue
+        counts.tokens += len(ids)
+        counts.trained += trained
+        yield {"input_ids": ids, "labels": labels}
+
+
+def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
     """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
     tokenizer = chat_format.tokenizer
+    window = max_length - len(leading_ids(tokenizer))
     stream: list[int] = []
     for row in rows:
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
             stream += [*encode(row.text, tokenizer), *end_ids(tokenizer)]
+            # Whole windows leave the stream, so that it does not grow with the number of texts.
+            whole = len(stream) // window * window
+            yield from _text_examples(stream[:whole], tokenizer, max_length)
+            stream = stream[whole:]
             continue
         if isinstance(row, Pair):
             raise DataError(f"{row.where}: pairs of texts are for encoders; the model of --model generates text.")
@@ -262,18 +318,3 @@ def _windows(ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) ->
     lead = leading_ids(tokenizer)
     step = length - len(lead)
     return (lead + ids[start : start + step] for start in range(0, len(ids), step))
-
-
-def _unused_labels(rows: Sequence[Row]) -> list[str]:
-    """Return a sentence about labels and second texts, which only encoders use."""
-    texts = [row for row in rows if isinstance(row, Text)]
-    counts = Counter({"label": sum(row.label is not None for row in texts)})
-    counts["text_pair"] = sum(row.pair is not None for row in texts)
-    found = ", ".join(f"'{key}' in {count} rows" for key, count in counts.items() if count)
-    return [f"Not used, because the model generates text: {found}"] if found else []
-
-
-def _common_arguments(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the arguments of the chat template, if all conversations have the same ones."""
-    found = [row.template_arguments for row in rows if isinstance(row, Chat)]
-    return dict(found[0]) if found and all(arguments == found[0] for arguments in found) else {}

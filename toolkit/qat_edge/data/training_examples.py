@@ -6,10 +6,11 @@ sentence encoder on the cosine of two texts or, for pairs without a score, on wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTr
 
 from qat_edge.data import tokenization
 from qat_edge.data.rows import Pair, Row, Text
+from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError
 from qat_edge.models.tasks import (
@@ -50,6 +52,43 @@ class EncoderRows(TokenizedRows):
         return f"{len(self.rows)} rows, {self.tokens} tokens, {self.description}{cut}"
 
 
+@dataclass
+class _EncoderCounts:
+    """Numbers of `EncoderRows`, counted while examples are written.
+
+    Attributes:
+        truncated: Number of rows that were cut.
+        cut: Number of tokens removed from them.
+        tokens: Number of tokens left.
+        labels: Number of rows by label index, or by score rounded to two places.
+        lowest: Least score.
+        highest: Greatest score.
+    """
+
+    truncated: int = 0
+    cut: int = 0
+    tokens: int = 0
+    labels: Counter[float] = field(default_factory=Counter)
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+    def add(self, before: int, after: int, label: float) -> None:
+        """Count a row. before, after: its tokens before and after truncation."""
+        self.truncated += after < before
+        self.cut += before - after
+        self.tokens += after
+        self.labels[round(label, 2)] += 1
+        self.lowest, self.highest = min(self.lowest, label), max(self.highest, label)
+
+    def describe(self, task: ModelTask) -> str:
+        """Summarize labels or scores for a message."""
+        if task == SentenceEncoder(scored=False):
+            return "pairs of texts that belong together"
+        if isinstance(task, SequenceClassifier):
+            return ", ".join(f"{task.labels[int(i)]} {count}" for i, count in sorted(self.labels.items()))
+        return f"pairs with scores of {self.lowest:g} to {self.highest:g}"
+
+
 class _EncoderInput(NamedTuple):
     """The texts of a row as separate inputs, each of one text or two, and the label index or score."""
 
@@ -57,7 +96,7 @@ class _EncoderInput(NamedTuple):
     label: float
 
 
-def task_for_rows(config: PretrainedConfig, rows: Sequence[Row], source: str) -> ModelTask:
+def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) -> ModelTask:
     """Find the task that an encoder is trained for by these rows.
 
     A model that has a classification head keeps its labels; any other encoder gets a head for the labels in the rows.
@@ -71,12 +110,17 @@ def task_for_rows(config: PretrainedConfig, rows: Sequence[Row], source: str) ->
         DataError: An encoder cannot be trained on such rows, or they all have the same label.
     """
     # Pairs: the first row decides, and `tokenize_for_task` refuses rows of another shape.
-    if isinstance(rows[0], Pair):
-        return SentenceEncoder(scored=rows[0].score is not None)
+    first = next(iter(rows))
+    if isinstance(first, Pair):
+        return SentenceEncoder(scored=first.score is not None)
 
     # Words in alphabetic order, whole numbers in numeric order: the position decides the index of each label.
-    labels = sorted({_label(row) for row in rows}, key=lambda label: (label.isdecimal() and int(label), label))
-    pairs = any(isinstance(row, Text) and row.pair is not None for row in rows)
+    found: set[str] = set()
+    pairs = False
+    for row in rows:
+        found.add(_label(row))
+        pairs = pairs or (isinstance(row, Text) and row.pair is not None)
+    labels = sorted(found, key=lambda label: (label.isdecimal() and int(label), label))
     if task_of_config(config) == SequenceClassifier():
         return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
     if len(labels) < 2:
@@ -86,7 +130,7 @@ def task_for_rows(config: PretrainedConfig, rows: Sequence[Row], source: str) ->
 
 def tokenize_for_task(
     task: ModelTask,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -102,28 +146,43 @@ def tokenize_for_task(
 
     length = min(max_length, max_text_tokens(model, tokenizer)) // MULTIPLE * MULTIPLE
     has_token_types = getattr(model.config, "type_vocab_size", 1) > 1
-    done: list[dict[str, Any]] = []
-    cut: list[int] = []
-    for row in rows:
-        inputs, label = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
-        # Both lengths are needed: truncated rows are counted and reported.
-        whole = [list(tokenizer(*texts).input_ids) for texts in inputs]
-        ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
+    counts = _EncoderCounts()
 
-        # The model computes token types itself, so they have to agree with the tokenizer's.
-        if len(inputs[0]) > 1 and has_token_types:
-            encoded = tokenizer(*inputs[0], truncation=True, max_length=length, return_token_type_ids=True)
-            _check_token_types(row, encoded)
+    def examples() -> Iterator[TokenRow]:
+        for row in rows:
+            yield _encoder_example(row, task, tokenizer, length, has_token_types, counts)
 
-        cut.append(sum(map(len, whole)) - sum(map(len, ids)))
-        example: dict[str, Any] = {"input_ids": ids[0], "labels": [label]}
-        if len(ids) > 1:
-            example["other_ids"] = ids[1]
-        done.append(example)
+    # One pass: neither rows nor examples are kept in memory.
+    done = TokenTable(examples())
+    return EncoderRows(
+        done, counts.truncated, counts.cut, 0, counts.tokens, len(done), description=counts.describe(task)
+    )
 
-    tokens = sum(len(row["input_ids"]) + len(row.get("other_ids", ())) for row in done)
-    truncated = sum(map(bool, cut))
-    return EncoderRows(done, truncated, sum(cut), 0, tokens, len(done), description=_describe(task, done))
+
+def _encoder_example(
+    row: Row,
+    task: ModelTask,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    has_token_types: bool,
+    counts: _EncoderCounts,
+) -> TokenRow:
+    """Tokenize one row to at most `length` tokens for each input, and count it."""
+    inputs, label = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
+    # Both lengths are needed: truncated rows are counted and reported.
+    whole = [list(tokenizer(*texts).input_ids) for texts in inputs]
+    ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
+
+    # The model computes token types itself, so they have to agree with the tokenizer's.
+    if len(inputs[0]) > 1 and has_token_types:
+        encoded = tokenizer(*inputs[0], truncation=True, max_length=length, return_token_type_ids=True)
+        _check_token_types(row, encoded)
+
+    counts.add(sum(map(len, whole)), sum(map(len, ids)), label)
+    example: TokenRow = {"input_ids": ids[0], "labels": [label]}
+    if len(ids) > 1:
+        example["other_ids"] = ids[1]
+    return example
 
 
 def make_collator(task: ModelTask, tokenizer: PreTrainedTokenizerBase) -> Collate:
@@ -211,13 +270,3 @@ def _pair_input(row: Row, task: SentenceEncoder) -> _EncoderInput:
         shape = "'text_a', 'text_b' and 'score'" if task.scored else "'anchor' and 'positive'"
         raise DataError(f"{row.where}: not a row of {shape}, as the first one is. Give rows of one shape.")
     return _EncoderInput([(row.text_a,), (row.text_b,)], 1.0 if row.score is None else row.score)
-
-
-def _describe(task: ModelTask, rows: Sequence[dict[str, Any]]) -> str:
-    """Summarize the labels or scores of tokenized rows for a message."""
-    numbers = [row["labels"][0] for row in rows]
-    if task == SentenceEncoder(scored=False):
-        return "pairs of texts that belong together"
-    if isinstance(task, SequenceClassifier):
-        return ", ".join(f"{task.labels[i]} {count}" for i, count in sorted(Counter(numbers).items()))
-    return f"pairs with scores of {min(numbers):g} to {max(numbers):g}"

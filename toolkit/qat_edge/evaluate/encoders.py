@@ -224,7 +224,7 @@ def _exported(run: Run) -> list[Variant]:
 
 def _evaluation_rows(
     run: Run, options: ValidateOptions, task: ModelTask, tuned: merge.MergedModel
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Tokenize --eval-data of validate, or of finetune."""
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.eval_data or trained.eval_data

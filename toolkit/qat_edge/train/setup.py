@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qat_edge import progress, readers
 from qat_edge.data import training_examples
-from qat_edge.data.formats import load_rows
+from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, weights_check
@@ -264,7 +264,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         if given:
             raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
 
-    task = training_examples.task_for_rows(config, load_rows(options.data, report=False), options.data)
+    task = training_examples.task_for_rows(config, RowStream(options.data, report=False), options.data)
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task
 
@@ -288,7 +288,7 @@ def _read_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
     """Read and tokenize the rows of a file or data set, and report their counts."""
-    rows = training_examples.tokenize_for_task(task, load_rows(source, split), model, tokenizer, options.max_length)
+    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, options.max_length)
     if not task.is_encoder:
         weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
-from qat_edge.data.formats import load_rows
+from qat_edge.data.formats import RowStream
 from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
@@ -117,7 +117,7 @@ def _calibration(
     trained = config.load(FinetuneOptions, "finetune", run.config, {})
     source = options.calibration_data or trained.data
     option_paths.require_data(source, "--calibration-data")
-    task, loaded = tasks.task_of_run(run), load_rows(source, "train")
+    task, loaded = tasks.task_of_run(run), RowStream(source, "train")
     rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")

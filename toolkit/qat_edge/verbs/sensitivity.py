@@ -19,7 +19,7 @@ import torch
 from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
-from qat_edge.data.formats import load_rows
+from qat_edge.data.formats import RowStream
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import decoder, tasks
@@ -129,7 +129,7 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     merged = merged_model(run.reference, force)
 
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
-    tokenized = tokenization.tokenize(load_rows(source, "train"), merged.tokenizer, trained.max_length)
+    tokenized = tokenization.tokenize(RowStream(source, "train"), merged.tokenizer, trained.max_length)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
     measured = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
 
