@@ -35,7 +35,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import tasks
 from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
@@ -128,11 +128,21 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def read_scheme(folder: Path) -> Scheme:
-    """Read the scheme of a frozen checkpoint from its manifest."""
+    """Read the scheme of a frozen checkpoint from its manifest.
+
+    Raises:
+        RunError: The manifest is missing or damaged.
+    """
     # Checkpoints from before encoders have no "apart".
-    metadata = read_manifest(folder)["scheme"]
-    weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
-    return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
+    manifest = read_manifest(folder)
+    try:
+        metadata = manifest["scheme"]
+        weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
+        return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{folder / MANIFEST}: damaged, its scheme cannot be read ({error}). Freeze it again."
+        ) from error
 
 
 def scheme_metadata(scheme: Scheme) -> dict[str, Any]:
