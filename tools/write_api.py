@@ -23,6 +23,7 @@ API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 BEGIN = "# --- written by tools/write_api.py: do not edit up to the end of this part ---------------------------------"
 END = "# --- end of the written part --------------------------------------------------------------------------------"
 
+
 @dataclass(frozen=True)
 class Verb:
     """One generated function.
