@@ -45,7 +45,7 @@ def read_text(path: Path, error: Failure, where: str | None = None, max_bytes: i
     try:
         # A pipe or a device would be read without end.
         if path.exists() and not path.is_file():
-            raise error(f"{where}: not a file. Give the path of a file.")
+            raise error(f"{where}: cannot be read (not a file). Give the path of a file.")
         # One byte more than is permitted, because a file may grow while it is read.
         with path.open("rb") as file:
             found = file.read(max_bytes + 1)
@@ -187,7 +187,7 @@ class _PlainLoader(yaml.SafeLoader):
         seen: set[Hashable] = set()
         for key in keys:
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{shorten(key)}' twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"'{shorten(key)}' is given twice", node.start_mark)
             if isinstance(key, Hashable):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)

@@ -40,6 +40,7 @@ from qat_edge.run import Run
 from qat_edge_devices import open_transport
 from qat_edge_devices.device_errors import DeviceLayerError
 from qat_edge_devices.transport import Transport
+from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,6 +146,7 @@ def score_on_this_machine(run: Run, evaluator: Evaluator, targets: Iterable[str]
             folder = run.exports / target
             progress.info(f"Scoring {folder} on this machine, a step of the error budget")
             try:
+                target_named(target).check(folder)
                 for index, logits in evaluator.score_artifact(folder, target, transport):
                     evaluator.artifact_logits(LOCAL, target).put(index, logits)
             except DeviceLayerError as error:

@@ -206,6 +206,7 @@ class Evaluator:
         own: True for an artifact of the run itself, whose frozen checkpoint is the reference for parity.
         """
         folder, options, eval_set = variant.exports / target, self.options, self.eval_set
+        target_named(target).check(folder)
         progress.info(f"Measuring {folder} on {transport.name}: logits of {eval_set.tokens} tokens")
         accuracy, parity = self._compare_artifact(folder, target, transport, own)
         if accuracy.not_finite:
@@ -269,7 +270,6 @@ class Evaluator:
 
         decode_from: see `Runtime.score`.
         """
-        target_named(target).check(folder)
         sequences = self.eval_set.sequences
         with progress.bar("logits of the artifact", len(sequences)) as bar:
             runtime = open_runtime(target, transport, self.options.threads, lambda done, _: bar.update(done))

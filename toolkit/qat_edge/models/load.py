@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,8 +39,13 @@ from qat_edge_exporters.targets import FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
 # Everything that parsers raise for a file that is truncated or overwritten, depending on where it is damaged.
-PARSE_ERRORS = (ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error, OSError, SafetensorError)
-DOWNLOAD_ERRORS = (OSError, ValueError, httpx2.HTTPError)
+WRONG_VALUES = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
+    StrictDataclassError,
+)  # fmt: skip
+PARSE_ERRORS = (*WRONG_VALUES, struct.error, OSError, SafetensorError)
+DOWNLOAD_ERRORS = (*WRONG_VALUES, OSError, httpx2.HTTPError)
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
     chosen = _check_task(config, str(path), trust_remote_code, task)
+    _check_sizes(chosen, path, sum(file.stat().st_size for file in weights))
     if isinstance(task, SentenceEncoder):
         _check_pooling(path)
 
@@ -248,6 +255,9 @@ def _load_config(source: str, trust_remote_code: bool, failure: str, revision: s
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except DOWNLOAD_ERRORS as error:
         raise _unavailable(failure, error) from error
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"{failure}: architectures is {readers.show(names)}, expected a list of names.")
     remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
     return config
 
@@ -384,6 +394,33 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
         )
     experts.refuse_expert_config(text)
     return text
+
+
+def _check_sizes(config: PretrainedConfig, folder: Path, weight_bytes: int) -> None:
+    """Refuse a configuration whose matrices cannot be in the weights: making them could take all memory.
+
+    Raises:
+        ModelError: A size is no positive number, or a matrix has more elements than the files have bytes.
+    """
+
+    def size(name: str, default: int = 1) -> int:
+        value = getattr(config, name, None)
+        if value is None:
+            return default
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{folder}: config.json has {name} {readers.show(value)}. Restore the file.")
+        return value
+
+    hidden, heads, layers = size("hidden_size"), size("num_attention_heads"), size("num_hidden_layers")
+    head = size("head_dim", max(1, hidden // heads))
+    widest = max(size("vocab_size"), size("intermediate_size"), max(heads, size("num_key_value_heads")) * head)
+    # An element takes a byte or more, and a layer has a norm of the hidden size.
+    if max(widest, layers) * hidden > weight_bytes or layers > MOST_LAYERS:
+        raise ModelError(
+            f"{folder}: config.json describes a model of {readers.shorten(layers)} layers with matrices up to "
+            f"{readers.shorten(widest)} x {readers.shorten(hidden)}, which is not in the {weight_bytes} bytes of its "
+            "weights. Restore config.json."
+        )
 
 
 def _check_pooling(folder: Path) -> None:

@@ -132,15 +132,18 @@ def read_scheme(folder: Path) -> Scheme:
     """Read the scheme of a frozen checkpoint from its manifest.
 
     Raises:
-        RunError: The folder has no manifest, or its scheme is damaged.
+        RunError: The manifest is missing or damaged.
     """
     # Checkpoints from before encoders have no "apart".
-    metadata = read_manifest(folder)["scheme"]
+    manifest = read_manifest(folder)
     try:
+        metadata = manifest["scheme"]
         weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
         return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
-    except TypeError as error:
-        raise RunError(f"{folder / MANIFEST}: damaged (scheme: {error}). Make the folder again.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{folder / MANIFEST}: damaged, its scheme cannot be read ({error}). Freeze it again."
+        ) from error
 
 
 def scheme_metadata(scheme: Scheme) -> dict[str, Any]:
