@@ -71,7 +71,7 @@ def obstacle(config: PretrainedConfig) -> str:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # code of its own, which is not run here
 

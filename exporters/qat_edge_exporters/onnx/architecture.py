@@ -77,7 +77,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError):
         return None
     return model

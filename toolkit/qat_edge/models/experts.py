@@ -56,7 +56,7 @@ def refuse_expert_config(config: PretrainedConfig) -> None:
         return
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # code of its own: `refuse_experts` sees the loaded model
     refuse_experts(model)

@@ -160,7 +160,10 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     Raises:
         ModelError: A key of the metadata changes the function and cannot be applied.
     """
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    where = {
+        "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True,
+        "trust_remote_code": False,
+    }  # fmt: skip
     config = AutoConfig.from_pretrained(**where)
     _apply_settings(config, metadata, path)
     _apply_rotary(config, metadata, path)
