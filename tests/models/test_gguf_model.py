@@ -70,7 +70,27 @@ def llama3(writer: gguf.GGUFWriter) -> None:
     writer.add_tensor("rope_freqs.weight", factors.numpy().astype(np.float32))
 
 
+SHORT, LONG = [1 + i / 8 for i in range(8)], [2 + i / 8 for i in range(8)]
+
+
+def longrope(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_orig_ctx_len(64)
+    writer.add_rope_scaling_attn_factors(1.25)
+    writer.add_tensor("rope_factors_short.weight", np.array(SHORT, np.float32))
+    writer.add_tensor("rope_factors_long.weight", np.array(LONG, np.float32))
+
+
 SCALINGS: dict[str, tuple[Add, dict[str, Any]]] = {
+    "longrope": (
+        longrope,
+        {
+            "rope_type": "longrope",
+            "short_factor": SHORT,
+            "long_factor": LONG,
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "linear": (linear, {"rope_type": "linear", "factor": 4.0}),
     "linear, old key": (legacy_linear, {"rope_type": "linear", "factor": 4.0}),
     "yarn": (yarn, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}),
