@@ -32,6 +32,7 @@ from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
+from qat_edge.verbs.generate import generate
 from qat_edge.verbs.validate import Validated, validate
 from qat_edge.verbs.verify import require_equal, verify, verify_folder
 from qat_edge_exporters.onnx import graph_file
@@ -39,6 +40,7 @@ from qat_edge_exporters.targets import target_named
 
 TARGETS = ("executorch", "onnx")
 LINEARS = 14  # seven in each of two layers
+NORMS = 5  # two in each of two layers, and the last one
 OPTIONS = ValidateOptions(
     tokens=64, window=64, prompts=3, max_new_tokens=6, threads=1, prefill=8, decode=4, repeats=2,
     max_kl=100.0, min_exact_match=0.5, error_budget=True,
@@ -88,7 +90,14 @@ def test_every_matrix_is_equal_in_every_artifact(run: Run) -> None:
         assert (one.linears_equal, one.linears, one.embedding_equal, one.head_equal) == (LINEARS, LINEARS, True, True)
         assert one.faults == []
         assert f"{LINEARS} of {LINEARS} linear layers equal" in one.describe()
+        assert (
+            one.floats_equal == one.floats == NORMS and f"{NORMS} of {NORMS} norms and biases equal" in one.describe()
+        )
+        assert one.parity.tokens > 0 and one.parity.fault == one.parity.not_measured == ""
     require_equal(verified)
+    recorded = json.loads(run.verified.read_text())
+    assert [row["parity"]["tokens"] for row in recorded] == [one.parity.tokens for one in verified]
+    assert all(row["parity_line"].startswith("parity ") for row in recorded)
 
 
 def test_both_targets_contain_the_same_codes(run: Run) -> None:
@@ -151,6 +160,55 @@ def test_a_file_changed_after_the_export_is_reported(run: Run, target: str, tmp_
     with (folder / "tokenizer_config.json").open("a") as file:
         file.write("\n")
     assert any("changed since it was exported" in f for f in verify_folder(folder, target, run.quantized).faults)
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the last tensor of a file."""
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_artifact_that_was_changed_is_not_run(run: Run, target: str, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "reports", "logs"))
+    flip(weights_file(copy.exports / target))
+    changed = rf"exports/{target} is not as it was written: model\.\S+: changed since it was written"
+    with pytest.raises(RunError, match=changed):
+        generate(copy, "hello", target, lambda text: None, max_new_tokens=1)
+    with pytest.raises(RunError, match=changed):
+        validate(copy, dataclasses.replace(OPTIONS, target=(target,)))
+
+
+@pytest.mark.parametrize("part", ["adapter", "quantized"])
+def test_a_folder_that_was_changed_is_not_exported(run: Run, part: str, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "exports", "logs"))
+    if part == "adapter":
+        shutil.rmtree(copy.quantized)
+    flip(next((copy.path / part).glob("*.safetensors")))
+    with pytest.raises(RunError, match=rf"run/{part} is not as it was written: \S+\.safetensors: changed since"):
+        export(copy, ExportOptions(target=("onnx",), context_length=128, ptq=("none",)))
+    assert not (copy.exports / "onnx").exists()
+
+
+def test_verify_refuses_a_changed_checkpoint(run: Run, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "reports", "logs"))
+    flip(copy.quantized / "model.safetensors")
+    with pytest.raises(RunError, match="run/quantized is not as it was written"):
+        verify(copy, ())
+
+
+def test_verify_fails_on_an_artifact_that_computes_something_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_edge.diagnose.parity.measure", lambda *_: results.Parity(fault="It is another function."))
+    before = run.verified.read_bytes() if run.verified.is_file() else None
+    answer = CliRunner().invoke(commands.main, ["verify", str(run.path), "--target", "onnx"])
+    assert answer.exit_code == 1
+    assert "parity FAILED" in answer.output
+    assert "It does not compute the frozen checkpoint. It is another function." in " ".join(answer.output.split())
+    if before is not None:
+        run.verified.write_bytes(before)
 
 
 def test_manifests_record_what_was_exported(run: Run, target: str) -> None:

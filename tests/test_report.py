@@ -422,10 +422,14 @@ def test_results_of_verify_are_shown_until_the_artifact_changes(tmp_path: Path) 
     row |= {"faults": [], "manifest_sha256": sha256(run.exports / "onnx" / MANIFEST)}
     run.verified.write_text(json.dumps([row]))
     assert "14 of 14 linear layers" in write(run)
-    row |= {"floats": 5, "floats_equal": 5, "parity_line": Parity(tokens=192, sqnr_db=52.0, seconds=3.0).describe()}
+    line = Parity(tokens=192, error_db=-52.0, noise_db=-50.0, chance=0.5, seconds=3.0).describe()
+    row |= {"floats": 5, "floats_equal": 5, "parity_line": line}
     run.verified.write_text(json.dumps([row]))
     shown = write(run)
-    assert "5 of 5 norms and biases equal; parity 52 dB (noise floor exact), 192 tokens in 3 s" in shown
+    assert (
+        "5 of 5 norms and biases equal; parity -52 dB (noise floor -50 dB), fault chance 50%, 192 tokens in 3 s"
+        in shown
+    )
 
     # Exported again, with another context length: the results of verify no longer apply.
     (run.exports / "onnx" / MANIFEST).unlink()

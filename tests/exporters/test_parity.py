@@ -123,6 +123,7 @@ def test_an_export_records_what_was_measured(variant: Variant, target: str) -> N
     assert recorded.tokens == parity.PROMPTS * parity.LENGTH and recorded.seconds > 0
     assert recorded.floor_sqnr_db is not None and recorded.floor_kl_nats is not None and recorded.floor_kl_nats > 0
     assert recorded.sqnr_db is None or recorded.sqnr_db > 30
+    assert recorded.error_db is not None and recorded.noise_db is not None and recorded.error_db < -30
     assert recorded.chance is not None and recorded.chance < 0.75
     assert "noise floor" in recorded.describe()
 

@@ -376,33 +376,43 @@ def _judge(expected: ExpectedLogits, found: list[Logits], prompts: PromptSet) ->
 
     errors = _errors(expected.logits, found)
     test = fault_test.compare_errors(errors, np.maximum(expected.noise, FLOAT_DB))
-    metrics, floor = _compare(expected.logits, found, prompts), expected.floor
-    floor_kl = max(each.kl_nats for each in floor)
+    metrics = _compare(expected.logits, found, prompts)
     parity = Parity(
         tokens=metrics.tokens,
+        error_db=_typical_db(errors),
+        noise_db=_typical_db(expected.noise),
         sqnr_db=_finite(metrics.sqnr_db),
         kl_nats=metrics.kl_nats,
         floor_sqnr_db=_finite(expected.floor_sqnr_db),
-        floor_kl_nats=floor_kl,
+        floor_kl_nats=max(each.kl_nats for each in expected.floor),
         chance=test.chance,
     )
     if test.position is None:
         return parity, None
+    return parity, _Suspect(_describe_excess(parity, test.position, errors, expected.noise, prompts), prompts.inputs)
 
-    # The prompt with the largest error at the first position that exceeds the noise.
-    worst = int(errors[:, test.position].argmax())
-    position = prompts.first + test.position
+
+def _describe_excess(parity: Parity, at: int, errors: Errors, noise: Errors, prompts: PromptSet) -> str:
+    """Describe a difference that exceeds the noise, as sentences.
+
+    Args:
+        parity: figures over all prompts.
+        at: first compared position that exceeds the noise.
+        errors: of the artifact.
+        noise: of the disturbed checkpoint.
+        prompts: that were run.
+    """
+    worst, position = int(errors[:, at].argmax()), prompts.first + at
     how = "decoded one at a time" if position >= prompts.decode_from else "read at once"
-    noise_db = float(np.maximum(expected.noise, FLOAT_DB)[:, test.position].max())
-    text = (
+    largest = float(np.maximum(noise[:, at], FLOAT_DB).max())
+    return (
         f"From position {position} of a prompt on ({how}), its logits differ from the frozen checkpoint's by more than "
-        f"rounding: by {errors[worst, test.position]:.0f} dB for the token ids {prompts.ids[worst][: position + 1]}, "
-        f"where disturbing the checkpoint explains {noise_db:.0f} dB at most. Over all prompts: KL "
-        f"{metrics.kl_nats:.2g} nats per token (noise floor {floor_kl:.2g}), SQNR {metrics.sqnr_db:.1f} dB (noise "
-        f"floor {expected.floor_sqnr_db:.1f} dB); a token's error exceeds the noise with probability {test.chance:.2f} "
-        f"(limit {fault_test.MAX_CHANCE:g})."
+        f"rounding: by {errors[worst, at]:.0f} dB for the token ids {prompts.ids[worst][: position + 1]}, where "
+        f"disturbing the checkpoint explains {largest:.0f} dB at most. Over all prompts, a typical token differs by "
+        f"{parity.error_db:.0f} dB (noise floor {parity.noise_db:.0f} dB), the KL divergence is {parity.kl_nats:.2g} "
+        f"nats per token (noise floor {parity.floor_kl_nats:.2g}), and a token's error exceeds the noise with "
+        f"probability {parity.chance:.2f} (limit {fault_test.MAX_CHANCE:g})."
     )
-    return parity, _Suspect(text, prompts.inputs)
 
 
 def _measure_encoder(folder: Path, target: str, frozen: FrozenReference) -> Parity:
@@ -420,6 +430,8 @@ def _measure_encoder(folder: Path, target: str, frozen: FrozenReference) -> Pari
         sqnr_db = _sqnr_db(expected.logits, found)
         parity = Parity(
             tokens=count,
+            error_db=float(np.median(errors)),
+            noise_db=float(np.median(noise)),
             sqnr_db=_finite(sqnr_db),
             floor_sqnr_db=_finite(expected.floor_sqnr_db),
             chance=test.chance,
@@ -455,6 +467,12 @@ def _logits(model: PreTrainedModel, prompts: PromptSet) -> Iterator[Logits]:
         with torch.no_grad():
             logits = model(torch.tensor(ids[begin : begin + BATCH]), use_cache=False).logits
         yield from logits[:, prompts.first :].float().numpy()
+
+
+def _typical_db(errors: Errors) -> float:
+    """Return the median error of the positions that decide."""
+    # A prompt of one token has its first position only.
+    return float(np.median(errors[:, fault_test.DECISIVE_FROM :] if errors.shape[1] > 1 else errors))
 
 
 def _errors(expected: Sequence[Logits], found: Sequence[Logits]) -> Errors:

@@ -46,9 +46,12 @@ class Parity:
         not_measured: why it was not run, as a sentence; empty where it was.
         fault: how it differs by more than rounding noise, as sentences; empty where it does not.
         tokens: number of compared tokens.
-        sqnr_db: of the logits or outputs, in dB; None where they are equal or were not compared.
+        error_db: median error of a token, in dB of its logits; errors below -80 dB count as -80 dB.
+        noise_db: the same of the checkpoint against itself with disturbed layers.
+        sqnr_db: of all logits or outputs, in dB; None where they are equal or were not compared. A single token, such
+            as one of the first position, may decide it.
         kl_nats: mean KL divergence per token, in nats; None for an encoder.
-        floor_sqnr_db: the same figure of the checkpoint against itself with disturbed layers, the lowest of all draws.
+        floor_sqnr_db: the same figure of the disturbed checkpoint, the lowest of all draws.
         floor_kl_nats: the same, the highest of all draws.
         chance: probability that a token's error exceeds that of the disturbed checkpoint; see `FaultTest`.
         not_reached: what these prompts do not test, as a phrase; empty where nothing is known.
@@ -58,6 +61,8 @@ class Parity:
     not_measured: str = ""
     fault: str = ""
     tokens: int = 0
+    error_db: float | None = None
+    noise_db: float | None = None
     sqnr_db: float | None = None
     kl_nats: float | None = None
     floor_sqnr_db: float | None = None
@@ -72,11 +77,13 @@ class Parity:
             return f"parity not measured: {self.not_measured.rstrip('.')}"
         if self.fault:
             return "parity FAILED"
-        found = "equal" if self.sqnr_db is None else f"{self.sqnr_db:.0f} dB"
-        floor = "exact" if self.floor_sqnr_db is None else f"{self.floor_sqnr_db:.0f} dB"
-        kl = "" if self.kl_nats is None else f", KL {self.kl_nats:.1g}"
+        if self.error_db is None or self.noise_db is None or self.chance is None:
+            return "parity not recorded"
         beyond = f"; not reached: {self.not_reached}" if self.not_reached else ""
-        return f"parity {found}{kl} (noise floor {floor}), {self.tokens} tokens in {self.seconds:.0f} s{beyond}"
+        return (
+            f"parity {self.error_db:.0f} dB (noise floor {self.noise_db:.0f} dB), fault chance {self.chance:.0%}, "
+            f"{self.tokens} tokens in {self.seconds:.0f} s{beyond}"
+        )
 
 
 @dataclass(frozen=True)
