@@ -212,6 +212,23 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folder: Path, tmp_path: Pat
     assert wanted in done.stdout + done.stderr
 
 
+def test_a_model_of_the_hub_is_read_at_the_commit_of_the_training(folder: Path, tmp_path: Path) -> None:
+    """Code and weights of a newer commit are not touched."""
+    in_hub_cache(folder, tmp_path)
+    newer = tmp_path / "hub/models--someone--tiny/snapshots" / ("1" * 40)
+    shutil.copytree(folder, newer)
+    (newer / "config.json").write_text("{}")
+    (tmp_path / "hub/models--someone--tiny/refs/main").write_text("1" * 40)
+
+    code = LOAD.replace("'someone/tiny')", f"'someone/tiny', revision='{'0' * 40}')")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"revision='{'0' * 40}'" in done.stdout, done.stderr
+
+
 def test_an_unreachable_hub_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timeouts = []
 

@@ -279,12 +279,13 @@ def measure(
 
     Raises:
         RunError: the checkpoint's own outputs are not finite.
-        ArtifactError: the files cannot be read.
+        ArtifactError: the files cannot be read, or would make the runtime load something else.
     """
     elsewhere = target_named(target).runs_elsewhere
     if elsewhere:
         return Parity(not_measured=elsewhere)
 
+    target_named(target).check(folder)
     began = time.monotonic()
     try:
         if frozen.task.is_encoder:

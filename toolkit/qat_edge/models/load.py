@@ -78,6 +78,7 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     task: ModelTask = CAUSAL_LM,
+    revision: str | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -87,6 +88,7 @@ def load_model(
         dtype: Type of the weights in memory.
         task: The task the model is used for. A head that the checkpoint lacks for it is initialized with the same
             random weights every time.
+        revision: Commit on the Hub; by default the newest one. A model that is not on the Hub has none.
 
     Raises:
         ModelError: There is no such model, it does not fit the task, it has no safetensors or no tokenizer, its tensors
@@ -101,7 +103,7 @@ def load_model(
     # Strings that look like paths are local too: the Hub's message would hide the typing error.
     if path.suffix.lower() == ".gguf" or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
-    return _load_hub(source, trust_remote_code, dtype, task)
+    return _load_hub(source, trust_remote_code, dtype, task, revision)
 
 
 def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | None:
@@ -196,7 +198,9 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
 
-def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
+def _load_hub(
+    source: str, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask, revision: str | None
+) -> LoadedModel:
     """Load a model from the Hub, or from the cache of earlier downloads."""
     # Downloads of earlier runs are in the cache, so an unreachable Hub is no error yet.
     offline = hub.unreachable_reason()
@@ -204,7 +208,7 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
     failure = f"{source}: no such local folder, and the Hub {outcome}"
 
     # Everything is read at the commit of the configuration: the branch may move in between.
-    snapshot = _snapshot(source, failure)
+    snapshot = _snapshot(source, failure, revision)
     revision = snapshot.name
     config = _load_config(source, trust_remote_code, failure, revision)
     chosen = _check_task(config, source, trust_remote_code, task)
@@ -231,13 +235,16 @@ def _load_hub(source: str, trust_remote_code: bool, dtype: torch.dtype, task: Mo
 # --- steps they share --------------------------------------------------------------------------------------
 
 
-def _snapshot(source: str, failure: str) -> Path:
-    """Return the folder in the Hub's cache with the files of a model's newest commit; it is named after the commit.
+def _snapshot(source: str, failure: str, revision: str | None) -> Path:
+    """Return the folder in the Hub's cache with the files of a model's commit; it is named after the commit.
 
-    failure: the beginning of the message where there is none.
+    Args:
+        source: Hub id.
+        failure: The beginning of the message where there is none.
+        revision: The commit; the newest one by default.
     """
     try:
-        return Path(str(cached_file(source, "config.json"))).parent
+        return Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
     except DOWNLOAD_ERRORS as error:
         raise _unavailable(failure, error) from error
 

@@ -196,7 +196,9 @@ def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
             "link to its new place there."
         )
     trusted = remote_code.require_for(source["trust_remote_code"], adapter)
-    loaded = load_model(source["source"], trusted, task=task_from_metadata(source))
+    # At the commit of the training: code of a newer one must not run, even if the weights are refused afterwards.
+    revision = source["identity"]["revision"]
+    loaded = load_model(source["source"], trusted, task=task_from_metadata(source), revision=revision)
 
     # A Hub id may have a new commit, a folder new files. The name is not compared: a folder may have been moved.
     found, trained = dataclasses.asdict(loaded.identity), source["identity"]
