@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,19 @@ def relist(folder: Path) -> None:
         for p in files
     }
     path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_arrive() -> Iterator[None]:
+    """Receive the signals that tests send, also where the tests run in the background, under nohup or in CI."""
+    ignored = [
+        each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_IGN
+    ]
+    for each in ignored:
+        signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each in ignored:
+        signal.signal(each, signal.SIG_IGN)
 
 
 @pytest.fixture
