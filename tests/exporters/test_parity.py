@@ -223,6 +223,19 @@ def test_noise_that_exceeds_the_noise_once_is_no_fault(variant: Variant, monkeyp
     assert found.fault == "" and judged == [parity.PROMPTS, parity.CONFIRMING_PROMPTS]
 
 
+def test_codes_on_rounding_ties_are_noise(tmp_path: Path) -> None:
+    """Norms of ones after an int8 embedding: the first layer's inputs are integers times one factor."""
+    variant = Variant(tmp_path)
+    freeze(llama(), 32, variant.quantized)
+    with stored_tensors(variant.quantized) as tensors:
+        for name in tensors:
+            if name.endswith("norm.weight"):
+                tensors[name].fill_(1.0)
+    relist(variant.quantized)
+    found = export_one(variant, target_named("executorch"), OPTIONS).parity
+    assert found.fault == "" and found.chance is not None and found.chance < 0.6
+
+
 def test_a_window_that_no_prompt_reaches_is_stated(tmp_path: Path) -> None:
     freeze(MistralConfig(**SIZES, sliding_window=100), 32, tmp_path / "frozen")
     reference = FrozenReference(tmp_path / "frozen")
