@@ -189,7 +189,8 @@ def check_overrides(where: str, overrides: Overrides) -> None:
         if name not in known:
             raise UsageError(f"{where}: finetune has no option {name!r}. It has {', '.join(known)}.")
     try:
-        check_combination(config.load(FinetuneOptions, "finetune", None, {"model": "m", "data": "d", **overrides}))
+        given = {"model": "m", "data": "d", "steps": 1, **_at_the_end(overrides, 1)}
+        check_combination(config.load(FinetuneOptions, "finetune", None, given))
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 
@@ -198,8 +199,12 @@ def recipe(name: str, steps: int) -> dict[str, Any]:
     """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
-    overrides = {} if name == RECOMMENDED else dict(ABLATION[name])
-    return {**overrides, "qat_start": float(steps)} if overrides.get("qat_start") == AFTER_ALL else overrides
+    return {} if name == RECOMMENDED else _at_the_end(ABLATION[name], steps)
+
+
+def _at_the_end(overrides: Overrides, steps: int) -> dict[str, Any]:
+    """Return overrides with the number of steps in place of AFTER_ALL."""
+    return {**overrides, "qat_start": float(steps)} if overrides.get("qat_start") == AFTER_ALL else dict(overrides)
 
 
 def ablation_rows(rows: int) -> list[str]:

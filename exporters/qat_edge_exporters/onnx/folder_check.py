@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import external_data_helper
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
@@ -22,7 +21,7 @@ OTHER_CODE = ("EPContext", "PythonOp", "PythonOpGrad")
 
 
 def check_folder(folder: Path) -> None:
-    """Check genai_config.json, the graph's operators and the files that it names.
+    """Check genai_config.json and the graph's operators; `graph_file.load_graph` refuses tensors in other files.
 
     Raises:
         ArtifactError: The folder asks a runtime to load something that is not part of an export.
@@ -43,16 +42,6 @@ def check_folder(folder: Path) -> None:
             f"Export again; the domains of an export are {' and '.join(filter(None, DOMAINS))}."
         )
 
-    for tensor in _tensors(model.graph):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        if location != names.DATA_FILE:
-            raise ArtifactError(
-                f"{path}: tensor '{readers.shorten(tensor.name)}' is in the file {readers.show(location)}; those of an "
-                f"export are in {names.DATA_FILE}. Export again."
-            )
-
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """Yield a graph and those inside its nodes, without recursion: protobuf nests up to 100 levels."""
@@ -70,16 +59,3 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for each in _graphs(graph):
         yield from each.node
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield initializers, the parts of sparse ones, and the tensors in attributes."""
-    for each in _graphs(graph):
-        yield from each.initializer
-        for sparse in each.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        for node in each.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors

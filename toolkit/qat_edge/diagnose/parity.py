@@ -283,14 +283,17 @@ def measure(
 
     Raises:
         RunError: the checkpoint's own outputs are not finite.
-        ArtifactError: the files cannot be read, or would make the runtime load something else.
+        ArtifactError: the files cannot be read.
     """
     elsewhere = target_named(target).runs_elsewhere
     if elsewhere:
         return Parity(not_measured=elsewhere)
 
-    target_named(target).check(folder)
     began = time.monotonic()
+    try:
+        target_named(target).check(folder)
+    except ArtifactError as error:
+        return Parity(fault=f"It was not run: {error}")
     try:
         if frozen.task.is_encoder:
             found = _measure_encoder(folder, target, frozen)
