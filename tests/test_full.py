@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from conftest import relist
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import base_model, merged_model
@@ -122,9 +123,11 @@ def test_missing_weights_are_named(options: FinetuneOptions, tmp_path: Path) -> 
     finetune(replace(options, steps=2), out)
     short = {name: tensor for name, tensor in tensors(out, "reference").items() if name != "model.norm.weight"}
     save_file(short, out / "reference" / "model.safetensors")
+    relist(out / "reference")
     with pytest.raises(RunError, match=r"another model \(model\.norm\.weight\)"):
         merged_model(out / "reference")
     (out / "reference" / "model.safetensors").unlink()
+    relist(out / "reference")
     with pytest.raises(RunError, match=r"model\.safetensors is missing"):
         merged_model(out / "reference")
 
