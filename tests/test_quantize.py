@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from conftest import relist
 from qat_edge.cli import commands
 from qat_edge.data import calibration
 from qat_edge.errors import DataError, RunError, UsageError
@@ -166,6 +167,7 @@ def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) ->
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
     quantize(run, options("qat"))
     shutil.copy(run.reference / "adapter_model.safetensors", run.adapter)
+    relist(run.adapter)
     for attempt in (lambda: quantize(run, options("qat")), lambda: quantize_if_missing(run, "qat")):
         with pytest.raises(RunError, match="another adapter"):
             attempt()
