@@ -167,7 +167,6 @@ def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) ->
 def test_a_checkpoint_of_another_adapter_is_refused(run: Run) -> None:
     quantize(run, options("qat"))
     shutil.copy(run.reference / "adapter_model.safetensors", run.adapter)
-    relist(run.adapter)
     for attempt in (lambda: quantize(run, options("qat")), lambda: quantize_if_missing(run, "qat")):
         with pytest.raises(RunError, match="another adapter"):
             attempt()
