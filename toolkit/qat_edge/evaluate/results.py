@@ -81,8 +81,8 @@ class Parity:
             return "parity not recorded"
         beyond = f"; not reached: {self.not_reached}" if self.not_reached else ""
         return (
-            f"parity {self.error_db:.0f} dB (noise floor {self.noise_db:.0f} dB), fault chance {self.chance:.0%}, "
-            f"{self.tokens} tokens in {self.seconds:.0f} s{beyond}"
+            f"parity {self.error_db:.0f} dB (noise floor {self.noise_db:.0f} dB), fault chance {self.chance:.0%} "
+            f"(equal: 50%), {self.tokens} tokens in {self.seconds:.0f} s{beyond}"
         )
 
 
