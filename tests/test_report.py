@@ -428,8 +428,7 @@ def test_results_of_verify_are_shown_until_the_artifact_changes(tmp_path: Path) 
     shown = write(run)
     assert (
         "5 of 5 norms and biases equal; parity -52 dB (noise floor -50 dB), fault chance 50% (equal: 50%), "
-        "192 tokens in 3 s"
-        in shown
+        "192 tokens in 3 s" in shown
     )
 
     # Exported again, with another context length: the results of verify no longer apply.
