@@ -12,6 +12,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from qat_edge.run_lock import LOCK
+
 COMMANDS = (
     "finetune --model {model} --data {data} --eval-data {data} --out {run} --steps 2 --batch-size 2 --lora-rank 2 "
     "--ptq-init none --max-length 32 --eval-rows 2",
@@ -69,7 +71,8 @@ def test_a_whole_run_leaves_nothing_elsewhere(tiny_model_folder: Path, tmp_path:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
     left = [path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()]
     assert [name for name in left if not name.startswith(PERMITTED)] == []
-    assert [path for path in names["run"].rglob("*") if path.name.startswith(".")] == []
+    hidden = [path.name for path in names["run"].rglob("*") if path.name.startswith(".")]
+    assert hidden == [LOCK]  # which stays, empty, for the next command
 
 
 def test_onnx_runtime_leaves_no_identifier(tmp_path: Path) -> None:
