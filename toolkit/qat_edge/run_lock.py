@@ -1,7 +1,7 @@
 """One writer per run folder: a lock that the operating system releases when the process that holds it ends.
 
-RUN/.lock is the lock; RUN/.lock.json names its holder, for the message that refuses a second one. Both stay in the run
-folder, where they take a few bytes.
+RUN/.lock is the lock, an empty file that stays. RUN/.lock.json names its holder, for the message that refuses a second
+one; it goes when the lock is released.
 """
 
 from __future__ import annotations

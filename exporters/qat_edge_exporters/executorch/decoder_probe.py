@@ -6,16 +6,14 @@ is called. The same calls are what `graph.attention` gets when a model with weig
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from qat_edge import remote_code
+from qat_edge.models.meta_model import model_without_weights
 from qat_edge_exporters.executorch import compat_transformers
 
 if TYPE_CHECKING:
@@ -67,12 +65,8 @@ class _Calls:
 
 def obstacle(config: PretrainedConfig) -> str:
     """Return why ExecuTorch's operators cannot take the place of a decoder's own, a sentence; empty if they can."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code.permitted())
+        model = model_without_weights(config)
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # code of its own, which is not run here
 

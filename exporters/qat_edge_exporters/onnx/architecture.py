@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qat_edge import remote_code
 from qat_edge.errors import ExportError
+from qat_edge.models.meta_model import model_without_weights
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge_exporters.artifact import Artifact, FloatConstant
 from qat_edge_exporters.onnx import names, onnx_compat
@@ -75,16 +75,10 @@ def read_architecture(folder: Path, context_length: int) -> Architecture:
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
     """Build a model on the meta device; None where transformers cannot without the model's own code."""
-    config = copy.deepcopy(config)
-    # No weights are read, and a quantization of them would need its library to be initialized.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code.permitted())
+        return model_without_weights(config)
     except (ValueError, KeyError):
         return None
-    return model
 
 
 def computed_constants(checkpoint: Path, artifact: Artifact) -> list[FloatConstant]:

@@ -47,6 +47,7 @@ from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_not_f
 from qat_edge.evaluate.reference import Logits
 from qat_edge.evaluate.results import Parity
 from qat_edge.models import tasks
+from qat_edge.models.meta_model import model_without_weights
 from qat_edge.models.tasks import ModelTask
 from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge_devices import open_runtime, open_transport
@@ -159,7 +160,8 @@ class FrozenReference:
     def texts(self, seed: int, count: int) -> list[list[int]]:
         """Return texts of an encoder, of several lengths."""
         rng = np.random.default_rng(seed)
-        longest = min(TEXT_TOKENS[1], tasks.max_text_tokens(self._model_on_meta(), load_tokenizer(self.quantized)))
+        model = model_without_weights(self._config, self.task.auto_class)
+        longest = min(TEXT_TOKENS[1], tasks.max_text_tokens(model, load_tokenizer(self.quantized)))
         lengths = rng.integers(TEXT_TOKENS[0], longest + 1, count)
         return [ids[:length] for ids, length in zip(self._prompts(count, longest, seed), lengths, strict=True)]
 
@@ -246,17 +248,6 @@ class FrozenReference:
         if window is None or window >= context_length:
             return None
         return window if types is None or any("sliding" in str(each) for each in types) else None
-
-    def _model_on_meta(self) -> PreTrainedModel:
-        """Return the model without weights."""
-        config = AutoConfig.from_pretrained(
-            self.quantized, local_files_only=True, trust_remote_code=remote_code.permitted()
-        )
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model: PreTrainedModel = self.task.auto_class.from_config(config, trust_remote_code=remote_code.permitted())
-        return model
 
 
 def not_comparable(quantized: Path) -> str:

@@ -6,16 +6,13 @@ a router chose. They are no linear layers, so neither the rounding of training n
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from qat_edge import remote_code
 from qat_edge.errors import ModelError
+from qat_edge.models.meta_model import model_without_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,8 +53,7 @@ def refuse_expert_config(config: PretrainedConfig) -> None:
     if not any(isinstance(count, int) and count > 1 for count in counts):
         return
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=remote_code.permitted())
+        model = model_without_weights(config)
     except (ValueError, KeyError, TypeError, AttributeError):
         return  # code of its own: `refuse_experts` sees the loaded model
     refuse_experts(model)

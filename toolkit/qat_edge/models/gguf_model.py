@@ -37,6 +37,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.models.weights_check import LoadReport
+from qat_edge.readers import shorten
 
 TOLERANCE = 1e-5  # relative, of metadata stored as float32
 # Keys after "ARCHITECTURE." that do not change the function.
@@ -470,5 +471,4 @@ def _agree(found: Any, value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return shorten(str(value), 60)

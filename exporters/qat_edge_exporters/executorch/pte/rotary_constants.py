@@ -6,24 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoConfig
 
 from qat_edge import remote_code
 from qat_edge.models import tasks
+from qat_edge.models.meta_model import model_without_weights
 from qat_edge_exporters.artifact import Artifact, FloatConstant
 
 
 def rotary_frequencies(checkpoint: Path, artifact: Artifact) -> list[FloatConstant]:
     """Compute the frequencies with the model's own modules; empty for a model without rotary embeddings."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=remote_code.permitted())
-    # No weights are read, and a quantization of them would need its library to be initialized.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = tasks.task_of_folder(checkpoint).auto_class.from_config(
-            config, trust_remote_code=remote_code.permitted()
-        )
+    model = model_without_weights(config, tasks.task_of_folder(checkpoint).auto_class)
 
     found = []
     for name, module in model.named_modules():
