@@ -19,7 +19,7 @@ from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
-# With these, two cores take less than ten minutes for everything.
+# With these, two cores take ten to twelve minutes for everything.
 FINETUNE = [
     "--steps", "45", "--batch-size", "8", "--eval-rows", "32", "--max-length", "192", "--calibration-tokens", "8192",
 ]  # fmt: skip
