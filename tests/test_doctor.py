@@ -260,6 +260,12 @@ def test_files_that_are_no_program_are_errors(folder: Path, name: str, damage: A
     assert re.search(message, result.output), result.output
 
 
+def test_a_folder_without_a_program_names_the_verb_for_it(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"no model.pte in it.*qat-edge verify"):
+        doctor.doctor(tmp_path, ALL)
+
+
 def test_why_the_runtime_refuses_a_program_is_reported(made: dict[str, Path], tmp_path: Path) -> None:
     data = (made["custom"] / "model.pte").read_bytes()
     assert data.count(b"XH00")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from conftest import CHAT_TEMPLATE, Recorder, make_model, make_tokenizer, train_run
+from conftest import CHAT_TEMPLATE, Recorder, make_model, make_tokenizer, relist, train_run
 from data.chat_templates import THINKING, tokenizer_for
 from qat_edge import progress
 from qat_edge.data import tokenization
@@ -27,6 +27,7 @@ from qat_edge.run import Run
 from qat_edge.verbs.doctor import doctor
 from qat_edge.verbs.export import export
 from qat_edge.verbs.generate import WithoutPrefix, chat_prompt, generate
+from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import generate_text, llm_runner
 from qat_edge_exporters.targets import target_named
 
@@ -84,6 +85,29 @@ def test_doctor_compares_the_template_with_the_end_tokens(run: Run, tmp_path: Pa
     ] == [True]
     (folder / MANIFEST).unlink()
     assert len(doctor(folder, DoctorOptions()).faults) == 1
+
+
+def test_verify_compares_the_end_tokens_of_an_onnx_folder_with_training(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(run.exports / "onnx", folder)
+    path = folder / "genai_config.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["eos_token_id"] = [0]
+    path.write_text(json.dumps(settings))
+    relist(folder)
+    faults = verify_folder(folder, "onnx", run.quantized).faults
+    assert len(faults) == 1 and faults[0].startswith("Training ended answers with '<|stop|>'"), faults
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_a_runtime_that_refuses_or_crashes_is_an_error(run: Run, target: str, tmp_path: Path) -> None:
+    folder = tmp_path / target
+    shutil.copytree(run.exports / target, folder)
+    weights = folder / {"onnx": "model.onnx.data", "executorch": "model.pte"}[target]
+    weights.write_bytes(weights.read_bytes()[:1000])
+    prompt = text_prompt("say 3", load_tokenizer(run.quantized))
+    with pytest.raises(ArtifactError, match=r"refused it: .* Export it again"):
+        target_named(target).generate(folder, load_tokenizer(folder), prompt, lambda text: None, 2)
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,15 @@ def test_manifests_record_what_was_exported(run: Run, target: str) -> None:
     assert set(manifest["files"]) == {p.name for p in (run.exports / target).iterdir()} - {MANIFEST}
 
 
-def test_exporting_again_needs_force(run: Run) -> None:
+def test_exporting_again_keeps_what_is_current(run: Run) -> None:
+    before = [(run.exports / target / MANIFEST).read_bytes() for target in TARGETS]
+    assert export(run, ExportOptions(context_length=128)) == []
+    assert [(run.exports / target / MANIFEST).read_bytes() for target in TARGETS] == before
+
+
+def test_exporting_with_other_options_needs_force(run: Run) -> None:
     with pytest.raises(RunError, match="--force"):
-        export(run, ExportOptions(context_length=128))
+        export(run, ExportOptions(context_length=64))
 
 
 def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:

@@ -187,11 +187,13 @@ def test_rich_and_click_are_imported_by_the_command_line_only() -> None:
 
 # Where JSON is parsed that no file of a user holds.
 OTHER_PARSERS = {
-    "qat_edge.verbs.finetune": "its own metadata, to compare it as JSON holds it",
+    "qat_edge.train.run_inputs": "its own metadata, to compare it as JSON holds it",
     "qat_edge_exporters.executorch.pte.delegates": "output of flatc, with infinities",
     "qat_edge_exporters.executorch.encoder_runtime": "the request of its own process",
     "qat_edge_exporters.executorch.llm_runner": "the prompt from its own process",
     "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
+    "qat_edge_exporters.onnx.genai_runner": "the prompt from its own process",
+    "qat_edge_exporters.onnx.genai_text": "output of its own process",
     "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",
     "qat_edge_devices.agent.agent": "the request of this program",
     "qat_edge_devices.agent.loaded_models": "genai_config.json, checked before it was sent",

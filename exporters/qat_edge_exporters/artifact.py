@@ -97,3 +97,9 @@ class Artifact:
     size_bytes: dict[str, int]
     faults: list[str] = field(default_factory=list)
     floats: Sequence[FloatConstant] | None = None
+
+    @property
+    def end_tokens(self) -> list[int] | None:
+        """Return the ids that end a generation; None for an artifact that generates no text."""
+        found = self.metadata.get("end_tokens", self.metadata.get("get_eos_ids"))
+        return [found] if isinstance(found, int) else found

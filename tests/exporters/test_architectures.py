@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from tools.sweep_architectures import ARCHITECTURES, TARGETS, Outcome, make_config, refusals, sweep, write_table
+from qat_edge.errors import ModelError
+from qat_edge.options import FinetuneOptions
+from qat_edge.verbs.finetune import finetune
+from tools.sweep_architectures import (
+    ARCHITECTURES,
+    TARGETS,
+    Outcome,
+    make_config,
+    refusals,
+    save_model,
+    sweep,
+    write_table,
+)
 
 REFERENCE = Path(__file__).parents[2] / "docs/reference"
 RESULTS: dict[str, dict[str, Any]] = json.loads((REFERENCE / "architectures.json").read_text(encoding="utf-8"))
@@ -43,6 +55,16 @@ def test_the_refusals_of_the_table_are_those_of_the_code(name: str) -> None:
     found = refusals(make_config(name))
     expected = {target: found.get("training", found.get(target, "")) for target in TARGETS}
     assert {target: outcome(name, target).refusal for target in TARGETS} == expected
+
+
+def test_a_model_that_no_target_can_express_is_not_trained(tmp_path: Path) -> None:
+    save_model(make_config("bloom"), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say 1", "completion": "1!"}\n' * 4)
+    options = FinetuneOptions(model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), steps=2)
+    with pytest.raises(ModelError, match="no target can express, so it is not trained") as caught:
+        finetune(options, tmp_path / "run")
+    assert all(outcome("bloom", target).refusal in str(caught.value) for target in TARGETS)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", WHOLE)

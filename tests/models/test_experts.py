@@ -19,6 +19,7 @@ from transformers import (
 
 from conftest import make_model, make_tokenizer
 from qat_edge.errors import ModelError, UsageError
+from qat_edge.models import load
 from qat_edge.models.experts import refuse_experts
 from qat_edge.models.load import load_model
 from qat_edge.options import FinetuneOptions
@@ -123,9 +124,12 @@ def test_a_target_module_that_hits_nothing_among_several_is_refused(
         finetune(options(tiny_model_folder, tmp_path / "rows.jsonl", target_modules=targets), tmp_path / "run")
 
 
-def test_a_model_without_a_place_for_adapters_is_refused_without_naming_a_flag(tmp_path: Path) -> None:
+def test_a_model_without_a_place_for_adapters_is_refused_without_naming_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import MambaForCausalLM
 
+    monkeypatch.setattr(load, "export_gaps", lambda config: {})  # no target can express it either
     config = MambaConfig(vocab_size=288, hidden_size=64, num_hidden_layers=2, state_size=4, pad_token_id=2)
     folder = save(MambaForCausalLM(config), tmp_path / "mamba")
     with pytest.raises(ModelError, match=r"MambaForCausalLM: adapters cannot be added") as caught:

@@ -26,7 +26,10 @@ from tests.reliability.harness import Bench, Outcome, Scenario, can_mount  # noq
 from tests.reliability.scenarios import Scenarios, make_inputs  # noqa: E402
 
 KINDS = ("kill", "signal", "pair", "disk")
-VERBS = ("finetune", "finetune-force", "quantize", "quantize-force", "export", "validate")
+VERBS = (
+    "finetune", "finetune-force", "quantize", "quantize-force", "sensitivity", "export", "export-pte", "verify",
+    "validate", "compare",
+)  # fmt: skip
 
 
 def main() -> int:

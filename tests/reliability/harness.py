@@ -29,7 +29,7 @@ OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.s
 KILLED = -signal.SIGKILL
 FAILED = 7  # exit code of a child that raised a QatEdgeError
 BROKEN = 8  # exit code of a child that raised anything else
-TENSORS = (".safetensors", ".pte", ".onnx", ".data")
+RESULTS = (".safetensors", ".pte", ".onnx", ".data", "bits.json")  # ends of names
 
 
 @dataclass
@@ -178,12 +178,17 @@ class Counter:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Return the sha256 of the tensors of every artifact below a folder, but not those of checkpoints."""
+    """Return the sha256 of tensors, graphs and bits below a folder, but not those of checkpoints."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and path.suffix in TENSORS and not hidden and name.parts[0] not in ("checkpoints", "data"):
+        if (
+            path.is_file()
+            and path.name.endswith(RESULTS)
+            and not hidden
+            and name.parts[0] not in ("checkpoints", "data")
+        ):
             found[str(name)] = file_digest(path)
     return found
 

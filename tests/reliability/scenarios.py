@@ -8,13 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qat_edge import config
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
-from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge.options import (
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.run import Run
+from qat_edge.verbs.compare import compare
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize
+from qat_edge.verbs.sensitivity import sensitivity
 from qat_edge.verbs.validate import validate_run
+from qat_edge.verbs.verify import require_equal, verify
 from tests.conftest import make_model, make_tokenizer
 from tests.reliability.harness import Scenario, digest, fork
 
@@ -86,14 +97,42 @@ class Scenarios:
         return Scenario("quantize-force", self._copy(self._frozen()), run, run, lost_or_half_written("quantized"))
 
     def _export(self) -> Scenario:
-        def again(folder: Path) -> object:
-            # An artifact that is there and current needs --force, and is written again.
-            return export(Run.open(folder), EXPORTING, force=(folder / "exports" / "onnx").is_dir())
+        return self._exporting("export", EXPORTING)
 
-        return Scenario(
-            "export", self._copy(self._trained()), lambda folder: export(Run.open(folder), EXPORTING), again,
-            half_written,
-        )  # fmt: skip
+    def _export_pte(self) -> Scenario:
+        return self._exporting("export-pte", replace(EXPORTING, target=("executorch",)))
+
+    def _exporting(self, name: str, options: ExportOptions) -> Scenario:
+        def run(folder: Path) -> object:
+            return export(Run.open(folder), options)
+
+        return Scenario(name, self._copy(self._trained()), run, run, half_written)
+
+    def _verify(self) -> Scenario:
+        def run(folder: Path) -> None:
+            require_equal(verify(Run.open(folder), ()))
+
+        return Scenario("verify", self._copy(self._exported()), run, run, lost_or_half_written("exports/onnx"))
+
+    def _sensitivity(self) -> Scenario:
+        options = SensitivityOptions(tokens=64, max_kl=0.05)
+
+        def run(folder: Path) -> object:
+            return sensitivity(Run.open(folder), options)
+
+        return Scenario("sensitivity", self._copy(self._trained()), run, run, half_written)
+
+    def _compare(self) -> Scenario:
+        settings = self.root / "compare.yaml"
+        export_section, validate_section = config.plain(EXPORTING), config.plain(VALIDATING)
+        settings.write_text(json.dumps({"export": export_section, "validate": validate_section}))
+        options = CompareOptions(target=("onnx",), deployment=("qat", "ptq"), method=("rtn",))
+
+        def run(folder: Path) -> None:
+            table = compare(Run.open(folder), options, settings)
+            assert all(row.measured for row in table.deployments), "no figures in the table"
+
+        return Scenario("compare", self._copy(self._frozen()), run, run, lost_or_half_written("quantized"))
 
     def _validate(self) -> Scenario:
         def run(folder: Path) -> None:
@@ -133,10 +172,14 @@ class Scenarios:
 
 def half_written(folder: Path) -> str | None:
     """Return which part of a run is not whole, None if all that are there are."""
-    for path in folder.rglob(MANIFEST) if folder.exists() else ():
+    for path in folder.rglob("*.json"):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        for name, entry in read_manifest(path.parent)["files"].items():
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return f"{path} is half written"
+        for name, entry in read_manifest(path.parent)["files"].items() if path.name == MANIFEST else ():
             if not (path.parent / name).is_file() or sha256(path.parent / name) != entry["sha256"]:
                 return f"{path.parent / name} is half written"
     half = [part for part in PARTS if (folder / part).is_dir() and not (folder / part / MANIFEST).is_file()]

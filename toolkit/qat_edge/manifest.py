@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NoReturn
@@ -115,7 +116,7 @@ def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
         "libraries": {name: library_version(name) for name in LIBRARIES},
         "git_revision": git_revision(),
         **facts,
-        "files": {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files},
+        "files": {p.relative_to(folder).as_posix(): file_entry(p) for p in files},
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
 
@@ -184,10 +185,8 @@ def file_faults(folder: Path, manifest: Manifest, made: str = "written") -> list
             faults.append(f"{readers.shorten(name)}: listed in {MANIFEST}, but leads out of the folder")
         elif not path.is_file():
             faults.append(f"{name}: listed in {MANIFEST}, but missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name}: changed since it was {made} ({path.stat().st_size} bytes, not {entry['bytes']})")
-        elif sha256(path) != entry["sha256"]:
-            faults.append(f"{name}: changed since it was {made} (its sha256 is not the one in {MANIFEST})")
+        elif change := change_of(path, entry):
+            faults.append(f"{name}: changed since it was {made} ({change})")
 
     listed = set(manifest["files"]) | {MANIFEST}
     for path in sorted(folder.rglob("*")):
@@ -196,6 +195,18 @@ def file_faults(folder: Path, manifest: Manifest, made: str = "written") -> list
         if path.is_file() and name not in listed and not hidden and path.suffix not in NOTES:
             faults.append(f"{name}: not listed in {MANIFEST}, so where it comes from is unknown")
     return faults
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in a list of files: its size and its sha256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def change_of(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """Return how a file differs from its `file_entry`, None if it does not."""
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.stat().st_size} bytes, not {entry['bytes']}"
+    return "its sha256 is not the recorded one" if sha256(path) != entry["sha256"] else None
 
 
 def _is_inside(name: str) -> bool:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -17,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.executorch import llm_runner
+from qat_edge_exporters.runner_process import start_runner
 
 
 def generate(
@@ -31,40 +27,22 @@ def generate(
     Raises:
         ArtifactError: the runner refused the program, or its tokenizer splits the prompt otherwise than training.
     """
-    command = [sys.executable, "-m", llm_runner.__name__, str(folder), str(max_new_tokens)]
-    # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
-        subprocess.Popen(
-            command, env=os.environ | llm_runner.ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps({"text": prompt.text, "ids": prompt.ids}).encode())
-        process.stdin.close()
-
-        for piece in without_last_newlines(generated_text(process.stdout, tokenizer.all_special_tokens)):
+    request = {"text": prompt.text, "ids": prompt.ids}
+    with start_runner(llm_runner, folder, max_new_tokens, request, llm_runner.ENVIRONMENT) as runner:
+        for piece in without_last_newlines(generated_text(runner.output, tokenizer.all_special_tokens)):
             emit(piece)
-
-        code = process.wait()
-        log.seek(0)
-        if code == llm_runner.OTHER_IDS:
-            raise ArtifactError(
-                f"{folder / 'tokenizer.json'}: ExecuTorch's tokenizer splits this prompt otherwise than training did "
-                f"({_reason(log)}), so the output would be that of another prompt. Generate with --from torch or onnx; "
-                f"`qat-edge doctor {folder}` shows which texts differ."
-            )
-        if code != 0:
-            raise ArtifactError(
-                f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {_reason(log)}. Export it again, with the "
-                "installed versions."
-            )
-
-
-def _reason(log: IO[str]) -> str:
-    """Return the last line that ExecuTorch logged as an error, or the last line at all."""
-    lines = [line.strip() for line in log if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("E ")), lines[-1] if lines else "")
+        code, reason = runner.finish()
+    if code == llm_runner.OTHER_IDS:
+        raise ArtifactError(
+            f"{folder / 'tokenizer.json'}: ExecuTorch's tokenizer splits this prompt otherwise than training did "
+            f"({reason}), so the output would be that of another prompt. Generate with --from torch or onnx; "
+            f"`qat-edge doctor {folder}` shows which texts differ."
+        )
+    if code != 0:
+        raise ArtifactError(
+            f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {reason}. Export it again, with the installed "
+            "versions."
+        )
 
 
 def generated_text(stream: IO[bytes], special_tokens: Sequence[str]) -> Iterator[str]:

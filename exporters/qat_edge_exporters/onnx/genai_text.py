@@ -1,15 +1,17 @@
-"""Generate text with an ONNX folder in onnxruntime-genai."""
+"""Generate text with an ONNX folder in onnxruntime-genai, in a process of its own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime_genai as genai
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
+from qat_edge_exporters.onnx import genai_runner
+from qat_edge_exporters.runner_process import start_runner
 
 
 def generate(
@@ -22,22 +24,12 @@ def generate(
     """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
 
     Raises:
-        ArtifactError: the runtime refused the folder.
+        ArtifactError: the runtime refused the folder, or crashed.
     """
-    special = set(tokenizer.all_special_ids)
-    try:
-        model = genai.Model(str(folder))
-        stream = genai.Tokenizer(model).create_stream()
-
-        params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(prompt.ids) + max_new_tokens)
-        generator = genai.Generator(model, params)
-        generator.append_tokens(prompt.ids)
-
-        while not generator.is_done():
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token not in special:
-                emit(stream.decode(token))
-    except RuntimeError as error:
-        raise ArtifactError(f"{folder}: onnxruntime-genai refused it: {error}") from error
+    request = {"ids": prompt.ids, "special": tokenizer.all_special_ids}
+    with start_runner(genai_runner, folder, max_new_tokens, request, {}) as runner:
+        for line in runner.output:
+            emit(json.loads(line))
+        code, reason = runner.finish()
+    if code != 0:
+        raise ArtifactError(f"{folder}: onnxruntime-genai refused it: {reason}. Export it again.")

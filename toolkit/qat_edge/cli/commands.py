@@ -198,7 +198,8 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
     written = verb(opened, options, force=force)
     if as_json:
         _print_json(written)
-    progress.info(f"Wrote {len(written)} artifacts below {run}. Next: qat-edge verify {run}")
+    wrote = f"Wrote {len(written)} artifacts below {run}" if written else f"All artifacts are below {run} already"
+    progress.info(f"{wrote}. Next: qat-edge verify {run}")
 
 
 @main.command(short_help="Compare artifacts with the frozen checkpoint.", example="qat-edge verify runs/mine")

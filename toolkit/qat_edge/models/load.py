@@ -142,10 +142,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     # Settings and tensors that transformers would leave out are applied here, or refused by name.
     try:
         metadata = gguf_model.read_metadata(path)
-        model, report = gguf_model.load(path, metadata, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
-        )
+        with gguf_model.parsed_once():
+            model, report = gguf_model.load(path, metadata, dtype)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from qat_edge import progress
 from qat_edge.errors import RunError
-from qat_edge.manifest import sha256
+from qat_edge.manifest import change_of, file_entry
 from qat_edge.readers import read_json
 from qat_edge.storage import remove_folder, replace_folder, write_text
 
@@ -41,11 +41,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """
     with replace_folder(folder / f"checkpoint-{step}", force=True) as work:
         write(work)
-        files = {
-            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(work.rglob("*"))
-            if path.is_file()
-        }
+        files = {str(p.relative_to(work)): file_entry(p) for p in sorted(work.rglob("*")) if p.is_file()}
         write_text(work / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     for old in found(folder)[KEPT:]:
         remove_folder(old)
@@ -91,10 +87,8 @@ def _defect(path: Path) -> str | None:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes of {expected['bytes']}"
-            if sha256(file) != expected["sha256"]:
-                return f"{name} is damaged"
+            if change := change_of(file, expected):
+                return f"{name} changed: {change}"
     except (RunError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"{MARKER} cannot be used: {error}"
     return None

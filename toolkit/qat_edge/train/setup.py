@@ -33,6 +33,7 @@ from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
+from qat_edge_exporters.targets import FORMATS
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
 # Name on PyPI of the trackers that are one package.
@@ -270,11 +271,21 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
 
 
 def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
-    """Load the base model, and report its size and the targets it cannot be exported to."""
+    """Load the base model, and report its size and the targets it cannot be exported to.
+
+    Raises:
+        ModelError: No target can express the model. Training would work, but its result could be used nowhere.
+    """
     loaded = load.load_model(options.model, options.trust_remote_code, task=task)
     progress.info(f"Model: {loaded.identity.name}, {_millions(loaded.model)} M parameters")
-    # Training works for models that no exporter supports, but nobody should find out hours later.
-    for target, reason in load.export_gaps(loaded.model.config).items():
+    gaps = load.export_gaps(loaded.model.config)
+    if len(gaps) == len(FORMATS):
+        reasons = " ".join(f"To {target}: {reason}" for target, reason in gaps.items())
+        raise ModelError(
+            f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "
+            "architecture that docs/reference/architectures.md lists as exported."
+        )
+    for target, reason in gaps.items():
         progress.warn(f"This model cannot be exported to {target}: {reason}")
     return loaded
 

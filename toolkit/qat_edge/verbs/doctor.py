@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import RUNTIMES, DoctorOptions
-from qat_edge_exporters.targets import EXECUTORCH, target_named
+from qat_edge_exporters.targets import EXECUTORCH, ONNX, target_named
 
 if TYPE_CHECKING:
     from qat_edge_exporters.executorch.diagnosis import (
@@ -34,6 +34,10 @@ def doctor(path: Path, options: DoctorOptions) -> Diagnosis:
         ArtifactError: there is no .pte, or it cannot be read at all.
     """
     program = path / MODEL if path.is_dir() else path
+    if path.is_dir() and not program.is_file():
+        other = target_named(ONNX).file
+        hint = " `qat-edge verify RUN` reads and runs an ONNX folder." if (path / other).is_file() else ""
+        raise ArtifactError(f"{path}: no {MODEL} in it, and doctor examines .pte files. Give one, or its folder.{hint}")
     return target_named(EXECUTORCH).diagnose(program, options.runtime or RUNTIMES)
 
 

@@ -63,11 +63,11 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     """Write every target of the run, and of the FP32 fine-tune quantized by each method of `options.ptq`.
 
     An artifact that exists, of the same checkpoint and options, is kept unless `force` is set, so that methods can be
-    added to a run.
+    added to a run, and an export that was cut short can be repeated.
 
     Raises:
         UsageError: an unknown target; an option that no chosen target takes; methods together with none.
-        RunError: all artifacts exist, or one of another checkpoint or context length does, and `force` is not set.
+        RunError: an artifact of another checkpoint or other options exists, and `force` is not set.
         ExportError: a target cannot express the model, a backend's compiler is not installed, or an artifact does not
             compute the frozen checkpoint.
     """
@@ -175,13 +175,15 @@ def _pending(folders: dict[Path, tuple[str, Target]], options: ExportOptions) ->
     """Return the folders still to be written. Conflicts are detected before any slow step.
 
     Raises:
-        RunError: nothing is left to do, or an artifact is of another checkpoint or context length.
+        RunError: an artifact is of another checkpoint or other options.
     """
-    missing = [folder for folder in folders if not folder.exists()]
     for folder, (_, target) in folders.items():
-        if folder.exists() and not (missing and _is_current(folder, target, options)):
-            raise RunError(f"{folder} exists already. Give --force to replace it.")
-    return missing
+        if folder.exists() and not _is_current(folder, target, options):
+            raise RunError(
+                f"{folder} exists already, and is not what this command would write: another checkpoint, other "
+                "options, or files that changed. Give --force to replace it."
+            )
+    return [folder for folder in folders if not folder.exists()]
 
 
 def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:

@@ -20,14 +20,13 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from qat_edge import config, option_paths, previous_run, progress, run_lock, stop_signals
+from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
-from qat_edge.errors import ModelError, RunError, UsageError
+from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
@@ -35,15 +34,13 @@ from qat_edge.quant import fake
 from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
-from qat_edge.train import checkpoints, divergence, objectives
+from qat_edge.train import checkpoints, divergence, objectives, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
 from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
-INPUTS_FILE = "inputs.json"  # next to the checkpoints
-INPUTS = ("model", "data", "eval_data", "kept_layers", "bits")  # what it identifies, by the keys of the job's metadata
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,14 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
 def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> Finetuned:
     """Train into a run folder whose lock is held."""
     # Check the options and set everything up; nothing is written yet.
-    _check_folder(options, run, resume, force)
+    run_inputs.check_folder(options, run, resume, force)
     check_combination(options)
     began = time.monotonic()
-    job = prepare_training(options, _recorded_inputs(run).get("kept_layers") if resume else None)
+    job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
     adapted, switch = make_trainable(job, options)
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
-    _begin(run, options, job, resume)
+    run_inputs.begin(run, options, job, resume)
     if resume and (finished := _finished(run, options)) is not None:
         progress.info(f"{run.path} is finished: all {finished.steps} steps are done and its adapter is written")
         return finished
@@ -292,135 +289,6 @@ def qat_start_step(options: FinetuneOptions) -> int:
     """Return the last step of phase 1: below 1, `qat_start` is a fraction of the steps; from 1 on, a step."""
     start = options.qat_start * options.steps if options.qat_start < 1 else options.qat_start
     return min(round(start), options.steps)
-
-
-def _check_folder(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> None:
-    """Check that the run folder may be written.
-
-    Raises:
-        RunError: it exists without `force` or `resume`, is no run folder, or cannot be resumed.
-        UsageError: the options differ from those of the run to resume, or an input would be deleted by `force`.
-    """
-    out = run.path
-    if resume:
-        _check_resumable(options, run)
-        return
-    if not out.is_dir():
-        raise RunError(f"{out} is a file. Choose another --out.")
-    if run_lock.is_unused(out):
-        return
-
-    if not force:
-        raise RunError(f"{out} exists already. Give --force to replace it, or --resume to continue it.")
-    _require_own(run)
-    for name in ("model", "data", "eval_data", "bits"):
-        if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
-            raise UsageError(
-                f"{config.flag_name(name)} {getattr(options, name)} is inside {out}, which --force would "
-                "remove. Move it, or choose another --out."
-            )
-
-
-def _require_own(run: Run) -> None:
-    """Require that a folder is a run of ours: --force replaces nothing else.
-
-    Raises:
-        RunError: it is not.
-    """
-    # Unless a killed --force has moved the run away already.
-    if (run.path / previous_run.PREVIOUS).is_dir():
-        return
-    Run.open(run.path)
-    try:
-        config.load(FinetuneOptions, "finetune", run.config, {})
-        made_here = (run.adapter / MANIFEST).is_file() or INPUTS[0] in _recorded_inputs(run)
-    except (RunError, UsageError) as error:
-        raise RunError(
-            f"{run.path}: not a run folder of qat-edge, so --force does not replace it ({error}) Choose another --out."
-        ) from error
-    if not made_here:
-        raise RunError(
-            f"{run.path}: holds a config.yaml, but no adapter and no {INPUTS_FILE}, so it is not known to be a run "
-            "folder, and --force does not replace it. Choose another --out."
-        )
-
-
-def _check_resumable(options: FinetuneOptions, run: Run) -> None:
-    """Require the very options that the run began with, and its inputs.
-
-    Raises:
-        RunError: an input is gone.
-        UsageError: options differ; the message names their flags.
-    """
-    Run.open(run.path)
-    saved = option_paths.absolute(config.load(FinetuneOptions, "finetune", run.config, {}))
-    changed = []
-    for name, before in dataclasses.asdict(saved).items():
-        given = getattr(options, name)
-        # A path may change where the old one is gone; that the contents are the same is checked later.
-        moved = name in option_paths.PATH_OPTIONS and option_paths.is_gone(before) and given is not None
-        if not option_paths.same(given, before) and not moved:
-            changed.append(config.flag_name(name))
-    if changed:
-        raise UsageError(
-            f"--resume: {', '.join(changed)} differ from {run.config}. "
-            "A resumed run continues exactly as it began: give the same options, or none."
-        )
-    for name, path in option_paths.missing(options):
-        flag = config.flag_name(name)
-        raise RunError(f"--resume: {path} is gone, which the run began with. Restore it, or give {flag} its new path.")
-
-
-def _begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) -> None:
-    """Write the options and the identity of model and data; refuse to resume with others.
-
-    Raises:
-        RunError: model or data changed since the run began.
-    """
-    current = json.loads(json.dumps({k: job.metadata[k] for k in INPUTS}, default=str))
-    if not resume:
-        if not run_lock.is_unused(run.path):
-            previous_run.set_aside(run.path)
-    else:
-        saved = _recorded_inputs(run)
-        if not saved and checkpoints.found(run.checkpoints):
-            raise RunError(
-                f"--resume: {run.checkpoints / INPUTS_FILE} is missing, so it is not known whether model and data are "
-                "those of the checkpoints. Restore it, or train again with --force."
-            )
-        # Earlier versions did not record every input.
-        changed = [k for k in current if k in saved and _without_place(current[k]) != _without_place(saved[k])]
-        if changed:
-            raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
-
-    # In this order: a folder with config.yaml can be resumed.
-    write_text(run.checkpoints / INPUTS_FILE, json.dumps(current, indent=1))
-    config.save(run.config, "finetune", options)
-
-
-def _without_place(recorded: Any) -> Any:
-    """Return the identity of an input without where it is: a run and its inputs may be moved."""
-    if not isinstance(recorded, dict):
-        return recorded
-    found = {key: value for key, value in recorded.items() if key != "source"}
-    if isinstance(found.get("identity"), dict):
-        found["identity"] = {key: value for key, value in found["identity"].items() if key != "name"}
-    return found
-
-
-def _recorded_inputs(run: Run) -> dict[str, Any]:
-    """Return the identity of model and data that was written when the run began; empty where it is missing.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    path = run.checkpoints / INPUTS_FILE
-    if not path.is_file():
-        return {}
-    found = read_json(path, RunError)
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: damaged (not an object). Train again with --force.")
-    return found
 
 
 def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> TrainingArguments:

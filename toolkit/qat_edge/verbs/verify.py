@@ -2,7 +2,7 @@
 
 read   codes and scales of every matrix, norms, biases and other float constants, bit for bit. The target's reader
        unpacks the file (`Target.read`), and this module compares what it found with `quant.frozen`'s tensors.
-files  every file with the manifest, and the tokenizer with the checkpoint's
+files  every file with the manifest, the tokenizer with the checkpoint's, end tokens with training and chat template
 run    the artifact in its own runtime on a few prompts, with the frozen checkpoint in torch (`diagnose.parity`)
 """
 
@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_edge import progress
+from qat_edge.data import conversation
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
-from qat_edge.errors import ArtifactError, RunError
+from qat_edge.errors import ArtifactError, ModelError, RunError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
@@ -162,6 +163,7 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     # Beyond the tensors: what the reader itself found wrong, extra matrices, other files.
     faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
     faults += _unexpected(scheme, artifact) + _file_faults(folder, quantized)
+    faults += _conversation_faults(folder, quantized, artifact.end_tokens)
 
     return Verified(
         folder=folder,
@@ -288,6 +290,17 @@ def _is_structural(values: NDArray[np.float32]) -> bool:
     and -1 (a permutation, `rotate_half`). Whether they are the right ones shows when the artifact runs.
     """
     return bool(values.size <= 1 or (values == values.flat[0]).all() or np.isin(values, (0, 1, -1)).all())
+
+
+def _conversation_faults(folder: Path, quantized: Path, ends: Sequence[int] | None) -> list[str]:
+    """Compare the tokens that end a generation with training's, and with the chat template in the folder."""
+    if ends is None:
+        return []
+    trained = tokenizer.trained_end_tokens(read_manifest(quantized))
+    try:
+        return conversation.template_faults(tokenizer.load_tokenizer(folder), ends, trained)
+    except ModelError:
+        return []  # a tokenizer that is missing or another one is a fault of its file
 
 
 def _file_faults(folder: Path, quantized: Path) -> list[str]:

@@ -1,0 +1,66 @@
+"""A text runner in a process of its own: a runtime that crashes or prints to stdout does neither in ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+
+@dataclass(frozen=True)
+class RunnerProcess:
+    """A runner that has its prompt.
+
+    Attributes:
+        output: what it prints.
+    """
+
+    output: IO[bytes]
+    _process: subprocess.Popen[bytes]
+    _log: IO[str]
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for its end; return the exit code (negative for a signal) and the reason that it logged last."""
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        # ExecuTorch marks errors with "E"; other runtimes and Python end with theirs.
+        marked = [line for line in lines if line.startswith("E ")]
+        said = (marked or lines)[-1:]
+        return code, said[0] if said else f"its process ended with exit code {code}"
+
+
+@contextlib.contextmanager
+def start_runner(
+    module: ModuleType, folder: Path, tokens: int, prompt: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[RunnerProcess]:
+    """Run `python -m module FOLDER TOKENS` with the prompt as JSON on stdin.
+
+    Args:
+        module: with the runner's `main`.
+        folder: of the artifact.
+        tokens: longest continuation.
+        prompt: what the module reads.
+        environment: variables beyond those of this process.
+    """
+    command = [sys.executable, "-m", module.__name__, str(folder), str(tokens)]
+    # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        # A runner that died before it read the prompt is reported by its exit code.
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(json.dumps(prompt).encode())
+        yield RunnerProcess(process.stdout, process, log)
