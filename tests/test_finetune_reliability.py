@@ -213,7 +213,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(
     shutil.rmtree(out / "adapter")
     (out / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
     finetune(options, out, resume=True)
-    assert any("checkpoint-6 is incomplete (optimizer.pt has 4 bytes" in line for line in messages)
+    assert any("checkpoint-6 is incomplete (optimizer.pt changed: 4 bytes" in line for line in messages)
     assert any("continuing from checkpoint-4" in line for line in messages)
     assert tensors(out) == whole and losses(out) == curve
 

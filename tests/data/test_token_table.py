@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 import random
 import tempfile
@@ -45,6 +47,12 @@ def test_labels_may_be_fractions_and_a_table_may_be_empty() -> None:
     table = TokenTable([{"input_ids": [1, 2], "labels": [0.25], "other_ids": [3]}])
     assert table[0] == {"input_ids": [1, 2], "labels": [0.25], "other_ids": [3]}
     assert len(TokenTable([])) == 0
+
+
+def test_the_identity_is_that_of_the_rows_as_they_are_read() -> None:
+    table = TokenTable(rows(WRITER_ROWS + 7))
+    text = "".join(json.dumps([list(values) for values in row.values()]) for row in table)
+    assert table.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:

@@ -112,14 +112,18 @@ class Running:
         """Wait until it ends."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         count = int(self.count_file.read_text() or 0) if self.count_file.is_file() else 0
-        return Child(code, self.log.read_text(errors="replace"), count, time.monotonic() - self.began)
+        return Child(code, self.output(), count, time.monotonic() - self.began)
+
+    def output(self) -> str:
+        """Return what it wrote so far; nothing if it was killed before it opened its log."""
+        return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def signal_after(self, seconds: float, signum: int) -> Child:
         """Send a signal after a time, unless it has ended by then."""
         time.sleep(max(0.0, self.began + seconds - time.monotonic()))
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
-            return Child(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"), 0, seconds)
+            return Child(os.waitstatus_to_exitcode(status), self.output(), 0, seconds)
         os.kill(self.pid, signum)
         return self.wait()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qat_edge import config
+from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.options import (
     CompareOptions,
@@ -72,15 +74,19 @@ class Scenarios:
         )
 
     def _finetune_force(self) -> Scenario:
-        other, earlier = replace(self.options, seed=1), digest(self._trained())
+        other, artifacts = replace(self.options, seed=1), digest(self._trained()).keys()
 
         def run(folder: Path) -> object:
             return finetune(other, folder, force=True)
 
         def intact(folder: Path) -> str | None:
-            kept = any(digest(place) == earlier for place in (folder, folder / ".previous") if place.is_dir())
-            finished = (folder / "training.json").is_file() and (folder / "adapter" / MANIFEST).is_file()
-            return half_written(folder) or (None if kept or finished else "the earlier run is lost")
+            # A reader finishes what a killed process left half done; a new run without options cannot be opened yet.
+            with suppress(RunError):
+                Run.open(folder)
+            # A kill in the repetition may find the new run finished, and set aside in turn.
+            places = [place for place in (folder, folder / ".previous") if (place / "training.json").is_file()]
+            kept = any(digest(place).keys() == artifacts and half_written(place) is None for place in places)
+            return half_written(folder) or (None if kept else "the earlier run is lost")
 
         return Scenario("finetune-force", self._copy(self._trained()), run, run, intact)
 

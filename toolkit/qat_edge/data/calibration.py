@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +51,10 @@ def choose_rows(rows: Sequence[TokenIds], tokens: int, seed: int, source: str, f
     Raises:
         DataError: The rows have fewer tokens. The message says how many are missing.
     """
-    available = sum(len(row["input_ids"]) for row in rows)
-    if available < tokens:
+    # Counted as far as it takes: rows may be on disk, and many.
+    counts = accumulate(len(row["input_ids"]) for row in rows)
+    if not any(count >= tokens for count in counts):
+        available = sum(len(row["input_ids"]) for row in rows)
         raise DataError(
             f"{source}: {len(rows)} rows have {available} tokens, {flag} requests {tokens}: "
             f"{tokens - available} are missing. Add rows, or give {flag} {available}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,6 +23,9 @@ class TokenTable(Sequence[TokenRow]):
 
     The file is in TMPDIR. It is removed with the table, and where the system permits it (not on Windows) as soon as it
     is mapped, so that a killed process leaves nothing behind.
+
+    Attributes:
+        sha256: Identity of all rows: the same text under another tokenizer is other data.
     """
 
     def __init__(self, rows: Iterable[TokenRow]) -> None:
@@ -32,6 +37,8 @@ class TokenTable(Sequence[TokenRow]):
         import datasets  # takes seconds to import
         from datasets.arrow_writer import ArrowWriter
 
+        # Hashed on the way: reading everything back would take time, and the mapped pages count as memory in use.
+        digest = hashlib.sha256()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         path = folder / "rows.arrow"
@@ -39,9 +46,12 @@ class TokenTable(Sequence[TokenRow]):
         with ArrowWriter(path=str(path), writer_batch_size=WRITER_ROWS) as writer:
             for row in rows:
                 writer.write(row)
+                digest.update(json.dumps([list(values) for values in row.values()]).encode())
                 count += 1
             if count:
                 writer.finalize()
+
+        self.sha256 = digest.hexdigest()
 
         # An empty file has no columns, and could not be mapped.
         self._rows: Any = datasets.Dataset.from_file(str(path)) if count else []

@@ -43,7 +43,7 @@ class TokenizedRows:
         template_arguments: Arguments of the chat template that all conversations have in common.
     """
 
-    rows: Sequence[dict[str, list[int]]]
+    rows: TokenTable
     truncated: int
     cut_tokens: int
     dropped: int

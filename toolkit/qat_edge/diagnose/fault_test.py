@@ -2,7 +2,8 @@
 
 No two runtimes agree exactly: a difference in the last bit flips a rounded activation now and then, and that flips
 others. So the difference is compared with the effect of disturbing the output of every layer of the checkpoint by one
-part in 10^6, as much as sums of a thousand floats in another order differ. Token by token:
+part in 10^6, as much as sums of a thousand floats in another order differ, and its embeddings by one part in 10^7,
+which moves those of int8 tables off the ties that many of them lie on. Token by token:
 
     error(t)  = 10 log10(sum (r - c)^2 / sum r^2) over the logits of token t, dB; below -100 dB it is float rounding
     chance(p) = P(error of the candidate > error of the disturbed checkpoint), both at position p, ties counting half
@@ -122,7 +123,7 @@ def compare_errors(errors: Errors, noise: Errors, decisive_from: int = DECISIVE_
 
 @contextmanager
 def layers_disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Add normal noise to the output of every linear layer inside the block."""
+    """Add normal noise to the embeddings and to the output of every linear layer inside the block."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ def layers_disturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
         return output + size * torch.randn(output.shape, generator=generator)
 
     with ExitStack() as stack:
+        stack.enter_context(reference.disturbed(model, seed))
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(disturb).remove)

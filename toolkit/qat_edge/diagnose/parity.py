@@ -26,7 +26,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +184,7 @@ class FrozenReference:
             self._require_finite(outputs, texts)
             draws = []
             for draw in range(SEEDS):
-                with _disturbed(model, draw):
+                with fault_test.layers_disturbed(model, draw):
                     draws.append(self._outputs(model, texts))
             noise = np.concatenate([_errors(outputs, found) for found in draws])
             floor = min(_sqnr_db(outputs, found) for found in draws)
@@ -196,7 +196,7 @@ class FrozenReference:
         self._require_finite(logits, prompts.ids)
         noise, floor, sqnr = [], [], []
         for draw in range(SEEDS):
-            with _disturbed(model, draw):
+            with fault_test.layers_disturbed(model, draw):
                 disturbed = list(_logits(model, prompts))
             noise.append(_errors(logits, disturbed))
             floor.append(_compare(logits, disturbed, prompts))
@@ -466,13 +466,6 @@ def _logits(model: PreTrainedModel, prompts: PromptSet) -> Iterator[Logits]:
         with torch.no_grad():
             logits = model(torch.tensor(ids[begin : begin + BATCH]), use_cache=False).logits
         yield from logits[:, prompts.first :].float().numpy()
-
-
-@contextmanager
-def _disturbed(model: PreTrainedModel, draw: int) -> Iterator[None]:
-    """Disturb the embeddings and every linear layer's output inside the block, as much as float arithmetic differs."""
-    with reference.disturbed(model, draw), fault_test.layers_disturbed(model, draw):
-        yield
 
 
 def _typical_db(errors: Errors) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -354,8 +352,8 @@ def _metadata(
     source = {"source": options.model, "trust_remote_code": options.trust_remote_code}
     return {
         "model": {**source, "identity": dataclasses.asdict(identity), **task.metadata()},
-        "data": {"source": options.data, "sha256": _fingerprint(rows)},
-        "eval_data": eval_rows and {"source": options.eval_data, "sha256": _fingerprint(eval_rows)},
+        "data": {"source": options.data, "sha256": rows.rows.sha256},
+        "eval_data": eval_rows and {"source": options.eval_data, "sha256": eval_rows.rows.sha256},
         # Carried to the frozen checkpoint, where the tokens join the end tokens, and to every artifact.
         "conversation": {"end_of_turn": rows.end_of_turn, "template_arguments": rows.template_arguments},
         "seed": options.seed,
@@ -368,14 +366,6 @@ def _metadata(
         "learned_scales": False,
         "start": None,
     }
-
-
-def _fingerprint(rows: TokenizedRows) -> str:
-    """Return the sha256 of token ids and labels: the same text under another tokenizer is other data."""
-    digest = hashlib.sha256()
-    for row in rows.rows:
-        digest.update(json.dumps([list(values) for values in row.values()]).encode())
-    return digest.hexdigest()
 
 
 def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:

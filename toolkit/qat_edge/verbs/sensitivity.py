@@ -104,15 +104,12 @@ def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> S
             )
         # Written before bits are chosen: a limit that cannot be met does not throw away minutes of measuring.
         measured = measure(run, options, force)
-        with replace_folder(folder, force=True) as work:
-            write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
-            _write_page(run, work, measured, None)
+        _write(run, folder, measured, None)
 
-    # The page is written again, with the choice marked in it.
+    # The whole folder is written again, with the choice marked in the page.
     choice = choose_bits(measured, options)
     if choice is not None:
-        save_bits(folder / BITS, choice)
-        _write_page(run, folder, measured, choice)
+        _write(run, folder, measured, choice)
     return SensitivityResult(folder, measured, choice)
 
 
@@ -254,9 +251,14 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
     return measured
 
 
-def _write_page(run: Run, folder: Path, measured: Sensitivity, choice: Choice | None) -> None:
-    write_text(folder / PAGE, render(measured, choice))
-    write_manifest(folder, "sensitivity", reference_sha256=_reference_sha256(run))
+def _write(run: Run, folder: Path, measured: Sensitivity, choice: Choice | None) -> None:
+    """Write the measurement, the page and the bits that were chosen, replacing what is there."""
+    with replace_folder(folder, force=True) as work:
+        write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
+        if choice is not None:
+            save_bits(work / BITS, choice)
+        write_text(work / PAGE, render(measured, choice))
+        write_manifest(work, "sensitivity", reference_sha256=_reference_sha256(run))
 
 
 def _reference_sha256(run: Run) -> str:

@@ -22,7 +22,7 @@ from qat_edge import progress
 from qat_edge.data import conversation
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
-from qat_edge.errors import ArtifactError, ModelError, RunError
+from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
@@ -162,8 +162,11 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
 
     # Beyond the tensors: what the reader itself found wrong, extra matrices, other files.
     faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
-    faults += _unexpected(scheme, artifact) + _file_faults(folder, quantized)
-    faults += _conversation_faults(folder, quantized, artifact.end_tokens)
+    faults += _unexpected(scheme, artifact)
+    # The end tokens mean nothing with another tokenizer.
+    faults += _tokenizer_faults(folder, quantized) or _conversation_faults(folder, quantized, artifact.end_tokens)
+    if (folder / MANIFEST).is_file():
+        faults += [f"{fault}." for fault in file_faults(folder, read_manifest(folder), "exported")]
 
     return Verified(
         folder=folder,
@@ -292,25 +295,20 @@ def _is_structural(values: NDArray[np.float32]) -> bool:
     return bool(values.size <= 1 or (values == values.flat[0]).all() or np.isin(values, (0, 1, -1)).all())
 
 
-def _conversation_faults(folder: Path, quantized: Path, ends: Sequence[int] | None) -> list[str]:
-    """Compare the tokens that end a generation with training's, and with the chat template in the folder."""
-    if ends is None:
-        return []
-    trained = tokenizer.trained_end_tokens(read_manifest(quantized))
-    try:
-        return conversation.template_faults(tokenizer.load_tokenizer(folder), ends, trained)
-    except ModelError:
-        return []  # a tokenizer that is missing or another one is a fault of its file
-
-
-def _file_faults(folder: Path, quantized: Path) -> list[str]:
-    """Compare the artifact's tokenizer with the checkpoint's, and every file with the manifest."""
+def _tokenizer_faults(folder: Path, quantized: Path) -> list[str]:
+    """Compare the artifact's tokenizer, with its chat template, with the checkpoint's."""
     faults = []
     for name in tokenizer.tokenizer_files(quantized):
         if not (folder / name).is_file():
             faults.append(f"{name}: missing; the app would have no tokenizer or template")
         elif sha256(folder / name) != sha256(quantized / name):
             faults.append(f"{name}: not the tokenizer the model was trained with")
-    if (folder / MANIFEST).is_file():
-        faults += [f"{fault}." for fault in file_faults(folder, read_manifest(folder), "exported")]
     return faults
+
+
+def _conversation_faults(folder: Path, quantized: Path, ends: Sequence[int] | None) -> list[str]:
+    """Compare the tokens that end a generation with training's, and with the chat template in the folder."""
+    if ends is None:
+        return []
+    trained = tokenizer.trained_end_tokens(read_manifest(quantized))
+    return conversation.template_faults(tokenizer.load_tokenizer(folder), ends, trained)
