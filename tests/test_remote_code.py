@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.models import merge
 from qat_edge.models.load import load_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
+from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 
@@ -159,3 +163,22 @@ def test_a_configuration_cannot_name_code_to_download(tmp_path: Path, tiny_model
     (folder / "config.json").write_text(json.dumps(values | {key: "stranger/kernel"}))
     with pytest.raises(ModelError, match="compiled code to download and run"):
         load_model(str(folder))
+
+
+def test_a_process_of_ours_ignores_modules_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('planted')")
+    command = python_command("qat_edge", "--version")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "qat-edge" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not remove a current folder")
+def test_a_current_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = [
+        "sh",
+        "-c",
+        f"cd gone && rmdir ../gone && exec {shlex.join(python_command('qat_edge', 'verify', 'run'))}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Error: The current folder was deleted." in done.stderr, done.stderr

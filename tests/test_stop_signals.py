@@ -21,6 +21,20 @@ def test_a_signal_raises_and_names_its_exit_code(signum: int) -> None:
     assert caught.value.exit_code == 128 + signum and signal.getsignal(signum) is before
 
 
+def test_an_error_that_native_code_makes_of_a_signal_is_the_signal() -> None:
+    def native() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(Stopped) as caught, stop_signals.raise_on_signals():
+        native()
+    assert caught.value.signum == signal.SIGTERM
+    with pytest.raises(ValueError, match="no signal"), stop_signals.raise_on_signals():
+        raise ValueError("no signal")
+
+
 def test_the_first_signal_is_noted_and_the_second_one_raises() -> None:
     announced: list[int] = []
     with pytest.raises(Stopped), stop_signals.defer_signals(announced.append) as request:

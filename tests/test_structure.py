@@ -19,6 +19,7 @@ FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / fo
 FLOORS = (
     {
         "errors",
+        "python_process",
         "run",
         "run_lock",
         "previous_run",
@@ -240,6 +241,16 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
             shell = keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False"
             found += [f"{module}:{call.lineno}: {name}"] if name in forbidden or shell else []
     assert found == []
+
+
+def test_no_child_process_imports_from_the_current_folder() -> None:
+    """Python looks for modules there first, and it may be a folder from somebody else: see `python_process`."""
+    found = [
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if "sys.executable" in path.read_text(encoding="utf-8") and path.name not in ("python_process.py", "local.py")
+    ]
+    assert found == []  # `local.py` runs the agent in a new folder that holds only what we put there
 
 
 def test_no_child_process_reads_our_stdin() -> None:

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
+
+from qat_edge.python_process import python_command
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def start_runner(
         prompt: what the module reads.
         environment: variables beyond those of this process.
     """
-    command = [sys.executable, "-m", module.__name__, str(folder), str(tokens)]
+    command = python_command(module.__name__, str(folder), str(tokens))
     # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -144,6 +146,30 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.xlsx").write_bytes(b"x")
     with pytest.raises(DataError, match=r"cannot read \.xlsx; use \.jsonl"):
         load_rows(str(tmp_path / "rows.xlsx"))
+
+
+def test_a_quote_in_a_csv_file_that_nothing_closes_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\nsay 1,1\nsay 2,"2\nsay 3,3\n')
+    with pytest.raises(DataError, match=r"rows\.csv:\d: cannot be read as CSV .* has to close it"):
+        list(load_rows(str(path)))
+    path.write_text('prompt,completion\nsay 1,"a ""b"", c"\n')
+    assert [row.completion for row in load_rows(str(path))] == ['a "b", c']  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["Audio", "Image"])
+def test_sound_and_images_that_no_row_uses_are_not_decoded(tmp_path: Path, kind: str) -> None:
+    features = {
+        "prompt": {"dtype": "string", "_type": "Value"},
+        "completion": {"dtype": "string", "_type": "Value"},
+        "media": {"_type": kind},
+    }
+    media = pa.array([{"bytes": b"neither", "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = pa.table({"prompt": ["say 1 "], "completion": ["1"], "media": media})
+    path = tmp_path / "rows.parquet"
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert [row.completion for row in load_rows(str(path))] == ["1"]  # type: ignore[union-attr]
 
 
 def test_a_csv_row_is_named_by_the_line_it_ends_on(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,10 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, action="append", help="all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     given = parser.parse_args()
+
+    # Under nohup and in the background of a script these are ignored, and no trial would be cut short.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     faults = 0
     with tempfile.TemporaryDirectory(prefix="reliability-") as name:

@@ -111,7 +111,11 @@ def passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Handler) -> Iterator[None]:
-    """Install a handler inside the block. Other threads than the main one cannot, and need not."""
+    """Install a handler inside the block. Other threads than the main one cannot, and need not.
+
+    Raises:
+        Stopped: Also where native code replaced the one that a signal raised in it by an error of its own.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,10 +124,23 @@ def _handled_by(handler: Handler) -> Iterator[None]:
     # None is a handler that was not installed from Python, which cannot be put back.
     before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
     ours = [each for each, current in before.items() if current not in (signal.SIG_IGN, None)]
+    raised: list[int] = []
+
+    def recording(signum: int, frame: FrameType | None) -> None:
+        try:
+            handler(signum, frame)
+        except Stopped:
+            raised.append(signum)
+            raise
+
     for each in ours:
-        signal.signal(each, handler)
+        signal.signal(each, recording)
     try:
         yield
+    except Exception as error:
+        if raised:
+            raise Stopped(raised[0]) from error
+        raise
     finally:
         for each in ours:
             signal.signal(each, before[each])

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
+from qat_edge.python_process import python_command
 
 REFUSED = 65  # exit code of the process: the runtime refused the program or a text
 
@@ -38,7 +39,7 @@ def run_encoder(folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]
     with tempfile.TemporaryDirectory(prefix="qat-edge-encoder-") as name:
         request, outputs = Path(name) / "texts.json", Path(name) / "outputs.npy"
         request.write_text(json.dumps([list(ids) for ids in texts]), encoding="utf-8")
-        command = [sys.executable, "-m", __name__, str(path), str(request), str(outputs)]
+        command = python_command(__name__, str(path), str(request), str(outputs))
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             errors="replace", check=False,

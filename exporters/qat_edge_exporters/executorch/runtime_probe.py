@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
+from qat_edge.python_process import python_command
+
 NEVER_CAUSES = ("cpuinfo", "Registering")  # in the runtime's lines on stderr: notes about the machine
 
 
@@ -45,7 +47,7 @@ class Probed(TypedDict):
 
 def probe(model: Path, tokenizer: Path, texts: list[str]) -> Probed:
     """Load a .pte and its tokenizer in a separate process, and return what it reports."""
-    command = [sys.executable, "-m", __name__, str(model), str(tokenizer)]
+    command = python_command(__name__, str(model), str(tokenizer))
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     # The report is the last line; the runtime itself may have printed others.
     lines = done.stdout.splitlines()

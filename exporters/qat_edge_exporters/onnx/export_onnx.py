@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from transformers import AutoConfig
 from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
+from qat_edge.python_process import python_command
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
 from qat_edge.quant.rotated_norm import stored_rotations
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
@@ -126,11 +126,10 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
     Raises:
         ExportError: it failed; its last lines are quoted.
     """
-    command = [
-        sys.executable, "-m", "qat_edge_exporters.onnx.builder", "--input", str(source), "--output", str(built),
-        "--precision", precision, "--execution_provider", "cpu", "--cache_dir", str(cache),
-        "--extra_options", *BUILDER_OPTIONS,
-    ]  # fmt: skip
+    command = python_command(
+        "qat_edge_exporters.onnx.builder", "--input", str(source), "--output", str(built), "--precision", precision,
+        "--execution_provider", "cpu", "--cache_dir", str(cache), "--extra_options", *BUILDER_OPTIONS,
+    )  # fmt: skip
     # The checkpoint is complete: a request to the Hub could only fail or wait.
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

