@@ -331,6 +331,23 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: fl
         load_model(str(folder))
 
 
+def test_codes_in_place_of_weights_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"1 weights are stored as integers \({name}\)"):
+        load_model(str(folder))
+
+
+def test_another_file_of_weights_in_the_configuration_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit_config(folder, transformers_weights="other.safetensors")
+    with pytest.raises(ModelError, match=r"transformers_weights names 'other\.safetensors'"):
+        load_model(str(folder))
+
+
 def test_large_weights_are_finite() -> None:
     """Their sum overflows; they do not."""
     layer = nn.Linear(64, 64, bias=False)

@@ -190,7 +190,9 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
             str(path), chosen, trust_remote_code, dtype, task, chosen is not config, local_files_only=True
         )
     except PARSE_ERRORS as error:
-        raise ModelError(f"{path}: the weights cannot be loaded ({one_line(error)}). Save them again.") from error
+        raise ModelError(
+            f"{path}: the weights cannot be loaded ({one_line(error)}). Save the model again, or correct config.json."
+        ) from error
     tokenizer = _load_tokenizer(str(path), trust_remote_code, local_files_only=True)
     _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
     task.prepare(model)
@@ -262,20 +264,26 @@ def _load_config(source: str, trust_remote_code: bool, failure: str, revision: s
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except DOWNLOAD_ERRORS as error:
-        raise _unavailable(failure, error) from error
+        raise _unavailable(failure, error, is_local=Path(source).is_dir()) from error
     names = config.architectures
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"{failure}: architectures is {readers.show(names)}, expected a list of names.")
+    other = getattr(config, "transformers_weights", None)
+    if other is not None:
+        raise ModelError(
+            f"{failure}: transformers_weights names {readers.show(other)}, and weights are read from model.safetensors "
+            "or the files of its index alone. Rename the file, and remove the entry."
+        )
     remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
     return config
 
 
-def _unavailable(failure: str, error: BaseException) -> ModelError:
+def _unavailable(failure: str, error: BaseException, is_local: bool = False) -> ModelError:
     remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
-    return ModelError(
-        f"{failure}: {one_line(error)}.{remote} Check the name, the network and the access rights, or "
-        "give a local folder."
-    )
+    remedy = "Check the name, the network and the access rights, or give a local folder."
+    if is_local:
+        remedy = "Correct the file, or save the model again."
+    return ModelError(f"{failure}: {one_line(error)}.{remote} {remedy}")
 
 
 def _read_weights(

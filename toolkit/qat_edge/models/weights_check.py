@@ -152,10 +152,18 @@ def _indexed_files(index: Path, shards: Sequence[Path]) -> list[Path]:
 
 
 def _refuse_repeated_tensors(files: Sequence[Path]) -> None:
-    """Refuse files that are damaged, and tensors that are in more than one of them."""
+    """Refuse files that are damaged, codes in place of weights, and tensors that are in more than one of them."""
     counts: Counter[str] = Counter()
     for path in files:
-        counts.update(_tensor_names(path))
+        types = _tensor_types(path)
+        counts.update(types.keys())
+        # transformers would take the codes of a quantized checkpoint for the weights themselves.
+        codes = [name for name, kind in types.items() if name.endswith(".weight") and kind[0] in "IU"]
+        if codes:
+            raise ModelError(
+                f"{path}: {len(codes)} weights are stored as integers ({_some(codes)}), and config.json does not say "
+                "how they stand for numbers. Start from the float model."
+            )
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ModelError(
@@ -164,10 +172,11 @@ def _refuse_repeated_tensors(files: Sequence[Path]) -> None:
         )
 
 
-def _tensor_names(path: Path) -> list[str]:
+def _tensor_types(path: Path) -> dict[str, str]:
+    """Return the names of a file's tensors, each with its type in the file's header: "F32", "BF16", "I8", ..."""
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"{path.parent}: the weights cannot be loaded ({path.name}: {error}). Copy or save them again."
