@@ -129,7 +129,7 @@ def test_damaged_safetensors_are_refused(folder: Path) -> None:
 
 def test_a_damaged_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+    with pytest.raises(ModelError, match=r"config\.json: not JSON"):
         load_model(str(folder))
 
 

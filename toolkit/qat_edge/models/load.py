@@ -6,6 +6,7 @@ runs only with `trust_remote_code`.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
-from qat_edge.models import experts, gguf_model, hub, tasks, text_model, weights_check
+from qat_edge.models import config_check, experts, gguf_model, hub, tasks, text_model, weights_check
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.weights_check import LoadReport
@@ -113,7 +114,7 @@ def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | N
     """
     # A .gguf file has no encoder, and a folder without a configuration no model.
     path = Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+    if path.is_file() or (path.is_dir() and not os.path.lexists(path / "config.json")):
         return None
     try:
         config = _load_config(source, trust_remote_code, source)
@@ -165,7 +166,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     """Load a model from a folder with config.json and safetensors."""
     # Check the files first: the messages of transformers for a missing one do not say what to do.
     weights_check.refuse_adapters((p.name for p in path.iterdir()), str(path))
-    if not (path / "config.json").is_file():
+    if not os.path.lexists(path / "config.json"):
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
         raise ModelError(f"{path}: not a model folder, it has no config.json (found: {found}).{hint}")
@@ -180,6 +181,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
     chosen = _check_task(config, str(path), trust_remote_code, task)
+    _check_keys(chosen, path, str(path), chosen is not config)
     _check_sizes(chosen, path, sum(file.stat().st_size for file in weights))
     if isinstance(task, SentenceEncoder):
         _check_pooling(path)
@@ -215,6 +217,7 @@ def _load_hub(
     revision = snapshot.name
     config = _load_config(source, trust_remote_code, failure, revision)
     chosen = _check_task(config, source, trust_remote_code, task)
+    _check_keys(chosen, snapshot, source, chosen is not config)
     adapter = find_adapter_config_file(source, revision=revision)
     weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
 
@@ -229,6 +232,7 @@ def _load_hub(
         ) from error
     tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=revision)
     files = weights_check.check_files(snapshot)
+    config_check.read_config(snapshot, source)  # again, because the other files are here only now
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)
 
@@ -261,10 +265,12 @@ def _load_config(source: str, trust_remote_code: bool, failure: str, revision: s
         failure: The beginning of the message where that is impossible.
         revision: Commit on the Hub.
     """
+    is_local = Path(source).is_dir()
+    config_check.read_config(Path(source) if is_local else _snapshot(source, failure, revision), source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except DOWNLOAD_ERRORS as error:
-        raise _unavailable(failure, error, is_local=Path(source).is_dir()) from error
+        raise _unavailable(failure, error, is_local) from error
     names = config.architectures
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(f"{failure}: architectures is {readers.show(names)}, expected a list of names.")
@@ -275,7 +281,21 @@ def _load_config(source: str, trust_remote_code: bool, failure: str, revision: s
             "or the files of its index alone. Rename the file, and remove the entry."
         )
     remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
+    config_check.return_plain_outputs(config)
     return config
+
+
+def _check_keys(config: PretrainedConfig, folder: Path, source: str, is_part: bool) -> None:
+    """Refuse keys of a model's config.json that its class does not read.
+
+    Args:
+        config: The configuration to load.
+        folder: Folder with config.json.
+        source: Folder or Hub id, for messages.
+        is_part: The configuration is that of the text model of a multimodal one.
+    """
+    document = config_check.read_config(folder, source)
+    config_check.check_keys(config, document["text_config"] if is_part else document, source)
 
 
 def _unavailable(failure: str, error: BaseException, is_local: bool = False) -> ModelError:

@@ -1,0 +1,201 @@
+"""Odd keys and values of a model's JSON files are refused by file and key, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, BertConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qat_edge.errors import ModelError
+from qat_edge.models import config_check
+from qat_edge.models.load import load_model
+from tools.sweep_architectures import ARCHITECTURES, make_config
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.fixture
+def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_key_that_is_there_twice_is_refused(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_text('{"transformers_version": "5", ' + path.read_text().lstrip().removeprefix("{"))
+    path.write_text('{"transformers_version": "5", ' + path.read_text().removeprefix("{"))
+    with pytest.raises(ModelError, match=rf"model: {name}: not usable JSON \(key 'transformers_version' twice"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_broken_file_of_generation_settings_is_named(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model: generation_config\.json: (not JSON|expected a JSON object)"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "no such file"),
+        (lambda path: path.mkdir(), "not a file"),
+        (os.mkfifo, "not a file"),
+        (lambda path: path.write_bytes(b"\xef\xbb\xbf{}"), "byte-order mark"),
+        (lambda path: path.write_bytes(b"\xff{}"), "not UTF-8"),
+    ],
+)
+def test_a_configuration_that_is_no_file_is_refused(folder: Path, make: Callable[[Path], Any], message: str) -> None:
+    (folder / "config.json").unlink()
+    make(folder / "config.json")
+    with pytest.raises(ModelError, match=rf"config\.json.*{message}"):
+        load_model(str(folder))
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-5, 0, True, "512", 512.0])
+@pytest.mark.parametrize("key", ["max_position_embeddings", "num_hidden_layers", "head_dim", "intermediate_size"])
+def test_a_size_is_a_whole_number_of_1_or_more(folder: Path, key: str, value: Any) -> None:
+    edit_config(folder, **{key: value})
+    with pytest.raises(ModelError, match=rf"config\.json has {key} .*, expected a whole number of 1 or more"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": -1}, "has rms_norm_eps -1, expected a number of 0 or more"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan, expected a finite number"),
+        ({"rms_norm_eps": "1e-6"}, "has rms_norm_eps '1e-6', expected a number"),
+        ({"attention_dropout": 2.0}, "has attention_dropout 2.0, expected a number from 0 to below 1"),
+        ({"initializer_range": -1.0}, "has initializer_range -1.0, expected a number of 0 or more"),
+        ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "rope_parameters has rope_theta 0, expected a number above"),
+        ({"rope_parameters": {**ROPE, "rope_theta": float("inf")}}, "has rope_theta inf, expected a finite number"),
+        ({"rope_parameters": None, "rope_theta": -1.0}, r"has rope_theta -1\.0, expected a number above 0"),
+        ({"rope_theta": 5.0}, "has rope_theta 5.0, and 10000.0 in rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_parameters and rope_scaling, which differ"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, "rope_parameters has factor -2.0, expected"),
+        ({"rope_parameters": {**ROPE, "rope_type": "typo"}}, "rope_parameters has rope_type 'typo'.*Known: .*yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "typo"}}, "rope_scaling has rope_type 'typo'.*Known: "),
+        ({"rope_parameters": {**ROPE, "factr": 2.0}}, "rope_parameters has factr 2.0, which .* does not read"),
+        ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5, which .* not"),
+        ({"rope_scaling": [1]}, "has rope_scaling list of 1, expected an object"),
+        ({"hidden_act": "sillu"}, "has hidden_act 'sillu', which transformers does not know. Known: .*silu"),
+        ({"quantization_config": [1]}, "has quantization_config list of 1, expected an object"),
+        ({"dtype": "float23"}, "has dtype 'float23', expected float32"),
+        ({"dtype": "int8"}, "has dtype 'int8', expected float32"),
+        ({"pad_token_id": 9999}, "has pad_token_id 9999, but vocab_size is 288"),
+        ({"is_causal": False}, "has is_causal false"),
+        ({"use_return_dict": False}, "use_return_dict is no setting of a model"),
+        ({"to_dict": 1}, "to_dict is no setting of a model"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "model_type 'llama', .*LlamaForCausalLM, .* Qwen2ForCausalLM"),
+        ({"model_type": "gemma"}, "model_type 'gemma', .*GemmaForCausalLM, .* LlamaForCausalLM"),
+    ],
+)
+def test_a_value_that_no_model_can_have_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False},
+        {"_attn_implementation": "flash_attention_2"}, {"attn_implementation": "nothing of that name"},
+    ],
+)  # fmt: skip
+def test_what_forward_returns_is_as_everywhere(folder: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+    edit_config(folder, **changes)
+    model = load_model(str(folder)).model
+    with torch.no_grad():
+        found = model(torch.tensor([[1, 5]]))
+        expected = load_model(str(tiny_model_folder)).model(torch.tensor([[1, 5]]))
+    assert found.attentions is None and found.hidden_states is None
+    assert torch.equal(found.logits, expected.logits)
+
+
+# --- keys that the class does not read ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0), ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22), ("logits_scaling", 8.0), ("logit_scale", 0.5), ("sliding_window", 8),
+        ("layer_types", ["sliding_attention"] * 2), ("clip_qkv", 2.0), ("layer_norm_eps", 1e-3), ("use_qk_norm", True),
+        ("use_bidirectional_attention", True), ("alibi", True), ("rotary_pct", 0.25), ("norm_type", "layer_norm"),
+        ("position_embedding_type", "relative_key"), ("per_layer_config", {"0": {"hidden_act": "relu"}}),
+        ("text_config", {"model_type": "llama"}), ("use_qkv_bias", True),
+    ],
+)  # fmt: skip
+def test_a_key_that_changes_the_function_elsewhere_is_refused(folder: Path, key: str, value: Any) -> None:
+    edit_config(folder, **{key: value})
+    with pytest.raises(ModelError, match=rf"config\.json has {key} .*, and LlamaForCausalLM does not read it"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("final_logit_softcapping", None), ("embedding_multiplier", 1.0), ("layer_types", ["full_attention"] * 2),
+        ("sliding_window", 4096), ("alibi", False),
+        ("layer_norm_eps", 1e-6), ("norm_type", "rms_norm"), ("position_embedding_type", "absolute"),
+        ("is_llama_config", True), ("rope_interleaved", False), ("temperature", 0.7),
+    ],
+)  # fmt: skip
+def test_a_key_without_an_effect_is_not_mentioned(folder: Path, messages: list[str], key: str, value: Any) -> None:
+    edit_config(folder, **{key: value})
+    load_model(str(folder))
+    assert not any("does not read" in line for line in messages)
+
+
+def test_other_keys_that_the_class_does_not_read_are_named_once(folder: Path, messages: list[str]) -> None:
+    edit_config(folder, my_setting=1, other_setting="on")
+    load_model(str(folder))
+    found = [line for line in messages if "does not read" in line]
+    assert len(found) == 1
+    assert found[0].endswith("model: config.json: LlamaForCausalLM does not read my_setting, other_setting")
+
+
+def unread(config: PretrainedConfig, folder: Path) -> None:
+    """Save a configuration, read it again and check its keys."""
+    config.save_pretrained(folder)
+    config_check.check_keys(AutoConfig.from_pretrained(folder), config_check.read_config(folder, "x"), "x")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_architecture_of_the_table_is_refused(name: str, tmp_path: Path) -> None:
+    unread(make_config(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name in ARCHITECTURES}))
+def test_a_file_that_transformers_saved_has_no_unread_keys(name: str, tmp_path: Path, messages: list[str]) -> None:
+    assert name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    unread(CONFIG_MAPPING[name](), tmp_path)
+    assert messages == []
+
+
+def test_keys_that_old_versions_saved_for_encoders_are_read_or_harmless(tmp_path: Path, messages: list[str]) -> None:
+    unread(BertConfig(position_embedding_type="absolute", gradient_checkpointing=False), tmp_path)
+    assert messages == []
