@@ -244,3 +244,14 @@ def test_on_and_off_in_yaml_are_the_choices_of_the_flag(tmp_path: Path) -> None:
 def test_every_command_has_a_short_help_that_fits_a_line() -> None:
     shown = CliRunner().invoke(commands.main, ["--help"]).output
     assert "..." not in shown.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(("section", "near"), [("export", "context_length"), ("validate", "min_top1")])
+def test_keys_of_all_sections_are_checked_whichever_verb_reads_the_file(
+    tmp_path: Path, section: str, near: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"finetune:\n  steps: 2\n{section}:\n  {near}x: 1\n")
+    done = CliRunner().invoke(commands.main, ["finetune", "--config", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert f"unknown key '{section}.{near}x'. Did you mean '{near}'?" in " ".join(done.output.split())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from conftest import relist
 from qat_edge.cli import commands
 from qat_edge.data import calibration
-from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.errors import DataError, ExportError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
@@ -213,12 +213,29 @@ def test_methods_are_exported_beside_the_run_and_can_be_added(run: Run) -> None:
     assert [e.folder for e in export(run, first)] == [run.exports / "onnx", run.ptq("rtn").exports / "onnx"]
     added = replace(first, ptq=("rtn", "hqq"))
     assert [e.folder for e in export(run, added)] == [run.ptq("hqq").exports / "onnx"]
-    assert (run.ptq("hqq").exports / "onnx" / "model").read_text() == "hqq 1024"
+    assert (run.ptq("hqq").exports / "onnx" / "model").read_text() == "hqq 512"
     assert [v.name for v in run.variants()] == ["qat", "ptq (round-to-nearest)", "ptq (HQQ)"]
     assert export(run, added) == [], "everything is there and current"
     with pytest.raises(RunError, match="--force"):
         export(run, replace(added, ptq=("rtn", "hqq", "gptq"), context_length=64))
     assert not run.ptq("gptq").path.exists(), "refused before anything was made"
+
+
+@pytest.mark.usefixtures("quick_exporters")
+def test_the_default_context_is_no_longer_than_the_positions_of_the_model(run: Run, messages: list[str]) -> None:
+    (exported,) = export(run, ExportOptions(target=("onnx",), ptq=()))
+    assert (exported.folder / "model").read_text() == "qat 512"
+    assert read_manifest(exported.folder)["options"]["context_length"] == 512
+    assert [line for line in messages if "positions" in line] == [
+        "Context: 512 tokens, because the model has no more positions"
+    ]
+
+
+@pytest.mark.usefixtures("quick_exporters")
+def test_a_context_beyond_the_positions_of_the_model_is_refused_before_any_work(run: Run) -> None:
+    with pytest.raises(ExportError, match=r"--context-length 513: the model has positions for 512 .*Give 512 or less"):
+        export(run, ExportOptions(target=("onnx",), context_length=513))
+    assert not run.quantized.exists()
 
 
 @pytest.mark.usefixtures("quick_exporters")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qat_edge.errors import ModelError
+from qat_edge.models import load
 from qat_edge.options import FinetuneOptions
 from qat_edge.verbs.finetune import finetune
 from tools.sweep_architectures import (
@@ -65,6 +66,18 @@ def test_a_model_that_no_target_can_express_is_not_trained(tmp_path: Path) -> No
         finetune(options, tmp_path / "run")
     assert all(outcome("bloom", target).refusal in str(caught.value) for target in TARGETS)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_number_that_the_class_does_not_read_prevents_nothing() -> None:
+    config = make_config("llama")
+    config.embedding_multiplier, config.clip_qkv = 12.0, 2.0
+    assert load.export_gaps(config) == {}
+
+
+def test_rotary_embeddings_that_change_with_the_length_are_exported_up_to_the_positions_of_the_model() -> None:
+    config = make_config("llama")
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert load.export_gaps(config) == {}
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -341,6 +341,36 @@ def test_codes_in_place_of_weights_are_refused(folder: Path) -> None:
         load_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e8m0fnu, "F8_E8M0"),
+        (torch.bool, "BOOL"),
+        (torch.complex64, "C64"),
+    ],
+)
+@pytest.mark.parametrize("scales", [False, True])
+def test_weights_that_are_no_floats_of_16_bits_are_refused(
+    folder: Path, dtype: torch.dtype, name: str, scales: bool
+) -> None:
+    with stored_tensors(folder) as tensors:
+        key = "model.layers.1.mlp.up_proj.weight"
+        tensors[key] = torch.zeros(tensors[key].shape, dtype=torch.float32).to(dtype)
+        if scales:
+            tensors[f"{key}_scale_inv"] = torch.ones(1)
+    with pytest.raises(ModelError, match=rf"1 weights are of a type .* \({key}: {name}\): codes that need scales"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_float_types_are_read(folder: Path, dtype: torch.dtype) -> None:
+    with stored_tensors(folder) as tensors:
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.to(dtype)
+    assert load_model(str(folder)).model.dtype == torch.float32
+
+
 def test_another_file_of_weights_in_the_configuration_is_refused(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
     edit_config(folder, transformers_weights="other.safetensors")

@@ -309,7 +309,7 @@ def export(
     run: Run | str | Path,
     *,
     target: Sequence[str] = ("executorch", "onnx"),
-    context_length: int = 1024,
+    context_length: int | None = None,
     ptq: Sequence[str] = ("rtn",),
     portable: bool = False,
     backend: str = "xnnpack",
@@ -322,7 +322,8 @@ def export(
     Args:
         run: a finished run, or its folder.
         target: Format to write. One of executorch, onnx.
-        context_length: Tokens in the KV cache, prompt and answer together.
+        context_length: Tokens in the KV cache, prompt and answer together; by default 1024, or the model's
+            positions if it has fewer.
         ptq: PTQ methods to export next to QAT, for comparison; none for no comparison. One of rtn, hqq, gptq,
             gptaq, coordinate-descent, awq, none.
         portable: Write a .pte of ATen operators only, for a runtime without ExecuTorch's LLM and quantized

@@ -20,12 +20,23 @@ import yaml
 
 from qat_edge import option_paths, profiles, readers, remote_code, storage
 from qat_edge.errors import UsageError
-from qat_edge.options import RENAMED_VALUES, ValidateOptions
+from qat_edge.options import (
+    RENAMED_VALUES,
+    CompareOptions,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    ValidateOptions,
+)
 from qat_edge.readers import shorten, show
 
 Options = TypeVar("Options")
 MAX_TEXT = 4096  # characters of one value; the longest path of Linux
-SECTIONS = ("finetune", "quantize", "export", "validate", "sensitivity", "compare")  # of a configuration file
+SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold
+    "finetune": FinetuneOptions, "quantize": QuantizeOptions, "export": ExportOptions, "validate": ValidateOptions,
+    "sensitivity": SensitivityOptions, "compare": CompareOptions,
+}  # fmt: skip
 
 
 def load(
@@ -50,9 +61,7 @@ def load(
     """
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     written = _current_names(fields, _section(section, path))
-    for key in written:
-        if key not in fields and not (key == remote_code.OPTION and written[key]):  # that has a message of its own
-            raise UsageError(f"{path}: unknown key '{section}.{shorten(str(key))}'.{_nearest(key, list(fields))}")
+    _check_keys(written, fields, section, path)
 
     # Flags override the file. Names and values of 0.1.0 count as today's.
     given = {k: v for k, v in _current_names(fields, flags).items() if v is not None}
@@ -133,10 +142,10 @@ def flag_name(name: str) -> str:
 
 
 def read_sections(path: Path) -> dict[str, Any]:
-    """Read all sections of a configuration file.
+    """Read all sections of a configuration file. The keys of all are checked, whichever verb reads the file.
 
     Raises:
-        UsageError: the file is missing, is no YAML, or names a verb that takes no configuration.
+        UsageError: the file is missing, is no YAML, names a verb that takes no configuration, or has an unknown key.
     """
     document = readers.read_yaml(path, UsageError, f"--config {path}")
     if document is None:  # an empty file
@@ -148,7 +157,16 @@ def read_sections(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: unknown section '{shorten(str(key))}'.{_nearest(key, list(SECTIONS))}")
         if value is not None and not isinstance(value, dict):
             raise UsageError(f"{path}: section '{key}' must hold 'key: value' lines.")
+        fields = {f.name: f for f in dataclasses.fields(SECTIONS[key])}
+        _check_keys(_current_names(fields, value or {}), fields, key, path)
     return document
+
+
+def _check_keys(values: Mapping[str, Any], known: Collection[str], section: str, path: Path | None) -> None:
+    """Refuse keys of a section that are no options of its verb; the nearest option is named."""
+    for key, value in values.items():
+        if key not in known and not (key == remote_code.OPTION and value):  # that has a message of its own
+            raise UsageError(f"{path}: unknown key '{section}.{shorten(str(key))}'.{_nearest(key, list(known))}")
 
 
 def save(path: Path, section: str, options: Any, left_out: Collection[str] = ()) -> None:

@@ -29,6 +29,7 @@ PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 RENAMED_VALUES = RENAMED_METHODS
 
 # Greatest permitted values. They refuse mistyped figures before anything is loaded; no real use reaches them.
+DEFAULT_CONTEXT = 1024  # tokens of an artifact, if the model has as many positions
 MOST_TOKENS = 1_048_576  # of one sequence: prompt, answer, window, KV cache
 MOST_PROMPT = 1_000_000  # characters
 MOST_STEPS = 10_000_000
@@ -229,7 +230,11 @@ class ExportOptions:
     """Options of `export`: the artifacts to write, and their context length."""
 
     target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS, may_be_empty=False)
-    context_length: int = option("Tokens in the KV cache, prompt and answer together.", 1024, bounds=(16, MOST_TOKENS))
+    context_length: int | None = option(
+        f"Tokens in the KV cache, prompt and answer together; by default {DEFAULT_CONTEXT}, or the model's positions "
+        "if it has fewer.",
+        None, bounds=(16, MOST_TOKENS),
+    )  # fmt: skip
     ptq: tuple[str, ...] = option(
         "PTQ methods to export next to QAT, for comparison; none for no comparison.",
         ("rtn",), (*PTQ_METHODS, "none"),

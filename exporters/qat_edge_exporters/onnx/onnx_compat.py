@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from qat_edge.models import config_check
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
@@ -88,7 +90,9 @@ def embedding_scale(model: PreTrainedModel) -> float:
     holds no value on the meta device. Granite multiplies outside of the class, by a number of its configuration.
     """
     inside = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
-    factor = inside if inside is not None else getattr(model.config, "embedding_multiplier", None)
+    factor = inside
+    if factor is None and config_check.reads(model.config, "embedding_multiplier"):
+        factor = getattr(model.config, "embedding_multiplier", None)
     return 1.0 if factor is None else float(factor)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qat_edge.models import config_check
 from qat_edge_exporters.onnx import architecture, names, onnx_compat
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ MULTIPLIERS = {
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "logit_scale": 1.0,
     "lm_head_multiplier": 1.0,
 }  # fmt: skip
+PARTIAL = "partial_rotary_factor"
 CLIPPED = ("clip_qkv", "swiglu_limit")  # numbers at which models clip values
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")  # attributes of norms
 
@@ -56,12 +58,12 @@ def _missing_numbers(config: PretrainedConfig) -> str:
     """Return a number of the configuration that the builder's graph leaves out, in a sentence."""
     name = (config.architectures or [""])[0]
     for key in CLIPPED:
-        if getattr(config, key, None) is not None:
+        if getattr(config, key, None) is not None and config_check.reads(config, key):
             return f"{name} clips values at {getattr(config, key):g} ({key}), and the builder's graph does not."
     if name not in onnx_compat.WITH_MULTIPLIERS:
         for key, neutral in MULTIPLIERS.items():
             value = getattr(config, key, None)
-            if value is not None and value != neutral:
+            if value is not None and value != neutral and config_check.reads(config, key):
                 return f"{name} multiplies by {value:g} ({key}), and the builder's graph does not."
 
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
@@ -129,4 +131,5 @@ def _rotated_channels(config: PretrainedConfig) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)  # some models have parameters for each layer type
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(width * parameters.get("partial_rotary_factor", 1.0))
+    share = parameters.get(PARTIAL, 1.0) if config_check.reads_rope(config, PARTIAL) else 1.0
+    return int(width * share)

@@ -422,7 +422,7 @@ def _check_rope(config: PretrainedConfig, document: Mapping[str, Any], where: st
         permitted = ANY_ROPE_KEYS | ROPE_KEYS.get(str(kind), set()) | set(config.ignore_keys_at_rope_validation or ())
         permitted -= {"partial_rotary_factor"}  # all configurations take it, and not all models use it
         for key, value in parameters.items():
-            if key not in permitted and not _is_neutral(key, value) and not _reads_rope(config, key):
+            if key not in permitted and not _is_neutral(key, value) and not reads_rope(config, key):
                 raise ModelError(
                     f"{where}: {name}{label} has {readers.shorten(key)} {readers.show(value)}, which "
                     f"{_class_name(config)} does not read for the rope_type {kind!r}. Remove the key if the model was "
@@ -430,7 +430,7 @@ def _check_rope(config: PretrainedConfig, document: Mapping[str, Any], where: st
                 )
 
 
-def _reads_rope(config: PretrainedConfig, key: str) -> bool:
+def reads_rope(config: PretrainedConfig, key: str) -> bool:
     """Return whether the source of a model names a setting of its rotary embedding."""
     return not is_of_transformers(config) or bool(re.search(rf"[\"']{re.escape(key)}[\"']", _source(_class_of(config))))
 

@@ -40,6 +40,7 @@ WRAPPERS = {
     "base_model.model.": "peft",
 }
 ADAPTER_PARTS = ("lora_", ".base_layer.", "modules_to_save")  # of the names of a model saved with adapters inside
+FLOATS = ("BF16", "F16", "F32", "F64")  # types of weights, as safetensors names them
 ROTARY_FREQUENCIES = "inv_freq"
 
 
@@ -157,19 +158,40 @@ def _refuse_repeated_tensors(files: Sequence[Path]) -> None:
     for path in files:
         types = _tensor_types(path)
         counts.update(types.keys())
-        # transformers would take the codes of a quantized checkpoint for the weights themselves.
-        codes = [name for name, kind in types.items() if name.endswith(".weight") and kind[0] in "IU"]
-        if codes:
-            raise ModelError(
-                f"{path}: {len(codes)} weights are stored as integers ({_some(codes)}), and config.json does not say "
-                "how they stand for numbers. Start from the float model."
-            )
+        _refuse_codes(types, path)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ModelError(
             f"{files[0].parent}: {len(repeated)} tensors are in more than one file ({_some(repeated)}). Copy the model "
             "again, into an empty folder."
         )
+
+
+def _refuse_codes(types: Mapping[str, str], path: Path) -> None:
+    """Refuse weights of types that transformers would cast to floats, although they stand for other numbers.
+
+    Args:
+        types: Type of each tensor of a file.
+        path: The file.
+
+    Raises:
+        ModelError: Weights are codes of a quantized checkpoint, or no real numbers.
+    """
+    # Buffers, such as masks and positions, may have other types.
+    found = {name: kind for name, kind in types.items() if kind not in FLOATS and name.endswith((".weight", ".bias"))}
+    if not found:
+        return
+    integers = [name for name, kind in found.items() if kind[0] in "IU"]
+    if integers:
+        raise ModelError(
+            f"{path}: {len(integers)} weights are stored as integers ({_some(integers)}), and config.json does not say "
+            "how they stand for numbers. Start from the float model."
+        )
+    shown = _some([f"{name}: {kind}" for name, kind in found.items()])
+    raise ModelError(
+        f"{path}: {len(found)} weights are of a type that is no float of 16 bits or more ({shown}): codes that need "
+        "scales to be numbers. Start from the float model."
+    )
 
 
 def _tensor_types(path: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest
-from qat_edge.models import tasks
+from qat_edge.models import config_check, tasks
 from qat_edge.quant import numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -115,7 +115,7 @@ def load(folder: Path) -> PreTrainedModel:
     task = tasks.task_of_folder(folder)
     read = partial(
         task.auto_class.from_pretrained, dtype=torch.float32, local_files_only=True,
-        trust_remote_code=remote_code.permitted(),
+        trust_remote_code=remote_code.permitted(), **config_check.PLAIN_OUTPUTS,
     )  # fmt: skip
     with remote_code.refusals(folder):
         model = rotated_norm.load(read, folder).eval()

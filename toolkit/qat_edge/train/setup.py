@@ -107,6 +107,7 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
     metadata |= {"device": device, "bits": bits, "kept_layers": kept_layers}
+    metadata["max_position_embeddings"] = getattr(model.config, "max_position_embeddings", None)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
 

@@ -37,7 +37,7 @@ from qat_edge.report.comparison_page import render
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder, write_text
-from qat_edge.verbs.export import export_one
+from qat_edge.verbs.export import export_one, with_context_length
 from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
@@ -153,7 +153,7 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     measuring = config.load(ValidateOptions, "validate", source, {})
     # Artifacts of other backends than the first cannot run on this machine.
     exporting = config.load(ExportOptions, "export", source, {"backend": EXPORT_BACKENDS[0]})
-    job = CompareJob(run, exporting, force)
+    job = CompareJob(run, with_context_length(run, exporting), force)
 
     # The quantized run has the tokenizer, so it is needed even if no row ships it.
     quantize_if_missing(run, QAT)
@@ -242,7 +242,7 @@ def _export(job: CompareJob, variant: Variant, target: str) -> None:
     export_one(variant, target_named(target), job.exporting)
 
 
-def _is_current(variant: Variant, folder: Path, context_length: int) -> bool:
+def _is_current(variant: Variant, folder: Path, context_length: int | None) -> bool:
     manifest = read_manifest(folder)
     same_length = manifest["options"]["context_length"] == context_length
     return same_length and manifest["quantized_sha256"] == sha256(variant.quantized / MANIFEST)

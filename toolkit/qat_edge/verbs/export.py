@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config, progress
+from qat_edge import config, progress, readers
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
 from qat_edge.models import tasks
-from qat_edge.options import ExportOptions
+from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -68,13 +68,14 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     Raises:
         UsageError: an unknown target; an option that no chosen target takes; methods together with none.
         RunError: an artifact of another checkpoint or other options exists, and `force` is not set.
-        ExportError: a target cannot express the model, a backend's compiler is not installed, or an artifact does not
-            compute the frozen checkpoint.
+        ExportError: a target cannot express the model, its positions are fewer than the context length, a backend's
+            compiler is not installed, or an artifact does not compute the frozen checkpoint.
     """
     # Every option is checked first, so that nothing is computed for a combination that cannot be.
     targets = [target_for(name, options.backend) for name in dict.fromkeys(options.target)]
     _check_options(targets, options)
     _check_encoder(run, targets, options)
+    options = with_context_length(run, options)
     methods = [QAT, *_ptq_methods(options)]
 
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
@@ -94,6 +95,46 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
 
     config.save(run.config, "export", options)
     return written
+
+
+def with_context_length(run: Run, options: ExportOptions) -> ExportOptions:
+    """Return options whose context length is a number: the given one, or the default that the model has positions for.
+
+    Raises:
+        ExportError: the given one is more than the positions of the model.
+    """
+    # A text of an encoder is as long as its model permits.
+    most = None if tasks.task_of_run(run).is_encoder else _positions(run)
+    length = options.context_length
+    if length is None:
+        length = DEFAULT_CONTEXT if most is None else min(DEFAULT_CONTEXT, most)
+        if length < DEFAULT_CONTEXT:
+            progress.info(f"Context: {length} tokens, because the model has no more positions")
+    elif most is not None and length > most:
+        raise ExportError(
+            f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings). "
+            f"Give {most} or less, or leave it out."
+        )
+    return dataclasses.replace(options, context_length=length)
+
+
+def _positions(run: Run) -> int | None:
+    """Return the positions of a run's model; None where no file of the run has them."""
+    for folder in (run.adapter, run.reference):
+        if (folder / MANIFEST).is_file():
+            most = read_manifest(folder).get("max_position_embeddings")
+            if isinstance(most, int):
+                return most
+    # Runs of earlier versions have them in a whole model alone.
+    for folder in (run.quantized, run.adapter, run.reference):
+        if (folder / "config.json").is_file():
+            most = readers.read_object(folder / "config.json", RunError).get("max_position_embeddings")
+            return most if isinstance(most, int) else None
+    return None
+
+
+def _context_length(options: ExportOptions) -> int:
+    return options.context_length or DEFAULT_CONTEXT
 
 
 def export_one(
@@ -117,7 +158,7 @@ def export_one(
     check_files(variant.quantized)
 
     with replace_folder(folder, force=True) as work:
-        target.export(variant.quantized, work, options.context_length, **_given(target, options))
+        target.export(variant.quantized, work, _context_length(options), **_given(target, options))
         wall_s = time.monotonic() - began
 
         # Nothing takes the folder's name that does not compute what was frozen.
@@ -153,7 +194,7 @@ def _measure_parity(
     progress.info("Running the artifact on a few prompts, next to the frozen checkpoint in torch")
     reference = reference or FrozenReference(variant.quantized)
     int8_cache = "kv_cache" in target.options and options.kv_cache == KV_CACHE_INT8
-    return parity.measure(folder, target.name, reference, options.context_length, int8_cache)
+    return parity.measure(folder, target.name, reference, _context_length(options), int8_cache)
 
 
 def _refusal(folder: Path, target: Target, found: Parity) -> str:
@@ -194,7 +235,7 @@ def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:
 
     manifest = read_manifest(folder)
     exported = manifest["options"]
-    same = exported["context_length"] == options.context_length
+    same = exported["context_length"] == _context_length(options)
     same = same and all(exported.get(name, NEUTRAL[name]) == getattr(options, name) for name in target.options)
     same = same and not file_faults(folder, manifest)
     return same and manifest["quantized_sha256"] == sha256(checkpoint)

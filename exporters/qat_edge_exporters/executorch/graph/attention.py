@@ -244,8 +244,8 @@ def check_length(config: PretrainedConfig, context_length: int) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and context_length > most:
         raise ExportError(
-            f"--context-length {context_length}: {config.model_type} has positions for {most} tokens at most. "
-            f"Give {most} or less."
+            f"executorch: a context of {context_length} tokens, and {config.model_type} has positions for {most} at "
+            f"most. Give --context-length {most} or less."
         )
 
 
