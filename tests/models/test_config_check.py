@@ -19,6 +19,14 @@ from qat_edge.models import config_check
 from qat_edge.models.load import load_model
 from tools.sweep_architectures import ARCHITECTURES, make_config
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -109,6 +117,17 @@ def test_a_size_is_a_whole_number_of_1_or_more(folder: Path, key: str, value: An
         ({"use_return_dict": False}, "use_return_dict is no setting of a model"),
         ({"to_dict": 1}, "to_dict is no setting of a model"),
         ({"architectures": ["Qwen2ForCausalLM"]}, "model_type 'llama', .*LlamaForCausalLM, .* Qwen2ForCausalLM"),
+        ({"architectures": ["LlamaModel", "LlamaForCausalLM"]}, "model_type 'llama', .* LlamaModel, LlamaForCausalLM"),
+        ({"model_type": 3}, "has model_type 3, expected a name"),
+        ({"eos_token_id": -7}, "config.json has eos_token_id -7, expected the id of a token"),
+        ({"eos_token_id": [2, True]}, r"has eos_token_id \[2, True\], expected the id of a token"),
+        ({"_auto_class": "x"}, "_auto_class is no setting of a model"),
+        ({"attribute_map": {"hidden_size": "vocab_size"}}, "attribute_map is no setting of a model"),
+        ({"id2label": ["a"]}, "has id2label list of 1, expected an object"),
+        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters has full_attention dict of 2, which .* not"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 and high_freq_factor 4.0, exp"),
+        ({"rope_parameters": {**LONGROPE, "short_factor": [1.0]}}, r"has short_factor \[1.0\], expected 8 numbers"),
+        ({"rope_parameters": {**LONGROPE, "long_factor": [0.0] * 8}}, "has long_factor list of 8, expected 8 numbers"),
         ({"model_type": "gemma"}, "model_type 'gemma', .*GemmaForCausalLM, .* LlamaForCausalLM"),
     ],
 )
@@ -170,12 +189,40 @@ def test_a_key_without_an_effect_is_not_mentioned(folder: Path, messages: list[s
     assert not any("does not read" in line for line in messages)
 
 
+@pytest.mark.parametrize("rope", [LLAMA3, LONGROPE, {**ROPE, "rope_type": "linear", "factor": 2.0}])
+def test_scalings_of_the_rotary_embedding_are_read(folder: Path, rope: dict[str, Any]) -> None:
+    edit_config(folder, rope_parameters=rope)
+    assert load_model(str(folder)).model.config.rope_parameters["rope_type"] == rope["rope_type"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token_id": [[2]]}, "generation_config.json has eos_token_id list of 1, expected the id of a token"),
+        ({"eos_token_id": "2"}, "generation_config.json has eos_token_id '2', expected the id of a token"),
+        ({"to_dict": 1}, "generation_config.json: to_dict is no setting of a model"),
+    ],
+)
+def test_odd_settings_of_generation_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to(path.name), lambda path: path.mkdir(), os.mkfifo])
+def test_weights_that_are_no_file_are_refused(folder: Path, make: Callable[[Path], Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    make(folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors: a link to nowhere, or no file"):
+        load_model(str(folder))
+
+
 def test_other_keys_that_the_class_does_not_read_are_named_once(folder: Path, messages: list[str]) -> None:
-    edit_config(folder, my_setting=1, other_setting="on")
+    edit_config(folder, **{"my_setting": 1, "other\nsetting": "on"})
     load_model(str(folder))
     found = [line for line in messages if "does not read" in line]
     assert len(found) == 1
-    assert found[0].endswith("model: config.json: LlamaForCausalLM does not read my_setting, other_setting")
+    assert found[0].endswith("model: config.json: LlamaForCausalLM does not read my_setting, 'other\\nsetting'")
 
 
 def unread(config: PretrainedConfig, folder: Path) -> None:

@@ -31,12 +31,22 @@ from qat_edge.models import tasks
 
 CONFIG = "config.json"
 # Read by transformers next to the weights, if they are there.
-OTHER_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json")
+GENERATION_CONFIG = "generation_config.json"
+OTHER_FILES = (
+    GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json",
+)  # fmt: skip
 # What forward returns, not what it computes: whatever the file has, results have names, and no others are returned.
 PLAIN_OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
-OBJECTS = (*ROPE_OBJECTS, "quantization_config", "text_config")  # keys whose value is an object, or null
+OBJECTS = (
+    *ROPE_OBJECTS,
+    "quantization_config",
+    "text_config",
+    "id2label",
+    "label2id",
+)  # keys whose value is an object, or null
 DTYPES = ("dtype", "torch_dtype")
+PARTIAL = "partial_rotary_factor"
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
@@ -63,7 +73,7 @@ class Range:
 SIZES = Range(
     re.compile(
         r"hidden_size|num_hidden_layers|num_attention_heads|num_key_value_heads|vocab_size|head_dim|intermediate_size|"
-        r"max_position_embeddings|original_max_position_embeddings|n_(embd|layer|head|positions)"
+        r"max_position_embeddings|original_max_position_embeddings|num_labels|n_(embd|layer|head|positions)"
     ),
     lambda value: value >= 1, "a whole number of 1 or more", whole=True,
 )  # fmt: skip
@@ -151,7 +161,10 @@ def read_config(folder: Path, source: str) -> dict[str, Any]:
     for name in OTHER_FILES:
         # A link to nowhere is a file as well, and not a missing one.
         if (folder / name).is_symlink() or (folder / name).exists():
-            _read(folder / name, source)
+            other = _read(folder / name, source)
+            if name == GENERATION_CONFIG:
+                _check_names(other, GenerationConfig, f"{source}: {name}")
+                _check_ids(other, f"{source}: {name}")
 
     where = f"{source}: {CONFIG}"
     _check_values(document, where)
@@ -181,12 +194,10 @@ def _check_values(document: Mapping[str, Any], where: str) -> None:
     Raises:
         ModelError: Names the key, its value and the values it may have.
     """
+    _check_names(document, PretrainedConfig, where)
+    if not isinstance(document.get("model_type", ""), str):
+        raise ModelError(f"{where} has model_type {readers.show(document['model_type'])}, expected a name.")
     for key, value in document.items():
-        # A key of that name would replace the method that transformers calls.
-        attribute = getattr(PretrainedConfig, key, None)
-        is_fixed = isinstance(attribute, property) and attribute.fset is None
-        if callable(attribute) or is_fixed:
-            raise ModelError(f"{where}: {readers.shorten(key)} is no setting of a model. Remove the key.")
         if key in OBJECTS and value is not None and not isinstance(value, dict):
             raise ModelError(f"{where} has {key} {readers.show(value)}, expected an object. Restore the file.")
         _check_range(key, value, where)
@@ -200,6 +211,22 @@ def _check_values(document: Mapping[str, Any], where: str) -> None:
             )
     _check_rope_values(document, where)
     _check_ids(document, where)
+
+
+def _check_names(document: Mapping[str, Any], owner: type, where: str) -> None:
+    """Refuse keys that would replace a method or a constant of the class that takes them as attributes."""
+    fields = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    absent = object()
+    for key in document:
+        attribute = inspect.getattr_static(owner, key, absent)
+        is_setting = key in fields or key == "model_type" or (isinstance(attribute, property) and attribute.fset)
+        if attribute is not absent and not is_setting:
+            raise ModelError(f"{where}: {_written(key)} is no setting of a model. Remove the key.")
+
+
+def _written(key: str) -> str:
+    """Return a key as a message shows it: on one line, and cut."""
+    return readers.shorten(key if key.isprintable() else ascii(key))
 
 
 def _check_range(key: str, value: Any, where: str) -> None:
@@ -235,6 +262,12 @@ def _check_rope_values(document: Mapping[str, Any], where: str) -> None:
             )
 
 
+def _shown(value: Any) -> str:
+    """Return a value for a message, a short list in full."""
+    is_short = isinstance(value, list) and len(value) < 5 and not any(isinstance(item, list | dict) for item in value)
+    return f"[{', '.join(readers.show(item) for item in value)}]" if is_short else readers.show(value)
+
+
 def _rope_parts(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield settings of a rotary embedding with their name in messages: one, or one for each type of layer."""
     if not isinstance(parameters, dict):
@@ -247,7 +280,14 @@ def _rope_parts(parameters: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_ids(document: Mapping[str, Any], where: str) -> None:
-    """Refuse a padding token outside of the vocabulary: torch would fail while it makes the embedding."""
+    """Refuse ids of special tokens that are no ids, and a padding token that the embedding could not be made with."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = document.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        # Old files have -1 for no padding.
+        least = -1 if key == "pad_token_id" else 0
+        if any(type(number) is not int or number < least for number in ids):
+            raise ModelError(f"{where} has {key} {_shown(value)}, expected the id of a token. Correct the file.")
     rows, padding = document.get("vocab_size"), document.get("pad_token_id")
     if type(rows) is int and type(padding) is int and padding >= rows:
         raise ModelError(f"{where} has pad_token_id {padding}, but vocab_size is {rows}. Correct one of them.")
@@ -282,12 +322,12 @@ def check_keys(config: PretrainedConfig, document: Mapping[str, Any], source: st
     if changing:
         key = changing[0]
         raise ModelError(
-            f"{where} has {key} {readers.show(unread[key])}, and {name} does not read it: the model would be trained "
-            "and exported without. Remove the key if the model was made without it; otherwise use an architecture that "
-            "has it."
+            f"{where} has {_written(key)} {_shown(unread[key])}, and {name} does not read it: the model would be "
+            "trained and exported without. Remove the key if the model was made without it; otherwise use an "
+            "architecture that has it."
         )
     if unread:
-        shown = ", ".join(readers.shorten(key) for key in unread)
+        shown = ", ".join(_written(key) for key in unread)
         progress.warn(f"{where}: {name} does not read {readers.shorten(shown, 300)}")
     _check_activation(config, where)
     _check_rope(config, document, where)
@@ -299,7 +339,7 @@ def _check_class(config: PretrainedConfig, document: Mapping[str, Any], where: s
         raise ModelError(f"{where} has is_causal false: its tokens attend to later ones, and no target computes that.")
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     named = config.architectures
-    if named and isinstance(found, type) and found.__name__ not in named:
+    if named and isinstance(found, type) and found.__name__ != named[0]:
         raise ModelError(
             f"{where} has the model_type {config.model_type!r}, which is loaded as {found.__name__}, and architectures "
             f"names {readers.shorten(', '.join(named))}. Restore the file."
@@ -411,7 +451,10 @@ def _check_activation(config: PretrainedConfig, where: str) -> None:
 def _check_rope(config: PretrainedConfig, document: Mapping[str, Any], where: str) -> None:
     """Refuse a type of rotary embedding, or a setting of it, that the model's class would not compute."""
     name = next((key for key in ROPE_OBJECTS if document.get(key)), "rope_parameters")
-    for label, parameters in _rope_parts(getattr(config, "rope_parameters", None)):
+    whole: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    # Settings for each type of layer are read if the model has such layers.
+    nested = {f".{key}": whole[key] or {} for key in config.nested_rope_parameter_keys(whole)}
+    for label, parameters in (nested or {"": whole}).items():
         kind = parameters.get("rope_type", "default")
         if kind not in ("default", config.default_rope_type, *ROPE_INIT_FUNCTIONS):
             known = ", ".join(sorted({"default", config.default_rope_type, *ROPE_INIT_FUNCTIONS}))
@@ -420,14 +463,34 @@ def _check_rope(config: PretrainedConfig, document: Mapping[str, Any], where: st
                 f"{known}."
             )
         permitted = ANY_ROPE_KEYS | ROPE_KEYS.get(str(kind), set()) | set(config.ignore_keys_at_rope_validation or ())
-        permitted -= {"partial_rotary_factor"}  # all configurations take it, and not all models use it
+        permitted -= {PARTIAL}  # all configurations take it, and not all models use it
         for key, value in parameters.items():
             if key not in permitted and not _is_neutral(key, value) and not reads_rope(config, key):
                 raise ModelError(
-                    f"{where}: {name}{label} has {readers.shorten(key)} {readers.show(value)}, which "
+                    f"{where}: {name}{label} has {_written(key)} {_shown(value)}, which "
                     f"{_class_name(config)} does not read for the rope_type {kind!r}. Remove the key if the model was "
                     "made without it; otherwise correct the type."
                 )
+        _check_rope_factors(config, parameters, f"{where}: {name}{label}")
+
+
+def _check_rope_factors(config: PretrainedConfig, parameters: Mapping[str, Any], where: str) -> None:
+    """Refuse factors of frequencies that transformers only warns of: in another number, or in another order."""
+    for key in ("short_factor", "long_factor"):
+        factors = parameters.get(key)
+        if factors is None:
+            continue
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        count = int(width * (parameters.get(PARTIAL) or 1.0)) // 2
+        is_list = isinstance(factors, list) and all(type(f) in (int, float) and 0 < f < math.inf for f in factors)
+        if not is_list or len(factors) != count:
+            raise ModelError(
+                f"{where} has {key} {_shown(factors)}, expected {count} numbers above 0. Restore the file."
+            )
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        least, most = parameters.get(low), parameters.get(high)
+        if least is not None and most is not None and least >= most:
+            raise ModelError(f"{where} has {low} {least} and {high} {most}, expected the second to be larger.")
 
 
 def reads_rope(config: PretrainedConfig, key: str) -> bool:

@@ -178,6 +178,10 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
             "are read and are not loaded; save the model with save_pretrained(..., safe_serialization=True)."
         )
 
+    for file in weights:
+        if not file.is_file():
+            raise ModelError(f"{file}: a link to nowhere, or no file. Copy the model again.")
+
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
     chosen = _check_task(config, str(path), trust_remote_code, task)
