@@ -255,3 +255,18 @@ def test_keys_of_all_sections_are_checked_whichever_verb_reads_the_file(
     done = CliRunner().invoke(commands.main, ["finetune", "--config", str(path), "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
     assert f"unknown key '{section}.{near}x'. Did you mean '{near}'?" in " ".join(done.output.split())
+
+
+def test_a_context_of_the_export_beyond_the_model_is_refused_before_training(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say 1", "completion": "1!"}\n' * 4)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"finetune:\n  model: {tiny_model_folder}\n  data: {tmp_path}/rows.jsonl\n  steps: 2\n  track: none\n"
+        "export:\n  context_length: 513\n"
+    )
+    done = CliRunner().invoke(commands.main, ["finetune", "--config", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1
+    assert "--context-length 513: the model has positions for 512 tokens" in " ".join(done.output.split())
+    assert not (tmp_path / "run/adapter").exists()

@@ -39,5 +39,5 @@ def test_runs_every_stage(configuration: Path, tmp_path: Path, messages: list[st
 
 def test_stops_at_the_stage_that_fails(configuration: Path, tmp_path: Path) -> None:
     configuration.write_text(configuration.read_text().replace("context_length: 256", "context_length: 99999"))
-    with pytest.raises(QatEdgeError, match="`qat-edge export` ended with exit code 1"):
+    with pytest.raises(QatEdgeError, match="`qat-edge finetune` ended with exit code 1"):
         demo(tmp_path / "demo", configuration)

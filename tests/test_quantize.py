@@ -188,6 +188,19 @@ def test_too_little_calibration_data_is_said_by_the_command(run: Run, tmp_path: 
     assert "are missing" in answer.output and not run.ptq("awq").quantized.exists()
 
 
+def test_a_frozen_checkpoint_returns_what_every_model_returns(run: Run) -> None:
+    quantize(run, options("rtn"))
+    folder = run.ptq("rtn").quantized
+    path = folder / "config.json"
+    odd = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
+    relist(folder)
+    with torch.no_grad():
+        found: Any = frozen.load(folder)(torch.tensor([[1, 5, 9]]))
+    assert found.logits.shape[:2] == (1, 3)
+    assert found.attentions is None and found.hidden_states is None
+
+
 def test_the_command_prints_what_it_made(run: Run) -> None:
     answer = CliRunner().invoke(commands.main, ["quantize", str(run.path), "--method", "hqq", "--json"])
     assert answer.exit_code == 0, answer.output

@@ -127,10 +127,12 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
         options = config.load(FinetuneOptions, "finetune", path, without_empty(flags), config.flag_name)
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)
+    # What the same file wants of the export must not fail after hours of training.
+    exporting = config.load(ExportOptions, "export", config_path, {})
     from qat_edge.verbs.finetune import finetune as verb
 
     with remote_code.permit(options.trust_remote_code):
-        result = verb(options, out, resume=resume, force=force)
+        result = verb(options, out, resume=resume, force=force, context_length=exporting.context_length)
     if as_json:
         _print_json(result)
     done = (

@@ -20,7 +20,7 @@ from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
-from qat_edge.models import tasks
+from qat_edge.models import config_check, tasks
 from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
@@ -110,11 +110,7 @@ def with_context_length(run: Run, options: ExportOptions) -> ExportOptions:
         length = DEFAULT_CONTEXT if most is None else min(DEFAULT_CONTEXT, most)
         if length < DEFAULT_CONTEXT:
             progress.info(f"Context: {length} tokens, because the model has no more positions")
-    elif most is not None and length > most:
-        raise ExportError(
-            f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings). "
-            f"Give {most} or less, or leave it out."
-        )
+    config_check.require_positions(length, most)
     return dataclasses.replace(options, context_length=length)
 
 

@@ -28,7 +28,7 @@ from qat_edge import option_paths, previous_run, progress, run_lock, stop_signal
 from qat_edge.data import training_examples
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
-from qat_edge.models import merge
+from qat_edge.models import config_check, merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
 from qat_edge.readers import read_json
@@ -64,7 +64,9 @@ class Finetuned:
     peak_memory_bytes: int
 
 
-def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: bool = False) -> Finetuned:
+def finetune(
+    options: FinetuneOptions, out: Path, resume: bool = False, force: bool = False, context_length: int | None = None
+) -> Finetuned:
     """Train into the run folder `out`.
 
     Args:
@@ -73,30 +75,35 @@ def finetune(options: FinetuneOptions, out: Path, resume: bool = False, force: b
         resume: continue from its last checkpoint, or from the beginning where there is none. Of a finished run, write
             what is missing.
         force: replace a run folder that exists. The old run is kept until the new one is finished.
+        context_length: of the export to come, if it is known: one that the model has no positions for is refused
+            before training.
 
     Raises:
         RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it.
         UsageError: an impossible combination of options.
         ModelError: the model cannot be loaded or trained, or the training diverged.
         DataError: the rows cannot be used.
+        ExportError: the model has fewer positions than `context_length`.
         Stopped: a signal ended it; the message has the command that continues.
     """
     run = Run.to_resume(out) if resume else Run(out)
     options = option_paths.absolute(options)
     with run_lock.writing(out, "finetune", create=not resume, resuming=resume or force):
         try:
-            return _finetune(options, run, resume, force)
+            return _finetune(options, run, resume, force, context_length)
         except KeyboardInterrupt as error:
             raise _stopped(run, error) from None
 
 
-def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> Finetuned:
+def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, context_length: int | None) -> Finetuned:
     """Train into a run folder whose lock is held."""
     # Check the options and set everything up; nothing is written yet.
     run_inputs.check_folder(options, run, resume, force)
     check_combination(options)
     began = time.monotonic()
     job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
+    if context_length is not None and not job.task.is_encoder:
+        config_check.require_positions(context_length, job.metadata["max_position_embeddings"])
     adapted, switch = make_trainable(job, options)
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
