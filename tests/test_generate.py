@@ -31,6 +31,9 @@ from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import generate_text, llm_runner
 from qat_edge_exporters.targets import target_named
 
+# Each of them would change texts or stop them.
+SETTINGS = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 2, "stop_strings": ["e"]}
+
 
 @pytest.fixture(scope="module")
 def lines() -> Recorder:
@@ -41,7 +44,7 @@ def lines() -> Recorder:
 def run(tmp_path_factory: pytest.TempPathFactory, lines: Recorder) -> Run:
     """The template ends turns with <|stop|>, an added token; model and tokenizer end with <|endoftext|>.
 
-    The tokenizer begins every text with <|im_start|>.
+    The tokenizer begins every text with <|im_start|>. The model's own settings would change every text.
     """
     folder = tmp_path_factory.mktemp("stop")
     tokenizer = tokenizer_for(CHAT_TEMPLATE.replace("<|im_end|>", "<|stop|>"), adds_bos=True)
@@ -49,11 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, lines: Recorder) -> Run:
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     model = make_model(tokenizer)
     model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    for key, value in SETTINGS.items():
+        setattr(model.generation_config, key, value)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     with progress.report_to(lines):
         made = train_run(folder / "model", folder)
-    export(made, ExportOptions(context_length=64))
+        export(made, ExportOptions(context_length=64))
     return made
 
 
@@ -141,22 +146,42 @@ def test_every_runtime_continues_the_ids_of_training(
         assert trained["input_ids"][: len(seen[0])] == seen[0]
 
 
+def test_every_runtime_decodes_greedily_whatever_the_model_sets(run: Run, lines: Recorder) -> None:
+    search = json.loads((run.exports / "onnx" / "genai_config.json").read_text())["search"]
+    assert (search["repetition_penalty"], search["no_repeat_ngram_size"], search["num_beams"]) == (3.0, 1, 1)
+    (warning,) = [line for line in lines.lines if "generation_config.json sets" in line]
+    assert "no_repeat_ngram_size 1, num_beams 2, repetition_penalty 3.0, stop_strings list of 1" in warning
+
+    # A prompt with a printable text, decoded by hand: runtimes differ in how they show half a character.
+    tokenizer, model, count = load_tokenizer(run.quantized), load_exact(run.quantized), 8
+    expected = {}
+    for prompt in map(chr, range(ord("A"), ord("z"))):
+        ids = text_prompt(prompt, tokenizer).ids
+        first = len(ids)
+        with torch.no_grad():
+            while len(ids) < first + count:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        text = tokenizer.decode(ids[first:])
+        if text.isprintable() and text.isascii() and "<|" not in text and len(set(ids[first:])) < count:
+            expected[prompt] = text
+    prompt, text = expected.popitem()
+
+    for source in ("torch", "onnx", "executorch"):
+        pieces: list[str] = []
+        generate(run, prompt, source, pieces.append, raw=True, max_new_tokens=count)
+        assert "".join(pieces) == text, source
+
+
 def test_generation_in_torch_ends_at_every_end_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_exact(run.quantized).generation_config.eos_token_id == end_tokens(run.quantized)
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("qat_edge.verbs.generate.frozen.load", lambda folder: _Recording(given))
+    seen: list[Any] = []
+
+    def recorded(model: Any, *_: Any, **__: Any) -> None:
+        seen.append(model.generation_config.eos_token_id)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", recorded)
     generate(run, "say 3", "torch", lambda text: None, max_new_tokens=2)
-    assert given["eos_token_id"] == end_tokens(run.quantized)
-
-
-class _Recording:
-    """Model that keeps the arguments of a generation."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        self._given = given
-
-    def generate(self, ids: torch.Tensor, **arguments: Any) -> None:
-        self._given.update(arguments)
+    assert seen == [end_tokens(run.quantized)]
 
 
 def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:

@@ -21,6 +21,7 @@ from qat_edge.errors import ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
 from qat_edge.models import tasks
+from qat_edge.models.generation_settings import describe_left_out
 from qat_edge.options import ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
@@ -80,6 +81,10 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
     pending = list(folders) if force else _pending(folders, options)
     variants = {method: quantize_if_missing(run, method, force) for method in methods}
+
+    left_out = describe_left_out(run.quantized, [target.format for target in targets])
+    if left_out and pending:
+        progress.warn(left_out)
 
     # The torch side of the comparison is shared by all artifacts of one checkpoint.
     written: list[Exported] = []

@@ -14,6 +14,7 @@ from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import check_files, read_manifest
 from qat_edge.models import tasks
+from qat_edge.models.generation_settings import greedy_decoding
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run
@@ -176,8 +177,8 @@ def _generate_in_torch(
     folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Emit, max_new_tokens: int
 ) -> None:
     """Continue the ids of a prompt with the frozen checkpoint in torch."""
-    with torch.no_grad():
-        frozen.load(folder).generate(
-            torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(tokenizer, emit),
-            eos_token_id=end_tokens(folder),
-        )  # fmt: skip
+    model, eos_ids = frozen.load(folder), end_tokens(folder)
+    prompt = torch.tensor([ids])
+    # One prompt needs no padding, so any id will do; the mask says that every token counts.
+    with torch.no_grad(), greedy_decoding(model, eos_ids, eos_ids[0], max_new_tokens):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=_Pieces(tokenizer, emit))
