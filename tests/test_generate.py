@@ -17,7 +17,7 @@ from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import Prompt, text_prompt
 from qat_edge.data.formats import Completion
-from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.evaluate.evaluator import load_eval_set
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.manifest import MANIFEST, read_manifest
@@ -184,6 +184,26 @@ def test_generation_in_torch_ends_at_every_end_token(run: Run, monkeypatch: pyte
     assert seen == [end_tokens(run.quantized)]
 
 
+def test_a_prompt_beyond_the_positions_of_the_torch_model_is_refused(run: Run, lines: Recorder) -> None:
+    with pytest.raises(UsageError, match=r"The prompt is \d+ tokens long and .*quantized holds 512 with its answer"):
+        generate(run, "x" * 600, "torch", lambda text: None, raw=True)
+    with progress.report_to(lines):
+        generate(run, "x" * 510, "torch", lambda text: None, raw=True, max_new_tokens=5)
+    assert lines.lines[-1].startswith("The answer ends after 1 tokens at most: the prompt has 511, and ")
+
+
+def test_an_artifact_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    other = Run(tmp_path / "run")
+    shutil.copytree(run.path, other.path)
+    manifest = other.exports / "onnx" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"quantized_sha256": "0" * 64}))
+    with pytest.raises(RunError, match=r"onnx was exported from an earlier .*quantized. Export again: .* --force"):
+        generate(other, "say 3", "onnx", lambda text: None)
+    # Without the checkpoint, as where the artifact is shipped alone, there is nothing to compare with.
+    shutil.rmtree(other.quantized)
+    generate(other, "say 3", "onnx", lambda text: None, max_new_tokens=1)
+
+
 def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:
     folder = run.exports / "executorch"
     tokenizer = load_tokenizer(folder)
@@ -203,6 +223,15 @@ def test_generate_takes_no_system_message_without_a_template(run: Run) -> None:
         words = make_tokenizer()
         words.chat_template = "{{ raise_exception('System role not supported') }}"
         chat_prompt(words, "Hi", "Be brief.", {})
+
+
+def test_an_empty_message_is_refused_and_an_empty_system_message_is_one() -> None:
+    tokenizer = make_tokenizer()
+    for prompt in ("", " \n"):
+        with pytest.raises(UsageError, match="The prompt is empty"):
+            chat_prompt(tokenizer, prompt, None, {})
+    assert chat_prompt(tokenizer, "Hi", "", {}).text.startswith("<|im_start|>system\n<|im_end|>")
+    assert "system" not in chat_prompt(tokenizer, "Hi", None, {}).text
 
 
 def test_the_arguments_of_training_are_those_of_generation() -> None:

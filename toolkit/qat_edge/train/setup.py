@@ -31,6 +31,7 @@ from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
+from qat_edge.train.option_checks import row_length
 from qat_edge_exporters.targets import FORMATS
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
@@ -297,7 +298,9 @@ def _read_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
     """Read and tokenize the rows of a file or data set, and report their counts."""
-    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, options.max_length)
+    # An encoder's rows are cut to its positions below.
+    length = options.max_length if task.is_encoder else row_length(options, model.config)
+    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, length)
     if not task.is_encoder:
         weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")
