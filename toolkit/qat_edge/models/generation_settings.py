@@ -101,8 +101,8 @@ def settings_left_out(folder: Path) -> dict[str, Any]:
     found = {key: value for key, value in readers.read_object(path, ModelError).items() if key not in UNRELATED}
     # These act only next to the one that switches them on.
     inactive = set() if found.get("do_sample") is True else set(SAMPLING)
-    beams = found.get("num_beams")
-    inactive |= set() if _is_number(beams) and beams > 1 else set(BEAMS)
+    if found.get("num_beams") in (None, 1):
+        inactive |= set(BEAMS)
     return {
         key: value
         for key, value in sorted(found.items())

@@ -1,4 +1,7 @@
-"""Number of positions that a model was trained for. torch computes beyond it without an error; artifacts refuse to."""
+"""Longest sequences: the positions that a model was trained for, and the context of an artifact.
+
+torch computes beyond the positions without an error; an artifact's runtime refuses what is beyond its context.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from qat_edge import remote_code
+from qat_edge.manifest import read_manifest
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -20,3 +24,9 @@ def positions_of_folder(folder: Path) -> int | None:
     with remote_code.refusals(folder):
         trusted = remote_code.permitted()
         return max_positions(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted))
+
+
+def context_of_artifact(folder: Path) -> int:
+    """Return the tokens of prompt and answer together that an artifact holds, from its manifest."""
+    length: int = read_manifest(folder)["options"]["context_length"]
+    return length

@@ -16,7 +16,7 @@ from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files, read_manifest
 from qat_edge.models import tasks
 from qat_edge.models.generation_settings import greedy_decoding
-from qat_edge.models.positions import positions_of_folder
+from qat_edge.models.positions import context_of_artifact, positions_of_folder
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run
@@ -172,7 +172,7 @@ def _tokens_that_fit(folder: Path, is_artifact: bool, prompt_tokens: int, max_ne
         UsageError: the prompt leaves no room.
     """
     if is_artifact:
-        length: int | None = read_manifest(folder)["options"]["context_length"]
+        length: int | None = context_of_artifact(folder)
         advice = "Shorten it, or export with a longer --context-length."
     else:
         length, advice = positions_of_folder(folder), "Shorten it: the model has no more positions."
