@@ -53,7 +53,7 @@ def test_perplexity() -> None:
 def test_a_perplexity_beyond_a_float_is_infinite() -> None:
     comparison = LogitComparison()
     logits = np.array([[0.0, 2000.0]], np.float32)
-    comparison.add(logits, logits, [0])
+    comparison.add(logits, logits, np.array([0]))
     assert comparison.result().perplexity == math.inf
 
 
