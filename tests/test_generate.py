@@ -17,7 +17,7 @@ from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import Prompt, text_prompt
 from qat_edge.data.formats import Completion
-from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.evaluate.evaluator import load_eval_set
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.manifest import MANIFEST, read_manifest
@@ -31,6 +31,9 @@ from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import generate_text, llm_runner
 from qat_edge_exporters.targets import target_named
 
+# Each of them would change texts or stop them.
+SETTINGS = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 2, "stop_strings": ["e"]}
+
 
 @pytest.fixture(scope="module")
 def lines() -> Recorder:
@@ -41,7 +44,7 @@ def lines() -> Recorder:
 def run(tmp_path_factory: pytest.TempPathFactory, lines: Recorder) -> Run:
     """The template ends turns with <|stop|>, an added token; model and tokenizer end with <|endoftext|>.
 
-    The tokenizer begins every text with <|im_start|>.
+    The tokenizer begins every text with <|im_start|>. The model's own settings would change every text.
     """
     folder = tmp_path_factory.mktemp("stop")
     tokenizer = tokenizer_for(CHAT_TEMPLATE.replace("<|im_end|>", "<|stop|>"), adds_bos=True)
@@ -49,11 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, lines: Recorder) -> Run:
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     model = make_model(tokenizer)
     model.config.eos_token_id = model.generation_config.eos_token_id = 0
+    for key, value in SETTINGS.items():
+        setattr(model.generation_config, key, value)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     with progress.report_to(lines):
         made = train_run(folder / "model", folder)
-    export(made, ExportOptions(context_length=64))
+        export(made, ExportOptions(context_length=64))
     return made
 
 
@@ -141,22 +146,62 @@ def test_every_runtime_continues_the_ids_of_training(
         assert trained["input_ids"][: len(seen[0])] == seen[0]
 
 
+def test_every_runtime_decodes_greedily_whatever_the_model_sets(run: Run, lines: Recorder) -> None:
+    search = json.loads((run.exports / "onnx" / "genai_config.json").read_text())["search"]
+    assert (search["repetition_penalty"], search["no_repeat_ngram_size"], search["num_beams"]) == (3.0, 1, 1)
+    (warning,) = [line for line in lines.lines if "generation_config.json sets" in line]
+    assert "no_repeat_ngram_size 1, num_beams 2, repetition_penalty 3.0, stop_strings list of 1" in warning
+
+    # A prompt with a printable text, decoded by hand: runtimes differ in how they show half a character.
+    tokenizer, model, count = load_tokenizer(run.quantized), load_exact(run.quantized), 8
+    expected = {}
+    for prompt in map(chr, range(ord("A"), ord("z"))):
+        ids = text_prompt(prompt, tokenizer).ids
+        first = len(ids)
+        with torch.no_grad():
+            while len(ids) < first + count:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        text = tokenizer.decode(ids[first:])
+        if text.isprintable() and text.isascii() and "<|" not in text and len(set(ids[first:])) < count:
+            expected[prompt] = text
+    prompt, text = expected.popitem()
+
+    for source in ("torch", "onnx", "executorch"):
+        pieces: list[str] = []
+        generate(run, prompt, source, pieces.append, raw=True, max_new_tokens=count)
+        assert "".join(pieces) == text, source
+
+
 def test_generation_in_torch_ends_at_every_end_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_exact(run.quantized).generation_config.eos_token_id == end_tokens(run.quantized)
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("qat_edge.verbs.generate.frozen.load", lambda folder: _Recording(given))
+    seen: list[Any] = []
+
+    def recorded(model: Any, *_: Any, **__: Any) -> None:
+        seen.append(model.generation_config.eos_token_id)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", recorded)
     generate(run, "say 3", "torch", lambda text: None, max_new_tokens=2)
-    assert given["eos_token_id"] == end_tokens(run.quantized)
+    assert seen == [end_tokens(run.quantized)]
 
 
-class _Recording:
-    """Model that keeps the arguments of a generation."""
+def test_a_prompt_beyond_the_positions_of_the_torch_model_is_refused(run: Run, lines: Recorder) -> None:
+    with pytest.raises(UsageError, match=r"The prompt is \d+ tokens long and .*quantized holds 512 with its answer"):
+        generate(run, "x" * 600, "torch", lambda text: None, raw=True)
+    with progress.report_to(lines):
+        generate(run, "x" * 510, "torch", lambda text: None, raw=True, max_new_tokens=5)
+    assert lines.lines[-1].startswith("The answer ends after 1 tokens at most: the prompt has 511, and ")
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        self._given = given
 
-    def generate(self, ids: torch.Tensor, **arguments: Any) -> None:
-        self._given.update(arguments)
+def test_an_artifact_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    other = Run(tmp_path / "run")
+    shutil.copytree(run.path, other.path)
+    manifest = other.exports / "onnx" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"quantized_sha256": "0" * 64}))
+    with pytest.raises(RunError, match=r"onnx was exported from an earlier .*quantized. Export again: .* --force"):
+        generate(other, "say 3", "onnx", lambda text: None)
+    # Without the checkpoint, as where the artifact is shipped alone, there is nothing to compare with.
+    shutil.rmtree(other.quantized)
+    generate(other, "say 3", "onnx", lambda text: None, max_new_tokens=1)
 
 
 def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:
@@ -178,6 +223,15 @@ def test_generate_takes_no_system_message_without_a_template(run: Run) -> None:
         words = make_tokenizer()
         words.chat_template = "{{ raise_exception('System role not supported') }}"
         chat_prompt(words, "Hi", "Be brief.", {})
+
+
+def test_an_empty_message_is_refused_and_an_empty_system_message_is_one() -> None:
+    tokenizer = make_tokenizer()
+    for prompt in ("", " \n"):
+        with pytest.raises(UsageError, match="The prompt is empty"):
+            chat_prompt(tokenizer, prompt, None, {})
+    assert chat_prompt(tokenizer, "Hi", "", {}).text.startswith("<|im_start|>system\n<|im_end|>")
+    assert "system" not in chat_prompt(tokenizer, "Hi", None, {}).text
 
 
 def test_the_arguments_of_training_are_those_of_generation() -> None:

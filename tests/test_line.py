@@ -356,7 +356,7 @@ def test_a_doubled_scale_in_a_file_is_a_fault_and_its_weight_is_named(run: Run, 
     content[start : start + scales.nbytes] = scales.tobytes()
     path.write_bytes(content)
     relist(copy.exports / "onnx")
-    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
+    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0, min_exact_match=None), force=True).budgets
     assert budget.fault_test.exceeds_noise and budget.fault_test.position == 0
     assert f"{name}: 1 scales differ, first at row 5, group 1" in budget.fault_test.location
 
@@ -370,7 +370,7 @@ def test_a_wrong_rotary_angle_in_a_file_is_a_fault_and_its_layer_is_named(run: R
     tables["cos_cache"][:, 1] = 1.0
     graph_file.save(graph, tables, source, folder)
     relist(folder)
-    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0), force=True).budgets
+    (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0, min_exact_match=None), force=True).budgets
     assert budget.fault_test.exceeds_noise and budget.fault_test.position != 0
     location = budget.fault_test.location  # only the file's codes and scales are those that were frozen
     assert "The file differs from the frozen checkpoint: model.onnx" in location

@@ -29,6 +29,7 @@ executorch-numpy-runtime, onnxruntime or onnxruntime-genai).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ RUNTIMES = {
     "onnx": "qat_edge_devices.runtimes.agent_runtime:OnnxRuntime",
 }
 
+NOT_IN_ADDRESSES = frozenset("'\"`$\\;&|<>(){}*?!#")  # characters of shells
+
 
 def open_transport(device: str, access: Access | None = None) -> Transport:
     """Connect to a device.
@@ -64,8 +67,23 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
         TransportError: the device cannot be reached or used.
     """
     name, _, address = device.partition(":")
+    _check_address(address)
     transport: Transport = _resolve("transport", TRANSPORTS, name)(address, access or Access())
     return transport
+
+
+def _check_address(address: str) -> None:
+    """Refuse characters that no host, user or serial number has, and that ssh, its configuration or a shell would read.
+
+    Raises:
+        UnknownNameError: names the characters.
+    """
+    odd = sorted({each for each in address if each in NOT_IN_ADDRESSES or each.isspace() or not each.isprintable()})
+    if odd:
+        shown = " ".join(ascii(each) for each in odd)
+        raise UnknownNameError(f"The address has {shown}, which no host name or serial number has. Check its spelling.")
+    if any(part.startswith("-") for part in re.split("[/@]", address)):
+        raise UnknownNameError("A name that begins with '-' would be read as an option. Check its spelling.")
 
 
 def open_runtime(

@@ -13,11 +13,11 @@ import pytest
 
 from qat_edge.errors import DeviceError
 from qat_edge.evaluate.reference import read_rows
-from qat_edge_devices import device_data
-from qat_edge_devices.device_errors import DeviceLayerError, ResultError, tail
+from qat_edge_devices import device_data, open_transport
+from qat_edge_devices.device_errors import DeviceLayerError, ResultError, UnknownNameError, tail
 from qat_edge_devices.process import MOST_OUTPUT_BYTES, Launcher
 from qat_edge_devices.remote import _unpack
-from qat_edge_devices.runtime import LoadStats, MachineState
+from qat_edge_devices.runtime import LoadStats, MachineState, TimedRun
 from qat_edge_devices.runtimes.agent_runtime import ExecuTorchRuntime
 from qat_edge_devices.shell import Script
 from qat_edge_devices.transport import parse_kilobytes
@@ -102,6 +102,51 @@ def test_a_hostile_result_is_an_error_that_names_the_device(result: bytes) -> No
     ):
         with pytest.raises(DeviceLayerError, match="ssh:stranger"):
             call()
+
+
+TIMES = {
+    "prefill_tokens_per_s": [9.0], "decode_tokens_per_s": [9.0], "ttft_ms": [1.0], "step_ms": [1.0, 1.0],
+    "cores_busy": 1.0, "before": STATE, "after": STATE, "format": 2, "load": LOAD,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"decode_tokens_per_s": [0.0]}, "decode_tokens_per_s has 0, which is no time or speed"),
+        ({"ttft_ms": [-1.0]}, "ttft_ms has -1"),
+        ({"prefill_tokens_per_s": [9.0, 9.0]}, "prefill_tokens_per_s has 2 figures, expected 1"),
+        ({"step_ms": [1.0]}, "step_ms has 1 figures, expected 2"),
+        ({"ttft_ms": [float("nan")]}, "ttft_ms is not a finite number"),
+        ({"cores_busy": -1.0}, "cores_busy is -1"),
+        ({"load": {**LOAD, "peak_rss_bytes": -5}}, "peak_rss_bytes is -5"),
+    ],
+)
+def test_times_that_cannot_be_are_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    def timed(result: dict[str, Any]) -> TimedRun:
+        return ExecuTorchRuntime(HostileTransport(json.dumps(result).encode()), 1).speed(1, 2, 1)  # type: ignore[arg-type]
+
+    assert timed(TIMES).step_ms == (1.0, 1.0)
+    with pytest.raises(ResultError, match=reason):
+        timed(TIMES | changes)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [({"ids": [-1]}, "no token id"), ({"ids": [2**31]}, "no token id"), ({"stopped": "x"}, "ended otherwise than")],
+)
+def test_completions_that_cannot_be_are_refused(completion: dict[str, Any], reason: str) -> None:
+    whole = {"ids": [1], "stopped": "eos", "ttft_ms": 1, **completion}
+    result = json.dumps({"format": 2, "load": LOAD, "completions": [whole]}).encode()
+    with pytest.raises(ResultError, match=reason):
+        ExecuTorchRuntime(HostileTransport(result), 1).generate([[1]], [2], 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("address", ["a b", "$(id)", "a;b", "a`b`", "a\nb", "a\0b", "a|b", "-oProxyCommand=x", "me@-x"])
+@pytest.mark.parametrize("transport", ["ssh", "adb"])
+def test_addresses_that_a_shell_or_ssh_would_read_are_refused(transport: str, address: str) -> None:
+    with pytest.raises(UnknownNameError, match=r"which no host name or serial number has|begins with '-'"):
+        open_transport(f"{transport}:{address}")
 
 
 def test_hostile_progress_is_ignored() -> None:

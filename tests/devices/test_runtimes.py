@@ -132,6 +132,19 @@ def test_generate_is_greedy_and_stops_at_end_length_or_context(runtime: Runtime)
     assert generated.load.context_length == CONTEXT
 
 
+def test_generate_is_greedy_whatever_a_folder_sets_for_apps(local: LocalTransport, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    folder = write_onnx(tmp_path / "onnx")
+    path = folder / "genai_config.json"
+    settings = json.loads(path.read_text())
+    settings["search"] |= {"repetition_penalty": 100.0, "no_repeat_ngram_size": 1, "num_beams": 2}
+    path.write_text(json.dumps(settings))
+    runtime = open_runtime("onnx", local, 1)
+    runtime.prepare(folder)
+    (completion,) = runtime.generate([[0, 0]], eos_ids=[VOCABULARY - 1], max_new_tokens=8).completions
+    assert completion.ids == tuple(greedy([0, 0], 8)) == (0,) * 8
+
+
 def test_generate_without_end_tokens_runs_to_the_maximum_length(runtime: Runtime) -> None:
     (completion,) = runtime.generate(
         [[1, 0]], eos_ids=[], max_new_tokens=8

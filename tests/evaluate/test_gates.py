@@ -18,16 +18,24 @@ from click.testing import CliRunner
 
 from qat_edge import config, profiles
 from qat_edge.cli import commands
+from qat_edge.data.tokenization import ScoredIds
 from qat_edge.errors import ArtifactError, GateError, UsageError
 from qat_edge.evaluate import gates, metrics
 from qat_edge.evaluate.encoder_results import EncoderReport, EncoderResult
-from qat_edge.evaluate.evaluator import as_agreement
+from qat_edge.evaluate.evaluator import EvalSet, as_agreement
 from qat_edge.evaluate.junit import junit_xml
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Report, Speed, Spread
+from qat_edge.manifest import write_manifest
 from qat_edge.options import PROFILES, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.run_lock import LOCK
-from qat_edge.verbs.validate import Validated, _set_by_profiles, require_success
+from qat_edge.verbs.validate import (
+    Validated,
+    _require_sequences_fit,
+    _require_timing_fits,
+    _set_by_profiles,
+    require_success,
+)
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "examples" / "github-actions.yml"
@@ -99,6 +107,37 @@ def test_a_figure_that_is_not_finite_misses_its_gate(figure: float) -> None:
     encoder = EncoderResult("qat", "executorch", {"linears": 5}, figure, figure, figure, figure, figure)
     missed = gates.check_encoder_gates(options(min_quality=0.0, min_cosine=0.0, min_top1=0.0), [encoder])
     assert [gate.passed for gate in missed] == [False] * 3
+
+
+def test_a_reference_that_overflows_lets_no_perplexity_pass() -> None:
+    gate, *_ = gates.check_gates(options(max_perplexity_ratio=2.0), [replace(TUNED, perplexity=math.inf), QAT])
+    assert not gate.passed
+
+
+def test_a_gate_on_outputs_that_are_not_generated_is_refused() -> None:
+    with pytest.raises(UsageError, match="--min-exact-match and --prompts 0"):
+        gates.require_measurable(options(min_exact_match=0.5, prompts=0))
+    with pytest.raises(UsageError, match="no evaluation row has an expected output"):
+        gates.require_prompts(options(min_exact_match=0.5), 0)
+    gates.require_prompts(options(min_exact_match=0.5), 1)
+    gates.require_prompts(options(), 0)
+
+
+def test_timing_and_sequences_beyond_the_context_are_refused_before_measuring(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    folder = run.exports / "onnx"
+    folder.mkdir(parents=True)
+    write_manifest(folder, "export", options={"context_length": 64})
+    _require_timing_fits([(run, "onnx")], options(prefill=32, decode=31))
+    with pytest.raises(UsageError, match=r"--prefill 32 and --decode 32: timing takes 65 tokens, and .*onnx holds 64"):
+        _require_timing_fits([(run, "onnx")], options(prefill=32, decode=32))
+
+    def data(length: int) -> EvalSet:
+        return EvalSet([ScoredIds([1] * length, [0])], [], [0], 0, None)
+
+    _require_sequences_fit([(run, "onnx")], data(64))
+    with pytest.raises(UsageError, match=r"--window: the longest evaluation sequence has 65 tokens, and .* holds 64"):
+        _require_sequences_fit([(run, "onnx")], data(65))
 
 
 def test_numbers_that_are_not_finite_fail_without_any_gate() -> None:

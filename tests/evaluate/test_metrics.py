@@ -50,6 +50,13 @@ def test_perplexity() -> None:
     assert found.perplexity == found.perplexity_reference == pytest.approx(20**0.5)
 
 
+def test_a_perplexity_beyond_a_float_is_infinite() -> None:
+    comparison = LogitComparison()
+    logits = np.array([[0.0, 2000.0]], np.float32)
+    comparison.add(logits, logits, np.array([0]))
+    assert comparison.result().perplexity == math.inf
+
+
 def test_sqnr_db() -> None:
     signal = np.ones((2, 50))
     assert compare(signal, signal * 0.9).sqnr_db == pytest.approx(20)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, PretrainedConfig
 
 from qat_edge.errors import UsageError
 from qat_edge.options import FinetuneOptions
-from qat_edge.train.option_checks import check_combination
+from qat_edge.train.option_checks import check_combination, row_length
 
 OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
 
@@ -30,3 +31,13 @@ def test_options_that_exclude_each_other_are_named(changes: dict[str, Any], name
     with pytest.raises(UsageError) as caught:
         check_combination(replace(OPTIONS, **changes))
     assert all(name in str(caught.value) for name in names)
+
+
+def test_rows_are_at_most_as_long_as_the_model_has_positions() -> None:
+    config = LlamaConfig(max_position_embeddings=100)
+    with pytest.raises(UsageError, match=r"--max-length 101: this model has 100 positions .* Give at most 100"):
+        row_length(replace(OPTIONS, max_length=101), config)
+    assert row_length(replace(OPTIONS, max_length=100), config) == 100
+    assert row_length(OPTIONS, config) == 100, "the default follows the model"
+    assert row_length(OPTIONS, LlamaConfig(max_position_embeddings=4096)) == 512
+    assert row_length(replace(OPTIONS, max_length=2000), PretrainedConfig()) == 2000, "no limit is known"

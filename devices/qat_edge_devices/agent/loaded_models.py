@@ -22,6 +22,10 @@ from typing import Any, Protocol
 CHUNK_TOKENS = 256  # tokens whose logits are in memory at once
 # Module -> name on PyPI, if they differ.
 PIP_NAMES = {"onnxruntime_genai": "onnxruntime-genai", "executorch_numpy_runtime": "executorch-numpy-runtime"}
+# Greedy decoding, whatever genai_config.json keeps of the model's own settings for apps.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
 # Libraries of operators in ExecuTorch's package, without their suffix.
 OPERATOR_LIBRARIES = (
     "kernels/quantized/libquantized_ops_aot_lib",
@@ -371,7 +375,7 @@ class GenaiModel:
         params = self.library.GeneratorParams(self.model)
         # Timing continues past end tokens. A minimum length forbids them; which id comes instead does not matter.
         min_length = length if self.ignores_end else 0
-        params.set_search_options(do_sample=False, min_length=min_length, max_length=length)
+        params.set_search_options(**GREEDY, min_length=min_length, max_length=length)
         self.generator = self.library.Generator(self.model, params)
         self.generator.append_tokens(self.numpy.array(prompt, self.numpy.int32))
         return self.next(0)

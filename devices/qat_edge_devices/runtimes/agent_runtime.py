@@ -7,6 +7,7 @@ the values and whose .npy and .npz files have the tensors. `agent/agent.py` is t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from abc import ABC, abstractmethod
@@ -43,6 +44,8 @@ EXIT_MISSING_PACKAGE = 69
 SCORE_BYTES = 512 * 1024**2  # of logits on the device's disk at once
 DISK_SHARE = 4  # at most one part in so many of the device's free disk
 FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "step_ms")
+LARGEST_TOKEN = 2**31 - 1
+ENDINGS = ("eos", "length", "context")  # of a completion
 MESSAGE_CHARACTERS = 2000  # of the agent's own message
 # Processors that ExecuTorch and onnxruntime are published for.
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
@@ -166,6 +169,10 @@ class AgentRuntime(ABC):
             completions = tuple(device_data.record(GeneratedTokens, found) for found in result["completions"])
             if len(completions) != len(prompts) or any(len(each.ids) > max_new_tokens for each in completions):
                 raise ValueError(f"the completions are not those of {len(prompts)} prompts")
+            if any(not 0 <= token <= LARGEST_TOKEN for each in completions for token in each.ids):
+                raise ValueError("a completion has a number that is no token id")
+            if any(each.stopped not in ENDINGS for each in completions):
+                raise ValueError(f"a completion ended otherwise than by {', '.join(ENDINGS)}")
             return GenerationResult(completions, _load_stats(result))
 
     def speed(self, prefill: int, decode: int, repeats: int) -> TimedRun:
@@ -173,11 +180,18 @@ class AgentRuntime(ABC):
         result = self._request_values({"task": "speed", "prefill": prefill, "decode": decode, "repeats": repeats})
         with self._reading_results():
             figures = {name: device_data.checked(result[name], tuple[float, ...], name) for name in FIGURES}
-            if not all(figures.values()):
-                raise ValueError("a list of times is empty")
+            cores_busy = device_data.checked(result["cores_busy"], float, "cores_busy")
+            for name, values in figures.items():
+                count = repeats * decode if name == "step_ms" else repeats
+                if len(values) != count:
+                    raise ValueError(f"{name} has {len(values)} figures, expected {count}")
+                if min(values) <= 0:
+                    raise ValueError(f"{name} has {min(values):g}, which is no time or speed")
+            if cores_busy < 0:
+                raise ValueError(f"cores_busy is {cores_busy:g}")
             return TimedRun(
                 **figures,
-                cores_busy=device_data.checked(result["cores_busy"], float, "cores_busy"),
+                cores_busy=cores_busy,
                 before=_machine_state(result["before"]),
                 after=_machine_state(result["after"]),
                 load=_load_stats(result),
@@ -298,7 +312,11 @@ def _machine_state(values: object) -> MachineState:
 
 
 def _load_stats(result: dict[str, Any]) -> LoadStats:
-    return device_data.record(LoadStats, result["load"])
+    load = device_data.record(LoadStats, result["load"])
+    for name, value in dataclasses.asdict(load).items():
+        if type(value) in (int, float) and value < 0:
+            raise ValueError(f"{name} is {value:g}")
+    return load
 
 
 def _require_agent_success(device: str, argv: Sequence[str], completed: CompletedProgram) -> None:

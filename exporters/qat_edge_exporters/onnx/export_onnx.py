@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
+from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge.python_process import python_command
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
 from qat_edge.quant.rotated_norm import stored_rotations
@@ -40,6 +41,11 @@ BUILDER_OPTIONS = (
     # A cache of the window alone would need buffers that only onnxruntime-genai makes; plain onnxruntime grows its own.
     "windowed_kv_cache=false",
 )
+# Of genai_config.json; onnxruntime-genai would apply other values in every loop that does not set them.
+NEUTRAL_SEARCH = {
+    "diversity_penalty": 0.0, "do_sample": False, "length_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0,
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+}  # fmt: skip
 LOG_LINES = 5  # of a failed builder, quoted by the error
 
 
@@ -72,10 +78,19 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
         genai = readers.read_object(built / names.GENAI_CONFIG, ExportError)
 
     # The builder has written the longest context of the model; end tokens are those of all files of the checkpoint.
-    genai["model"]["context_length"] = genai["search"]["max_length"] = context_length
+    genai["search"] = _search(genai["search"], frozen, context_length)
+    genai["model"]["context_length"] = context_length
     genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)
     (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
     tokenizer.copy_tokenizer_files(frozen, out)
+
+
+def _search(built: Mapping[str, Any], frozen: Path, context_length: int) -> dict[str, Any]:
+    """Return genai_config.json's `search`: the model's own settings that onnxruntime-genai has, others neutral.
+
+    The builder reads four of them from generation_config.json, and takes others from config.json unchecked.
+    """
+    return {**built, **NEUTRAL_SEARCH, **kept_by_onnx(frozen), "max_length": context_length}
 
 
 def _build_frozen(

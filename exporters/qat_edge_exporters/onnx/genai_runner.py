@@ -10,6 +10,12 @@ import json
 import sys
 from pathlib import Path
 
+# Greedy decoding, whatever genai_config.json keeps of the model's own settings for apps.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0,
+}  # fmt: skip
+
 
 def main() -> None:
     """Generate greedily from the prompt on stdin."""
@@ -22,7 +28,7 @@ def main() -> None:
         model = genai.Model(str(folder))
         stream = genai.Tokenizer(model).create_stream()
         params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(prompt["ids"]) + tokens)
+        params.set_search_options(**GREEDY, max_length=len(prompt["ids"]) + tokens)
         generator = genai.Generator(model, params)
         generator.append_tokens(prompt["ids"])
 

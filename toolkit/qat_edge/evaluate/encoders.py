@@ -230,7 +230,8 @@ def _evaluation_rows(
     source = options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: the run was trained without --eval-data. Give --eval-data.")
-    option_paths.require_data(source, "validate --eval-data")
+    if source == trained.eval_data:
+        option_paths.require_data(source, "validate --eval-data")
     rows = load_rows(source, "eval")
     return training_examples.tokenize_for_task(task, rows, tuned.model, tuned.tokenizer, trained.max_length).rows
 

@@ -285,6 +285,12 @@ class Evaluator:
             return []
         progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
         completions = runtime.generate(eval_set.prompt_ids, eval_set.eos_ids, self.options.max_new_tokens).completions
+        cut = sum(completion.stopped == "context" for completion in completions)
+        if cut:
+            progress.warn(
+                f"  {cut} of {len(completions)} outputs ended at the artifact's context, where those of the reference "
+                "go on: export with a longer --context-length, or give a smaller --max-new-tokens"
+            )
         return [completion.ids for completion in completions]
 
     def _compare_artifact(
@@ -342,7 +348,8 @@ def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
     source = options.text or prompt_source
     if source is None:
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
-    option_paths.require_data(source, "validate --eval-data")
+    if source == trained.eval_data:
+        option_paths.require_data(source, "validate --eval-data")
     rows = load_rows(source, "eval")
     sequences = tokenization.scored_ids(rows, tokenizer, options.window, options.tokens)
 

@@ -99,7 +99,7 @@ def require_measurable(options: ValidateOptions) -> None:
     """Refuse gates on figures that are not measured for a model that generates text.
 
     Raises:
-        UsageError: a gate for encoders is set, or --max-fault-chance without --error-budget.
+        UsageError: a gate for encoders is set, or one whose figure other options leave out.
     """
     for name in limits_set(options):
         if name in ENCODER_ONLY_GATES:
@@ -107,8 +107,23 @@ def require_measurable(options: ValidateOptions) -> None:
                 f"{flag_name(name)} is for classifiers and sentence encoders; it is not measured for a model that "
                 "generates text. Use --min-exact-match, --max-kl or --min-top1."
             )
+    if options.min_exact_match is not None and options.prompts == 0:
+        raise UsageError("--min-exact-match and --prompts 0: without outputs it is not measured. Give --prompts, too.")
     if options.max_fault_chance is not None and not options.error_budget:
         raise UsageError("--max-fault-chance: faults are tested with --error-budget only. Give --error-budget, too.")
+
+
+def require_prompts(options: ValidateOptions, prompts: int) -> None:
+    """Refuse --min-exact-match where the evaluation data has no prompts.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if options.min_exact_match is not None and prompts == 0:
+        raise UsageError(
+            "--min-exact-match: no evaluation row has an expected output, so it is not measured. Give --eval-data with "
+            "conversations or prompts, or leave the gate out."
+        )
 
 
 def require_any_gate(*options: ValidateOptions) -> None:
@@ -140,7 +155,7 @@ def _figures(
     return {
         "max_kl": None if agreement is None else agreement.kl_nats,
         "min_top1": None if agreement is None else agreement.top1,
-        "max_perplexity_ratio": artifact.perplexity / reference_perplexity if artifact.scored else None,
+        "max_perplexity_ratio": _ratio(artifact.perplexity, reference_perplexity) if artifact.scored else None,
         "min_exact_match": artifact.exact_match,
         "max_size_mb": artifact.total_bytes / 1e6,
         "max_memory_mb": None if memory is None else memory / 1e6,
@@ -148,3 +163,8 @@ def _figures(
         "min_decode": None if speed is None else speed.decode.median,
         "max_fault_chance": None if fault_test is None else fault_test.chance,
     }
+
+
+def _ratio(perplexity: float, reference: float) -> float:
+    """Return the ratio of two perplexities; nan for a reference that overflows, which any figure would be below."""
+    return perplexity / reference if math.isfinite(reference) else math.nan

@@ -104,8 +104,8 @@ class LogitComparison:
         return LogitMetrics(
             kl_nats=self._kl / self._tokens,
             top1_agreement=self._agreeing / self._tokens,
-            perplexity_reference=math.exp(self._nll_reference / self._tokens),
-            perplexity=math.exp(self._nll / self._tokens),
+            perplexity_reference=_perplexity(self._nll_reference / self._tokens),
+            perplexity=_perplexity(self._nll / self._tokens),
             sqnr_db=_decibels(self._signal, self._noise),
             tokens=self._tokens,
         )
@@ -192,6 +192,14 @@ def _kl_by_token(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDAr
     p = np.exp(log_p)
     terms = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=p > 0)
     return np.asarray((p * terms).sum(axis=-1))
+
+
+def _perplexity(loss_nats: float) -> float:
+    """Return exp(loss), infinity where that is beyond a float: math.exp raises an error."""
+    try:
+        return math.exp(loss_nats)
+    except OverflowError:
+        return math.inf
 
 
 def _decibels(signal: float, noise: float) -> float:

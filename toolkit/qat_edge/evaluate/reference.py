@@ -17,6 +17,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.errors import DeviceError
 from qat_edge.evaluate.results import Speed, Spread
+from qat_edge.models.generation_settings import greedy_decoding
 from qat_edge.quant import frozen, numerics
 
 if TYPE_CHECKING:
@@ -101,11 +102,8 @@ def generate(
         ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in batch])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
 
-        with torch.no_grad():
-            generated = model.generate(
-                ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=list(eos_ids), pad_token_id=pad_id,
-            )  # fmt: skip
+        with torch.no_grad(), greedy_decoding(model, eos_ids, pad_id, max_new_tokens):
+            generated = model.generate(ids, attention_mask=mask)
         outputs += [_before_end(row[width:].tolist(), eos_ids) for row in generated]
     return outputs
 

@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qat_edge import progress, readers
-from qat_edge.errors import ExportError, ModelError
+from qat_edge.errors import ModelError
 from qat_edge.models import tasks
 
 CONFIG = "config.json"
@@ -496,23 +496,6 @@ def _check_rope_factors(config: PretrainedConfig, parameters: Mapping[str, Any],
 def reads_rope(config: PretrainedConfig, key: str) -> bool:
     """Return whether the source of a model names a setting of its rotary embedding."""
     return not is_of_transformers(config) or bool(re.search(rf"[\"']{re.escape(key)}[\"']", _source(_class_of(config))))
-
-
-def require_positions(length: int, most: int | None) -> None:
-    """Refuse a context that is longer than a model has positions.
-
-    Args:
-        length: Tokens of the context.
-        most: Positions of the model; None where it has no limit.
-
-    Raises:
-        ExportError: It is longer.
-    """
-    if most is not None and length > most:
-        raise ExportError(
-            f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings). "
-            f"Give {most} or less, or leave it out."
-        )
 
 
 def return_plain_outputs(config: PretrainedConfig) -> None:

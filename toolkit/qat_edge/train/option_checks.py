@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
+from qat_edge.models.positions import max_positions
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
@@ -29,6 +33,23 @@ def check_combination(options: FinetuneOptions) -> None:
     for check in (*_phase_2_checks(options), *_base_checks(options)):
         if check.found:
             raise UsageError(check.message)
+
+
+def row_length(options: FinetuneOptions, config: PretrainedConfig) -> int:
+    """Return the longest training row, in tokens: --max-length, whose default is at most the model's positions.
+
+    Raises:
+        UsageError: --max-length is beyond the model's positions.
+    """
+    limit = max_positions(config)
+    if limit is None or options.max_length <= limit:
+        return options.max_length
+    if options.max_length == next(f.default for f in fields(options) if f.name == "max_length"):
+        return limit
+    raise UsageError(
+        f"--max-length {options.max_length}: this model has {limit} positions (max_position_embeddings). Longer rows "
+        f"would train positions that it never saw, and no artifact could read them. Give at most {limit}."
+    )
 
 
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:

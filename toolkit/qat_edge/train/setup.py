@@ -23,6 +23,7 @@ from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, weights_check
 from qat_edge.models.layer_removal import keep_layers
+from qat_edge.models.positions import max_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
@@ -31,6 +32,7 @@ from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
+from qat_edge.train.option_checks import row_length
 from qat_edge_exporters.targets import FORMATS
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
@@ -107,7 +109,7 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
     metadata |= {"device": device, "bits": bits, "kept_layers": kept_layers}
-    metadata["max_position_embeddings"] = getattr(model.config, "max_position_embeddings", None)
+    metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
 
@@ -298,7 +300,9 @@ def _read_rows(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
     """Read and tokenize the rows of a file or data set, and report their counts."""
-    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, options.max_length)
+    # An encoder's rows are cut to its positions below.
+    length = options.max_length if task.is_encoder else row_length(options, model.config)
+    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, length)
     if not task.is_encoder:
         weights_check.check_ids(model, tokenizer, rows.rows, source)
     progress.info(f"{split}: {rows.summary()}")

@@ -20,7 +20,8 @@ from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
-from qat_edge.models import config_check, tasks
+from qat_edge.models import positions, tasks
+from qat_edge.models.generation_settings import describe_left_out
 from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
@@ -82,6 +83,10 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     pending = list(folders) if force else _pending(folders, options)
     variants = {method: quantize_if_missing(run, method, force) for method in methods}
 
+    left_out = describe_left_out(run.quantized, [target.format for target in targets])
+    if left_out and pending:
+        progress.warn(left_out)
+
     # The torch side of the comparison is shared by all artifacts of one checkpoint.
     written: list[Exported] = []
     references: dict[str, FrozenReference] = {}
@@ -110,7 +115,7 @@ def with_context_length(run: Run, options: ExportOptions) -> ExportOptions:
         length = DEFAULT_CONTEXT if most is None else min(DEFAULT_CONTEXT, most)
         if length < DEFAULT_CONTEXT:
             progress.info(f"Context: {length} tokens, because the model has no more positions")
-    config_check.require_positions(length, most)
+    positions.require_positions(length, most)
     return dataclasses.replace(options, context_length=length)
 
 

@@ -28,7 +28,7 @@ from qat_edge import option_paths, previous_run, progress, run_lock, stop_signal
 from qat_edge.data import training_examples
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
-from qat_edge.models import config_check, merge
+from qat_edge.models import merge, positions
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
 from qat_edge.readers import read_json
@@ -103,7 +103,7 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     began = time.monotonic()
     job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
     if context_length is not None and not job.task.is_encoder:
-        config_check.require_positions(context_length, job.metadata["max_position_embeddings"])
+        positions.require_positions(context_length, job.metadata["max_position_embeddings"])
     adapted, switch = make_trainable(job, options)
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from qat_edge import progress
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
-from qat_edge.manifest import check_files, read_manifest
+from qat_edge.manifest import MANIFEST, check_files, read_manifest
 from qat_edge.models import tasks
+from qat_edge.models.generation_settings import greedy_decoding
+from qat_edge.models.positions import context_of_artifact, positions_of_folder
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.quant import frozen
 from qat_edge.run import Run
@@ -46,9 +49,10 @@ def generate(
         max_new_tokens: longest continuation, in tokens.
 
     Raises:
-        RunError: there is nothing to generate with, or the artifact runs on other machines only.
+        RunError: there is nothing to generate with, the artifact was exported from another checkpoint, or it runs on
+            other machines only.
         UsageError: the tokenizer has no chat template, the template refuses the messages, or the prompt fills the
-            artifact's context.
+            context of the artifact or the model.
     """
     # Find the model: the frozen checkpoint, or the folder of an artifact that runs here.
     tasks.require_causal_lm(run, "generate")
@@ -61,6 +65,9 @@ def generate(
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
     check_files(folder)
+    # An artifact of another checkpoint answers for a model that this run does not hold. One can be shipped alone.
+    if target is not None and (run.quantized / MANIFEST).is_file():
+        run.require_current(target.name, f"qat-edge export {run.path} --force")
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
@@ -69,17 +76,16 @@ def generate(
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
         ready, block = text_prompt(prompt, tokenizer), ""
     else:
-        ready = chat_prompt(tokenizer, prompt, system, _template_arguments(run))
+        ready = chat_prompt(tokenizer, prompt, system, _template_arguments(folder))
         block = ChatTemplate(tokenizer).empty_reasoning
     if not ready.ids:
         raise UsageError("The prompt is empty: it has no token to continue.")
     shown = WithoutPrefix(emit, block)
+    count = _tokens_that_fit(folder, target is not None, len(ready.ids), max_new_tokens)
     if target is None:
-        _generate_in_torch(folder, tokenizer, ready.ids, shown, max_new_tokens)
+        _generate_in_torch(folder, tokenizer, ready.ids, shown, count)
     else:
-        # An artifact has a KV cache of a fixed length; the torch model does not.
-        free = _free_context(folder, len(ready.ids))
-        target.generate(folder, tokenizer, ready, shown, min(max_new_tokens, free))
+        target.generate(folder, tokenizer, ready, shown, count)
     shown.finish()
 
 
@@ -95,11 +101,13 @@ def chat_prompt(
         template_arguments: further arguments of the chat template, as in training.
 
     Raises:
-        UsageError: the tokenizer has no chat template, or it refuses the messages.
+        UsageError: the tokenizer has no chat template, it refuses the messages, or the prompt is empty.
     """
     if not tokenizer.chat_template:
         raise UsageError("This model's tokenizer has no chat template. Give --raw to continue the text as it is.")
-    messages = [{"role": "system", "content": system}] if system else []
+    if not prompt.strip():
+        raise UsageError("The prompt is empty, so there is no message to answer. Give --raw to continue white space.")
+    messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
     try:
         return ChatFormat(tokenizer).prompt(messages, template_arguments)
@@ -139,26 +147,48 @@ class WithoutPrefix:
             self._emit(self._held)
 
 
-def _template_arguments(run: Run) -> dict[str, Any]:
-    """Return the arguments of the chat template that all conversations of the training had in common."""
-    record = read_manifest(run.quantized).get("conversation") if run.quantized.is_dir() else None
-    arguments = record.get("template_arguments") if isinstance(record, dict) else None
-    return dict(arguments) if isinstance(arguments, dict) else {}
+def _template_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the chat template that all conversations of the training had in common.
 
-
-def _free_context(folder: Path, prompt_tokens: int) -> int:
-    """Return how many tokens the artifact's context leaves after the prompt.
+    Args:
+        folder: frozen checkpoint or artifact; each has the record of its training.
 
     Raises:
-        UsageError: the prompt fills the context.
+        RunError: the record is damaged.
     """
-    context_length: int = read_manifest(folder)["options"]["context_length"]
-    if prompt_tokens >= context_length:
+    record = read_manifest(folder).get("conversation")  # folders of earlier versions have none
+    arguments = {} if record is None else record.get("template_arguments", {}) if isinstance(record, dict) else None
+    if not isinstance(arguments, dict):
+        raise RunError(f"{folder / MANIFEST}: damaged ('conversation' has no template_arguments). Export again.")
+    return arguments
+
+
+def _tokens_that_fit(folder: Path, is_artifact: bool, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Return how many new tokens fit after the prompt, `max_new_tokens` at most.
+
+    An artifact has a KV cache of a fixed length, and the torch model as many positions as it was trained for.
+
+    Raises:
+        UsageError: the prompt leaves no room.
+    """
+    if is_artifact:
+        length: int | None = context_of_artifact(folder)
+        advice = "Shorten it, or export with a longer --context-length."
+    else:
+        length, advice = positions_of_folder(folder), "Shorten it: the model has no more positions."
+    if length is None:
+        return max_new_tokens
+    if prompt_tokens >= length:
         raise UsageError(
-            f"The prompt is {prompt_tokens} tokens long and {folder} holds {context_length} with its answer. "
-            "Shorten it, or export with a longer --context-length."
+            f"The prompt is {prompt_tokens} tokens long and {folder} holds {length} with its answer. {advice}"
         )
-    return context_length - prompt_tokens
+    free = length - prompt_tokens
+    if free < max_new_tokens:
+        progress.info(
+            f"The answer ends after {free} tokens at most: the prompt has {prompt_tokens}, and {folder} holds {length} "
+            "together."
+        )
+    return min(free, max_new_tokens)
 
 
 class _Pieces(TextStreamer):
@@ -176,8 +206,8 @@ def _generate_in_torch(
     folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Emit, max_new_tokens: int
 ) -> None:
     """Continue the ids of a prompt with the frozen checkpoint in torch."""
-    with torch.no_grad():
-        frozen.load(folder).generate(
-            torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, streamer=_Pieces(tokenizer, emit),
-            eos_token_id=end_tokens(folder),
-        )  # fmt: skip
+    model, eos_ids = frozen.load(folder), end_tokens(folder)
+    prompt = torch.tensor([ids])
+    # One prompt needs no padding, so any id will do; the mask says that every token counts.
+    with torch.no_grad(), greedy_decoding(model, eos_ids, eos_ids[0], max_new_tokens):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=_Pieces(tokenizer, emit))

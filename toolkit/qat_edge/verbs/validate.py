@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 from qat_edge import config, progress
 from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, UsageError
 from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
-from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
-from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable
+from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
+from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
 from qat_edge.manifest import check_files, read_manifest
 from qat_edge.models import merge, tasks
+from qat_edge.models.positions import context_of_artifact
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -165,7 +166,12 @@ def validate_devices(
     paths = report_paths(run.reports, options.device)
     _require_possible(options_of.values(), paths.values(), force)
     artifacts = _artifacts_by_target(run, options_of.values())
+    for each in options_of.values():
+        _require_timing_fits(artifacts[each.target], each)
     eval_set = load_eval_set(run, options)
+    for each in options_of.values():
+        require_prompts(each, len(eval_set.prompts))
+        _require_sequences_fit(artifacts[each.target], eval_set)
 
     with scratch_folder(run) as scratch, device_errors(), ExitStack() as stack:
         transports, failures = connect(options, stack)
@@ -246,6 +252,42 @@ def _require_possible(options_by_device: Iterable[ValidateOptions], paths: Itera
     for path in paths:
         if path.exists() and not force:
             raise RunError(f"{path} exists already. Give --force to measure again.")
+
+
+def _require_timing_fits(artifacts: Artifacts, options: ValidateOptions) -> None:
+    """Refuse a speed measurement that is longer than an artifact's context, before anything is computed.
+
+    Raises:
+        UsageError: names the options and the artifact.
+    """
+    if options.runner_binary is not None:
+        return  # it has a timing of its own
+    timed = options.prefill + options.decode + 1  # the first new token, too
+    for variant, target in artifacts:
+        folder = variant.exports / target
+        context = context_of_artifact(folder)
+        if timed > context:
+            raise UsageError(
+                f"--prefill {options.prefill} and --decode {options.decode}: timing takes {timed} tokens, and {folder} "
+                f"holds {context}. Give smaller ones, or export with a longer --context-length."
+            )
+
+
+def _require_sequences_fit(artifacts: Artifacts, eval_set: EvalSet) -> None:
+    """Refuse evaluation sequences that are longer than an artifact's context.
+
+    Raises:
+        UsageError: names the artifact.
+    """
+    longest = max(len(sequence.ids) for sequence in eval_set.sequences)
+    for variant, target in artifacts:
+        folder = variant.exports / target
+        context = context_of_artifact(folder)
+        if longest > context:
+            raise UsageError(
+                f"--window: the longest evaluation sequence has {longest} tokens, and {folder} holds {context}. Give a "
+                "smaller one, or export with a longer --context-length."
+            )
 
 
 def _set_by_profiles(options: ValidateOptions, options_by_device: Iterable[ValidateOptions]) -> set[str]:
