@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qat_edge import config, readers
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
+from qat_edge.quant.ptq.method_names import RENAMED_METHODS
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,8 +34,9 @@ SHOWN_NAMES = 3  # of tensors, in a message
 DESCRIPTIVE = ("base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version", "revision")
 # Keys that finetune sets, and that are checked one by one. All others have peft's default.
 SET_BY_US = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type")
-# Entries of the adapter's manifest -> options of finetune that they repeat.
-RECORDED = {"seed": "seed", "group_size": "group_size", "method": "method", "base": "base"}
+# The record of a run's inputs, which `finetune --resume` compares too, and the entries of it that decide codes.
+INPUTS = Path("checkpoints", "inputs.json")
+COMPARED_INPUTS = ("model.identity.files", "model.identity.revision", "kept_layers", "bits")
 TRAIN_AGAIN = "Restore the file, or train again."
 
 
@@ -87,12 +90,16 @@ def _refuse_other_kinds(path: Path, values: Mapping[str, Any]) -> None:
 
 def _unexpected(path: Path, key: str, found: Any, expected: Any) -> RunError:
     """Return the error for a key whose value changes what the adapter computes."""
-    shown = json.dumps(found, default=str) if isinstance(found, bool | None) else readers.show(found)
     wanted = expected if isinstance(expected, str) and " " in expected else json.dumps(expected)
     return RunError(
-        f"{path}: '{readers.shorten(str(key))}' is {shown}, and finetune writes {wanted}: an adapter with another value "
-        f"computes something that is not merged. {TRAIN_AGAIN}"
+        f"{path}: '{readers.shorten(str(key))}' is {_show(found)}, and finetune writes {wanted}: an adapter with "
+        f"another value computes something that is not merged. {TRAIN_AGAIN}"
     )
+
+
+def _show(value: Any) -> str:
+    """Return a value from a JSON file as it is written there, cut."""
+    return readers.shorten(json.dumps(value))
 
 
 def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
@@ -142,7 +149,7 @@ def trained_options(folder: Path) -> FinetuneOptions | None:
 
 
 def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Compare the manifest of trained weights with the place that they are in, and with the run's config.yaml.
+    """Compare the manifest of trained weights with the place that they are in, and with what the run recorded.
 
     Raises:
         RunError: They are of another training, or of another part of it.
@@ -158,14 +165,55 @@ def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
         trained = trained_options(folder)
     except UsageError as error:
         raise RunError(f"{error} It is the record of the training. Restore the file, or train again.") from error
-    if trained is None:
-        return
-    for entry, name in RECORDED.items():
-        if entry in metadata and metadata[entry] != getattr(trained, name):
+    if trained is not None:
+        path = folder.parent / "config.yaml"
+        _compare(folder, metadata, _entries_of(trained, kind == "adapter"), path)
+    if (folder.parent / INPUTS).is_file():
+        recorded = readers.read_object(folder.parent / INPUTS, RunError)
+        entries = {name: _entry(recorded, name) for name in COMPARED_INPUTS}
+        _compare(folder, metadata, entries, folder.parent / INPUTS)
+
+
+def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
+    """Return entries of a manifest as a training with these options writes them. is_end: After phase 2."""
+    initialized = is_end and (options.ptq_init != "none" or options.scales != "absmax")
+    return {
+        "seed": options.seed,
+        "group_size": options.group_size,
+        "method": options.method,
+        "base": options.base,
+        "table_bits": [options.embedding_bits, options.head_bits],
+        "learned_scales": is_end and options.scales == "learned",
+        "start.method" if initialized else "start": options.ptq_init if initialized else None,
+    }
+
+
+def _compare(folder: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
+    """Compare entries of a manifest with those of a record. path: File of the record, for the message.
+
+    Raises:
+        RunError: One differs.
+    """
+    for name, value in expected.items():
+        found = RENAMED_METHODS.get(str(_entry(metadata, name)), _entry(metadata, name))
+        # An earlier version did not record every entry.
+        if found is not MISSING and value is not MISSING and found != value:
             raise RunError(
-                f"{folder / MANIFEST}: '{entry}' is {readers.show(metadata[entry])}, and the run was trained with "
-                f"{config.flag_name(name)} {getattr(trained, name)} ({folder.parent / 'config.yaml'}). {TRAIN_AGAIN}"
+                f"{folder / MANIFEST}: '{name}' is {_show(found)}, and {path} says {_show(value)}: the "
+                "weights are of another training, or a file was changed. Restore the files, or train again."
             )
+
+
+def _entry(document: Mapping[str, Any], name: str) -> Any:
+    """Return the entry at a path of keys with dots between them: MISSING, or None below an entry that is None."""
+    value: Any = document
+    for key in name.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or key not in value:
+            return MISSING
+        value = value[key]
+    return value
 
 
 # --- tensors -----------------------------------------------------------------------------------------------
@@ -199,8 +247,8 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     if faults:
         more = f"; and {len(faults) - SHOWN_NAMES} more" if len(faults) > SHOWN_NAMES else ""
         raise RunError(
-            f"{path}: not what this training wrote: {'; '.join(faults[:SHOWN_NAMES])}{more}. Restore the file and those "
-            "next to it, or train again."
+            f"{path}: not what this training wrote: {'; '.join(faults[:SHOWN_NAMES])}{more}. Restore the files of "
+            "the folder, or train again."
         )
     return tensors
 

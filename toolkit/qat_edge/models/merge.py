@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_edge import option_paths, progress, remote_code
+from qat_edge import option_paths, progress, readers, remote_code
 from qat_edge.errors import ModelError, RunError, UsageError
-from qat_edge.manifest import LIBRARIES, check_files, library_version, read_manifest, write_manifest
+from qat_edge.manifest import LIBRARIES, MANIFEST, check_files, library_version, read_manifest, write_manifest
 from qat_edge.models import adapter_files
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
@@ -133,7 +133,7 @@ def merged_model(adapter: Path, force: bool = False) -> MergedModel:
     trained = _load_trained(adapter, metadata)
 
     # On the device of the training: a base in few bits is dequantized there, too.
-    merged, scales = fake.merge_adapters(trained.model.to(_merge_device(metadata["device"])))
+    merged, scales = fake.merge_adapters(trained.model.to(_merge_device(adapter, metadata["device"])))
     merged = merged.to("cpu").eval().requires_grad_(False)
     cpu_scales = {name: tensor.cpu() for name, tensor in scales.items()}
     return MergedModel(merged, trained.tokenizer, trained.scheme, cpu_scales)
@@ -237,7 +237,7 @@ def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
         QatInit.load(adapter.parent / "start", metadata["start"]["sha256"]).apply(base.model)
         tied = tied and scheme.shares_table(base.model)
 
-    # fake.train_weights and fake.add_adapters make the same trainable layers as in training, factors of scales included.
+    # fake.train_weights and fake.add_adapters make the same trainable layers as in training, with factors of scales.
     if metadata["method"] == "full":
         model = _load_whole_model(fake.train_weights(base.model), adapter)
     else:
@@ -307,8 +307,17 @@ def _check_numerics(adapter: Path, metadata: dict[str, Any], force: bool) -> Non
     progress.warn(f"--force: {difference}")
 
 
-def _merge_device(trained_on: str) -> str:
-    """Choose the device of the training: the last bit of B A, and with it a code at a tie, depends on the device."""
+def _merge_device(adapter: Path, trained_on: str) -> str:
+    """Choose the device of the training: the last bit of B A, and with it a code at a tie, depends on the device.
+
+    Raises:
+        RunError: The manifest names a device that no training has.
+    """
+    if trained_on not in ("cpu", "cuda"):
+        raise RunError(
+            f"{adapter / MANIFEST}: 'device' is {readers.show(trained_on)}, expected cpu or cuda. Restore the file, or "
+            "train again."
+        )
     if trained_on == "cuda" and not torch.cuda.is_available():
         progress.warn(
             "Trained on CUDA, merged on this CPU: a few codes at rounding ties may differ from those in training."
