@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -219,12 +219,15 @@ def _entry(document: Mapping[str, Any], name: str) -> Any:
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, expected: Mapping[str, Tensor], optional: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Read a file of trained tensors.
 
     Args:
         path: A safetensors file.
         expected: Tensors of the model that they are read for, by their names in the file.
+        optional: Further tensors that may be in the file; other names of an expected one among them.
 
     Raises:
         RunError: The file is missing or damaged; a tensor is missing, has no place, another shape or type, or holds
@@ -237,9 +240,12 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RunError(f"{path}: damaged ({readers.shorten(str(error), 200)}). {TRAIN_AGAIN}") from error
 
-    faults = _name_faults(tensors, expected)
-    for name in sorted(tensors.keys() & expected.keys()):
-        found, wanted = tensors[name], expected[name]
+    places = {**(optional or {}), **expected}
+    present = {places[name].data_ptr() for name in tensors.keys() & places.keys()}
+    missing = {name for name in expected.keys() - tensors.keys() if expected[name].data_ptr() not in present}
+    faults = _name_faults(missing, tensors.keys() - places.keys())
+    for name in sorted(tensors.keys() & places.keys()):
+        found, wanted = tensors[name], places[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             faults.append(f"{name} is {_describe(found)}, expected {_describe(wanted)}")
         elif not bool(torch.isfinite(found).all()):
@@ -253,11 +259,10 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def _name_faults(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def _name_faults(missing: Collection[str], extra: Collection[str]) -> list[str]:
     """Return a phrase for the tensors that are missing, and one for those without a place."""
     faults = []
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    for names, what in ((missing, "missing"), (extra, "without a place in the model")):
+    for names, what in ((sorted(missing), "missing"), (sorted(extra), "without a place in the model")):
         if names:
             more = ", ..." if len(names) > SHOWN_NAMES else ""
             faults.append(f"{len(names)} tensors {what} ({', '.join(names[:SHOWN_NAMES])}{more})")

@@ -94,7 +94,7 @@ def save_weights(
             model.save_pretrained(work, save_embedding_layers=False, state_dict=state)
         else:
             model.config.save_pretrained(work)
-            save_file(_whole_state(state), work / WHOLE_MODEL, metadata={"format": "pt"})
+            save_file(whole_state(state), work / WHOLE_MODEL, metadata={"format": "pt"})
         write_manifest(work, part, **metadata)
 
 
@@ -275,12 +275,12 @@ def _load_whole_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         RunError: They are missing, or belong to another model.
     """
-    tensors = adapter_files.read_tensors(folder / WHOLE_MODEL, _whole_state(model.state_dict()))
+    tensors = adapter_files.read_tensors(folder / WHOLE_MODEL, whole_state(model.state_dict()))
     model.load_state_dict(tensors, strict=False)  # a shared table has one of its names in the file
     return model
 
 
-def _whole_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict with one name per tensor: a head that shares the embedding's table is left out."""
     names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
     return {name: state[name].contiguous() for name in names.values()}
