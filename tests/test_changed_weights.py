@@ -162,10 +162,20 @@ def test_a_manifest_that_is_not_of_this_run_is_refused(run: Run, entry: str, val
     assert found.startswith(f"{run.adapter / MANIFEST}: ") and words in found
 
 
-def test_a_config_that_cannot_be_read_is_named(run: Run) -> None:
-    config = run.config.read_text()
-    run.config.write_text(config.replace("lora_rank: 4", "lora_rank: four"))
-    assert refusal(run.adapter).startswith(f"{run.config}: finetune.lora_rank: expected int, found 'four'")
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("lora_rank: 4", "lora_rank: four", "finetune.lora_rank: expected int, found 'four'"),
+        ("lora_rank: 4", "lora_rang: 4", "unknown key 'finetune.lora_rang'"),
+        ("finetune:", "finetune: nothing\nquantize:", "section 'finetune' must hold 'key: value' lines"),
+        ("finetune:", "quantize:", "the section 'finetune' has no 'model'."),
+        ("finetune:", "- finetune:", "expected sections such as 'finetune:', found list"),
+    ],
+)
+def test_a_record_of_options_that_was_changed_is_named(run: Run, old: str, new: str, words: str) -> None:
+    run.config.write_text(run.config.read_text().replace(old, new))
+    found = refusal(run.adapter)
+    assert found.startswith(f"{run.config}: ") and words in found and "--config" not in found
 
 
 @pytest.mark.parametrize("kept", [[], [1, 0], [0, 0], [0, 2], [-1]])

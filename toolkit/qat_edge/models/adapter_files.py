@@ -143,9 +143,24 @@ def _check_base(path: Path, found: Any, source: Mapping[str, Any]) -> None:
 
 
 def trained_options(folder: Path) -> FinetuneOptions | None:
-    """Return the options in config.yaml of the run that a folder of trained weights is part of; None without a run."""
+    """Return the options in config.yaml of the run that a folder of trained weights is part of; None without a run.
+
+    Raises:
+        RunError: The file was changed: it cannot be read, or an option is missing, unknown or of another type.
+    """
     path = folder.parent / "config.yaml"
-    return config.load(FinetuneOptions, "finetune", path, {}) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return config.load(FinetuneOptions, "finetune", path, {})
+    except UsageError as error:
+        # Nobody gave --config or left a flag out: the file is the run's own.
+        reason = str(error).removeprefix("--config ").removeprefix(f"{path}: ")
+        if reason.startswith("--"):
+            reason = f"the section 'finetune' has no '{reason.split()[0].removeprefix('--')}'."
+        raise RunError(
+            f"{path}: {reason} The file is the record of the training. Restore it, or train again."
+        ) from error
 
 
 def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -161,10 +176,7 @@ def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
             f"{folder / MANIFEST}: says that this is the {readers.shorten(kind)} of a run, not its {folder.name}. "
             "Restore the folder, or train again."
         )
-    try:
-        trained = trained_options(folder)
-    except UsageError as error:
-        raise RunError(f"{error} It is the record of the training. Restore the file, or train again.") from error
+    trained = trained_options(folder)
     if trained is not None:
         path = folder.parent / "config.yaml"
         _compare(folder, metadata, _entries_of(trained, kind == "adapter"), path)
