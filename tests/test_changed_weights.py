@@ -18,13 +18,14 @@ from torch import Tensor
 
 from conftest import relist, train_run
 from qat_edge.errors import ModelError, QatEdgeError, RunError
-from qat_edge.manifest import MANIFEST
+from qat_edge.manifest import MANIFEST, sha256
 from qat_edge.models import adapter_files
 from qat_edge.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.merge import merged_model
 from qat_edge.run import Run
 
+LAYER = "model.layers.0.mlp.up_proj"
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
@@ -176,6 +177,28 @@ def test_a_record_of_options_that_was_changed_is_named(run: Run, old: str, new: 
     run.config.write_text(run.config.read_text().replace(old, new))
     found = refusal(run.adapter)
     assert found.startswith(f"{run.config}: ") and words in found and "--config" not in found
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t | {"model.more.scales": torch.ones(2, 2)}, "model.more.scales belongs to no quantized layer"),
+        (lambda t: t | {"model.more": torch.ones(2)}, "model.more [2] has no place in the model"),
+        (lambda t: t | {f"{LAYER}.scales": t[f"{LAYER}.scales"] * 0}, "are not positive scales [128, 2]"),
+        (lambda t: t | {f"{LAYER}.scales": torch.ones(128, 1)}, f"{LAYER}.scales [128, 1] are not positive scales"),
+        (lambda t: t | {f"{LAYER}.weight": t[f"{LAYER}.weight"] / 0}, f"{LAYER}.weight [128, 64] has no place"),
+    ],
+    ids=["scales", "parameter", "zero", "shape", "infinite"],
+)
+def test_an_initialization_that_does_not_fit_is_named(
+    run: Run, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str
+) -> None:
+    path = run.start / "start.safetensors"
+    save_file(edit(load_file(path)), path)
+    metadata = json.loads((run.adapter / MANIFEST).read_text())
+    change(run.adapter / MANIFEST, start=metadata["start"] | {"sha256": sha256(path)})
+    found = refusal(run.adapter)
+    assert found.startswith(f"{path}: not the initialization of this training") and words in found
 
 
 @pytest.mark.parametrize("kept", [[], [1, 0], [0, 0], [0, 2], [-1]])
