@@ -60,7 +60,7 @@ def read_config(folder: Path, heads: list[str] | None, source: Mapping[str, Any]
     expected = {"task_type": None if heads is not None else "CAUSAL_LM", "modules_to_save": heads}
     for key, value in expected.items():
         if values.get(key) != value:
-            raise _unexpected(path, key, values.get(key), value)
+            raise _unexpected(path, key, values.get(key), json.dumps(value))
     _check_numbers(path, values)
     targets = values.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(name, str) and name for name in targets) or not targets:
@@ -76,23 +76,22 @@ def _refuse_other_kinds(path: Path, values: Mapping[str, Any]) -> None:
         RunError: Names the key and its value.
     """
     # As in a file: tuples are lists, and enumerations are text.
-    defaults = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
+    defaults = {key: json.dumps(value, default=str) for key, value in LoraConfig().to_dict().items()}
     for key, value in values.items():
         if key in (*SET_BY_US, *DESCRIPTIVE):
             continue
         if key not in defaults:
             # Another version of peft may have more options. One that is off changes nothing.
             if value:
-                raise _unexpected(path, key, value, None)
-        elif value != defaults[key]:
+                raise _unexpected(path, key, value, "null")
+        elif json.dumps(value) != defaults[key]:
             raise _unexpected(path, key, value, defaults[key])
 
 
-def _unexpected(path: Path, key: str, found: Any, expected: Any) -> RunError:
-    """Return the error for a key whose value changes what the adapter computes."""
-    wanted = expected if isinstance(expected, str) and " " in expected else json.dumps(expected)
+def _unexpected(path: Path, key: str, found: Any, expected: str) -> RunError:
+    """Return the error for a key whose value changes what the adapter computes. expected: JSON, or words."""
     return RunError(
-        f"{path}: '{readers.shorten(str(key))}' is {_show(found)}, and finetune writes {wanted}: an adapter with "
+        f"{path}: '{readers.shorten(str(key))}' is {_show(found)}, and finetune writes {expected}: an adapter with "
         f"another value computes something that is not merged. {TRAIN_AGAIN}"
     )
 
