@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qat_edge import previous_run
+from qat_edge import previous_run, run_lock, storage
+from qat_edge.errors import RunError
 from qat_edge.run import Run
 
 PARTS = ("adapter/weights", "checkpoints/checkpoint-4/state", "exports/onnx/model", "training.json", "config.yaml")
@@ -77,3 +79,36 @@ def test_a_kill_at_any_rename_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         Run.open(folder)
         (folder / ".lock").unlink(missing_ok=True)
         assert contents(folder) == dict.fromkeys(PARTS, "old"), last
+
+
+@pytest.mark.parametrize("name", ["exports", "checkpoints", "ptq", ".previous", "ptq/rtn", "ptq/rtn/exports"])
+def test_nothing_is_written_through_a_link_inside_a_run(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "run", "run")
+    outside = tmp_path / "outside"
+    make_run(outside, "somebody else's")
+    (outside / f".model.{platform.node()}-1.1-abcdefgh").mkdir()  # looks like what a killed process left
+    before = sorted(outside.rglob("*"))
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir():
+        link.rename(tmp_path / "moved")
+    link.symlink_to(outside)
+    with pytest.raises(RunError, match=f"{link} is a link to {outside}; nothing is written or removed through"):
+        run_lock.writing(tmp_path / "run", "export").__enter__()
+    Run.open(tmp_path / "run")  # reading is no harm
+    assert sorted(outside.rglob("*")) == before and not (tmp_path / "run" / ".lock.json").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_place_of_a_folder_is_replaced_and_not_followed(tmp_path: Path, exists: bool) -> None:
+    outside, link = tmp_path / "outside", tmp_path / "run" / "quantized"
+    if exists:
+        make_run(outside, "somebody else's")
+    link.parent.mkdir()
+    link.symlink_to(outside)
+    with pytest.raises(RunError, match="exists already"), storage.replace_folder(link, force=False):
+        pass
+    with storage.replace_folder(link, force=True) as work:
+        (work / "new").write_text("new")
+    assert contents(link) == {"new": "new"} and not link.is_symlink()
+    assert contents(outside) == (dict.fromkeys(PARTS, "somebody else's") if exists else {})

@@ -269,3 +269,16 @@ def test_post_training_quantization_can_be_left_out(run: Run, nothing: tuple[str
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--ptq none cannot be combined with --ptq hqq"):
         export(run, ExportOptions(ptq=("none", "hqq")))
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1}', '{"format": 2}'])
+def test_force_replaces_a_checkpoint_whose_manifest_cannot_be_read(run: Run, tmp_path: Path, text: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / MANIFEST).write_text(text)
+    run.quantized.symlink_to(other)
+    opened = Run.open(run.path)
+    with pytest.raises(RunError, match=r"quantized/manifest\.json.*--force replaces it"):
+        quantize_if_missing(opened, "qat")
+    quantize_if_missing(opened, "qat", force=True)
+    assert read_manifest(run.quantized)["kind"] == "quantized" and (other / MANIFEST).read_text() == text

@@ -123,3 +123,13 @@ def test_every_verb_that_writes_takes_the_lock(tmp_path: Path) -> None:
         process.kill()
     with pytest.raises(RunError):
         report([run])
+
+
+@pytest.mark.parametrize("name", [run_lock.LOCK, run_lock.HOLDER])
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_a_lock_that_is_no_file_is_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    {"folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "other"), "pipe": lambda: os.mkfifo(path)}[kind]()
+    with pytest.raises(RunError, match=f"{name} is a {kind}; qat-edge keeps a plain file there"):
+        run_lock.writing(tmp_path, "export").__enter__()
+    assert not (tmp_path / "other").exists()

@@ -239,7 +239,9 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         for name, call in calls(path):
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
             shell = keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False"
-            found += [f"{module}:{call.lineno}: {name}"] if name in forbidden or shell else []
+            # torch's loader of plain data refuses everything that would have to be called.
+            plain = name == "torch.load" and keywords.get("weights_only") == "True"
+            found += [f"{module}:{call.lineno}: {name}"] if (name in forbidden and not plain) or shell else []
     assert found == []
 
 

@@ -48,17 +48,45 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "rotation_seed": (int, type(None)),
     "scheme": (dict,),
     "scheme.group_size": (int,),
+    "scheme.tied": (bool,),
+    "scheme.embedding": (str,),
+    "scheme.head": (str,),
+    "scheme.apart": (list,),
+    "scheme.apart.*": (str,),
     "scheme.weights": (dict,),
     "scheme.weights.*": (dict,),
     "scheme.weights.*.bits": (int,),
     "scheme.weights.*.group_size": (int,),
+    "scheme.weights.*.quantize_input": (bool,),
+    "scheme.weights.*.reason": (str,),
     "model": (dict,),
     "model.source": (str,),
     "model.identity": (dict,),
     "model.identity.name": (str,),
+    "model.trust_remote_code": (bool,),
+    "model.kind": (str,),
+    "model.labels": (list,),
+    "model.labels.*": (str,),
+    "model.pairs": (bool,),
+    "model.scored": (bool,),
+    "conversation": (dict, type(None)),
+    "conversation.end_of_turn": (list, type(None)),
+    "conversation.end_of_turn.*": (int,),
+    "conversation.template_arguments": (dict, type(None)),
+    "seed": (int,),
+    "quantizer": (str,),
+    "method": (str,),
+    "bits": (dict,),
+    "bits.*": (int,),
+    "table_bits": (list,),
+    "table_bits.*": (int,),
+    "learned_scales": (bool,),
+    "libraries.*": (str, type(None)),
     "start": (dict, type(None)),
     "start.sha256": (str,),
+    "start.rotation_seed": (int, type(None)),
     "kept_layers": (list, type(None)),
+    "kept_layers.*": (int,),
     "group_size": (int,),
     "base": (str,),
     "device": (str,),
@@ -226,18 +254,24 @@ def _check_types(value: Manifest, keys: list[str], types: tuple[type, ...]) -> N
         if name not in value:
             continue
         found = value[name]
-        if rest:
+        items: list[tuple[int | None, Any]] = []
+        if rest == ["*"] and isinstance(found, list):
+            items += enumerate(found)
+        if rest and not items:
             # A parent of another type has been reported under its own path, or may be None.
             if isinstance(found, Manifest):
                 _check_types(found, rest, types)
             continue
-        # bool is a subclass of int, and no number of bits.
-        if not isinstance(found, types) or (isinstance(found, bool) and bool not in types):
-            expected = " or ".join("null" if one is type(None) else one.__name__ for one in types)
-            raise RunError(
-                f"{value.file}: damaged ('{value.prefix}{readers.shorten(name)}' is {readers.shorten(found)}, expected "
-                f"{expected}). Make the folder again."
-            )
+
+        for index, item in items or [(None, found)]:
+            # bool is a subclass of int, and no number of bits.
+            if not isinstance(item, types) or (isinstance(item, bool) and bool not in types):
+                where = f"{value.prefix}{readers.shorten(name)}" + ("" if index is None else f"[{index}]")
+                expected = " or ".join("null" if one is type(None) else one.__name__ for one in types)
+                raise RunError(
+                    f"{value.file}: damaged ('{where}' is {readers.shorten(item)}, expected {expected}). Make the "
+                    "folder again."
+                )
 
 
 def sha256(path: Path) -> str:

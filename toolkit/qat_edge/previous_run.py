@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from qat_edge import progress, storage
+from qat_edge.errors import RunError
 
 PREVIOUS = ".previous"
 CONFIG = "config.yaml"
@@ -24,6 +25,26 @@ RUN_PARTS = (
     "reports", "answers.json", "sensitivity", "compare", "report.html", "report.json", "history.html", "history.json",
     "logs", CONFIG,
 )  # fmt: skip
+
+# Those of them that are written into. All others are replaced whole.
+WRITTEN_INTO = ("checkpoints", "exports", "ptq", "reports", "compare", "logs", PREVIOUS)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run one of whose folders is a link: what is written or removed there would be somebody else's.
+
+    Raises:
+        RunError: Names the link and where it leads.
+    """
+    parts = [folder / name for name in WRITTEN_INTO]
+    # Every PTQ variant, and every deployment of compare, has exports of its own.
+    inner = [path for name in ("ptq", "compare") for path in (folder / name).glob("*")]
+    for path in (*parts, *inner, *(path / "exports" for path in inner)):
+        if path.is_symlink():
+            raise RunError(
+                f"{path} is a link to {path.readlink()}; nothing is written or removed through a link inside a run "
+                "folder. Remove the link, or move that folder to its place; the run folder itself may be a link."
+            )
 
 
 def set_aside(folder: Path) -> None:

@@ -94,9 +94,9 @@ class Run(Variant):
         run._recover()
         if not run.config.is_file():
             raise RunError(f"{path}: not a run folder (it holds no config.yaml). Name the folder given to --out.")
-        for part in (run.adapter, run.quantized):
-            if (part / MANIFEST).is_file():
-                read_manifest(part)
+        # A checkpoint is checked where it is used: `quantize --force` replaces one that cannot be read.
+        if (run.adapter / MANIFEST).is_file():
+            read_manifest(run.adapter)
         return run
 
     @classmethod
@@ -124,7 +124,8 @@ class Run(Variant):
         if (self.path / previous_run.PREVIOUS).is_dir():
             with suppress(RunError), run_lock.writing(self.path, "recovery"):
                 return
-        with suppress(OSError):  # a run on a read-only disk
+        with suppress(OSError, RunError):  # a run on a read-only disk, or with links, can be read
+            previous_run.refuse_links(self.path)
             for parent in (self.path, *(variant.exports for variant in self.variants())):
                 storage.sweep(parent)
 

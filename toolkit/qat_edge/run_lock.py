@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
         resuming: Passed on to `previous_run.recover`.
 
     Raises:
-        RunError: Another process, or another thread of this one, is writing into the folder.
+        RunError: Another process, or another thread of this one, is writing into the folder, or a part of it is a link.
     """
     made = _make(folder) if create else []
     key = folder.resolve()
@@ -75,6 +76,7 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
         yield
         return
 
+    previous_run.refuse_links(folder)
     with _locked(folder, verb):
         _held[key] = threading.get_ident()
         try:
@@ -99,6 +101,8 @@ def _locked(folder: Path, verb: str) -> Iterator[None]:
     """
     import filelock  # here: it is slow to import, and only verbs that write need it
 
+    for name in (LOCK, HOLDER):
+        _require_file(folder / name)
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     with storage.disk_errors(folder):
         try:
@@ -112,6 +116,25 @@ def _locked(folder: Path, verb: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _require_file(path: Path) -> None:
+    """Refuse a lock that is no plain file: opening a pipe waits for ever, and a link leads to a file of others.
+
+    Raises:
+        RunError: Names what it is.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # missing; or opening it reports the error
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISLNK, "link"), (stat.S_ISFIFO, "pipe"))
+    kind = next((name for is_kind, name in kinds if is_kind(mode)), "special file")
+    raise RunError(
+        f"{path} is a {kind}; qat-edge keeps a plain file there while it writes into the run. Remove it, then repeat."
+    )
 
 
 def _refusal(folder: Path) -> str:

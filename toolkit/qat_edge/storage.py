@@ -38,12 +38,12 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
         RunError: `target` exists and `force` is not set, or the disk is full.
     """
     with disk_errors(target), work_folder(target.parent, target.name) as work:
-        if target.exists() and not force:
+        if _is_taken(target) and not force:
             raise RunError(f"{target} exists already. Give --force to replace it.")
         yield work
         work.chmod(0o755)
         flush_folder(work)
-        if target.exists():
+        if _is_taken(target):
             _exchange(target, work)
         else:
             work.rename(target)
@@ -57,12 +57,17 @@ def _exchange(target: Path, work: Path) -> None:
         target.rename(old / target.name)
         work.rename(target)
     except BaseException:  # a signal, too, may end this between the two
-        if (old / target.name).exists() and not target.exists():
+        if _is_taken(old / target.name) and not _is_taken(target):
             (old / target.name).rename(target)
         raise
     finally:
-        if target.exists():
+        if _is_taken(target):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_taken(path: Path) -> bool:
+    """Return whether a name is in use, by a link that leads nowhere as well: a link is replaced, not what it names."""
+    return os.path.lexists(path)
 
 
 @contextmanager

@@ -27,6 +27,11 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
         ModelError: The configuration cannot describe the remaining layers.
     """
     layers = decoder_layers(model)
+    if not kept or any(b <= a for a, b in zip([-1, *kept], kept, strict=False)) or kept[-1] >= len(layers):
+        raise ModelError(
+            f"kept_layers: {kept} are not increasing numbers of the model's {len(layers)} layers, counted from 0. The "
+            "record of the run was changed. Restore it, or train again."
+        )
 
     # Per-layer settings follow their layer.
     config = model.config.get_text_config(decoder=True)

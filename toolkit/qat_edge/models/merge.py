@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qat_edge import option_paths, progress, remote_code
-from qat_edge.errors import RunError
-from qat_edge.manifest import LIBRARIES, check_files, library_version, read_manifest, write_manifest
+from qat_edge import option_paths, progress, readers, remote_code
+from qat_edge.errors import ModelError, RunError, UsageError
+from qat_edge.manifest import LIBRARIES, MANIFEST, check_files, library_version, read_manifest, write_manifest
+from qat_edge.models import adapter_files
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
 from qat_edge.models.tasks import task_from_metadata
@@ -92,10 +94,7 @@ def save_weights(
             model.save_pretrained(work, save_embedding_layers=False, state_dict=state)
         else:
             model.config.save_pretrained(work)
-            # One name per tensor: a head that shares the embedding's table is left out.
-            names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
-            tensors = {name: state[name].contiguous() for name in names.values()}
-            save_file(tensors, work / WHOLE_MODEL, metadata={"format": "pt"})
+            save_file(whole_state(state), work / WHOLE_MODEL, metadata={"format": "pt"})
         write_manifest(work, part, **metadata)
 
 
@@ -103,13 +102,16 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder of trained weights.
 
     Raises:
-        RunError: The folder contains no finished adapter, or its files are not those that were written.
+        RunError: The folder contains no finished adapter, its files are not those that were written, or it is not of
+            this run.
     """
     if not folder.is_dir():
         raise RunError(
             f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
         )
-    return check_files(folder)
+    metadata = check_files(folder)
+    adapter_files.check_record(folder, metadata)
+    return metadata
 
 
 # --- load models -------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def merged_model(adapter: Path, force: bool = False) -> MergedModel:
     trained = _load_trained(adapter, metadata)
 
     # On the device of the training: a base in few bits is dequantized there, too.
-    merged, scales = fake.merge_adapters(trained.model.to(_merge_device(metadata["device"])))
+    merged, scales = fake.merge_adapters(trained.model.to(_merge_device(adapter, metadata["device"])))
     merged = merged.to("cpu").eval().requires_grad_(False)
     cpu_scales = {name: tensor.cpu() for name, tensor in scales.items()}
     return MergedModel(merged, trained.tokenizer, trained.scheme, cpu_scales)
@@ -235,13 +237,36 @@ def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
         QatInit.load(adapter.parent / "start", metadata["start"]["sha256"]).apply(base.model)
         tied = tied and scheme.shares_table(base.model)
 
-    # fake.train_weights and fake.register make the same trainable layers as in training, factors of scales included.
+    # fake.train_weights and fake.add_adapters make the same trainable layers as in training, with factors of scales.
     if metadata["method"] == "full":
         model = _load_whole_model(fake.train_weights(base.model), adapter)
     else:
-        config = fake.register(LoraConfig.from_pretrained(str(adapter)))
-        model = PeftModel.from_pretrained(base.model, str(adapter), config=config)
+        model = _load_adapters(base, adapter, metadata["model"])
     return _TrainedModel(model, switch, base.tokenizer, replace(base.scheme, tied=tied))
+
+
+def _load_adapters(base: _BaseModel, folder: Path, source: Mapping[str, Any]) -> PeftModel:
+    """Add the adapters that `save_weights` wrote to their base model. source: entry "model" of the manifest.
+
+    Raises:
+        RunError: They are missing, of another kind, or belong to another model.
+    """
+    heads = base.scheme.heads if task_from_metadata(source).is_encoder else None
+    config = adapter_files.read_config(folder, heads, source)
+    try:
+        model = fake.add_adapters(base.model, config)
+    except (UsageError, ModelError) as error:
+        reason = str(error).removeprefix("--target-modules: ")
+        raise RunError(
+            f"{folder / adapter_files.ADAPTER_CONFIG}: 'target_modules' does not fit the model ({reason}) "
+            f"{adapter_files.TRAIN_AGAIN}"
+        ) from error
+
+    # Embeddings are no part of an adapter, see `save_weights`.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = adapter_files.read_tensors(folder / adapter_files.ADAPTER_WEIGHTS, expected)
+    set_peft_model_state_dict(model, tensors)
+    return model
 
 
 def _load_whole_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -250,18 +275,15 @@ def _load_whole_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         RunError: They are missing, or belong to another model.
     """
-    path = folder / WHOLE_MODEL
-    if not path.is_file():
-        raise RunError(f"{path} is missing, although the manifest next to it names a whole model. Train again.")
-    tensors = load_file(path)
-
-    # named_parameters lists a shared tensor once, like the file. Scale factors may be missing: reference has none.
-    expected = [name for name, _ in model.named_parameters() if SCALE_FACTOR not in name]
-    missing = sorted(name for name in expected if name not in tensors)
-    if missing or not tensors.keys() <= model.state_dict().keys():
-        raise RunError(f"{path} contains another model ({', '.join(missing[:3]) or 'more tensors'}). Train again.")
-    model.load_state_dict(tensors, strict=False)
+    tensors = adapter_files.read_tensors(folder / WHOLE_MODEL, whole_state(model.state_dict()))
+    model.load_state_dict(tensors, strict=False)  # a shared table has one of its names in the file
     return model
+
+
+def whole_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with one name per tensor: a head that shares the embedding's table is left out."""
+    names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: state[name].contiguous() for name in names.values()}
 
 
 def _check_numerics(adapter: Path, metadata: dict[str, Any], force: bool) -> None:
@@ -285,8 +307,17 @@ def _check_numerics(adapter: Path, metadata: dict[str, Any], force: bool) -> Non
     progress.warn(f"--force: {difference}")
 
 
-def _merge_device(trained_on: str) -> str:
-    """Choose the device of the training: the last bit of B A, and with it a code at a tie, depends on the device."""
+def _merge_device(adapter: Path, trained_on: str) -> str:
+    """Choose the device of the training: the last bit of B A, and with it a code at a tie, depends on the device.
+
+    Raises:
+        RunError: The manifest names a device that no training has.
+    """
+    if trained_on not in ("cpu", "cuda"):
+        raise RunError(
+            f"{adapter / MANIFEST}: 'device' is {readers.show(trained_on)}, expected cpu or cuda. Restore the file, or "
+            "train again."
+        )
     if trained_on == "cuda" and not torch.cuda.is_available():
         progress.warn(
             "Trained on CUDA, merged on this CPU: a few codes at rounding ties may differ from those in training."

@@ -43,7 +43,7 @@ def require_positions(length: int, most: int | None) -> None:
     """
     if most is not None and length > most:
         raise ExportError(
-            f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings, or "
+            f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings; "
             "original_max_position_embeddings where the rotary embedding changes with the length). Give "
             f"{most} or less, or leave it out."
         )

@@ -38,7 +38,7 @@ from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import config_check, tasks
-from qat_edge.quant import numerics, rotated_norm
+from qat_edge.quant import frozen_check, numerics, rotated_norm
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -113,12 +113,10 @@ def load(folder: Path) -> PreTrainedModel:
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
     # The task decides the transformers class, and what a loaded model still needs.
     task = tasks.task_of_folder(folder)
-    read = partial(
-        task.auto_class.from_pretrained, dtype=torch.float32, local_files_only=True,
-        trust_remote_code=remote_code.permitted(), **config_check.PLAIN_OUTPUTS,
-    )  # fmt: skip
+    if (folder / MANIFEST).is_file() and "scheme" in read_manifest(folder):
+        _check_tensors(folder)
     with remote_code.refusals(folder):
-        model = rotated_norm.load(read, folder).eval()
+        model = rotated_norm.load(partial(_read_model, task), folder).eval()
     task.prepare(model)
 
     embedding: Any = model.get_input_embeddings()
@@ -126,6 +124,31 @@ def load(folder: Path) -> PreTrainedModel:
         # transformers regards a module with a torchao weight as initialized and leaves this buffer uninitialized.
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
     return model
+
+
+def _read_model(task: tasks.ModelTask, folder: Path, output_loading_info: bool = False, **options: Any) -> Any:
+    """Load a model with transformers, all of whose tensors are in the files, and all of whose files have a place.
+
+    Args:
+        task: Decides the transformers class.
+        folder: The checkpoint.
+        output_loading_info: Return transformers' report, too.
+        options: Further arguments for transformers.
+
+    Raises:
+        RunError: Names tensors that are missing or have no place.
+    """
+    model, report = task.auto_class.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=remote_code.permitted(),
+        output_loading_info=True, **config_check.PLAIN_OUTPUTS, **options,
+    )  # fmt: skip
+    # A sentence encoder gets a new pooler, which its output does not depend on; the gain is read by `rotated_norm`.
+    missing = [name for name in report["missing_keys"] if not (task.is_encoder and tasks.POOLER in name.split("."))]
+    extra = [name for name in report["unexpected_keys"] if not name.endswith(f".{rotated_norm.GAIN}")]
+    if missing or extra:
+        what = f"without {sorted(missing)[0]}" if missing else f"with {sorted(extra)[0]}, which is not in the model"
+        raise RunError(f"{folder}: a checkpoint {what}. Restore the folder, or make it again.")
+    return (model, report) if output_loading_info else model
 
 
 def read_scheme(folder: Path) -> Scheme:
@@ -155,8 +178,10 @@ def read_weights(folder: Path) -> dict[str, FrozenWeight]:
     """Read codes and scales by module name from the safetensors files, without loading a model.
 
     Raises:
-        RunError: The folder holds no quantized weights, or a file is damaged.
+        RunError: The folder holds no quantized weights, a file is damaged, or its tensors are not those of the scheme.
     """
+    if (folder / MANIFEST).is_file() and "scheme" in read_manifest(folder):
+        _check_tensors(folder)
     found: dict[str, FrozenWeight] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with _opened(path) as file:
@@ -234,3 +259,39 @@ def _layer_config(spec: WeightScheme) -> AOBaseConfig:
     if spec.quantize_input:
         return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
     return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
+
+
+# --- check -------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(folder: Path) -> None:
+    """Compare the tensors of a checkpoint with the scheme in its manifest.
+
+    Raises:
+        RunError: They differ, or cannot be codes and scales.
+    """
+    if frozen_check.is_checked(folder):
+        return
+    weights: dict[str, frozen_check.StoredWeight] = {}
+    floats: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _opened(path) as file:
+            stored = _stored_weights(file)
+            stems = tuple(f"{name}._weight_" for name in stored)
+            tensors = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(stems)}  # noqa: SIM118
+            twice = sorted((weights.keys() & stored.keys()) | (floats.keys() & tensors.keys()))
+            if twice:
+                raise RunError(f"{path}: {twice[0]} is in another file of the folder, too. Make the folder again.")
+            weights, floats = weights | stored, floats | tensors
+    frozen_check.require_sound(folder, read_scheme(folder), weights, iter(floats.items()))
+
+
+def _stored_weights(file: Any) -> dict[str, frozen_check.StoredWeight]:
+    """Return the quantized matrices of an open file, with what torchao's description says about them."""
+    found = {}
+    for name, stem, bits in _quantized_tensors(file):
+        description = readers.parse_json(file.metadata()[f"{name}.weight"], name, RunError)["_data"]
+        codes, scales, zero_point = (file.get_tensor(f"{stem}_{part}") for part in ("qdata", "scale", "zero_point"))
+        block, rounding = description["block_size"], description["activation_quantization"]
+        found[name] = frozen_check.StoredWeight(codes, scales, zero_point, bits, block, rounding)
+    return found

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat_edge import readers
 from qat_edge.errors import RunError
 from qat_edge.manifest import read_manifest, sha256, write_manifest
 from qat_edge.quant import fake, rotated_norm, rotation
@@ -40,10 +43,12 @@ class QatInit:
     Attributes:
         scales: Module name -> scales (out, in // group).
         changed: Parameters of the base model by name, and NORM.turn: the rotation of a norm's output.
+        path: File that they were read from, for messages.
     """
 
     scales: dict[str, Tensor]
     changed: dict[str, Tensor]
+    path: Path = Path(FILE)
 
     @classmethod
     def load(cls, folder: Path, expected_sha256: str) -> QatInit:
@@ -60,9 +65,14 @@ class QatInit:
                 f"{path} is not the initialization that this adapter was trained from (another sha256). Restore it."
             )
         # Everything is float32 in memory; bfloat16 values stay what they are.
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        try:
+            tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{path}: damaged ({readers.shorten(str(error), 200)}). Restore it, or train again."
+            ) from error
         scales = {name.removesuffix(SCALES): t for name, t in tensors.items() if name.endswith(SCALES)}
-        return cls(scales, {name: t for name, t in tensors.items() if not name.endswith(SCALES)})
+        return cls(scales, {name: t for name, t in tensors.items() if not name.endswith(SCALES)}, path)
 
     def save(self, folder: Path, **metadata: Any) -> str:
         """Write the folder, with `metadata` in its manifest, and return the sha256 of its tensors."""
@@ -75,6 +85,7 @@ class QatInit:
 
     def apply(self, model: PreTrainedModel) -> None:
         """Put weights and scales into a base model that `fake.insert` prepared, with or without adapters around it."""
+        self._require_fitting(model)
         # Loading and preparing end in this one function, so that a resumed run trains the same numbers.
         fake.set_scales(model, self.scales)
 
@@ -93,6 +104,35 @@ class QatInit:
                     rotated_norm.rotate_output(module, tensor)
                 else:
                     getattr(module, attribute).data.copy_(tensor)
+
+    def _require_fitting(self, model: PreTrainedModel) -> None:
+        """Check that every tensor has a place in a model, its shape, and values that scales and weights can have.
+
+        Raises:
+            RunError: Names the file and a tensor.
+        """
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, fake.FakeQuantLinear | BaseTunerLayer)}
+        for name, scales in self.scales.items():
+            layer: Any = layers.get(name)
+            base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            if not isinstance(base, fake.FakeQuantLinear):
+                raise self._misfit(f"{name}{SCALES} belongs to no quantized layer of the model")
+            shape = (base.out_features, base.in_features // base.spec.group_size)
+            if tuple(scales.shape) != shape or not bool((torch.isfinite(scales) & (scales > 0)).all()):
+                raise self._misfit(f"{name}{SCALES} {list(scales.shape)} are not positive scales {list(shape)}")
+
+        # Embedding and head may be one table until they are untied.
+        parameters = model.named_parameters(remove_duplicate=False)
+        shapes = {name.replace(".base_layer", ""): tuple(p.shape) for name, p in parameters}
+        for name, tensor in self.changed.items():
+            owner, _, attribute = name.rpartition(".")
+            width = shapes.get(f"{owner}.{rotated_norm.WEIGHT}", ())
+            expected = (*width, *width) if attribute == rotated_norm.ROTATION else shapes.get(name)
+            if tuple(tensor.shape) != expected or not bool(torch.isfinite(tensor).all()):
+                raise self._misfit(f"{name} {list(tensor.shape)} has no place in the model, or is not finite")
+
+    def _misfit(self, reason: str) -> RunError:
+        return RunError(f"{self.path}: not the initialization of this training: {reason}. Restore it, or train again.")
 
 
 def prepare(

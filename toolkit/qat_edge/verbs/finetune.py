@@ -34,7 +34,7 @@ from qat_edge.quant import fake
 from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
-from qat_edge.train import checkpoints, divergence, objectives, run_inputs
+from qat_edge.train import checkpoints, divergence, objectives, resumable, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
@@ -143,6 +143,8 @@ def _train(
     start = qat_start_step(options)
     trainer = _trainer(adapted, job, options, run)
     trainer.configure_optimizer(options, start)
+    if checkpoint is not None:
+        resumable.require_resumable(checkpoint, trainer, options.steps)
     transition = _phase_transition(adapted, switch, job, options, run, trainer)
 
     with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):

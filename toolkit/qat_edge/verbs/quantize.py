@@ -5,6 +5,7 @@ Decide whether a checkpoint must be made; `verbs.freezing` makes it.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
-from qat_edge.manifest import read_manifest, sha256
+from qat_edge.manifest import Manifest, read_manifest, sha256
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
@@ -22,6 +23,7 @@ from qat_edge.run_lock import writes_run
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full
+NEEDED = ("adapter_sha256", "options", "calibration")  # entries of a checkpoint's manifest that are read here
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
     began = time.monotonic()
     _check_options(run, options)
     variant, adapter = checkpoint_of(run, options.method)
-    if variant.quantized.exists() and not force:
+    if os.path.lexists(variant.quantized) and not force:
         return _existing(variant, adapter, options)
 
     # Imported here, because it needs the whole of models and quant: an existing checkpoint does not.
@@ -99,7 +101,7 @@ def quantize_if_missing(run: Run, method: str, force: bool = False) -> Variant:
         RunError: it was made from another adapter, and `force` is not set.
     """
     variant, adapter = checkpoint_of(run, method)
-    if not variant.quantized.exists() or (force and not _is_of(variant, adapter)):
+    if not variant.quantized.exists() or (force and not _is_of(variant, adapter, force)):
         quantize(run, QuantizeOptions(method=method), force=force)
     elif not _is_of(variant, adapter):
         raise RunError(f"{variant.quantized} was made from another adapter. Give --force to make it again.")
@@ -117,7 +119,7 @@ def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quan
     Raises:
         RunError: it was made from another adapter, or with other options.
     """
-    manifest = read_manifest(variant.quantized)
+    manifest = _manifest_of(variant)
     if not _is_of(variant, adapter):
         raise RunError(f"{variant.quantized} was made from another adapter. Give --force to make it again.")
     before_options = config.current_values(QuantizeOptions, manifest["options"])
@@ -129,9 +131,33 @@ def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quan
     return Quantized(options.method, variant.quantized, summary, manifest["calibration"], 0.0)
 
 
-def _is_of(variant: Variant, adapter: Path) -> bool:
-    """Return whether a variant's checkpoint was made from this adapter."""
-    return bool(read_manifest(variant.quantized)["adapter_sha256"] == _weights_sha256(adapter))
+def _is_of(variant: Variant, adapter: Path, force: bool = False) -> bool:
+    """Return whether a variant's checkpoint was made from this adapter. force: One that cannot be read was not.
+
+    Raises:
+        RunError: its manifest cannot be read, and `force` is not set.
+    """
+    try:
+        return bool(_manifest_of(variant)["adapter_sha256"] == _weights_sha256(adapter))
+    except RunError:
+        if not force:
+            raise
+        return False
+
+
+def _manifest_of(variant: Variant) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        RunError: it cannot be read; the message says how the checkpoint is made again.
+    """
+    try:
+        manifest = read_manifest(variant.quantized)
+        for entry in NEEDED:
+            manifest[entry]  # raises, where it is missing
+        return manifest
+    except RunError as error:
+        raise RunError(f"{error} --force replaces it.") from error
 
 
 def _weights_sha256(adapter: Path) -> str | None:

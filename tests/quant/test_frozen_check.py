@@ -1,0 +1,154 @@
+"""Frozen checkpoints whose tensors or scheme were changed, with new hashes in the manifest, are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import make_model, make_tokenizer, relist, stored_tensors
+from qat_edge.errors import RunError
+from qat_edge.manifest import MANIFEST, write_manifest
+from qat_edge.quant import frozen
+from qat_edge.quant.scheme import choose_scheme
+
+UP = "model.layers.0.mlp.up_proj"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen")
+    model = make_model(make_tokenizer())
+    scheme = choose_scheme(model, 32)
+    frozen.freeze(model, scheme)
+    model.save_pretrained(folder)
+    write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(scheme), model={"source": "tiny"})
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "quantized"))
+
+
+def test_a_checkpoint_as_it_was_frozen_is_read(folder: Path) -> None:
+    assert len(frozen.read_weights(folder)) == 16
+    assert frozen.load(folder).config.num_hidden_layers == 2
+
+
+def refusal(folder: Path) -> str:
+    """The message that both readers refuse a folder with."""
+    relist(folder)
+    found = []
+    for read in (frozen.load, frozen.read_weights):
+        with pytest.raises(RunError) as caught:
+            read(folder)
+        found.append(str(caught.value))
+    assert found[0] == found[1] and str(folder) in found[0]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "words"),
+    [
+        ("scale", lambda x: x * 0, f"{UP}: scales are not positive numbers"),
+        ("scale", lambda x: -x, f"{UP}: scales are not positive numbers"),
+        ("scale", lambda x: x * float("nan"), f"{UP}: scales are not positive numbers"),
+        ("scale", lambda x: x / 0, f"{UP}: scales are not positive numbers"),
+        ("scale", lambda x: x * 1.001, f"{UP}: scales are no bfloat16 numbers"),
+        ("scale", lambda x: x.bfloat16(), f"{UP}: its scales are bfloat16 [128, 2], expected float32 [128, 2]"),
+        ("scale", lambda x: x[:, :1].clone(), f"{UP}: its scales are float32 [128, 1], expected float32 [128, 2]"),
+        ("qdata", lambda x: torch.full_like(x, 8), f"{UP}: codes from 8 to 8, permitted are -8 to 7"),
+        ("qdata", lambda x: x[:0], f"{UP}: its codes are int8 [0, 64]"),
+        ("qdata", lambda x: x.float(), f"{UP}: its codes are float32 [128, 64]"),
+        ("zero_point", lambda x: x + 1, f"{UP}: zero points are not zeros"),
+    ],
+)
+def test_what_is_no_code_or_scale_is_named(
+    folder: Path, name: str, edit: Callable[[Tensor], Tensor], words: str
+) -> None:
+    with stored_tensors(folder) as tensors:
+        tensors[f"{UP}._weight_{name}"] = edit(tensors[f"{UP}._weight_{name}"])
+    assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        (torch.full((64,), float("nan")), f"{NORM}: holds values that are not finite"),
+        (torch.full((64,), float("inf")), f"{NORM}: holds values that are not finite"),
+        (torch.ones(64, dtype=torch.int32), f"{NORM}: is int32 [64], expected floats"),
+        (torch.ones(0), f"{NORM}: is float32 [0], expected floats"),
+    ],
+)
+def test_a_norm_that_is_no_norm_is_named(folder: Path, norm: Tensor, words: str) -> None:
+    with stored_tensors(folder) as tensors:
+        tensors[NORM] = norm
+    assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bits": 8}, f"{UP}: its codes are int4, the scheme says 8 bits"),
+        ({"group_size": 64}, f"{UP}: its scales are float32 [128, 2], expected float32 [128, 1]"),
+        ({"group_size": 0}, f"{UP}: groups of 0 do not divide 64 columns"),
+        ({"quantize_input": False}, f"{UP}: the rounding of its input is 'int8_asym_per_token'"),
+    ],
+)
+def test_a_scheme_of_other_tensors_is_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["scheme"]["weights"][UP] |= changes
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("embedding", "nowhere", "nowhere, an end of the model, has no codes"),
+        ("head", UP, "are one table in the scheme"),
+    ],
+)
+def test_ends_that_the_model_does_not_have_are_named(folder: Path, entry: str, value: str, words: str) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["scheme"][entry] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert words in refusal(folder)
+
+
+def test_torchao_has_to_compute_what_the_scheme_says(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata[f"{UP}.weight"])
+    description["_data"]["activation_quantization"] = None
+    save_file(load_file(path), path, metadata | {f"{UP}.weight": json.dumps(description)})
+    assert f"{UP}: the rounding of its input is None" in refusal(folder)
+
+
+def test_one_tensor_in_two_files_is_refused(folder: Path) -> None:
+    save_file({NORM: torch.ones(64)}, folder / "more.safetensors")
+    assert f"{NORM} is in another file of the folder, too" in refusal(folder)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_norm_is_neither_made_up_nor_left_out(folder: Path, extra: bool) -> None:
+    with stored_tensors(folder) as tensors:
+        if extra:
+            tensors["model.more.weight"] = torch.ones(3)
+        else:
+            del tensors[NORM]
+    relist(folder)
+    words = "with model.more.weight, which is not in the model" if extra else f"a checkpoint without {NORM}"
+    with pytest.raises(RunError, match=words):
+        frozen.load(folder)
