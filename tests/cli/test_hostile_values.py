@@ -149,6 +149,20 @@ def test_an_unexpected_error_is_a_bug_report(monkeypatch: pytest.MonkeyPatch, tm
     assert "Traceback" in text and "division by zero" in text and "torch 2." in text and "quantize 'a run'" in text
 
 
+def test_a_panic_in_a_library_is_a_bug_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(bug_report.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(commands, "_open", fail)
+    result = CliRunner().invoke(commands.main, ["report", "run"])
+    assert result.exit_code == bug_report.EX_SOFTWARE
+    assert "PanicException: index out of bounds" in result.stderr
+
+
 def test_a_bug_report_needs_no_folder_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bug_report.tempfile, "tempdir", "/no/such/folder")
     result = raising(KeyError("x"), monkeypatch)

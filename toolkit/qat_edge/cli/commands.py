@@ -77,7 +77,9 @@ class Commands(click.Group):
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click handles these: a closed pipe ends the command without a message
-        except Exception as error:
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a panic in a library written in Rust is no Exception
             from qat_edge.cli.bug_report import EX_SOFTWARE, describe_known, report_bug
 
             known = describe_known(error)

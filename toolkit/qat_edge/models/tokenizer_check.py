@@ -1,0 +1,215 @@
+"""Checks of a tokenizer that comes with a model: the one that was loaded is the one in its files, and gives fixed ids.
+
+transformers builds a tokenizer from tokenizer.json and from the settings of tokenizer_config.json. It saves the result,
+so that training, artifacts and runtimes have one tokenizer; but it may not be the one that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from qat_edge import progress
+from qat_edge.errors import DataError, ModelError, QatEdgeError
+from qat_edge.models.hub import one_line
+from qat_edge.readers import read_object, read_text, shorten, show
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENS_MAP = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKEN_USES = ("bos_token", "eos_token")
+
+PLAIN = "the man in the house reads one book and then another"
+# Texts in which tokenizers differ: white space, capitals, numbers, accents in two forms, other scripts.
+PROBES = (PLAIN, "It's 12345 o'clock", " two  spaces\n\n\tand lines ", "Ünïcode e\u0301 日本語 🙂")
+SHOWN_TOKENS = 8  # in a message
+PROBED_TOKENS = 8  # added tokens, which are compared inside of a text
+# Settings of a tokenizer's model that draw ids at random, each with the value that draws nothing.
+SAMPLING = {"dropout": None, "alpha": None, "nbest_size": None}
+
+
+@contextmanager
+def native_errors(failure: str, advice: str, kind: type[QatEdgeError] = ModelError) -> Iterator[None]:
+    """Turn errors of the tokenizers library into ours: it raises `Exception` itself, and panics, which are none.
+
+    Args:
+        failure: What could not be done, with the file.
+        advice: What to do, a sentence.
+        kind: Class of the error to raise.
+
+    Raises:
+        QatEdgeError: The library failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{failure} ({one_line(error)}). {advice}") from error
+
+
+def encoding_errors(text: str) -> AbstractContextManager[None]:
+    """Turn a failure to tokenize a text into an error that quotes its beginning: regular expressions have limits."""
+    return native_errors(
+        f"The tokenizer cannot read a text of {len(text)} characters, {show(text)}",
+        "Shorten the text, or correct the regular expressions in the model's tokenizer.json.",
+        DataError,
+    )
+
+
+def advice_for(folder: Path) -> str:
+    """Return what to do about a tokenizer that cannot be loaded."""
+    if not (folder / TOKENIZER_JSON).is_file():
+        return f"Put its {TOKENIZER_JSON} next to the weights."
+    return f"Restore {TOKENIZER_JSON} and {TOKENIZER_CONFIG}{_named_class(folder)}."
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
+
+    Args:
+        tokenizer: As loaded.
+        folder: Its files.
+
+    Raises:
+        ModelError: The loaded tokenizer is another one than that of tokenizer.json.
+    """
+    config = _settings(folder / TOKENIZER_CONFIG)
+    _warn_of_two_templates(config, folder)
+    _warn_of_other_tokens(tokenizer, config, folder)
+    if not tokenizer.is_fast:
+        return
+    path = folder / TOKENIZER_JSON
+    _without_sampling(tokenizer, path)
+    if path.is_file():
+        with native_errors(f"{path}: cannot be read as a tokenizer", "Restore the file."):
+            stored = Tokenizer.from_file(str(path))
+            _require_same(tokenizer, stored, folder)
+
+
+def _without_sampling(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Switch off random ids, in what is saved too: a text would have other ids in every epoch and on every device."""
+    model = tokenizer.backend_tokenizer.model
+    for name, off in SAMPLING.items():
+        value = getattr(model, name, off)
+        if value is not off and value != 0:
+            setattr(model, name, off)
+            progress.warn(
+                f"{path}: '{name}' of its model is {shorten(value)}, which draws the tokens of a text at random. It is "
+                "switched off, in the tokenizer of the artifacts too."
+            )
+
+
+def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder: Path) -> None:
+    """Refuse a tokenizer that differs from tokenizer.json in plain text; report one that differs elsewhere."""
+    named = _named_class(folder)
+    kept, loaded = stored.get_vocab(), tokenizer.get_vocab()
+    moved = next((token for token, i in kept.items() if loaded.get(token) != i), None)
+    if moved is not None:
+        raise ModelError(
+            f"{folder}: {TOKENIZER_JSON} gives the token {show(moved)} the id {kept[moved]}, and the tokenizer that "
+            f"transformers builds from it {loaded.get(moved, 'none')}{named}. Correct the file that is wrong."
+        )
+
+    for text in _probes(stored):
+        expected = stored.encode(text, add_special_tokens=False).ids
+        found = list(tokenizer.encode(text, add_special_tokens=False))
+        if found == expected:
+            continue
+        same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
+        differs = (
+            f"{folder}: transformers builds another tokenizer than {TOKENIZER_JSON} has{named}: in {show(text)}, it "
+            f"reads {_shown(tokenizer, found[same:])} where {TOKENIZER_JSON} has {_shown(tokenizer, expected[same:])}"
+        )
+        # Settings in tokenizer_config.json change white space, case and the first word of a text in some families.
+        half = len(expected) // 2
+        if text == PLAIN and found[-half:] != expected[-half:]:
+            raise ModelError(
+                f"{differs}. Correct tokenizer_class in {TOKENIZER_CONFIG} (PreTrainedTokenizerFast takes "
+                f"{TOKENIZER_JSON} as it is), or restore both files."
+            )
+        progress.warn(
+            f"{differs}. Training and the artifacts use the tokenizer that was built. If the model was trained with "
+            f"{TOKENIZER_JSON}, set tokenizer_class in {TOKENIZER_CONFIG} to PreTrainedTokenizerFast."
+        )
+        return
+
+
+def _probes(stored: Tokenizer) -> tuple[str, ...]:
+    """Return texts to compare, and prepare a tokenizer that was read from tokenizer.json for it."""
+    stored.no_truncation()
+    stored.no_padding()
+    model = stored.model
+    for name, off in SAMPLING.items():
+        if hasattr(model, name):
+            setattr(model, name, off)
+    tokens = [token.content for token in stored.get_added_tokens_decoder().values()][:PROBED_TOKENS]
+    return (*PROBES, "".join(f"a{token} b" for token in tokens))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_object(path, ModelError) if path.is_file() else {}
+
+
+def _named_class(folder: Path) -> str:
+    """Return which class tokenizer_config.json names, for a message."""
+    name = _settings(folder / TOKENIZER_CONFIG).get("tokenizer_class")
+    return f" ({TOKENIZER_CONFIG} has tokenizer_class {show(name)})" if name else ""
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    shown = " ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ids[:SHOWN_TOKENS]))
+    return shown or "no token"
+
+
+def _warn_of_two_templates(config: dict[str, Any], folder: Path) -> None:
+    """Report a chat template that another file replaces."""
+    path = folder / TEMPLATE_FILE
+    replaced = _default_template(config.get("chat_template")) if path.is_file() else None
+    if replaced is not None and replaced.rstrip("\n") != read_text(path, ModelError).rstrip("\n"):
+        progress.warn(
+            f"{folder}: the chat templates of {TEMPLATE_FILE} and of {TOKENIZER_CONFIG} differ. {TEMPLATE_FILE} is "
+            "used. Remove the one that is wrong."
+        )
+
+
+def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], folder: Path) -> None:
+    """Report tokens that a file gives another id or another use than the loaded tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    stated = config.get("added_tokens_decoder")
+    for key, value in stated.items() if isinstance(stated, dict) else ():
+        token = _content(value)
+        if token is not None and str(vocabulary.get(token)) != key:
+            progress.warn(
+                f"{folder}: {TOKENIZER_CONFIG} gives the token {show(token)} the id {shorten(key)}, and the tokenizer's "
+                f"other files {vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
+            )
+            break
+    for name, settings in ((TOKENIZER_CONFIG, config), (TOKENS_MAP, _settings(folder / TOKENS_MAP))):
+        for use in TOKEN_USES:
+            token, used = _content(settings.get(use)), getattr(tokenizer, use)
+            if token is not None and token != used:
+                progress.warn(
+                    f"{folder}: {name} has the {use} {show(token)}, and another file of the tokenizer {show(used)}, "
+                    "which is used. Correct the file that is wrong."
+                )
+
+
+def _content(value: Any) -> str | None:
+    """Return the text of a token, which files have as it is or in an object; None for anything else."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _default_template(value: Any) -> str | None:
+    """Return the template of tokenizer_config.json that is used by default: some models have a list with names."""
+    if isinstance(value, list):
+        named = (item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default")
+        value = next(named, None)
+    return value if isinstance(value, str) else None
