@@ -187,8 +187,8 @@ def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, 
         token = _content(value)
         if token is not None and str(vocabulary.get(token)) != key:
             progress.warn(
-                f"{folder}: {TOKENIZER_CONFIG} gives the token {show(token)} the id {shorten(key)}, and the tokenizer's "
-                f"other files {vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
+                f"{folder}: {TOKENIZER_CONFIG} gives the token {show(token)} the id {shorten(key)}, and other files "
+                f"{vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
             )
             break
     for name, settings in ((TOKENIZER_CONFIG, config), (TOKENS_MAP, _settings(folder / TOKENS_MAP))):
