@@ -66,8 +66,8 @@ def encoding_errors(text: str) -> AbstractContextManager[None]:
 def advice_for(folder: Path) -> str:
     """Return what to do about a tokenizer that cannot be loaded."""
     if not (folder / TOKENIZER_JSON).is_file():
-        return f"Put its {TOKENIZER_JSON} next to the weights."
-    return f"Restore {TOKENIZER_JSON} and {TOKENIZER_CONFIG}{_named_class(folder)}."
+        return "Put its tokenizer.json next to the weights."
+    return f"Restore tokenizer.json and tokenizer_config.json{_named_class(folder)}."
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -113,7 +113,7 @@ def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder:
     moved = next((token for token, i in kept.items() if loaded.get(token) != i), None)
     if moved is not None:
         raise ModelError(
-            f"{folder}: {TOKENIZER_JSON} gives the token {show(moved)} the id {kept[moved]}, and the tokenizer that "
+            f"{folder}: tokenizer.json gives the token {show(moved)} the id {kept[moved]}, and the tokenizer that "
             f"transformers builds from it {loaded.get(moved, 'none')}{named}. Correct the file that is wrong."
         )
 
@@ -124,19 +124,19 @@ def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder:
             continue
         same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
         differs = (
-            f"{folder}: transformers builds another tokenizer than {TOKENIZER_JSON} has{named}: in {show(text)}, it "
-            f"reads {_shown(tokenizer, found[same:])} where {TOKENIZER_JSON} has {_shown(tokenizer, expected[same:])}"
+            f"{folder}: transformers builds another tokenizer than tokenizer.json has{named}: in {show(text)}, it "
+            f"reads {_shown(tokenizer, found[same:])} where tokenizer.json has {_shown(tokenizer, expected[same:])}"
         )
         # Settings in tokenizer_config.json change white space, case and the first word of a text in some families.
         half = len(expected) // 2
         if text == PLAIN and found[-half:] != expected[-half:]:
             raise ModelError(
-                f"{differs}. Correct tokenizer_class in {TOKENIZER_CONFIG} (PreTrainedTokenizerFast takes "
-                f"{TOKENIZER_JSON} as it is), or restore both files."
+                f"{differs}. Correct tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast takes "
+                f"tokenizer.json as it is), or restore both files."
             )
         progress.warn(
             f"{differs}. Training and the artifacts use the tokenizer that was built. If the model was trained with "
-            f"{TOKENIZER_JSON}, set tokenizer_class in {TOKENIZER_CONFIG} to PreTrainedTokenizerFast."
+            f"tokenizer.json, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."
         )
         return
 
@@ -160,7 +160,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _named_class(folder: Path) -> str:
     """Return which class tokenizer_config.json names, for a message."""
     name = _settings(folder / TOKENIZER_CONFIG).get("tokenizer_class")
-    return f" ({TOKENIZER_CONFIG} has tokenizer_class {show(name)})" if name else ""
+    return f" (tokenizer_config.json has tokenizer_class {show(name)})" if name else ""
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -174,8 +174,8 @@ def _warn_of_two_templates(config: dict[str, Any], folder: Path) -> None:
     replaced = _default_template(config.get("chat_template")) if path.is_file() else None
     if replaced is not None and replaced.rstrip("\n") != read_text(path, ModelError).rstrip("\n"):
         progress.warn(
-            f"{folder}: the chat templates of {TEMPLATE_FILE} and of {TOKENIZER_CONFIG} differ. {TEMPLATE_FILE} is "
-            "used. Remove the one that is wrong."
+            f"{folder}: the chat templates of chat_template.jinja and of tokenizer_config.json differ. "
+            "chat_template.jinja is used. Remove the one that is wrong."
         )
 
 
@@ -187,7 +187,7 @@ def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, 
         token = _content(value)
         if token is not None and str(vocabulary.get(token)) != key:
             progress.warn(
-                f"{folder}: {TOKENIZER_CONFIG} gives the token {show(token)} the id {shorten(key)}, and other files "
+                f"{folder}: tokenizer_config.json gives the token {show(token)} the id {shorten(key)}, and other files "
                 f"{vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
             )
             break
