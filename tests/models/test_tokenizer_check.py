@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +140,36 @@ def test_tokens_that_files_state_differently_are_reported(folder: Path, messages
     check_tokenizer(tokenizer, folder)
     assert len(messages) == 2
     assert "the token '<|other|>' the id 2" in messages[0] and "eos_token '<|" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "\n+"}, "content": " "}},
+        {"decoder": None},
+        {"model": "Ġ"},
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_reported(folder: Path, messages: list[str], damage: dict[str, Any]) -> None:
+    if "model" in damage:
+        edit(folder, "tokenizer.json", lambda document: document["model"]["vocab"].pop(damage["model"]))
+    else:
+        edit(folder, "tokenizer.json", lambda document: document.update(damage))
+    load_model(str(folder))
+    assert len(messages) == 1 and "does not give back what it reads" in messages[0]
+
+
+def test_special_tokens_that_training_would_read_as_text_are_refused(folder: Path) -> None:
+    configure(folder, split_special_tokens=True)
+    with pytest.raises(ModelError, match="split_special_tokens"):
+        load_model(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_read(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: not a file"):
+        load_model(str(folder))

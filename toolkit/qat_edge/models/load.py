@@ -34,6 +34,7 @@ from qat_edge.manifest import sha256
 from qat_edge.models import experts, gguf_model, hub, tasks, text_model, tokenizer_check, weights_check
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
+from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.models.weights_check import LoadReport
 from qat_edge_exporters.targets import FORMATS, target_named
 
@@ -159,6 +160,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     weights_check.check_finite(model, str(path))
     weights_check.check_vocabulary(model, tokenizer, str(path))
     gguf_model.check_tokenizer(tokenizer, metadata, path)
+    tokenizer_check.warn_of_losses(tokenizer, str(path))
     identity = ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
@@ -195,7 +197,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
         raise ModelError(
             f"{path}: the weights cannot be loaded ({one_line(error)}). Save the model again, or correct config.json."
         ) from error
-    tokenizer = _load_tokenizer(str(path), path, trust_remote_code, local_files_only=True)
+    tokenizer = _load_tokenizer(str(path), path, task, trust_remote_code, local_files_only=True)
     _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
     task.prepare(model)
 
@@ -229,7 +231,7 @@ def _load_hub(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _load_tokenizer(source, snapshot, trust_remote_code, local_files_only=False, revision=revision)
+    tokenizer = _load_tokenizer(source, snapshot, task, trust_remote_code, local_files_only=False, revision=revision)
     files = weights_check.check_files(snapshot)
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)
@@ -456,18 +458,25 @@ def _check_pooling(folder: Path) -> None:
 
 
 def _load_tokenizer(
-    source: str, folder: Path, trust_remote_code: bool, local_files_only: bool, revision: str | None = None
+    source: str,
+    folder: Path,
+    task: ModelTask,
+    trust_remote_code: bool,
+    local_files_only: bool,
+    revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and check that it can encode and is the one in its files.
 
     Args:
         source: Folder or Hub id.
         folder: The folder, or the one in the Hub's cache.
+        task: The task the model is used for.
         trust_remote_code: Run the code that comes with the tokenizer.
         local_files_only: Download nothing.
         revision: Commit on the Hub.
     """
     failure, advice = f"{source}: the model has no usable tokenizer", tokenizer_check.advice_for(folder)
+    tokenizer_check.require_files(folder, TOKENIZER_FILES)
     try:
         with tokenizer_check.native_errors(failure, advice), remote_code.refusals(Path(source)):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -482,6 +491,8 @@ def _load_tokenizer(
     if is_empty:
         raise ModelError(f"{failure} (its vocabulary is empty). {advice}")
     tokenizer_check.check_tokenizer(tokenizer, folder)
+    if not task.is_encoder:
+        tokenizer_check.warn_of_losses(tokenizer, source)
     return tokenizer
 
 

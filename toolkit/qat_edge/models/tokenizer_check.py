@@ -6,7 +6,8 @@ so that training, artifacts and runtimes have one tokenizer; but it may not be t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def advice_for(folder: Path) -> str:
     return f"Restore tokenizer.json and tokenizer_config.json{_named_class(folder)}."
 
 
+def require_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a tokenizer with a file that is a pipe or a device: reading it may not end.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    for name in names:
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path}: not a file. Restore the file.")
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
 
@@ -78,8 +91,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         folder: Its files.
 
     Raises:
-        ModelError: The loaded tokenizer is another one than that of tokenizer.json.
+        ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have.
     """
+    if tokenizer.split_special_tokens:
+        raise ModelError(
+            f"{folder}: tokenizer_config.json sets split_special_tokens, so that training would read special tokens as "
+            "text, and every runtime as tokens. Remove the key."
+        )
     config = _settings(folder / TOKENIZER_CONFIG)
     _warn_of_two_templates(config, folder)
     _warn_of_other_tokens(tokenizer, config, folder)
@@ -91,6 +109,30 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         with native_errors(f"{path}: cannot be read as a tokenizer", "Restore the file."):
             stored = Tokenizer.from_file(str(path))
             _require_same(tokenizer, stored, folder)
+
+
+def warn_of_losses(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Report a tokenizer that does not give a text back. A model cannot learn to write what its tokenizer leaves out.
+
+    Args:
+        tokenizer: Of a model that generates text.
+        source: Its folder or Hub id.
+    """
+    for text in PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        decoded = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if _composed(decoded) != _composed(text):
+            progress.warn(
+                f"{source}: the tokenizer does not give back what it reads: {show(text)} comes back as "
+                f"{show(decoded)}. The model can neither read nor write what is lost. If the model is not made "
+                "so, restore its tokenizer.json."
+            )
+            return
+
+
+def _composed(text: str) -> str:
+    """Return a text without differences that do no harm: white space around it, and forms of one character."""
+    return unicodedata.normalize("NFKC", text.strip())
 
 
 def _without_sampling(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
