@@ -164,19 +164,7 @@ def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder:
             f"transformers builds from it {loaded.get(moved, 'none')}{named}. Correct the file that is wrong."
         )
 
-    stored.no_truncation()
-    stored.no_padding()
-    _without_random_ids(stored.model)
-    added = stored.get_added_tokens_decoder()
-    # transformers changes white space next to special tokens on purpose, so that only the tokens are compared there.
-    marked = "".join(f"a{token.content} b" for token in list(added.values())[:PROBED_TOKENS])
-    for text in (*PROBES, marked):
-        expected = stored.encode(text, add_special_tokens=False).ids
-        found = list(tokenizer.encode(text, add_special_tokens=False))
-        if text == marked:
-            expected, found = [i for i in expected if i in added], [i for i in found if i in added]
-        if found == expected:
-            continue
+    for text, found, expected in _differences(tokenizer, stored):
         same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
         differs = (
             f"{folder}: transformers builds another tokenizer than tokenizer.json has{named}: in {show(text)}, it "
@@ -187,13 +175,30 @@ def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder:
         if text == PLAIN and found[-half:] != expected[-half:]:
             raise ModelError(
                 f"{differs}. Correct tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast takes "
-                f"tokenizer.json as it is), or restore both files."
+                "tokenizer.json as it is), or restore both files."
             )
         progress.warn(
             f"{differs}. Training and the artifacts use the tokenizer that was built. If the model was trained with "
-            f"tokenizer.json, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."
+            "tokenizer.json, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."
         )
         return
+
+
+def _differences(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield texts that two tokenizers read in different ways, with the ids of each."""
+    stored.no_truncation()
+    stored.no_padding()
+    _without_random_ids(stored.model)
+    added = stored.get_added_tokens_decoder()
+    # transformers changes white space next to special tokens on purpose, so that only the tokens are compared there.
+    marked = "".join(f"a{token.content} b" for token in list(added.values())[:PROBED_TOKENS])
+    for text in (*PROBES, marked):
+        expected = list(stored.encode(text, add_special_tokens=False).ids)
+        found = list(tokenizer.encode(text, add_special_tokens=False))
+        if text == marked:
+            expected, found = [i for i in expected if i in added], [i for i in found if i in added]
+        if found != expected:
+            yield text, found, expected
 
 
 def _settings(path: Path) -> dict[str, Any]:
