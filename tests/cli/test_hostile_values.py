@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import rich.console
 from click.testing import CliRunner
 
 import qat_edge
 from qat_edge import config
 from qat_edge.cli import bug_report, commands
+from qat_edge.cli import console as console_module
 from qat_edge.cli.commands import main
-from qat_edge.errors import QatEdgeError, UsageError
+from qat_edge.cli.console import visible
+from qat_edge.errors import DataError, QatEdgeError, UsageError
 from qat_edge.options import ExportOptions, FinetuneOptions, ValidateOptions
 
 FINETUNE = ["finetune", "--model", "m", "--data", "d", "--out", "x"]
@@ -147,6 +152,52 @@ def test_an_unexpected_error_is_a_bug_report(monkeypatch: pytest.MonkeyPatch, tm
     assert "Traceback" not in result.stderr
     text = written.read_text()
     assert "Traceback" in text and "division by zero" in text and "torch 2." in text and "quantize 'a run'" in text
+
+
+def test_a_panic_in_a_library_is_a_bug_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class PanicException(BaseException):
+        """As pyo3 raises it."""
+
+    monkeypatch.setattr(bug_report.tempfile, "tempdir", str(tmp_path))
+    result = raising(PanicException("index out of bounds"), monkeypatch)
+    assert result.exit_code == bug_report.EX_SOFTWARE
+    assert "PanicException: index out of bounds" in result.stderr
+
+
+# --- what reaches the terminal ------------------------------------------------------------------------------
+
+HOSTILE = "a\x1b[31mb\x07\r\u202ec\u2066\x9b2J\udc80\x00"
+SHOWN = r"a\x1b[31mb\x07\r\u202ec\u2066\x9b2J\udc80\x00"
+
+
+@pytest.mark.parametrize("error", [DataError, UsageError, click.UsageError])
+def test_control_characters_in_an_error_are_shown_as_escapes(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bug_report.tempfile, "tempdir", str(tmp_path))
+    result = raising(error(f"{HOSTILE}\n\tend"), monkeypatch)
+    assert SHOWN in result.stderr
+    assert not set("\x1b\x07\r\u202e\x9b\x00") & set(result.stderr)
+
+
+def test_control_characters_in_messages_and_progress_are_shown_as_escapes() -> None:
+    stream = io.StringIO()
+    terminal = rich.console.Console(file=stream, force_terminal=True, color_system=None, width=400)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console_module, "console", lambda: terminal)
+        reporter = console_module.ConsoleReporter()
+        reporter.info(HOSTILE)
+        reporter.warn(HOSTILE)
+        with reporter.progress(f"[red]{HOSTILE}", 2) as bar:
+            bar.update(1, HOSTILE)
+    written = stream.getvalue()
+    assert written.count(SHOWN) >= 4 and "[red]" in written
+    assert "\x1b[31m" not in written and "\u202e" not in written
+
+
+def test_other_text_is_shown_as_it_is() -> None:
+    text = "naïve 日本語 👩\u200d💻 \n\t'quoted' \\x1b"
+    assert visible(text) == text
 
 
 def test_a_bug_report_needs_no_folder_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,14 @@ def test_the_identity_is_that_of_the_rows_as_they_are_read() -> None:
     assert table.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_rows_that_another_table_has_too_are_counted() -> None:
+    trained = list(rows(20))
+    table = TokenTable(trained)
+    assert TokenTable(trained[15:] + trained[15:16]).shared_rows(table) == 6
+    assert TokenTable({**row, "labels": row["input_ids"]} for row in trained).shared_rows(table) == 0
+    assert TokenTable([]).shared_rows(table) == 0
+
+
 def test_memory_does_not_grow_with_the_rows() -> None:
     def peak(count: int) -> int:
         gc.collect()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
@@ -95,9 +96,9 @@ def test_the_parts_of_a_folder_are_read(tmp_path: Path) -> None:
     folder.mkdir()
     write_lines(folder / "train.jsonl", {"text": "learn"})
     write_lines(folder / "test.jsonl", {"text": "examine"})
-    assert load_rows(str(folder)) == [Text("learn", f"{folder}:train, row 1")]
+    assert load_rows(str(folder)) == [Text("learn", f"{folder}/train.jsonl:1")]
     assert load_rows(str(folder), "test") == load_rows(f"{folder}:test", "train")
-    assert load_rows(str(folder), "test") == [Text("examine", f"{folder}:test, row 1")]
+    assert load_rows(str(folder), "test") == [Text("examine", f"{folder}/test.jsonl:1")]
     with pytest.raises(DataError, match="no data set with a part 'nonsense'"):
         load_rows(str(folder), "nonsense")
 
@@ -155,6 +156,61 @@ def test_a_quote_in_a_csv_file_that_nothing_closes_is_an_error(tmp_path: Path) -
         list(load_rows(str(path)))
     path.write_text('prompt,completion\nsay 1,"a ""b"", c"\n')
     assert [row.completion for row in load_rows(str(path))] == ['a "b", c']  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder for data files; pytest's own has "test" in its name, which `datasets` takes for a part."""
+    path = tmp_path / "rows"
+    path.mkdir()
+    return path
+
+
+def test_the_cells_of_csv_files_in_a_folder_are_texts(folder: Path) -> None:
+    (folder / "train.csv").write_text("prompt,completion\nNA,null\n007,1.50\n2024-01-01,true\n")
+    rows: Any = load_rows(str(folder))
+    assert [(row.prompt, row.completion) for row in rows] == [("NA", "null"), ("007", "1.50"), ("2024-01-01", "true")]
+    assert rows[0].where == f"{folder / 'train.csv'}:2"
+
+    # pandas would take the first of three values for the name of the row.
+    (folder / "train.csv").write_text("prompt,completion\na,b,c\n")
+    with pytest.raises(DataError, match=r"train\.csv:2: more values than the 2 columns"):
+        load_rows(str(folder))
+
+
+def test_no_cell_of_other_tables_in_a_folder_is_null(folder: Path) -> None:
+    (folder / "train.tsv").write_text("prompt\tcompletion\nNA\tnull\n")
+    rows: Any = load_rows(str(folder))
+    assert [(row.prompt, row.completion) for row in rows] == [("NA", "null")]
+
+
+def test_texts_of_a_folder_that_look_like_dates_are_texts(folder: Path) -> None:
+    write_lines(folder / "train.jsonl", {"prompt": "2024-01-01T00:00:00", "completion": "2024-01-01 00:00:00"})
+    (row,) = cast("list[Completion]", load_rows(str(folder)))
+    assert row.completion == "2024-01-01 00:00:00"
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_missing(folder: Path) -> None:
+    (folder / "train.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match="no data set with a part 'train' was found there that can be read") as error:
+        load_rows(str(folder))
+    assert "no such file" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows", "/dev/zero"])
+def test_a_pipe_is_named_as_such(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if not path.exists():
+        os.mkfifo(path)
+    with pytest.raises(DataError, match="a pipe, a socket or a device"):
+        load_rows(str(path))
+
+
+def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "rows.jsonl", {"text": "a"})
+    with pytest.raises(DataError, match="a file has no parts"):
+        load_rows(f"{source}:train")
 
 
 @pytest.mark.parametrize("kind", ["Audio", "Image"])

@@ -31,7 +31,7 @@ REMEDIES = {
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
-def describe_known(error: Exception) -> str | None:
+def describe_known(error: BaseException) -> str | None:
     """Return a paragraph for a resource that ran out or a path that cannot be used; None for any other error."""
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
@@ -46,7 +46,7 @@ def describe_known(error: Exception) -> str | None:
     return None
 
 
-def report_bug(error: Exception) -> str:
+def report_bug(error: BaseException) -> str:
     """Write the traceback of an unexpected error to a file and return the paragraph that names it."""
     head = f"qat-edge {__version__} failed in a way it does not expect: {_summary(error)}."
     try:
@@ -61,7 +61,7 @@ def report_bug(error: Exception) -> str:
     )
 
 
-def _write(error: Exception) -> Path:
+def _write(error: BaseException) -> Path:
     """Write the report into the folder for temporary files."""
     versions = [f"{name} {library_version(name)}" for name in LIBRARIES]
     lines = [
@@ -84,7 +84,7 @@ def _command() -> str:
     return f"qat-edge {shlex.join(sys.argv[1:])}"[:1000]
 
 
-def _summary(error: Exception) -> str:
+def _summary(error: BaseException) -> str:
     """Return class and message of an error on one short line."""
     text = " ".join(str(error).split())[:200].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

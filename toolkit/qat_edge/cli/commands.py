@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qat_edge import __version__, config, progress, remote_code, stop_signals
-from qat_edge.cli.console import ConsoleReporter, console
+from qat_edge.cli.console import ConsoleReporter, console, echo, echo_generated, visible
 from qat_edge.cli.flags import (
     TRUST_REMOTE_CODE,
     GroupedCommand,
@@ -70,14 +70,19 @@ class Commands(click.Group):
             _print_error(str(error))
             ctx.exit(error.exit_code)
         except stop_signals.Stopped as stopped:
-            click.echo(str(stopped), err=True)
+            echo(str(stopped), err=True)
             ctx.exit(stopped.exit_code)
         except KeyboardInterrupt:
             click.echo("Stopped by SIGINT.", err=True)
             ctx.exit(130)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.ClickException as error:
+            error.message = visible(error.message)  # type: ignore[misc]  # it is ours: nothing else reads it
+            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click handles these: a closed pipe ends the command without a message
-        except Exception as error:
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a panic in a library written in Rust is no Exception
             from qat_edge.cli.bug_report import EX_SOFTWARE, describe_known, report_bug
 
             known = describe_known(error)
@@ -224,7 +229,7 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         _print_json(results)
     for result in results:
-        click.echo(result.describe(), err=as_json)
+        echo(result.describe(), err=as_json)
     require_equal(results)
     progress.info(f"Verified {len(results)} artifacts: equal to the frozen checkpoint. Next: qat-edge validate {run}")
 
@@ -249,7 +254,7 @@ def doctor(program: Path, as_json: bool, **flags: Any) -> None:
     if as_json:
         _print_json(diagnosis)
     for line in lines(diagnosis):
-        click.echo(line, err=as_json)
+        echo(line, err=as_json)
     require_loadable(diagnosis, options)
 
 
@@ -365,10 +370,7 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
     opened = _open(run)
     from qat_edge.verbs.generate import generate as verb
 
-    verb(
-        opened, prompt, source, lambda piece: click.echo(piece, nl=False),
-        raw=raw, system=system, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
+    verb(opened, prompt, source, echo_generated, raw=raw, system=system, max_new_tokens=max_new_tokens)
     click.echo()
 
 
@@ -407,12 +409,12 @@ def _print_validated(result: Validated, run: Path, as_json: bool) -> None:
             console().print(summary_table(report))
         else:
             for line in report.lines():
-                click.echo(line, err=as_json)
+                echo(line, err=as_json)
         progress.info(f"Wrote {result.paths[report.device]}. Next: qat-edge report {run}")
 
 
 def _print_error(text: str) -> None:
-    click.secho(f"Error: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
+    echo(f"Error: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
 
 
 def _open(path: Path) -> Run:

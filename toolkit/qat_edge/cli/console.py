@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+import click
+
 from qat_edge.progress import Bar, LineBar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+# A terminal obeys control characters; marks of direction show text in another order than it has; no encoding has halves
+# of surrogate pairs, which names of files may hold. New lines and tabs are ours.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text with characters that could control the terminal as escapes: data, names and keys are anyone's."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def echo(text: str, err: bool = False, fg: str | None = None) -> None:
+    """Print a line on stdout or stderr."""
+    click.secho(visible(text), err=err, fg=fg)
+
+
+def echo_generated(piece: str) -> None:
+    """Print a piece of generated text, without a new line; a file or pipe gets it as it is."""
+    click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)
 
 
 @cache
@@ -28,11 +51,11 @@ class ConsoleReporter:
 
     def info(self, text: str) -> None:
         """Print one line."""
-        console().print(text, markup=False, soft_wrap=True)
+        console().print(visible(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print one line, in yellow on a terminal."""
-        console().print(f"Warning: {text}", markup=False, soft_wrap=True, style="yellow")
+        console().print(f"Warning: {visible(text)}", markup=False, soft_wrap=True, style="yellow")
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Bar]:
@@ -51,11 +74,12 @@ class ConsoleReporter:
         )
 
         columns = (
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=console()) as shown:
-            shown.add_task(title, total=total, note="")
+            shown.add_task(visible(title), total=total, note="")
             yield _RichBar(shown)
 
 
@@ -69,4 +93,4 @@ class _RichBar:
         self.shown.reset(self.shown.task_ids[0], completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
-        self.shown.update(self.shown.task_ids[0], completed=done, note=note)
+        self.shown.update(self.shown.task_ids[0], completed=done, note=visible(note))

@@ -18,6 +18,7 @@ from qat_edge.data.template_limits import (
     limit_rendering,
 )
 from qat_edge.errors import DataError, ModelError
+from qat_edge.models.tokenizer_check import encoding_errors
 from qat_edge.readers import shorten
 
 MAX_REASON = 300  # characters of a template's error that a message quotes
@@ -179,8 +180,13 @@ class ChatTemplate:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a text without special tokens around it."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    """Return the token ids of a text without special tokens around it.
+
+    Raises:
+        DataError: The tokenizer fails on the text.
+    """
+    with encoding_errors(text):
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _unreadable(error: Exception) -> str:

@@ -9,7 +9,8 @@
 The prompt of a message is the conversation up to it, rendered with the template's generation prompt. Everything that
 the template writes after that, such as an empty <think></think> block, is part of the message and has a loss.
 
-`chat_template` renders the template within limits, and `template_use` checks that it leaves nothing out.
+`chat_template` renders the template within limits, `template_use` checks that it leaves nothing out, and `turn_tokens`
+that no text of a message ends it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge.data.chat_template import PROBE, ChatTemplate, encode
 from qat_edge.data.rows import Chat, Message, is_trained
 from qat_edge.data.template_use import TemplateUse
+from qat_edge.data.turn_tokens import TurnTokens
 from qat_edge.errors import DataError, ModelError
 from qat_edge.readers import shorten
 
@@ -115,6 +117,7 @@ class ChatFormat:
         self.ends: dict[int, None] = {}
         self._template = ChatTemplate(tokenizer)
         self._use = TemplateUse(self._template)
+        self._turn_tokens = TurnTokens(self._template)
         # Counts that `notes` reports: rows with an unused last message, and turns that the template does not end.
         self._unanswered = self._closed = self._open = 0
 
@@ -122,13 +125,15 @@ class ChatFormat:
         """Return the messages of a conversation that are trained on, each with its prompt.
 
         Raises:
-            DataError: The template cannot write the conversation, or leaves a part of it out.
+            DataError: The template cannot write the conversation, or leaves a part of it out, or a text of it spells a
+                token that begins or ends messages.
             ModelError: The template cannot be used at all.
         """
         last = max(i for i, message in enumerate(chat.messages) if is_trained(message))
         self._unanswered += last + 1 < len(chat.messages)
         self._use.check_arguments(chat)
         chat = self._use.as_read(chat, last)
+        self._turn_tokens.check(chat, last + 1)
 
         found: list[Turn] = []
         ids: list[int] = []
@@ -169,11 +174,12 @@ class ChatFormat:
         """Return the prompt of the assistant's next message.
 
         Raises:
-            DataError: The template cannot write these messages.
+            DataError: The template cannot write these messages, or one spells a token that begins or ends messages.
             ModelError: The template cannot be used at all.
         """
         chat = Chat(messages, "prompt", template_arguments=dict(template_arguments or {}))
         self._use.check_arguments(chat)
+        self._turn_tokens.check(chat, len(messages))
         text = self._template.render(chat, len(messages), add_generation_prompt=True)
         return Prompt(text, encode(text, self.tokenizer))
 
@@ -183,6 +189,7 @@ class ChatFormat:
         if self._use.unused:
             fields = ", ".join(f"'{shorten(key)}' in {count}" for key, count in self._use.unused.most_common(10))
             lines.append(f"Fields of messages that the chat template does not use: {fields} messages")
+        lines += self._turn_tokens.note()
         if self._unanswered:
             lines.append(f"{self._unanswered} rows end with a message that no answer follows; it is not used")
         if self._closed:

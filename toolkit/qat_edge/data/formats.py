@@ -34,7 +34,7 @@ from qat_edge.models import hub
 from qat_edge.readers import parse_json, read_text, shorten
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
@@ -101,9 +101,13 @@ def _records(source: str, split: str) -> Records:
 
     # A path that does not exist is an error. It is never looked up on the Hub, whose message would mislead.
     folder = Path(name).expanduser()
-    is_path = name.startswith((".", "/", "~")) and not folder.is_dir()
-    if is_path or folder.suffix.lower() in READERS:
+    is_path = name.startswith((".", "/", "~")) or folder.suffix.lower() in READERS
+    if is_path and not folder.exists():
         raise DataError(f"{source}: no such file or folder. Give an existing one or a Hub data set id.")
+    if folder.is_file():
+        raise DataError(f"{source}: a file has no parts. Give {name}, or a folder with a file for each part.")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{source}: a pipe, a socket or a device, which cannot be read twice. Save the rows in a file.")
     return _dataset_records(str(folder), part)
 
 
@@ -202,23 +206,44 @@ READERS: dict[str, Callable[[Path], Records]] = {
 def _dataset_records(name: str, split: str) -> Records:
     """Yield the records of a folder, as `datasets` saved it or of data files, or of a Hub data set."""
     import datasets  # takes seconds to import, and text files do not need it
+    from datasets.packaged_modules.csv.csv import Csv
 
     # Only a name that is no folder needs the Hub; the reason is for the message, a cached copy may still load.
-    offline = "" if Path(name).is_dir() else hub.unreachable_reason()
+    is_folder = Path(name).is_dir()
+    offline = "" if is_folder else hub.unreachable_reason()
+    files: list[Path] = []
     try:
         # `save_to_disk` writes state.json, or dataset_dict.json for several parts.
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(name)
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
         else:
-            data = datasets.load_dataset(name, split=split)
+            builder = datasets.load_dataset_builder(name)
+            files = _own_files(builder, split) if is_folder else []
+            if not files:
+                # Without this, NA is read as null.
+                as_text = {"na_filter": False} if isinstance(builder, Csv) else {}
+                data = datasets.load_dataset(name, split=split, **as_text)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{name}: no such file or folder, and no data set with a part '{split}' was found there or on the "
-            f"Hub ({offline or ' '.join(str(error).split())[:300]}). Check the name; '{name}:PART' names another part."
-        ) from error
+        reason = offline or " ".join(str(error.__cause__ or error).split())[:300]
+        found = f"no data set with a part '{split}' was found there"
+        outcome = f"{found} that can be read" if is_folder else f"no such file or folder, and {found} or on the Hub"
+        raise DataError(f"{name}: {outcome} ({reason}). Check the name; '{name}:PART' names another part.") from error
+    for path in files:
+        yield from _file_records(path)
+    if files:
+        return
     for record, where in _decoded_records(data, f"{name}:{split}, row"):
         yield _without_mark(record), where
+
+
+def _own_files(builder: DatasetBuilder, split: str) -> list[Path]:
+    """Return the files of a part of a folder, if all are of a format that `datasets` would convert: it makes numbers,
+    dates and null of texts that look like them.
+    """
+    parts = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    files = [Path(file) for file in parts.get(split, ())]
+    return files if all(path.suffix.lower() in (".csv", ".jsonl") and path.is_file() for path in files) else []
 
 
 def _decoded_records(data: Dataset, place: str) -> Records:

@@ -8,9 +8,12 @@ import os
 import shutil
 import tempfile
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
+
+import numpy as np
 
 WRITER_ROWS = 1000  # rows in memory until they are written
 PREFIX = "qat-edge-rows-"
@@ -39,6 +42,7 @@ class TokenTable(Sequence[TokenRow]):
 
         # Hashed on the way: reading everything back would take time, and the mapped pages count as memory in use.
         digest = hashlib.sha256()
+        self._hashes = array("Q")  # 8 bytes a row, for `shared_rows`
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         path = folder / "rows.arrow"
@@ -46,7 +50,9 @@ class TokenTable(Sequence[TokenRow]):
         with ArrowWriter(path=str(path), writer_batch_size=WRITER_ROWS) as writer:
             for row in rows:
                 writer.write(row)
-                digest.update(json.dumps([list(values) for values in row.values()]).encode())
+                line = json.dumps([list(values) for values in row.values()]).encode()
+                digest.update(line)
+                self._hashes.append(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big"))
                 count += 1
             if count:
                 writer.finalize()
@@ -57,6 +63,10 @@ class TokenTable(Sequence[TokenRow]):
         self._rows: Any = datasets.Dataset.from_file(str(path)) if count else []
         if os.name == "posix":
             self._remove()
+
+    def shared_rows(self, other: TokenTable) -> int:
+        """Return the number of rows that `other` has too."""
+        return int(np.isin(np.array(self._hashes), np.array(other._hashes)).sum())
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -29,6 +29,7 @@ from qat_edge.models.tasks import (
     task_of_config,
     token_types,
 )
+from qat_edge.models.tokenizer_check import encoding_errors
 
 MULTIPLE = 8  # of tokens, to which batches are padded
 Collate = Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]
@@ -170,7 +171,7 @@ def _encoder_example(
     """Tokenize one row to at most `length` tokens for each input, and count it."""
     inputs, label = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
     # Both lengths are needed: truncated rows are counted and reported.
-    whole = [list(tokenizer(*texts).input_ids) for texts in inputs]
+    whole = [_encode(texts, tokenizer) for texts in inputs]
     ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
 
     # The model computes token types itself, so they have to agree with the tokenizer's.
@@ -183,6 +184,11 @@ def _encoder_example(
     if len(ids) > 1:
         example["other_ids"] = ids[1]
     return example
+
+
+def _encode(texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    with encoding_errors(" ".join(texts)):
+        return list(tokenizer(*texts).input_ids)
 
 
 def make_collator(task: ModelTask, tokenizer: PreTrainedTokenizerBase) -> Collate:

@@ -32,9 +32,19 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
-from qat_edge.models import config_check, experts, gguf_model, hub, tasks, text_model, weights_check
+from qat_edge.models import (
+    config_check,
+    experts,
+    gguf_model,
+    hub,
+    tasks,
+    text_model,
+    tokenizer_check,
+    weights_check,
+)
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
+from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.models.weights_check import LoadReport
 from qat_edge_exporters.targets import FORMATS, target_named
 
@@ -46,6 +56,8 @@ WRONG_VALUES = (
 )  # fmt: skip
 PARSE_ERRORS = (*WRONG_VALUES, struct.error, OSError, SafetensorError)
 DOWNLOAD_ERRORS = (*WRONG_VALUES, OSError, httpx2.HTTPError)
+# The classes of tokenizers fail in further ways where the files are of another class.
+TOKENIZER_ERRORS = (*DOWNLOAD_ERRORS, ImportError, NameError)
 MOST_LAYERS = 10_000
 
 
@@ -158,6 +170,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     weights_check.check_finite(model, str(path))
     weights_check.check_vocabulary(model, tokenizer, str(path))
     gguf_model.check_tokenizer(tokenizer, metadata, path)
+    tokenizer_check.warn_of_losses(tokenizer, str(path))
     identity = ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
@@ -199,7 +212,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
         raise ModelError(
             f"{path}: the weights cannot be loaded ({one_line(error)}). Save the model again, or correct config.json."
         ) from error
-    tokenizer = _load_tokenizer(str(path), trust_remote_code, local_files_only=True)
+    tokenizer = _load_tokenizer(str(path), path, task, trust_remote_code, local_files_only=True)
     _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
     task.prepare(model)
 
@@ -234,7 +247,7 @@ def _load_hub(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _load_tokenizer(source, trust_remote_code, local_files_only=False, revision=revision)
+    tokenizer = _load_tokenizer(source, snapshot, task, trust_remote_code, local_files_only=False, revision=revision)
     files = weights_check.check_files(snapshot)
     config_check.read_config(snapshot, source)  # again, because the other files are here only now
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
@@ -478,21 +491,41 @@ def _check_pooling(folder: Path) -> None:
 
 
 def _load_tokenizer(
-    source: str, trust_remote_code: bool, local_files_only: bool, revision: str | None = None
+    source: str,
+    folder: Path,
+    task: ModelTask,
+    trust_remote_code: bool,
+    local_files_only: bool,
+    revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and check that it can encode. revision: commit on the Hub."""
-    failure = f"{source}: the model has no usable tokenizer"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, local_files_only=local_files_only,
-            revision=revision or "main",
-        )  # fmt: skip
-    except (*DOWNLOAD_ERRORS, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{failure} ({one_line(error)}). Put its tokenizer.json next to the weights.") from error
+    """Load a tokenizer, and check that it can encode and is the one in its files.
 
-    # For some model types transformers builds an empty tokenizer where the files are missing.
-    if len(tokenizer) < 2 or not tokenizer.encode("a", add_special_tokens=False):
-        raise ModelError(f"{failure} (its vocabulary is empty). Put its tokenizer.json next to the weights.")
+    Args:
+        source: Folder or Hub id.
+        folder: The folder, or the one in the Hub's cache.
+        task: The task the model is used for.
+        trust_remote_code: Run the code that comes with the tokenizer.
+        local_files_only: Download nothing.
+        revision: Commit on the Hub.
+    """
+    failure, advice = f"{source}: the model has no usable tokenizer", tokenizer_check.advice_for(folder)
+    tokenizer_check.require_files(folder, TOKENIZER_FILES)
+    try:
+        with tokenizer_check.native_errors(failure, advice), remote_code.refusals(Path(source)):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=trust_remote_code, local_files_only=local_files_only,
+                revision=revision or "main",
+            )  # fmt: skip
+            # For some model types transformers builds an empty tokenizer where the files are missing.
+            is_empty = len(tokenizer) < 2 or not tokenizer.encode("a", add_special_tokens=False)
+    except TOKENIZER_ERRORS as error:
+        raise ModelError(f"{failure} ({one_line(error)}). {advice}") from error
+
+    if is_empty:
+        raise ModelError(f"{failure} (its vocabulary is empty). {advice}")
+    tokenizer_check.check_tokenizer(tokenizer, folder)
+    if not task.is_encoder:
+        tokenizer_check.warn_of_losses(tokenizer, source)
     return tokenizer
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import remote_code
 from qat_edge.errors import ModelError
+from qat_edge.models.tokenizer_check import native_errors
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
 
@@ -26,7 +27,8 @@ EOS = "eos_token_id"
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    with remote_code.refusals(folder):
+    failure = f"{folder}: the tokenizer cannot be loaded"
+    with native_errors(failure, "Export again, or copy the folder again."), remote_code.refusals(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code.permitted())
 
 

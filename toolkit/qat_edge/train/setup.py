@@ -95,6 +95,8 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
     rows = read(options.data, "train")
     eval_rows = read(options.eval_data, "eval") if options.eval_data else None
+    if eval_rows is not None:
+        _report_shared_rows(rows, eval_rows)
 
     _report_new_end_tokens(rows, model, tokenizer)
 
@@ -309,6 +311,16 @@ def _read_rows(
     for note in rows.notes:
         progress.info(f"{split}: {note}.")
     return rows
+
+
+def _report_shared_rows(rows: TokenizedRows, eval_rows: TokenizedRows) -> None:
+    """Report evaluation rows that are trained on."""
+    shared = eval_rows.rows.shared_rows(rows.rows)
+    if shared:
+        progress.info(
+            f"eval: {shared} of {len(eval_rows.rows)} evaluation rows are also training rows: figures flatter "
+            "the model."
+        )
 
 
 def _report_new_end_tokens(rows: TokenizedRows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

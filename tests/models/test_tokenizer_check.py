@@ -1,0 +1,175 @@
+"""Tokenizers whose files contradict each other, draw ids at random, or make the tokenizers library panic."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from conftest import make_tokenizer
+from qat_edge.data.chat_template import encode
+from qat_edge.errors import DataError, ModelError
+from qat_edge.models.load import load_model
+from qat_edge.models.tokenizer_check import PROBES, check_tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+
+
+def edit(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    document = json.loads((folder / name).read_text())
+    change(document)
+    (folder / name).write_text(json.dumps(document))
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    edit(folder, "tokenizer_config.json", lambda config: config.update(settings))
+
+
+def split_by(folder: Path, regex: str) -> None:
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    edit(folder, "tokenizer.json", lambda document: document.update(pre_tokenizer=step))
+
+
+def ids(path: Path, text: str) -> list[int]:
+    return list(Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
+
+
+def test_nothing_is_reported_of_a_tokenizer_that_is_as_its_files(folder: Path, messages: list[str]) -> None:
+    load_model(str(folder))
+    assert messages == []
+
+
+def test_random_ids_are_switched_off_in_the_saved_tokenizer_too(
+    folder: Path, tmp_path: Path, messages: list[str]
+) -> None:
+    edit(folder, "tokenizer.json", lambda document: document["model"].update(dropout=0.5))
+    tokenizer = load_model(str(folder)).tokenizer
+    assert [line for line in messages if "'dropout' of its model is 0.5" in line]
+
+    text = "the other one in the man " * 5
+    assert {tuple(encode(text, tokenizer)) for _ in range(20)} == {tuple(encode(text, make_tokenizer()))}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert {tuple(ids(tmp_path / "saved", text)) for _ in range(20)} == {tuple(encode(text, make_tokenizer()))}
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "GemmaTokenizer", "MBart50Tokenizer"])
+def test_a_class_that_makes_another_tokenizer_of_the_file_is_refused(folder: Path, name: str) -> None:
+    configure(folder, tokenizer_class=name)
+    with pytest.raises(ModelError, match=f"tokenizer_class '{name}'"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["BigBirdTokenizer", "T5Tokenizer", "RagTokenizer", "NoSuchTokenizer", 5])
+def test_a_class_that_cannot_read_the_file_is_named_or_not_used(folder: Path, name: Any) -> None:
+    configure(folder, tokenizer_class=name)
+    if name == "NoSuchTokenizer":
+        load_model(str(folder))
+        return
+    with pytest.raises(ModelError, match=f"no usable tokenizer.*tokenizer_class '?{name}"):
+        load_model(str(folder))
+
+
+def test_a_difference_in_rare_texts_alone_is_reported(folder: Path, tmp_path: Path, messages: list[str]) -> None:
+    configure(folder, tokenizer_class="Qwen2Tokenizer")  # composes accents, which this tokenizer.json does not
+    tokenizer = load_model(str(folder)).tokenizer
+    assert len(messages) == 1
+    assert "tokenizer_class 'Qwen2Tokenizer'" in messages[0] and "Ünïcode" in messages[0]
+
+    # The artifacts have the tokenizer of the training.
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in PROBES:
+        assert encode(text, tokenizer) == ids(tmp_path / "saved", text) == encode(text, again)
+
+
+@pytest.mark.parametrize("damage", ["(", "\\p{Nope}", "charsmap", "prefix", "dropout"])
+def test_a_file_on_which_the_library_fails_is_named(folder: Path, damage: str) -> None:
+    if damage == "charsmap":
+        step = {"type": "Precompiled", "precompiled_charsmap": ""}
+        edit(folder, "tokenizer.json", lambda document: document.update(normalizer=step))
+    elif damage == "prefix":
+        edit(folder, "tokenizer.json", lambda document: document["model"].update(continuing_subword_prefix="##"))
+    elif damage == "dropout":
+        edit(folder, "tokenizer.json", lambda document: document["model"].update(dropout=5))
+    else:
+        split_by(folder, damage)
+    with pytest.raises(ModelError, match=r"model: the model has no usable tokenizer .*Restore tokenizer\.json"):
+        load_model(str(folder))
+
+
+def test_a_text_on_which_a_regular_expression_fails_is_quoted(folder: Path) -> None:
+    split_by(folder, "(a+)+$")
+    with pytest.raises(DataError, match="cannot read a text of 41 characters, 'aaaa"):
+        encode("a" * 40 + "b", load_model(str(folder)).tokenizer)
+
+
+def test_code_of_a_tokenizer_needs_the_flag(folder: Path) -> None:
+    configure(folder, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})
+    (folder / "mine.py").write_text("class Mine: ...")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_one_of_two_chat_templates_is_named(folder: Path, messages: list[str], as_list: bool) -> None:
+    same = (folder / "chat_template.jinja").read_text()
+    configure(folder, chat_template=same)
+    load_model(str(folder))
+    assert messages == []
+
+    other = "{{ messages }}"
+    configure(folder, chat_template=[{"name": "default", "template": other}] if as_list else other)
+    assert load_model(str(folder)).tokenizer.chat_template == same
+    assert len(messages) == 1 and "chat_template.jinja is used" in messages[0]
+
+
+def test_tokens_that_files_state_differently_are_reported(folder: Path, messages: list[str]) -> None:
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    configure(folder, added_tokens_decoder={"2": {"content": "<|other|>", "special": True}})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer, folder)
+    assert len(messages) == 2
+    assert "the token '<|other|>' the id 2" in messages[0] and "eos_token '<|" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "\n+"}, "content": " "}},
+        {"decoder": None},
+        {"model": "Ġ"},
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_reported(folder: Path, messages: list[str], damage: dict[str, Any]) -> None:
+    if "model" in damage:
+        edit(folder, "tokenizer.json", lambda document: document["model"]["vocab"].pop(damage["model"]))
+    else:
+        edit(folder, "tokenizer.json", lambda document: document.update(damage))
+    load_model(str(folder))
+    assert len(messages) == 1 and "does not give back what it reads" in messages[0]
+
+
+def test_special_tokens_that_training_would_read_as_text_are_refused(folder: Path) -> None:
+    configure(folder, split_special_tokens=True)
+    with pytest.raises(ModelError, match="split_special_tokens"):
+        load_model(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_read(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: not a file"):
+        load_model(str(folder))

@@ -1,0 +1,263 @@
+"""Checks of a tokenizer that comes with a model: the one that was loaded is the one in its files, and gives fixed ids.
+
+transformers builds a tokenizer from tokenizer.json and from the settings of tokenizer_config.json. It saves the result,
+so that training, artifacts and runtimes have one tokenizer; but it may not be the one that the model was trained with.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import Model
+from transformers import PreTrainedTokenizerBase
+
+from qat_edge import progress
+from qat_edge.errors import DataError, ModelError, QatEdgeError
+from qat_edge.models.hub import one_line
+from qat_edge.readers import read_object, read_text, shorten, show
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENS_MAP = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKEN_USES = ("bos_token", "eos_token")
+
+PLAIN = "the man in the house reads one book and then another"
+# Texts in which tokenizers differ: white space, capitals, numbers, accents in two forms, other scripts. None begins
+# with white space, where transformers changes tokenizers like Llama's on purpose.
+PROBES = (PLAIN, "It's 12345 o'clock", "two  spaces\n\n\tand lines", "Ünïcode e\u0301 日本語 🙂")
+SHOWN_TOKENS = 8  # in a message
+PROBED_TOKENS = 8  # added tokens, which are compared inside of a text
+SAMPLING = ("dropout", "alpha", "nbest_size")  # settings of a tokenizer's model that draw ids at random
+
+
+@contextmanager
+def native_errors(failure: str, advice: str, kind: type[QatEdgeError] = ModelError) -> Iterator[None]:
+    """Turn errors of the tokenizers library into ours: it raises `Exception` itself, and panics, which are none.
+
+    Args:
+        failure: What could not be done, with the file.
+        advice: What to do, a sentence.
+        kind: Class of the error to raise.
+
+    Raises:
+        QatEdgeError: The library failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{failure} ({one_line(error)}). {advice}") from error
+
+
+def encoding_errors(text: str) -> AbstractContextManager[None]:
+    """Turn a failure to tokenize a text into an error that quotes its beginning: regular expressions have limits."""
+    return native_errors(
+        f"The tokenizer cannot read a text of {len(text)} characters, {show(text)}",
+        "Shorten the text, or correct the regular expressions in the model's tokenizer.json.",
+        DataError,
+    )
+
+
+def advice_for(folder: Path) -> str:
+    """Return what to do about a tokenizer that cannot be loaded."""
+    if not (folder / TOKENIZER_JSON).is_file():
+        return "Put its tokenizer.json next to the weights."
+    return f"Restore tokenizer.json and tokenizer_config.json{_named_class(folder)}."
+
+
+def require_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a tokenizer with a file that is a pipe or a device: reading it may not end.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    for name in names:
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path}: not a file. Restore the file.")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
+
+    Args:
+        tokenizer: As loaded.
+        folder: Its files.
+
+    Raises:
+        ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have.
+    """
+    if tokenizer.split_special_tokens:
+        raise ModelError(
+            f"{folder}: tokenizer_config.json sets split_special_tokens, so that training would read special tokens as "
+            "text, and every runtime as tokens. Remove the key."
+        )
+    config = _settings(folder / TOKENIZER_CONFIG)
+    _warn_of_two_templates(config, folder)
+    _warn_of_other_tokens(tokenizer, config, folder)
+    if not tokenizer.is_fast:
+        return
+    path = folder / TOKENIZER_JSON
+    _without_sampling(tokenizer, path)
+    if path.is_file():
+        with native_errors(f"{path}: cannot be read as a tokenizer", "Restore the file."):
+            stored = Tokenizer.from_file(str(path))
+            _require_same(tokenizer, stored, folder)
+
+
+def warn_of_losses(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Report a tokenizer that does not give a text back. A model cannot learn to write what its tokenizer leaves out.
+
+    Args:
+        tokenizer: Of a model that generates text.
+        source: Its folder or Hub id.
+    """
+    for text in PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        decoded = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if _composed(decoded) != _composed(text):
+            progress.warn(
+                f"{source}: the tokenizer does not give back what it reads: {show(text)} comes back as "
+                f"{show(decoded)}. The model can neither read nor write what is lost. If the model is not made "
+                "so, restore its tokenizer.json."
+            )
+            return
+
+
+def _composed(text: str) -> str:
+    """Return a text without differences that do no harm: white space around it, and forms of one character."""
+    return unicodedata.normalize("NFKC", text.strip())
+
+
+def _without_sampling(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Switch off random ids, in what is saved too: a text would have other ids in every epoch and on every device."""
+    for name, value in _without_random_ids(tokenizer.backend_tokenizer.model):
+        progress.warn(
+            f"{path}: '{name}' of its model is {shorten(value)}, which draws the tokens of a text at random. It is "
+            "switched off, in the tokenizer of the artifacts too."
+        )
+
+
+def _without_random_ids(model: Model) -> list[tuple[str, Any]]:
+    """Switch off the settings of a model that draw ids at random, and return name and value of those that were on."""
+    found = [(name, value) for name in SAMPLING if (value := getattr(model, name, None))]
+    for name, _ in found:
+        setattr(model, name, None)
+    return found
+
+
+def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder: Path) -> None:
+    """Refuse a tokenizer that differs from tokenizer.json in plain text; report one that differs elsewhere."""
+    named = _named_class(folder)
+    kept, loaded = stored.get_vocab(), tokenizer.get_vocab()
+    moved = next((token for token, i in kept.items() if loaded.get(token) != i), None)
+    if moved is not None:
+        raise ModelError(
+            f"{folder}: tokenizer.json gives the token {show(moved)} the id {kept[moved]}, and the tokenizer that "
+            f"transformers builds from it {loaded.get(moved, 'none')}{named}. Correct the file that is wrong."
+        )
+
+    for text, found, expected in _differences(tokenizer, stored):
+        same = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
+        differs = (
+            f"{folder}: transformers builds another tokenizer than tokenizer.json has{named}: in {show(text)}, it "
+            f"reads {_shown(tokenizer, found[same:])} where tokenizer.json has {_shown(tokenizer, expected[same:])}"
+        )
+        # Settings in tokenizer_config.json change white space, case and the first word of a text in some families.
+        half = len(expected) // 2
+        if text == PLAIN and found[-half:] != expected[-half:]:
+            raise ModelError(
+                f"{differs}. Correct tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast takes "
+                "tokenizer.json as it is), or restore both files."
+            )
+        progress.warn(
+            f"{differs}. Training and the artifacts use the tokenizer that was built. If the model was trained with "
+            "tokenizer.json, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."
+        )
+        return
+
+
+def _differences(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield texts that two tokenizers read in different ways, with the ids of each."""
+    stored.no_truncation()
+    stored.no_padding()
+    _without_random_ids(stored.model)
+    added = stored.get_added_tokens_decoder()
+    # transformers changes white space next to special tokens on purpose, so that only the tokens are compared there.
+    marked = "".join(f"a{token.content} b" for token in list(added.values())[:PROBED_TOKENS])
+    for text in (*PROBES, marked):
+        expected = list(stored.encode(text, add_special_tokens=False).ids)
+        found = list(tokenizer.encode(text, add_special_tokens=False))
+        if text == marked:
+            expected, found = [i for i in expected if i in added], [i for i in found if i in added]
+        if found != expected:
+            yield text, found, expected
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return read_object(path, ModelError) if path.is_file() else {}
+
+
+def _named_class(folder: Path) -> str:
+    """Return which class tokenizer_config.json names, for a message."""
+    name = _settings(folder / TOKENIZER_CONFIG).get("tokenizer_class")
+    return f" (tokenizer_config.json has tokenizer_class {show(name)})" if name else ""
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    shown = " ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ids[:SHOWN_TOKENS]))
+    return shown or "no token"
+
+
+def _warn_of_two_templates(config: dict[str, Any], folder: Path) -> None:
+    """Report a chat template that another file replaces."""
+    path = folder / TEMPLATE_FILE
+    replaced = _default_template(config.get("chat_template")) if path.is_file() else None
+    if replaced is not None and replaced.rstrip("\n") != read_text(path, ModelError).rstrip("\n"):
+        progress.warn(
+            f"{folder}: the chat templates of chat_template.jinja and of tokenizer_config.json differ. "
+            "chat_template.jinja is used. Remove the one that is wrong."
+        )
+
+
+def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], folder: Path) -> None:
+    """Report tokens that a file gives another id or another use than the loaded tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    stated = config.get("added_tokens_decoder")
+    for key, value in stated.items() if isinstance(stated, dict) else ():
+        token = _content(value)
+        if token is not None and str(vocabulary.get(token)) != key:
+            progress.warn(
+                f"{folder}: tokenizer_config.json gives the token {show(token)} the id {shorten(key)}, and other files "
+                f"{vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
+            )
+            break
+    for name, settings in ((TOKENIZER_CONFIG, config), (TOKENS_MAP, _settings(folder / TOKENS_MAP))):
+        for use in TOKEN_USES:
+            token, used = _content(settings.get(use)), getattr(tokenizer, use)
+            if token is not None and token != used:
+                progress.warn(
+                    f"{folder}: {name} has the {use} {show(token)}, and another file of the tokenizer {show(used)}, "
+                    "which is used. Correct the file that is wrong."
+                )
+
+
+def _content(value: Any) -> str | None:
+    """Return the text of a token, which files have as it is or in an object; None for anything else."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _default_template(value: Any) -> str | None:
+    """Return the template of tokenizer_config.json that is used by default: some models have a list with names."""
+    if isinstance(value, list):
+        named = (item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default")
+        value = next(named, None)
+    return value if isinstance(value, str) else None
