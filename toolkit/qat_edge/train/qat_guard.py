@@ -25,11 +25,11 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,15 +39,13 @@ from qat_edge import progress
 from qat_edge.errors import RunError
 from qat_edge.manifest import sha256
 from qat_edge.options import FinetuneOptions
-from qat_edge.readers import read_json
+from qat_edge.quant.scheme import Scheme
 from qat_edge.storage import replace_file
-from qat_edge.train import checkpoints
+from qat_edge.train import checkpoints, movement
 from qat_edge.train.divergence import first_not_finite
+from qat_edge.train.guard_record import NAME, GuardRecord, recorded
 from qat_edge.train.trainer import RESTART_RATIO, QatTrainer, TwoPhases, qat_learning_rate
 
-NAME = "QatGuard"  # of the record in trainer_state.json
-# Loss above that of the start which counts as divergence: noise of a few rows is well below it. Relative, and in nats.
-MARGIN, LEAST_MARGIN = 0.05, 0.02
 IN_A_ROW = 2  # evaluations above the margin
 LEAST_EVALUATIONS, MOST_EVALUATIONS = 3, 8  # along a phase, its end included
 STEPS_BETWEEN = 4  # at least, unless there would be too few evaluations
@@ -55,57 +53,6 @@ LEAST_STEPS_AGAIN = 3  # fewer steps are not worth another start
 # Steps' worth of work that the evaluations may take, as a share of the training, and the work of one batch of an
 # evaluation and of one batch of phase 2, both in batches of phase 1.
 SHARE, EVALUATION_COST, QAT_COST = 0.05, 0.75, 2.0
-# Share of the best gain over the start with which the last step is the result. Differences below are noise of a few
-# rows, and the last step has seen the most training rows, at the lowest learning rate.
-ENOUGH_GAIN = 0.5
-
-
-@dataclass
-class GuardRecord:
-    """What the guard has seen and done.
-
-    Attributes:
-        began: Step after which phase 2 began, or began again; None before it.
-        evaluations: "step" and "loss" of each evaluation, in order; the first is the start.
-        best_step: Step of the best evaluation.
-        above: Evaluations in a row whose loss is above the margin.
-        restarts: "step" and "reason" of each restart.
-        stopped: "step" and "reason" of the end before the last step; None without one.
-        files: sha256 of the file of each step that is needed again.
-        is_on: The guard evaluates; off where the start could not be measured.
-    """
-
-    began: int | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
-    above: int = 0
-    restarts: list[dict[str, Any]] = field(default_factory=list)
-    stopped: dict[str, Any] | None = None
-    files: dict[str, str] = field(default_factory=dict)
-    is_on: bool = True
-
-    @property
-    def start(self) -> dict[str, Any]:
-        """Return the evaluation at the start of phase 2."""
-        return self.evaluations[0]
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """Return the best evaluation."""
-        return next(each for each in self.evaluations if each["step"] == self.best_step)
-
-    def result(self, last_step: int) -> dict[str, Any]:
-        """Return the evaluation of the parameters that are the result. last_step: of the whole training."""
-        start, best, last = self.start, self.best, self.evaluations[-1]
-        # False for a loss that is not a number.
-        enough = start["loss"] - last["loss"] >= ENOUGH_GAIN * (start["loss"] - best["loss"])
-        return last if last["step"] == last_step and self.stopped is None and enough else best
-
-    @property
-    def limit(self) -> float:
-        """Return the loss above which an evaluation counts as divergence."""
-        loss: float = self.start["loss"]
-        return loss + max(MARGIN * loss, LEAST_MARGIN)
 
 
 class QatGuard(TrainerCallback, ExportableState):
@@ -115,21 +62,27 @@ class QatGuard(TrainerCallback, ExportableState):
         trainer: The trainer, whose model it is.
         phases: Tells whether phase 2 has begun; called back before the guard.
         options: All options of finetune.
+        scheme: Bits and group size of each weight.
         rows: Rows it evaluates on.
         folder: RUN/checkpoints.
         record: What it has seen and done.
+        moved: How far phase 2 moved the weights; None before `finish`, and where the result is the start.
         wall_s: Time that it took in this process.
     """
+
+    moved: movement.Movement | None = None
 
     def __init__(
         self,
         trainer: QatTrainer,
         phases: TwoPhases,
         options: FinetuneOptions,
+        scheme: Scheme,
         rows: Sequence[Mapping[str, Any]],
         folder: Path,
     ) -> None:
-        self.trainer, self.phases, self.options, self.rows, self.folder = trainer, phases, options, rows, folder
+        self.trainer, self.phases, self.options, self.scheme = trainer, phases, options, scheme
+        self.rows, self.folder = rows, folder
         self.record, self.wall_s = GuardRecord(), 0.0
         self._bad_step: str | None = None
         trainer.absorb = self._absorb
@@ -200,7 +153,7 @@ class QatGuard(TrainerCallback, ExportableState):
         Raises:
             RunError: Parameters that it names are missing or damaged.
         """
-        saved = recorded(state.stateful_callbacks)
+        saved = recorded(state.stateful_callbacks, self.folder)
         if saved is not None:
             self.record = saved
         # The Trainer updates what is there, and a checkpoint of an earlier version has nothing.
@@ -216,7 +169,8 @@ class QatGuard(TrainerCallback, ExportableState):
         # Better now than at the end of a long training.
         is_done = state.global_step >= self.options.steps or self.record.stopped is not None
         result = {self.record.result(self.options.steps)["step"]} - {state.global_step}
-        for step in result if is_done else {self.record.start["step"], self.record.best_step}:
+        needed = {self.record.start["step"]} | (result if is_done else {self.record.best_step})
+        for step in needed - {self.options.steps}:
             self._check(step)
 
     def finish(self) -> None:
@@ -238,6 +192,8 @@ class QatGuard(TrainerCallback, ExportableState):
         else:
             at_end = f"{last['loss']:.4f} at step {last['step']}"
             progress.info(f"{figures}, best at step {result['step']}, which is the result ({at_end})")
+        if result is not start:
+            self._measure_movement()
 
     def summary(self) -> dict[str, Any] | None:
         """Return what manifest and log record; None where nothing was measured."""
@@ -258,6 +214,7 @@ class QatGuard(TrainerCallback, ExportableState):
             ],
             "restarts": self.record.restarts,
             "stopped": self.record.stopped,
+            "moved": self.moved and dataclasses.asdict(self.moved),
         }
 
     def log(self, wall_s: float) -> dict[str, Any] | None:
@@ -347,11 +304,34 @@ class QatGuard(TrainerCallback, ExportableState):
         Raises:
             RunError: They are missing or damaged.
         """
-        self._check(step)
         with self._timed(), torch.no_grad():
-            saved = load_file(self._file(step))
+            saved = self._read(step)
             for name, tensor in self._trained():
                 tensor.copy_(saved[name])
+
+    def _measure_movement(self) -> None:
+        """Measure and report how far phase 2 moved the weights."""
+        assert self.trainer.model is not None
+        with self._timed():
+            start = self._read(self.record.start["step"])
+            self.moved = movement.measure(self.trainer.model, self.scheme.linears, start)
+        progress.info(self.moved.describe())
+
+    def _read(self, step: int) -> dict[str, Tensor]:
+        """Read the trained parameters of a step.
+
+        Raises:
+            RunError: They are missing, damaged, or those of another model.
+        """
+        self._check(step)
+        path = self._file(step)
+        try:
+            saved: dict[str, Tensor] = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path}: cannot be read ({error}). Train again with --force.") from error
+        if {name: tensor.shape for name, tensor in saved.items()} != {n: t.shape for n, t in self._trained()}:
+            raise RunError(f"{path}: holds parameters of another model. Train again with --force.")
+        return saved
 
     def _check(self, step: int) -> None:
         """Require the file of a step.
@@ -384,6 +364,7 @@ def make_guard(
     trainer: QatTrainer,
     phases: TwoPhases,
     options: FinetuneOptions,
+    scheme: Scheme,
     rows: Sequence[Mapping[str, Any]] | None,
     folder: Path,
 ) -> QatGuard | None:
@@ -393,6 +374,7 @@ def make_guard(
         trainer: The trainer.
         phases: Its phases.
         options: All options of finetune.
+        scheme: Bits and group size of each weight.
         rows: Rows of --eval-data; None without.
         folder: RUN/checkpoints.
     """
@@ -404,7 +386,7 @@ def make_guard(
             "there keep the best of its states."
         )
         return None
-    return QatGuard(trainer, phases, options, rows[: row_count(options, phases.start)], folder)
+    return QatGuard(trainer, phases, options, scheme, rows[: row_count(options, phases.start)], folder)
 
 
 def evaluation_steps(begin: int, end: int) -> list[int]:
@@ -425,19 +407,6 @@ def row_count(options: FinetuneOptions, start: int) -> int:
     evaluations = 1 + len(evaluation_steps(start, options.steps))
     batches = int(SHARE * work / EVALUATION_COST / evaluations)
     return min(options.eval_rows, max(batches, 1) * options.batch_size)
-
-
-def recorded(callbacks: object) -> GuardRecord | None:
-    """Return the record in the callbacks' part of a trainer_state.json, None where there is none."""
-    saved = callbacks.get(NAME) if isinstance(callbacks, dict) else None
-    return GuardRecord(**saved["attributes"]) if isinstance(saved, dict) else None
-
-
-def ended_early(checkpoint: Path) -> bool:
-    """Return whether the guard ended the training at a checkpoint, so that its steps are done."""
-    saved = read_json(checkpoint / checkpoints.STATE, RunError, allow_nan=True)
-    record = recorded(saved.get("stateful_callbacks"))
-    return record is not None and record.stopped is not None
 
 
 def _step_of(path: Path) -> int:

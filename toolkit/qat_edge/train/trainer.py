@@ -30,6 +30,7 @@ from qat_edge import progress
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.options import FinetuneOptions
 from qat_edge.progress import Bar
+from qat_edge.quant import fake
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.stop_signals import StopRequest
@@ -153,6 +154,9 @@ class QatTrainer(Trainer):
     phase_1: str = "LoRA"
     restarted_at: int | None = None
     absorb: Callable[[str], bool] | None = None
+    # With --clip-gradients apart: parameters that are clipped by one norm, and factors of the scales' gradients.
+    _clipped_apart: Sequence[Sequence[nn.Parameter]] = ()
+    _scale_shares: Sequence[tuple[nn.Parameter, float]] = ()
     _save_into: Path | None = None  # while a checkpoint is written
 
     def set_objective(self, objective: Objective | None) -> None:
@@ -194,6 +198,10 @@ class QatTrainer(Trainer):
         if scales:
             groups.append({"params": scales, "lr": options.scale_learning_rate, "weight_decay": 0.0})
             factors.append(learning_rate_factor(options, start, of_scales=True, restarted=restarted))
+
+        if options.clip_gradients == "apart":
+            self._clipped_apart = [list(group["params"]) for group in groups]
+            self._scale_shares = fake.scale_gradient_shares(self.model)
 
         self.optimizer = torch.optim.AdamW(groups)
         self.lr_scheduler = LambdaLR(self.optimizer, factors)
@@ -288,8 +296,20 @@ class QatTrainer(Trainer):
                 raise divergence.diverged(found, Path(str(self.args.output_dir)))
             model.zero_grad()  # the optimizer skips parameters without a gradient
             return norm
-        clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        if self._clipped_apart:
+            self._clip_apart()
+        else:
+            clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
+
+    def _clip_apart(self) -> None:
+        """Reduce the gradients of scales as in LSQ, then clip those of weights and of scales by norms of their own."""
+        for parameter, share in self._scale_shares:
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+        for group in self._clipped_apart:
+            norm = get_total_norm([p.grad for p in group if p.grad is not None])
+            clip_grads_with_norm_(group, self.args.max_grad_norm, norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log figures; warn about the loss of an evaluation that is not finite."""

@@ -34,10 +34,11 @@ from qat_edge.quant import fake
 from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
-from qat_edge.train import checkpoints, divergence, objectives, qat_guard, run_inputs
+from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.qat_guard import QatGuard
+from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
 from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
 
@@ -99,6 +100,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> 
     began = time.monotonic()
     job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
     adapted, switch = make_trainable(job, options)
+    start = qat_start_step(options)
+    progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
     run_inputs.begin(run, options, job, resume)
@@ -108,7 +111,7 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> 
 
     try:
         trainer, guard = _train(run, options, job, adapted, switch, resume)
-        result = _log(run, job, trainer, guard, qat_start_step(options), time.monotonic() - began)
+        result = _log(run, job, trainer, guard, start, time.monotonic() - began)
     except BaseException as error:
         _report_unfinished(run, error)
         raise
@@ -171,12 +174,12 @@ def _guard(
 ) -> QatGuard | None:
     """Return the guard of phase 2; None without a phase 2, and without rows to evaluate on."""
     rows = None if job.eval_rows is None else job.eval_rows.rows
-    return qat_guard.make_guard(trainer, phases, options, rows, run.checkpoints)
+    return qat_guard.make_guard(trainer, phases, options, job.scheme, rows, run.checkpoints)
 
 
 def _is_done(checkpoint: Path, options: FinetuneOptions) -> bool:
     """Return whether a checkpoint is the end of a training: its last step, or where the guard ended it."""
-    return checkpoints.step_of(checkpoint) >= options.steps or qat_guard.ended_early(checkpoint)
+    return checkpoints.step_of(checkpoint) >= options.steps or guard_record.ended_early(checkpoint)
 
 
 def _run_steps(
