@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,8 @@ from qat_edge.manifest import read_manifest, sha256
 from qat_edge.models.merge import merged_model
 from qat_edge.options import FinetuneOptions
 from qat_edge.train import checkpoints, qat_guard
-from qat_edge.train.guard_record import GuardRecord
+from qat_edge.train.guard_record import GuardRecord, recorded
+from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.trainer import QatTrainer, learning_rate_factor
 from qat_edge.verbs.finetune import finetune
 
@@ -90,6 +92,8 @@ def test_a_guard_that_does_not_act_changes_no_bit(
     assert guard["rows"] == 4 and not guard["restarts"] and guard["stopped"] is None and 0 < guard["share"] < 1
     assert read_manifest(tmp_path / "guarded" / "adapter")["qat_guard"]["result_loss"] == guard["result_loss"]
     assert "QAT: 0.5000 -> 0.4000 on 4 evaluation rows, at step 12, the last" in messages
+    assert 0 < guard["moved"]["rms_steps"] < 0.5 and 0 < guard["moved"]["codes_changed"] < 0.5
+    assert any(line.startswith("QAT moved weights by 0.") for line in messages)
     monkeypatch.setattr(qat_guard, "make_guard", lambda *_: None)
     finetune(options, tmp_path / "alone")
     alone = digests(tmp_path / "alone")
@@ -312,6 +316,29 @@ def test_parameters_that_are_gone_are_reported_before_training_goes_on(
         finetune(options, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"began": -1},
+        {"best_step": 5},
+        {"evaluations": [{"step": 4}]},
+        {"evaluations": {}},
+        {"restarts": [{"step": "4", "reason": "x"}]},
+        {"restarts": 1},
+        {"stopped": [1]},
+        {"files": []},
+        {"is_on": "yes"},
+        {"unknown": 1},
+    ],
+)
+def test_a_damaged_record_is_reported(options: FinetuneOptions, tmp_path: Path, change: dict[str, Any]) -> None:
+    good = {"step": 4, "loss": 0.5}
+    record = dataclasses.asdict(GuardRecord(began=4, evaluations=[good], best_step=4))
+    assert recorded({"QatGuard": {"args": {}, "attributes": record}}, tmp_path) == GuardRecord(**record)
+    with pytest.raises(RunError, match=r"the record of QatGuard in trainer_state\.json is damaged"):
+        recorded({"QatGuard": {"args": {}, "attributes": record | change}}, tmp_path)
+
+
 def test_a_checkpoint_of_an_earlier_version_is_resumed_without_a_guard(
     options: FinetuneOptions, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,3 +417,16 @@ def test_a_restart_has_a_schedule_of_its_own_at_a_quarter_of_the_peak() -> None:
     again = 70
     assert [factor(step) for step in range(70)] == before
     assert factor(70) < factor(74) == pytest.approx(0.25) and factor(99) < 0.01
+
+
+def test_the_recipe_is_described() -> None:
+    options = FinetuneOptions(model="m", data="d", steps=100, qat_start=0.5)
+    assert describe_recipe(options, 50, "210 int4 (group 32)", rotated=True) == (
+        "Recipe: 210 int4 (group 32); 50 steps of LoRA at a learning rate of 0.001, then rotation and "
+        "coordinate-descent, then 50 steps of QAT (50%) at 0.0001, learned scales at 0.001. docs/accuracy.md compares "
+        "recipes"
+    )
+    alone = replace(options, method="full", ptq_init="none", scales="absmax")
+    assert "100 steps of full fine-tuning at a learning rate of 0.001, then no PTQ initialization. docs" in (
+        describe_recipe(alone, 100, "", rotated=False)
+    )
