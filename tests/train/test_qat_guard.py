@@ -399,11 +399,11 @@ def test_evaluations_are_spread_over_the_phase(begin: int, end: int, steps: list
 
 def test_the_evaluations_are_a_twentieth_of_the_work_or_one_batch_each() -> None:
     options = FinetuneOptions(model="m", data="d", batch_size=8, eval_rows=1000)
-    for steps, start in ((200, 180), (1000, 500), (5000, 4500)):
+    for steps, start in ((45, 40), (200, 180), (1000, 500), (5000, 4500)):
         rows = qat_guard.row_count(replace(options, steps=steps), start)
         evaluations = 1 + len(qat_guard.evaluation_steps(start, steps))
         work = start + qat_guard.QAT_COST * (steps - start)
-        assert rows % 8 == 0 and rows > 8
+        assert rows % 8 == 0 and rows >= 8  # the first are the demo's steps
         assert evaluations * rows / 8 * qat_guard.EVALUATION_COST <= 0.05 * work
     assert qat_guard.row_count(replace(options, steps=6), 3) == 8
     assert qat_guard.row_count(replace(options, steps=5000, eval_rows=20), 4500) == 20
