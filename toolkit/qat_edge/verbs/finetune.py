@@ -146,13 +146,7 @@ def _train(
         phases = TwoPhases(switch, start, transition, request.at_once)
         guard = _guard(trainer, phases, options, job, run)
         if checkpoint is not None and _is_done(checkpoint, options):
-            progress.info(f"All steps are done in {checkpoint.name}; writing what is missing")
-            trainer.load_finished(checkpoint)
-            if start < options.steps:
-                transition.restore()
-                phases.qat_started = True
-            if guard is not None:
-                guard.resume(trainer.state)
+            _load_finished(trainer, phases, guard, options, checkpoint)
         else:
             _run_steps(trainer, phases, guard, options, checkpoint, request)
 
@@ -175,6 +169,19 @@ def _guard(
     """Return the guard of phase 2; None without a phase 2, and without rows to evaluate on."""
     rows = None if job.eval_rows is None else job.eval_rows.rows
     return qat_guard.make_guard(trainer, phases, options, job.scheme, rows, run.checkpoints)
+
+
+def _load_finished(
+    trainer: QatTrainer, phases: TwoPhases, guard: QatGuard | None, options: FinetuneOptions, checkpoint: Path
+) -> None:
+    """Bring model, phases and guard to where a training whose steps are all done left them."""
+    progress.info(f"All steps are done in {checkpoint.name}; writing what is missing")
+    trainer.load_finished(checkpoint)
+    if phases.start < options.steps:
+        phases.transition.restore()
+        phases.qat_started = True
+    if guard is not None:
+        guard.resume(trainer.state)
 
 
 def _is_done(checkpoint: Path, options: FinetuneOptions) -> bool:
