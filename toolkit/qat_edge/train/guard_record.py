@@ -21,7 +21,7 @@ ENOUGH_GAIN = 0.5
 
 @dataclass
 class GuardRecord:
-    """What the guard has seen and done.
+    """Measurements and actions of the guard.
 
     Attributes:
         began: Step after which phase 2 began, or began again; None before it.
@@ -84,7 +84,7 @@ def recorded(callbacks: object, where: Path) -> GuardRecord | None:
     known = {each.name for each in dataclasses.fields(GuardRecord)}
     if isinstance(values, dict) and values.keys() == known and _is_record(GuardRecord(**values)):
         return GuardRecord(**values)
-    raise RunError(f"{where}: the record of {NAME} in {checkpoints.STATE} is damaged. Train again with --force.")
+    raise RunError(f"{where}: the record of QatGuard in trainer_state.json is damaged. Train again with --force.")
 
 
 def _is_record(found: GuardRecord) -> bool:

@@ -281,8 +281,8 @@ class QatGuard(TrainerCallback, ExportableState):
             control.should_training_stop = control.should_save = True
         # Parameters that are not finite cannot be saved.
         self._put_back(self.record.best_step)
-        again = " again" if self.record.restarts else ""
-        progress.warn(f"QAT diverged{again}: {reason}. Training ends after step {step} of {self.options.steps}.")
+        what = "QAT diverged again: " if self.record.restarts else "QAT diverged: "
+        progress.warn(f"{what}{reason}. Training ends after step {step} of {self.options.steps}.")
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         assert self.trainer.model is not None
