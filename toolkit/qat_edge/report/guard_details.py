@@ -85,5 +85,6 @@ def _objects(guard: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 def _number(values: Mapping[str, Any], key: str) -> float | None:
     """Return an entry if it is a finite number, None otherwise: the file may be damaged by hand."""
     value = values.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
