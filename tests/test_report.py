@@ -262,6 +262,52 @@ def test_damaged_training_log_is_reported(tmp_path: Path, text: str) -> None:
     assert "Not measured: " in write(run)
 
 
+GUARD = {
+    "rows": 8, "start_loss": 0.0995, "best_loss": 0.0901, "best_step": 35, "result_loss": 0.0901, "result_step": 35,
+    "evaluations": [{"step": 20, "loss": 0.0995}, {"step": 35, "loss": 0.0901}, {"step": 40, "loss": None}],
+    "restarts": [{"step": 25, "reason": "the loss rose <b>"}], "stopped": {"step": 40, "reason": "again"},
+    "moved": {"rms_steps": 0.0214, "codes_changed": 0.007, "rms_scale": 0.002}, "wall_s": 8.1, "share": 0.034,
+}  # fmt: skip
+
+
+def test_the_guard_of_qat_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path, example())
+    log = json.loads((tmp_path / "training.json").read_text()) | {"qat_guard": GUARD}
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    words = " ".join(Page(write(run)).words.split())
+    assert (
+        "On 8 evaluation rows the loss was 0.0995 where QAT began and is 0.0901 in the result, of step 35. QAT "
+        "diverged and was started again after step 25. QAT diverged, and training ended at step 40."
+    ) in words
+    for shown in (
+        "loss where QAT began, step 20 0.0995",
+        "loss at step 40 not a number",
+        "best 0.0901, of step 35",
+        "started again after step 25 the loss rose <b>",
+        "ended at step 40 again",
+        "weights moved by 0.0214 of a code's step",
+        "codes changed 0.7%",
+        "time 8.10 s, 3.4% of the training",
+    ):
+        assert shown.replace(" ", "") in words.replace(" ", ""), shown
+    assert json.loads((tmp_path / "report.json").read_text())["training"]["qat_guard"] == GUARD
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        None, 7, [], {}, {"rows": HOSTILE, "start_loss": HOSTILE, "evaluations": HOSTILE, "restarts": 3, "stopped": 1},
+        {"start_loss": 1.0, "result_loss": True, "evaluations": [1, {"loss": []}], "restarts": [HOSTILE, {}],
+         "stopped": {}, "moved": {"rms_steps": HOSTILE}, "wall_s": HOSTILE},
+    ],
+)  # fmt: skip
+def test_a_damaged_entry_of_the_guard_is_no_obstacle(tmp_path: Path, guard: Any) -> None:
+    run = make_run(tmp_path, example())
+    log = json.loads((tmp_path / "training.json").read_text()) | {"qat_guard": guard}
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    check_self_contained(write(run))
+
+
 def test_metrics_that_are_not_finite(tmp_path: Path) -> None:
     rows = [replace(row, perplexity=math.inf, agreement=agreement(math.nan)) for row in example().measured]
     assert "not finite" in write(make_run(tmp_path, replace(example(), measured=rows)))

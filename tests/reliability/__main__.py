@@ -28,8 +28,8 @@ from tests.reliability.scenarios import Scenarios, make_inputs  # noqa: E402
 
 KINDS = ("kill", "signal", "pair", "disk")
 VERBS = (
-    "finetune", "finetune-force", "quantize", "quantize-force", "sensitivity", "export", "export-pte", "verify",
-    "validate", "compare",
+    "finetune", "finetune-force", "finetune-again", "quantize", "quantize-force", "sensitivity", "export",
+    "export-pte", "verify", "validate", "compare",
 )  # fmt: skip
 
 

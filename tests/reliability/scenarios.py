@@ -21,6 +21,7 @@ from qat_edge.options import (
     ValidateOptions,
 )
 from qat_edge.run import Run
+from qat_edge.train.trainer import QatTrainer
 from qat_edge.verbs.compare import compare
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
@@ -72,6 +73,18 @@ class Scenarios:
         return Scenario(
             "finetune", lambda folder: None, lambda folder: finetune(self.options, folder), again, half_written
         )
+
+    def _finetune_again(self) -> Scenario:
+        """A training whose phase 2 diverges and starts again, and whose result is not its last state."""
+        options = replace(self.options, steps=12, qat_start=3.0)
+        losses = {3: 0.5, 6: 0.9, 9: 0.9, 10: 0.4, 11: 0.3, 12: 0.45}
+
+        def run(folder: Path) -> object:
+            # In a child, which ends with the trial.
+            QatTrainer.mean_loss = lambda trainer, rows: losses[trainer.state.global_step]  # type: ignore[method-assign]
+            return finetune(options, folder, resume=(folder / "config.yaml").is_file())
+
+        return Scenario("finetune-again", lambda folder: None, run, run, half_written)
 
     def _finetune_force(self) -> Scenario:
         other, artifacts = replace(self.options, seed=1), digest(self._trained()).keys()

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("kinds", "verbs"),
-    [(("kill",), ("finetune", "finetune-force", "quantize-force")), (("signal", "pair", "disk"), ("finetune",))],
+    [
+        (("kill",), ("finetune", "finetune-force", "finetune-again", "quantize-force")),
+        (("signal", "pair", "disk"), ("finetune",)),
+    ],
 )
 def test_nothing_is_lost(kinds: tuple[str, ...], verbs: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "tests.reliability", "--trials", "3"]

@@ -25,6 +25,7 @@ OPTIONS = FinetuneOptions(model="m", data="d", steps=100)
         ({"rotate": "on", "ptq_init": "hqq"}, ("--rotate on", "--ptq-init hqq")),
         ({"rotate": "on", "method": "full"}, ("--rotate on", "--method full")),
         ({"distill_weight": 1.5}, ("--distill-weight 1.5",)),
+        ({"clip_gradients": "apart", "scales": "fixed"}, ("--clip-gradients apart", "--scales fixed")),
     ],
 )
 def test_options_that_exclude_each_other_are_named(changes: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -118,6 +118,7 @@ def finetune(
     scale_learning_rate: float = 0.001,
     qat_learning_rate: float | None = None,
     lr_restart: bool = True,
+    clip_gradients: str = "together",
     device: str = "auto",
     precision: str = "auto",
     base: str = "fp32",
@@ -176,6 +177,8 @@ def finetune(
         qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
             0.1 after gptq, gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.
         lr_restart: Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.
+        clip_gradients: Clip the gradients of weights and learned scales by their common norm, or each by its own,
+            with those of scales reduced as in LSQ. One of together, apart.
         device: Where to train. One of auto, cpu, cuda.
         precision: Autocast of matrix products; weights and rounding stay float32. One of auto, bf16, fp32.
         base: Storage of the frozen base weights under the adapters. One of fp32, nf4, int8.
@@ -233,6 +236,7 @@ def finetune(
             "scale_learning_rate": scale_learning_rate,
             "qat_learning_rate": qat_learning_rate,
             "lr_restart": lr_restart,
+            "clip_gradients": clip_gradients,
             "device": device,
             "precision": precision,
             "base": base,

@@ -182,6 +182,11 @@ class FinetuneOptions:
         "Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.",
         True, group=QUANTIZATION,
     )  # fmt: skip
+    clip_gradients: str = option(
+        "Clip the gradients of weights and learned scales by their common norm, or each by its own, with those of "
+        "scales reduced as in LSQ.",
+        "together", ("together", "apart"), group=QUANTIZATION,
+    )  # fmt: skip
 
     device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"), group=HARDWARE)
     precision: str = option(

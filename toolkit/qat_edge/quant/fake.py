@@ -19,6 +19,7 @@ A frozen W may be quantized (`qlora_base`); it is then dequantized wherever thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -337,6 +338,25 @@ def train_weights(model: ModelT) -> ModelT:
         if isinstance(module, FakeQuantLinear) and module.learns_scales:
             module.scale_factor = _initial_scale_factor(module)
     return model
+
+
+def scale_gradient_shares(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
+    """Return each factor of learned scales with 1 / sqrt(n q), by which LSQ multiplies its gradient.
+
+    n is the number of weights that share a scale, q the greatest code (https://arxiv.org/abs/1902.08153, section 2.2):
+    a scale collects the gradients of n weights.
+    """
+    found = []
+    for module in model.modules():
+        if isinstance(module, LoraFakeQuantLinear) and hasattr(module, "lora_scale_factor"):
+            spec, factor = module.get_base_layer().spec, module.lora_scale_factor[ADAPTER]
+        elif isinstance(module, FakeQuantLinear) and module.scale_factor is not None:
+            spec, factor = module.spec, module.scale_factor
+        else:
+            continue
+        greatest = numerics.code_range(spec.bits)[1]
+        found.append((factor, 1 / math.sqrt(spec.group_size * greatest)))
+    return found
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

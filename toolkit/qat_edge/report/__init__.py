@@ -16,6 +16,7 @@ Data behind the pages:
     history             metrics of several runs, each with its change since the previous and since the first run
     verdict             sentences computed from the metrics: QAT against the FP32 fine-tune and the best PTQ method
     tables              tables with the exact value behind each cell, and the columns of the main table
+    guard_details       what the guard of QAT measured and did
     run_details         options, machine, versions and artifacts as lists of names and values
     glossary            explanations of the terms on each page
 

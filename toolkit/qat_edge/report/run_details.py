@@ -10,6 +10,7 @@ from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Measurement, Report
 from qat_edge.report.collect import RunResults
 from qat_edge.report.formatting import label, megabytes, number
+from qat_edge.report.guard_details import guard_rows
 from qat_edge.report.tables import MISSING, Table, TableCell, TableRow, number_cell
 
 # Divisor and unit of a value, by the suffix of its name.
@@ -59,6 +60,7 @@ def provenance(results: RunResults) -> list[DetailList]:
         DetailList("Data", flatten(data)),
         DetailList("Quantization", flatten(scheme if isinstance(scheme, dict) else {})),
         DetailList("Options of finetune", flatten(results.options("finetune"))),
+        DetailList("Guard of QAT", guard_rows(results.training or {})),
         DetailList("Options of export", flatten(results.options("export"))),
         DetailList("Versions that froze the checkpoint", flatten(versions(frozen))),
     ]

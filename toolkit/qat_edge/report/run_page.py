@@ -28,6 +28,7 @@ from qat_edge.report.formatting import (
     span,
     whole_percent,
 )
+from qat_edge.report.guard_details import guard_sentence
 from qat_edge.report.tables import GateRow, Table
 from qat_edge.report.verdict import Verdict, shipped
 
@@ -206,6 +207,9 @@ def _training_caption(log: dict[str, Any]) -> str:
     start, steps = log.get("qat_start_step"), log.get("steps")
     if start is not None and steps is not None:
         sentences.append(f"LoRA training in floats until step {start}, then QAT until step {steps}")
+
+    if guarded := guard_sentence(log):
+        sentences.append(guarded)
 
     resources = []
     if isinstance(log.get("wall_s"), int | float):

@@ -28,10 +28,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], when: str) -> None:
         raise ModelError(f"Training diverged: {when}, {bad}. Nothing is written from it. {ADVICE}")
 
 
-def diverged(
-    model: nn.Module, loss: float, norm: float, step: int, phase: str, learning_rate: float, folder: Path
-) -> ModelError:
-    """Return the error of a step whose loss or gradient is not finite, before the optimizer used it.
+def describe_step(model: nn.Module, loss: float, norm: float, step: int, phase: str, learning_rate: float) -> str:
+    """Describe a step whose loss or gradient is not finite, before the optimizer used it.
 
     Args:
         model: The model in training, with the gradients of the step.
@@ -40,7 +38,9 @@ def diverged(
         step: The step, counted from 1.
         phase: Name of the phase.
         learning_rate: Learning rate of the step.
-        folder: RUN/checkpoints.
+
+    Returns:
+        "at step 5 (QAT, learning rate 0.001): the loss is nan. First tensor that is not finite: ...".
     """
     # Weights come first: a weight that is not finite makes everything after it so.
     bad = first_not_finite(model.named_parameters()) or first_not_finite(model.named_buffers())
@@ -52,12 +52,21 @@ def diverged(
     figure = (
         f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.3f} and the gradient norm {norm}"
     )
+    return (
+        f"at step {step} ({phase}, learning rate {learning_rate:g}): {figure}. First tensor that is not finite: {bad}"
+    )
+
+
+def diverged(found: str, folder: Path) -> ModelError:
+    """Return the error of a step that is not finite.
+
+    Args:
+        found: What `describe_step` returned.
+        folder: RUN/checkpoints.
+    """
     kept = checkpoints.found(folder)
     last = f"The last good checkpoint, {kept[0]}, is kept." if kept else "There was no checkpoint yet."
-    return ModelError(
-        f"Training diverged at step {step} ({phase}, learning rate {learning_rate:g}): {figure}. First tensor that is "
-        f"not finite: {bad}. {last} {ADVICE}"
-    )
+    return ModelError(f"Training diverged {found}. {last} {ADVICE}")
 
 
 ADVICE = (

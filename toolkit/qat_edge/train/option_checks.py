@@ -69,6 +69,11 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"--ptq-init {options.ptq_init} and --scales absmax: the scales it chooses would be discarded. "
             "Give --scales learned or fixed.",
         ),
+        _Check(
+            options.clip_gradients == "apart" and options.scales != "learned",
+            f"--clip-gradients apart and --scales {options.scales}: no scales are learned whose gradients could be "
+            "clipped. Give --scales learned, or leave it out.",
+        ),
         # The teacher: its weight, and a moment at which it can be run.
         _Check(
             options.distill_weight > 1,

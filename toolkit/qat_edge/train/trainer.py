@@ -2,7 +2,8 @@
 progress reporting.
 
     QatTrainer     optimizer, schedules, and the loss: the task's own, and in phase 2 the teacher's divergence; stops
-                   where a loss or a gradient is not finite; checkpoints that appear whole or not at all
+                   where a loss or a gradient is not finite, unless `qat_guard` goes back to the start of phase 2;
+                   checkpoints that appear whole or not at all
     TwoPhases      callback that makes the phase transition at its step and turns fake quantization on
     StopInOrder    callback that ends the training with a checkpoint after a signal
     ShowProgress   callback that feeds the progress bar
@@ -14,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +27,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qat_edge import progress
+from qat_edge.data.tokenization import IGNORED
 from qat_edge.options import FinetuneOptions
 from qat_edge.progress import Bar
+from qat_edge.quant import fake
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.stop_signals import StopRequest
@@ -43,6 +46,8 @@ QAT_RATIO = 0.3
 # would lose more than it gains: nats above FP32's loss after 32 + 4 steps, mean of three runs of two tasks: 0.0118
 # where phase 2 began, 0.0125 with 0.3, 0.0114 with 0.1.
 COMPENSATED_RATIO = 0.1
+# Both learning rates of a phase 2 that is started again after it diverged, as a share of those it diverged with.
+RESTART_RATIO = 0.25
 
 
 class Transition(Protocol):
@@ -138,12 +143,20 @@ class QatTrainer(Trainer):
         objective: Loss of an encoder; None for next-token prediction.
         start: Last step of phase 1.
         phase_1: Name of phase 1.
+        restarted_at: Step at which phase 2 was started again; None where it was not.
+        absorb: Called with the description of a step of phase 2 that is not finite; returns True if training goes on
+            without that step. None stops at every such step.
     """
 
     teacher: Teacher | None = None
     objective: Objective | None = None
     start: int = 0
     phase_1: str = "LoRA"
+    restarted_at: int | None = None
+    absorb: Callable[[str], bool] | None = None
+    # With --clip-gradients apart: parameters that are clipped by one norm, and factors of the scales' gradients.
+    _clipped_apart: Sequence[Sequence[nn.Parameter]] = ()
+    _scale_shares: Sequence[tuple[nn.Parameter, float]] = ()
     _save_into: Path | None = None  # while a checkpoint is written
 
     def set_objective(self, objective: Objective | None) -> None:
@@ -173,19 +186,62 @@ class QatTrainer(Trainer):
         groups: list[dict[str, Any]] = [
             {"params": weights, "lr": options.learning_rate, "weight_decay": options.weight_decay}
         ]
-        factors = [learning_rate_factor(options, start)]
+
+        def restarted() -> int | None:
+            return self.restarted_at  # known only once phase 2 has diverged
+
+        factors = [learning_rate_factor(options, start, restarted=restarted)]
 
         # Group 2: learned scales. They are factors of the initial scales, so they have a rate of their own and do not
         # decay towards 0.
         scales = [p for name, p in trained if SCALE_FACTOR in name]
         if scales:
             groups.append({"params": scales, "lr": options.scale_learning_rate, "weight_decay": 0.0})
-            factors.append(learning_rate_factor(options, start, of_scales=True))
+            factors.append(learning_rate_factor(options, start, of_scales=True, restarted=restarted))
+
+        if options.clip_gradients == "apart":
+            self._clipped_apart = [list(group["params"]) for group in groups]
+            self._scale_shares = fake.scale_gradient_shares(self.model)
 
         self.optimizer = torch.optim.AdamW(groups)
         self.lr_scheduler = LambdaLR(self.optimizer, factors)
         self.distill_weight = options.distill_weight
         self.distill_temperature = options.distill_temperature
+
+    def restart_phase_2(self) -> None:
+        """Start the optimizer and the schedule of phase 2 again at this step, at lower learning rates."""
+        self.restarted_at = self.state.global_step
+        self.reset_optimizer()
+        # The schedule has set the rates of the next step already.
+        assert self.optimizer is not None and isinstance(self.lr_scheduler, LambdaLR)
+        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        current = [peak * factor(self.restarted_at) for peak, factor in rates]
+        for group, rate in zip(self.optimizer.param_groups, current, strict=True):
+            group["lr"] = rate
+        self.lr_scheduler._last_lr = current
+
+    def mean_loss(self, rows: Sequence[Mapping[str, Any]]) -> float:
+        """Return the task's loss on rows: its mean over tokens with loss, or over the rows of an encoder.
+
+        Training goes on after it as if it had not been called.
+        """
+        assert self.model is not None and self.data_collator is not None
+        total, count, training = 0.0, 0, self.model.training
+        self.model.eval()
+        # Random numbers are put back as they were: dropout and shuffling depend on them.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            for begin in range(0, len(rows), self.args.per_device_eval_batch_size):
+                chosen = rows[begin : begin + self.args.per_device_eval_batch_size]
+                inputs = self._prepare_inputs(self.data_collator(list(chosen)))
+                # The prediction at position i is for token i + 1.
+                is_rows = self.objective is not None
+                weight = len(chosen) if is_rows else int((inputs["labels"][:, 1:] != IGNORED).sum())
+                if weight:  # rows without an answer have no loss
+                    total += float(self.compute_loss(self.model, inputs)) * weight
+                    count += weight
+        self.model.train(training)
+        return total / count if count else math.nan
 
     def compute_loss(
         self,
@@ -219,7 +275,7 @@ class QatTrainer(Trainer):
         """Clip the gradients after checking them and the loss.
 
         Raises:
-            ModelError: One is not finite.
+            ModelError: One is not finite, and `absorb` does not go on without the step.
         """
         # The two steps of torch's clip_grad_norm_, which accelerate calls on one device, with the check in between:
         # clipping by a norm that is not finite would spread it to all gradients, and hide where it began.
@@ -227,17 +283,33 @@ class QatTrainer(Trainer):
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss = self._tr_loss  # of this step alone: every step is logged
         if not bool(torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)):
-            raise divergence.diverged(
+            in_qat = self.state.global_step >= self.start
+            found = divergence.describe_step(
                 model,
                 loss=loss.item(),
                 norm=norm.item(),
                 step=self.state.global_step + 1,
-                phase=self.phase_1 if self.state.global_step < self.start else "QAT",
+                phase="QAT" if in_qat else self.phase_1,
                 learning_rate=self._get_learning_rate(),
-                folder=Path(str(self.args.output_dir)),
             )
-        clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            if not in_qat or self.absorb is None or not self.absorb(found):
+                raise divergence.diverged(found, Path(str(self.args.output_dir)))
+            model.zero_grad()  # the optimizer skips parameters without a gradient
+            return norm
+        if self._clipped_apart:
+            self._clip_apart()
+        else:
+            clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
+
+    def _clip_apart(self) -> None:
+        """Reduce the gradients of scales as in LSQ, then clip those of weights and of scales by norms of their own."""
+        for parameter, share in self._scale_shares:
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+        for group in self._clipped_apart:
+            norm = get_total_norm([p.grad for p in group if p.grad is not None])
+            clip_grads_with_norm_(group, self.args.max_grad_norm, norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log figures; warn about the loss of an evaluation that is not finite."""
@@ -247,6 +319,8 @@ class QatTrainer(Trainer):
                 f"The loss on the evaluation data is {eval_loss} at step {self.state.global_step}, although that of "
                 "training is finite. Check the rows of --eval-data: is there one without an answer?"
             )
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN for all later steps
         super().log(logs, start_time)
 
     # --- checkpoints ---------------------------------------------------------------------------------------
@@ -289,13 +363,19 @@ class QatTrainer(Trainer):
 # --- learning rates ----------------------------------------------------------------------------------------
 
 
-def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool = False) -> Callable[[int], float]:
+def learning_rate_factor(
+    options: FinetuneOptions,
+    start: int,
+    of_scales: bool = False,
+    restarted: Callable[[], int | None] = lambda: None,
+) -> Callable[[int], float]:
     """Return the function from a step, counted from 0, to the learning rate as a share of its group's peak.
 
     Args:
         options: Learning rates, schedule and warm-up.
         start: Number of steps in phase 1.
         of_scales: For the group of learned scales, whose peak is the same in both phases.
+        restarted: Returns the step at which phase 2 was started again, None where it was not.
     """
     ratio = 1.0 if of_scales or options.learning_rate == 0 else qat_learning_rate(options) / options.learning_rate
 
@@ -303,6 +383,9 @@ def learning_rate_factor(options: FinetuneOptions, start: int, of_scales: bool =
         if step < start:
             # The schedule of all steps, as if there were no phase 2: one that ended here would train less.
             return schedule_factor(step, options.steps, options)
+        again = restarted()
+        if again is not None and step >= again:
+            return schedule_factor(step - again, options.steps - again, options) * ratio * RESTART_RATIO
         begin = start if options.lr_restart else 0
         return schedule_factor(step - begin, options.steps - begin, options) * ratio
 
@@ -402,6 +485,6 @@ def curve(history: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:
     rows = [{k: row[k] for k in keep if k in row} for row in history if "loss" in row or "eval_loss" in row]
     for row in rows:
         row["phase"] = "lora" if row["step"] <= start else "qat"
-        if not math.isfinite(row.get("eval_loss", 0.0)):
-            row["eval_loss"] = None  # JSON has no NaN
+        # JSON has no NaN.
+        row |= {k: None for k in ("loss", "eval_loss", "grad_norm") if not math.isfinite(row.get(k, 0.0))}
     return rows

@@ -5,9 +5,9 @@
     start    `train.phases`: rotation and PTQ initialization of weights and scales, the teacher of distillation
     phase 2  the same training with fake quantization (`quant.fake`) in the forward pass; ends in RUN/adapter
 
-`train.trainer` is the Hugging Face Trainer with these phases. A training may be killed at any moment: every part of
-the run folder is whole or missing, and `--resume` goes on from the newest whole checkpoint (`train.checkpoints`) to the
-same result, bit for bit.
+`train.trainer` is the Hugging Face Trainer with these phases; `train.qat_guard` keeps the best state of phase 2. A
+training may be killed at any moment: every part of the run folder is whole or missing, and `--resume` goes on from the
+newest whole checkpoint (`train.checkpoints`) to the same result, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from qat_edge.quant import fake
 from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
-from qat_edge.train import checkpoints, divergence, objectives, resumable, run_inputs
+from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
+from qat_edge.train.qat_guard import QatGuard
+from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
 from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
 
@@ -105,6 +107,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     if context_length is not None and not job.task.is_encoder:
         positions.require_positions(context_length, job.metadata["max_position_embeddings"])
     adapted, switch = make_trainable(job, options)
+    start = qat_start_step(options)
+    progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
     run_inputs.begin(run, options, job, resume)
@@ -113,8 +117,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
         return finished
 
     try:
-        trainer = _train(run, options, job, adapted, switch, resume)
-        result = _log(run, job, trainer, qat_start_step(options), time.monotonic() - began)
+        trainer, guard = _train(run, options, job, adapted, switch, resume)
+        result = _log(run, job, trainer, guard, start, time.monotonic() - began)
     except BaseException as error:
         _report_unfinished(run, error)
         raise
@@ -129,7 +133,7 @@ def _train(
     adapted: PreTrainedModel | PeftModel,
     switch: fake.Switch,
     resume: bool,
-) -> QatTrainer:
+) -> tuple[QatTrainer, QatGuard | None]:
     """Train, or load the result of a training whose steps are all done, and write RUN/adapter.
 
     Raises:
@@ -149,28 +153,55 @@ def _train(
 
     with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):
         phases = TwoPhases(switch, start, transition, request.at_once)
-        if checkpoint is not None and checkpoints.step_of(checkpoint) >= options.steps:
-            progress.info(f"All {options.steps} steps are done in {checkpoint.name}; writing what is missing")
-            trainer.load_finished(checkpoint)
-            if start < options.steps:
-                transition.restore()
-                phases.qat_started = True
+        guard = _guard(trainer, phases, options, job, run)
+        if checkpoint is not None and _is_done(checkpoint, options):
+            _load_finished(trainer, phases, guard, options, checkpoint)
         else:
-            _run_steps(trainer, phases, options, checkpoint, request)
+            _run_steps(trainer, phases, guard, options, checkpoint, request)
 
         # With no step of QAT, the start of QAT comes after the last step.
         if not phases.qat_started:
             with request.at_once():
                 transition.finish_without_qat()
+        if guard is not None:
+            guard.finish()
 
     divergence.require_finite(adapted.named_parameters(), "at the end of training")
-    merge.save_weights(adapted, run.adapter, "adapter", job.metadata | transition.metadata)
-    return trainer
+    guarded = {"qat_guard": guard and guard.summary()}
+    merge.save_weights(adapted, run.adapter, "adapter", job.metadata | transition.metadata | guarded)
+    return trainer, guard
+
+
+def _guard(
+    trainer: QatTrainer, phases: TwoPhases, options: FinetuneOptions, job: TrainingJob, run: Run
+) -> QatGuard | None:
+    """Return the guard of phase 2; None without a phase 2, and without rows to evaluate on."""
+    rows = None if job.eval_rows is None else job.eval_rows.rows
+    return qat_guard.make_guard(trainer, phases, options, job.scheme, rows, run.checkpoints)
+
+
+def _load_finished(
+    trainer: QatTrainer, phases: TwoPhases, guard: QatGuard | None, options: FinetuneOptions, checkpoint: Path
+) -> None:
+    """Bring model, phases and guard to where a training whose steps are all done left them."""
+    progress.info(f"All steps are done in {checkpoint.name}; writing what is missing")
+    trainer.load_finished(checkpoint)
+    if phases.start < options.steps:
+        phases.transition.restore()
+        phases.qat_started = True
+    if guard is not None:
+        guard.resume(trainer.state)
+
+
+def _is_done(checkpoint: Path, options: FinetuneOptions) -> bool:
+    """Return whether a checkpoint is the end of a training: its last step, or where the guard ended it."""
+    return checkpoints.step_of(checkpoint) >= options.steps or guard_record.ended_early(checkpoint)
 
 
 def _run_steps(
     trainer: QatTrainer,
     phases: TwoPhases,
+    guard: QatGuard | None,
     options: FinetuneOptions,
     checkpoint: Path | None,
     request: stop_signals.StopRequest,
@@ -182,6 +213,8 @@ def _run_steps(
     """
     trainer.add_callback(phases)
     trainer.add_callback(StopInOrder(request))
+    if guard is not None:
+        trainer.add_callback(guard)
     progress.info(f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT")
     with progress.bar("training", options.steps) as shown:
         trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
@@ -195,18 +228,21 @@ def _announce_stop(signum: int) -> None:
     progress.info(f"{name}: stopping after this step, with a checkpoint. Once more ends the training at once.")
 
 
-def _log(run: Run, job: TrainingJob, trainer: QatTrainer, start: int, wall_s: float) -> Finetuned:
+def _log(
+    run: Run, job: TrainingJob, trainer: QatTrainer, guard: QatGuard | None, start: int, wall_s: float
+) -> Finetuned:
     """Write RUN/training.json and return the result; `start` is the last step of phase 1."""
     steps = curve(trainer.state.log_history, start)
     result = Finetuned(
         run=run.path,
         steps=trainer.state.max_steps,
         qat_start_step=start,
-        loss=[row["loss"] for row in steps if "loss" in row][-1],
+        loss=[row["loss"] for row in steps if row.get("loss") is not None][-1],
         wall_s=wall_s,
         peak_memory_bytes=peak_memory_bytes(),
     )
     log = dataclasses.asdict(result) | {"device": describe_device(job.device), "truncated_rows": job.rows.truncated}
+    log["qat_guard"] = guard and guard.log(wall_s)
     write_text(run.path / TRAINING_LOG, json.dumps({**log, "curve": steps}, indent=1, default=str))
     return result
 
