@@ -17,6 +17,7 @@ from qat_edge.errors import UsageError
 from qat_edge.options import (
     CompareOptions,
     DoctorOptions,
+    EvalOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -31,6 +32,7 @@ VERBS: dict[str, Any] = {
     "export": ExportOptions,
     "doctor": DoctorOptions,
     "validate": ValidateOptions,
+    "eval": EvalOptions,
     "compare": CompareOptions,
 }
 COMMANDS = [
@@ -41,13 +43,15 @@ COMMANDS = [
     "verify",
     "doctor",
     "validate",
+    "eval",
+    "task-rows",
     "compare",
     "report",
     "generate",
     "demo",
 ]
 HEAVY = ("torch", "transformers", "torchao", "executorch", "onnx", "onnxruntime", "peft", "datasets", "numpy", "rich")
-REQUIRED = {"model": "m", "data": "d"}
+REQUIRED = {"finetune": {"model": "m", "data": "d"}, "eval": {"task": "gsm8k"}}
 FIELDS = [(section, field) for section, cls in VERBS.items() for field in dataclasses.fields(cls)]
 
 
@@ -103,7 +107,7 @@ def test_every_flag_changes_its_field(section: str, field: Any, monkeypatch: pyt
         raise Stop("seen")
 
     monkeypatch.setattr(commands, "load_options", capture)
-    required = [a for k, v in REQUIRED.items() if k != field.name and section == "finetune" for a in (f"--{k}", v)]
+    required = [a for k, v in REQUIRED.get(section, {}).items() if k != field.name for a in (f"--{k}", v)]
     position = ["--out", "x"] if section == "finetune" else ["run"]
     CliRunner().invoke(commands.main, [section, *position, *required, *arguments])
     assert getattr(seen[0], field.name) == expected

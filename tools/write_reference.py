@@ -13,6 +13,7 @@ from qat_edge import config
 from qat_edge.cli.commands import main
 from qat_edge.options import (
     CompareOptions,
+    EvalOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -66,6 +67,7 @@ SECTIONS: dict[str, type] = {
     "quantize": QuantizeOptions,
     "export": ExportOptions,
     "validate": ValidateOptions,
+    "eval": EvalOptions,
     "compare": CompareOptions,
 }
 

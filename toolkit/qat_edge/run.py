@@ -14,6 +14,7 @@ RUN/reports/DEVICE.json    results of validate, one file per device
 RUN/answers.json           results of validate for an encoder
 RUN/sensitivity/           results of sensitivity
 RUN/compare/               results of compare
+RUN/eval/TASK.json         results of eval, one file per public task
 RUN/report.html            the report; history.html where the run is the last of several in one
 RUN/.lock, .lock.json      lock of the command that is writing into the folder, and its name (`run_lock`)
 RUN/.previous/             the run that `finetune --force` replaces, until the new one is finished (`previous_run`)
@@ -163,6 +164,11 @@ class Run(Variant):
     def answers(self) -> Path:
         """Results of validate for an encoder."""
         return self.path / "answers.json"
+
+    @property
+    def evaluations(self) -> Path:
+        """Results of eval, one file per public task."""
+        return self.path / "eval"
 
     @property
     def report_html(self) -> Path:

@@ -22,14 +22,17 @@ from qat_edge.cli.flags import (
     options_of,
     output_path,
     text_value,
+    text_values,
     without_empty,
 )
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import (
     ARTIFACTS,
+    EVAL_TASKS,
     MOST_TOKENS,
     CompareOptions,
     DoctorOptions,
+    EvalOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -286,6 +289,86 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
         _print_json(result.reports if len(options.device) > 1 else result.reports[0])
     _print_validated(result, run, as_json)
     verb.require_success(result)
+
+
+@main.command(
+    name="eval",
+    short_help="Measure models on public tasks.",
+    example="qat-edge eval runs/mine --task bfcl_simple --from reference --from onnx",
+)
+@RUN
+@options_of(EvalOptions)
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    callback=text_values,
+    help="Model to measure, repeatable: torch (the frozen checkpoint), executorch, onnx, METHOD/... for a PTQ variant, "
+    "reference (the FP32 fine-tune), base. Compared with the first.  [default: torch]",
+)
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Run to compare with, model by model, instead of the first."
+)
+@CONFIG
+@TRUST_REMOTE_CODE
+@FORCE
+@JSON
+def evaluate(
+    run: Path,
+    sources: tuple[str, ...],
+    against: Path | None,
+    config_path: Path | None,
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Ask models of a run the questions of a public task, and compare them on the same questions.
+
+    The questions come from pinned packages of the package index. RUN/eval/TASK.json has every answer.
+    """
+    options = load_options(EvalOptions, "eval", config_path, flags)
+    opened = _open(run)
+    other = None if against is None else _open(against)
+    from qat_edge.cli.terminal_tables import eval_table
+    from qat_edge.verbs.eval import evaluate as verb
+
+    result = verb(opened, options, sources or ("torch",), other, force=force)
+    if as_json:
+        _print_json(result)
+    console().print(eval_table(result))
+    progress.info(f"Wrote {result.path}")
+
+
+@main.command(
+    name="task-rows",
+    short_help="Write a public task as training rows.",
+    example="qat-edge task-rows bfcl data/bfcl --calls text",
+)
+@click.argument("task", type=click.Choice(EVAL_TASKS))
+@click.argument("folder", type=click.Path(path_type=Path), callback=output_path)
+@click.option(
+    "--calls",
+    default="template",
+    show_default=True,
+    type=click.Choice(["template", "text"]),
+    help="Functions as tools of the chat template, or as text in the system message.",
+)
+@FORCE
+@JSON
+def task_rows(task: str, folder: Path, calls: str, force: bool, as_json: bool) -> None:
+    """Write the training part of TASK to FOLDER/train.jsonl, for finetune, and its test part to FOLDER/test.jsonl.
+
+    Function calls are split by function: no function of a test question is in a training row.
+    """
+    from qat_edge.verbs.task_rows import write_task_rows as verb
+
+    result = verb(task, folder, as_text=calls == "text", force=force)
+    if as_json:
+        _print_json(result)
+    progress.info(
+        f"Wrote {result.train_rows} rows to {result.train} and {result.test_rows} to {result.test}. "
+        f"Next: qat-edge finetune --data {result.train}"
+    )
 
 
 @main.command(short_help="Compare all deployments of one fine-tune.", example="qat-edge compare runs/mine")

@@ -66,6 +66,17 @@ def text_value(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return value
 
 
+def text_values(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Check the texts of a repeatable flag, as a callback of click.
+
+    Raises:
+        UsageError: one is not UTF-8.
+    """
+    for text in value:
+        config.require_text(text, param.opts[0])
+    return value
+
+
 def _permit_remote_code(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     ctx.with_resource(remote_code.permit(value))
 

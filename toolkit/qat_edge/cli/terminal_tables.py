@@ -12,6 +12,7 @@ from qat_edge.quant.bit_allocation import Choice, Sensitivity
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.verbs.demo import Stage
+from qat_edge.verbs.eval import Evaluated, SourceScore, perplexity
 
 # Short titles, so that a table fits a terminal of 80 columns.
 SUMMARY_COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")
@@ -82,6 +83,46 @@ def deployment_table(table: DeploymentTable, target: str) -> Table:
     captions += [f"{row.title}: {row.reason}" for row in rows if row.measured is None]
     shown.caption = "\n".join(captions)
     return shown
+
+
+def eval_table(result: Evaluated) -> Table:
+    """Return the score of each model, and its difference from the one it is compared with."""
+    what = "perplexity" if result.is_perplexity else "right"
+    table = Table(
+        title=f"{result.task}: {result.title}, {result.package}",
+        title_justify="left", caption_justify="left", box=None, pad_edge=False,
+    )  # fmt: skip
+    _add_columns(table, ("model", "questions", what, "95% interval", "difference", "95% interval"))
+    for score in result.scores:
+        table.add_row(score.source, str(score.questions), *_score_cells(score, result.is_perplexity))
+
+    captions = []
+    for score in result.scores:
+        if score.difference is not None and not score.difference.is_shown:
+            captions.append(f"{score.source} and {score.against}: no difference shown")
+    unit = "nats per token" if result.is_perplexity else "points of 100"
+    if any(score.difference is not None for score in result.scores):
+        captions.append(f"differences in {unit}, on the same questions; intervals from 10,000 bootstrap resamples")
+    table.caption = "\n".join(captions)
+    return table
+
+
+def _score_cells(score: SourceScore, is_perplexity: bool) -> list[str]:
+    """Return score and difference, each with its interval."""
+
+    def shown(value: float) -> str:
+        return number(perplexity(value)) if is_perplexity else f"{value:.1%}"
+
+    def change(value: float) -> str:
+        # Adding 0.0 turns -0.0 into 0.0.
+        return f"{round(value, 4) + 0.0:+.4f}" if is_perplexity else f"{round(100 * value, 1) + 0.0:+.1f}"
+
+    measured = score.score
+    cells = [shown(measured.value), f"{shown(measured.low)} to {shown(measured.high)}"]
+    if score.difference is None:
+        return [*cells, NOT_MEASURED, NOT_MEASURED]
+    found = score.difference.interval
+    return [*cells, change(found.value), f"{change(found.low)} to {change(found.high)}"]
 
 
 def stage_table(stages: list[Stage]) -> Table:

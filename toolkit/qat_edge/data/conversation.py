@@ -170,18 +170,37 @@ class ChatFormat:
         self._use.check_context(chat, last, through)
         return found
 
-    def prompt(self, messages: list[Message], template_arguments: Mapping[str, Any] | None = None) -> Prompt:
+    def prompt(
+        self,
+        messages: list[Message],
+        template_arguments: Mapping[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Prompt:
         """Return the prompt of the assistant's next message.
+
+        Args:
+            messages: The conversation so far.
+            template_arguments: Further arguments of the chat template.
+            tools: JSON schemas of the tools that the assistant may call; see `takes_tools`.
 
         Raises:
             DataError: The template cannot write these messages, or one spells a token that begins or ends messages.
             ModelError: The template cannot be used at all.
         """
-        chat = Chat(messages, "prompt", template_arguments=dict(template_arguments or {}))
+        chat = Chat(messages, "prompt", tools, template_arguments=dict(template_arguments or {}))
         self._use.check_arguments(chat)
         self._turn_tokens.check(chat, len(messages))
         text = self._template.render(chat, len(messages), add_generation_prompt=True)
         return Prompt(text, encode(text, self.tokenizer))
+
+    def takes_tools(self, tools: list[dict[str, Any]]) -> bool:
+        """Return whether the template writes tools into a prompt."""
+        messages = [{"role": "user", "content": PROBE}]
+        try:
+            text = self._template.render(Chat(messages, "probe", tools), 1, add_generation_prompt=True)
+        except (DataError, ModelError):
+            return False
+        return all(tool["function"]["name"] in text for tool in tools)
 
     def notes(self) -> list[str]:
         """Return what was left out of the conversations so far, and how answers end where the template says nothing."""

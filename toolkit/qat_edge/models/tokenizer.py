@@ -11,7 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import remote_code
-from qat_edge.errors import ModelError
+from qat_edge.errors import ModelError, RunError
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.tokenizer_check import native_errors
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
@@ -86,6 +87,22 @@ def trained_end_tokens(manifest: Mapping[str, Any]) -> list[int] | None:
     record = manifest.get("conversation")
     ids = record.get("end_of_turn") if isinstance(record, dict) else None
     return None if ids is None else _as_ids(ids, "manifest.json, end_of_turn")
+
+
+def trained_template_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the chat template that all conversations of the training had in common.
+
+    Args:
+        folder: frozen checkpoint or artifact; each has the record of its training.
+
+    Raises:
+        RunError: the record is damaged.
+    """
+    record = read_manifest(folder).get("conversation")  # folders of earlier versions have none
+    arguments = {} if record is None else record.get("template_arguments", {}) if isinstance(record, dict) else None
+    if not isinstance(arguments, dict):
+        raise RunError(f"{folder / MANIFEST}: damaged ('conversation' has no template_arguments). Export again.")
+    return arguments
 
 
 def add_end_tokens(folder: Path, ids: Sequence[int]) -> None:

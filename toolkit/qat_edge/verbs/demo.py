@@ -13,6 +13,7 @@ from qat_edge import config, progress, stop_signals
 from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
+from qat_edge.models.wheels import cache_folder
 from qat_edge.options import FinetuneOptions
 from qat_edge.python_process import python_command
 from qat_edge.run import Run
@@ -63,7 +64,7 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         progress.info(
             f"Data: {assistant.TRAIN_ROWS} generated requests in {train}, {assistant.EVAL_ROWS} held out in {held_out}"
         )
-        source = fetch_demo_model(_cache())
+        source = fetch_demo_model(cache_folder())
         given_finetune = ["--model", source, "--data", str(train), "--eval-data", str(held_out), *FINETUNE]
 
     # --force only where an earlier demo is in the way.
@@ -97,9 +98,3 @@ def _run_stage(arguments: list[str]) -> Stage:
     if code != 0:
         raise QatEdgeError(f"The demo stops here: `qat-edge {arguments[0]}` ended with exit code {code}.")
     return Stage(arguments[0], time.monotonic() - began, peak_rss_bytes(usage))
-
-
-def _cache() -> Path:
-    """Return the folder that keeps the demo's model between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "qat-edge"

@@ -13,11 +13,11 @@ from qat_edge import progress
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
-from qat_edge.manifest import MANIFEST, check_files, read_manifest
+from qat_edge.manifest import MANIFEST, check_files
 from qat_edge.models import tasks
 from qat_edge.models.generation_settings import greedy_decoding
 from qat_edge.models.positions import context_of_artifact, positions_of_folder
-from qat_edge.models.tokenizer import end_tokens, load_tokenizer
+from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge_exporters.targets import TARGETS, target_named
@@ -76,7 +76,7 @@ def generate(
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
         ready, block = text_prompt(prompt, tokenizer), ""
     else:
-        ready = chat_prompt(tokenizer, prompt, system, _template_arguments(folder))
+        ready = chat_prompt(tokenizer, prompt, system, trained_template_arguments(folder))
         block = ChatTemplate(tokenizer).empty_reasoning
     if not ready.ids:
         raise UsageError("The prompt is empty: it has no token to continue.")
@@ -145,22 +145,6 @@ class WithoutPrefix:
         """Pass on what was held back, if the text ended inside the prefix."""
         if not self._passing and not self._held.lstrip().startswith(self._prefix):
             self._emit(self._held)
-
-
-def _template_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the chat template that all conversations of the training had in common.
-
-    Args:
-        folder: frozen checkpoint or artifact; each has the record of its training.
-
-    Raises:
-        RunError: the record is damaged.
-    """
-    record = read_manifest(folder).get("conversation")  # folders of earlier versions have none
-    arguments = {} if record is None else record.get("template_arguments", {}) if isinstance(record, dict) else None
-    if not isinstance(arguments, dict):
-        raise RunError(f"{folder / MANIFEST}: damaged ('conversation' has no template_arguments). Export again.")
-    return arguments
 
 
 def _tokens_that_fit(folder: Path, is_artifact: bool, prompt_tokens: int, max_new_tokens: int) -> int:
