@@ -249,7 +249,7 @@ def test_bits_survive_their_file(tmp_path: Path) -> None:
         ("weights: {a: 8}", "found the keys weights"),
         ("bits: {}", "found no such line under it"),
         ("bits: 8", "found no such line under it"),
-        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 4 or 8 bits"),
+        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 2, 4 or 8 bits"),
         ("bits: {a.b: true}", r"'bits.a.b' is True"),
         ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
         ("bits: {3: 8}", r"'bits.3'"),

@@ -149,7 +149,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
 @FORCE
 @JSON
 def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """Measure the loss of each layer at 4 and at 8 bits, and pick bits by layer."""
+    """Measure the loss of each layer at 4 and at 8 bits (2 as well with --width 2), and pick bits by layer."""
     options = load_options(SensitivityOptions, "sensitivity", config_path, flags)
     opened = _open(run)
     from qat_edge.cli.terminal_tables import sensitivity_table
