@@ -127,8 +127,10 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
         options = config.load(FinetuneOptions, "finetune", path, without_empty(flags), config.flag_name)
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)
+    from qat_edge.train.option_checks import check_export_section
     from qat_edge.verbs.finetune import finetune as verb
 
+    check_export_section(options, config_path)
     with remote_code.permit(options.trust_remote_code):
         result = verb(options, out, resume=resume, force=force)
     if as_json:

@@ -1,4 +1,4 @@
-"""Measure the loss of every layer of the FP32 fine-tune at 4 and at 8 bits (2 as well, if requested), and choose the bits of each.
+"""Measure the loss of every layer of the FP32 fine-tune at 4 and 8 bits (or 2 as well), and choose the bits of each.
 
 Load the fine-tune, measure it once into RUN/sensitivity/, then choose from the measurement as often as wanted:
 `--max-size-mb` minimizes the loss for a size, `--max-kl` the size for a loss.
