@@ -22,7 +22,7 @@ from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge.train.option_checks import check_combination, check_export_section
-from qat_edge.train.setup import _require_width
+from qat_edge.train.setup import require_width
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize, quantize_if_missing
@@ -63,7 +63,7 @@ def widths(folder: Path) -> dict[str, tuple[int, str]]:
 def test_what_was_trained_is_what_the_onnx_folder_holds_and_computes(run: Run) -> None:
     metadata = read_manifest(run.adapter)
     assert (metadata["weight_bits"], metadata["weight_levels"]) == (2, "seq")
-    written = export(run, ExportOptions(target=("onnx",), ptq=("rtn",)))
+    written = export(run, ExportOptions(target=("onnx",), ptq=("rtn",), context_length=64))
     assert {w.target for w in written} == {"onnx"} and not any(w.parity.fault for w in written)
     results = verify(run, [])
     require_equal(results)
@@ -125,7 +125,9 @@ def test_the_exporter_itself_refuses_such_a_checkpoint(run: Run, tmp_path: Path)
     from qat_edge_exporters.targets import target_named
 
     quantize(run, QuantizeOptions())
-    with pytest.raises(ExportError, match="2-bit weights of this checkpoint. Leave this target out with --target onnx"):
+    with pytest.raises(
+        ExportError, match=r"2-bit weights of this checkpoint\. Leave this target out with --target onnx"
+    ):
         target_named("executorch").export(run.quantized, tmp_path, 64)
 
 
@@ -185,10 +187,10 @@ def test_the_command_checks_the_file_first(tmp_path: Path) -> None:
 
 
 def test_a_model_that_onnx_cannot_express_is_not_trained_at_two_bits(base: FinetuneOptions) -> None:
-    with pytest.raises(ModelError, match="weights of 2 bits can be exported to onnx alone.* its attention"):
-        _require_width(base, {"onnx": "its attention is not causal."})
-    _require_width(base, {"executorch": "its attention is not causal."})
-    _require_width(replace(base, weight_bits=4, bits=None), {"onnx": "its attention is not causal."})
+    with pytest.raises(ModelError, match=r"weights of 2 bits can be exported to onnx alone.* its attention"):
+        require_width(base, {"onnx": "its attention is not causal."})
+    require_width(base, {"executorch": "its attention is not causal."})
+    require_width(replace(base, weight_bits=4, bits=None), {"onnx": "its attention is not causal."})
 
 
 def test_training_says_what_it_quantizes_to(base: FinetuneOptions, tmp_path: Path) -> None:

@@ -288,13 +288,13 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
             f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "
             "architecture that docs/reference/architectures.md lists as exported."
         )
-    _require_width(options, gaps)
+    require_width(options, gaps)
     for target, reason in gaps.items():
         progress.warn(f"This model cannot be exported to {target}: {reason}")
     return loaded
 
 
-def _require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
+def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
     """Refuse bits for which no target is left.
 
     gaps: formats that cannot express the model, with the reason.
