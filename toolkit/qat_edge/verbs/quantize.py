@@ -21,6 +21,7 @@ from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
+from qat_edge_exporters.targets import FORMATS, target_named
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full
@@ -128,6 +129,13 @@ def widths_of(run: Run, method: str) -> set[int]:
         return set()  # freezing reports that there is no adapter
     metadata = read_manifest(adapter)
     return {LinearCodes.of_training(metadata).bits, *metadata["bits"].values()}
+
+
+def target_flag(run: Run, method: str) -> str:
+    """Return the flag that `export` needs for a variant whose bits not every format can hold; empty where all can."""
+    widths = widths_of(run, method)
+    able = [name for name in FORMATS if not target_named(name).missing_widths(widths)]
+    return "" if len(able) == len(FORMATS) else "".join(f" --target {name}" for name in able)
 
 
 def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:
