@@ -110,13 +110,13 @@ def test_a_pte_is_refused_by_name_before_anything_is_frozen(run: Run, tmp_path: 
     for target in (("executorch",), ("executorch", "onnx")):
         with pytest.raises(UsageError, match="--target executorch: ExecuTorch has no operator for 2-bit weights") as e:
             export(run, ExportOptions(target=target))
-        assert "trained with them. Give --target onnx." in str(e.value)
+        assert "was trained with. Give --target onnx." in str(e.value)
     assert not run.quantized.exists()
 
     # A variant with bits of its own, of a run that has others.
     quantize(run, QuantizeOptions(method="rtn", weight_bits=4))
     quantize_if_missing(run, "qat")
-    with pytest.raises(UsageError, match="trained with them"):
+    with pytest.raises(UsageError, match="was trained with"):
         export(run, ExportOptions(target=("executorch",), ptq=("rtn",)))
 
 

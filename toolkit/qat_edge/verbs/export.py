@@ -275,13 +275,14 @@ def _check_widths(run: Run, targets: list[Target], methods: list[str]) -> None:
             if missing:
                 able = next((name for name in FORMATS if not target_named(name).missing_widths(widths)), FORMATS[0])
                 raise UsageError(
-                    f"--target {target.format}: {missing} {run.path} was {_origin(method)}. Give --target {able}."
+                    f"--target {target.format}: {missing.removesuffix('.')}, which {run.path} was {_origin(method)}. "
+                    f"Give --target {able}."
                 )
 
 
 def _origin(method: str) -> str:
     """Return how a variant got its bits, for messages."""
-    return "trained with them" if method == QAT else f"quantized to them by {method}"
+    return "trained with" if method == QAT else f"quantized to by --method {method}"
 
 
 def _ptq_methods(options: ExportOptions) -> list[str]:
