@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
-from qat_edge.errors import UsageError
+from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import write_manifest
 from qat_edge.quant import fake, frozen, numerics
 from qat_edge.quant.codebook import INTEGER, SEQ, codebook_of
 from qat_edge.quant.ptq import methods
@@ -228,3 +229,31 @@ def test_a_layer_that_no_group_divides_gets_int8_with_the_reason() -> None:
     model = AutoModelForCausalLM.from_config(llama(intermediate_size=80))
     found = choose_scheme(model, 64, default=LinearCodes(2, SEQ)).weights["model.layers.0.mlp.down_proj"]
     assert found == WeightScheme(8, 80, True, "width 80 is no multiple of 64: int8 per channel instead")
+
+
+def test_an_encoder_cannot_have_two_bits() -> None:
+    config = BertConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
+    bert = AutoModelForSequenceClassification.from_config(config)
+    layer = "bert.encoder.layer.1.output.dense"
+    for bits, default in (({}, LinearCodes(2, SEQ)), ({layer: 2}, LinearCodes())):
+        with pytest.raises(UsageError, match="in 2 bits: BertForSequenceClassification is an encoder"):
+            choose_scheme(bert, 32, bits, default=default)
+
+
+@pytest.mark.parametrize("entries", [{"weight_bits": 3}, {"weight_levels": "odd"}])
+def test_a_manifest_with_other_codes_is_damaged(entries: dict[str, Any]) -> None:
+    assert LinearCodes.of_training({}) == LinearCodes(4, SEQ)
+    with pytest.raises(RunError, match="The manifest of the adapter is damaged"):
+        LinearCodes.of_training(entries)
+
+
+def test_levels_that_nobody_knows_make_a_checkpoint_damaged(tmp_path: Path) -> None:
+    metadata = frozen.scheme_metadata(choose_scheme(tiny_model(), 32, default=LinearCodes(2, SEQ)))
+    write_manifest(tmp_path, "quantized", scheme=metadata)
+    assert frozen.read_scheme(tmp_path).widths == {2, 8}
+    metadata["weights"][Q]["levels"] = "odd"
+    write_manifest(tmp_path, "quantized", scheme=metadata)
+    with pytest.raises(RunError, match=r"its scheme cannot be read .levels odd"):
+        frozen.read_scheme(tmp_path)

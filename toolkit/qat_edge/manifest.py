@@ -52,6 +52,7 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "scheme.weights.*": (dict,),
     "scheme.weights.*.bits": (int,),
     "scheme.weights.*.group_size": (int,),
+    "scheme.weights.*.levels": (str,),
     "model": (dict,),
     "model.source": (str,),
     "model.identity": (dict,),
@@ -60,6 +61,8 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "start.sha256": (str,),
     "kept_layers": (list, type(None)),
     "group_size": (int,),
+    "weight_bits": (int,),
+    "weight_levels": (str,),
     "base": (str,),
     "device": (str,),
 }

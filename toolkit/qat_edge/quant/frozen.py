@@ -39,7 +39,7 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import tasks
 from qat_edge.quant import numerics, rotated_norm
-from qat_edge.quant.codebook import FEWEST, INTEGER, SEQ
+from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, SEQ
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ def read_scheme(folder: Path) -> Scheme:
     try:
         metadata = manifest["scheme"]
         weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
+        unknown = {spec.levels for spec in weights.values()} - set(LEVELS)
+        if unknown:
+            raise TypeError(f"levels {', '.join(sorted(map(str, unknown)))}")
         return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(

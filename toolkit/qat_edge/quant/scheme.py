@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qat_edge.errors import ModelError, UsageError
+from qat_edge import readers
+from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.models import tasks
 from qat_edge.models.experts import refuse_experts
-from qat_edge.options import GROUP_SIZES, LAYER_WIDTHS
-from qat_edge.quant.codebook import FEWEST, INTEGER, PER_CHANNEL, SEQ, Codebook, codebook_of
+from qat_edge.options import GROUP_SIZES, LAYER_WIDTHS, WEIGHT_BITS
+from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, PER_CHANNEL, SEQ, Codebook, codebook_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,8 +135,18 @@ class LinearCodes:
 
     @classmethod
     def of_training(cls, metadata: Mapping[str, Any]) -> LinearCodes:
-        """Read them from the manifest of an adapter; those from before 2 bits do not mention them."""
-        return cls(metadata.get("weight_bits", INT4.bits), metadata.get("weight_levels", INT4.levels))
+        """Read them from the manifest of an adapter; those from before 2 bits do not mention them.
+
+        Raises:
+            RunError: The manifest has values that no training writes.
+        """
+        codes = cls(metadata.get("weight_bits", INT4.bits), metadata.get("weight_levels", INT4.levels))
+        if codes.bits not in WEIGHT_BITS or codes.levels not in LEVELS:
+            raise RunError(
+                f"The manifest of the adapter is damaged: weight_bits is {readers.show(codes.bits)} and weight_levels "
+                f"{readers.show(codes.levels)}. Restore it, or train again."
+            )
+        return codes
 
 
 INT4 = LinearCodes()
