@@ -249,7 +249,7 @@ def test_bits_survive_their_file(tmp_path: Path) -> None:
         ("weights: {a: 8}", "found the keys weights"),
         ("bits: {}", "found no such line under it"),
         ("bits: 8", "found no such line under it"),
-        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 4 or 8 bits"),
+        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 2, 4 or 8 bits"),
         ("bits: {a.b: true}", r"'bits.a.b' is True"),
         ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
         ("bits: {3: 8}", r"'bits.3'"),
@@ -375,6 +375,54 @@ def test_bits_are_chosen_without_measuring_again(run: Run, monkeypatch: pytest.M
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(listed) == {"sensitivity.json", "sensitivity.html", "bits.yaml"}
     scheme.choose_scheme(tied_model(), GROUP, chosen)
+
+
+def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
+    first = call(run, "--tokens", "128", "--width", "2")
+    assert first.exit_code == 0, first.output
+    folder = run.path / "sensitivity"
+    measured = bit_allocation.read_sensitivity(folder)
+    assert measured.widths == (2, 4, 8) and set(measured.weights[DOWN].costs) == {2, 4, 8}
+    assert set(measured.weights["lm_head"].costs) == {8}
+    costs = measured.weights[DOWN].costs
+    assert costs[2].kl_nats > costs[4].kl_nats > costs[8].kl_nats
+    rows, width = measured.weights[DOWN].shape
+    assert costs[2].size_bytes == rows * (width // 4 + width // GROUP * 4), "float32 scales, as in an ONNX folder"
+    assert measured.together[2] > measured.together[4] > measured.together[8]
+    assert all(f"at {bits} bits" in first.output for bits in (2, 4, 8))
+
+    limit = (measured.predicted(2) + measured.predicted(4)) / 2
+    second = call(run, "--max-kl", str(limit), "--width", "2")
+    assert second.exit_code == 0, second.output
+    chosen = load_bits(folder / "bits.yaml")
+    assert {2, 8} <= set(chosen.values()) <= {2, 4, 8}
+    layers = [name for name in chosen if "layers" in name]
+    counts = [sum(chosen[name] == bits for name in layers) for bits in (8, 4)]
+    assert f"{counts[0]} of 14 weights get 8 bits, {counts[1]} get 4 bits" in second.stderr
+    page = (folder / "sensitivity.html").read_text()
+    assert all(
+        text in page for text in ("KL, 2 bits", "all 2 bits", "instead of 2", "which alone can hold 2-bit weights")
+    )
+    scheme.choose_scheme(tied_model(), GROUP, chosen)
+
+
+def test_other_widths_than_those_measured_are_refused(run: Run) -> None:
+    assert call(run, "--tokens", "64").exit_code == 0
+    other = call(run, "--width", "2", "--max-kl", "1")
+    assert other.exit_code == 1 and "measured at 4 and 8 bits" in other.output and "--force" in other.output
+
+
+def test_two_bits_cost_what_freezing_with_them_costs() -> None:
+    for levels in ("seq", "integer"):
+        narrow, given, model = scheme.LinearCodes(2, levels), batch(), tied_model()
+        chosen = scheme.choose_scheme(model, GROUP)
+        candidates = layer_sensitivity.candidate_schemes(chosen, narrow)
+        found = layer_sensitivity.measure_layers(model, candidates, [given], ignore).together[2]
+        with torch.no_grad():
+            out = model(input_ids=given.input_ids, attention_mask=given.attention_mask, use_cache=False)
+        logits = out.logits[given.compared]
+        at_two = scheme.choose_scheme(model, GROUP, default=narrow)
+        assert found == pytest.approx(divergence(logits, frozen_logits(tied_model, at_two, given)), rel=1e-3)
 
 
 def test_an_earlier_measurement_is_kept_unless_forced(run: Run) -> None:

@@ -35,6 +35,7 @@ FLOORS = (
         "profiles",
         "options",
         "config",
+        "quant.codebook",
         "quant.ptq.method_names",
     },
     {"data", "models", "quant", "demo_data"},

@@ -17,14 +17,16 @@ class ArtifactWeight:
     Attributes:
         codes: int8, shape (out, in).
         scales: float32, shape (out, in // group_size); one column where per channel.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block: input features that share a scale, in a runtime that rounds a layer's input by blocks; else None.
+        levels: "seq" for 2-bit weights whose codes are -3 -1 1 3; else "integer".
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
     bits: int
     block: int | None = None
+    levels: str = "integer"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ are called. A new kind of artifact is one more record in `TARGETS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class Target:
         checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
         doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
         options: names of `export` options that it takes beyond the context length.
+        widths: bits of weights that it has operators for.
         backend: compiler other than the format's usual one; None for the usual one.
     """
 
@@ -71,6 +72,7 @@ class Target:
     checker: str = ""
     doctor: str = ""
     options: tuple[str, ...] = ()
+    widths: tuple[int, ...] = (4, 8)
     backend: Backend | None = None
     # Sentences that say why two options exclude each other, by the names of both.
     exclusions: Mapping[tuple[str, str], str] = field(default_factory=dict)
@@ -138,6 +140,13 @@ class Target:
         self.check(folder)
         exposed: Exposed = load(self.expose)(folder, out)
         return exposed
+
+    def missing_widths(self, widths: Iterable[int]) -> str:
+        """Return which of these bits of weights the target has no operator for, as a sentence; empty where none."""
+        missing = sorted(set(widths) - set(self.widths))
+        if not missing:
+            return ""
+        return f"{self.title} has no operator for {' or '.join(map(str, missing))}-bit weights."
 
     def generate(
         self,
@@ -213,6 +222,7 @@ _ALL = (
         generator=f"{_ONNX}.genai_text:generate",
         expose=f"{_ONNX}.matrix_outputs:expose",
         checker=f"{_ONNX}.folder_check:check_folder",
+        widths=(2, 4, 8),
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,3 +56,24 @@ def test_rounding_applies_to_the_named_architectures_only() -> None:
     blocks = Rounding("blocks", machines=("x86_64", "amd64"))
     assert [blocks.applies(m) for m in ("x86_64", "AMD64", "aarch64")] == [True, True, False]
     assert Rounding("cache", int8_cache=True).applies("aarch64")
+
+
+def test_half_steps_multiply_the_sums_of_the_input_in_float() -> None:
+    """2-bit levels n + 1/2: n times the rounded input, 1/2 times the input itself."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-2, 2, (16, 64), generator=generator).float()
+    scales, x = torch.rand(16, 2, generator=generator) + 0.5, torch.randn(3, 64, generator=generator)
+    by_weight = scales.repeat_interleave(32, dim=1)
+    model = nn.Module()
+    model.layer = nn.Linear(64, 16, bias=False)
+    model.layer.weight.data = (integers + 0.5) * by_weight
+    rounding = Rounding("blocks", {"layer": 32}, machines=("x86_64",), half_steps={"layer": scales / 2})
+    for machine in ("x86_64", "aarch64"):
+        applied = rounding.on(machine)
+        rounded = rounded_input(64, replace(applied, half_steps={}), x)
+        with torch.no_grad(), emulate_rounding(model, ["layer"], applied):
+            found = model.layer(x)
+        sums = x.unflatten(-1, (2, 32)).sum(-1)
+        torch.testing.assert_close(found, rounded @ (integers * by_weight).T + sums @ (scales / 2).T)
+        assert not model.layer._forward_hooks and not model.layer._forward_pre_hooks
+    assert rounding.on("aarch64").blocks == {} and rounding.on("x86_64") is rounding

@@ -84,7 +84,12 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
     "int4_tables": (llama, 32),
     "int4_tables_untied": (lambda: llama(tie_word_embeddings=False), 32),
     "rotated": (llama, 32),
+    # Half steps behind biased layers, and layers of 2, 4 and 8 bits that share an input; levels without half steps.
+    "int2_seq": (lambda: llama(attention_bias=True, mlp_bias=True), 32),
+    "int2_integer": (lambda: Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False), 64),
 }
+BITS = {"mixed_bits": MIXED, "int2_seq": {"model.layers.0.self_attn.k_proj": 4, "model.layers.0.self_attn.v_proj": 8}}
+CODES = {"int2_seq": scheme.LinearCodes(2, "seq"), "int2_integer": scheme.LinearCodes(2, "integer")}
 TABLES = {  # bits of embedding and head
     "int4_embedding": (4, 8), "int4_head_untied": (8, 4), "int4_tables": (4, 4), "int4_tables_untied": (4, 4),
 }  # fmt: skip
@@ -97,6 +102,7 @@ def freeze(
     bits: dict[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
     rotated: bool = False,
+    codes: scheme.LinearCodes = scheme.INT4,
 ) -> tuple[Any, scheme.Scheme]:
     """Write a frozen checkpoint of random weights; return a float model of its dequantized weights, and its scheme."""
     torch.manual_seed(0)
@@ -104,7 +110,7 @@ def freeze(
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits, codes)
     if rotated:
         rotation.rotate(model, chosen, 0)
     plain = deepcopy(model)
@@ -112,7 +118,8 @@ def freeze(
     plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
     for name, spec in chosen.weights.items():
         weight = plain.get_submodule(name).weight
-        weight.data = numerics.fake_quantize_weight(model.get_submodule(name).weight.data, spec.bits, spec.group_size)
+        own = model.get_submodule(name).weight.data
+        weight.data = numerics.fake_quantize_weight(own, spec.codebook, spec.group_size)
     frozen.freeze(model, chosen)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -129,9 +136,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             config, group_size = MODELS[name]
-            bits, table_bits = MIXED if name == "mixed_bits" else None, TABLES.get(name, (8, 8))
-            rotated = name.startswith("rotated")
-            plain, chosen = freeze(config(), group_size, root / "frozen", bits, table_bits, rotated)
+            bits, table_bits = BITS.get(name), TABLES.get(name, (8, 8))
+            rotated, codes = name.startswith("rotated"), CODES.get(name, scheme.INT4)
+            plain, chosen = freeze(config(), group_size, root / "frozen", bits, table_bits, rotated, codes)
             (root / "onnx").mkdir()
             onnx_export.export(root / "frozen", root / "onnx", CONTEXT)
             made[name] = Exported(root / "frozen", root / "onnx", plain, chosen)
@@ -217,7 +224,7 @@ def test_every_matrix_is_bit_equal_to_the_frozen_one(exported: Exported) -> None
     assert artifact.weights.keys() == expected.keys()
     for name, weight in expected.items():
         found = artifact.weights[name]
-        assert found.bits == weight.bits, name
+        assert (found.bits, found.levels) == (weight.bits, weight.levels), name
         np.testing.assert_array_equal(found.codes, weight.codes.numpy(), err_msg=name, strict=True)
         np.testing.assert_array_equal(found.scales, weight.scales.numpy(), err_msg=name, strict=True)
 
@@ -249,6 +256,53 @@ def test_bits_chosen_by_layer_are_verified(make: Callable[[str], Exported], tmp_
     result = verify_folder(folder, "onnx", exported.frozen)
     assert result.linears_equal == 13
     assert [fault for fault in result.faults if "down_proj: 1 of" in fault and f"row {row}, column {column}" in fault]
+
+
+def test_two_bits_take_a_quarter_of_a_byte_and_half_steps_none(make: Callable[[str], Exported]) -> None:
+    weights = 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 128)  # of q, o; k, v; gate, up, down in heads of 32
+    integer = read(make("int2_integer").folder)
+    assert integer.size_bytes["linears"] == weights // 4
+    assert integer.size_bytes["scales"] == weights // 64 * 4
+    assert {len(np.unique(w.codes)) for name, w in integer.weights.items() if "layers" in name} == {4}
+
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    four, eight = 32 * 64, 32 * 64  # weights of k and v of the first layer
+    seq = read(make("int2_seq").folder)
+    assert seq.size_bytes["linears"] == (weights - four - eight) // 4 + four // 2 + eight
+    assert seq.size_bytes["scales"] == weights // 32 * 4 - 32 * 4, "v has one scale a row, so one block of 64"
+    assert seq.weights["model.layers.1.mlp.up_proj"].codes.max() == 3
+
+
+STEP = "/model/layers.1/mlp/down_proj/half_step"
+OTHER_STEPS: dict[str, tuple[str, Callable[[onnx.NodeProto], object]]] = {
+    "another factor": (f"{STEP}/FusedMatMul", lambda node: node.attribute[0].__setattr__("f", 0.25)),
+    "other scales": (
+        f"{STEP}/FusedMatMul",
+        lambda node: node.input.__setitem__(1, "model.layers.0.mlp.down_proj.MatMulNBits.scales"),
+    ),
+    "other blocks": (f"{STEP}/sums/Constant", lambda node: node.attribute[0].ints.__setitem__(3, 64)),
+    "no half step": (f"{STEP}/Add", lambda node: node.__setattr__("name", "/elsewhere")),
+    "no inputs": (f"{STEP}/Add", lambda node: node.ClearField("input")),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_STEPS)
+def test_another_half_step_is_a_fault(make: Callable[[str], Exported], tmp_path: Path, what: str) -> None:
+    exported = make("int2_seq")
+    assert verify_folder(exported.folder, "onnx", exported.frozen).faults == []
+    folder = copy(exported, tmp_path)
+    edit(folder, *OTHER_STEPS[what])
+    assert verify_folder(folder, "onnx", exported.frozen).faults == [
+        "model.layers.1.mlp.down_proj: integer levels in the artifact, seq levels were frozen"
+    ]
+
+
+def test_layers_with_one_input_share_its_sums(make: Callable[[str], Exported]) -> None:
+    nodes = onnx.load(make("int2_seq").folder / "model.onnx", load_external_data=False).graph.node
+    sums = [node.name for node in nodes if node.op_type == "ReduceSum" and "half_step" in node.name]
+    products = [node.name for node in nodes if node.op_type == "FusedMatMul"]
+    assert len(sums) == 8, "inputs of q k v, of o, of gate and up, and of down"
+    assert len(products) == 12, "14 matrices, of which one has 4 and one 8 bits"
 
 
 def test_without_activation_rounding_the_graph_computes_the_torch_model(exported: Exported) -> None:

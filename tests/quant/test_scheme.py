@@ -109,7 +109,7 @@ def test_bits_that_a_width_does_not_allow_are_an_exception_with_a_reason() -> No
         ({"model.layers.0.mlp.up_prj": 8}, rf"'bits.model.layers.0.mlp.up_prj' names no weight .*Nearest: {UP}"),
         ({"model.layers.0.input_layernorm": 8}, r"'bits.model.layers.0.input_layernorm' names no weight"),
         ({"?": 8}, r"'bits.\?' names no weight of this model. Its weights are named like model.embed_tokens"),
-        ({UP: 5}, rf"'bits.{UP}' is 5; a weight can have 4 or 8 bits"),
+        ({UP: 5}, rf"'bits.{UP}' is 5; a weight can have 2, 4 or 8 bits"),
         ({"lm_head": 4}, r"'bits.lm_head' is 4, and only finetune --head-bits 4 sets it"),
         ({"model.embed_tokens": 4}, r"'bits.model.embed_tokens' is 4, and only finetune --embedding-bits 4 sets it"),
     ],

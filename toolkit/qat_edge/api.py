@@ -107,6 +107,8 @@ def finetune(
     eval_rows: int = 128,
     seed: int = 0,
     qat_start: float = 0.9,
+    weight_bits: int = 4,
+    weight_levels: str | None = None,
     group_size: int = 32,
     bits: str | Path | None = None,
     embedding_bits: int = 8,
@@ -161,7 +163,10 @@ def finetune(
         eval_rows: Rows of --eval-data in each of those evaluations.
         seed: Seed of initialization, shuffling and dropout.
         qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step.
-        group_size: Weights that share one int4 scale. One of 32, 64, 128.
+        weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
+        weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq, the default), or -2 to 1
+            (integer). One of seq, integer.
+        group_size: Weights in groups, of fewer than 8 bits, that share one scale. One of 32, 64, 128.
         bits: Bits by layer: a file written by `qat-edge sensitivity`.
         embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
         head_bits: Bits of the output head, whatever --bits says: 8, or 4 in groups. One of 4, 8.
@@ -225,6 +230,8 @@ def finetune(
             "eval_rows": eval_rows,
             "seed": seed,
             "qat_start": qat_start,
+            "weight_bits": weight_bits,
+            "weight_levels": weight_levels,
             "group_size": group_size,
             "bits": bits,
             "embedding_bits": embedding_bits,
@@ -259,6 +266,8 @@ def quantize(
     *,
     method: str = "qat",
     bits: str | Path | None = None,
+    weight_bits: int | None = None,
+    weight_levels: str | None = None,
     rotate: bool = False,
     calibration_data: str | Path | None = None,
     calibration_tokens: int | None = None,
@@ -273,6 +282,9 @@ def quantize(
         method: qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ). One
             of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
         bits: Bits by layer, instead of those of finetune; not with --method qat.
+        weight_bits: Bits of linear layers, instead of those of finetune; not with --method qat. One of 2, 4.
+        weight_levels: Levels of 2-bit weights, instead of those of finetune; not with --method qat. One of seq,
+            integer.
         rotate: Rotate the hidden states first, as finetune --rotate does; not with --method qat.
         calibration_data: Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training
             rows.
@@ -295,6 +307,8 @@ def quantize(
         {
             "method": method,
             "bits": bits,
+            "weight_bits": weight_bits,
+            "weight_levels": weight_levels,
             "rotate": rotate,
             "calibration_data": calibration_data,
             "calibration_tokens": calibration_tokens,

@@ -59,6 +59,7 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "scheme.weights.*.group_size": (int,),
     "scheme.weights.*.quantize_input": (bool,),
     "scheme.weights.*.reason": (str,),
+    "scheme.weights.*.levels": (str,),
     "model": (dict,),
     "model.source": (str,),
     "model.identity": (dict,),
@@ -88,6 +89,8 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "kept_layers": (list, type(None)),
     "kept_layers.*": (int,),
     "group_size": (int,),
+    "weight_bits": (int,),
+    "weight_levels": (str,),
     "base": (str,),
     "device": (str,),
 }

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from qat_edge import remote_code
+from qat_edge.quant.codebook import LEVELS
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge_exporters import targets
 
@@ -17,7 +18,9 @@ FORMATS = targets.FORMATS  # what `export --target` writes
 EXPORT_BACKENDS = targets.EXPORT_BACKENDS
 ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered to one of its backends
 GROUP_SIZES = (32, 64, 128)
-WIDTHS = (4, 8)  # bits of a weight: int4 in groups, int8 per channel
+WIDTHS = (4, 8)  # bits of a table: int4 in groups, int8 per channel
+LAYER_WIDTHS = (2, *WIDTHS)  # bits that a bits file can give a linear layer; int2 has groups, too
+WEIGHT_BITS = (2, 4)  # bits of all linear layers without such a file
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
@@ -150,7 +153,16 @@ class FinetuneOptions:
         bounds=(0, MOST_STEPS),
         group=QUANTIZATION,
     )
-    group_size: int = option("Weights that share one int4 scale.", 32, GROUP_SIZES, group=QUANTIZATION)
+    weight_bits: int = option(
+        "Bits of linear layers; 2 bits run in ONNX folders only.", 4, WEIGHT_BITS, group=QUANTIZATION
+    )
+    weight_levels: str | None = option(
+        "Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq, the default), or -2 to 1 (integer).",
+        None, LEVELS, group=QUANTIZATION,
+    )  # fmt: skip
+    group_size: int = option(
+        "Weights in groups, of fewer than 8 bits, that share one scale.", 32, GROUP_SIZES, group=QUANTIZATION
+    )
     bits: str | None = option("Bits by layer: a file written by `qat-edge sensitivity`.", None, group=QUANTIZATION)
     embedding_bits: int = option(
         "Bits of the token embedding, whatever --bits says: 8, or 4 in groups.", 8, WIDTHS, group=QUANTIZATION
@@ -218,6 +230,14 @@ class QuantizeOptions:
     bits: str | None = option(
         "Bits by layer, instead of those of finetune; not with --method qat.", None, group=QUANTIZATION
     )
+    weight_bits: int | None = option(
+        "Bits of linear layers, instead of those of finetune; not with --method qat.",
+        None, WEIGHT_BITS, group=QUANTIZATION,
+    )  # fmt: skip
+    weight_levels: str | None = option(
+        "Levels of 2-bit weights, instead of those of finetune; not with --method qat.",
+        None, LEVELS, group=QUANTIZATION,
+    )  # fmt: skip
     rotate: bool = option(
         "Rotate the hidden states first, as finetune --rotate does; not with --method qat.",
         False, group=QUANTIZATION,
@@ -392,6 +412,10 @@ class SensitivityOptions:
         "Tokens of the training rows to measure on.", 1024, bounds=(16, MOST_DATA_TOKENS), group=MEASURING
     )
     seed: int = option("Seed for choosing the rows.", 0, bounds=(0, LARGEST_SEED), group=MEASURING)
+    width: int | None = option(
+        "Fewest bits to measure each layer at, besides 8: 4, or 2 as well. By default finetune --weight-bits.",
+        None, WEIGHT_BITS, group=MEASURING,
+    )  # fmt: skip
     max_size_mb: float | None = option(
         "Pick bits: lowest KL while the weights stay within this size, in megabytes (10^6 bytes).",
         None, bounds=(0, MOST_MEGABYTES), group=QUANTIZATION, old_name="budget_mb",

@@ -20,6 +20,7 @@ from qat_edge.errors import ExportError, RunError
 from qat_edge.models import tasks, tokenizer
 from qat_edge.models.tasks import ModelTask
 from qat_edge.quant import frozen as checkpoint
+from qat_edge.quant.codebook import FEWEST
 from qat_edge.storage import disk_errors, write_text
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.executorch import encoder, pte_support
@@ -251,6 +252,11 @@ def _load(folder: Path) -> _Source:
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no checkpoint here. `qat-edge export` makes one.")
     progress.info(f"loading the {'frozen' if is_frozen(folder) else 'float'} checkpoint")
+    if is_frozen(folder) and FEWEST in checkpoint.read_scheme(folder).widths:
+        raise ExportError(
+            "executorch: ExecuTorch has no operator for the 2-bit weights of this checkpoint. Leave this target out "
+            "with --target onnx."
+        )
     source = _Source(folder, checkpoint.load(folder), read_adapters(folder))
     _require_expressible(source)
     return source

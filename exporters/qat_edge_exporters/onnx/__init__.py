@@ -1,4 +1,4 @@
-"""ONNX export: the trained int4 codes in MatMulNBits nodes, for onnxruntime-genai and for plain onnxruntime.
+"""ONNX export: the trained codes in MatMulNBits nodes, for onnxruntime-genai and for plain onnxruntime.
 
 The modules in the order in which an export goes through them, then those that read the result:
 
@@ -8,6 +8,7 @@ The modules in the order in which an export goes through them, then those that r
     olive_checkpoint.py   write codes and scales in the checkpoint format that the builder copies without rounding
     builder.py            run onnxruntime-genai's model builder in a process of its own
     repair.py             correct the builder's graph until it computes the frozen model
+    half_steps.py         add the nodes that 2-bit levels -1.5 -0.5 0.5 1.5 need
     unmerged_adapters.py  add LoRA adapters to the graph as nodes of their own
     graph_file.py         read and write a graph whose tensors are in a separate data file
     names.py              convert between names of modules and names of nodes

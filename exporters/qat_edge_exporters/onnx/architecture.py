@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,7 +100,7 @@ def split_fused(weights: dict[str, FrozenWeight], fused: dict[str, dict[str, int
         start = 0
         for part, rows in fused.get(name, {name: weight.codes.shape[0]}).items():
             end = start + rows
-            found[part] = FrozenWeight(weight.codes[start:end], weight.scales[start:end], weight.bits)
+            found[part] = replace(weight, codes=weight.codes[start:end], scales=weight.scales[start:end])
             start = end
     return found
 

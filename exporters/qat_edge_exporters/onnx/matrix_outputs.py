@@ -11,6 +11,7 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Exposed
 from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx.half_steps import output_of
 
 
 class MatrixValues(NamedTuple):
@@ -28,10 +29,11 @@ def expose(folder: Path, out: Path) -> Exposed:
     """
     graph = graph_file.load_graph(folder / names.MODEL_FILE)
     matrices: dict[str, MatrixValues] = {}
+    nodes = {node.name: node for node in graph.graph.node}
     for node in graph.graph.node:
         module = names.module_of_node(node.name) if node.op_type in ("MatMulNBits", "MatMul") else None
         if module is not None:
-            matrices[module] = MatrixValues(node.input[0], [node.output[0]])
+            matrices[module] = MatrixValues(node.input[0], [output_of(node, nodes)])
 
     # Layers share inputs, and an output may be exposed already: each name is added once, in order.
     existing = {output.name for output in graph.graph.output}

@@ -53,6 +53,11 @@ def module_of_node(node: str) -> str | None:
     return module if is_known(module) else None
 
 
+def half_step_stem(node: str) -> str:
+    """Return the prefix of the names of the nodes that add half a step to a MatMulNBits node's levels."""
+    return f"{node.rpartition('/')[0]}/half_step"
+
+
 def initializer_stem(node: str) -> str:
     """Return the prefix of the names of a node's initializers."""
     return node.removeprefix("/").replace("/", ".")

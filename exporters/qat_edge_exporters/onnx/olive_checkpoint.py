@@ -1,10 +1,13 @@
 """Write the frozen checkpoint in the pre-quantized format that the onnxruntime-genai builder calls `olive`.
 
-X.qweight: uint8 (out, in * bits // 8), code + 2^(bits-1), low nibble first. X.scales: float32 (out, blocks). The
+X.qweight: uint8 (out, in * bits // 8), code + 2^(bits-1), lowest bits first. X.scales: float32 (out, blocks). The
 builder copies both into MatMulNBits nodes without changing a code; its `gptq` and `awq` formats are rounded again.
 
 MatMulNBits has blocks of 16 to 256 weights and no per-channel form. A row with one scale becomes several blocks that
 all repeat it, which computes the same function.
+
+The odd codes -3 -1 1 3 of `seq` levels become -2 -1 0 1 under twice their scale: half a step less than they stand for,
+which nodes around MatMulNBits add again (`half_steps`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat_edge.quant.codebook import FEWEST, codebook_of
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge.quant.packing import pack_int4
+from qat_edge.quant.packing import pack_int2, pack_int4
 from qat_edge.quant.rotated_norm import GAIN, WEIGHT
 from qat_edge_exporters.onnx import names
 
@@ -46,6 +50,10 @@ def packed_codes(weight: FrozenWeight) -> Tensor:
     """Return codes as MatMulNBits stores them: uint8 (out, whole blocks * bits // 8); padding is code 0."""
     padding = -weight.codes.shape[1] % block_size(weight)
     codes = F.pad(weight.codes, (0, padding))
+    if weight.bits == FEWEST:
+        codebook = codebook_of(weight.bits, weight.levels)
+        positions = (codes - codebook.low) // codebook.step
+        return torch.from_numpy(pack_int2(positions.to(torch.uint8).numpy()))
     return torch.from_numpy(pack_int4(codes.numpy())) if weight.bits == 4 else _pack_int8(codes)
 
 
@@ -55,10 +63,11 @@ def _pack_int8(codes: Tensor) -> Tensor:
 
 
 def block_scales(weight: FrozenWeight) -> Tensor:
-    """Return the scales of all blocks, float32 (out, blocks)."""
+    """Return the scales of all blocks, float32 (out, blocks): distances between neighboring levels."""
     blocks = -(-weight.codes.shape[1] // block_size(weight))
     repeats = blocks // weight.scales.shape[1]
-    return weight.scales.float().repeat_interleave(repeats, dim=1).contiguous()
+    steps = weight.scales.float() * codebook_of(weight.bits, weight.levels).step  # 1 or 2, so exactly
+    return steps.repeat_interleave(repeats, dim=1).contiguous()
 
 
 def write_checkpoint(

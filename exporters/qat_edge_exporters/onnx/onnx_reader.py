@@ -1,13 +1,14 @@
 """Read codes and scales back from the bytes of an ONNX folder, without ONNX Runtime.
 
-MatMulNBits B: uint8 (out, blocks, block * bits // 8), low nibble first, code + 2^(bits-1). A table that embedding and
-head share is returned under both names; its bytes count once, as the embedding's, as in a Hugging Face or GGUF file.
+MatMulNBits B: uint8 (out, blocks, block * bits // 8), lowest bits first, code + 2^(bits-1). Where the graph adds half a
+step (`half_steps`), the odd codes of `seq` levels are returned, under half the scale. A table that embedding and head
+share is returned under both names; its bytes count once, as the embedding's, as in a Hugging Face or GGUF file.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,13 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import MANIFEST
 from qat_edge.models import tokenizer
-from qat_edge.quant.packing import unpack_int4
+from qat_edge.quant.codebook import FEWEST, SEQ, codebook_of
+from qat_edge.quant.packing import unpack_int2, unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
 from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx.half_steps import has_half_step
 
+BITS = (2, 4, 8)  # of codes
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
 _FINAL_NORM = re.compile(r"model\.layers\.\d+\.final_norm_layernorm\.weight")
@@ -148,6 +152,8 @@ def read(folder: Path) -> Artifact:
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
     """Unpack rows of codes: uint8 (out, in * bits // 8) to int8 (out, in)."""
+    if bits == FEWEST:
+        return unpack_int2(packed).view(np.int8) + np.int8(codebook_of(bits).low)
     return unpack_int4(packed) if bits == 4 else _unpack_int8(packed)
 
 
@@ -176,6 +182,11 @@ def _read_linear(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
     shape = (attributes.get("N", 0), attributes.get("K", 0))
     part = names.HEAD if module == names.HEAD else "linears"
     _read_matrix(graph, node, _MatrixLocation(module, shape, part, 1, 2, 3), found)
+    if attributes.get("bits") == FEWEST and has_half_step(node, graph.producers):
+        weight = found.weights[module]
+        # (n + 1/2) s = (2 n + 1) s / 2, exactly.
+        codes, scales = 2 * weight.codes + np.int8(1), weight.scales * np.float32(0.5)
+        found.weights[module] = replace(weight, codes=codes, scales=scales, levels=SEQ)
 
 
 def _read_embedding(graph: _Graph, node: onnx.NodeProto, width: int, found: _Found) -> None:
@@ -197,7 +208,7 @@ def _read_matrix(graph: _Graph, node: onnx.NodeProto, matrix: _MatrixLocation, f
     blocks = -(-width // block) if block > 0 else 0
     sizes = (rows * blocks * block * bits // 8, rows * width * bits // 8)
     packed = codes.values
-    if bits not in (4, 8) or not blocks or packed.size not in sizes or packed.dtype != np.uint8:
+    if bits not in BITS or not blocks or packed.size not in sizes or packed.dtype != np.uint8:
         problem = f"{packed.dtype} {packed.shape} cannot hold {bits}-bit codes of a {matrix.shape} matrix"
         raise graph.damaged(node, problem)
     if scales.values.size != rows * blocks or scales.values.dtype != np.float32:
@@ -296,7 +307,7 @@ def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
         if len(parts) == len(part_names):  # a missing part has been recorded as a fault
             codes = np.concatenate([part.codes for part in parts])
             scales = np.concatenate([part.scales for part in parts])
-            found.weights[name] = ArtifactWeight(codes, scales, parts[0].bits, parts[0].block)
+            found.weights[name] = replace(parts[0], codes=codes, scales=scales)
 
 
 def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:

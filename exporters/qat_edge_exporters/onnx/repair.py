@@ -8,6 +8,7 @@ The builder leaves these differences:
 - For a row whose width no block size divides, K includes the padding.
 - A head whose input is rotated (`quant.rotated_norm`) is built without the rotation.
 - Unmerged adapters are missing.
+- Two bits have levels -2 -1 0 1 only (`half_steps`).
 - Rotary tables are of the default type, for the longest context that the model supports. The model's own tables, up to
   the context length, replace them.
 - Layers whose queries and keys are not rotated (SmolLM3) are built as if they were.
@@ -33,6 +34,7 @@ from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.onnx import graph_file, names
 from qat_edge_exporters.onnx.architecture import EMBEDDING_SCALE as SCALE_INITIALIZER
 from qat_edge_exporters.onnx.architecture import Architecture, fused_metadata
+from qat_edge_exporters.onnx.half_steps import add_half_steps
 from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
 from qat_edge_exporters.onnx.unmerged_adapters import add_adapters
 
@@ -82,6 +84,7 @@ def repair(built: Path, out: Path, frozen: FrozenModel) -> None:
         tensors |= _quantize_embedding(model, frozen.weights[names.EMBEDDING])
     if frozen.rotation is not None:
         tensors |= _rotate_head_input(model, frozen.rotation)
+    add_half_steps(model, frozen.weights)
     tensors |= add_adapters(model, frozen.adapters)
 
     graph_file.save(model, tensors, built, out)

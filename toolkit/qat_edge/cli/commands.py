@@ -127,18 +127,22 @@ def main(ctx: click.Context, verbose: bool) -> None:
 @JSON
 def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_json: bool, **flags: Any) -> None:
     """Train LoRA adapters, then continue with fake quantization in the forward pass (QAT)."""
+    from qat_edge.quant.ptq.method_names import QAT
+    from qat_edge.run import Run
+
     if resume and config_path is None:
         # The run's own file: nobody wrote its old names by hand, so there is nothing to warn about.
-        from qat_edge.run import Run
-
         path = Run.to_resume(out).config
         options = config.load(FinetuneOptions, "finetune", path, without_empty(flags), config.flag_name)
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)
     # What the same file wants of the export must not fail after hours of training.
     exporting = config.load(ExportOptions, "export", config_path, {})
+    from qat_edge.train.option_checks import check_export_section
     from qat_edge.verbs.finetune import finetune as verb
+    from qat_edge.verbs.quantize import target_flag
 
+    check_export_section(options, config_path)
     with remote_code.permit(options.trust_remote_code):
         result = verb(options, out, resume=resume, force=force, context_length=exporting.context_length)
     if as_json:
@@ -146,7 +150,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     done = (
         f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s" if result.wall_s else f"Kept {out}"
     )
-    progress.info(f"{done}. Next: qat-edge export {out}")
+    progress.info(f"{done}. Next: qat-edge export {out}{target_flag(Run(out), QAT)}")
 
 
 @main.command(
@@ -159,7 +163,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
 @FORCE
 @JSON
 def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """Measure the loss of each layer at 4 and at 8 bits, and pick bits by layer."""
+    """Measure the loss of each layer at 4 and at 8 bits (2 as well with --width 2), and pick bits by layer."""
     options = load_options(SensitivityOptions, "sensitivity", config_path, flags)
     opened = _open(run)
     from qat_edge.cli.terminal_tables import sensitivity_table
@@ -186,13 +190,15 @@ def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **
     options = load_options(QuantizeOptions, "quantize", config_path, flags)
     opened = _open(run)
     from qat_edge.verbs.quantize import quantize as verb
+    from qat_edge.verbs.quantize import target_flag
 
     result = verb(opened, options, force=force)
     if as_json:
         _print_json(result)
-    ptq = "" if options.method == "qat" else f" --ptq {options.method}"
+    flags_of_export = "" if options.method == "qat" else f" --ptq {options.method}"
+    flags_of_export += target_flag(opened, options.method)
     done = "Wrote" if result.wall_s else "Kept"
-    progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {run}{ptq}")
+    progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {run}{flags_of_export}")
 
 
 @main.command(

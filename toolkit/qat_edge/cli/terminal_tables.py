@@ -8,7 +8,7 @@ from rich.table import Table
 
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Measurement, Report, Spread
-from qat_edge.quant.bit_allocation import Choice, Sensitivity
+from qat_edge.quant.bit_allocation import Choice, LayerCost, Sensitivity
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.verbs.demo import Stage
@@ -46,7 +46,7 @@ def sensitivity_table(measured: Sensitivity, choice: Choice | None, most: int = 
     """Return the `most` weights with the largest KL at their fewest bits.
 
     Args:
-        measured: KL of each weight at 4 and at 8 bits.
+        measured: KL of each weight at each width.
         choice: The chosen bits, if a size or a KL was requested.
         most: Number of rows.
     """
@@ -54,15 +54,20 @@ def sensitivity_table(measured: Sensitivity, choice: Choice | None, most: int = 
         title=f"KL in nats per token: the {most} most sensitive of {len(measured.weights)} weights",
         title_justify="left", caption_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
-    _add_columns(table, ("weight", "at 4 bits", "at 8 bits", *(["chosen"] if choice else [])))
+    columns = [f"at {bits} bits" for bits in measured.widths]
+    _add_columns(table, ("weight", *columns, *(["chosen"] if choice else [])))
     for name, weight in measured.by_cost()[:most]:
-        costs = [number(weight.costs[bits].kl_nats) if bits in weight.costs else NOT_MEASURED for bits in (4, 8)]
+        costs = [_kl(weight, bits) for bits in measured.widths]
         table.add_row(name, *costs, *([str(choice.bits[name])] if choice else []))
     table.caption = "\n".join(
         f"all at {bits} bits: {number(kl)} measured, {number(measured.predicted(bits))} predicted by the sum"
         for bits, kl in measured.together.items()
     )
     return table
+
+
+def _kl(weight: LayerCost, bits: int) -> str:
+    return number(weight.costs[bits].kl_nats) if bits in weight.costs else NOT_MEASURED
 
 
 def deployment_table(table: DeploymentTable, target: str) -> Table:

@@ -51,6 +51,7 @@ PARTS = ("weights", "activations", "embedding", "head")
 SEEDS = 3  # of the noise floor
 TRAINED, FROZEN = "trained forward, fake-quantized", "frozen checkpoint"
 HOST, DEVICE = "artifact on this machine", "artifact on the device"
+ELSEWHERE = " elsewhere"  # ends a target's key of the reference for machines whose runtime rounds inputs as trained
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class TorchBudget:
         steps: from the base model to the frozen checkpoint.
         frozen_divergence: see `Budget`.
         prompts: of the fault test.
-        expected: reference of the fault test by target whose runtime rounds differently; "" for as trained.
+        expected: reference of the fault test by target whose runtime rounds differently; "" for as trained. With 2-bit
+            half steps there is one for machines that round inputs as trained, too: the target's name and `ELSEWHERE`.
         parts: see `Budget`.
         floor: see `Budget`.
         floor_nats: see `Budget`.
@@ -123,11 +125,14 @@ def compute_torch_budget(
     # The fault test compares with the checkpoint as trained, and as each runtime rounds it.
     prompts = fault_test.short_prompts(evaluator.eval_set.sequences)
     roundings = _runtime_roundings(run, targets)
+    # Half steps are computed in float on every machine, whatever it does with inputs.
+    elsewhere = {f"{key}{ELSEWHERE}": one.on("") for key, one in roundings.items() if one.half_steps}
+    references = {"": Rounding(), **roundings, **elsewhere}
     return TorchBudget(
         steps=steps + checkpoint_steps,
         frozen_divergence=frozen_divergence,
         prompts=prompts,
-        expected={key: _fault_reference(run, prompts, one) for key, one in {"": Rounding(), **roundings}.items()},
+        expected={key: _fault_reference(run, prompts, one) for key, one in references.items()},
         parts=list(_measure_parts(run, evaluator)),
         floor=[as_agreement(metrics) for metrics in floor],
         floor_nats=[math.log(metrics.perplexity / metrics.perplexity_reference) for metrics in floor],
@@ -158,7 +163,8 @@ def run_fault_test(run: Run, evaluator: Evaluator, torch: TorchBudget, target: s
     # The reference rounds as the runtime does on that device's processor.
     rounding = torch.roundings.get(target)
     rounds_differently = rounding is not None and rounding.applies(transport.info().machine)
-    expected = torch.expected[target if rounds_differently else ""]
+    elsewhere = f"{target}{ELSEWHERE}" if f"{target}{ELSEWHERE}" in torch.expected else ""
+    expected = torch.expected[target if rounds_differently else elsewhere]
 
     prompts = replace(evaluator, eval_set=replace(evaluator.eval_set, sequences=torch.prompts))
     scored = prompts.score_artifact(run.exports / target, target, transport, fault_test.DECODED_FROM)

@@ -122,7 +122,7 @@ def locate_on_prompts(
 
     # An artifact that cannot be traced, or a device that fails, leaves the location unknown.
     try:
-        applies = rounding.applies(transport.info().machine)
+        machine = transport.info().machine
         traced = trace_artifact(folder, target, traced_ids, transport, threads)
     except CancelledError:
         raise
@@ -133,7 +133,7 @@ def locate_on_prompts(
     traces = [{name: (_tensor(p.inputs), _tensor(p.outputs)) for name, p in modules.items()} for modules in traced]
     model, rounded = reference.load_dequantized(quantized)
     every_linear = traces[0].keys() >= set(rounded)
-    with _ONE, emulate_rounding(model, rounded, rounding if applies else Rounding()):
+    with _ONE, emulate_rounding(model, rounded, rounding.on(machine)):
         candidates = list(zip(traced_ids, traces, strict=True))
         return Localization(fault_test.find_divergence(model, candidates, every_linear))
 

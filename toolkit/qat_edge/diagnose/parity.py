@@ -303,7 +303,7 @@ def _measure_decoder(
     folder: Path, target: str, frozen: FrozenReference, context_length: int, int8_cache: bool
 ) -> Parity:
     rounding = rounding_of(folder, target, int8_cache)
-    applied = rounding if rounding is not None and rounding.applies(platform.machine()) else Rounding()
+    applied = Rounding() if rounding is None else rounding.on(platform.machine())
 
     result, suspect = _run_prompts(folder, target, frozen, applied, context_length, seed=0, count=PROMPTS)
     if suspect is not None and not suspect.is_certain:

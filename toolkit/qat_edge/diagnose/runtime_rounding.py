@@ -1,7 +1,9 @@
 """Emulate in torch what a runtime rounds differently from the frozen checkpoint, so that it does not count as a fault.
 
 ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits; on other processors
-per token, as training does. A .pte exported with --kv-cache int8 rounds queries, keys and values per token and head.
+per token, as training does. Of 2-bit weights with `seq` levels it multiplies the integer part by the rounded input and
+the half step that is left by the input in float (`qat_edge_exporters.onnx.half_steps`). A .pte exported with --kv-cache
+int8 rounds queries, keys and values per token and head.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from transformers import AttentionInterface
 
 from qat_edge.manifest import read_manifest
 from qat_edge.quant import numerics
+from qat_edge.quant.codebook import SEQ
 from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:
@@ -41,17 +44,24 @@ class Rounding:
         blocks: by module, the number of input features that share a scale; a module that is missing here is rounded
             per token, as in training.
         int8_cache: True if queries, keys and values are rounded to int8.
-        machines: processor architectures on which the runtime rounds so; empty for all.
+        machines: processor architectures on which the runtime rounds inputs and cache so; empty for all.
+        half_steps: by module, half the distance between its levels, float32 (out, blocks), which multiplies sums of the
+            input in float; on all machines.
     """
 
     name: str = "as trained"
     blocks: Mapping[str, int] = field(default_factory=dict)
     int8_cache: bool = False
     machines: tuple[str, ...] = ()
+    half_steps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def applies(self, machine: str) -> bool:
         """Return True if the runtime rounds so on a machine of that architecture."""
         return not self.machines or machine.lower() in self.machines
+
+    def on(self, machine: str) -> Rounding:
+        """Return what of it the runtime does on a machine of that architecture."""
+        return self if self.applies(machine) else Rounding(half_steps=self.half_steps)
 
 
 def artifact_rounding(folder: Path, target: str) -> Rounding | None:
@@ -71,7 +81,9 @@ def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
     if target == "onnx":
         artifact = target_named(target).read(folder)
         blocks = {name: weight.block for name, weight in artifact.weights.items() if weight.block}
-        return Rounding(BLOCKS, blocks, machines=X86)
+        seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
+        half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
+        return Rounding(BLOCKS, blocks, machines=X86, half_steps=half_steps)
     return Rounding(CACHE, int8_cache=True) if int8_cache else None
 
 
@@ -88,12 +100,35 @@ def emulate_rounding(
     """
     with ExitStack() as stack:
         for name in names:
-            block = rounding.blocks.get(name)
+            block, module = rounding.blocks.get(name), model.get_submodule(name)
+            if name in rounding.half_steps:
+                stack.enter_context(_half_steps_in_float(module, rounding.half_steps[name]))
             hook = numerics.round_input if block is None else _block_rounder(block)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
         if rounding.int8_cache:
             stack.enter_context(_round_attention_inputs())
         yield model
+
+
+@contextmanager
+def _half_steps_in_float(module: nn.Module, half_steps: Tensor) -> Iterator[None]:
+    """Multiply half steps (out, blocks) by sums of the module's input as it is before it gets rounded."""
+    unrounded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        unrounded[:] = [args[0]]
+
+    def correct(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # The output has the half steps of the rounded input: what rounding took from the sums is added.
+        missing = (unrounded.pop() - args[0]).unflatten(-1, (half_steps.shape[1], -1)).sum(-1)
+        return output + missing @ half_steps.T.to(missing)
+
+    handles = module.register_forward_pre_hook(keep), module.register_forward_hook(correct)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _block_rounder(block: int) -> Hook:

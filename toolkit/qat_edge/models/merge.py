@@ -215,10 +215,11 @@ def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
     if metadata["kept_layers"] is not None:
         keep_layers(loaded.model, metadata["kept_layers"])
     table_bits = tuple(metadata.get("table_bits", DEFAULT_TABLE_BITS))
+    codes = scheme.LinearCodes.of_training(metadata)
     base = _BaseModel(
         loaded.model,
         loaded.tokenizer,
-        scheme.choose_scheme(loaded.model, metadata["group_size"], metadata["bits"], table_bits),
+        scheme.choose_scheme(loaded.model, metadata["group_size"], metadata["bits"], table_bits, codes),
     )
     if metadata["base"] != "fp32":
         qlora_base.quantize_base(base.model, base.scheme.linears, metadata["base"])

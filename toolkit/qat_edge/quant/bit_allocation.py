@@ -1,7 +1,8 @@
 """Choice of bits per layer: sizes of weights, selection by measured sensitivity, and the file of chosen bits.
 
     size  = 1/2 byte per weight and a bfloat16 scale per group of int4, 1 byte per weight and a float32 scale per row of
-            int8, 4 bytes per float parameter; a table that embedding and head share counts once, as exporters store it
+            int8, 4 bytes per float parameter; a table that embedding and head share counts once, as exporters store it.
+            With int2 (1/4 byte), which ONNX alone can store, the scales of all groups are float32, as there
     KL    = sum over the weights of the KL divergence that each causes alone
 
 The sum is a first-order prediction: it leaves out how two roundings interact, as HAWQ-V2
@@ -20,10 +21,11 @@ import yaml
 
 from qat_edge import readers, storage
 from qat_edge.errors import RunError, UsageError
+from qat_edge.options import LAYER_WIDTHS
+from qat_edge.quant.scheme import describe_widths
 
 MEASURED = "sensitivity.json"
 MEGABYTE = 1e6  # bytes
-WIDTHS = (4, 8)  # that a file may request; quant.scheme decides which weight can have which
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Sensitivity:
         compared: Those of them that training puts loss on; KL is their mean.
         rows: Number of texts.
         seed: Of the choice of texts.
-        group_size: Of int4 weights.
+        group_size: Of int4 and int2 weights.
         tied: Embedding and head share a table.
         float_bytes: Size of the parameters that no scheme quantizes.
         wall_s: Duration of the measurement.
@@ -88,6 +90,11 @@ class Sensitivity:
     wall_s: float
     together: dict[int, float]
     weights: dict[str, LayerCost]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits that at least one weight was measured at, ascending."""
+        return tuple(sorted(self.together))
 
     @property
     def costs(self) -> dict[str, dict[int, Cost]]:
@@ -151,11 +158,10 @@ class Choice:
 
 
 class _Upgrade(NamedTuple):
-    """A wider width for one weight, and the bytes that it adds."""
+    """A wider width for one weight."""
 
     name: str
     bits: int
-    extra_bytes: int
 
 
 def read_sensitivity(folder: Path) -> Sensitivity:
@@ -175,13 +181,13 @@ def read_sensitivity(folder: Path) -> Sensitivity:
         raise RunError(f"{path}: missing or damaged ({error}). Give --force to measure again.") from error
 
 
-def weight_bytes(rows: int, width: int, bits: int, group_size: int) -> int:
+def weight_bytes(rows: int, width: int, bits: int, group_size: int, scale_bytes: int = 2) -> int:
     """Return the size of codes and scales of one matrix (rows, width), in bytes.
 
-    Groups of int4 have bfloat16 scales, rows of int8 have float32 scales.
+    Groups have scales of `scale_bytes`: 2 in a .pte, 4 in an ONNX folder. Rows of int8 have float32 scales.
     """
-    # Per row a float32 scale (int8), or per group a bfloat16 one (int4).
-    scales = 4 * rows if bits == 8 else 2 * rows * (width // group_size)
+    # Per row a float32 scale (int8), or one per group.
+    scales = 4 * rows if bits == 8 else scale_bytes * rows * (width // group_size)
     return rows * width * bits // 8 + scales
 
 
@@ -207,10 +213,11 @@ def within_budget(costs: CostTable, float_bytes: int, max_size_mb: float) -> Cho
         )
 
     # Greedy by KL saved per byte: an upgrade that does not fit is skipped, a smaller one after it may fit.
-    for upgrade in _upgrades(costs, chosen):
-        if size + upgrade.extra_bytes <= budget:
-            chosen[upgrade.name] = upgrade.bits
-            size += upgrade.extra_bytes
+    for name, bits in _upgrades(costs):
+        extra = costs[name][bits].size_bytes - costs[name][chosen[name]].size_bytes
+        if size + extra <= budget:
+            chosen[name] = bits
+            size += extra
     return _choice(costs, chosen, float_bytes, f"--max-size-mb {max_size_mb:g}")
 
 
@@ -226,10 +233,10 @@ def within_kl(costs: CostTable, float_bytes: int, max_kl: float) -> Choice:
         UsageError: The limit is less than the least possible KL.
     """
     chosen = _narrowest(costs)
-    for upgrade in _upgrades(costs, chosen):
+    for name, bits in _upgrades(costs):
         if _kl(costs, chosen) <= max_kl:
             break
-        chosen[upgrade.name] = upgrade.bits
+        chosen[name] = bits
 
     # Every upgrade that helps may have been made, and still not be enough.
     least = _kl(costs, chosen)
@@ -246,10 +253,11 @@ def frontier(costs: CostTable, float_bytes: int) -> list[tuple[int, float]]:
     chosen = _narrowest(costs)
     size, kl = _size(costs, chosen) + float_bytes, _kl(costs, chosen)
     points = [(size, kl)]
-    for upgrade in _upgrades(costs, chosen):
-        by_bits = costs[upgrade.name]
-        size += upgrade.extra_bytes
-        kl += by_bits[upgrade.bits].kl_nats - by_bits[chosen[upgrade.name]].kl_nats
+    for name, bits in _upgrades(costs):
+        before, after = costs[name][chosen[name]], costs[name][bits]
+        size += after.size_bytes - before.size_bytes
+        kl += after.kl_nats - before.kl_nats
+        chosen[name] = bits
         points.append((size, kl))
     return points
 
@@ -273,7 +281,7 @@ def load_bits(path: Path) -> dict[str, int]:
     Weights that the file does not name keep their bits.
 
     Raises:
-        UsageError: The file is missing, is no YAML or JSON, or has no `bits:` with lines of `module name: 4 or 8`.
+        UsageError: The file is missing, is no YAML or JSON, or has no `bits:` with lines of `module name: 2, 4 or 8`.
     """
     if not path.exists():
         raise UsageError(f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one.")
@@ -290,9 +298,9 @@ def load_bits(path: Path) -> dict[str, int]:
         )
     # `True` is an int too; `type` refuses it.
     for name, width in bits.items():
-        if not isinstance(name, str) or type(width) is not int or width not in WIDTHS:
+        if not isinstance(name, str) or type(width) is not int or width not in LAYER_WIDTHS:
             found = f"'bits.{readers.shorten(name)}' is {readers.show(width)}"
-            raise UsageError(f"--bits {path}: {found}; a weight can have 4 or 8 bits.")
+            raise UsageError(f"--bits {path}: {found}; a weight can have {describe_widths()} bits.")
     return bits
 
 
@@ -314,18 +322,34 @@ def _narrowest(costs: CostTable) -> dict[str, int]:
     return {name: min(by_bits) for name, by_bits in costs.items()}
 
 
-def _upgrades(costs: CostTable, narrowest: Mapping[str, int]) -> list[_Upgrade]:
-    """Return the upgrades from the narrowest widths, most KL saved per byte first; none that would save nothing."""
+def _upgrades(costs: CostTable) -> list[_Upgrade]:
+    """Return upgrades from the narrowest widths, most KL saved per byte first; none that would save nothing.
+
+    Those of one weight are in the order of its widths: each saves less per byte than the one before.
+    """
     found = []
     for name, by_bits in costs.items():
-        wider, narrow = max(by_bits), narrowest[name]
-        extra = by_bits[wider].size_bytes - by_bits[narrow].size_bytes
-        saved = by_bits[narrow].kl_nats - by_bits[wider].kl_nats
-        # Rounding noise can make 8 bits look worse than 4 on a few tokens: such an upgrade is never made.
-        if saved > 0 and extra > 0:
-            found.append((saved / extra, _Upgrade(name, wider, extra)))
+        bits = min(by_bits)
+        while (steeper := _steepest_upgrade(by_bits, bits)) is not None:
+            saved_per_byte, bits = steeper
+            found.append((saved_per_byte, _Upgrade(name, bits)))
     found.sort(key=lambda item: -item[0])
     return [upgrade for _, upgrade in found]
+
+
+def _steepest_upgrade(by_bits: Mapping[int, Cost], bits: int) -> tuple[float, int] | None:
+    """Return the width beyond `bits` that saves most KL per byte, with that saving; None where none saves any.
+
+    The next upgrade from there saves less per byte, or it would have been the steepest itself.
+    """
+    candidates = []
+    for wider in sorted(width for width in by_bits if width > bits):
+        extra = by_bits[wider].size_bytes - by_bits[bits].size_bytes
+        saved = by_bits[bits].kl_nats - by_bits[wider].kl_nats
+        # Rounding noise can make 8 bits look worse than 4 on a few tokens: such an upgrade is never made.
+        if saved > 0 and extra > 0:
+            candidates.append((saved / extra, wider))
+    return max(candidates, default=None)
 
 
 def _size(costs: CostTable, chosen: Mapping[str, int]) -> int:

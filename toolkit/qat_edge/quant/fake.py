@@ -9,10 +9,10 @@ The forward of an adapted layer is the deployed one, `fq(X) fq(W + s B A)^T`, no
 so the gradient of W is never formed, and Wq is rounded again in the backward pass instead of being
 kept: memory stays that of LoRA.
 
-Group scales are those of the largest merged weights, until `set_scales` gives a layer its own. Those may be
-learned: the adapter, or the layer itself where weights are trained without adapters, then has a factor for each
-(`lora_scale_factor`, `scale_factor`), the forward rounds their product to bfloat16, and dWq = dY^T Xq is formed for
-one layer at a time (`numerics.straight_through`).
+Group scales are those that `numerics.choose_scales` gives the merged weights, until `set_scales` gives a layer its
+own. Those may be learned: the adapter, or the layer itself where weights are trained without adapters, then has a
+factor for each (`lora_scale_factor`, `scale_factor`), the forward rounds their product to bfloat16, and dWq = dY^T Xq
+is formed for one layer at a time (`numerics.straight_through`).
 
 A frozen W may be quantized (`qlora_base`); it is then dequantized wherever these formulas say W.
 """
@@ -86,7 +86,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
             bias: (out,).
             lora_a: A (rank, in); None without an adapter, like B.
             lora_b: B (out, rank).
-            scales: (out, in // group), not yet rounded to bfloat16; None for those of the largest weights.
+            scales: (out, in // group), not yet rounded to bfloat16; None for those of `choose_scales`.
             scaling: s.
             spec: Bits and group size.
         """
@@ -99,7 +99,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
             rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
             merged = _merged(weight, lora_a, lora_b, scaling)
             rounded_scales = _rounded_scales(scales, merged, spec)
-            rounded_weight = numerics.fake_quantize_weight(merged, spec.bits, spec.group_size, rounded_scales)
+            rounded_weight = numerics.fake_quantize_weight(merged, spec.codebook, spec.group_size, rounded_scales)
             cast_bias = None if bias is None else bias.to(ctx.compute_dtype)
             output = functional.linear(rounded_x, rounded_weight.to(ctx.compute_dtype), cast_bias)
 
@@ -122,7 +122,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
             # Round again what the forward pass rounded, instead of having kept it.
             merged = _merged(weight, lora_a, lora_b, ctx.scaling)
             rounded_scales = _rounded_scales(scales, merged, ctx.spec)
-            codes = numerics.round_codes(merged, rounded_scales, ctx.spec.bits)
+            codes = numerics.round_codes(merged, rounded_scales, ctx.spec.codebook)
 
             if needs_x:
                 rounded_weight = numerics.dequantize(codes, rounded_scales)
@@ -135,7 +135,9 @@ class MergedFakeQuantLinear(torch.autograd.Function):
                 # dWq is formed for this layer alone, and everything else follows from it.
                 grad_merged = (rows.T @ rounded_x.flatten(0, -2)).to(merged.dtype)
                 if scales is not None:
-                    grad_merged, grad_scales = numerics.straight_through(merged, rounded_scales, codes, grad_merged)
+                    grad_merged, grad_scales = numerics.straight_through(
+                        merged, rounded_scales, codes, grad_merged, ctx.spec.codebook.step
+                    )
                 grad_weight = grad_merged if needs_weight else None
                 if lora_a is not None:
                     grad_a = (lora_b.T @ grad_merged) * ctx.scaling
@@ -153,7 +155,7 @@ class FakeQuantLinear(nn.Linear):
         spec: Bits and group size of the weight.
         switch: Shared by all layers of the model.
         is_head: The layer comes after the blocks.
-        scales: Scales of its own, shape (out, in // group); None for those of its largest weights.
+        scales: Scales of its own, shape (out, in // group); None for those of `choose_scales`.
         scale_factor: Learned factors of the scales, shape (out, in // group); None where the scales are not learned,
             or where the factors belong to an adapter.
     """
@@ -167,11 +169,11 @@ class FakeQuantLinear(nn.Linear):
     @property
     def learns_scales(self) -> bool:
         """True if the scales are trained. Those of a head follow its weights: no PTQ method prepares a head."""
-        return self.switch.learned_scales and self.spec.bits == 4 and not self.is_head
+        return self.switch.learned_scales and self.spec.has_groups and not self.is_head
 
     @property
     def trained_scales(self) -> Tensor | None:
-        """Scales (out, in // group), not yet rounded to bfloat16; None for those of the largest weights."""
+        """Scales (out, in // group), not yet rounded to bfloat16; None for those of `choose_scales`."""
         if self.scales is None or self.scale_factor is None:
             return self.scales
         return self.scales * self.scale_factor
@@ -198,7 +200,7 @@ class FakeQuantEmbedding(nn.Embedding):
         if not self.switch.enabled:
             return rows
         # Rounding the rows that were looked up gives the rows of the rounded table: groups never span rows.
-        rounded = numerics.fake_quantize_weight(rows.float(), self.spec.bits, self.spec.group_size)
+        rounded = numerics.fake_quantize_weight(rows.float(), self.spec.codebook, self.spec.group_size)
         return rows + (rounded - rows).detach() if rows.requires_grad else rounded
 
 
@@ -219,7 +221,7 @@ class LoraFakeQuantLinear(lora.Linear):
 
     @property
     def trained_scales(self) -> Tensor | None:
-        """Scales (out, in // group), not yet rounded to bfloat16; None for those of the largest merged weights."""
+        """Scales (out, in // group), not yet rounded to bfloat16; None for those of `choose_scales`."""
         scales = self.get_base_layer().scales
         if scales is None or not hasattr(self, "lora_scale_factor"):
             return scales
@@ -354,7 +356,7 @@ def scale_gradient_shares(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
             spec, factor = module.spec, module.scale_factor
         else:
             continue
-        greatest = numerics.code_range(spec.bits)[1]
+        greatest = spec.codebook.high / spec.codebook.step
         found.append((factor, 1 / math.sqrt(spec.group_size * greatest)))
     return found
 
@@ -429,9 +431,9 @@ def _merged(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Tensor | 
 
 
 def _rounded_scales(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tensor:
-    """Return a layer's own scales in bfloat16; without any, those of its largest merged weights."""
+    """Return a layer's own scales in bfloat16; without any, those of `choose_scales`."""
     if scales is None:
-        return numerics.choose_scales(merged, spec.bits, spec.group_size)
+        return numerics.choose_scales(merged, spec.codebook, spec.group_size)
     return numerics.representable(scales)
 
 

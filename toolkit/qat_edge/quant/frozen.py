@@ -39,6 +39,7 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import config_check, tasks
 from qat_edge.quant import frozen_check, numerics, rotated_norm
+from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, SEQ, SEQ_TYPE_BITS
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ class FrozenWeight:
     Attributes:
         codes: int8, shape (out, in).
         scales: float32, shape (out, in // group), bfloat16-representable.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
+        levels: "seq" for 2-bit weights whose codes are -3 -1 1 3; else "integer".
     """
 
     codes: Tensor
     scales: Tensor
     bits: int
+    levels: str = INTEGER
 
 
 def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> None:
@@ -70,15 +73,15 @@ def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tenso
         model: The merged model.
         scheme: Bits and group size by module name.
         scales_of: Module name -> scales (out, in // group), bfloat16-representable, for weights that were trained or
-            quantized under scales of their own. The others get those of their largest values.
+            quantized under scales of their own. The others get those of `numerics.choose_scales`.
     """
     # A table that embedding and head share becomes two tensors with equal codes here.
     for name, spec in scheme.weights.items():
         module: Any = model.get_submodule(name)
         weight = module.weight.detach()
         given = (scales_of or {}).get(name)
-        scales = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
-        codes = numerics.quantize(weight, scales, spec.bits)
+        scales = numerics.choose_scales(weight, spec.codebook, spec.group_size) if given is None else given
+        codes = numerics.quantize(weight, scales, spec.codebook)
         module.weight = nn.Parameter(as_torchao(codes, scales, spec), requires_grad=False)
 
     # Make `save_pretrained` write, and `from_pretrained` expect, quantized weights.
@@ -95,7 +98,7 @@ def as_torchao(codes: Tensor, scales: Tensor, spec: WeightScheme) -> IntxUnpacke
         qdata=codes,
         scale=scales,
         zero_point=torch.zeros_like(scales, dtype=torch.int8),
-        target_dtype=getattr(torch, f"int{spec.bits}"),
+        target_dtype=_code_type(spec),
         block_size=(1, spec.group_size),
         dtype=scales.dtype,
         activation_quantization=INPUT_ROUNDING if spec.quantize_input else None,
@@ -162,6 +165,9 @@ def read_scheme(folder: Path) -> Scheme:
     try:
         metadata = manifest["scheme"]
         weights = {name: WeightScheme(**values) for name, values in metadata["weights"].items()}
+        unknown = {spec.levels for spec in weights.values()} - set(LEVELS)
+        if unknown:
+            raise TypeError(f"levels {', '.join(sorted(map(str, unknown)))}")
         return Scheme(**{**metadata, "weights": weights, "apart": tuple(metadata.get("apart", ()))})
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(
@@ -171,7 +177,12 @@ def read_scheme(folder: Path) -> Scheme:
 
 def scheme_metadata(scheme: Scheme) -> dict[str, Any]:
     """Return the scheme as plain values for the manifest, from which `read_scheme` restores it."""
-    return asdict(scheme)
+    document = asdict(scheme)
+    # Versions that know 4 and 8 bits alone read such a manifest, too.
+    for weight in document["weights"].values():
+        if weight["levels"] == INTEGER:
+            del weight["levels"]
+    return document
 
 
 def read_weights(folder: Path) -> dict[str, FrozenWeight]:
@@ -186,7 +197,9 @@ def read_weights(folder: Path) -> dict[str, FrozenWeight]:
     for path in sorted(folder.glob("*.safetensors")):
         with _opened(path) as file:
             for name, stem, bits in _quantized_tensors(file):
-                found[name] = FrozenWeight(file.get_tensor(f"{stem}_qdata"), file.get_tensor(f"{stem}_scale"), bits)
+                width, levels = (FEWEST, SEQ) if bits == SEQ_TYPE_BITS else (bits, INTEGER)
+                codes, scales = file.get_tensor(f"{stem}_qdata"), file.get_tensor(f"{stem}_scale")
+                found[name] = FrozenWeight(codes, scales, width, levels)
     if not found:
         raise RunError(f"{folder}: no quantized weights found. `qat-edge export` makes a frozen checkpoint.")
     return found
@@ -230,7 +243,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _quantized_tensors(file: Any) -> Iterator[tuple[str, str, int]]:
-    """Yield module name, prefix of the stored tensors and bits of every quantized weight of an open file."""
+    """Yield module name, prefix of the stored tensors and bits of the type of every quantized weight of a file."""
     for key, text in (file.metadata() or {}).items():
         # torchao describes each quantized tensor as JSON in the file's metadata.
         description = readers.parse_json(text, key, RunError) if text.startswith("{") else {}
@@ -253,9 +266,16 @@ def _torchao_config(scheme: Scheme) -> TorchAoConfig:
     return TorchAoConfig(FqnToConfig(configs), include_input_output_embeddings=True)
 
 
+def _code_type(spec: WeightScheme) -> torch.dtype:
+    """Return torchao's type of the codes: the narrowest that holds them, which -3 to 3 need three bits of."""
+    bits = SEQ_TYPE_BITS if spec.levels == SEQ else spec.bits
+    dtype: torch.dtype = getattr(torch, f"int{bits}")
+    return dtype
+
+
 def _layer_config(spec: WeightScheme) -> AOBaseConfig:
-    dtype = getattr(torch, f"int{spec.bits}")
-    granularity = PerAxis(0) if spec.bits == 8 else PerGroup(spec.group_size)
+    dtype = _code_type(spec)
+    granularity = PerGroup(spec.group_size) if spec.has_groups else PerAxis(0)
     if spec.quantize_input:
         return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
     return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qat_edge import readers
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, sha256
-from qat_edge.quant import numerics
+from qat_edge.quant.codebook import SEQ, SEQ_TYPE_BITS, Codebook
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 SHOWN_FAULTS = 3
@@ -97,7 +97,8 @@ def _fault(weight: StoredWeight, spec: WeightScheme) -> str:
     codes, scales = weight.codes, weight.scales
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.numel() == 0:
         return f"its codes are {_describe(codes)}, expected int8 (out, in)"
-    if weight.code_bits != spec.bits:
+    type_bits = SEQ_TYPE_BITS if spec.levels == SEQ else spec.bits
+    if weight.code_bits != type_bits:
         return f"its codes are int{weight.code_bits}, the scheme says {spec.bits} bits"
     if spec.group_size < 1 or codes.shape[1] % spec.group_size:
         return f"groups of {spec.group_size} do not divide {codes.shape[1]} columns"
@@ -108,19 +109,21 @@ def _fault(weight: StoredWeight, spec: WeightScheme) -> str:
         return f"torchao's block size is {readers.shorten(list(weight.block_size))}, expected [1, {spec.group_size}]"
     if (weight.input_rounding is not None) != spec.quantize_input:
         return f"the rounding of its input is {readers.show(weight.input_rounding)}, which the scheme does not say"
-    return _value_fault(weight)
+    return _value_fault(weight, spec.codebook)
 
 
-def _value_fault(weight: StoredWeight) -> str:
+def _value_fault(weight: StoredWeight, codebook: Codebook) -> str:
     """Return what is wrong with codes, scales or zero points of the right shapes; empty if nothing is."""
     codes, scales = weight.codes, weight.scales
     if not bool((torch.isfinite(scales) & (scales > 0)).all()):
         return "scales are not positive numbers"
     if not torch.equal(scales, scales.to(torch.bfloat16).to(torch.float32)):
         return "scales are no bfloat16 numbers"
-    low, high = numerics.code_range(weight.code_bits)
+    low, high = codebook.low, codebook.high
     if int(codes.min()) < low or int(codes.max()) > high:
         return f"codes from {int(codes.min())} to {int(codes.max())}, permitted are {low} to {high}"
+    if bool(((codes - low) % codebook.step).any()):
+        return f"codes between those of the levels, which are {low} to {high} in steps of {codebook.step}"
     if weight.zero_point.shape != scales.shape or bool(weight.zero_point.any()):
         return "zero points are not zeros"
     return ""

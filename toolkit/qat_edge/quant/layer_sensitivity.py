@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from qat_edge.models.decoder import decoder_layers, layer_index
 from qat_edge.quant import numerics
-from qat_edge.quant.scheme import Scheme, WeightScheme
+from qat_edge.quant.scheme import INT4, LinearCodes, Scheme, WeightScheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,14 +60,17 @@ class LayerDivergences:
     compared: int
 
 
-def candidate_schemes(scheme: Scheme) -> dict[str, dict[int, WeightScheme]]:
+def candidate_schemes(scheme: Scheme, narrow: LinearCodes = INT4) -> dict[str, dict[int, WeightScheme]]:
     """Return the schemes that each weight can have: int4 groups where `scheme` has them, int8 per channel always.
 
-    Embedding and head have int8 alone if they have it in `scheme`: options of their own set their bits.
+    Embedding and head have int8 alone if they have it in `scheme`: options of their own set their bits. Where `narrow`
+    has 2 bits, linear layers between them can have these in the same groups.
     """
     found: dict[str, dict[int, WeightScheme]] = {}
     for name, spec in scheme.weights.items():
         found[name] = {4: spec, 8: WeightScheme(8, 0, spec.quantize_input)} if spec.bits == 4 else {8: spec}
+        if spec.bits == 4 and narrow.bits < 4 and name in scheme.linears:
+            found[name] = {narrow.bits: replace(spec, bits=narrow.bits, levels=narrow.levels)} | found[name]
     return found
 
 
@@ -127,8 +130,8 @@ def fake_quantized(model: nn.Module, schemes: Mapping[str, WeightScheme]) -> Ite
 def _fake_quantized(module: Any, spec: WeightScheme) -> Iterator[None]:
     # A new parameter, not new values: a table that embedding and head share stays float in the other.
     weight = module.weight
-    group_size = weight.shape[1] if spec.bits == 8 else spec.group_size
-    values = numerics.fake_quantize_weight(weight.detach(), spec.bits, group_size)
+    group_size = spec.group_size if spec.has_groups else weight.shape[1]
+    values = numerics.fake_quantize_weight(weight.detach(), spec.codebook, group_size)
     module.weight = nn.Parameter(values, requires_grad=False)
     hook = module.register_forward_pre_hook(numerics.round_input) if spec.quantize_input else None
     try:

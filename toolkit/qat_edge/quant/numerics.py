@@ -4,6 +4,9 @@ Weights are symmetric, `bits` wide, with one scale for each group of `group_size
 
     s = bfloat16(max|w| / (2^(bits-1) - 1/2))        q = clamp(round(w * (1/s)), -2^(bits-1), 2^(bits-1) - 1)
 
+At 2 bits the scale is searched for the least squared error instead (`choose_scales`), and codes may be odd numbers
+(`codebook`), of which the nearest is taken.
+
 This is torchao's symmetric choose_qparams_affine and quantize_affine [1] with one difference: the scale is rounded to
 bfloat16 *before* it divides. XNNPACK and KleidiAI store group scales as bfloat16 [2]; rounding the scale after the
 codes were chosen would deploy other weights than were trained. Every bfloat16 number is also a float32 number, so every
@@ -23,6 +26,7 @@ the same two functions. Two modules round for purposes of their own: `qlora_base
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,29 +38,81 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
+from qat_edge.quant.codebook import Codebook, codebook_of
+
 QUANTIZER = "8da4w symmetric, bfloat16 scales, 1"  # name in manifests; change it together with the formulas above
 
 
-def code_range(bits: int) -> tuple[int, int]:
-    """Return the least and the greatest code of a signed integer of `bits`."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+# Ratios to the scale of the largest weight that the search at 2 bits tries. All weights at the greatest of the levels
+# -2 to 1 need 1.5; the best for normally distributed weights is 0.65 to 0.69 in groups of 32, 0.54 to 0.56 in 128.
+RATIOS_2_BITS = tuple(0.3 + 0.05 * index for index in range(25))
+
+Codes = Codebook | int  # an int stands for all signed integers of so many bits
 
 
-def choose_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Return the scale of each group by its largest weight.
+def as_codebook(codes: Codes) -> Codebook:
+    """Return the codebook of signed integers for a number of bits, and a codebook itself."""
+    return codebook_of(codes) if isinstance(codes, int) else codes
+
+
+def code_range(codes: Codes) -> tuple[int, int]:
+    """Return the least and the greatest code."""
+    codebook = as_codebook(codes)
+    return codebook.low, codebook.high
+
+
+def choose_scales(weight: Tensor, codes: Codes, group_size: int) -> Tensor:
+    """Return the scale of each group from its weights alone: by the largest, at 2 bits by the least squared error.
 
     Args:
         weight: Shape (out, in).
-        bits: 4 or 8.
+        codes: Codes that the weights get.
         group_size: Weights per scale; divides `in`.
 
     Returns:
         Shape (out, in // group_size), bfloat16-representable, in the dtype of `weight`.
     """
+    if as_codebook(codes).searches_scales:
+        return search_scales(weight, codes, group_size, RATIOS_2_BITS)
+    return largest_scales(weight, codes, group_size)
+
+
+def largest_scales(weight: Tensor, codes: Codes, group_size: int) -> Tensor:
+    """Return the scale of each group by its largest weight; arguments and result as in `choose_scales`."""
     # At 4 bits the largest weight is 7.5 steps: a compromise between -8, which has no positive counterpart, and 7.
-    low, high = code_range(bits)
+    low, high = code_range(codes)
     largest = weight.unflatten(-1, (-1, group_size)).abs().amax(dim=-1)
     return representable(largest / ((high - low) / 2))
+
+
+def search_scales(
+    weight: Tensor, codes: Codes, group_size: int, ratios: Sequence[float], importance: Tensor | None = None
+) -> Tensor:
+    """Return the scales of least squared error among `ratios` of those of the largest weights.
+
+    Args:
+        weight: Shape (out, in).
+        codes: Codes that the weights get.
+        group_size: Weights per scale; divides `in`.
+        ratios: Candidates.
+        importance: Weight of a squared error in each column, shape (in,); None for equal weights.
+
+    Returns:
+        Shape (out, in // group_size), bfloat16-representable.
+    """
+    largest = largest_scales(weight, codes, group_size)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    # Errors of the rounded scales: a runtime stores no others.
+    for ratio in ratios:
+        scales = representable(largest * ratio)
+        error = (dequantize(round_codes(weight, scales, codes), scales) - weight).square()
+        if importance is not None:
+            error = error * importance
+        cost = error.unflatten(-1, (-1, group_size)).sum(-1)
+        # Each group takes the ratio that is best for it.
+        better = cost < least
+        best, least = torch.where(better, scales, best), torch.where(better, cost, least)
+    return best
 
 
 def representable(scales: Tensor) -> Tensor:
@@ -68,22 +124,26 @@ def representable(scales: Tensor) -> Tensor:
     return scales.clamp(min=torch.finfo(scales.dtype).eps).to(torch.bfloat16).to(scales.dtype)
 
 
-def round_to_codes(ratios: Tensor, bits: int) -> Tensor:
+def round_to_codes(ratios: Tensor, codes: Codes) -> Tensor:
     """Round weights divided by their scales to the nearest codes, in place; codes keep the dtype of `ratios`."""
-    low, high = code_range(bits)
-    return ratios.round_().clamp_(low, high)
+    codebook = as_codebook(codes)
+    if codebook.step == 1:
+        return ratios.round_().clamp_(codebook.low, codebook.high)
+    # Counted in steps from the least code.
+    steps = ratios.sub_(codebook.low).div_(codebook.step).round_()
+    return steps.mul_(codebook.step).add_(codebook.low).clamp_(codebook.low, codebook.high)
 
 
-def quantize(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+def quantize(weight: Tensor, scales: Tensor, codes: Codes) -> Tensor:
     """Return the codes of `weight` (out, in) under `scales` (out, in // group): int8, (out, in)."""
-    return round_codes(weight, scales, bits).to(torch.int8)
+    return round_codes(weight, scales, codes).to(torch.int8)
 
 
-def round_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+def round_codes(weight: Tensor, scales: Tensor, codes: Codes) -> Tensor:
     """Return the codes as whole numbers in the dtype of `weight` (out, in); `dequantize` takes them too."""
     groups = weight.unflatten(-1, (scales.shape[-1], -1))
     # Multiplied by the reciprocal, as torchao does: a division would round differently at some ties.
-    return round_to_codes(groups * (1.0 / scales).unsqueeze(-1), bits).flatten(-2)
+    return round_to_codes(groups * (1.0 / scales).unsqueeze(-1), codes).flatten(-2)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -92,18 +152,20 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return (groups * scales.unsqueeze(-1)).flatten(-2)
 
 
-def fake_quantize_weight(weight: Tensor, bits: int, group_size: int, scales: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize `weight` (out, in) under `scales`, by default those of its largest weights.
+def fake_quantize_weight(weight: Tensor, codes: Codes, group_size: int, scales: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize `weight` (out, in) under `scales`, by default those of `choose_scales`.
 
     The result has no useful gradient: see `straight_through`.
     """
     # Codes stay in the weight's dtype: int8 and back would only cost time.
     if scales is None:
-        scales = choose_scales(weight, bits, group_size)
-    return dequantize(round_codes(weight, scales, bits), scales)
+        scales = choose_scales(weight, codes, group_size)
+    return dequantize(round_codes(weight, scales, codes), scales)
 
 
-def straight_through(weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def straight_through(
+    weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor, step: int = 1
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of a weight and of its scales by learned step size quantization.
 
     https://arxiv.org/abs/1902.08153: a weight that is clamped has no gradient of its own and passes its code to the
@@ -114,6 +176,7 @@ def straight_through(weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor
         scales: Shape (out, in // group).
         codes: `round_codes` of the weight under these scales, (out, in).
         grad: Gradient of the dequantized weight, (out, in).
+        step: Distance between neighboring codes.
 
     Returns:
         Gradients of `weight` and of `scales`, in their shapes.
@@ -123,7 +186,7 @@ def straight_through(weight: Tensor, scales: Tensor, codes: Tensor, grad: Tensor
     grad_by_group = grad.unflatten(-1, (scales.shape[-1], -1))
 
     # A clamped weight is further than half a step from its code.
-    inside = (codes_by_group - ratio).abs() <= 0.5
+    inside = (codes_by_group - ratio).abs() <= step / 2
     grad_scales = (grad_by_group * torch.where(inside, codes_by_group - ratio, codes_by_group)).sum(dim=-1)
     return (grad_by_group * inside).flatten(-2), grad_scales
 

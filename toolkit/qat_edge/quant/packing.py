@@ -1,4 +1,4 @@
-"""Two int4 codes in one byte: pack and unpack.
+"""Two int4 codes or four int2 codes in one byte: pack and unpack.
 
     byte k of a row = (q[2k] + 8) | (q[2k + 1] + 8) << 4
 
@@ -6,7 +6,12 @@ Rows are packed one after another, low nibble first, each code as code + 8, so t
 XNNPACK and ONNX Runtime's MatMulNBits store weights like this. Two other layouts follow from it: ExecuTorch's embedding
 takes the high nibble first (`high_first`), and two's complement nibbles are `packed ^ 0x88`.
 
-Both functions take numpy arrays. For a CPU tensor pass `tensor.numpy()`, which copies nothing.
+    byte k of a row = u[4k] | u[4k + 1] << 2 | u[4k + 2] << 4 | u[4k + 3] << 6
+
+holds the positions u of 2-bit codes among their levels, 0 for the least, as MatMulNBits stores them. `codebook` has the
+codes that the positions stand for.
+
+All functions take numpy arrays. For a CPU tensor pass `tensor.numpy()`, which copies nothing.
 """
 
 from __future__ import annotations
@@ -50,3 +55,31 @@ def unpack_int4(packed: NDArray[np.uint8], *, high_first: bool = False) -> NDArr
     codes[..., 1::2] = low if high_first else high
     codes -= OFFSET
     return codes
+
+
+def pack_int2(positions: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pack fours of neighboring positions, 0 to 3, into bytes, the first in the lowest bits.
+
+    Args:
+        positions: uint8, shape (..., width).
+
+    Returns:
+        uint8, shape (..., width // 4).
+
+    Raises:
+        ValueError: The width is no multiple of four.
+    """
+    if positions.shape[-1] % 4:
+        raise ValueError(f"int2 codes are packed in fours, but a row has {positions.shape[-1]} of them")
+    packed = np.zeros((*positions.shape[:-1], positions.shape[-1] // 4), np.uint8)
+    for index in range(4):
+        packed |= positions[..., index::4] << np.uint8(2 * index)
+    return packed
+
+
+def unpack_int2(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Undo `pack_int2`: uint8 (..., width // 4) to positions (..., width)."""
+    positions = np.empty((*packed.shape[:-1], packed.shape[-1] * 4), np.uint8)
+    for index in range(4):
+        positions[..., index::4] = packed >> np.uint8(2 * index) & np.uint8(3)
+    return positions

@@ -9,14 +9,16 @@ import difflib
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qat_edge.errors import ModelError, UsageError
+from qat_edge import readers
+from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.models import tasks
 from qat_edge.models.experts import refuse_experts
-from qat_edge.options import GROUP_SIZES, WIDTHS
+from qat_edge.options import GROUP_SIZES, LAYER_WIDTHS, WEIGHT_BITS
+from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, PER_CHANNEL, SEQ, Codebook, codebook_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,16 +35,28 @@ class WeightScheme:
     """Quantization of one weight (out, in).
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         group_size: Weights per scale; `group_size == in` means one scale per row.
         quantize_input: Round the layer's input to int8 per token as well. False for an embedding.
         reason: Why the weight got something else than requested; empty where it did not.
+        levels: "seq" or "integer" at 2 bits; "integer" at all others.
     """
 
     bits: int
     group_size: int
     quantize_input: bool
     reason: str = ""
+    levels: str = INTEGER
+
+    @property
+    def codebook(self) -> Codebook:
+        """Codes that the weight can have."""
+        return codebook_of(self.bits, self.levels)
+
+    @property
+    def has_groups(self) -> bool:
+        """True for a weight in groups, whose scales PTQ methods choose and training learns; False for int8."""
+        return self.bits != PER_CHANNEL
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class Scheme:
     head: str
     weights: dict[str, WeightScheme]
     apart: tuple[str, ...] = ()
+
+    @property
+    def widths(self) -> set[int]:
+        """Bits that at least one weight has."""
+        return {spec.bits for spec in self.weights.values()}
 
     @property
     def linears(self) -> dict[str, WeightScheme]:
@@ -103,6 +122,37 @@ class Scheme:
 
 
 @dataclass(frozen=True)
+class LinearCodes:
+    """Codes of linear layers between the ends, unless others are requested for one of them.
+
+    Attributes:
+        bits: 2 or 4.
+        levels: Of weights that get 2 bits, by this default or by name.
+    """
+
+    bits: int = 4
+    levels: str = SEQ
+
+    @classmethod
+    def of_training(cls, metadata: Mapping[str, Any]) -> LinearCodes:
+        """Read them from the manifest of an adapter; those from before 2 bits do not mention them.
+
+        Raises:
+            RunError: The manifest has values that no training writes.
+        """
+        codes = cls(metadata.get("weight_bits", INT4.bits), metadata.get("weight_levels", INT4.levels))
+        if codes.bits not in WEIGHT_BITS or codes.levels not in LEVELS:
+            raise RunError(
+                f"The manifest of the adapter is damaged: weight_bits is {readers.show(codes.bits)} and weight_levels "
+                f"{readers.show(codes.levels)}. Restore it, or train again."
+            )
+        return codes
+
+
+INT4 = LinearCodes()
+
+
+@dataclass(frozen=True)
 class _Ends:
     """Modules before and after the blocks.
 
@@ -124,22 +174,24 @@ def choose_scheme(
     group_size: int,
     bits: Mapping[str, int] | None = None,
     table_bits: tuple[int, int] = (8, 8),
+    default: LinearCodes = INT4,
 ) -> Scheme:
     """Choose the scheme of a causal language model or an encoder.
 
-    Linear layers get int4 groups. Embedding and head get `table_bits`. int8 is per channel. A weight whose width the
-    group size does not divide gets the largest smaller group size that does, or int8 where none does. An encoder's
-    head, its pooling layer and its tables of positions and token types are always int8.
+    Linear layers get groups of `default`. Embedding and head get `table_bits`. int8 is per channel. A weight whose
+    width the group size does not divide gets the largest smaller group size that does, or int8 where none does. An
+    encoder's head, its pooling layer and its tables of positions and token types are always int8.
 
     Args:
         model: May be on the meta device.
-        group_size: Weights per scale of int4 layers.
-        bits: Module name -> 4 or 8, for single linear layers.
+        group_size: Weights per scale of int4 and int2 layers.
+        bits: Module name -> 2, 4 or 8, for single linear layers.
         table_bits: Bits of the embedding and of the head.
+        default: Codes of the linear layers that `bits` does not name.
 
     Raises:
         UsageError: The group size divides no layer at all; `bits` names no weight of this model, or a width that it
-            cannot have; an encoder's head is requested in 4 bits.
+            cannot have; an encoder's head is requested in 4 bits, or any of its layers in 2.
         ModelError: The model has no token embedding, is a causal language model without an output head, a mixture of
             experts, or has most of its parameters in modules that cannot be quantized.
     """
@@ -147,10 +199,12 @@ def choose_scheme(
     encodes = tasks.task_of_model(model).is_encoder
     ends = _encoder_ends(model, table_bits[1]) if encodes else _decoder_ends(model)
 
-    weights = _default_weights(model, group_size, table_bits, ends, encodes)
+    weights = _default_weights(model, group_size, table_bits, default, ends, encodes)
     _require_quantizable(model, weights)
     _require_group_size(model, group_size, weights, ends)
-    _override(model, bits or {}, weights, ends)
+    _override(model, bits or {}, weights, ends, group_size, default.levels)
+    if encodes:
+        _require_no_2_bits(model, weights)
 
     first, last = ends.embeddings[0], ends.heads[-1] if ends.heads else ""
     # One table in memory is one table in the artifact only where both ends round it alike. Embedding and head of an
@@ -226,7 +280,12 @@ def _encoder_ends(model: PreTrainedModel, head_bits: int) -> _Ends:
 
 
 def _default_weights(
-    model: PreTrainedModel, group_size: int, table_bits: tuple[int, int], ends: _Ends, encodes: bool
+    model: PreTrainedModel,
+    group_size: int,
+    table_bits: tuple[int, int],
+    default: LinearCodes,
+    ends: _Ends,
+    encodes: bool,
 ) -> dict[str, WeightScheme]:
     """Choose the scheme of every weight without regard to bits that were requested for single layers."""
     weights: dict[str, WeightScheme] = {}
@@ -240,8 +299,8 @@ def _default_weights(
                 # An encoder's head decides the output at once: its few weights keep 8 bits.
                 weights[name] = WeightScheme(8, module.in_features, quantize_input=True, reason=HEAD_REASON)
             else:
-                requested = table_bits[1] if name in ends.heads else 4
-                weights[name] = _weight_scheme(module.in_features, group_size, requested)
+                requested = table_bits[1] if name in ends.heads else default.bits
+                weights[name] = _weight_scheme(module.in_features, group_size, requested, levels=default.levels)
     return weights
 
 
@@ -262,7 +321,7 @@ def _require_group_size(
 ) -> None:
     """Refuse a group size that no linear layer between the ends can have."""
     linears = (spec for name, spec in weights.items() if name not in ends.names)
-    if any(spec.bits == 4 and spec.group_size == group_size for spec in linears):
+    if any(spec.has_groups and spec.group_size == group_size for spec in linears):
         return
     widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
     default = "the default " if group_size == DEFAULT_GROUP_SIZE else ""
@@ -271,14 +330,37 @@ def _require_group_size(
     )
 
 
-def _override(model: PreTrainedModel, bits: Mapping[str, int], weights: dict[str, WeightScheme], ends: _Ends) -> None:
+def _require_no_2_bits(model: PreTrainedModel, weights: Mapping[str, WeightScheme]) -> None:
+    """Refuse 2 bits for an encoder, which only a target without such an operator exports."""
+    found = next((name for name, spec in weights.items() if spec.bits == FEWEST), "")
+    if found:
+        raise UsageError(
+            f"{found} in 2 bits: {type(model).__name__} is an encoder, which runs as a .pte alone, and ExecuTorch has "
+            "no operator for 2-bit weights. Give 4 or 8 bits."
+        )
+
+
+def _override(
+    model: PreTrainedModel,
+    bits: Mapping[str, int],
+    weights: dict[str, WeightScheme],
+    ends: _Ends,
+    group_size: int,
+    levels: str,
+) -> None:
     """Apply the bits that were requested for single layers, in place."""
     for name, width in bits.items():
         _check_override(name, width, weights, ends)
         module = model.get_submodule(name)
-        # 4 bits are what a layer has already, or what its width does not allow.
-        if width == 8 and name not in ends.names and isinstance(module, nn.Linear):
-            weights[name] = WeightScheme(8, module.in_features, quantize_input=True)
+        # Embeddings and heads have what their flags say already.
+        if name in ends.names or not isinstance(module, nn.Linear):
+            continue
+        weights[name] = _weight_scheme(module.in_features, group_size, width, levels=levels)
+        if width == FEWEST and weights[name].bits != width:
+            raise UsageError(
+                f"--bits: 'bits.{name}' is 2, which needs groups of {', '.join(map(str, GROUP_SIZES))}, and none of "
+                f"them up to --group-size {group_size} divides its width of {module.in_features}. Give 8 for it."
+            )
 
 
 def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], ends: _Ends) -> None:
@@ -288,10 +370,12 @@ def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], 
         near = difflib.get_close_matches(name, weights, n=3)
         hint = f"Nearest: {', '.join(near)}." if near else f"Its weights are named like {next(iter(weights))}."
         raise UsageError(f"--bits: 'bits.{name}' names no weight of this model. {hint}")
-    if width not in WIDTHS:
-        raise UsageError(f"--bits: 'bits.{name}' is {width!r}; a weight can have {' or '.join(map(str, WIDTHS))} bits.")
+    if width not in LAYER_WIDTHS:
+        raise UsageError(f"--bits: 'bits.{name}' is {width!r}; a weight can have {describe_widths()} bits.")
 
     # Embeddings and heads get their bits from flags of their own; here they may only be listed with what they have.
+    if width == FEWEST and name in ends.names:
+        raise UsageError(f"--bits: 'bits.{name}' is 2; embedding and head have 8 or 4 bits. Leave the line out.")
     if width == 4 and name in (*ends.embeddings[1:], *ends.heads[:-1]):
         raise UsageError(f"--bits: 'bits.{name}' is 4; this part of an encoder stays at 8 bits. Leave the line out.")
     if width == 4 and name in ends.names:
@@ -299,20 +383,33 @@ def _check_override(name: str, width: int, weights: Mapping[str, WeightScheme], 
         raise UsageError(f"--bits: 'bits.{name}' is 4, and only finetune {flag} 4 sets it. Leave the line out.")
 
 
+def describe_widths() -> str:
+    """Return the bits that a bits file can give, for messages: `2, 4 or 8`."""
+    *fewer, widest = map(str, LAYER_WIDTHS)
+    return f"{', '.join(fewer)} or {widest}"
+
+
 def _format(weight: WeightScheme) -> str:
-    return f"int{weight.bits} ({'per channel' if weight.bits == 8 else f'group {weight.group_size}'})"
+    if not weight.has_groups:
+        return f"int{weight.bits} (per channel)"
+    levels = f", {weight.levels} levels" if weight.bits == FEWEST else ""
+    return f"int{weight.bits} (group {weight.group_size}{levels})"
 
 
-def _weight_scheme(width: int, group_size: int, bits: int, quantize_input: bool = True) -> WeightScheme:
+def _weight_scheme(
+    width: int, group_size: int, bits: int, quantize_input: bool = True, levels: str = INTEGER
+) -> WeightScheme:
     """Choose the scheme of a weight (out, width): the requested one, or the nearest that its width allows."""
-    if bits == 8:
-        return WeightScheme(8, width, quantize_input)
+    if bits == PER_CHANNEL:
+        return WeightScheme(bits, width, quantize_input)
+    levels = levels if bits == FEWEST else INTEGER
     if width % group_size == 0:
-        return WeightScheme(4, group_size, quantize_input)
+        return WeightScheme(bits, group_size, quantize_input, levels=levels)
 
-    # Smaller groups cost more scales but keep 4 bits per weight; int8 costs twice the size.
+    # Smaller groups cost more scales but keep the bits per weight; int8 costs two or four times the size.
     refused = f"width {width} is no multiple of {group_size}"
     for smaller in sorted((g for g in GROUP_SIZES if g < group_size), reverse=True):
         if width % smaller == 0:
-            return WeightScheme(4, smaller, quantize_input, f"{refused}: int4 in groups of {smaller} instead")
-    return WeightScheme(8, width, quantize_input, f"{refused}: int8 per channel instead")
+            reason = f"{refused}: int{bits} in groups of {smaller} instead"
+            return WeightScheme(bits, smaller, quantize_input, reason, levels)
+    return WeightScheme(PER_CHANNEL, width, quantize_input, f"{refused}: int8 per channel instead")

@@ -141,11 +141,11 @@ def _device_section(results: RunResults, index: int) -> DeviceSection:
 def subtitle(results: RunResults) -> list[str]:
     """Return the phrases below the model's name: method, scheme, devices and date."""
     options = results.options("finetune")
-    rank, group = options.get("lora_rank"), options.get("group_size")
+    rank, group, bits = options.get("lora_rank"), options.get("group_size"), options.get("weight_bits", 4)
     devices = ", ".join(measured.device for measured in results.measurements)
     phrases = [
         f"LoRA of rank {rank}" if rank is not None else "",
-        f"int4 weights in groups of {group}, int8 activations" if group is not None else "",
+        f"int{bits} weights in groups of {group}, int8 activations" if group is not None else "",
         f"measured on {devices}",
         str(results.measurements[0].created),
     ]

@@ -34,7 +34,8 @@ from qat_edge.report.tables import Table, TableCell, TableRow
 SHADES = 9  # CSS classes shade-1 to shade-9, which the template defines
 DECADES = 4.0  # range of the shades: from the largest KL down to this many powers of ten below it
 CELL = 22.0  # height of a row of the heat map
-CHOSEN = {4: 2, 8: SHADES}  # shades of the map of chosen bits
+# Shades of the map of chosen bits, by the number of widths that were measured.
+CHOSEN = {1: (SHADES,), 2: (2, SHADES), 3: (1, 4, SHADES)}
 NAMES = 78.0  # width of the row names at the left of a heat map
 
 
@@ -42,7 +43,7 @@ def render(measured: Sensitivity, choice: Choice | None) -> str:
     """Return the HTML of the whole page.
 
     Args:
-        measured: KL and size of each weight at 4 and at 8 bits.
+        measured: KL and size of each weight at each width.
         choice: The chosen bits, if a size or a KL was requested.
     """
     return environment().get_template("sensitivity.html").render(
@@ -64,21 +65,28 @@ def render(measured: Sensitivity, choice: Choice | None) -> str:
 
 
 def raised(measured: Sensitivity, choice: Choice) -> str:
-    """Return `53 of 210 weights get 8 bits`, counting only the weights that can have 4 or 8."""
+    """Return `53 of 210 weights get 8 bits`, counting only the weights that can have more than one width.
+
+    With three widths, `53 of 210 weights get 8 bits, 20 get 4 bits`.
+    """
     # Embedding and head have one width only, so they do not count.
-    count = sum(bits > min(measured.weights[name].costs) for name, bits in choice.bits.items())
-    return f"{count} of {sum(len(weight.costs) > 1 for weight in measured.weights.values())} weights get 8 bits"
+    free = [name for name, weight in measured.weights.items() if len(weight.costs) > 1]
+    counts = [(bits, sum(choice.bits[name] == bits for name in free)) for bits in reversed(measured.widths[1:])]
+    (widest, count), *others = counts or [(8, 0)]
+    return f"{count} of {len(free)} weights get {widest} bits" + "".join(f", {n} get {bits} bits" for bits, n in others)
 
 
 def table(measured: Sensitivity, choice: Choice | None) -> Table:
     """Return all weights, sorted by their KL at the fewest bits, the largest first."""
-    heads = [("KL, 4 bits", "nats"), ("KL, 8 bits", "nats"), ("Size, 4 bits", "kB"), ("Size, 8 bits", "kB")]
+    heads = [(f"KL, {bits} bits", "nats") for bits in measured.widths]
+    heads += [(f"Size, {bits} bits", "kB") for bits in measured.widths]
     if choice is not None:
         heads.append(("Chosen", "bits"))
     rows = []
     # A weight that got more than its fewest bits is marked.
     for name, weight in measured.by_cost():
-        cells = [_kl_cell(weight, bits) for bits in (4, 8)] + [_size_cell(weight, bits) for bits in (4, 8)]
+        cells = [_kl_cell(weight, bits) for bits in measured.widths]
+        cells += [_size_cell(weight, bits) for bits in measured.widths]
         if choice is not None:
             bits = choice.bits[name]
             cells.append(TableCell(str(bits), bits, best=bits > min(weight.costs)))
@@ -102,12 +110,18 @@ def heat_map(name: str, measured: Sensitivity, bits: int) -> str:
 
 def chosen_map(name: str, measured: Sensitivity, choice: Choice) -> str:
     """Draw the chosen bits by decoder layer (across) and projection (down)."""
+    shades = _width_shades(measured)
     cells = [
-        HeatMapCell(weight.layer, weight.kind, f"{choice.bits[name]} bits", CHOSEN[choice.bits[name]])
+        HeatMapCell(weight.layer, weight.kind, f"{choice.bits[name]} bits", shades[choice.bits[name]])
         for name, weight in measured.weights.items()
         if weight.layer is not None
     ]
     return _heat_map(name, "Chosen bits", cells)
+
+
+def _width_shades(measured: Sensitivity) -> dict[int, int]:
+    """Return the shade of each measured width in the map of chosen bits."""
+    return dict(zip(measured.widths, CHOSEN[len(measured.widths)], strict=True))
 
 
 def shade(kl: float, largest: float) -> int:
@@ -120,13 +134,13 @@ def shade(kl: float, largest: float) -> int:
 
 
 def trade_off(name: str, measured: Sensitivity, choice: Choice | None) -> str:
-    """Draw the predicted KL against the size of all weights, as layers are raised from 4 to 8 bits."""
+    """Draw the predicted KL against the size of all weights, as layers are raised from the fewest bits to 8."""
     points = [(size / MEGABYTE, kl) for size, kl in frontier(measured.costs, measured.float_bytes)]
     if len(points) < 2:
         return ""
 
     root = canvas(name, "Predicted KL against size", _trade_off_description(points), 290)
-    # From the smallest size (4 bits) to the largest (8 bits).
+    # From the smallest size (fewest bits) to the largest.
     x = Scale(points[0][0], points[-1][0], 48, WIDTH - 16)
     y = Scale(0, nice_top(points[0][1]), 240, 30)
     text(root, 0, 14, "predicted KL, nats per token", "name")
@@ -134,7 +148,7 @@ def trade_off(name: str, measured: Sensitivity, choice: Choice | None) -> str:
     x_axis(root, x, y.start, "codes, scales and float parameters, MB")
     path(root, [(x(size), y(kl)) for size, kl in points], "smooth s-qat")
 
-    _mark_uniform(root, x, y, points)
+    _mark_uniform(root, x, y, points, measured.widths)
     if choice is not None:
         _mark_choice(root, x, y, choice)
     return to_svg(root)
@@ -182,9 +196,12 @@ def _heat_map(name: str, title: str, cells: Sequence[HeatMapCell]) -> str:
     return to_svg(root)
 
 
-def _mark_uniform(root: Element, x: Scale, y: Scale, points: Sequence[tuple[float, float]]) -> None:
-    """Mark the ends of the line: every weight at its fewest bits, and every weight that gains by it at 8 bits."""
-    for (size, kl), bits, anchor, shift in ((points[0], 4, "start", 10), (points[-1], 8, "end", -10)):
+def _mark_uniform(
+    root: Element, x: Scale, y: Scale, points: Sequence[tuple[float, float]], widths: Sequence[int]
+) -> None:
+    """Mark the ends of the line: every weight at its fewest bits, and every weight that gains by it at most bits."""
+    ends = ((points[0], widths[0], "start", 10), (points[-1], widths[-1], "end", -10))
+    for (size, kl), bits, anchor, shift in ends:
         tip = f"all at {bits} bits: {number(size)} MB, {number(kl)} nats per token predicted"
         marker(root, x(size), y(kl), "square", "point c-ptq", tip)
         text(root, x(size) + shift, y(kl) - 14, f"all {bits} bits", "point-name t-ptq halo", anchor)
@@ -206,10 +223,11 @@ def _plots(measured: Sensitivity, choice: Choice | None) -> list[Plot]:
     # Embedding and head belong to no decoder layer.
     tables = [name for name, weight in measured.weights.items() if weight.layer is None]
     outside = f"Not in a decoder layer (see the table): {', '.join(tables)}." if tables else ""
-    captions = {4: outside, 8: "Same shades as for 4 bits."}
+    fewest, *wider = measured.widths
+    captions = {fewest: outside} | dict.fromkeys(wider, f"Same shades as for {fewest} bits.")
     plots = []
 
-    # Both maps share their shades, so that they can be compared.
+    # All maps share their shades, so that they can be compared.
     for bits, caption in captions.items():
         svg = heat_map(f"heat-{bits}", measured, bits)
         if svg:
@@ -218,20 +236,26 @@ def _plots(measured: Sensitivity, choice: Choice | None) -> list[Plot]:
     if choice is not None:
         svg = chosen_map("chosen", measured, choice)
         if svg:
-            widths = [(f"shade-{CHOSEN[bits]}", f"{bits} bits") for bits in (4, 8)]
+            widths = [(f"shade-{shade}", f"{bits} bits") for bits, shade in _width_shades(measured).items()]
             plots.append(Plot("Chosen bits", Markup(svg), "", widths))
 
     # Size against KL comes last: it sums up the maps.
     svg = trade_off("trade-off", measured, choice)
     if svg:
-        caption = (
-            "Predicted KL is the sum of the KL of each weight alone. Sizes are those of a .pte with embedding and head "
-            "in two tables. With --rotate off, embedding and head share one int8 table, in a .pte and in an ONNX "
-            "folder; ONNX stores float32 scales."
-        )
+        caption = f"Predicted KL is the sum of the KL of each weight alone. {_sizes_note(measured)}"
         ends = [("l-square c-ptq", "all weights at one width"), *([("l-circle c-qat", "chosen")] if choice else [])]
         plots.append(Plot("Predicted KL against size", Markup(svg), caption, ends))
     return plots
+
+
+def _sizes_note(measured: Sensitivity) -> str:
+    """Return which artifact the sizes are those of."""
+    if min(measured.widths) < 4:
+        return "Sizes are those of an ONNX folder, which alone can hold 2-bit weights; its scales are float32."
+    return (
+        "Sizes are those of a .pte with embedding and head in two tables. With --rotate off, embedding and head share "
+        "one int8 table, in a .pte and in an ONNX folder; ONNX stores float32 scales."
+    )
 
 
 def _uniform_table(measured: Sensitivity) -> Table:
@@ -252,7 +276,7 @@ def _uniform_table(measured: Sensitivity) -> Table:
 
 def _choice_summary(measured: Sensitivity, choice: Choice) -> str:
     return (
-        f"{choice.request}: {raised(measured, choice)} instead of 4. All weights together take "
+        f"{choice.request}: {raised(measured, choice)} instead of {min(measured.widths)}. All weights together take "
         f"{megabytes(choice.size_bytes)} MB; the predicted KL is {number(choice.kl_nats)} nats per token."
     )
 

@@ -61,7 +61,8 @@ def measure(model: nn.Module, layers: Mapping[str, WeightScheme], before: Mappin
             with _values(own):
                 then = _rounded(layer, merged, name, spec)
             groups = (now.weight.double() - then.weight).unflatten(-1, (then.scales.shape[-1], -1))
-            squares += float((groups / then.scales.unsqueeze(-1)).pow(2).sum())
+            steps = groups / (then.scales.unsqueeze(-1) * spec.codebook.step)
+            squares += float(steps.pow(2).sum())
             changed += int((now.codes != then.codes).sum())
             scale_squares += float((now.scales / then.scales - 1).double().pow(2).sum())
             weights, scales = weights + now.codes.numel(), scales + now.scales.numel()
@@ -83,11 +84,11 @@ def _rounded(layer: nn.Module, merged: fake.MergedWeights, name: str, spec: Weig
     assert isinstance(weight, Tensor)
     scales = layer.trained_scales if isinstance(layer, fake.FakeQuantLinear | fake.LoraFakeQuantLinear) else None
     if scales is None:
-        rounded_scales = numerics.choose_scales(weight, spec.bits, spec.group_size)
+        rounded_scales = numerics.choose_scales(weight, spec.codebook, spec.group_size)
     else:
         rounded_scales = numerics.representable(scales)
     # Of trained weights without adapters the merged weight is the parameter itself, whose values are exchanged.
-    return _Rounded(weight.clone(), rounded_scales, numerics.round_codes(weight, rounded_scales, spec.bits))
+    return _Rounded(weight.clone(), rounded_scales, numerics.round_codes(weight, rounded_scales, spec.codebook))
 
 
 @contextmanager

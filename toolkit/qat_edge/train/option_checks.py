@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qat_edge.config import flag_name
+from qat_edge.config import flag_name, load, read_sections
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import WIDTHS, ExportOptions, FinetuneOptions
+from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge_exporters.targets import target_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,7 +34,7 @@ def check_combination(options: FinetuneOptions) -> None:
     Raises:
         UsageError: Names the options and what to change.
     """
-    for check in (*_phase_2_checks(options), *_base_checks(options)):
+    for check in (*_phase_2_checks(options), *_base_checks(options), *_width_checks(options)):
         if check.found:
             raise UsageError(check.message)
 
@@ -50,6 +54,35 @@ def row_length(options: FinetuneOptions, config: PretrainedConfig) -> int:
         f"--max-length {options.max_length}: this model has {limit} positions (max_position_embeddings). Longer rows "
         f"would train positions that it never saw, and no artifact could read them. Give at most {limit}."
     )
+
+
+def requested_widths(options: FinetuneOptions) -> set[int]:
+    """Return the bits that the options request for linear layers.
+
+    Raises:
+        UsageError: The file of --bits cannot be read.
+    """
+    bits = load_bits(Path(options.bits)) if options.bits else {}
+    return {options.weight_bits, *bits.values()}
+
+
+def check_export_section(options: FinetuneOptions, path: Path | None) -> None:
+    """Refuse bits that none of the targets in the configuration file's section 'export' can hold.
+
+    Raises:
+        UsageError: Names the option and the file.
+    """
+    if path is None or not read_sections(path).get("export"):
+        return
+    export = load(ExportOptions, "export", path, {})
+    widths = requested_widths(options)
+    reasons = [target_for(name, export.backend).missing_widths(widths) for name in export.target]
+    if all(reasons):
+        flag = "--weight-bits 2" if options.weight_bits not in WIDTHS else f"--bits {options.bits}"
+        raise UsageError(
+            f"{flag} and 'export.target' of {path}, {', '.join(export.target)}: {reasons[0]} The trained model could "
+            "not be exported. Add onnx to the targets, or train with 4 or 8 bits."
+        )
 
 
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
@@ -93,6 +126,17 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             options.distill_weight > 0 and options.distill_top_k == 0 and changes_base,
             f"--distill-weight and --ptq-init {options.ptq_init}: it changes the base weights that the teacher "
             "needs. Add --distill-top-k 64, which runs the teacher beforehand.",
+        ),
+    )
+
+
+def _width_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
+    """Return the checks of the bits of weights."""
+    return (
+        _Check(
+            options.weight_levels is not None and FEWEST not in requested_widths(options),
+            f"--weight-levels {options.weight_levels}: only 2-bit weights have a choice of levels, and all layers have "
+            "4 or 8 bits here. Add --weight-bits 2, or leave it out.",
         ),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,12 @@ from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
-from qat_edge.train.option_checks import row_length
-from qat_edge_exporters.targets import FORMATS
+from qat_edge.train.option_checks import requested_widths, row_length
+from qat_edge_exporters.targets import FORMATS, target_named
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
 # Name on PyPI of the trackers that are one package.
@@ -118,7 +119,9 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
 
 def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
     """Choose bits and group size of each weight, and report them. bits: by module name, from --bits."""
-    weights = scheme.choose_scheme(model, options.group_size, bits, (options.embedding_bits, options.head_bits))
+    table_bits = (options.embedding_bits, options.head_bits)
+    codes = scheme.LinearCodes(options.weight_bits, options.weight_levels or SEQ)
+    weights = scheme.choose_scheme(model, options.group_size, bits, table_bits, codes)
     progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
     # Weights that could not be quantized as requested, each with its reason.
     for name, reason in weights.exceptions.items():
@@ -263,6 +266,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         "--keep-layers": options.keep_layers is not None,
         "--distill-weight": options.distill_weight > 0,
         "--rotate on": options.rotate == "on",
+        "--weight-bits 2": options.weight_bits == FEWEST,
     }
     for flag, given in refused.items():
         if given:
@@ -288,9 +292,27 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
             f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "
             "architecture that docs/reference/architectures.md lists as exported."
         )
+    require_width(options, gaps)
     for target, reason in gaps.items():
         progress.warn(f"This model cannot be exported to {target}: {reason}")
     return loaded
+
+
+def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
+    """Refuse bits for which no target is left.
+
+    gaps: formats that cannot express the model, with the reason.
+
+    Raises:
+        ModelError: The bits need a target that cannot express the model.
+    """
+    widths = requested_widths(options)
+    able = [name for name in FORMATS if not target_named(name).missing_widths(widths)]
+    if gaps.keys() >= set(able):
+        raise ModelError(
+            f"{options.model}: weights of 2 bits can be exported to {', '.join(able)} alone, which cannot express this "
+            f"model: {gaps[able[0]]} Train it with 4 or 8 bits."
+        )
 
 
 def _read_rows(
@@ -377,6 +399,8 @@ def _metadata(
         "quantizer": numerics.QUANTIZER,
         "group_size": options.group_size,
         "table_bits": [options.embedding_bits, options.head_bits],
+        "weight_bits": options.weight_bits,
+        "weight_levels": options.weight_levels or SEQ,
         "method": options.method,
         "base": options.base,
         # Both change at the start of QAT, see `PhaseTransition.metadata`.

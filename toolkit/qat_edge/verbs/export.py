@@ -27,7 +27,7 @@ from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder
-from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing
+from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing, widths_of
 from qat_edge_exporters.targets import (
     EXECUTORCH,
     FORMATS,
@@ -37,6 +37,7 @@ from qat_edge_exporters.targets import (
     USUAL_BACKEND,
     Target,
     target_for,
+    target_named,
 )
 
 
@@ -78,6 +79,7 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     _check_encoder(run, targets, options)
     options = with_context_length(run, options)
     methods = [QAT, *_ptq_methods(options)]
+    _check_widths(run, targets, methods)
 
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
     pending = list(folders) if force else _pending(folders, options)
@@ -300,6 +302,29 @@ def _check_encoder(run: Run, targets: list[Target], options: ExportOptions) -> N
     flags += [f"--backend {options.backend}"] if options.backend != USUAL_BACKEND else []
     for flag in flags:
         tasks.require_causal_lm(run, flag)
+
+
+def _check_widths(run: Run, targets: list[Target], methods: list[str]) -> None:
+    """Refuse targets that have no operator for the bits of a checkpoint, before anything is merged.
+
+    Raises:
+        UsageError: names the target, and one that has it.
+    """
+    for method in methods:
+        widths = widths_of(run, method)
+        for target in targets:
+            missing = target.missing_widths(widths)
+            if missing:
+                able = next((name for name in FORMATS if not target_named(name).missing_widths(widths)), FORMATS[0])
+                raise UsageError(
+                    f"--target {target.format}: {missing.removesuffix('.')}, which {run.path} was {_origin(method)}. "
+                    f"Give --target {able}."
+                )
+
+
+def _origin(method: str) -> str:
+    """Return how a variant got its bits, for messages."""
+    return "trained with" if method == QAT else f"quantized to by --method {method}"
 
 
 def _ptq_methods(options: ExportOptions) -> list[str]:

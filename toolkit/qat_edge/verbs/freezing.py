@@ -17,6 +17,7 @@ from torch import Tensor
 from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.formats import RowStream
+from qat_edge.errors import UsageError
 from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
@@ -24,6 +25,7 @@ from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant
@@ -49,7 +51,7 @@ def freeze(
         How many weights have which bits, as text, and a record of the calibration data.
 
     Raises:
-        UsageError: a file of bits that does not fit the model.
+        UsageError: a file of bits that does not fit the model; levels without a weight of 2 bits.
         DataError: too little calibration data.
         ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
     """
@@ -57,10 +59,8 @@ def freeze(
     merged = merged_model(adapter, force)
 
     # PTQ may choose other bits and another basis than training; QAT has trained with its own.
-    if options.bits is not None:
-        bits, trained = load_bits(Path(options.bits)), merged.scheme
-        new_scheme = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits)
-        merged = replace(merged, scheme=new_scheme)
+    if (options.bits, options.weight_bits, options.weight_levels) != (None, None, None):
+        merged = replace(merged, scheme=_requested_scheme(merged, adapter, options))
     if options.rotate:
         rotation.rotate(merged.model, merged.scheme, options.seed)
         tied = merged.scheme.tied and scheme.shares_table(merged.model)
@@ -89,6 +89,27 @@ def freeze(
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
     return merged.scheme.summary(), calibration_record
+
+
+def _requested_scheme(merged: MergedModel, adapter: Path, options: QuantizeOptions) -> scheme.Scheme:
+    """Return the scheme with the bits that a PTQ method is given instead of those of the training.
+
+    Raises:
+        UsageError: a file of bits that does not fit the model; levels without a weight of 2 bits.
+    """
+    metadata, trained = adapter_metadata(adapter), merged.scheme
+    codes = scheme.LinearCodes.of_training(metadata)
+    codes = scheme.LinearCodes(options.weight_bits or codes.bits, options.weight_levels or codes.levels)
+    # Bits of finetune for single layers hold where neither the file nor the flag says otherwise.
+    bits = metadata["bits"] if options.weight_bits is None else {}
+    bits = load_bits(Path(options.bits)) if options.bits is not None else bits
+    found = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits, codes)
+    if options.weight_levels is not None and FEWEST not in found.widths:
+        raise UsageError(
+            f"--weight-levels {options.weight_levels}: only 2-bit weights have a choice of levels, and all have 4 or 8 "
+            "bits here. Add --weight-bits 2, or leave it out."
+        )
+    return found
 
 
 def _scales(

@@ -13,13 +13,16 @@ from typing import Any
 
 from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
-from qat_edge.manifest import Manifest, read_manifest, sha256
+from qat_edge.manifest import MANIFEST, Manifest, read_manifest, sha256
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
+from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.ptq.method_names import QAT
+from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
+from qat_edge_exporters.targets import FORMATS, target_named
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WHOLE_MODEL = "model.safetensors"  # of finetune --method full
@@ -57,7 +60,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
         force: replace the checkpoint that exists, and merge even if library versions differ from those in training.
 
     Raises:
-        UsageError: --bits or --rotate for the trained model; a file of bits that does not fit the model.
+        UsageError: bits, levels or --rotate for the trained model; a file of bits that does not fit the model.
         RunError: another checkpoint exists (without `force`), or there is no adapter.
         DataError: too little calibration data.
         ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
@@ -81,10 +84,16 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
     Raises:
         UsageError: names the option.
     """
-    if options.method == QAT and options.bits is not None:
-        raise UsageError("--bits and --method qat: the trained weights have the bits of finetune --bits. Leave it out.")
+    for name in ("bits", "weight_bits", "weight_levels"):
+        if options.method == QAT and getattr(options, name) is not None:
+            flag = config.flag_name(name)
+            raise UsageError(
+                f"{flag} and --method qat: the trained weights have the bits of finetune {flag}. Leave it out."
+            )
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
+    if options.bits is not None:
+        load_bits(Path(options.bits))  # a file that cannot be read is reported before models are loaded
     if options.rotate:
         require_causal_lm(run, "--rotate")
 
@@ -113,6 +122,24 @@ def checkpoint_of(run: Run, method: str) -> tuple[Variant, Path]:
     return (run, run.adapter) if method == QAT else (run.ptq(method), run.reference)
 
 
+def widths_of(run: Run, method: str) -> set[int]:
+    """Return the bits of a variant's linear layers: of its checkpoint, or without one those of the training."""
+    variant, adapter = checkpoint_of(run, method)
+    if variant.quantized.exists():
+        return frozen.read_scheme(variant.quantized).widths
+    if not (adapter / MANIFEST).is_file():
+        return set()  # freezing reports that there is no adapter
+    metadata = read_manifest(adapter)
+    return {LinearCodes.of_training(metadata).bits, *metadata["bits"].values()}
+
+
+def target_flag(run: Run, method: str) -> str:
+    """Return the flag that `export` needs for a variant whose bits not every format can hold; empty where all can."""
+    widths = widths_of(run, method)
+    able = [name for name in FORMATS if not target_named(name).missing_widths(widths)]
+    return "" if len(able) == len(FORMATS) else "".join(f" --target {name}" for name in able)
+
+
 def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:
     """Return the checkpoint that exists.
 
@@ -122,7 +149,8 @@ def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quan
     manifest = _manifest_of(variant)
     if not _is_of(variant, adapter):
         raise RunError(f"{variant.quantized} was made from another adapter. Give --force to make it again.")
-    before_options = config.current_values(QuantizeOptions, manifest["options"])
+    # Options that earlier versions did not have were at their defaults.
+    before_options = config.plain(QuantizeOptions()) | config.current_values(QuantizeOptions, manifest["options"])
     if before_options != config.plain(options):
         before = ", ".join(f"{config.flag_name(k)} {v}" for k, v in before_options.items())
         raise RunError(f"{variant.quantized} was made with other options ({before}). Give --force to make it again.")

@@ -1,4 +1,4 @@
-"""Measure the loss of every layer of the FP32 fine-tune at 4 and at 8 bits, and choose the bits of each.
+"""Measure the loss of every layer of the FP32 fine-tune at 4 and 8 bits (or 2 as well), and choose the bits of each.
 
 Load the fine-tune, measure it once into RUN/sensitivity/, then choose from the measurement as often as wanted:
 `--max-size-mb` minimizes the loss for a size, `--max-kl` the size for a loss.
@@ -38,7 +38,7 @@ from qat_edge.quant.bit_allocation import (
     within_budget,
     within_kl,
 )
-from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
+from qat_edge.quant.scheme import INT4, LinearCodes, Scheme, WeightScheme, choose_scheme
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import Run
@@ -128,9 +128,12 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
     tokenized = tokenization.tokenize(RowStream(source, "train"), merged.tokenizer, trained.max_length)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
-    measured = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed)
+    metadata = adapter_metadata(run.reference)
+    codes = LinearCodes.of_training(metadata)
+    narrow = codes if options.width is None else dataclasses.replace(codes, bits=options.width)
+    measured = measure_model(merged.model, merged.tokenizer, trained.group_size, rows, options.seed, narrow)
 
-    name = adapter_metadata(run.reference)["model"]["identity"]["name"]
+    name = metadata["model"]["identity"]["name"]
     return dataclasses.replace(measured, model=name, wall_s=time.monotonic() - began)
 
 
@@ -140,24 +143,28 @@ def measure_model(
     group_size: int,
     rows: Sequence[dict[str, list[int]]],
     seed: int,
+    narrow: LinearCodes = INT4,
 ) -> Sensitivity:
     """Measure the loss of every weight of a float model.
 
     Args:
         model: in float32, on the CPU; it is moved to the GPU, if there is one, and back.
         tokenizer: pads batches.
-        group_size: of int4 weights.
+        group_size: of int4 and int2 weights.
         rows: tokenized, {"input_ids", "labels"}.
         seed: that the rows were chosen with, for the record.
+        narrow: fewest bits to measure; with 2, layers are measured at 4 as well.
     """
     began = time.monotonic()
     scheme = choose_scheme(model, group_size)
-    candidates = layer_sensitivity.candidate_schemes(scheme)
+    candidates = layer_sensitivity.candidate_schemes(scheme, narrow)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = sum(len(row["input_ids"]) for row in rows)
     progress.info(f"Measuring the sensitivity of {len(candidates)} weights on {tokens} tokens, on {device}")
 
     losses = _probe(model, candidates, list(_batches(rows, tokenizer, device)), device)
+    # Only ONNX folders hold 2-bit weights, and their scales are float32; those of a .pte are bfloat16.
+    scale_bytes = 2 if narrow.bits >= 4 else 4
     return Sensitivity(
         model=type(model).__name__,
         tokens=tokens,
@@ -169,7 +176,9 @@ def measure_model(
         float_bytes=_float_bytes(model, scheme),
         wall_s=time.monotonic() - began,
         together=losses.together,
-        weights={name: _layer_cost(model, name, candidates[name], kl) for name, kl in losses.alone.items()},
+        weights={
+            name: _layer_cost(model, name, candidates[name], kl, scale_bytes) for name, kl in losses.alone.items()
+        },
     )
 
 
@@ -222,10 +231,17 @@ def _batches(
 
 
 def _layer_cost(
-    model: PreTrainedModel, name: str, schemes: Mapping[int, WeightScheme], kl: Mapping[int, float]
+    model: PreTrainedModel,
+    name: str,
+    schemes: Mapping[int, WeightScheme],
+    kl: Mapping[int, float],
+    scale_bytes: int,
 ) -> LayerCost:
     rows, width = model.get_submodule(name).weight.shape
-    costs = {bits: Cost(kl[bits], weight_bytes(rows, width, bits, spec.group_size)) for bits, spec in schemes.items()}
+    costs = {
+        bits: Cost(kl[bits], weight_bytes(rows, width, bits, spec.group_size, scale_bytes))
+        for bits, spec in schemes.items()
+    }
     return LayerCost(decoder.layer_index(name), name.rpartition(".")[2], (rows, width), costs)
 
 
@@ -239,11 +255,16 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
     """Read an earlier measurement.
 
     Raises:
-        RunError: it was made on another fine-tune than the run now has.
+        RunError: it was made on another fine-tune than the run now has, or at other widths than requested.
     """
     if read_manifest(folder)["reference_sha256"] != _reference_sha256(run):
         raise RunError(f"{folder} was measured on another fine-tune. Give --force to measure again.")
     measured = read_sensitivity(folder)
+    if options.width is not None and options.width != min(measured.widths):
+        raise RunError(
+            f"--width {options.width}: {folder} was measured at {' and '.join(map(str, measured.widths))} bits. Give "
+            "--force to measure again, or leave --width out."
+        )
     # Other --tokens or --seed have no effect without measuring again, so that is mentioned.
     differs = (options.tokens, options.seed) != (measured.tokens, measured.seed)
     hint = f"; --force measures again, on {options.tokens} (seed {options.seed})" if differs else ""

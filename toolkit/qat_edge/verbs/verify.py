@@ -203,6 +203,8 @@ def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None)
         return (
             f"{name}: int{found.bits} {found.codes.shape} in the artifact, int{expected.bits} {codes.shape} was frozen"
         )
+    if found.levels != expected.levels:
+        return f"{name}: {found.levels} levels in the artifact, {expected.levels} levels were frozen"
     positions = np.argwhere(found.codes != codes)
     if len(positions):
         row, column = positions[0]

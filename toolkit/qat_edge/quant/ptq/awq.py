@@ -77,8 +77,8 @@ class AWQ:
     producers: dict[tuple[str, ...], _KnownProducer | None] = field(default_factory=dict)
 
     def quantize_block(self, block: Block) -> dict[str, Tensor]:
-        """Scale the block's weights in place and fold the inverse; returns the scales of its int4 weights by name."""
-        groups = [names for names in block.input_groups() if any(block.specs[n].bits == 4 for n in names)]
+        """Scale the block's weights in place and fold the inverse; returns the scales of its weights in groups."""
+        groups = [names for names in block.input_groups() if any(block.specs[n].has_groups for n in names)]
         inputs = sample_inputs(block, [names[0] for names in groups])
 
         importance: dict[str, Tensor] = {}
@@ -99,9 +99,9 @@ class AWQ:
         # The scales are searched in any case, for the inputs as they are now.
         scales: dict[str, Tensor] = {}
         for name, spec in block.specs.items():
-            if spec.bits == 4 and name in importance:
+            if spec.has_groups and name in importance:
                 weight = block.linears[name].weight.detach().float()
-                scales[name] = search_scales(weight, spec.bits, spec.group_size, importance[name])
+                scales[name] = search_scales(weight, spec.codebook, spec.group_size, importance[name])
         return scales
 
     def summary(self) -> list[str]:
@@ -196,7 +196,7 @@ def search_factors(inputs: Tensor, weights: list[tuple[Tensor, WeightScheme]]) -
         rounded = numerics.fake_quantize_activation(inputs / factors)
         error = 0.0
         for (weight, spec), wanted in zip(weights, expected, strict=True):
-            output = rounded @ numerics.fake_quantize_weight(weight * factors, spec.bits, spec.group_size).T
+            output = rounded @ numerics.fake_quantize_weight(weight * factors, spec.codebook, spec.group_size).T
             error += float((output - wanted).square().sum() / wanted.square().sum())
         if error < least:
             best, least = factors, error

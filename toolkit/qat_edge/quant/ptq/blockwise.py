@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qat_edge import progress
 from qat_edge.errors import DataError, ModelError
 from qat_edge.quant import numerics
+from qat_edge.quant.codebook import Codebook
 from qat_edge.quant.ptq.activation_cache import ActivationCache
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -152,10 +153,17 @@ class Block:
         self.observe(self.batches[0], group)
         return [names for _, names in seen]
 
-    def int4_groups(self) -> list[list[str]]:
+    def input_groups_in_few_bits(self) -> list[list[str]]:
         """Return `input_groups` without the int8 weights, which are not rounded column by column."""
-        groups = ([n for n in names if self.specs[n].bits == 4] for names in self.input_groups())
+        groups = ([n for n in names if self.specs[n].has_groups] for names in self.input_groups())
         return [names for names in groups if names]
+
+    def by_codes(self, names: list[str]) -> list[list[str]]:
+        """Return layers that share an input, split where their codes differ."""
+        found: dict[Codebook, list[str]] = {}
+        for name in names:
+            found.setdefault(self.specs[name].codebook, []).append(name)
+        return list(found.values())
 
     @contextmanager
     def quantized_inputs(self) -> Iterator[None]:
@@ -172,7 +180,7 @@ class Block:
         """Round weights and inputs as deployed while the context is open; the weights are floats again afterwards.
 
         Args:
-            scales: By name; the other layers get those of their largest weights.
+            scales: By name; the other layers get those of `numerics.choose_scales`.
             finished: Round only the weights of finished layers. All inputs are rounded in any case.
         """
         names = self.cache.finished if finished else self.linears
@@ -182,8 +190,8 @@ class Block:
             for name, original in kept.items():
                 spec, weight = self.specs[name], original.float()
                 given = scales.get(name)
-                used = numerics.choose_scales(weight, spec.bits, spec.group_size) if given is None else given
-                rounded = numerics.dequantize(numerics.quantize(weight, used, spec.bits), used)
+                used = numerics.choose_scales(weight, spec.codebook, spec.group_size) if given is None else given
+                rounded = numerics.dequantize(numerics.quantize(weight, used, spec.codebook), used)
                 self.linears[name].weight.data.copy_(rounded)
             with self.quantized_inputs(), self.cache.enabled():
                 yield
@@ -407,7 +415,7 @@ def _rounding_rows(spec: WeightScheme) -> Callable[[nn.Module, tuple[Any, ...], 
     """Return a forward hook that rounds the rows of an embedding."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], rows: Tensor) -> Tensor:
-        return numerics.fake_quantize_weight(rows.float(), spec.bits, spec.group_size)
+        return numerics.fake_quantize_weight(rows.float(), spec.codebook, spec.group_size)
 
     return hook
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from qat_edge.quant import numerics
+from qat_edge.quant.codebook import Codebook
 from qat_edge.quant.ptq.blockwise import Block
 from qat_edge.quant.ptq.gptaq import GPTAQ
 from qat_edge.quant.ptq.gptq import DAMPING, Compensated, compensate
@@ -75,7 +76,7 @@ def refine(
         sweeps: Passes over all groups.
     """
     # Transposed, so that the weights of a column are contiguous.
-    codes = numerics.quantize(weight, scales, spec.bits).float().T.contiguous()
+    codes = numerics.quantize(weight, scales, spec.codebook).float().T.contiguous()
     scales = scales.T.contiguous()
     kept = weight.T.contiguous()
     step = spec.group_size
@@ -94,8 +95,9 @@ def refine(
             local_gradient -= local_hessian @ (rounded[columns] - before)
 
             _set_best_codes(
-                codes[columns], rounded[columns], kept[columns], scales[group], local_hessian, local_gradient, spec.bits
-            )
+                codes[columns], rounded[columns], kept[columns], scales[group], local_hessian, local_gradient,
+                spec.codebook,
+            )  # fmt: skip
             gradient -= hessian[:, columns] @ (rounded[columns] - before)
     return Compensated(kept.T.contiguous(), scales.T.contiguous())
 
@@ -117,7 +119,13 @@ def _best_scale(codes: Tensor, scale: Tensor, hessian: Tensor, gradient: Tensor)
 
 
 def _set_best_codes(
-    codes: Tensor, rounded: Tensor, kept: Tensor, scale: Tensor, hessian: Tensor, gradient: Tensor, bits: int
+    codes: Tensor,
+    rounded: Tensor,
+    kept: Tensor,
+    scale: Tensor,
+    hessian: Tensor,
+    gradient: Tensor,
+    codebook: Codebook,
 ) -> None:
     """Set the codes of one group column by column, in place.
 
@@ -128,12 +136,12 @@ def _set_best_codes(
         scale: Shape (out,).
         hessian: The group's part, shape (group, group).
         gradient: The group's part of G^T, (group, out), kept up to date.
-        bits: Of the codes.
+        codebook: Of the codes.
     """
     for j in range(codes.shape[0]):
         # The minimum of the cost over this column alone, then the nearest code.
         best = rounded[j] + gradient[j] / hessian[j, j]
-        code = numerics.round_to_codes(best / scale, bits)
+        code = numerics.round_to_codes(best / scale, codebook)
         value = code * scale
         gradient -= torch.outer(hessian[:, j], value - rounded[j])
         codes[j], rounded[j] = code, value

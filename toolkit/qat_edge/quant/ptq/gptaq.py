@@ -59,7 +59,7 @@ class GPTAQ(GPTQ):
     name: ClassVar[str] = "GPTAQ"
 
     def quantize_block(self, block: Block) -> dict[str, Tensor]:
-        """Compensate every weight of the block in place; returns the scales of the int4 ones by name.
+        """Compensate every weight of the block in place; returns the scales of those in groups by name.
 
         An int8 weight becomes its target: its own rounding error is small, but not the error of the layers before it.
 
@@ -101,14 +101,16 @@ class GPTAQ(GPTQ):
 
             rows = target.split([block.linears[name].weight.shape[0] for name in names])
             targets = dict(zip(names, rows, strict=True))
-            # int8 layers become their target; int4 ones approximate theirs together.
-            int4 = [name for name in names if block.specs[name].bits == 4]
+            # int8 layers become their target; those in groups approximate theirs, together where their codes are alike.
+            grouped = [name for name in names if block.specs[name].has_groups]
             for name in names:
-                if name not in int4:
+                if name not in grouped:
                     block.linears[name].weight.data.copy_(targets[name])
-            if not int4:
-                return {}
-            return self.compensate_layers(block, int4, torch.cat([targets[n] for n in int4]), hessian, factor)
+            scales: dict[str, Tensor] = {}
+            for alike in block.by_codes(grouped):
+                target = torch.cat([targets[name] for name in alike])
+                scales |= self.compensate_layers(block, alike, target, hessian, factor)
+            return scales
 
     def weights_tokens(self, block: Block, name: str) -> bool:
         """Return whether a token's error counts relative to the size of its hidden states; GPTAQ: all count alike."""

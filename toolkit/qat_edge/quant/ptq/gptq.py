@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qat_edge.errors import DataError
 from qat_edge.quant import numerics
+from qat_edge.quant.codebook import Codebook
 from qat_edge.quant.ptq.blockwise import Block, gram, relative_error, token_rows
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
@@ -47,12 +48,12 @@ class GPTQ:
     name: ClassVar[str] = "GPTQ"
 
     def quantize_block(self, block: Block) -> dict[str, Tensor]:
-        """Compensate every int4 weight of the block in place; returns their scales by name.
+        """Compensate every weight in groups of the block in place; returns their scales by name.
 
         Raises:
             DataError: The inputs do not determine the weights.
         """
-        groups = block.int4_groups()
+        groups = block.input_groups_in_few_bits()
         hessians = accumulate_hessians(block, [names[0] for names in groups])
         scales: dict[str, Tensor] = {}
         for names in groups:
@@ -60,7 +61,8 @@ class GPTQ:
             hessian = hessians.pop(names[0])
             with torch.autocast(hessian.device.type, enabled=False):
                 factor = inverse_factor(hessian, names[0])
-                scales |= self.compensate_layers(block, names, block.weights(names), hessian, factor)
+                for alike in block.by_codes(names):
+                    scales |= self.compensate_layers(block, alike, block.weights(alike), hessian, factor)
         return scales
 
     def summary(self) -> list[str]:
@@ -84,8 +86,8 @@ class GPTQ:
         # Rows are independent, so that the layers are one tall matrix.
         spec = block.specs[names[0]]
         compensated, scales = self.choose_codes(target, hessian, factor, spec)
-        rounded = numerics.dequantize(numerics.quantize(compensated, scales, spec.bits), scales)
-        nearest = numerics.fake_quantize_weight(target, spec.bits, spec.group_size)
+        rounded = numerics.dequantize(numerics.quantize(compensated, scales, spec.codebook), scales)
+        nearest = numerics.fake_quantize_weight(target, spec.codebook, spec.group_size)
 
         # Give each layer its own rows back.
         sizes = [block.linears[name].weight.shape[0] for name in names]
@@ -167,21 +169,21 @@ def compensate(weight: Tensor, hessian: Tensor, factor: Tensor, spec: WeightSche
         end = start + spec.group_size
         group = work[:, start:end]
         # Only now: the weights of this group have changed since the first one.
-        scales = search_scales(group, spec.bits, spec.group_size, importance[start:end])
-        errors = _round_group(group, scales, factor[start:end, start:end], spec.bits)
+        scales = search_scales(group, spec.codebook, spec.group_size, importance[start:end])
+        errors = _round_group(group, scales, factor[start:end, start:end], spec.codebook)
         # Inside the group the errors are compensated already; here, by all columns after it.
         work[:, end:] -= errors @ factor[start:end, end:]
         found.append(scales)
     return Compensated(work, torch.cat(found, dim=1))
 
 
-def _round_group(group: Tensor, scales: Tensor, factor: Tensor, bits: int) -> Tensor:
+def _round_group(group: Tensor, scales: Tensor, factor: Tensor, codebook: Codebook) -> Tensor:
     """Compensate inside one group (out, group), in place; returns each column's error over U_jj: (out, group)."""
     errors = torch.empty_like(group)
     for j in range(group.shape[1]):
         # The column as it is now, with the errors of all columns before it.
         column = group[:, j : j + 1]
-        rounded = numerics.dequantize(numerics.quantize(column, scales, bits), scales)
+        rounded = numerics.dequantize(numerics.quantize(column, scales, codebook), scales)
         error = (column - rounded) / factor[j, j]
         group[:, j + 1 :] -= error * factor[j, j + 1 :]
         errors[:, j : j + 1] = error

@@ -1,6 +1,7 @@
-"""Post-training quantization of a float model: int4 codes without training.
+"""Post-training quantization of a float model: codes in groups, of 4 or 2 bits, without training.
 
     rtn                 round to nearest: each weight to the nearest code, under scales of the groups' largest weights
+                        (at 2 bits, where those are poor, under the best of a few multiples of them)
     hqq                 the same, under scales of least squared weight error (torchao's scale-only HQQ [1])
     gptq                columns one after another, each rounding error compensated by the columns after it [2]
     gptaq               the same towards the float model's outputs, which compensates errors of earlier layers too [3]
@@ -33,6 +34,7 @@ from qat_edge import progress
 from qat_edge.errors import UsageError
 from qat_edge.lazy import load
 from qat_edge.quant import numerics
+from qat_edge.quant.numerics import Codes
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.quant.scheme import Scheme
 
@@ -87,7 +89,7 @@ def apply(
 
     Returns:
         Scales of every linear layer by module name: (out, in // group), float32, bfloat16-representable.
-        `numerics.quantize(weight, scales, bits)` gives the method's codes.
+        `numerics.quantize(weight, scales, codebook)` gives the method's codes.
 
     Raises:
         UsageError: The method is unknown.
@@ -101,7 +103,7 @@ def apply(
 
     # These methods run the model, so a view of its weights would not do.
     scales = _quantize_with_data(cast("PreTrainedModel", model), scheme, method, calibration)
-    outside = [name for name, spec in scheme.linears.items() if spec.bits == 4 and name not in scales]
+    outside = [name for name, spec in scheme.linears.items() if spec.has_groups and name not in scales]
     if outside:
         progress.warn(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
     # int8 layers inside the blocks get scales of the weights that the method left there.
@@ -130,12 +132,12 @@ def _quantize_with_data(
 
 
 def _scales_without_data(
-    model: _Layers, scheme: Scheme, choose: Callable[[Tensor, int, int], Tensor]
+    model: _Layers, scheme: Scheme, choose: Callable[[Tensor, Codes, int], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the scales of every linear layer from its weight alone: int4 by `choose`, int8 by the largest weights."""
+    """Return the scales of every linear layer from its weight alone: groups by `choose`, int8 by its largest."""
     scales: dict[str, Tensor] = {}
     for name, spec in scheme.linears.items():
         module: Any = model.get_submodule(name)
-        chosen = choose if spec.bits == 4 else numerics.choose_scales
-        scales[name] = chosen(module.weight.detach().float(), spec.bits, spec.group_size)
+        chosen = choose if spec.has_groups else numerics.choose_scales
+        scales[name] = chosen(module.weight.detach().float(), spec.codebook, spec.group_size)
     return scales
