@@ -169,7 +169,7 @@ def test_a_manifest_that_is_not_of_this_run_is_refused(run: Run, entry: str, val
         ("lora_rank: 4", "lora_rank: four", "finetune.lora_rank: expected int, found 'four'"),
         ("lora_rank: 4", "lora_rang: 4", "unknown key 'finetune.lora_rang'"),
         ("finetune:", "finetune: nothing\nquantize:", "section 'finetune' must hold 'key: value' lines"),
-        ("finetune:", "quantize:", "the section 'finetune' has no 'model'."),
+        ("  model:", "  # model:", "the section 'finetune' has no 'model'."),
         ("finetune:", "- finetune:", "expected sections such as 'finetune:', found list"),
     ],
 )

@@ -43,7 +43,7 @@ LOAD = {
 SILENT = {
     "clocks_khz": [], "permitted_khz": [], "times_slowed": None, "celsius": None, "battery_percent": None,
 }  # fmt: skip
-STATE = {"step_ms": [float(n) for n in range(101)], "cores_busy": 1.0, "before": SILENT, "after": SILENT}
+STATE = {"step_ms": [max(n, 0.5) for n in range(101)], "cores_busy": 1.0, "before": SILENT, "after": SILENT}
 
 
 @pytest.fixture
@@ -289,14 +289,14 @@ def test_a_lost_connection_is_retried_and_then_reported() -> None:
         return CompletedProgram(0, "", "")
 
     mock = MockTransport(handler)
-    speed = open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
+    speed = open_runtime("onnx", mock, threads=1).speed(1, 101, 1)
     assert speed.decode_tokens_per_s == (2,)
     assert (speed.step_percentile(50), speed.step_percentile(95)) == (50.0, 95.0)
     assert speed.remarks() == ("a token was decoded in 50.00 ms (p50), 95.00 ms (p95)",)
     assert [call[0] for call in mock.calls] == ["push", "run", "push", "run", "push", "run", "pull"]
     left[0] = 3
     with pytest.raises(ConnectionLostError, match=r"the connection was lost\. It was tried 3 times"):
-        open_runtime("onnx", mock, threads=1).speed(1, 1, 1)
+        open_runtime("onnx", mock, threads=1).speed(1, 101, 1)
 
 
 def test_sequences_longer_than_the_context_are_rejected(runtime: Runtime) -> None:
