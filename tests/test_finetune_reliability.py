@@ -532,6 +532,21 @@ def test_qat_after_the_last_step_is_refused(options: FinetuneOptions, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill_weight": 0.5, "distill_top_k": 100_000}, r"--distill-top-k 100000: this model has 288 tokens"),
+        ({"track": ("none", "tensorboard")}, "--track none: stands alone"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_training(
+    options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune(replace(options, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_clipping_is_that_of_torch() -> None:
     """The check between the norm and the clipping changes no bit."""
     torch.manual_seed(0)

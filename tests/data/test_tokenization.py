@@ -190,6 +190,29 @@ def test_texts_of_a_folder_that_look_like_dates_are_texts(folder: Path) -> None:
     assert row.completion == "2024-01-01 00:00:00"
 
 
+@pytest.mark.parametrize("place", ["../other.jsonl", "/etc/hosts", "http://127.0.0.1:9/rows.jsonl", "zip://a::b"])
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+def test_a_description_that_names_data_elsewhere_is_refused(folder: Path, file: str, place: str) -> None:
+    text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{place}'\n"
+    (folder / file).write_text(f"---\n{text}---\n" if file == "README.md" else text)
+    with pytest.raises(DataError, match=r"names data outside of the folder, '.*'\. Put the files into the folder"):
+        load_rows(str(folder))
+
+
+def test_a_script_is_named(folder: Path) -> None:
+    (folder / f"{folder.name}.py").write_text("")
+    with pytest.raises(DataError, match="that can be read .*scripts are no longer supported"):
+        load_rows(str(folder))
+
+
+def test_a_part_that_a_saved_data_set_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    for source, split in ((f"{tmp_path}/saved", "validation"), (f"{tmp_path}/saved:train", "train")):
+        assert [row.text for row in load_rows(source, split) if isinstance(row, Text)] == ["a"]
+    with pytest.raises(DataError, match=r"a part 'nonsense' .*it was saved as one part"):
+        load_rows(f"{tmp_path}/saved:nonsense")
+
+
 def test_a_folder_that_cannot_be_read_is_not_called_missing(folder: Path) -> None:
     (folder / "train.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match="no data set with a part 'train' was found there that can be read") as error:
