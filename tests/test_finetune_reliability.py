@@ -532,6 +532,21 @@ def test_qat_after_the_last_step_is_refused(options: FinetuneOptions, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_with_damage_is_mended_or_refused(
+    options: FinetuneOptions, tmp_path: Path, earlier: dict[str, str], messages: list[str]
+) -> None:
+    run = Run(tmp_path / "run")
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    finetune(options, run.path, resume=True)
+    assert any("adapter is not as it was written: adapter_model.safetensors" in line for line in messages)
+    assert tensors(run.path) == earlier
+
+    shutil.rmtree(run.reference)
+    with pytest.raises(RunError, match=r"--resume: .*reference is missing or damaged: it was written at step \d+, and"):
+        finetune(options, run.path, resume=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

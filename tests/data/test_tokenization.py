@@ -201,7 +201,7 @@ def test_a_description_that_names_data_elsewhere_is_refused(folder: Path, file: 
 
 def test_a_script_is_named(folder: Path) -> None:
     (folder / f"{folder.name}.py").write_text("")
-    with pytest.raises(DataError, match="that can be read .*scripts are no longer supported"):
+    with pytest.raises(DataError, match=r"that can be read .*scripts are no longer supported"):
         load_rows(str(folder))
 
 
