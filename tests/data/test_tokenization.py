@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qat_edge.data import tokenization
+from qat_edge.data import formats, tokenization
 from qat_edge.data.conversation import leading_ids
 from qat_edge.data.formats import Chat, Completion, Pair, Row, Text, load_rows
 from qat_edge.data.tokenization import IGNORED, Collator
@@ -147,6 +147,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.xlsx").write_bytes(b"x")
     with pytest.raises(DataError, match=r"cannot read \.xlsx; use \.jsonl"):
         load_rows(str(tmp_path / "rows.xlsx"))
+
+
+def test_long_values_of_csv_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text('text\n"' + "word " * 40_000 + '"\n')
+    assert len(load_rows(str(tmp_path / "rows.csv"))) == 1
+    monkeypatch.setattr(formats, "MAX_LINE_CHARACTERS", 1000)
+    with pytest.raises(DataError, match=r"rows\.csv:2: a value has more than 1000 characters"):
+        load_rows(str(tmp_path / "rows.csv"))
 
 
 def test_a_quote_in_a_csv_file_that_nothing_closes_is_an_error(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
-MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line
+MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line; of a value in a .csv file
 BYTE_ORDER_MARK = "\ufeff"
 SHOWN_KEYS = 10  # unused keys that a message names
 
@@ -157,6 +157,7 @@ def _json_records(path: Path) -> Records:
 
 
 def _csv_records(path: Path) -> Records:
+    csv.field_size_limit(MAX_LINE_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: a quote that nothing closes would take all further lines into its value.
         reader = csv.DictReader(file, strict=True)
@@ -174,6 +175,11 @@ def _csv_records(path: Path) -> Records:
                     )
                 yield record, where
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise DataError(
+                    f"{path}:{reader.line_num + 1}: a value has more than {MAX_LINE_CHARACTERS} characters. Split it into "
+                    "several rows, or close the double quote that opens it."
+                ) from error
             raise DataError(
                 f"{path}:{reader.line_num}: cannot be read as CSV ({error}). A double quote that opens a value has to "
                 "close it, and one inside of a value is written twice."

@@ -149,6 +149,7 @@ def export_gaps(config: PretrainedConfig) -> dict[str, str]:
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     """Load a model for text generation from a GGUF file, dequantized."""
+    weights_check.refuse_pointers([path])
     # The reader of transformers fails in many ways on another format.
     with path.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
@@ -197,6 +198,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{file}: a link to nowhere, or no file. Copy the model again.")
+    weights_check.refuse_pointers([*weights, *(path / name for name in TOKENIZER_FILES)])
 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
