@@ -177,8 +177,8 @@ def _csv_records(path: Path) -> Records:
         except csv.Error as error:
             if "field limit" in str(error):
                 raise DataError(
-                    f"{path}:{reader.line_num + 1}: a value has more than {MAX_LINE_CHARACTERS} characters. Split it into "
-                    "several rows, or close the double quote that opens it."
+                    f"{path}:{reader.line_num + 1}: a value has more than {MAX_LINE_CHARACTERS} characters. Split it "
+                    "into several rows, or close the double quote that opens it."
                 ) from error
             raise DataError(
                 f"{path}:{reader.line_num}: cannot be read as CSV ({error}). A double quote that opens a value has to "
