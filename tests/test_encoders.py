@@ -338,6 +338,7 @@ PAIR = {"text_a": "one", "text_b": "two", "score": 0.5}
         ([PAIR, {"anchor": "a", "positive": "b"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
         ([PAIR, {"text": "a", "label": "on"}], r"2: not a row of 'text_a', 'text_b' and 'score'"),
         ([PAIR | {"score": 4.5}], r"1: 'score' is 4.5; a cosine is between -1 and 1"),
+        ([{"text": "a", "label": "on"}, {"text": "b", "label": " "}], r"2: 'label' is empty"),
         ([PAIR | {"score": "high"}], r"1: 'score' must be a number, found a string"),
     ],
 )
@@ -382,6 +383,13 @@ def test_an_embedding_other_than_the_mean_is_refused(tmp_path: Path) -> None:
         finetune(options(model, rows), tmp_path / "run")
 
 
+def test_matching_pairs_need_others_in_their_batch(tmp_path: Path) -> None:
+    model = save(lambda: BertModel(BertConfig(**SIZES)), tmp_path / "model")
+    rows = write(tmp_path / "rows.jsonl", MATCHING)
+    with pytest.raises(UsageError, match="--batch-size 1: with rows of 'anchor' and 'positive'"):
+        finetune(replace(options(model, rows), batch_size=1), tmp_path / "run")
+
+
 def test_labels_come_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path) -> None:
     own = BertConfig.from_pretrained(two_labels)
     rows = load_rows(write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "off"}]))
@@ -395,6 +403,16 @@ def test_labels_come_from_the_model_or_the_rows(two_labels: Path, tmp_path: Path
     found = [{"text": "a", "label": n} for n in (10, 2, 2)]
     rows = load_rows(write(tmp_path / "b.jsonl", found))
     assert training_examples.task_for_rows(BertConfig(), rows, "rows") == SequenceClassifier(("2", "10"))
+    # Numbers as names: the index of a label could be the name of another one.
+    numbered = SequenceClassifier(("1", "2", "3"))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: the label 0 is none of the model's, which are numbers themselves"
+    ):
+        zero = load_rows(write(tmp_path / "a.jsonl", [{"text": "a", "label": 0}]))
+        training_examples.tokenize_for_task(numbered, zero, model, tokenizer, 32)
+    own.id2label = {0: "a", 2: "b"}
+    with pytest.raises(ModelError, match="'id2label' has 2 labels and none with the number 1"):
+        training_examples.task_for_rows(own, rows, "rows")
     with pytest.raises(DataError, match="every row has the label '2'"):
         training_examples.task_for_rows(BertConfig(), rows[1:], "rows")
 

@@ -489,10 +489,77 @@ def test_where_inputs_are_gone_the_message_names_the_flag(
     merged_model(run.adapter)
 
 
+def test_what_was_edited_since_a_run_began_is_named(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:
+    base = tmp_path / "base"
+    make_model(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    finetune(replace(options, model=str(base)), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+
+    def resume() -> None:
+        finetune(config.load(FinetuneOptions, "finetune", run.config, {}), run.path, resume=True)
+
+    written = run.config.read_text()
+    run.config.write_text(written.replace("save_every: ", "save_every: 1"))
+    resume()
+    run.config.write_text(written.replace("seed: 0", "seed: 7"))
+    with pytest.raises(RunError, match=r"config\.yaml was edited since the run began: seed 7 \(was 0\)\. .*restore"):
+        resume()
+    run.config.write_text(written)
+
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    with pytest.raises(RunError, match=r"--resume: model changed since"):
+        resume()
+    with pytest.raises(RunError, match=r"base is not the model that was trained: config\.json changed since\."):
+        merged_model(run.adapter)
+
+    inputs = run.checkpoints / "inputs.json"
+    recorded = json.loads(inputs.read_text())
+    inputs.write_text(json.dumps({"x": 1}))
+    with pytest.raises(RunError, match=r"inputs\.json: damaged \('model' is no object\)"):
+        resume()
+    # Earlier versions recorded neither options nor settings.
+    recorded["model"]["identity"].pop("settings")
+    recorded.pop("options")
+    inputs.write_text(json.dumps(recorded))
+    resume()
+
+
 def test_qat_after_the_last_step_is_refused(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--qat-start 7 and --steps 6: training ends before QAT starts"):
         finetune(replace(options, qat_start=7.0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_with_damage_is_mended_or_refused(
+    options: FinetuneOptions, tmp_path: Path, earlier: dict[str, str], messages: list[str]
+) -> None:
+    run = Run(tmp_path / "run")
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    finetune(options, run.path, resume=True)
+    assert any("adapter is not as it was written: adapter_model.safetensors" in line for line in messages)
+    assert tensors(run.path) == earlier
+
+    shutil.rmtree(run.reference)
+    with pytest.raises(RunError, match=r"--resume: .*reference is missing or damaged: it was written at step \d+, and"):
+        finetune(options, run.path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill_weight": 0.5, "distill_top_k": 100_000}, r"--distill-top-k 100000: this model has 288 tokens"),
+        ({"track": ("none", "tensorboard")}, "--track none: stands alone"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_training(
+    options: FinetuneOptions, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        finetune(replace(options, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_clipping_is_that_of_torch() -> None:

@@ -87,6 +87,14 @@ def test_a_folder_made_for_the_lock_goes_if_nothing_came_into_it(tmp_path: Path)
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"config.yaml", run_lock.LOCK}
 
 
+def test_a_folder_of_somebody_else_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="refused"), run_lock.writing(tmp_path / "model", "finetune", create=True):
+        raise RunError("refused")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
 def test_a_run_folder_below_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -209,6 +209,22 @@ def test_reasoning_in_special_tokens_is_found_in_generated_ids() -> None:
         assert reader.from_ids(turn.ids).strip() == "Oslo"
 
 
+def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused() -> None:
+    content = "{% set c = m.content.split('</think>')[-1] %}"
+    template = "{% for m in messages %}" + content + "<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    question = {"role": "user", "content": "a"}
+    cut = Chat([question, {"role": "assistant", "content": "<think>\nlong reasoning\n</think>\n\nyes"}], "f:1")
+    with pytest.raises(DataError, match=r"f:1: .* leaves out a part of message 2 .*'think', 'long', 'reasoning'\."):
+        ChatFormat(tokenizer_for(template)).turns(cut)
+
+    # Trimming, also around reasoning, loses nothing; other changes are counted.
+    assert not notes(cut, tokenizer_for(THINKING))
+    lower = template.replace("{{ c }}", "{{ m.content | lower }}")
+    changed = Chat([question, {"role": "assistant", "content": "Yes SIR"}], "f:1")
+    assert "changes the text of 1 messages of the assistant" in notes(changed, tokenizer_for(lower))
+
+
 def test_reasoning_that_the_template_leaves_out_is_refused() -> None:
     row = Chat([QUESTION, {**ANSWER, "reasoning": "Up north."}], "f:3")
     with pytest.raises(DataError, match=r"f:3: message 2: 'reasoning' has no effect"):

@@ -46,6 +46,13 @@ def test_a_late_exception_reaches_the_block_that_it_is_for(monkeypatch: pytest.M
             pass
 
 
+@pytest.mark.parametrize("text", ["'%999999999d' % 1", "'{:>99999}'.format(1)", "'% 123456.2f' | format(1)"])
+def test_a_width_that_would_fill_the_memory_is_refused(text: str) -> None:
+    with pytest.raises(TemplateLimitError, match="formats a value with a width of more than four digits"):
+        check_template("{{ " + text + " }}")
+    check_template("{{ '%5d 20240101 100%' % 1 }}{{ '{}: 12345'.format(2) }}")
+
+
 def test_threads_are_watched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
     ended: list[str] = []

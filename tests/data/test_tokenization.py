@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qat_edge.data import tokenization
+from qat_edge.data import formats, tokenization
 from qat_edge.data.conversation import leading_ids
 from qat_edge.data.formats import Chat, Completion, Pair, Row, Text, load_rows
 from qat_edge.data.tokenization import IGNORED, Collator
@@ -149,6 +149,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "rows.xlsx"))
 
 
+def test_long_values_of_csv_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text('text\n"' + "word " * 40_000 + '"\n')
+    assert len(load_rows(str(tmp_path / "rows.csv"))) == 1
+    monkeypatch.setattr(formats, "MAX_LINE_CHARACTERS", 1000)
+    with pytest.raises(DataError, match=r"rows\.csv:2: a value has more than 1000 characters"):
+        load_rows(str(tmp_path / "rows.csv"))
+
+
 def test_a_quote_in_a_csv_file_that_nothing_closes_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\nsay 1,1\nsay 2,"2\nsay 3,3\n')
@@ -188,6 +196,29 @@ def test_texts_of_a_folder_that_look_like_dates_are_texts(folder: Path) -> None:
     write_lines(folder / "train.jsonl", {"prompt": "2024-01-01T00:00:00", "completion": "2024-01-01 00:00:00"})
     (row,) = cast("list[Completion]", load_rows(str(folder)))
     assert row.completion == "2024-01-01 00:00:00"
+
+
+@pytest.mark.parametrize("place", ["../other.jsonl", "/etc/hosts", "http://127.0.0.1:9/rows.jsonl", "zip://a::b"])
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+def test_a_description_that_names_data_elsewhere_is_refused(folder: Path, file: str, place: str) -> None:
+    text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{place}'\n"
+    (folder / file).write_text(f"---\n{text}---\n" if file == "README.md" else text)
+    with pytest.raises(DataError, match=r"names data outside of the folder, '.*'\. Put the files into the folder"):
+        load_rows(str(folder))
+
+
+def test_a_script_is_named(folder: Path) -> None:
+    (folder / f"{folder.name}.py").write_text("")
+    with pytest.raises(DataError, match=r"that can be read .*scripts are no longer supported"):
+        load_rows(str(folder))
+
+
+def test_a_part_that_a_saved_data_set_does_not_have_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    for source, split in ((f"{tmp_path}/saved", "validation"), (f"{tmp_path}/saved:train", "train")):
+        assert [row.text for row in load_rows(source, split) if isinstance(row, Text)] == ["a"]
+    with pytest.raises(DataError, match=r"a part 'nonsense' .*it was saved as one part"):
+        load_rows(f"{tmp_path}/saved:nonsense")
 
 
 def test_a_folder_that_cannot_be_read_is_not_called_missing(folder: Path) -> None:

@@ -123,6 +123,7 @@ def test_a_size_is_a_whole_number_of_1_or_more(folder: Path, key: str, value: An
         ({"eos_token_id": [2, True]}, r"has eos_token_id \[2, True\], expected the id of a token"),
         ({"_auto_class": "x"}, "_auto_class is no setting of a model"),
         ({"attribute_map": {"hidden_size": "vocab_size"}}, "attribute_map is no setting of a model"),
+        ({"num_labels": 10**9}, "has num_labels 1000000000, expected a whole number from 1 to 100000"),
         ({"id2label": ["a"]}, "has id2label list of 1, expected an object"),
         ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters has full_attention dict of 2, which .* not"),
         ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor 4.0 and high_freq_factor 4.0, exp"),

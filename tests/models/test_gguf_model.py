@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_gguf import write_gguf
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import make_model, make_tokenizer
@@ -211,6 +213,26 @@ def test_a_tokenizer_that_differs_from_the_file_is_refused(tmp_path: Path) -> No
         other = dataclasses.replace(metadata, values={**metadata.values, key: value})
         with pytest.raises(ModelError, match=key.replace(".", r"\.")):
             gguf_model.check_tokenizer(tokenizer, other, path)
+
+
+def test_texts_are_split_as_the_file_says(tmp_path: Path) -> None:
+    path, _ = make(tmp_path)
+    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_model.read_metadata(path)
+
+    def split(rule: str) -> list[str]:
+        values = {**metadata.values, "tokenizer.ggml.pre": rule}
+        gguf_model.check_tokenizer(tokenizer, dataclasses.replace(metadata, values=values), path)
+        return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")]
+
+    # Without tokens of several digits, both rules give the same ids, and the tokenizer stays as it is.
+    assert split("default") == split("smollm") == ["a", "Ġ12"]
+    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.pre is 'other-bpe', which transformers does not know"):
+        split("other-bpe")
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["model"]["vocab"]["12"] = len(tokenizer)
+    document["model"]["merges"].append(["1", "2"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(document))
+    assert split("smollm") == ["a", "Ġ", "1", "2"]
 
 
 def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages: list[str]) -> None:

@@ -133,6 +133,13 @@ def test_one_of_two_chat_templates_is_named(folder: Path, messages: list[str], a
     assert len(messages) == 1 and "chat_template.jinja is used" in messages[0]
 
 
+def test_a_template_with_a_byte_order_mark_is_refused(folder: Path) -> None:
+    template = folder / "chat_template.jinja"
+    template.write_text("\ufeff" + template.read_text())
+    with pytest.raises(ModelError, match="the chat template begins with a byte-order mark"):
+        load_model(str(folder))
+
+
 def test_tokens_that_files_state_differently_are_reported(folder: Path, messages: list[str]) -> None:
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
     configure(folder, added_tokens_decoder={"2": {"content": "<|other|>", "special": True}})

@@ -331,6 +331,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: fl
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
+    with pytest.raises(ModelError, match=rf"{name}: a Git LFS pointer, not the file itself\. Run `git lfs pull`"):
+        load_model(str(folder))
+
+
 def test_codes_in_place_of_weights_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)

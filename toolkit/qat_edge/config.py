@@ -266,7 +266,7 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
     if type(value) is not hint:
         raise UsageError(f"{name}: expected {hint.__name__}, found {show(value)}.")
     if isinstance(value, str):
-        require_text(value, name)
+        _check_text(value, spec, name)
 
     choices = spec.metadata["choices"]
     if choices and value not in choices:
@@ -275,6 +275,13 @@ def _coerce(value: Any, hint: Any, spec: dataclasses.Field[Any], name: str) -> A
         least, greatest = spec.metadata["bounds"]
         require_between(value, least, greatest, name)
     return value
+
+
+def _check_text(value: str, spec: dataclasses.Field[Any], name: str) -> None:
+    """Refuse text that no file name can hold, and an empty path: it would be the current folder."""
+    require_text(value, name)
+    if spec.name in option_paths.PATH_OPTIONS and not value.strip():
+        raise UsageError(f"{name}: empty. Name a file, a folder or an id on the Hub, or leave it out.")
 
 
 def require_between(value: float, least: float, greatest: float, name: str) -> None:

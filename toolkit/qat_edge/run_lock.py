@@ -77,6 +77,7 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
         return
 
     previous_run.refuse_links(folder)
+    before = _names(folder)
     with _locked(folder, verb):
         _held[key] = threading.get_ident()
         try:
@@ -90,6 +91,9 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
             with suppress(OSError):
                 (folder / HOLDER).unlink()
                 _remove_unused(folder, made)
+                # A folder that is none of ours, and was refused, stays as it was.
+                if LOCK not in before and _names(folder) == before | {LOCK}:
+                    (folder / LOCK).unlink()
 
 
 @contextmanager
@@ -173,6 +177,13 @@ def is_unused(folder: Path) -> bool:
         return False
     checkpoints = folder / "checkpoints"
     return not checkpoints.exists() or {path.name for path in checkpoints.iterdir()} <= {"inputs.json"}
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names of everything in a folder; none where it cannot be listed."""
+    with suppress(OSError):
+        return {path.name for path in folder.iterdir()}
+    return set()
 
 
 def _make(folder: Path) -> list[Path]:

@@ -208,6 +208,11 @@ class ChatFormat:
         if self._use.unused:
             fields = ", ".join(f"'{shorten(key)}' in {count}" for key, count in self._use.unused.most_common(10))
             lines.append(f"Fields of messages that the chat template does not use: {fields} messages")
+        if self._use.rewritten:
+            lines.append(
+                f"The chat template changes the text of {self._use.rewritten} messages of the assistant: they are "
+                "trained as it writes them"
+            )
         lines += self._turn_tokens.note()
         if self._unanswered:
             lines.append(f"{self._unanswered} rows end with a message that no answer follows; it is not used")

@@ -26,12 +26,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from qat_edge import progress
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
 from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.models import hub
-from qat_edge.readers import parse_json, read_text, shorten
+from qat_edge.readers import parse_json, read_text, read_yaml, shorten, show
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
-MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line
+MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line; of a value in a .csv file
 BYTE_ORDER_MARK = "\ufeff"
 SHOWN_KEYS = 10  # unused keys that a message names
 
@@ -96,7 +98,8 @@ def _records(source: str, split: str) -> Records:
 
     # NAME:PART, unless the whole is the name of a folder.
     name, colon, part = source.rpartition(":")
-    if not colon or path.is_dir():
+    named = bool(colon) and not path.is_dir()
+    if not named:
         name, part = source, split
 
     # A path that does not exist is an error. It is never looked up on the Hub, whose message would mislead.
@@ -108,7 +111,7 @@ def _records(source: str, split: str) -> Records:
         raise DataError(f"{source}: a file has no parts. Give {name}, or a folder with a file for each part.")
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{source}: a pipe, a socket or a device, which cannot be read twice. Save the rows in a file.")
-    return _dataset_records(str(folder), part)
+    return _dataset_records(str(folder), part, named)
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -154,6 +157,7 @@ def _json_records(path: Path) -> Records:
 
 
 def _csv_records(path: Path) -> Records:
+    csv.field_size_limit(MAX_LINE_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: a quote that nothing closes would take all further lines into its value.
         reader = csv.DictReader(file, strict=True)
@@ -171,6 +175,11 @@ def _csv_records(path: Path) -> Records:
                     )
                 yield record, where
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise DataError(
+                    f"{path}:{reader.line_num + 1}: a value has more than {MAX_LINE_CHARACTERS} characters. Split it "
+                    "into several rows, or close the double quote that opens it."
+                ) from error
             raise DataError(
                 f"{path}:{reader.line_num}: cannot be read as CSV ({error}). A double quote that opens a value has to "
                 "close it, and one inside of a value is written twice."
@@ -203,20 +212,28 @@ READERS: dict[str, Callable[[Path], Records]] = {
 }
 
 
-def _dataset_records(name: str, split: str) -> Records:
-    """Yield the records of a folder, as `datasets` saved it or of data files, or of a Hub data set."""
+def _dataset_records(name: str, split: str, named: bool) -> Records:
+    """Yield the records of a folder, as `datasets` saved it or of data files, or of a Hub data set.
+
+    named: The user gave the part, as NAME:PART.
+    """
     import datasets  # takes seconds to import, and text files do not need it
     from datasets.packaged_modules.csv.csv import Csv
 
     # Only a name that is no folder needs the Hub; the reason is for the message, a cached copy may still load.
     is_folder = Path(name).is_dir()
     offline = "" if is_folder else hub.unreachable_reason()
+    if is_folder:
+        _require_own_files(Path(name))
     files: list[Path] = []
     try:
         # `save_to_disk` writes state.json, or dataset_dict.json for several parts.
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(name)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                data = data[split]
+            elif named and split != str(data.split or "train"):
+                raise ValueError(f"it was saved as one part, {str(data.split or 'without a name')!r}")
         else:
             builder = datasets.load_dataset_builder(name)
             files = _own_files(builder, split) if is_folder else []
@@ -224,7 +241,8 @@ def _dataset_records(name: str, split: str) -> Records:
                 # Without this, NA is read as null.
                 as_text = {"na_filter": False} if isinstance(builder, Csv) else {}
                 data = datasets.load_dataset(name, split=split, **as_text)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    # RuntimeError: the data set is a script, which `datasets` does not run any more.
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = offline or " ".join(str(error.__cause__ or error).split())[:300]
         found = f"no data set with a part '{split}' was found there"
         outcome = f"{found} that can be read" if is_folder else f"no such file or folder, and {found} or on the Hub"
@@ -235,6 +253,39 @@ def _dataset_records(name: str, split: str) -> Records:
         return
     for record, where in _decoded_records(data, f"{name}:{split}, row"):
         yield _without_mark(record), where
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse a folder whose description names data files elsewhere, before `datasets` reads or requests them.
+
+    Raises:
+        DataError: Names the entry.
+    """
+    import datasets  # takes seconds to import, and text files do not need it
+
+    try:
+        card = folder / datasets.config.REPOCARD_FILENAME
+        described = [datasets.load.DatasetCard.load(card).data.to_dict()] if card.is_file() else []
+        settings = folder / datasets.config.REPOYAML_FILENAME
+        if settings.is_file():
+            described.append(read_yaml(settings, DataError))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(f"{card}: its YAML cannot be read ({shorten(' '.join(str(error).split()))}).") from error
+    for document in described:
+        for entry in _texts((document or {}).get("configs") if isinstance(document, dict) else None):
+            if "://" in entry or "::" in entry or Path(entry).is_absolute() or ".." in Path(entry).parts:
+                raise DataError(
+                    f"{folder}: the description of the data set ({card.name} or {settings.name}) names data outside of "
+                    f"the folder, {show(entry)}. Put the files into the folder, or remove the entry."
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(item)
 
 
 def _own_files(builder: DatasetBuilder, split: str) -> list[Path]:

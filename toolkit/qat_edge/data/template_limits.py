@@ -8,6 +8,7 @@ thread that ends it (`limit_rendering`).
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ MAX_SECONDS = 10.0  # of one rendering; those of the longest conversations take 
 MAX_EXTRA_BYTES = 1024**3  # of memory, allocated while one rendering runs
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # the longest templates have 50,000
 MAX_INTEGER = 1_000_000  # written in a template: lengths and widths are far smaller
+LONG_WIDTH = re.compile(r"%[^a-zA-Z%]*\d{5}|\{[^{}]*:[^{}]*\d{5}")  # a width of five digits in a text that formats
 MAX_FACTOR = 64  # of a repetition
 POLL_SECONDS = 0.05
 ARRIVAL_SECONDS = 5.0  # for an exception of the watching thread to arrive
@@ -63,7 +65,7 @@ def check_template(source: str) -> TemplateFacts:
 
     Raises:
         jinja2.TemplateError: It is no Jinja.
-        TemplateLimitError: It is too long, or has a power, or a repetition or a number that is too large.
+        TemplateLimitError: It is too long, or has a power, or a repetition, a number or a width that is too large.
     """
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise TemplateLimitError(f"it has {len(source)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
@@ -81,6 +83,8 @@ def check_template(source: str) -> TemplateFacts:
     for node in tree.find_all(nodes.Const):
         if isinstance(node.value, int) and abs(node.value) > MAX_INTEGER:
             raise TemplateLimitError(f"it has a number above {MAX_INTEGER}")
+        if isinstance(node.value, str) and LONG_WIDTH.search(node.value):
+            raise TemplateLimitError("it formats a value with a width of more than four digits")
     return TemplateFacts(frozenset(meta.find_undeclared_variables(tree)), source)
 
 

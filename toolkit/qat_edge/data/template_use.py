@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -17,11 +18,12 @@ from typing import Any
 from qat_edge.data.chat_template import PROBE, ChatTemplate
 from qat_edge.data.rows import REASONING, WEIGHT, Chat, Message, is_trained
 from qat_edge.errors import DataError, ModelError
-from qat_edge.readers import shorten
+from qat_edge.readers import shorten, show
 
 # Keys of messages that are refused, not counted, where they have no effect. Templates leave out past reasoning.
 NEEDED = ("role", "content", "tool_calls", WEIGHT)
 USED = (*NEEDED, *REASONING)
+SHOWN_WORDS = 5  # of a text that is left out, in a message
 USUAL_ROLES = ("system", "user", "assistant")
 
 
@@ -30,11 +32,13 @@ class TemplateUse:
 
     Attributes:
         unused: Number of messages with each field that the template does not use.
+        rewritten: Number of messages that are trained on and whose text the template changes.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self.unused: Counter[str] = Counter()
+        self.rewritten = 0
 
     def as_read(self, chat: Chat, last: int) -> Chat:
         """Return the conversation in the form that the template reads.
@@ -81,7 +85,7 @@ class TemplateUse:
                 )
 
     def check_message(self, chat: Chat, index: int, text: str) -> None:
-        """Check that the template writes the calls and the reasoning of a message that is trained on."""
+        """Check that the template writes calls, reasoning and the whole text of a message that is trained on."""
         message = chat.messages[index]
         reasoning = [key for key in REASONING if message.get(key)]
         if "tool_calls" in message and self._has_no_effect(chat, index, text, ["tool_calls"]):
@@ -96,6 +100,16 @@ class TemplateUse:
             raise DataError(
                 f"{chat.where}: the chat template leaves out the text of message {index + 1} (role 'assistant')."
             )
+        # White space may change anywhere: templates trim texts, and reasoning inside of them.
+        if "".join(content.split()) not in "".join(text.split()):
+            lost = _lost_words(content, text)
+            if lost:
+                raise DataError(
+                    f"{chat.where}: the chat template leaves out a part of message {index + 1} (role 'assistant'), "
+                    f"such as {', '.join(map(show, lost[:SHOWN_WORDS]))}. If that is reasoning, give it as "
+                    "'reasoning_content' to a model whose template writes it; otherwise remove it from 'content'."
+                )
+            self.rewritten += 1
 
     def check_context(self, chat: Chat, last: int, text: str) -> None:
         """Check that the template writes the messages, tools and documents before the last turn, and count fields.
@@ -167,6 +181,13 @@ class TemplateUse:
             return self._template.render(changed, last + 1) == text
         except (DataError, ModelError):
             return False
+
+
+def _lost_words(content: str, text: str) -> list[str]:
+    """Return the words of a message that a rendered text does not have, in any case."""
+    written = text.casefold()
+    words = dict.fromkeys(re.findall(r"[^\W_]+", content))
+    return [word for word in words if word.casefold() not in written]
 
 
 def _calls_left_out(chat: Chat, index: int) -> str:

@@ -20,7 +20,7 @@ from qat_edge.data import tokenization
 from qat_edge.data.rows import Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.data.tokenization import TokenizedRows
-from qat_edge.errors import DataError
+from qat_edge.errors import DataError, ModelError
 from qat_edge.models.tasks import (
     ModelTask,
     SentenceEncoder,
@@ -109,6 +109,7 @@ def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) ->
 
     Raises:
         DataError: An encoder cannot be trained on such rows, or they all have the same label.
+        ModelError: The model's labels are not numbered from 0 on.
     """
     # Pairs: the first row decides, and `tokenize_for_task` refuses rows of another shape.
     first = next(iter(rows))
@@ -123,6 +124,12 @@ def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) ->
         pairs = pairs or (isinstance(row, Text) and row.pair is not None)
     labels = sorted(found, key=lambda label: (label.isdecimal() and int(label), label))
     if task_of_config(config) == SequenceClassifier():
+        missing = [i for i in range(config.num_labels) if i not in config.id2label]
+        if missing:
+            raise ModelError(
+                f"config.json of the model: 'id2label' has {config.num_labels} labels and none with the number "
+                f"{missing[0]}. Number them from 0 on without gaps."
+            )
         return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
     if len(labels) < 2:
         raise DataError(f"{source}: every row has the label {labels[0]!r}, so there is nothing to classify.")
@@ -236,6 +243,8 @@ def _label(row: Row) -> str:
     Raises:
         DataError: The row is no text, or has no label.
     """
+    if isinstance(row, Text) and isinstance(row.label, str) and not row.label.strip():
+        raise DataError(f"{row.where}: 'label' is empty. Fill it in, or remove the row.")
     # bool is a subclass of int, but true and false are no labels.
     if isinstance(row, Text) and isinstance(row.label, str | int) and not isinstance(row.label, bool):
         return str(row.label)
@@ -263,6 +272,11 @@ def _labelled_input(row: Row, task: ModelTask) -> _EncoderInput:
         return _EncoderInput([texts], known.index(label))
     # A number that is not a label's name is the index of a label.
     if label.isdecimal() and int(label) < len(known):
+        if any(name.isdecimal() for name in known):
+            raise DataError(
+                f"{row.where}: the label {label} is none of the model's, which are numbers themselves "
+                f"({', '.join(known[:20])}), so it is not known which one is meant. Give the labels by those names."
+            )
         return _EncoderInput([texts], int(label))
     raise DataError(
         f"{row.where}: the label {label!r} is none of the model's ({', '.join(known[:20])}). Correct the row, or "

@@ -77,7 +77,12 @@ SIZES = Range(
     ),
     lambda value: value >= 1, "a whole number of 1 or more", whole=True,
 )  # fmt: skip
+MOST_LABELS = 100_000  # transformers makes a name for each one
 RANGES = (
+    Range(
+        re.compile(r"num_labels"),
+        lambda value: 1 <= value <= MOST_LABELS, f"a whole number from 1 to {MOST_LABELS}", whole=True,
+    ),
     SIZES,
     Range(
         re.compile(r"(layer_|rms_)?norm_eps(ilon)?|layer_norm_epsilon"),

@@ -25,6 +25,7 @@ from typing import Any
 
 import gguf
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -115,6 +116,19 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)
 
 
+# Values of tokenizer.ggml.pre, the rule by which byte-level BPE splits a text first. transformers splits as GPT-2 does
+# where it does not know the value. llama.cpp does so too for the first ones, and for the second ones makes each digit a
+# part of its own before.
+PRE_TOKENIZER = "tokenizer.ggml.pre"
+SPLIT_LIKE_GPT2 = frozenset(
+    {
+        "default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "roberta-bpe",
+        "gigachat", "a.x-4.0", "mellum", "modern-bert",
+    }
+)  # fmt: skip
+SPLIT_AT_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+
+
 @dataclass(frozen=True)
 class GgufMetadata:
     """Metadata of a GGUF file.
@@ -200,11 +214,13 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, path: Path) -> None:
-    """Refuse a tokenizer that does not do what the metadata of its file says.
+    """Refuse a tokenizer that does not do what the metadata of its file says; correct how it splits digits.
 
     Raises:
-        ModelError: A special token, the begin or end token of a text, or the chat template differs.
+        ModelError: A special token, the begin or end token of a text, the chat template, or the rule by which texts are
+            split differs.
     """
+    _check_split(tokenizer, metadata, path)
     values = metadata.values
     wanted = {
         f"tokenizer.ggml.{key}_token_id": getattr(tokenizer, f"{name}_token_id")
@@ -227,6 +243,32 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, 
     named = sorted(key for key in values if key.startswith("tokenizer.chat_template."))
     if named:
         progress.warn(f"{path}: not used, because only the default chat template is: {', '.join(named)}")
+
+
+def _check_split(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, path: Path) -> None:
+    """Compare the rule by which texts are split into parts with the file's, and apply the rule for single digits.
+
+    Raises:
+        ModelError: transformers splits as GPT-2 does, and the file names a rule that is not known to be that one.
+    """
+    split = tokenizer.backend_tokenizer.pre_tokenizer
+    if metadata.values.get("tokenizer.ggml.model") != "gpt2" or not isinstance(split, pre_tokenizers.ByteLevel):
+        return  # transformers knows the rule
+    rule = metadata.values.get(PRE_TOKENIZER, "default")
+    if rule in SPLIT_LIKE_GPT2:
+        return
+    if rule not in SPLIT_AT_DIGITS:
+        raise ModelError(
+            f"{path}: {PRE_TOKENIZER} is {shorten(str(rule))!r}, which transformers does not know: it would split "
+            f"texts as GPT-2 does, and give the model other tokens than it was trained with. {_FOLDER}"
+        )
+    # Without a longer token that has a digit, digits stay single anyway.
+    added = tokenizer.get_added_vocab()
+    vocabulary = tokenizer.get_vocab()
+    if any(len(token) > 1 and token not in added and any(map(str.isdecimal, token)) for token in vocabulary):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
+        progress.info(f"{path.name}: {PRE_TOKENIZER} = {rule} is applied; transformers would have joined digits")
 
 
 # --- settings of the function -------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from qat_edge.models import (
 )
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
-from qat_edge.models.tokenizer import TOKENIZER_FILES
+from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
 from qat_edge_exporters.targets import FORMATS, target_named
 
@@ -63,19 +63,22 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which weights a model has; recorded in manifests.
+    """Which weights and settings a model has; recorded in manifests.
 
     Attributes:
         kind: Form of the source: "hub", "folder" or "gguf".
         name: Hub id, absolute path of the folder, or name of the file.
         revision: Commit on the Hub.
         files: sha256 of local weight files by name.
+        settings: sha256 of a local folder's other files that decide what the model computes, by path in the folder:
+            configuration, tokenizer, chat templates.
     """
 
     kind: str
     name: str
     revision: str | None = None
     files: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 class LoadedModel(NamedTuple):
@@ -146,6 +149,7 @@ def export_gaps(config: PretrainedConfig) -> dict[str, str]:
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     """Load a model for text generation from a GGUF file, dequantized."""
+    weights_check.refuse_pointers([path])
     # The reader of transformers fails in many ways on another format.
     with path.open("rb") as file:
         magic = file.read(len(GGUF_MAGIC))
@@ -194,6 +198,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{file}: a link to nowhere, or no file. Copy the model again.")
+    weights_check.refuse_pointers([*weights, *(path / name for name in TOKENIZER_FILES)])
 
     # Refuse what the configuration rules out before gigabytes of weights are read.
     config = _load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
@@ -216,7 +221,8 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
     task.prepare(model)
 
-    identity = ModelIdentity("folder", str(path.resolve()), files={p.name: sha256(p) for p in weights})
+    hashes = {p.name: sha256(p) for p in weights}
+    identity = ModelIdentity("folder", str(path.resolve()), files=hashes, settings=_settings(path))
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
 
@@ -254,6 +260,12 @@ def _load_hub(
     task.prepare(model)
 
     return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=revision))
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """Return the sha256 of the files of a model folder that decide what it computes, apart from its weights."""
+    names = ["config.json", GENERATION_CONFIG, *tokenizer_files(folder), *(p.name for p in folder.glob("*.model"))]
+    return {name: sha256(folder / name) for name in sorted({*names}) if (folder / name).is_file()}
 
 
 # --- steps they share --------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
             f"{source['source']} is not the model that was trained: {changed[0]} is {found[changed[0]]}, the run "
             f"was trained on {trained[changed[0]]}. Restore that model, or run finetune again."
         )
+    _check_settings(source["source"], found["settings"], trained.get("settings"))
 
     # The same steps in the same order as in `train.setup`.
     if metadata["kept_layers"] is not None:
@@ -224,6 +225,24 @@ def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
     if metadata["base"] != "fp32":
         qlora_base.quantize_base(base.model, base.scheme.linears, metadata["base"])
     return base
+
+
+def _check_settings(source: str, found: dict[str, str], trained: Any) -> None:
+    """Compare the configuration and tokenizer files of a base model with those of the training.
+
+    Raises:
+        RunError: A file was changed, added or removed.
+    """
+    if trained is None:  # earlier versions recorded the weights alone
+        return
+    if not isinstance(trained, dict):
+        raise RunError(f"{MANIFEST}: 'model.identity.settings' is no object. Restore the file, or train again.")
+    changed = sorted(name for name in {*found, *trained} if found.get(name) != trained.get(name))
+    if changed:
+        raise RunError(
+            f"{source} is not the model that was trained: {', '.join(map(readers.shorten, changed))} changed since. "
+            "Restore what the training read, or run finetune again."
+        )
 
 
 def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:

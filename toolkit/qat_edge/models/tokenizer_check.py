@@ -25,6 +25,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+BYTE_ORDER_MARK = "\ufeff"
 TOKEN_USES = ("bos_token", "eos_token")
 
 PLAIN = "the man in the house reads one book and then another"
@@ -98,6 +99,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise ModelError(
             f"{folder}: tokenizer_config.json sets split_special_tokens, so that training would read special tokens as "
             "text, and every runtime as tokens. Remove the key."
+        )
+    template = tokenizer.chat_template
+    if any(text.startswith(BYTE_ORDER_MARK) for text in ([template] if isinstance(template, str) else template or ())):
+        raise ModelError(
+            f"{folder}: the chat template begins with a byte-order mark, which every prompt would begin with. Save "
+            f"{TEMPLATE_FILE} as UTF-8 without."
         )
     config = _settings(folder / TOKENIZER_CONFIG)
     _warn_of_two_templates(config, folder)

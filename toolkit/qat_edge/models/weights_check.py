@@ -30,6 +30,7 @@ from qat_edge.models.tasks import POOLER, ModelTask
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # beginning of a file
 SHOWN_NAMES = 3  # of tensors, in a message
 # Put before every name by a wrapper around the model that was saved: prefix -> the wrapper.
 WRAPPERS = {
@@ -192,6 +193,23 @@ def _refuse_codes(types: Mapping[str, str], path: Path) -> None:
         f"{path}: {len(found)} weights are of a type that is no float of 16 bits or more ({shown}): codes that need "
         "scales to be numbers. Start from the float model."
     )
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuse files that Git LFS left in the place of the real ones.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    for path in paths:
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(
+                    f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in its repository, or "
+                    "download the file again."
+                )
 
 
 def _tensor_types(path: Path) -> dict[str, str]:

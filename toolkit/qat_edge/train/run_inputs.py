@@ -1,7 +1,7 @@
-"""Check which run folder a training may write, and record the identity of its inputs, which `--resume` compares.
+"""Check which run folder a training may write, and record its inputs and options, which `--resume` compares.
 
-RUN/checkpoints/inputs.json holds the identity of model, data and bits. It is written before config.yaml: a folder with
-config.yaml can be resumed.
+RUN/checkpoints/inputs.json holds the identity of model, data and bits, and the options that decide the result: those in
+config.yaml may have been edited since. It is written before config.yaml: a folder with config.yaml can be resumed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config, option_paths, previous_run, run_lock
+from qat_edge import config, option_paths, previous_run, remote_code, run_lock
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
-from qat_edge.readers import read_json
+from qat_edge.readers import read_json, show
 from qat_edge.run import Run
 from qat_edge.storage import write_text
 from qat_edge.train import checkpoints
@@ -23,6 +23,9 @@ from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
 INPUTS = ("model", "data", "eval_data", "kept_layers", "bits")  # what it identifies, by the keys of the job's metadata
+OPTIONS = "options"  # entry with the options of the training
+# Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
+FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, "save_every", "track")
 
 
 def check_folder(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> None:
@@ -100,6 +103,29 @@ def _check_resumable(options: FinetuneOptions, run: Run) -> None:
     for name, path in option_paths.missing(options):
         flag = config.flag_name(name)
         raise RunError(f"--resume: {path} is gone, which the run began with. Restore it, or give {flag} its new path.")
+    _compare_with_record(options, run)
+
+
+def _compare_with_record(options: FinetuneOptions, run: Run) -> None:
+    """Compare the options with those that the run recorded when it began: config.yaml may have been edited since.
+
+    Raises:
+        RunError: an option has another value.
+    """
+    # Earlier versions recorded none, or know other options.
+    recorded, current = recorded_inputs(run).get(OPTIONS, {}), _options_record(options)
+    changed = [name for name in current if name in recorded and recorded[name] != current[name]]
+    if changed:
+        found = ", ".join(f"{name} {show(current[name])} (was {show(recorded[name])})" for name in changed)
+        raise RunError(
+            f"--resume: {run.config} was edited since the run began: {found}. A resumed run continues exactly as it "
+            "began: restore those values, or train again with --force."
+        )
+
+
+def _options_record(options: FinetuneOptions) -> dict[str, Any]:
+    """Return the options that decide the result of a training, as JSON holds them."""
+    return {name: value for name, value in config.plain(options).items() if name not in FREE_OPTIONS}
 
 
 def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) -> None:
@@ -109,6 +135,7 @@ def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) ->
         RunError: model or data changed since the run began.
     """
     current = json.loads(json.dumps({k: job.metadata[k] for k in INPUTS}, default=str))
+    current[OPTIONS] = _options_record(options)
     if not resume:
         if not run_lock.is_unused(run.path):
             previous_run.set_aside(run.path)
@@ -120,13 +147,22 @@ def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) ->
                 "those of the checkpoints. Restore it, or train again with --force."
             )
         # Earlier versions did not record every input.
-        changed = [k for k in current if k in saved and _without_place(current[k]) != _without_place(saved[k])]
+        changed = [k for k in INPUTS if k in saved and _differs(current[k], saved[k])]
         if changed:
             raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
 
     # In this order: a folder with config.yaml can be resumed.
     write_text(run.checkpoints / INPUTS_FILE, json.dumps(current, indent=1))
     config.save(run.config, "finetune", options)
+
+
+def _differs(current: Any, saved: Any) -> bool:
+    """Return whether an input is another one than when the run began."""
+    now, before = _without_place(current), _without_place(saved)
+    # Earlier versions recorded the weights of a model alone.
+    if isinstance(before, dict) and isinstance(before.get("identity"), dict) and "settings" not in before["identity"]:
+        now["identity"].pop("settings")
+    return bool(now != before)
 
 
 def _without_place(recorded: Any) -> Any:
@@ -140,7 +176,7 @@ def _without_place(recorded: Any) -> Any:
 
 
 def recorded_inputs(run: Run) -> dict[str, Any]:
-    """Return the identity of model and data that was written when the run began; empty where it is missing.
+    """Return what was written about model, data and options when the run began; empty where it is missing.
 
     Raises:
         RunError: the file is damaged.
@@ -151,4 +187,8 @@ def recorded_inputs(run: Run) -> dict[str, Any]:
     found = read_json(path, RunError)
     if not isinstance(found, dict):
         raise RunError(f"{path}: damaged (not an object). Train again with --force.")
+    if found:
+        for name in ("model", "data", *({OPTIONS} & found.keys())):
+            if not isinstance(found.get(name), dict):
+                raise RunError(f"{path}: damaged ('{name}' is no object). Restore it, or train again with --force.")
     return found

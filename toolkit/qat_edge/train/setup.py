@@ -24,7 +24,7 @@ from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.positions import max_positions
-from qat_edge.models.tasks import CAUSAL_LM, ModelTask
+from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
@@ -90,6 +90,7 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     # The task decides which class of model is loaded. That of an encoder depends on the rows.
     task = _choose_task(options)
     model, tokenizer, identity = _load_model(options, task)
+    _require_vocabulary(options, model)
     bits = load_bits(Path(options.bits)) if options.bits else {}
 
     # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
@@ -115,6 +116,20 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
+
+
+def _require_vocabulary(options: FinetuneOptions, model: PreTrainedModel) -> None:
+    """Refuse to keep more tokens of the teacher's prediction than the model has.
+
+    Raises:
+        UsageError: --distill-top-k is beyond the vocabulary.
+    """
+    tokens = model.get_input_embeddings().weight.shape[0]
+    if options.distill_top_k > tokens:
+        raise UsageError(
+            f"--distill-top-k {options.distill_top_k}: this model has {tokens} tokens. Give at most {tokens}, or 0 to "
+            "run the teacher at every step."
+        )
 
 
 def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
@@ -228,6 +243,8 @@ def _check_trackers(names: Sequence[str]) -> None:
     Raises:
         UsageError: The trainer does not know a tracker, or its package is not installed.
     """
+    if "none" in names and len(names) > 1:
+        raise UsageError("--track none: stands alone, since it turns tracking off. Remove it, or the others.")
     available = get_available_reporting_integrations()
     unknown = [name for name in names if name not in (*available, "none")]
     if not unknown:
@@ -273,6 +290,11 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
             raise UsageError(f"{flag} is for models that generate text; {options.model} is an encoder. Leave it out.")
 
     task = training_examples.task_for_rows(config, RowStream(options.data, report=False), options.data)
+    if task == SentenceEncoder(scored=False) and options.batch_size < 2:
+        raise UsageError(
+            "--batch-size 1: with rows of 'anchor' and 'positive', the other texts of a batch are the wrong answers, so "
+            "a batch of one teaches nothing. Give at least 2."
+        )
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task
 

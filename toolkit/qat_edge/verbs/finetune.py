@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
 from qat_edge.errors import ModelError, RunError
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge, positions
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
@@ -115,6 +115,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     if resume and (finished := _finished(run, options)) is not None:
         progress.info(f"{run.path} is finished: all {finished.steps} steps are done and its adapter is written")
         return finished
+    if resume:
+        _require_reference(run, start)
 
     try:
         trainer, guard = _train(run, options, job, adapted, switch, resume)
@@ -250,13 +252,36 @@ def _log(
 def _finished(run: Run, options: FinetuneOptions) -> Finetuned | None:
     """Return the result of a finished run, with no time spent in this process; None where something is missing."""
     try:
+        for folder in (run.adapter, run.reference):
+            if (folder / MANIFEST).is_file() and (faults := file_faults(folder, read_manifest(folder))):
+                progress.warn(f"{folder} is not as it was written: {faults[0]}")
+                return None
         read_manifest(run.adapter)
+        read_manifest(run.reference)
         log = read_json(run.path / TRAINING_LOG, RunError)
         if log["steps"] != options.steps:
             return None
         return Finetuned(run.path, log["steps"], log["qat_start_step"], log["loss"], 0.0, log["peak_memory_bytes"])
     except (RunError, KeyError, TypeError):
         return None
+
+
+def _require_reference(run: Run, start: int) -> None:
+    """Require RUN/reference, if training goes on from a step after the one that writes it. start: that step.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
+    checkpoint = checkpoints.newest_whole(run.checkpoints)
+    if checkpoint is None or checkpoints.step_of(checkpoint) <= start:
+        return
+    try:
+        check_files(run.reference)
+    except RunError as error:
+        raise RunError(
+            f"--resume: {run.reference} is missing or damaged: it was written at step {start}, and "
+            f"{checkpoint.name} is after that. Restore the folder, or train again with --force. ({error})"
+        ) from error
 
 
 # --- ends before the last step -----------------------------------------------------------------------------
