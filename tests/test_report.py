@@ -489,3 +489,28 @@ def test_a_head_that_shares_the_embedding_is_labeled() -> None:
     table = parts([quantized("QAT", target, 0.7, 0.02, 100.0) for target in ("executorch", "onnx")])
     column = [name for name, _ in table.heads].index("head")
     assert [row.cells[column].text for row in table.rows] == ["28.5", "in embedding"]
+
+
+def test_figures_of_an_artifact_that_was_exported_again_are_called_outdated(
+    tmp_path: Path, messages: list[str]
+) -> None:
+    run = make_run(tmp_path)
+    artifact = run.exports / "onnx"
+    frozen = {"quantized_sha256": sha256(run.quantized / MANIFEST)}
+    write_manifest(artifact, "export", target="onnx", options={"context_length": 256}, **frozen)
+    rows = [
+        replace(row, artifact_sha256=sha256(artifact / MANIFEST)) if (row.name, row.target) == ("qat", "onnx") else row
+        for row in example().measured
+    ]
+    results.save(replace(example(), measured=rows), run.reports / "0.json")
+    assert "Outdated" not in write(run)
+
+    # A new checkpoint, whose export is the old one.
+    write_manifest(run.quantized, "quantized", model={"source": "x", "identity": {"name": "x"}}, seed=1)
+    assert "qat, onnx (quantized again, but not exported again)" in Page(write(run)).words
+    # Another context length, as `export --force --context-length 64` writes.
+    write_manifest(artifact, "export", target="onnx", options={"context_length": 64})
+    assert "qat, onnx (exported again)" in Page(write(run)).words
+    assert any("measured on local: Outdated" in line for line in messages)
+    shutil.rmtree(artifact)
+    assert "qat, onnx (removed)" in Page(write(run)).words

@@ -148,6 +148,8 @@ class Measurement:
         notes: sentences to show next to the figures.
         not_finite: which of its logits are not finite, as a sentence without a stop; empty where all are. The figures
             are then nan.
+        artifact_sha256: hash of the manifest of the measured artifact; empty for a torch model and in files of earlier
+            versions.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Measurement:
     first_divergence: float | None = None
     notes: tuple[str, ...] = ()
     not_finite: str = ""
+    artifact_sha256: str = ""
 
     @property
     def total_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Report, load, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.report.outdated import outdated_note
 from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
 from qat_edge.run import Run
 
@@ -35,6 +36,7 @@ class RunResults:
         verified: Rows of verified.json whose artifacts have not changed since.
         missing: The reason why a part is missing, by the name of the part.
         encoder: Results of an encoder, which has no `reports`.
+        outdated: By device, which of its figures describe artifacts that are no longer there.
     """
 
     reports: list[Report]
@@ -46,6 +48,7 @@ class RunResults:
     verified: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
     encoder: EncoderReport | None = None
+    outdated: dict[str, str] = field(default_factory=dict)
 
     @property
     def measurements(self) -> list[Report | EncoderReport]:
@@ -113,9 +116,15 @@ def collect(run: Run) -> RunResults:
 
     # This machine comes first, since readers compare the other devices with it.
     reports.sort(key=lambda report: (report.device != "local", report.device))
+    verdicts = [*map(verdict, reports), *([encoder_verdict(encoder)] if encoder else [])]
+    measurements: list[Report | EncoderReport] = [*reports, *([encoder] if encoder else [])]
+    outdated = {each.device: note for each in measurements if (note := outdated_note(run, each))}
     results = RunResults(
         reports=reports,
-        verdicts=[*map(verdict, reports), *([encoder_verdict(encoder)] if encoder else [])],
+        verdicts=[
+            replace(one, notes=[outdated[each.device], *one.notes]) if each.device in outdated else one
+            for one, each in zip(verdicts, measurements, strict=True)
+        ],
         training=_training(run.path / "training.json", missing),
         config=_config(run.config, missing),
         quantized=_manifest(run.quantized, "quantized", missing),
@@ -123,6 +132,7 @@ def collect(run: Run) -> RunResults:
         verified=_verified(run, missing),
         missing=missing,
         encoder=encoder,
+        outdated=outdated,
     )
 
     # The page may be shared, so it does not show where this machine stores the run.
