@@ -428,7 +428,7 @@ def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("exports", "not exported yet"), ("adapter", "has not reached that point")],
+    [("exports", "nothing exported yet"), ("adapter", "although the training is finished")],
 )
 def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message: str) -> None:
     copy = Run(tmp_path / "run")

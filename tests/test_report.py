@@ -514,3 +514,24 @@ def test_figures_of_an_artifact_that_was_exported_again_are_called_outdated(
     assert any("measured on local: Outdated" in line for line in messages)
     shutil.rmtree(artifact)
     assert "qat, onnx (removed)" in Page(write(run)).words
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {}, "expected a list, found dict of 0"),
+        (lambda row: [3], "row 0 is 3, expected an object"),
+        (lambda row: [{key: value for key, value in row.items() if key != "faults"}], "row 0 has no 'faults'"),
+        (lambda row: [row | {"linears": "x"}], "'linears' of row 0 is 'x'"),
+        (lambda row: [row | {"folder": "a" * 5000}], "artifacts were exported again"),
+    ],
+)
+def test_damaged_results_of_verify_are_left_out_with_the_reason(
+    tmp_path: Path, messages: list[str], change: Any, message: str
+) -> None:
+    run = make_run(tmp_path, example())
+    row = {"folder": "exports/onnx", "linears": 14, "linears_equal": 14, "embedding_equal": True, "head_equal": True}
+    row |= {"faults": [], "manifest_sha256": sha256(run.exports / "onnx" / MANIFEST)}
+    run.verified.write_text(json.dumps(change(row)))
+    assert "14 of 14 linear layers" not in write(run)
+    assert any("verified" in line and message in line for line in messages), messages

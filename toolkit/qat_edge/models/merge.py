@@ -106,12 +106,22 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
             this run.
     """
     if not folder.is_dir():
-        raise RunError(
-            f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
-        )
+        raise RunError(_why_missing(folder))
     metadata = check_files(folder)
     adapter_files.check_record(folder, metadata)
     return metadata
+
+
+def _why_missing(folder: Path) -> str:
+    """Return why a run has no such folder of trained weights, and what to do, for an error."""
+    if not (folder.parent / "training.json").is_file():
+        return (
+            f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
+        )
+    return (
+        f"{folder} is missing, although the training is finished: it was removed, or not copied with the run. Restore "
+        "it from a copy of the run, or train again with `qat-edge finetune --force`."
+    )
 
 
 # --- load models -------------------------------------------------------------------------------------------

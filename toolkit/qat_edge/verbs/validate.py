@@ -36,7 +36,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import require_known, target_named
 
 # Encoders, error budgets and native runners are imported where they are used: most validations need none of them.
 if TYPE_CHECKING:
@@ -407,6 +407,8 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
         RunError: one of --target cannot run or was not exported, none is left, or a folder is not as it was written.
     """
     chosen = options.target or run.targets()
+    for target in () if options.target else chosen:
+        require_known(run.exports / target)
     reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}
     for reason in reasons.values():
         if options.target:
