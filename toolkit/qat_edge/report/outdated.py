@@ -12,7 +12,7 @@ from qat_edge.run import Run, Variant
 def outdated_note(run: Run, measured: Report | EncoderReport) -> str:
     """Return which figures of a report describe artifacts that are no longer there, as sentences; empty if none do.
 
-    Results of earlier versions do not record which artifact they measured, so nothing is said about them.
+    Results of earlier versions do not record which artifact they measured, so they are not compared.
     """
     variants = {variant.name: variant for variant in run.variants()}
     rows: list[Measurement | EncoderResult] = [
