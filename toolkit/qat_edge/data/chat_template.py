@@ -57,7 +57,7 @@ class ChatTemplate:
         return any(variable in facts.variables for facts in self._facts.values())
 
     def render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> str:
-        """Render the first `count` messages, without a generation prompt unless it is asked for."""
+        """Render the first `count` messages, without a generation prompt unless it is requested."""
         text = self._render(chat, count, add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(self._fixed_prompt)
 
@@ -148,21 +148,21 @@ class ChatTemplate:
 
     @cached_property
     def _fixed_prompt(self) -> str:
-        """Generation prompt that some templates write after every conversation, even if it is not asked for.
+        """Generation prompt that some templates write after every conversation, even if it is not requested.
 
         Empty for all others. It is no part of an answer: a turn ends before it.
         """
         question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
         chat = Chat([question, answer, question], "probe")
         try:
-            asked = self._render(chat, 1, add_generation_prompt=True)
+            requested = self._render(chat, 1, add_generation_prompt=True)
             prompt, through, longer = (self._render(chat, count, add_generation_prompt=False) for count in (1, 2, 3))
         except (DataError, ModelError):
             return ""
         before, _, tail = through.rpartition(PROBE)
         after = longer.removeprefix(before + PROBE)
         # Where another message follows, an end of turn stays, and a generation prompt goes.
-        if asked != prompt or not through.startswith(prompt) or after == longer or after.startswith(tail):
+        if requested != prompt or not through.startswith(prompt) or after == longer or after.startswith(tail):
             return ""
 
         # The turn ends with its first token that is not text, or with its line.
