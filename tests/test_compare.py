@@ -334,3 +334,11 @@ def test_a_missing_reference_is_named(run: Run, tmp_path: Path) -> None:
     copy.ptq("rtn").quantized.mkdir(parents=True)
     with pytest.raises(RunError, match="reference is missing, although the training is finished"):
         quantize_if_missing(copy, "rtn")
+
+    # A checkpoint has the adapter, and not the reference.
+    shutil.rmtree(copy.adapter)
+    with pytest.raises(RunError, match=r"adapter is missing, .* train again with `qat-edge finetune --force`"):
+        merge.adapter_metadata(copy.adapter)
+    (copy.checkpoints / "checkpoint-8").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"adapter is missing, .* from the last checkpoint with .* --resume"):
+        merge.adapter_metadata(copy.adapter)

@@ -26,7 +26,7 @@ from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_ro
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.models.merge import float_model, merged_model
 from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
@@ -379,6 +379,14 @@ def test_a_wrong_rotary_angle_in_a_file_is_a_fault_and_its_layer_is_named(run: R
 
 def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
     assert results.load(run.reports / "local.json") == report
+
+
+def test_figures_name_the_artifact_that_was_measured(run: Run, report: results.Report) -> None:
+    exports = {variant.name: variant.exports for variant in run.variants()}
+    rows = [row for row in report.measured if row.target != "torch"]
+    assert rows
+    for row in rows:
+        assert row.artifact_sha256 == sha256(exports[row.name] / row.target / MANIFEST)
 
 
 def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:

@@ -118,9 +118,16 @@ def _why_missing(folder: Path) -> str:
         return (
             f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
         )
+    # The last checkpoint has the adapter at the end of training, and no longer the reference.
+    is_kept = folder.name == "adapter" and any((folder.parent / "checkpoints").glob("checkpoint-*"))
+    again = (
+        f"write it again from the last checkpoint with `qat-edge finetune --resume --out {folder.parent}`"
+        if is_kept
+        else "train again with `qat-edge finetune --force`"
+    )
     return (
         f"{folder} is missing, although the training is finished: it was removed, or not copied with the run. Restore "
-        "it from a copy of the run, or train again with `qat-edge finetune --force`."
+        f"it from a copy of the run, or {again}."
     )
 
 
