@@ -31,6 +31,7 @@ from qat_edge.report.comparison_page import render, verdict
 from qat_edge.run import Run
 from qat_edge.verbs import compare
 from qat_edge.verbs.finetune import finetune
+from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_exporters import checkpoint
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
@@ -323,3 +324,21 @@ def test_rows_keep_the_order_of_the_table() -> None:
 
 def test_every_row_has_a_title_by_default_too() -> None:
     assert deployments.row_names(CompareOptions().deployment, CompareOptions().method) == list(deployments.TITLES)
+
+
+def test_a_missing_reference_is_named(run: Run, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "compare", "reference", "ptq"))
+    with pytest.raises(RunError, match="reference is missing, although the training is finished"):
+        compare.compare(copy, OPTIONS, None)
+    copy.ptq("rtn").quantized.mkdir(parents=True)
+    with pytest.raises(RunError, match="reference is missing, although the training is finished"):
+        quantize_if_missing(copy, "rtn")
+
+    # A checkpoint has the adapter, and not the reference.
+    shutil.rmtree(copy.adapter)
+    with pytest.raises(RunError, match=r"adapter is missing, .* train again with `qat-edge finetune --force`"):
+        merge.adapter_metadata(copy.adapter)
+    (copy.checkpoints / "checkpoint-8").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"adapter is missing, .* from the last checkpoint with .* --resume"):
+        merge.adapter_metadata(copy.adapter)

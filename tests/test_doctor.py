@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tomllib
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import make_tokenizer
 from qat_edge.cli import commands
-from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.manifest import library_version, write_manifest
 from qat_edge.options import RUNTIMES, DoctorOptions, ExportOptions
 from qat_edge.quant import frozen, scheme
@@ -31,6 +32,7 @@ from qat_edge_exporters import targets
 from qat_edge_exporters.executorch import diagnosis, known_runtimes, runtime_probe
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.executorch.pte.delegates import open_pte
 from qat_edge_exporters.executorch.pte.program_info import MethodInfo, ProgramInfo, TensorInfo
 from qat_edge_exporters.executorch.runtime_probe import Probed
 
@@ -258,6 +260,18 @@ def test_files_that_are_no_program_are_errors(folder: Path, name: str, damage: A
     result = CliRunner().invoke(commands.main, ["doctor", str(folder / name)])
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert re.search(message, result.output), result.output
+
+
+def test_a_pipe_is_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pte")
+    with pytest.raises(ArtifactError, match="not a file, but a folder, pipe or device"):
+        open_pte(tmp_path / "model.pte")
+
+
+def test_a_folder_that_no_target_writes_is_named(tmp_path: Path) -> None:
+    targets.require_known(tmp_path / "exports" / "onnx")
+    with pytest.raises(RunError, match=r"exports/foo: 'foo' is not the name of a target\. Known: executorch"):
+        targets.require_known(tmp_path / "exports" / "foo")
 
 
 def test_a_folder_without_a_program_names_the_verb_for_it(tmp_path: Path) -> None:

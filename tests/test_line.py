@@ -26,7 +26,7 @@ from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_ro
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.models.merge import float_model, merged_model
 from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
@@ -381,6 +381,14 @@ def test_a_report_survives_its_file(run: Run, report: results.Report) -> None:
     assert results.load(run.reports / "local.json") == report
 
 
+def test_figures_name_the_artifact_that_was_measured(run: Run, report: results.Report) -> None:
+    exports = {variant.name: variant.exports for variant in run.variants()}
+    rows = [row for row in report.measured if row.target != "torch"]
+    assert rows
+    for row in rows:
+        assert row.artifact_sha256 == sha256(exports[row.name] / row.target / MANIFEST)
+
+
 def test_measuring_again_needs_force(run: Run, report: results.Report) -> None:
     with pytest.raises(RunError, match="--force"):
         validate(run, OPTIONS)
@@ -428,7 +436,7 @@ def test_a_stale_artifact_is_not_measured(run: Run, report: results.Report, tmp_
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("exports", "not exported yet"), ("adapter", "has not reached that point")],
+    [("exports", "nothing exported yet"), ("adapter", "although the training is finished")],
 )
 def test_what_is_missing_is_named(run: Run, tmp_path: Path, damage: str, message: str) -> None:
     copy = Run(tmp_path / "run")

@@ -37,6 +37,13 @@ def test_a_run_is_set_aside_whole_and_brought_back(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_every_part_of_a_run_is_set_aside() -> None:
+    run = Run(Path("RUN"))
+    properties = [name for name in dir(Run) if isinstance(getattr(Run, name), property)]
+    parts = {part.name for name in properties if isinstance(part := getattr(run, name), Path)}
+    assert len(parts) > 8 and parts <= set(previous_run.RUN_PARTS)
+
+
 def test_a_run_with_a_checkpoint_keeps_the_previous_one_until_it_is_finished(tmp_path: Path) -> None:
     make_run(tmp_path, "old")
     previous_run.set_aside(tmp_path)
@@ -81,7 +88,7 @@ def test_a_kill_at_any_rename_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         assert contents(folder) == dict.fromkeys(PARTS, "old"), last
 
 
-@pytest.mark.parametrize("name", ["exports", "checkpoints", "ptq", ".previous", "ptq/rtn", "ptq/rtn/exports"])
+@pytest.mark.parametrize("name", ["exports", "checkpoints", "eval", "ptq", ".previous", "ptq/rtn", "ptq/rtn/exports"])
 def test_nothing_is_written_through_a_link_inside_a_run(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / "run", "run")
     outside = tmp_path / "outside"

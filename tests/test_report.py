@@ -489,3 +489,49 @@ def test_a_head_that_shares_the_embedding_is_labeled() -> None:
     table = parts([quantized("QAT", target, 0.7, 0.02, 100.0) for target in ("executorch", "onnx")])
     column = [name for name, _ in table.heads].index("head")
     assert [row.cells[column].text for row in table.rows] == ["28.5", "in embedding"]
+
+
+def test_figures_of_an_artifact_that_was_exported_again_are_called_outdated(
+    tmp_path: Path, messages: list[str]
+) -> None:
+    run = make_run(tmp_path)
+    artifact = run.exports / "onnx"
+    frozen = {"quantized_sha256": sha256(run.quantized / MANIFEST)}
+    write_manifest(artifact, "export", target="onnx", options={"context_length": 256}, **frozen)
+    rows = [
+        replace(row, artifact_sha256=sha256(artifact / MANIFEST)) if (row.name, row.target) == ("qat", "onnx") else row
+        for row in example().measured
+    ]
+    results.save(replace(example(), measured=rows), run.reports / "0.json")
+    assert "Outdated" not in write(run)
+
+    # A new checkpoint, whose export is the old one.
+    write_manifest(run.quantized, "quantized", model={"source": "x", "identity": {"name": "x"}}, seed=1)
+    assert "qat, onnx (quantized again, but not exported again)" in Page(write(run)).words
+    # Another context length, as `export --force --context-length 64` writes.
+    write_manifest(artifact, "export", target="onnx", options={"context_length": 64})
+    assert "qat, onnx (exported again)" in Page(write(run)).words
+    assert any("measured on local: Outdated" in line for line in messages)
+    shutil.rmtree(artifact)
+    assert "qat, onnx (removed)" in Page(write(run)).words
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {}, "expected a list, found dict of 0"),
+        (lambda row: [3], "row 0 is 3, expected an object"),
+        (lambda row: [{key: value for key, value in row.items() if key != "faults"}], "row 0 has no 'faults'"),
+        (lambda row: [row | {"linears": "x"}], "'linears' of row 0 is 'x'"),
+        (lambda row: [row | {"folder": "a" * 5000}], "artifacts were exported again"),
+    ],
+)
+def test_damaged_results_of_verify_are_left_out_with_the_reason(
+    tmp_path: Path, messages: list[str], change: Any, message: str
+) -> None:
+    run = make_run(tmp_path, example())
+    row = {"folder": "exports/onnx", "linears": 14, "linears_equal": 14, "embedding_equal": True, "head_equal": True}
+    row |= {"faults": [], "manifest_sha256": sha256(run.exports / "onnx" / MANIFEST)}
+    run.verified.write_text(json.dumps(change(row)))
+    assert "14 of 14 linear layers" not in write(run)
+    assert any("verified" in line and message in line for line in messages), messages

@@ -42,7 +42,7 @@ def later(gain: float, **changes: Any) -> Report:
     """Return the example with a better QAT ONNX artifact: lower perplexity, higher exact match and decode speed."""
     rows = [
         replace(
-            row, perplexity=row.perplexity * (1 - gain), exact_match=(row.exact_match or 0) + gain,
+            row, perplexity=row.perplexity * (1 - gain), exact_match=min((row.exact_match or 0) + gain, 1.0),
             speed=row.speed and replace(row.speed, decode=spread(row.speed.decode.median * (1 + gain))),
         ) if (row.name, row.target) == ("qat", "onnx") else row
         for row in example().measured

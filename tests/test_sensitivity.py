@@ -383,7 +383,7 @@ def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
     folder = run.path / "sensitivity"
     measured = bit_allocation.read_sensitivity(folder)
     assert measured.widths == (2, 4, 8) and set(measured.weights[DOWN].costs) == {2, 4, 8}
-    assert set(measured.weights["lm_head"].costs) == {8}
+    assert set(measured.weights["lm_head"].costs) == {8} and measured.levels == "seq"
     costs = measured.weights[DOWN].costs
     assert costs[2].kl_nats > costs[4].kl_nats > costs[8].kl_nats
     rows, width = measured.weights[DOWN].shape
@@ -404,6 +404,12 @@ def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
         text in page for text in ("KL, 2 bits", "all 2 bits", "instead of 2", "which alone can hold 2-bit weights")
     )
     scheme.choose_scheme(tied_model(), GROUP, chosen)
+
+    # The same bits at other levels cost something else.
+    path = folder / "sensitivity.json"
+    path.write_text(path.read_text().replace('"levels": "seq"', '"levels": "integer"'))
+    other = call(run, "--max-kl", str(limit))
+    assert other.exit_code == 1 and "measured with --weight-levels integer" in other.output, other.output
 
 
 def test_other_widths_than_those_measured_are_refused(run: Run) -> None:

@@ -110,7 +110,7 @@ def test_a_pte_is_refused_by_name_before_anything_is_frozen(run: Run, tmp_path: 
     for target in (("executorch",), ("executorch", "onnx")):
         with pytest.raises(UsageError, match="--target executorch: ExecuTorch has no operator for 2-bit weights") as e:
             export(run, ExportOptions(target=target))
-        assert "was trained with. Give --target onnx." in str(e.value)
+        assert f"was trained with. Run `qat-edge export {run.path} --target onnx`." in str(e.value)
     assert not run.quantized.exists()
 
     # A variant with bits of its own, of a run that has others.

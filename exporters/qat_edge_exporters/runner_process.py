@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,11 +33,19 @@ class RunnerProcess:
         """Wait for its end; return the exit code (negative for a signal) and the reason that it logged last."""
         code = self._process.wait()
         self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        # ExecuTorch marks errors with "E"; other runtimes and Python end with theirs.
+        # ExecuTorch marks errors with "E" and what is no reason with "I" or "D"; other runtimes and Python end with
+        # their reason.
+        lines = [line.strip() for line in self._log if line.strip() and not line.startswith(("I ", "D "))]
         marked = [line for line in lines if line.startswith("E ")]
         said = (marked or lines)[-1:]
-        return code, said[0] if said else f"its process ended with exit code {code}"
+        return code, said[0] if said else _describe_end(code)
+
+
+def _describe_end(code: int) -> str:
+    """Describe the end of a process that logged no reason. code: negative for a signal."""
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    return f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat_edge.errors import UsageError
+from qat_edge.errors import RunError, UsageError
 from qat_edge.lazy import load
 from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend, require_package
 
@@ -242,6 +242,19 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
     return TARGETS[name]
+
+
+def require_known(folder: Path) -> None:
+    """Require that the folder of an artifact is named after a target.
+
+    Raises:
+        RunError: it is not, so nothing can read it.
+    """
+    if folder.name not in TARGETS:
+        raise RunError(
+            f"{folder}: '{folder.name}' is not the name of a target. Known: {', '.join(sorted(TARGETS))}. Move it out "
+            "of the run, or name the targets with --target."
+        )
 
 
 def target_for(format: str, backend: str) -> Target:

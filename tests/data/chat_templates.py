@@ -17,6 +17,11 @@ OWN_SYSTEM = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Writes the generation prompt after every conversation, as the first template of Llama 3 did.
+ALWAYS_PROMPTING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
 # Trims contents and writes the beginning of the sequence, as Llama 3 does.
 TRIMMING = (
     "{% for message in messages %}"

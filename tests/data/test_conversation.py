@@ -11,6 +11,7 @@ import pytest
 
 from data.chat_templates import (
     ALTERNATING,
+    ALWAYS_PROMPTING,
     CALLS_AS_PYTHON,
     CALLS_AS_TEXT,
     CHATML,
@@ -131,6 +132,22 @@ def test_turns_that_the_template_does_not_end_are_trained_to_end_with_the_tokeni
     done = tokenization.tokenize([chat], tokenizer, 512)
     assert done.end_of_turn == (tokenizer.eos_token_id,)
     assert "Answers are trained to end with <|im_end|>" in "\n".join(done.notes)
+
+
+def test_a_generation_prompt_that_is_always_written_is_no_part_of_an_answer() -> None:
+    tokenizer = tokenizer_for(ALWAYS_PROMPTING)
+    chat = Chat([QUESTION, ANSWER, QUESTION, ANSWER], "row")
+    assert trained_texts(chat, tokenizer) == ["Oslo<|im_end|>"] * 2
+    assert "no token at the end" not in notes(chat, tokenizer)
+    # The same ids as with a template that writes it on request.
+    plain, always = (tokenization.tokenize([chat], tokenizer_for(t), 512).rows for t in (CHATML, ALWAYS_PROMPTING))
+    assert [row["labels"] for row in plain] == [row["labels"] for row in always]
+    # A text template has no token that ends the turn.
+    text = (
+        "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}{{ '### assistant:\n' }}"
+    )
+    (only,) = ChatFormat(tokenizer_for(text)).turns(Chat([QUESTION, ANSWER], "row"))
+    assert tokenizer.decode(only.ids) == "Oslo\n\n<|im_end|>"
 
 
 def test_without_any_end_token_a_note_says_that_answers_do_not_end() -> None:

@@ -257,6 +257,12 @@ def test_a_missing_profile_is_an_error_that_lists_the_known_ones() -> None:
         options(profile="pi4")
 
 
+def test_a_profile_that_is_no_toml_file_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "board.yaml").write_text("max_kl: 1")
+    with pytest.raises(UsageError, match=r"board\.yaml: a profile is a TOML file whose name ends in \.toml"):
+        options(profile=str(tmp_path / "board.yaml"))
+
+
 def own_options(path: Path | None = None, **flags: Any) -> dict[str, ValidateOptions]:
     return config.for_devices(options(path, **flags), path, flags)
 

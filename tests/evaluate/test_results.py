@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pages import example
 from qat_edge.errors import RunError
 from qat_edge.evaluate import encoder_results, results
 from qat_edge.evaluate.encoder_results import ACCURACY, EncoderReport, EncoderResult
@@ -68,3 +69,21 @@ def test_an_unknown_key_is_damage(tmp_path: Path) -> None:
     (tmp_path / "answers.json").write_text(json.dumps(document))
     with pytest.raises(RunError, match=r"answers\.json: damaged .*'more'"):
         encoder_results.load(tmp_path / "answers.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("perplexity", -5, r"measured\[2\]\.perplexity is -5, expected at least 0"),
+        ("exact_match", 7.5, r"measured\[2\]\.exact_match is 7\.5, expected from 0 to 1"),
+        ("memory_bytes", -1, r"measured\[2\]\.memory_bytes is -1"),
+    ],
+)
+def test_figures_out_of_range_are_damage(tmp_path: Path, key: str, value: float, message: str) -> None:
+    path = tmp_path / "local.json"
+    results.save(example(), path)
+    document = json.loads(path.read_text())
+    document["measured"][2][key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match=message):
+        results.load(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 
 from qat_edge_exporters.executorch.generate_text import generated_text, without_last_newlines
 from qat_edge_exporters.executorch.llm_runner import STATISTICS
+from qat_edge_exporters.runner_process import RunnerProcess
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,11 @@ def test_text_comes_as_soon_as_it_can_be_told_from_a_mark() -> None:
     pieces = generated_text(stream, ["<end>"])
     assert next(pieces) == "o"
     assert stream.tell() == 1
+
+
+def test_a_line_of_information_is_not_the_reason_of_a_crash() -> None:
+    log = "E 01:33:02 executorch:x.cpp:1] Failed to load\nI 01:33:03 executorch:y.cpp:2] Metadata: use_kv_cache = 1\n"
+    for text, reason in ((log, "Failed to load"), (log.splitlines(keepends=True)[1], "signal 6")):
+        process = subprocess.Popen([sys.executable, "-c", "import os; os.abort()"])
+        code, said = RunnerProcess(io.BytesIO(), process, io.StringIO(text)).finish()
+        assert code == -6 and reason in said and "Metadata" not in said

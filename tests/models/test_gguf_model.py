@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,19 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     expected = frequencies / gguf_model.llama3_factors(frequencies, 8.0, 64)
     torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-5, atol=0)
     assert expected[0] == frequencies[0] and torch.isclose(expected[-1], frequencies[-1] / 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("attention.layer_norm_rms_epsilon", float("nan"), "a number of 0 or more"),
+        ("attention.layer_norm_rms_epsilon", -1.0, "a number of 0 or more"),
+        ("rope.freq_base", 0.0, "a number above 0"),
+        ("rope.scaling.attn_factor", float("inf"), "a finite number"),
+        ("context_length", 0, "a whole number of 1 or more"),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_refused_by_name(key: str, value: float, expected: str) -> None:
+    metadata = gguf_model.GgufMetadata("llama", {f"llama.{key}": value}, frozenset())
+    with pytest.raises(ModelError, match=rf"llama\.{re.escape(key)} is .*, expected {expected}"):
+        gguf_model.check_ranges(metadata, Path("tiny.gguf"))

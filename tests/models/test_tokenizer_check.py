@@ -17,7 +17,7 @@ from conftest import make_tokenizer
 from qat_edge.data.chat_template import encode
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.load import load_model
-from qat_edge.models.tokenizer_check import PROBES, check_tokenizer
+from qat_edge.models.tokenizer_check import PROBES, check_templates, check_tokenizer
 
 
 @pytest.fixture
@@ -178,5 +178,21 @@ def test_special_tokens_that_training_would_read_as_text_are_refused(folder: Pat
 def test_a_pipe_in_the_place_of_a_file_is_not_read(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(ModelError, match=f"{name}: not a file"):
+    with pytest.raises(ModelError, match=rf"{name}: (cannot be read \()?not a file"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", "{{ messages }}".encode("utf-16"), r"chat_template\.jinja: not UTF-8 text"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', r"tokenizer_config\.json: chat_template is 5, expected a"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', r"chat_template is list of 1, expected a"),
+    ],
+)
+def test_a_file_without_a_readable_chat_template_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        check_templates(tmp_path)

@@ -22,12 +22,12 @@ CONFIG = "config.yaml"
 # What a run folder holds; everything else in it belongs to somebody else.
 RUN_PARTS = (
     "training.json", "checkpoints", "adapter", "reference", "start", "quantized", "exports", "ptq", "verified.json",
-    "reports", "answers.json", "sensitivity", "compare", "report.html", "report.json", "history.html", "history.json",
-    "logs", CONFIG,
+    "reports", "answers.json", "sensitivity", "compare", "eval", "report.html", "report.json", "history.html",
+    "history.json", "logs", CONFIG,
 )  # fmt: skip
 
 # Those of them that are written into. All others are replaced whole.
-WRITTEN_INTO = ("checkpoints", "exports", "ptq", "reports", "compare", "logs", PREVIOUS)
+WRITTEN_INTO = ("checkpoints", "exports", "ptq", "reports", "compare", "eval", "logs", PREVIOUS)
 
 
 def refuse_links(folder: Path) -> None:

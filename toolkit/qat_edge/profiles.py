@@ -27,6 +27,8 @@ def read(name: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(str(files("qat_edge_devices"))) / "profiles"
     path = Path(name) if name.endswith(SUFFIX) else folder / f"{name}{SUFFIX}"
     if not path.exists():
+        if Path(name).exists():
+            raise UsageError(f"--profile {name}: a profile is a TOML file whose name ends in {SUFFIX}.")
         known = ", ".join(sorted(p.stem for p in folder.glob(f"*{SUFFIX}")))
         raise UsageError(f"--profile {name}: no such profile. Known: {known}; or give a FILE{SUFFIX}.")
     return path, readers.read_toml(path, UsageError, f"--profile {path}")

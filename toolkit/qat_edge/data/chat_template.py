@@ -57,7 +57,12 @@ class ChatTemplate:
         return any(variable in facts.variables for facts in self._facts.values())
 
     def render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> str:
-        """Render the first `count` messages with the chat template."""
+        """Render the first `count` messages, without a generation prompt unless it is requested."""
+        text = self._render(chat, count, add_generation_prompt)
+        return text if add_generation_prompt else text.removesuffix(self._fixed_prompt)
+
+    def _render(self, chat: Chat, count: int, add_generation_prompt: bool) -> str:
+        """Render the first `count` messages as the chat template writes them."""
         facts = self.facts(chat)
         messages = [{key: value for key, value in m.items() if key != WEIGHT} for m in chat.messages[:count]]
         try:
@@ -142,6 +147,32 @@ class ChatTemplate:
         return frozenset(special | ({*encode(self.around.tail, self.tokenizer)} & added.keys()))
 
     @cached_property
+    def _fixed_prompt(self) -> str:
+        """Generation prompt that some templates write after every conversation, even if it is not requested.
+
+        Empty for all others. It is no part of an answer: a turn ends before it.
+        """
+        question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
+        chat = Chat([question, answer, question], "probe")
+        try:
+            requested = self._render(chat, 1, add_generation_prompt=True)
+            prompt, through, longer = (self._render(chat, count, add_generation_prompt=False) for count in (1, 2, 3))
+        except (DataError, ModelError):
+            return ""
+        before, _, tail = through.rpartition(PROBE)
+        after = longer.removeprefix(before + PROBE)
+        # Where another message follows, an end of turn stays, and a generation prompt goes.
+        if requested != prompt or not through.startswith(prompt) or after == longer or after.startswith(tail):
+            return ""
+
+        # The turn ends with its first token that is not text, or with its line.
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        ends = [(tail.find(token), -len(token)) for token in tokens if token in tail]
+        start, length = min(ends, default=(_common_start(tail, after).rfind("\n") + 1, 0))
+        found = tail[start - length :].lstrip()
+        return found if prompt.endswith(found) else ""
+
+    @cached_property
     def around(self) -> AroundAnswer:
         """Texts that the template writes around an answer; empty where it cannot write a plain conversation."""
         question, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}
@@ -193,6 +224,11 @@ def _unreadable(error: Exception) -> str:
     return (
         f"The chat template of the model cannot be read ({shorten(str(error), MAX_REASON)}). Correct it in its folder."
     )
+
+
+def _common_start(one: str, other: str) -> str:
+    """Return the longest text that both begin with."""
+    return _common_end(one[::-1], other[::-1])[::-1]
 
 
 def _common_end(one: str, other: str) -> str:

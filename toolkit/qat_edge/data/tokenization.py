@@ -75,7 +75,8 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
     done = TokenTable(_kept_examples(_examples(facts.watch(rows), chat_format, max_length), counts, max_length))
     if not done:
         raise DataError(
-            f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length."
+            f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
+            "the model has no more positions (max_position_embeddings), shorten the rows or use another model."
         )
     return TokenizedRows(
         done, counts.truncated, counts.cut, counts.dropped, counts.tokens, counts.trained,

@@ -33,6 +33,7 @@ class EncoderResult:
         parity: mean cosine similarity with the outputs of the frozen checkpoint in torch.
         not_finite: which of its outputs are not finite, as a sentence without a stop; empty where all are. The figures
             are then nan.
+        artifact_sha256: as in `results.Measurement`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class EncoderResult:
     agreement: float | None = None
     parity: float | None = None
     not_finite: str = ""
+    artifact_sha256: str = ""
 
     @property
     def total_bytes(self) -> int:

@@ -27,7 +27,7 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult, save
 from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.evaluate.metrics import first_not_finite
-from qat_edge.manifest import check_files
+from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.options import FinetuneOptions, ValidateOptions
@@ -132,6 +132,7 @@ def _measure(
 ) -> EncoderResult:
     """Run all texts through a variant's artifact and compare its outputs with FP32's and the checkpoint's."""
     folder = variant.exports / TARGET
+    artifact_sha256 = sha256(folder / MANIFEST)
     progress.info(f"{variant.name}: running {len(texts)} texts through {folder} and the frozen checkpoint in torch")
     checkpoint = _torch_outputs(task, frozen.load(variant.quantized), texts)
     outputs = target_named(TARGET).run_encoder(folder, texts)
@@ -159,6 +160,7 @@ def _measure(
         agreement=agreement,
         parity=float(cosines(outputs, checkpoint).mean()),
         not_finite=not_finite,
+        artifact_sha256=artifact_sha256,
     )
 
 

@@ -18,6 +18,17 @@ from qat_edge.storage import write_text
 
 FORMAT = 1
 KEY = "key"  # metadata of a field whose key in the JSON files differs from its name
+# Least and greatest value of figures, by the name of their field at any depth; nan stands for "not measured".
+COUNT, SHARE = (0.0, math.inf), (0.0, 1.0)
+RANGES = {
+    **dict.fromkeys(("tokens", "prompts", "rows", "texts", "repeats", "threads"), COUNT),
+    **dict.fromkeys(("size_bytes", "memory_bytes", "runtime_bytes", "load_ms"), COUNT),
+    **dict.fromkeys(("median", "least", "greatest", "perplexity", "first_divergence"), COUNT),
+    **dict.fromkeys(("top1", "exact_match", "same_answers", "chance"), SHARE),
+    # Rounding moves a KL divergence below 0 and a cosine above 1.
+    "kl_nats": (-1e-3, math.inf),
+    **dict.fromkeys(("quality", "cosine", "least_cosine"), (-1.001, 1.001)),
+}
 Document = TypeVar("Document")  # the type that a file is read as
 
 
@@ -148,6 +159,8 @@ class Measurement:
         notes: sentences to show next to the figures.
         not_finite: which of its logits are not finite, as a sentence without a stop; empty where all are. The figures
             are then nan.
+        artifact_sha256: hash of the manifest of the measured artifact; empty for a torch model and in files of earlier
+            versions.
     """
 
     name: str
@@ -167,6 +180,7 @@ class Measurement:
     first_divergence: float | None = None
     notes: tuple[str, ...] = ()
     not_finite: str = ""
+    artifact_sha256: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -393,12 +407,27 @@ def _check_types(value: Any, hint: Any, name: str) -> None:
     if dataclasses.is_dataclass(value):
         for field_name, field_hint in typing.get_type_hints(type(value)).items():
             _check_types(getattr(value, field_name), field_hint, f"{name}.{field_name}")
+            _check_range(getattr(value, field_name), field_name, f"{name}.{field_name}")
     elif isinstance(value, list | tuple) and inner:
         for index, item in enumerate(value):
             _check_types(item, inner[0], f"{name}[{index}]")
     elif isinstance(value, dict) and inner:
         for key, item in value.items():
             _check_types(item, inner[1], f"{name}[{key!r}]")
+
+
+def _check_range(value: Any, field_name: str, name: str) -> None:
+    """Check that a figure is within the range of its field.
+
+    Raises:
+        ValueError: names the field.
+    """
+    least, greatest = RANGES.get(field_name, (-math.inf, math.inf))
+    for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+        if isinstance(number, int | float) and (number < least or number > greatest):
+            expected = f"from {least:g} to {greatest:g}" if math.isfinite(greatest) else f"at least {least:g}"
+            where = f"{name}[{key!r}]" if key else name
+            raise ValueError(f"{where} is {readers.show(number)}, expected {expected}")
 
 
 def read_measurement(row: dict[str, Any]) -> Measurement:

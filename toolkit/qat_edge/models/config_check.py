@@ -234,9 +234,14 @@ def _written(key: str) -> str:
     return readers.shorten(key if key.isprintable() else ascii(key))
 
 
+def range_of(key: str) -> Range | None:
+    """Return the values that a key of config.json may have; None if any number is permitted."""
+    return next((r for r in RANGES if r.keys.fullmatch(key)), None)
+
+
 def _check_range(key: str, value: Any, where: str) -> None:
     """Refuse a number outside of the range of its key. null stands for the default of the class."""
-    found = next((r for r in RANGES if r.keys.fullmatch(key)), None)
+    found = range_of(key)
     if isinstance(value, float) and not math.isfinite(value):
         raise ModelError(f"{where} has {key} {value}, expected a finite number. Restore the file.")
     # Some families have a list with a value for each layer.

@@ -40,6 +40,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
+from qat_edge.models.config_check import range_of
 from qat_edge.models.weights_check import LoadReport
 from qat_edge.readers import shorten
 
@@ -108,6 +109,12 @@ ROTARY_KEYS = frozenset(
         "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
     )
 )  # fmt: skip
+# Keys whose numbers have the range of a key of config.json.
+RANGES_OF = {
+    **{key: names[0] for key, names in (SHAPES | SETTINGS).items()},
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_theta",
+}
 ROTARY_FACTORS = "rope_freqs.weight"  # each frequency is divided by its factor
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 # Llama 3's scaling: llama.cpp stores the factors that follow from four parameters, of which three have one value in all
@@ -197,6 +204,7 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
         ModelError: A key of the metadata changes the function and cannot be applied.
     """
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+    check_ranges(metadata, path)
     config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     _apply_settings(config, metadata, path)
     _apply_rotary(config, metadata, path)
@@ -272,6 +280,21 @@ def _check_split(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, pat
 
 
 # --- settings of the function -------------------------------------------------------------------------------
+
+
+def check_ranges(metadata: GgufMetadata, path: Path) -> None:
+    """Refuse numbers that no model can have."""
+    for key in metadata.keys:
+        value = metadata.get(key)
+        if isinstance(value, bool | list | str) or _is_neutral(key, value):
+            continue
+        permitted = range_of(RANGES_OF.get(key, key))
+        expected = "a finite number" if permitted is None else permitted.expected
+        if not math.isfinite(value) or (permitted is not None and not permitted.permits(value)):
+            raise ModelError(
+                f"{path}: the metadata {metadata.architecture}.{key} is {_short(value)}, expected {expected}. Download "
+                "the file again, or use the model's safetensors folder."
+            )
 
 
 def _apply_settings(config: PretrainedConfig, metadata: GgufMetadata, path: Path) -> None:

@@ -522,6 +522,7 @@ def _load_tokenizer(
     """
     failure, advice = f"{source}: the model has no usable tokenizer", tokenizer_check.advice_for(folder)
     tokenizer_check.require_files(folder, TOKENIZER_FILES)
+    tokenizer_check.check_templates(folder)
     try:
         with tokenizer_check.native_errors(failure, advice), remote_code.refusals(Path(source)):
             tokenizer = AutoTokenizer.from_pretrained(

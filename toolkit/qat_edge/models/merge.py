@@ -106,12 +106,29 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
             this run.
     """
     if not folder.is_dir():
-        raise RunError(
-            f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
-        )
+        raise RunError(_why_missing(folder))
     metadata = check_files(folder)
     adapter_files.check_record(folder, metadata)
     return metadata
+
+
+def _why_missing(folder: Path) -> str:
+    """Return why a run has no such folder of trained weights, and what to do, for an error."""
+    if not (folder.parent / "training.json").is_file():
+        return (
+            f"{folder} is missing: the training has not reached that point. `qat-edge finetune --resume` continues it."
+        )
+    # The last checkpoint has the adapter at the end of training, and no longer the reference.
+    is_kept = folder.name == "adapter" and any((folder.parent / "checkpoints").glob("checkpoint-*"))
+    again = (
+        f"write it again from the last checkpoint with `qat-edge finetune --resume --out {folder.parent}`"
+        if is_kept
+        else "train again with `qat-edge finetune --force`"
+    )
+    return (
+        f"{folder} is missing, although the training is finished: it was removed, or not copied with the run. Restore "
+        f"it from a copy of the run, or {again}."
+    )
 
 
 # --- load models -------------------------------------------------------------------------------------------

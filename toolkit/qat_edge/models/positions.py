@@ -41,6 +41,8 @@ def require_positions(length: int, most: int | None) -> None:
     Raises:
         ExportError: It is longer.
     """
+    if most is not None and most < 1:
+        raise ExportError(f"max_position_embeddings of the model is {most}, expected at least 1. Correct config.json.")
     if most is not None and length > most:
         raise ExportError(
             f"--context-length {length}: the model has positions for {most} tokens at most (max_position_embeddings; "

@@ -26,6 +26,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 BYTE_ORDER_MARK = "\ufeff"
+TEMPLATES_FOLDER = "additional_chat_templates"
 TOKEN_USES = ("bos_token", "eos_token")
 
 PLAIN = "the man in the house reads one book and then another"
@@ -83,6 +84,26 @@ def require_files(folder: Path, names: Iterable[str]) -> None:
         path = folder / name
         if path.exists() and not path.is_file():
             raise ModelError(f"{path}: not a file. Restore the file.")
+
+
+def check_templates(folder: Path) -> None:
+    """Refuse files with chat templates that cannot be read as templates.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    for path in (folder / TEMPLATE_FILE, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))):
+        if path.is_file():
+            read_text(path, ModelError)
+    path = folder / TOKENIZER_CONFIG
+    template = _settings(path).get("chat_template")
+    named = template if isinstance(template, list) else []
+    texts = [item.get(key) if isinstance(item, dict) else None for item in named for key in ("name", "template")]
+    if not isinstance(template, str | list | None) or not all(isinstance(text, str) for text in texts):
+        raise ModelError(
+            f"{path}: chat_template is {show(template)}, expected a text, or a list of objects with 'name' and "
+            "'template'. Restore the file."
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -77,6 +77,7 @@ class Sensitivity:
         wall_s: Duration of the measurement.
         together: Bits -> KL with every weight at those bits at once; the sum of single costs only predicts it.
         weights: By module name.
+        levels: Levels of weights at 2 bits; None where none was measured at them, and in files of earlier versions.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Sensitivity:
     wall_s: float
     together: dict[int, float]
     weights: dict[str, LayerCost]
+    levels: str | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:

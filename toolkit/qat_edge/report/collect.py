@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,25 @@ from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Report, load, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.report.outdated import outdated_note
 from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
 from qat_edge.run import Run
 
 FORMAT = 1  # of report.json
+# Types of the entries of verified.json's rows that the page shows; the last three are newer than the others.
+VERIFIED_TYPES: dict[str, tuple[type, ...]] = {
+    "folder": (str,),
+    "manifest_sha256": (str,),
+    "faults": (list,),
+    "linears": (int,),
+    "linears_equal": (int,),
+    "embedding_equal": (bool,),
+    "head_equal": (bool, type(None)),
+    "floats": (int, type(None)),
+    "floats_equal": (int,),
+    "parity_line": (str,),
+}
+VERIFIED_OPTIONAL = ("floats", "floats_equal", "parity_line")
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it when it finishes"
 
 
@@ -35,6 +50,7 @@ class RunResults:
         verified: Rows of verified.json whose artifacts have not changed since.
         missing: The reason why a part is missing, by the name of the part.
         encoder: Results of an encoder, which has no `reports`.
+        outdated: By device, which of its figures describe artifacts that are no longer there.
     """
 
     reports: list[Report]
@@ -46,6 +62,7 @@ class RunResults:
     verified: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
     encoder: EncoderReport | None = None
+    outdated: dict[str, str] = field(default_factory=dict)
 
     @property
     def measurements(self) -> list[Report | EncoderReport]:
@@ -113,9 +130,15 @@ def collect(run: Run) -> RunResults:
 
     # This machine comes first, since readers compare the other devices with it.
     reports.sort(key=lambda report: (report.device != "local", report.device))
+    verdicts = [*map(verdict, reports), *([encoder_verdict(encoder)] if encoder else [])]
+    measurements: list[Report | EncoderReport] = [*reports, *([encoder] if encoder else [])]
+    outdated = {each.device: note for each in measurements if (note := outdated_note(run, each))}
     results = RunResults(
         reports=reports,
-        verdicts=[*map(verdict, reports), *([encoder_verdict(encoder)] if encoder else [])],
+        verdicts=[
+            replace(one, notes=[outdated[each.device], *one.notes]) if each.device in outdated else one
+            for one, each in zip(verdicts, measurements, strict=True)
+        ],
         training=_training(run.path / "training.json", missing),
         config=_config(run.config, missing),
         quantized=_manifest(run.quantized, "quantized", missing),
@@ -123,6 +146,7 @@ def collect(run: Run) -> RunResults:
         verified=_verified(run, missing),
         missing=missing,
         encoder=encoder,
+        outdated=outdated,
     )
 
     # The page may be shared, so it does not show where this machine stores the run.
@@ -198,20 +222,41 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
 def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
     """Read the results of verify, without those of artifacts that were exported again since."""
     try:
-        rows: list[dict[str, Any]] = readers.read_json(run.verified, RunError)
-        # The hash of the manifest changes with every export.
-        current = [row for row in rows if row["manifest_sha256"] == _manifest_sha256(run.path / row["folder"])]
-    except (RunError, KeyError, TypeError) as error:
+        rows = readers.read_json(run.verified, RunError)
+        if not isinstance(rows, list):
+            raise RunError(f"expected a list, found {readers.show(rows)}")
+        for index, row in enumerate(rows):
+            _check_verified(row, index)
+    except RunError as error:
         absent = "verified.json is missing; `qat-edge verify` writes it"
         missing["verified"] = f"verified.json cannot be read ({error})" if run.verified.exists() else absent
         return []
+
+    # The hash of the manifest changes with every export.
+    artifacts = [variant.exports / target for variant in run.variants() for target in variant.targets()]
+    hashes = {str(folder.relative_to(run.path)): sha256(folder / MANIFEST) for folder in artifacts}
+    current = [row for row in rows if row["manifest_sha256"] == hashes.get(row["folder"])]
     if len(current) < len(rows):
         missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"
     return current
 
 
-def _manifest_sha256(folder: Path) -> str | None:
-    return sha256(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+def _check_verified(row: Any, index: int) -> None:
+    """Check one row of verified.json.
+
+    Raises:
+        RunError: names the row and the entry that is missing or of another type.
+    """
+    if not isinstance(row, dict):
+        raise RunError(f"row {index} is {readers.show(row)}, expected an object")
+    optional = VERIFIED_OPTIONAL if "floats" not in row else ("parity_line",)
+    for key, types in VERIFIED_TYPES.items():
+        if key not in row and key in optional:
+            continue
+        if key not in row:
+            raise RunError(f"row {index} has no '{key}'")
+        if not isinstance(row[key], types) or (isinstance(row[key], bool) and bool not in types):
+            raise RunError(f"'{key}' of row {index} is {readers.show(row[key])}")
 
 
 def finite(value: Any) -> Any:

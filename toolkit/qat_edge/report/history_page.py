@@ -81,7 +81,10 @@ def _device_history(history: History, names: Sequence[str], device: str, index: 
     qat = [one for one in series if role(one.model) == "qat"]
     return DeviceHistory(
         name=device,
-        cautions=[_caution(names, pair) for pair in history.incomparable(device)],
+        cautions=[
+            *_outdated(history, names, device),
+            *(_caution(names, pair) for pair in history.incomparable(device)),
+        ],
         legend=_legend(series),
         plots=[Plot(_title(metric), Markup(svg), "", []) for metric, svg in charts if svg],
         shown=[_series_table(one, names) for one in qat],
@@ -105,6 +108,12 @@ def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
     targets = dict.fromkeys(one.model.target for one in series)
     shapes = {f"l-{SHAPES.get(t, 'diamond')}": TARGET_TITLES.get(t, plain(t)) for t in targets}
     return [*colors.items(), *shapes.items(), ("l-apart", "≠ not comparable")]
+
+
+def _outdated(history: History, names: Sequence[str], device: str) -> list[str]:
+    """Return which runs have figures of artifacts that are no longer there."""
+    found = [(name, entry.results.outdated.get(device)) for name, entry in zip(names, history.entries, strict=True)]
+    return [f"{name}: {note}" for name, note in found if note]
 
 
 def _series_table(one: Series, names: Sequence[str]) -> Table:

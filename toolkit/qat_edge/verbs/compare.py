@@ -151,6 +151,7 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     tasks.require_causal_lm(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
+    merge.adapter_metadata(run.reference)  # every row is compared with it
     # Artifacts of other backends than the first cannot run on this machine.
     exporting = config.load(ExportOptions, "export", source, {"backend": EXPORT_BACKENDS[0]})
     job = CompareJob(run, with_context_length(run, exporting), force)

@@ -318,7 +318,7 @@ def _check_widths(run: Run, targets: list[Target], methods: list[str]) -> None:
                 able = next((name for name in FORMATS if not target_named(name).missing_widths(widths)), FORMATS[0])
                 raise UsageError(
                     f"--target {target.format}: {missing.removesuffix('.')}, which {run.path} was {_origin(method)}. "
-                    f"Give --target {able}."
+                    f"Run `qat-edge export {run.path} --target {able}`."
                 )
 
 

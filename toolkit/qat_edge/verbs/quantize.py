@@ -14,6 +14,7 @@ from typing import Any
 from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, Manifest, read_manifest, sha256
+from qat_edge.models import merge
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
@@ -163,9 +164,11 @@ def _is_of(variant: Variant, adapter: Path, force: bool = False) -> bool:
     """Return whether a variant's checkpoint was made from this adapter. force: One that cannot be read was not.
 
     Raises:
-        RunError: its manifest cannot be read, and `force` is not set.
+        RunError: its manifest cannot be read or the adapter is missing, and `force` is not set.
     """
     try:
+        if not adapter.is_dir():
+            merge.adapter_metadata(adapter)  # raises, and says why there is none
         return bool(_manifest_of(variant)["adapter_sha256"] == _weights_sha256(adapter))
     except RunError:
         if not force:

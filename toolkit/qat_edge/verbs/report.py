@@ -49,6 +49,8 @@ def report(runs: Sequence[Run]) -> Path:
     for run, story in zip(runs, stories, strict=True):
         for part, reason in story.missing.items():
             progress.warn(f"Not in the report: {'' if len(runs) == 1 else f'{run.path}: '}{part}: {reason}")
+        for device, note in story.outdated.items():
+            progress.warn(f"{run.path}, measured on {device}: {note}")
 
     if len(runs) == 1:
         html = render_encoder(stories[0]) if encoder else render(stories[0])

@@ -179,6 +179,7 @@ def measure_model(
         weights={
             name: _layer_cost(model, name, candidates[name], kl, scale_bytes) for name, kl in losses.alone.items()
         },
+        levels=narrow.levels if narrow.bits < 4 else None,
     )
 
 
@@ -255,7 +256,7 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
     """Read an earlier measurement.
 
     Raises:
-        RunError: it was made on another fine-tune than the run now has, or at other widths than requested.
+        RunError: it was made on another fine-tune than the run now has, or with other widths or levels.
     """
     if read_manifest(folder)["reference_sha256"] != _reference_sha256(run):
         raise RunError(f"{folder} was measured on another fine-tune. Give --force to measure again.")
@@ -264,6 +265,12 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
         raise RunError(
             f"--width {options.width}: {folder} was measured at {' and '.join(map(str, measured.widths))} bits. Give "
             "--force to measure again, or leave --width out."
+        )
+    levels = LinearCodes.of_training(adapter_metadata(run.reference)).levels
+    if measured.levels not in (None, levels):
+        raise RunError(
+            f"{folder} was measured with --weight-levels {measured.levels}, and {run.path} was trained with {levels}. "
+            "Give --force to measure again."
         )
     # Other --tokens or --seed have no effect without measuring again, so that is mentioned.
     differs = (options.tokens, options.seed) != (measured.tokens, measured.seed)

@@ -28,7 +28,7 @@ from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devic
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
-from qat_edge.manifest import check_files, read_manifest
+from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.positions import context_of_artifact
 from qat_edge.options import ValidateOptions
@@ -36,7 +36,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import require_known, target_named
 
 # Encoders, error budgets and native runners are imported where they are used: most validations need none of them.
 if TYPE_CHECKING:
@@ -354,13 +354,15 @@ def _measure(
 
 def _artifact(variant: Variant, target: str, transport: Transport, evaluator: Evaluator, own: bool) -> Measurement:
     """Measure one artifact on one device, in the device's runtime or in the runner that the user built."""
+    artifact_sha256 = sha256(variant.exports / target / MANIFEST)
     if evaluator.options.runner_binary is None:
-        return evaluator.measure_artifact(variant, target, transport, own)
+        measured = evaluator.measure_artifact(variant, target, transport, own)
+    else:
+        from qat_edge.evaluate import native_runner
 
-    from qat_edge.evaluate import native_runner
-
-    binary = native_runner.require_supported(evaluator.options)
-    return native_runner.measure(evaluator, binary, variant, target, transport, own)
+        binary = native_runner.require_supported(evaluator.options)
+        measured = native_runner.measure(evaluator, binary, variant, target, transport, own)
+    return dataclasses.replace(measured, artifact_sha256=artifact_sha256)
 
 
 def _identities(run: Run, evaluator: Evaluator) -> dict[str, str]:
@@ -405,6 +407,8 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
         RunError: one of --target cannot run or was not exported, none is left, or a folder is not as it was written.
     """
     chosen = options.target or run.targets()
+    for target in () if options.target else chosen:
+        require_known(run.exports / target)
     reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}
     for reason in reasons.values():
         if options.target:

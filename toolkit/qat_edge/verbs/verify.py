@@ -33,7 +33,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-from qat_edge_exporters.targets import KV_CACHE_INT8, Target, target_named
+from qat_edge_exporters.targets import KV_CACHE_INT8, Target, require_known, target_named
 
 NOT_RUN = Parity(not_measured="The artifact was only read.")
 # Rotary tables of the ONNX builder for models that pair neighbouring channels: nothing here computes those.
@@ -105,10 +105,12 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     """
     # A target is found if any variant has it.
     found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
+    for variant, target in found:
+        require_known(variant.exports / target)
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
-        what = ", ".join(sorted(missing)) or "no artifact"
-        raise RunError(f"{run.exports}: {what} not exported yet. `qat-edge export {run.path}` does it.")
+        what = f"{', '.join(sorted(missing))} not exported yet" if missing else "nothing exported yet"
+        raise RunError(f"{run.exports}: {what}. Run `qat-edge export {run.path}`.")
 
     # Everything is compared with the checkpoints, so they are checked first.
     references = {}

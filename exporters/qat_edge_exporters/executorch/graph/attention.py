@@ -242,6 +242,11 @@ def check_length(config: PretrainedConfig, context_length: int) -> None:
         ExportError: `context_length` exceeds the number of positions that the model has.
     """
     most = getattr(config, "max_position_embeddings", None)
+    if most is not None and most < 1:
+        raise ExportError(
+            f"executorch: max_position_embeddings in the checkpoint's config.json is {most}, expected at least 1. "
+            "Restore the file, or freeze the checkpoint again."
+        )
     if most is not None and context_length > most:
         raise ExportError(
             f"executorch: a context of {context_length} tokens, and {config.model_type} has positions for {most} at "

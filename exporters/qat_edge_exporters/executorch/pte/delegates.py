@@ -105,6 +105,8 @@ def open_pte(path: Path) -> PTEFile:
         ArtifactError: the file is missing, truncated, damaged, or not a .pte of this format.
     """
     remedy = "Export again, or copy the file again."
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path}: not a file, but a folder, pipe or device. Give the path of a .pte.")
     if not path.is_file():
         raise ArtifactError(f"{path}: not there. {remedy}")
 
