@@ -120,6 +120,8 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     for variant, target in found:
         progress.info(f"Reading and running {variant.exports / target}")
         results.append(_verify_artifact(variant, target, references[variant.quantized]))
+        if results[-1].parity.not_measured:
+            progress.warn(f"{results[-1].folder} was not run: {results[-1].parity.not_measured}")
     write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
     return results
 
@@ -178,6 +180,17 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         faults=faults,
         floats=floats.total,
         floats_equal=floats.equal,
+    )
+
+
+def conclusion(results: Sequence[Verified]) -> str:
+    """Return what equal artifacts are known to be, as a phrase: those that were only read may compute anything."""
+    unrun = sorted({result.target for result in results if result.parity.not_measured})
+    if not unrun:
+        return f"Verified {len(results)} artifacts: equal to the frozen checkpoint"
+    return (
+        f"Verified {len(results)} artifacts: their files hold what was frozen, but what {', '.join(unrun)} computes "
+        "was NOT measured"
     )
 
 
