@@ -44,7 +44,7 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_not_finite
 from qat_edge.evaluate.reference import Logits
 from qat_edge.evaluate.results import Parity
-from qat_edge.models import tasks, weights_check
+from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.models.tasks import ModelTask
 from qat_edge.models.tokenizer import load_tokenizer
@@ -133,6 +133,7 @@ class FrozenReference:
     def __init__(self, quantized: Path) -> None:
         self.quantized = quantized
         self._config: PretrainedConfig = frozen_config.read(quantized)
+        tokenizer_check.check_copy(load_tokenizer(quantized), quantized)
         self.task: ModelTask = tasks.task_of_folder(quantized)
         self._expected: dict[tuple[str, int, int], list[ExpectedLogits]] = {}
 

@@ -14,7 +14,7 @@ from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files
-from qat_edge.models import tasks, weights_check
+from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.generation_settings import greedy_decoding
 from qat_edge.models.positions import context_of_artifact, positions_of_folder
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
@@ -71,6 +71,7 @@ def generate(
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
+    tokenizer_check.check_copy(tokenizer, folder)
     if raw:
         if system is not None:
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
