@@ -23,7 +23,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.codebook import FEWEST, SEQ, codebook_of
 from qat_edge.quant.packing import unpack_int2, unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx import graph_check, graph_file, names
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
 BITS = (2, 4, 8)  # of codes
@@ -140,6 +140,7 @@ def read(folder: Path) -> Artifact:
 
     # Before fused projections are joined: the configuration of the graph counts them separately.
     found.faults += _missing_matrices(found.weights, genai) + _config_faults(folder, graph, genai)
+    found.faults += graph_check.graph_faults(graph.model)
     _join_fused(graph.model, found)
     return Artifact(
         weights=found.weights,
