@@ -19,6 +19,7 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, write_text
+from qat_edge.verbs.verify import verify
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -219,3 +220,13 @@ def test_a_run_of_0_1_0_keeps_the_folder_of_a_renamed_method(tmp_path: Path) -> 
     assert variant.path == run.ptq_folder / "cd" and variant.name == "ptq (coordinate descent)"
     assert [each.path.name for each in run.variants()[1:]] == ["cd"]
     assert Run(tmp_path / "new").ptq("coordinate-descent").path.name == "coordinate-descent"
+
+
+def test_an_export_folder_without_a_manifest_is_damaged(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for name in ("onnx", "executorch", ".onnx.part"):
+        (run.exports / name).mkdir(parents=True)
+    write_manifest(run.exports / "onnx", "export", options={}, quantized_sha256="")
+    assert run.damaged_exports() == [run.exports / "executorch"]
+    with pytest.raises(RunError, match=r"executorch: damaged, without manifest\.json"):
+        verify(run, ())

@@ -101,6 +101,12 @@ class Artifact:
     floats: Sequence[FloatConstant] | None = None
 
     @property
+    def context_length(self) -> int | None:
+        """Return the tokens of prompt and answer together that it holds; None for an encoder."""
+        found = self.metadata.get("context_length", self.metadata.get("get_max_context_len"))
+        return found if isinstance(found, int) else None
+
+    @property
     def end_tokens(self) -> list[int] | None:
         """Return the ids that end a generation; None for an artifact that generates no text."""
         found = self.metadata.get("end_tokens", self.metadata.get("get_eos_ids"))

@@ -51,6 +51,8 @@ class Target:
         generator: generates text on this machine: (folder, tokenizer, `Prompt`, emit, max_new_tokens).
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
         checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
+        settings: names what differs in a runtime's settings: (folder, checkpoint) -> sentences. Empty: it has none.
+        copied: names of files of the checkpoint that an artifact has a copy of, besides the tokenizer's.
         doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
         options: names of `export` options that it takes beyond the context length.
         widths: bits of weights that it has operators for.
@@ -70,6 +72,8 @@ class Target:
     expose: str = ""
     encoder: str = ""
     checker: str = ""
+    settings: str = ""
+    copied: tuple[str, ...] = ()
     doctor: str = ""
     options: tuple[str, ...] = ()
     widths: tuple[int, ...] = (4, 8)
@@ -126,6 +130,10 @@ class Target:
         artifact: Artifact = load(self.reader)(folder)
         return artifact
 
+    def setting_faults(self, folder: Path, checkpoint: Path) -> list[str]:
+        """Return how the settings of an artifact's runtime differ from what the export writes, a sentence each."""
+        return list(load(self.settings)(folder, checkpoint)) if self.settings else []
+
     def computed_constants(self, checkpoint: Path, artifact: Artifact) -> Sequence[FloatConstant]:
         """Compute again the float constants of an artifact that are no tensors of its frozen checkpoint."""
         constants: Sequence[FloatConstant] = load(self.constants)(checkpoint, artifact) if self.constants else ()
@@ -172,6 +180,7 @@ class Target:
 
 
 _PTE = "qat_edge_exporters.executorch"
+COPIED = ("config.json", "generation_config.json")  # into the folder of a .pte
 _ONNX = "qat_edge_exporters.onnx"
 
 
@@ -188,6 +197,7 @@ def _other_backend(name: str, reader: str) -> Target:
         reader=f"{_PTE}.pte.backend_readers:{reader}",
         support=f"{_PTE}.pte_support:missing",
         backend=backend,
+        copied=COPIED,
     )
 
 
@@ -206,6 +216,7 @@ _ALL = (
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
         encoder=f"{_PTE}.encoder_runtime:run_encoder",
         doctor=f"{_PTE}.diagnosis:diagnose_pte",
+        copied=COPIED,
         options=("portable", "kv_cache"),
         exclusions={("kv_cache", "portable"): "no operator of ATen reads such a cache"},
     ),
@@ -222,6 +233,7 @@ _ALL = (
         generator=f"{_ONNX}.genai_text:generate",
         expose=f"{_ONNX}.matrix_outputs:expose",
         checker=f"{_ONNX}.folder_check:check_folder",
+        settings=f"{_ONNX}.expected_config:setting_faults",
         widths=(2, 4, 8),
     ),
     _other_backend("vulkan", "read_vulkan"),

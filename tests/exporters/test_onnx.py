@@ -34,6 +34,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, numerics, rotation, scheme
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import export_onnx as onnx_export
+from qat_edge_exporters.onnx.expected_config import setting_faults
 from qat_edge_exporters.onnx.onnx_reader import read, unpack
 
 CONTEXT = 64
@@ -480,3 +481,63 @@ def test_layers_unknown_to_the_builder_are_rejected(
     monkeypatch.setattr(onnx_export, "read_weights", lambda _: renamed)
     with pytest.raises(ExportError, match="W_pack"):
         onnx_export.export(folder, tmp_path, CONTEXT)
+
+
+def add_backdoor(model: onnx.ModelProto) -> None:
+    """Add 1000 to the logit of one token where the ids hold another one."""
+    head = next(node for node in model.graph.node if "logits" in node.output)
+    head.output[0] = "clean"
+    numbers = {"token": np.array(77), "axis": np.array([1]), "more": np.array([2]), "logit": np.eye(1, 288)[0] * 1000}
+    for name, values in numbers.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    for kind, inputs, output in (
+        ("Equal", ["input_ids", "token"], "equal"), ("Cast", ["equal"], "hits"),
+        ("ReduceSum", ["hits", "axis"], "hit"),
+        ("Unsqueeze", ["hit", "more"], "wide"),
+        ("Mul", ["wide", "logit"], "added"), ("Add", ["clean", "added"], "logits"),
+    ):  # fmt: skip
+        model.graph.node.append(onnx.helper.make_node(kind, inputs, [output], name=f"/{kind}"))
+
+
+def test_nodes_that_decide_on_tokens_are_faults(make: Callable[[str], Exported], tmp_path: Path) -> None:
+    folder = copy(make("llama_tied"), tmp_path)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    add_backdoor(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    faults = " ".join(read(folder).faults)
+    assert "the operator Equal is not one that the exporter writes" in faults
+    assert "the node '/Equal' (Equal) reads input_ids" in faults
+    assert "the node '/Add' (Add) changes the logits of the head" in faults
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("search", "repetition_penalty", 5.0), ("search", "min_length", 500), ("model", "pad_token_id", 99),
+        ("model", "eos_token_id", [2, 5]), ("model", "type", "gemma"), ("model", "vocab_size", 100),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_export_does_not_write_is_named(
+    make: Callable[[str], Exported], tmp_path: Path, part: str, key: str, value: Any
+) -> None:
+    exported = make("llama_tied")
+    folder = copy(exported, tmp_path)
+    assert setting_faults(folder, exported.frozen) == []
+    path = folder / "genai_config.json"
+    genai = json.loads(path.read_text())
+    genai[part][key] = value
+    path.write_text(json.dumps(genai))
+    (fault,) = setting_faults(folder, exported.frozen)
+    assert fault.startswith(f"genai_config.json: {part}.{key} is ")
+
+
+@pytest.mark.parametrize("parts", [[], ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]])
+def test_matrices_that_were_not_fused_are_not_joined(
+    make: Callable[[str], Exported], tmp_path: Path, parts: list[str]
+) -> None:
+    folder = copy(make("llama_tied"), tmp_path)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    onnx.helper.set_model_props(model, {"fused": json.dumps({"x": parts})})
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="metadata 'fused'"):
+        read(folder)

@@ -32,7 +32,7 @@ from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.options import ExportOptions
 from qat_edge.run import Variant
 from qat_edge.verbs.export import export_one
-from qat_edge.verbs.verify import NOT_RUN, verify_folder
+from qat_edge.verbs.verify import NOT_RUN, Verified, conclusion, verify_folder
 from qat_edge_exporters.executorch.pte import delegates
 from qat_edge_exporters.targets import target_named
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(tmp_path: Path
     with stored_tensors(variant.quantized) as tensors:
         tensors["model.norm.weight"][3] = float("nan")
     relist(variant.quantized)
-    with pytest.raises(RunError, match=r"outputs are not finite at position 0 of the token ids"):
+    with pytest.raises(RunError, match=r"model\.norm\.weight: holds values that are not finite"):
         export_one(variant, target_named("onnx"), OPTIONS)
 
 
@@ -445,3 +445,10 @@ def test_a_context_shorter_than_a_prompt_is_run(tmp_path: Path) -> None:
     target_named("onnx").export(made.frozen, made.folder, 6)
     found = parity.measure(made.folder, "onnx", FrozenReference(made.frozen), 6)
     assert found.fault == "" and found.tokens == 6 * parity.PROMPTS
+
+
+def test_the_conclusion_of_verify_says_what_was_not_run() -> None:
+    run = Verified(Path("a"), "onnx", 1, 1, True, True, [], parity=Parity(error_db=-80.0))
+    assert conclusion([run]) == "Verified 1 artifacts: equal to the frozen checkpoint"
+    unrun = Verified(Path("b"), "executorch", 1, 1, True, True, [])
+    assert conclusion([run, unrun]).endswith("but what executorch computes was NOT measured")

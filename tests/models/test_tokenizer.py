@@ -70,3 +70,12 @@ def test_a_damaged_end_token_is_named(tokenizer: Any, tmp_path: Path, document: 
     (tmp_path / "generation_config.json").write_text(document)
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         end_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"eos_token": {"a": 1}}, {"padding_side": "middle"}])
+def test_settings_that_no_tokenizer_has_are_refused(tokenizer: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import make_model, make_tokenizer, relist, stored_tensors
-from qat_edge.errors import RunError
+from qat_edge.diagnose import parity
+from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, write_manifest
 from qat_edge.quant import frozen
 from qat_edge.quant.scheme import choose_scheme
@@ -152,3 +153,39 @@ def test_a_norm_is_neither_made_up_nor_left_out(folder: Path, extra: bool) -> No
     words = "with model.more.weight, which is not in the model" if extra else f"a checkpoint without {NORM}"
     with pytest.raises(RunError, match=words):
         frozen.load(folder)
+
+
+def change_config(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_act": "nonsense"}, "hidden_act 'nonsense', which transformers does not know"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0, expected a whole number of 1 or more"),
+        ({"num_key_value_heads": 3}, "layers.0.self_attn.k_proj is [32, 64], and a model of config.json has [48, 64]"),
+        ({"num_attention_heads": 8}, "layers.0.self_attn.o_proj is [64, 64], and a model of config.json has [64, 128]"),
+        ({"vocab_size": 10**12}, "lm_head is [288, 64], and a model of config.json has [1000000000000, 64]"),
+        ({"head_dim": "x"}, "head_dim 'x', expected a whole number"),
+        ({"vocab_size": -1}, "vocab_size -1, expected a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, at most 10000"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "a quantization_config of 'bitsandbytes'"),
+        ({"quantization_config": None}, "has the scheme of a frozen checkpoint, and config.json has no quantization"),
+    ],
+)
+def test_a_config_json_of_another_model_is_refused(folder: Path, changes: dict[str, Any], words: str) -> None:
+    change_config(folder, changes)
+    relist(folder)
+    for read in (frozen.load, frozen.read_weights):
+        with pytest.raises((ModelError, RunError)) as caught:
+            read(folder)
+        assert words in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_the_run_of_an_artifact_cannot_be_switched_off(folder: Path) -> None:
+    change_config(folder, {"quantization_config": None})
+    relist(folder)
+    with pytest.raises(RunError, match=r"manifest\.json has the scheme of a frozen checkpoint"):
+        parity.not_comparable(folder)

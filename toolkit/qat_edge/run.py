@@ -61,6 +61,13 @@ class Variant:
             return []
         return sorted(p.name for p in self.exports.iterdir() if (p / MANIFEST).is_file())
 
+    def damaged_exports(self) -> list[Path]:
+        """Return the folders of artifacts without a manifest, as a partial copy leaves them."""
+        if not self.exports.is_dir():
+            return []
+        folders = [p for p in self.exports.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        return sorted(p for p in folders if not (p / MANIFEST).is_file())
+
     def require_current(self, target: str, again: str) -> None:
         """Require that an artifact was exported from the current checkpoint.
 

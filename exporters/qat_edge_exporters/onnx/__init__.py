@@ -14,6 +14,8 @@ The modules in the order in which an export goes through them, then those that r
     names.py              convert between names of modules and names of nodes
     onnx_reader.py        read codes, scales and sizes back from a folder, for `verify`
     genai_config.py       check the keys of genai_config.json against those that an export has
+    expected_config.py    compare genai_config.json with what the export of a checkpoint writes
+    graph_check.py        find nodes that the exporter does not make
     folder_check.py       check a folder before a runtime loads it
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
     onnx_compat.py        every use of internals of onnxruntime-genai and transformers

@@ -29,6 +29,7 @@ from qat_edge.quant.rotated_norm import stored_rotations
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.onnx import names, onnx_support
 from qat_edge_exporters.onnx.architecture import Architecture, read_architecture, split_fused
+from qat_edge_exporters.onnx.expected_config import NEUTRAL_SEARCH
 from qat_edge_exporters.onnx.olive_checkpoint import write_checkpoint
 from qat_edge_exporters.onnx.repair import FrozenModel, repair
 
@@ -41,11 +42,6 @@ BUILDER_OPTIONS = (
     # A cache of the window alone would need buffers that only onnxruntime-genai makes; plain onnxruntime grows its own.
     "windowed_kv_cache=false",
 )
-# Of genai_config.json; onnxruntime-genai would apply other values in every loop that does not set them.
-NEUTRAL_SEARCH = {
-    "diversity_penalty": 0.0, "do_sample": False, "length_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0,
-    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-}  # fmt: skip
 LOG_LINES = 5  # of a failed builder, quoted by the error
 
 

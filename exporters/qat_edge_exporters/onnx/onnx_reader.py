@@ -23,7 +23,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.codebook import FEWEST, SEQ, codebook_of
 from qat_edge.quant.packing import unpack_int2, unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx import graph_check, graph_file, names
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
 BITS = (2, 4, 8)  # of codes
@@ -140,6 +140,7 @@ def read(folder: Path) -> Artifact:
 
     # Before fused projections are joined: the configuration of the graph counts them separately.
     found.faults += _missing_matrices(found.weights, genai) + _config_faults(folder, graph, genai)
+    found.faults += graph_check.graph_faults(graph.model)
     _join_fused(graph.model, found)
     return Artifact(
         weights=found.weights,
@@ -294,7 +295,7 @@ def _fused_parts(model: onnx.ModelProto) -> dict[str, list[str]]:
         if entry.key != "fused":
             continue
         found = readers.parse_json(entry.value, f"{names.MODEL_FILE}, metadata 'fused'", ArtifactError)
-        if not isinstance(found, dict) or not all(isinstance(parts, list) for parts in found.values()):
+        if not isinstance(found, dict) or not all(isinstance(p, list) and p for p in found.values()):
             raise ArtifactError(f"{names.MODEL_FILE}: its metadata 'fused' is garbled. {graph_file.AGAIN}")
         fused |= {name: [str(part) for part in parts] for name, parts in found.items()}
     return fused
@@ -304,6 +305,12 @@ def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
     """Join the parts of fused projections by rows, according to the graph's metadata."""
     for name, part_names in _fused_parts(model).items():
         parts = [found.weights.pop(part) for part in part_names if part in found.weights]
+        alike = {(part.bits, part.levels, part.codes.shape[1], part.scales.shape[1]) for part in parts}
+        if len(alike) > 1:
+            raise ArtifactError(
+                f"{names.MODEL_FILE}: its metadata 'fused' joins unlike matrices into {readers.shorten(name)}. "
+                f"{graph_file.AGAIN}"
+            )
         if len(parts) == len(part_names):  # a missing part has been recorded as a fault
             codes = np.concatenate([part.codes for part in parts])
             scales = np.concatenate([part.scales for part in parts])

@@ -231,7 +231,7 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
 def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     """Read every artifact back, run it, and compare both with the frozen checkpoint."""
     opened = _open(run)
-    from qat_edge.verbs.verify import require_equal
+    from qat_edge.verbs.verify import conclusion, require_equal
     from qat_edge.verbs.verify import verify as verb
 
     results = verb(opened, target)
@@ -240,7 +240,7 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
     for result in results:
         echo(result.describe(), err=as_json)
     require_equal(results)
-    progress.info(f"Verified {len(results)} artifacts: equal to the frozen checkpoint. Next: qat-edge validate {run}")
+    progress.info(f"{conclusion(results)}. Next: qat-edge validate {run}")
 
 
 @main.command(

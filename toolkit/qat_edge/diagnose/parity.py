@@ -33,9 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
-from qat_edge import remote_code
 from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
 from qat_edge.diagnose.locate_fault import locate_on_prompts
@@ -46,10 +44,11 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_not_finite
 from qat_edge.evaluate.reference import Logits
 from qat_edge.evaluate.results import Parity
-from qat_edge.models import tasks
+from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.models.tasks import ModelTask
 from qat_edge.models.tokenizer import load_tokenizer
+from qat_edge.quant import frozen_config
 from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.device_errors import (
     CancelledError,
@@ -133,10 +132,9 @@ class FrozenReference:
 
     def __init__(self, quantized: Path) -> None:
         self.quantized = quantized
+        self._config: PretrainedConfig = frozen_config.read(quantized)
+        tokenizer_check.check_copy(load_tokenizer(quantized), quantized)
         self.task: ModelTask = tasks.task_of_folder(quantized)
-        self._config: PretrainedConfig = AutoConfig.from_pretrained(
-            quantized, local_files_only=True, trust_remote_code=remote_code.permitted()
-        )
         self._expected: dict[tuple[str, int, int], list[ExpectedLogits]] = {}
 
     def prompt_sets(self, context_length: int, seed: int, count: int) -> list[PromptSet]:
@@ -170,6 +168,7 @@ class FrozenReference:
         key = (f"{rounding.name} {sorted(rounding.blocks.items())} {context_length}", seed, count)
         if key not in self._expected:
             model, names = reference.load_dequantized(self.quantized)
+            weights_check.check_vocabulary(model, load_tokenizer(self.quantized), str(self.quantized))
             with emulate_rounding(model, names, rounding):
                 sets = self.prompt_sets(context_length, seed, count)
                 self._expected[key] = [self._expected_of_set(model, prompts) for prompts in sets]
@@ -252,7 +251,7 @@ class FrozenReference:
 
 def not_comparable(quantized: Path) -> str:
     """Return why an artifact of this checkpoint cannot be compared with it, as a sentence; empty where it can."""
-    config = AutoConfig.from_pretrained(quantized, local_files_only=True, trust_remote_code=remote_code.permitted())
+    config = frozen_config.read(quantized)
     if getattr(config, "quantization_config", None) is None:
         return "The checkpoint holds float weights, and nothing was frozen."
     if (quantized / "adapter").is_dir():

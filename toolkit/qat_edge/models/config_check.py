@@ -339,8 +339,23 @@ def check_keys(config: PretrainedConfig, document: Mapping[str, Any], source: st
     if unread:
         shown = ", ".join(_written(key) for key in unread)
         progress.warn(f"{where}: {name} does not read {readers.shorten(shown, 300)}")
-    _check_activation(config, where)
-    _check_rope(config, document, where)
+    check_choices(config, document, where)
+
+
+def check_choices(config: PretrainedConfig, document: Mapping[str, Any], where: str) -> None:
+    """Refuse names of functions that the class of a model does not know: its activation, its rotary embedding.
+
+    Args:
+        config: Configuration of the model.
+        document: The keys it was made from.
+        where: The file, for messages.
+
+    Raises:
+        ModelError: Names key and value.
+    """
+    if is_of_transformers(config):
+        _check_activation(config, where)
+        _check_rope(config, document, where)
 
 
 def _check_class(config: PretrainedConfig, document: Mapping[str, Any], where: str) -> None:

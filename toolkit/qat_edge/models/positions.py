@@ -9,11 +9,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from qat_edge import remote_code
-from qat_edge.errors import ExportError
-from qat_edge.manifest import read_manifest
+from qat_edge import readers, remote_code
+from qat_edge.errors import ExportError, RunError
+from qat_edge.manifest import MANIFEST, read_manifest
 
 CHANGING_ROPE = ("dynamic", "longrope")  # rotary embeddings whose frequencies change with the length of the text
+
+MOST_TOKENS = 2**24  # of an artifact's context
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -59,6 +61,15 @@ def positions_of_folder(folder: Path) -> int | None:
 
 
 def context_of_artifact(folder: Path) -> int:
-    """Return the tokens of prompt and answer together that an artifact holds, from its manifest."""
-    length: int = read_manifest(folder)["options"]["context_length"]
+    """Return the tokens of prompt and answer together that an artifact holds, from its manifest.
+
+    Raises:
+        RunError: the manifest has no such number.
+    """
+    options = read_manifest(folder).get("options")
+    length = options.get("context_length") if isinstance(options, dict) else None
+    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
+        raise RunError(
+            f"{folder / MANIFEST}: damaged, its options have context_length {readers.show(length)}. Export again."
+        )
     return length

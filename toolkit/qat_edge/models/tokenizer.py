@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.models.hub import one_line
 from qat_edge.models.tokenizer_check import native_errors
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
@@ -24,13 +25,23 @@ TOKENIZER_FILES = (
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 GENERATION_CONFIG = "generation_config.json"
 EOS = "eos_token_id"
+# What the classes of tokenizers raise for files with wrong values, or of another class.
+LOADING_ERRORS = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError,
+    ImportError, NameError,
+)  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    failure = f"{folder}: the tokenizer cannot be loaded"
-    with native_errors(failure, "Export again, or copy the folder again."), remote_code.refusals(folder):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code.permitted())
+    failure, advice = f"{folder}: the tokenizer cannot be loaded", "Export again, or copy the folder again."
+    try:
+        with native_errors(failure, advice), remote_code.refusals(folder):
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=remote_code.permitted()
+            )
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{failure} ({one_line(error)}). {advice}") from error
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -140,6 +140,20 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             _require_same(tokenizer, stored, folder)
 
 
+def check_copy(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse the tokenizer of a folder that qat-edge wrote if it is not that of its tokenizer.json.
+
+    Differences that do no harm were reported before training.
+
+    Raises:
+        ModelError: The loaded tokenizer is another one than that of tokenizer.json.
+    """
+    path = folder / TOKENIZER_JSON
+    if tokenizer.is_fast and path.is_file():
+        with native_errors(f"{path}: cannot be read as a tokenizer", "Restore the file."):
+            _require_same(tokenizer, Tokenizer.from_file(str(path)), folder, report=False)
+
+
 def warn_of_losses(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Report a tokenizer that does not give a text back. A model cannot learn to write what its tokenizer leaves out.
 
@@ -181,7 +195,7 @@ def _without_random_ids(model: Model) -> list[tuple[str, Any]]:
     return found
 
 
-def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder: Path) -> None:
+def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder: Path, *, report: bool = True) -> None:
     """Refuse a tokenizer that differs from tokenizer.json in plain text; report one that differs elsewhere."""
     named = _named_class(folder)
     kept, loaded = stored.get_vocab(), tokenizer.get_vocab()
@@ -205,6 +219,8 @@ def _require_same(tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, folder:
                 f"{differs}. Correct tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast takes "
                 "tokenizer.json as it is), or restore both files."
             )
+        if not report:
+            continue
         progress.warn(
             f"{differs}. Training and the artifacts use the tokenizer that was built. If the model was trained with "
             "tokenizer.json, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."

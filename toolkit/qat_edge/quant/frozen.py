@@ -38,7 +38,7 @@ from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import config_check, tasks
-from qat_edge.quant import frozen_check, numerics, rotated_norm
+from qat_edge.quant import frozen_check, frozen_config, numerics, rotated_norm
 from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, SEQ, SEQ_TYPE_BITS
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -110,11 +110,13 @@ def load(folder: Path) -> PreTrainedModel:
 
     Raises:
         RunError: The folder holds no frozen checkpoint.
-        ModelError: It needs code of its own, which the command does not permit.
+        ModelError: It needs code of its own, which the command does not permit, or config.json has a value that no
+            model can have.
     """
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder}: no frozen checkpoint here. `qat-edge export` makes one.")
     # The task decides the transformers class, and what a loaded model still needs.
+    frozen_config.read(folder)
     task = tasks.task_of_folder(folder)
     if (folder / MANIFEST).is_file() and "scheme" in read_manifest(folder):
         _check_tensors(folder)
@@ -304,6 +306,9 @@ def _check_tensors(folder: Path) -> None:
                 raise RunError(f"{path}: {twice[0]} is in another file of the folder, too. Make the folder again.")
             weights, floats = weights | stored, floats | tensors
     frozen_check.require_sound(folder, read_scheme(folder), weights, iter(floats.items()))
+    shapes = {name: tuple(weight.codes.shape) for name, weight in weights.items()}
+    frozen_config.require_shapes(folder, frozen_config.read(folder), shapes)
+    frozen_check.remember(folder)
 
 
 def _stored_weights(file: Any) -> dict[str, frozen_check.StoredWeight]:

@@ -48,7 +48,7 @@ _checked: set[tuple[Any, ...]] = set()  # checkpoints of this process, so that e
 
 
 def is_checked(folder: Path) -> bool:
-    """Return whether a checkpoint, as its files are now, has passed `require_sound` in this process."""
+    """Return whether a checkpoint, as its files are now, has passed all checks in this process."""
     return _stamp(folder) in _checked
 
 
@@ -80,6 +80,10 @@ def require_sound(folder: Path, scheme: Scheme, weights: Mapping[str, StoredWeig
             f"{'; '.join(faults[:SHOWN_FAULTS])}{more}. Restore the folder, or make it again: "
             "`qat-edge quantize --force`."
         )
+
+
+def remember(folder: Path) -> None:
+    """Note that a checkpoint passed all checks, so that `is_checked` knows it."""
     _checked.add(_stamp(folder))
 
 
@@ -88,7 +92,7 @@ def _is_one_table(one: StoredWeight, other: StoredWeight) -> bool:
 
 
 def _stamp(folder: Path) -> tuple[Any, ...]:
-    files = [path.stat() for path in sorted(folder.glob("*.safetensors"))]
+    files = [path.stat() for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]]
     return sha256(folder / MANIFEST), *((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
 
 

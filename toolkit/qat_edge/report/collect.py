@@ -210,9 +210,11 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
             missing[f"{prefix}exports"] = f"{variant.exports} is missing; `qat-edge export` writes it"
             continue
         for folder in sorted(variant.exports.iterdir()):
-            if not (folder / MANIFEST).is_file():
-                continue
             name = f"{prefix}exports/{folder.name}"
+            if not (folder / MANIFEST).is_file():
+                if folder in variant.damaged_exports():
+                    missing[name] = f"{folder} is damaged: it has no {MANIFEST}; `qat-edge export --force` writes it"
+                continue
             manifest = _manifest(folder, name, missing)
             if manifest:
                 found[name] = manifest

@@ -292,8 +292,8 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
     task = training_examples.task_for_rows(config, RowStream(options.data, report=False), options.data)
     if task == SentenceEncoder(scored=False) and options.batch_size < 2:
         raise UsageError(
-            "--batch-size 1: with rows of 'anchor' and 'positive', the other texts of a batch are the wrong answers, so "
-            "a batch of one teaches nothing. Give at least 2."
+            "--batch-size 1: with rows of 'anchor' and 'positive', the other texts of a batch are the wrong answers, "
+            "so a batch of one teaches nothing. Give at least 2."
         )
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task

@@ -23,6 +23,7 @@ from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest,
 from qat_edge.models import positions, tasks
 from qat_edge.models.generation_settings import describe_left_out
 from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
+from qat_edge.quant import frozen_config
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -159,6 +160,7 @@ def export_one(
     began = time.monotonic()
     progress.info(f"Exporting {folder}")
     check_files(variant.quantized)
+    frozen_config.read(variant.quantized)
 
     with replace_folder(folder, force=True) as work:
         target.export(variant.quantized, work, _context_length(options), **_given(target, options))

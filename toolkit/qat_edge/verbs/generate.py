@@ -14,7 +14,7 @@ from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files
-from qat_edge.models import tasks
+from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.generation_settings import greedy_decoding
 from qat_edge.models.positions import context_of_artifact, positions_of_folder
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
@@ -71,6 +71,7 @@ def generate(
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
+    tokenizer_check.check_copy(tokenizer, folder)
     if raw:
         if system is not None:
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
@@ -191,6 +192,7 @@ def _generate_in_torch(
 ) -> None:
     """Continue the ids of a prompt with the frozen checkpoint in torch."""
     model, eos_ids = frozen.load(folder), end_tokens(folder)
+    weights_check.check_vocabulary(model, tokenizer, str(folder))
     prompt = torch.tensor([ids])
     # One prompt needs no padding, so any id will do; the mask says that every token counts.
     with torch.no_grad(), greedy_decoding(model, eos_ids, eos_ids[0], max_new_tokens):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qat_edge import progress
+from qat_edge import progress, readers
 from qat_edge.data import conversation
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
@@ -26,6 +26,7 @@ from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
+from qat_edge.models.positions import context_of_artifact
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
@@ -33,7 +34,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-from qat_edge_exporters.targets import KV_CACHE_INT8, Target, require_known, target_named
+from qat_edge_exporters.targets import KV_CACHE_FLOAT, KV_CACHE_INT8, Target, require_known, target_named
 
 NOT_RUN = Parity(not_measured="The artifact was only read.")
 # Rotary tables of the ONNX builder for models that pair neighbouring channels: nothing here computes those.
@@ -56,6 +57,7 @@ class Verified:
             them in a form that cannot be compared.
         floats_equal: how many of them are equal, bit for bit.
         parity: what it computes, compared with the checkpoint.
+        context_length: tokens that its files are made for; None for an encoder.
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class Verified:
     floats: int | None = None
     floats_equal: int = 0
     parity: Parity = NOT_RUN
+    context_length: int | None = None
 
     def describe(self) -> str:
         """Return the line that `qat-edge verify` prints."""
@@ -107,6 +110,12 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
     for variant, target in found:
         require_known(variant.exports / target)
+    for damaged in (folder for v in run.variants() for folder in v.damaged_exports()):
+        if not targets or damaged.name in targets:
+            raise RunError(
+                f"{damaged}: damaged, without {MANIFEST}. Copy the folder again, or export again: "
+                f"`qat-edge export {run.path} --force`."
+            )
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = f"{', '.join(sorted(missing))} not exported yet" if missing else "nothing exported yet"
@@ -122,6 +131,8 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     for variant, target in found:
         progress.info(f"Reading and running {variant.exports / target}")
         results.append(_verify_artifact(variant, target, references[variant.quantized]))
+        if results[-1].parity.not_measured:
+            progress.warn(f"{results[-1].folder} was not run: {results[-1].parity.not_measured}")
     write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
     return results
 
@@ -138,16 +149,23 @@ def _record(run: Run, result: Verified) -> dict[str, Any]:
 def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) -> Verified:
     """Read one artifact back and run it."""
     folder = variant.exports / target
-    manifest = read_manifest(folder)
+    context_length, cache = context_of_artifact(folder), read_manifest(folder)["options"].get("kv_cache")
+    if cache not in (None, KV_CACHE_FLOAT, KV_CACHE_INT8):
+        raise ArtifactError(
+            f"{folder / MANIFEST}: its options have kv_cache {readers.show(cache)}, expected {KV_CACHE_FLOAT} or "
+            f"{KV_CACHE_INT8}. Export again, or restore the file."
+        )
     result = verify_folder(folder, target, variant.quantized)
 
     reason = parity.not_comparable(variant.quantized)
     if reason:
         return dataclasses.replace(result, parity=Parity(not_measured=reason))
-    options = manifest["options"]
-    measured = parity.measure(
-        folder, target, reference, options["context_length"], options.get("kv_cache") == KV_CACHE_INT8
-    )
+    if result.context_length is not None and result.context_length != context_length:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: context_length {context_length}, but the artifact holds {result.context_length} "
+            "tokens. Export again, or restore the file."
+        )
+    measured = parity.measure(folder, target, reference, context_length, cache == KV_CACHE_INT8)
     faults = [f"It does not compute the frozen checkpoint. {measured.fault}"] if measured.fault else []
     return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
 
@@ -166,6 +184,7 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
     faults += _unexpected(scheme, artifact)
     # The end tokens mean nothing with another tokenizer.
+    faults += _copy_faults(folder, quantized, record.copied) + record.setting_faults(folder, quantized)
     faults += _tokenizer_faults(folder, quantized) or _conversation_faults(folder, quantized, artifact.end_tokens)
     if (folder / MANIFEST).is_file():
         faults += [f"{fault}." for fault in file_faults(folder, read_manifest(folder), "exported")]
@@ -180,6 +199,18 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         faults=faults,
         floats=floats.total,
         floats_equal=floats.equal,
+        context_length=artifact.context_length,
+    )
+
+
+def conclusion(results: Sequence[Verified]) -> str:
+    """Return what equal artifacts are known to be, as a phrase: those that were only read may compute anything."""
+    unrun = sorted({result.target for result in results if result.parity.not_measured})
+    if not unrun:
+        return f"Verified {len(results)} artifacts: equal to the frozen checkpoint"
+    return (
+        f"Verified {len(results)} artifacts: their files hold what was frozen, but what {', '.join(unrun)} computes "
+        "was NOT measured"
     )
 
 
@@ -301,13 +332,24 @@ def _is_structural(values: NDArray[np.float32]) -> bool:
 
 def _tokenizer_faults(folder: Path, quantized: Path) -> list[str]:
     """Compare the artifact's tokenizer, with its chat template, with the checkpoint's."""
-    faults = []
+    extra = sorted({*tokenizer.tokenizer_files(folder)} - {*tokenizer.tokenizer_files(quantized)})
+    faults = [f"{name}: not in the tokenizer the model was trained with" for name in extra]
     for name in tokenizer.tokenizer_files(quantized):
         if not (folder / name).is_file():
             faults.append(f"{name}: missing; the app would have no tokenizer or template")
         elif sha256(folder / name) != sha256(quantized / name):
             faults.append(f"{name}: not the tokenizer the model was trained with")
     return faults
+
+
+def _copy_faults(folder: Path, quantized: Path, names: Sequence[str]) -> list[str]:
+    """Compare the artifact's copies of other files with the checkpoint's: runners take end tokens from there."""
+    present = [name for name in names if (quantized / name).is_file()]
+    return [
+        f"{name}: not the file of {quantized}"
+        for name in present
+        if not (folder / name).is_file() or sha256(folder / name) != sha256(quantized / name)
+    ]
 
 
 def _conversation_faults(folder: Path, quantized: Path, ends: Sequence[int] | None) -> list[str]:

@@ -126,6 +126,8 @@ def open_pte(path: Path) -> PTEFile:
         expected = header.segment_base_offset + header.segment_data_size
         if len(data) < expected:
             raise ArtifactError(f"{path}: cut short: {len(data)} of {expected} bytes. {remedy}")
+        if header.segment_data_size and len(data) > expected:
+            raise ArtifactError(f"{path}: {len(data)} bytes, but its header describes {expected} of them. {remedy}")
         return deserialize_pte_binary(data)
     except PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, it cannot be parsed ({error}). {remedy}") from error
