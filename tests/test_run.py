@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from qat_edge import storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
+from qat_edge.models.positions import context_of_artifact
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, write_text
 from qat_edge.verbs.verify import verify
@@ -230,3 +231,10 @@ def test_an_export_folder_without_a_manifest_is_damaged(tmp_path: Path) -> None:
     assert run.damaged_exports() == [run.exports / "executorch"]
     with pytest.raises(RunError, match=r"executorch: damaged, without manifest\.json"):
         verify(run, ())
+
+
+@pytest.mark.parametrize("length", [10**9, -7, 0])
+def test_a_context_that_no_artifact_has_is_damage(tmp_path: Path, length: int) -> None:
+    write_manifest(tmp_path, "export", options={"context_length": length}, quantized_sha256="")
+    with pytest.raises(RunError, match=f"damaged, its options have context_length {length}"):
+        context_of_artifact(tmp_path)

@@ -1,8 +1,8 @@
 """Find nodes that the exporter does not make: equal matrices say nothing about what a graph adds to their products.
 
 A run on a few prompts finds another function, but not one that differs for rare inputs alone. Such a graph has to
-decide on tokens. So ids may only choose rows of the embedding, masks may only reach the attention, nothing may be added to the
-products of the head, and no operator may compare values.
+decide on tokens. So ids may only choose rows of the embedding, masks may only reach the attention, nothing may be
+added to the products of the head, and no operator may compare values.
 """
 
 from __future__ import annotations
