@@ -313,6 +313,8 @@ def test_portable_is_for_executorch_only(tmp_path: Path, monkeypatch: pytest.Mon
         given[out.name.split(".")[1]] = extras
 
     variant, options = Variant(tmp_path), ExportOptions(portable=True)
+    variant.quantized.mkdir()
+    (variant.quantized / "config.json").write_text('{"model_type": "llama"}')
     write_manifest(variant.quantized, "quantized")
     monkeypatch.setattr(targets, "load", lambda entry: exporter)
     for target in options.target:

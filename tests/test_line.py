@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -235,10 +236,10 @@ def test_a_killed_export_leaves_no_artifact(run: Run, tmp_path: Path) -> None:
     shutil.rmtree(copy / "exports")
     command = [sys.executable, "-m", "qat_edge", "export", str(copy), "--target", "executorch", "--ptq", "none"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(copy.glob("exports/.executorch-*")):
+    while process.poll() is None and not list(copy.glob("exports/.executorch.*")):
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "the export ended before it was killed"
     assert not (copy / "exports" / "executorch").exists()
     assert Run(copy).targets() == []
 
