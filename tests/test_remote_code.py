@@ -18,6 +18,7 @@ from conftest import train_run
 from qat_edge import config, remote_code
 from qat_edge.cli.commands import main
 from qat_edge.errors import ModelError, RunError, UsageError
+from qat_edge.manifest import sha256
 from qat_edge.models import merge
 from qat_edge.models.load import load_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
@@ -53,6 +54,7 @@ class Received:
         shutil.copytree(run.path, self.run.path)
         for part in (self.run.adapter, self.run.reference):
             self._edit(part / "manifest.json", self._claim)
+        self._edit(self.run.checkpoints / "inputs.json", self._claim)
         text = self.run.config.read_text()
         self.run.config.write_text(text.replace("finetune:\n", "finetune:\n  trust_remote_code: true\n"))
 
@@ -69,6 +71,7 @@ class Received:
 
     def _claim(self, manifest: dict[str, Any]) -> None:
         manifest["model"] |= {"trust_remote_code": True, "source": str(self.model)}
+        manifest["model"]["identity"]["settings"]["config.json"] = sha256(self.model / "config.json")
 
 
 @pytest.fixture

@@ -254,6 +254,8 @@ def test_each_backend_has_its_folder_and_reports_its_differences(
     def exporter(checkpoint: Path, out: Path, context_length: int, **extras: Any) -> None:
         given[out.name.split(".")[1]] = extras
 
+    variant.quantized.mkdir()
+    (variant.quantized / "config.json").write_text('{"model_type": "llama"}')
     write_manifest(variant.quantized, "quantized")
     monkeypatch.setattr(targets, "load", lambda entry: exporter)
     options = ExportOptions(backend=name)

@@ -206,9 +206,7 @@ def test_unmerged_adapters_are_not_compared_and_float_weights_are_refused(varian
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        RunError, match="has the scheme of a frozen checkpoint, and config.json has no quantization_con"
-    ):
+    with pytest.raises(RunError, match="has the scheme of a frozen checkpoint, and config"):
         parity.not_comparable(copy)
 
 

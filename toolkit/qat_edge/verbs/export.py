@@ -156,6 +156,7 @@ def export_one(
         RunError: the checkpoint is not as it was written.
         ExportError: the target cannot express the model, or the artifact does not compute the checkpoint.
     """
+    options = dataclasses.replace(options, context_length=_context_length(options))  # for the record
     folder = variant.exports / target.name
     began = time.monotonic()
     progress.info(f"Exporting {folder}")
