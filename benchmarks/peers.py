@@ -118,7 +118,7 @@ class PeerBuilder:
                 # A run whose adapter is the FP32 reference is frozen by rounding to nearest when it is exported.
                 rounded = Run(folder)
                 shutil.copytree(self.run.reference, rounded.adapter)
-                manifest = {**read_manifest(rounded.adapter), "table_bits": [4, 4]}
+                manifest = {**read_manifest(rounded.adapter), "kind": "adapter", "table_bits": [4, 4]}
                 write_text(rounded.adapter / MANIFEST, json.dumps(manifest, indent=2) + "\n")
                 export(rounded, options)
                 (rounded.exports / PTE_TARGET).rename(made)

@@ -164,6 +164,8 @@ def test_the_manifest_records_the_cache_and_another_one_is_exported_again(
         given.update(extras)
 
     variant, options = Variant(tmp_path), ExportOptions(target=("executorch",), kv_cache="int8")
+    variant.quantized.mkdir()
+    (variant.quantized / "config.json").write_text('{"model_type": "llama"}')
     write_manifest(variant.quantized, "quantized")
     monkeypatch.setattr(targets, "load", lambda entry: exporter)
     target = targets.target_named("executorch")
