@@ -26,7 +26,7 @@ from qat_edge.data.conversation import ChatFormat, text_prompt
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.errors import ModelError, RunError, UsageError
-from qat_edge.evaluate import reference
+from qat_edge.evaluate import metrics, reference
 from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.models.wheels import cache_folder
 from qat_edge.options import EvalOptions, ExportOptions, QuantizeOptions
@@ -110,7 +110,7 @@ def test_models_and_artifacts_score_alike(run: Run, messages: list[str]) -> None
     assert nats["onnx"] == pytest.approx(nats["torch"], rel=1e-3)
     assert nats["executorch"] == pytest.approx(nats["torch"], rel=1e-3)
     assert len({round(value, 6) for value in (nats["torch"], nats["rtn/onnx"], nats["reference"], nats["base"])}) == 4
-    assert result.is_perplexity and eval_verb.perplexity(nats["base"]) == pytest.approx(math.exp(nats["base"]))
+    assert result.is_perplexity and metrics.perplexity(nats["base"]) == pytest.approx(math.exp(nats["base"]))
 
 
 def test_the_score_of_a_text_is_its_loss(run: Run) -> None:

@@ -11,15 +11,6 @@ from pathlib import Path
 
 from qat_edge import config
 from qat_edge.cli.commands import main
-from qat_edge.options import (
-    CompareOptions,
-    EvalOptions,
-    ExportOptions,
-    FinetuneOptions,
-    QuantizeOptions,
-    SensitivityOptions,
-    ValidateOptions,
-)
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 WIDTH = 110  # characters of a help text; wider ones scroll on the page
@@ -60,16 +51,7 @@ validate:
 The keys are the names of the flags with underscores. A list is a repeatable flag.
 """
 
-# Options of each section of a configuration file, in the order of the work.
-SECTIONS: dict[str, type] = {
-    "finetune": FinetuneOptions,
-    "sensitivity": SensitivityOptions,
-    "quantize": QuantizeOptions,
-    "export": ExportOptions,
-    "validate": ValidateOptions,
-    "eval": EvalOptions,
-    "compare": CompareOptions,
-}
+SECTIONS = config.SECTIONS
 
 
 def cli_page() -> str:

@@ -14,25 +14,10 @@ import yaml
 from qat_edge import config, profiles
 from qat_edge.cli.commands import main
 from qat_edge.data.formats import load_rows
-from qat_edge.options import (
-    CompareOptions,
-    ExportOptions,
-    FinetuneOptions,
-    QuantizeOptions,
-    SensitivityOptions,
-    ValidateOptions,
-)
+from qat_edge.options import ValidateOptions
 from qat_edge.quant.bit_allocation import load_bits
 from tests.docs.doc_pages import ROOT, CodeBlock, code_blocks
 
-SECTIONS = {
-    "finetune": FinetuneOptions,
-    "sensitivity": SensitivityOptions,
-    "quantize": QuantizeOptions,
-    "export": ExportOptions,
-    "validate": ValidateOptions,
-    "compare": CompareOptions,
-}
 SHELL = [(block, line) for block in code_blocks("") for line in block.code.splitlines() if line.strip()]
 COMMANDS = [(f"{block.name} {line}", line) for block, line in SHELL if line.startswith("qat-edge ")]
 MAKE_TARGETS = {line.split()[1] for _, line in SHELL if line.startswith("make ")}
@@ -77,7 +62,7 @@ def test_every_yaml_block_loads(block: CodeBlock, tmp_path: Path) -> None:
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
     else:
         found = config.read_sections(path)
-        assert found and all(config.load(SECTIONS[section], section, path, {}) for section in found)
+        assert found and all(config.load(config.SECTIONS[section], section, path, {}) for section in found)
 
 
 @pytest.mark.parametrize("block", code_blocks("toml"), ids=lambda block: block.name)

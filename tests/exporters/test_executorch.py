@@ -267,7 +267,7 @@ def export_error(config: PretrainedConfig, tmp_path: Path, context_length: int, 
 
 
 def test_more_positions_than_the_model_has_are_refused(tmp_path: Path) -> None:
-    assert "positions for 128 at most" in export_error(llama(), tmp_path, 129)
+    assert "positions for 128 tokens at most" in export_error(llama(), tmp_path, 129)
 
 
 def test_rotary_embeddings_that_change_are_refused(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ from qat_edge.readers import shorten, show
 
 Options = TypeVar("Options")
 MAX_TEXT = 4096  # characters of one value; the longest path of Linux
-SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold
-    "finetune": FinetuneOptions, "quantize": QuantizeOptions, "export": ExportOptions, "validate": ValidateOptions,
-    "eval": EvalOptions, "sensitivity": SensitivityOptions, "compare": CompareOptions,
+SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold, in the order of the work
+    "finetune": FinetuneOptions, "sensitivity": SensitivityOptions, "quantize": QuantizeOptions,
+    "export": ExportOptions, "validate": ValidateOptions, "eval": EvalOptions, "compare": CompareOptions,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.graph import attention, lowering, quantized_modules, tracing
 from qat_edge_exporters.executorch.pte import runner_contract, shared_table
+from qat_edge_exporters.targets import COPIED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,7 +242,7 @@ def _require_expressible(source: _Source) -> None:
 def _copy_files(frozen: Path, out: Path) -> None:
     """Copy the tokenizer and the configurations, which runners and readers need."""
     tokenizer.copy_tokenizer_files(frozen, out)
-    for name in runner_contract.OTHER_FILES:
+    for name in COPIED:
         if (frozen / name).is_file():
             with disk_errors(out):
                 shutil.copyfile(frozen / name, out / name)

@@ -28,7 +28,6 @@ MULTIPLIERS = {
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "logit_scale": 1.0,
     "lm_head_multiplier": 1.0,
 }  # fmt: skip
-PARTIAL = "partial_rotary_factor"
 CLIPPED = ("clip_qkv", "swiglu_limit")  # numbers at which models clip values
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")  # attributes of norms
 
@@ -131,5 +130,5 @@ def _rotated_channels(config: PretrainedConfig) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)  # some models have parameters for each layer type
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = parameters.get(PARTIAL, 1.0) if config_check.reads_rope(config, PARTIAL) else 1.0
+    share = parameters.get(config_check.PARTIAL, 1.0) if config_check.reads_rope(config, config_check.PARTIAL) else 1.0
     return int(width * share)

@@ -142,7 +142,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     from qat_edge.verbs.finetune import finetune as verb
     from qat_edge.verbs.quantize import target_flag
 
-    check_export_section(options, config_path)
+    check_export_section(options, exporting, config_path)
     with remote_code.permit(options.trust_remote_code):
         result = verb(options, out, resume=resume, force=force, context_length=exporting.context_length)
     if as_json:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
+from qat_edge.evaluate.metrics import perplexity
 from qat_edge.evaluate.results import Measurement, Report, Spread
 from qat_edge.quant.bit_allocation import Choice, LayerCost, Sensitivity
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.verbs.demo import Stage
-from qat_edge.verbs.eval import Evaluated, SourceScore, perplexity
+from qat_edge.verbs.eval import Evaluated, SourceScore
 
 # Short titles, so that a table fits a terminal of 80 columns.
 SUMMARY_COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")

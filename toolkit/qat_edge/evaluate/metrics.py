@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,8 +104,8 @@ class LogitComparison:
         return LogitMetrics(
             kl_nats=self._kl / self._tokens,
             top1_agreement=self._agreeing / self._tokens,
-            perplexity_reference=_perplexity(self._nll_reference / self._tokens),
-            perplexity=_perplexity(self._nll / self._tokens),
+            perplexity_reference=perplexity(self._nll_reference / self._tokens),
+            perplexity=perplexity(self._nll / self._tokens),
             sqnr_db=_decibels(self._signal, self._noise),
             tokens=self._tokens,
         )
@@ -167,19 +167,34 @@ def _parts(text: str) -> list[tuple[bool, str]]:
     Returns:
         Pairs of "is JSON" and the part. Texts of white space are left out.
     """
-    decoder, parts, start, position = json.JSONDecoder(), [], 0, 0
+    parts, end = [], 0
+    for found in json_in_text(text):
+        parts += [(False, text[end : found.start].strip()), (True, _canonical(found.value))]
+        end = found.end
+    parts.append((False, text[end:].strip()))
+    return [(is_json, part) for is_json, part in parts if part]
+
+
+class JsonInText(NamedTuple):
+    """An object or list of JSON between other text: its value, and where it begins and ends."""
+
+    value: Any
+    start: int
+    end: int
+
+
+def json_in_text(text: str) -> Iterator[JsonInText]:
+    """Yield the outermost objects and lists of JSON in a text, in order."""
+    decoder, position = json.JSONDecoder(), 0
     while found := JSON_START.search(text, position):
         try:
-            value, end = decoder.raw_decode(text, found.start())
+            value, position = decoder.raw_decode(text, found.start())
         except RecursionError:
-            break  # no model means this
+            return  # no model means this
         except ValueError:
             position = found.end()  # a bracket of the text
             continue
-        parts += [(False, text[start : found.start()].strip()), (True, _canonical(value))]
-        start = position = end
-    parts.append((False, text[start:].strip()))
-    return [(is_json, part) for is_json, part in parts if part]
+        yield JsonInText(value, found.start(), position)
 
 
 def _canonical(value: Any) -> str:
@@ -194,7 +209,7 @@ def _kl_by_token(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDAr
     return np.asarray((p * terms).sum(axis=-1))
 
 
-def _perplexity(loss_nats: float) -> float:
+def perplexity(loss_nats: float) -> float:
     """Return exp(loss), infinity where that is beyond a float: math.exp raises an error."""
     try:
         return math.exp(loss_nats)

@@ -28,10 +28,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qat_edge import progress, readers
 from qat_edge.errors import ModelError
 from qat_edge.models import tasks
+from qat_edge.models.tokenizer import GENERATION_CONFIG
 
 CONFIG = "config.json"
 # Read by transformers next to the weights, if they are there.
-GENERATION_CONFIG = "generation_config.json"
 OTHER_FILES = (
     GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json",
 )  # fmt: skip

@@ -46,6 +46,7 @@ from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
+from qat_edge.options import MOST_LAYERS
 from qat_edge_exporters.targets import FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
@@ -58,7 +59,6 @@ PARSE_ERRORS = (*WRONG_VALUES, struct.error, OSError, SafetensorError)
 DOWNLOAD_ERRORS = (*WRONG_VALUES, OSError, httpx2.HTTPError)
 # The classes of tokenizers fail in further ways where the files are of another class.
 TOKENIZER_ERRORS = (*DOWNLOAD_ERRORS, ImportError, NameError)
-MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from transformers import AutoConfig, PretrainedConfig
 from qat_edge import readers, remote_code
 from qat_edge.errors import ExportError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.options import MOST_TOKENS
 
 CHANGING_ROPE = ("dynamic", "longrope")  # rotary embeddings whose frequencies change with the length of the text
-
-MOST_TOKENS = 2**24  # of an artifact's context
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

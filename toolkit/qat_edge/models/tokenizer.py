@@ -14,7 +14,7 @@ from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.hub import one_line
-from qat_edge.models.tokenizer_check import native_errors
+from qat_edge.models.tokenizer_check import NAMED_TEMPLATES, native_errors
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
 
@@ -22,7 +22,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
-NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 GENERATION_CONFIG = "generation_config.json"
 EOS = "eos_token_id"
 # What the classes of tokenizers raise for files with wrong values, or of another class.

@@ -26,7 +26,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 BYTE_ORDER_MARK = "\ufeff"
-TEMPLATES_FOLDER = "additional_chat_templates"
+NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 TOKEN_USES = ("bos_token", "eos_token")
 
 PLAIN = "the man in the house reads one book and then another"
@@ -92,7 +92,7 @@ def check_templates(folder: Path) -> None:
     Raises:
         ModelError: Names the file.
     """
-    for path in (folder / TEMPLATE_FILE, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))):
+    for path in (folder / TEMPLATE_FILE, *sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))):
         if path.is_file():
             read_text(path, ModelError)
     path = folder / TOKENIZER_CONFIG

@@ -16,13 +16,12 @@ BFCL's own checker imports the clients of a dozen APIs. A test compares the two 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qat_edge.errors import DataError
-from qat_edge.evaluate.metrics import JSON_START
+from qat_edge.evaluate.metrics import json_in_text
 from qat_edge.readers import parse_json
 
 TYPES: dict[str, type] = {
@@ -47,15 +46,8 @@ class Call(NamedTuple):
 
 def calls_in(text: str) -> list[Call]:
     """Return the calls that a model wrote as JSON, {"name": ..., "arguments": {...}}, alone or in lists."""
-    decoder, found, position = json.JSONDecoder(), [], 0
-    while start := JSON_START.search(text, position):
-        try:
-            value, position = decoder.raw_decode(text, start.start())
-        except RecursionError:
-            break  # no model means this
-        except ValueError:
-            position = start.end()  # a bracket of the text
-            continue
+    found = []
+    for value, _, _ in json_in_text(text):
         items = value if isinstance(value, list) else [value]
         found += [call for item in items if (call := _as_call(item)) is not None]
     return found

@@ -16,8 +16,9 @@ from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import config_check, tasks
 from qat_edge.models.hub import one_line
-from qat_edge.models.load import MOST_LAYERS, WRONG_VALUES
+from qat_edge.models.load import WRONG_VALUES
 from qat_edge.models.meta_model import model_without_weights
+from qat_edge.options import MOST_LAYERS
 
 ADVICE = "Restore the folder, or make it again: `qat-edge quantize --force`."
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qat_edge.config import flag_name, load, read_sections
+from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
 from qat_edge.options import WIDTHS, ExportOptions, FinetuneOptions
@@ -48,7 +48,7 @@ def row_length(options: FinetuneOptions, config: PretrainedConfig) -> int:
     limit = max_positions(config)
     if limit is None or options.max_length <= limit:
         return options.max_length
-    if options.max_length == next(f.default for f in fields(options) if f.name == "max_length"):
+    if options.max_length == FinetuneOptions.max_length:
         return limit
     raise UsageError(
         f"--max-length {options.max_length}: this model has {limit} positions (max_position_embeddings). Longer rows "
@@ -66,15 +66,19 @@ def requested_widths(options: FinetuneOptions) -> set[int]:
     return {options.weight_bits, *bits.values()}
 
 
-def check_export_section(options: FinetuneOptions, path: Path | None) -> None:
+def check_export_section(options: FinetuneOptions, export: ExportOptions, path: Path | None) -> None:
     """Refuse bits that none of the targets in the configuration file's section 'export' can hold.
+
+    Args:
+        options: Of finetune.
+        export: Section 'export' of the file.
+        path: The configuration file; None without one.
 
     Raises:
         UsageError: Names the option and the file.
     """
-    if path is None or not read_sections(path).get("export"):
+    if path is None:
         return
-    export = load(ExportOptions, "export", path, {})
     widths = requested_widths(options)
     reasons = [target_for(name, export.backend).missing_widths(widths) for name in export.target]
     if all(reasons):

@@ -7,7 +7,6 @@ that file already, of the same model under the same settings, are not computed a
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -294,11 +293,3 @@ def _scores(
             raise RunError(f"{name} and {label} cannot be compared: {error}.") from error
         scores.append(SourceScore(name, len(answers), paired.mean(answers), label, change))
     return scores
-
-
-def perplexity(nats: float) -> float:
-    """Return the perplexity of a negative log-probability in nats per token; infinite beyond the largest number."""
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf

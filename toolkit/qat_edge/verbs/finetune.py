@@ -253,11 +253,9 @@ def _finished(run: Run, options: FinetuneOptions) -> Finetuned | None:
     """Return the result of a finished run, with no time spent in this process; None where something is missing."""
     try:
         for folder in (run.adapter, run.reference):
-            if (folder / MANIFEST).is_file() and (faults := file_faults(folder, read_manifest(folder))):
+            if faults := file_faults(folder, read_manifest(folder)):
                 progress.warn(f"{folder} is not as it was written: {faults[0]}")
                 return None
-        read_manifest(run.adapter)
-        read_manifest(run.reference)
         log = read_json(run.path / TRAINING_LOG, RunError)
         if log["steps"] != options.steps:
             return None

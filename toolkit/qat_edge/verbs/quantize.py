@@ -15,6 +15,8 @@ from qat_edge import config, progress
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, Manifest, read_manifest, sha256
 from qat_edge.models import merge
+from qat_edge.models.adapter_files import ADAPTER_WEIGHTS
+from qat_edge.models.merge import WHOLE_MODEL
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
@@ -25,8 +27,6 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge_exporters.targets import FORMATS, target_named
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-WHOLE_MODEL = "model.safetensors"  # of finetune --method full
 NEEDED = ("adapter_sha256", "options", "calibration")  # entries of a checkpoint's manifest that are read here
 
 

@@ -18,6 +18,7 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  regist
 from torch import SymInt, Tensor, nn
 
 from qat_edge.errors import ExportError
+from qat_edge.models import positions
 from qat_edge_exporters.executorch import (
     compat,  # noqa: F401  registers torch.ops.quantized_decomposed
     compat_transformers,
@@ -241,17 +242,7 @@ def check_length(config: PretrainedConfig, context_length: int) -> None:
     Raises:
         ExportError: `context_length` exceeds the number of positions that the model has.
     """
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and most < 1:
-        raise ExportError(
-            f"executorch: max_position_embeddings in the checkpoint's config.json is {most}, expected at least 1. "
-            "Restore the file, or freeze the checkpoint again."
-        )
-    if most is not None and context_length > most:
-        raise ExportError(
-            f"executorch: a context of {context_length} tokens, and {config.model_type} has positions for {most} at "
-            f"most. Give --context-length {most} or less."
-        )
+    positions.require_positions(context_length, getattr(config, "max_position_embeddings", None))
 
 
 def fix_rotary_frequencies(model: nn.Module, context_length: int) -> None:

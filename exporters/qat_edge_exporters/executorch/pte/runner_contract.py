@@ -20,7 +20,6 @@ REQUIRED = (
 )  # fmt: skip
 ENCODER = ("get_max_length", "get_output_width")  # of a program that keeps no cache and generates nothing
 LISTS = ("get_eos_ids",)  # methods that return any number of values
-OTHER_FILES = ("config.json", "generation_config.json")
 # The runner's use of each value, and its behaviour without it.
 # https://github.com/pytorch/executorch/blob/v1.4.1/extension/llm/runner/llm_runner_helper.cpp
 USES = {
