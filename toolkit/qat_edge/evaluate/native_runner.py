@@ -21,7 +21,7 @@ from qat_edge.evaluate.evaluator import Evaluator, announce_timing, as_agreement
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, outputs_match
 from qat_edge.evaluate.reference import Logits, spread
 from qat_edge.evaluate.results import Measurement, Speed
-from qat_edge.manifest import read_manifest
+from qat_edge.models.positions import context_of_artifact
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Variant
 from qat_edge_devices.runtimes.native_runtime import NativeRunner, RunnerTimings
@@ -119,7 +119,7 @@ def _score(evaluator: Evaluator, runner: NativeRunner, folder: Path, own: bool) 
 
     The runner takes inputs of the program's context length only and returns the logits of the last token.
     """
-    width = int(read_manifest(folder)["options"]["context_length"])
+    width = context_of_artifact(folder)
     fitting = [(i, s) for i, s in enumerate(evaluator.eval_set.sequences) if width - 1 in s.positions]
     if not fitting:
         reason = f"the runner takes {width} tokens a call and no other number, and no compared sequence is that long"

@@ -27,8 +27,9 @@ from qat_edge.evaluate import reference
 from qat_edge.evaluate.evaluator import device_errors
 from qat_edge.evaluate.metrics import first_not_finite, log_softmax
 from qat_edge.evaluate.reference import Logits
-from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
+from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge
+from qat_edge.models.positions import context_of_artifact
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge.run import Run, Variant
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
@@ -92,10 +93,7 @@ class ModelSource:
     @property
     def context_length(self) -> int | None:
         """Tokens that an artifact holds, prompt and answer together; None for torch, which has no such limit."""
-        if self.kind not in TARGETS:
-            return None
-        length: int = read_manifest(self.folder)["options"]["context_length"]
-        return length
+        return context_of_artifact(self.folder) if self.kind in TARGETS else None
 
 
 def find_source(run: Run, name: str) -> ModelSource:
