@@ -164,12 +164,12 @@ def test_a_file_that_exports_to_a_pte_alone_is_refused_before_training(
 ) -> None:
     (tmp_path / "bits.yaml").write_text(yaml.safe_dump({"bits": {UP: 2}}))
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"export": {"target": target}}))
     options = replace(base, bits=str(tmp_path / "bits.yaml"), weight_bits=4 if by_file else 2)
+    exporting = ExportOptions(target=tuple(target))
     if not refused:
-        return check_export_section(options, path)
+        return check_export_section(options, exporting, path)
     with pytest.raises(UsageError, match="ExecuTorch has no operator for 2-bit weights") as caught:
-        check_export_section(options, path)
+        check_export_section(options, exporting, path)
     assert str(path) in str(caught.value)
     assert ("--bits" if by_file else "--weight-bits 2") in str(caught.value)
 

@@ -79,7 +79,7 @@ def test_a_refused_ssh_login_reports_the_reason(dut: DeviceUnderTest, monkeypatc
     (Path(str(dut.ssh_config)).parent / "user.pub").write_text("")
     with pytest.raises(TransportError, match=r"No key or agent of yours opens it .*\n.*Permission denied"):
         opened(dut)
-    with pytest.raises(TransportError, match=r"ssh:-oProxyCommand=id: cannot be reached"):
+    with pytest.raises(UnknownNameError, match="begins with '-' would be read as an option"):
         open_transport("ssh:-oProxyCommand=id", Access(ssh_config=dut.ssh_config))
     with pytest.raises(UnknownNameError, match="names no host"):
         open_transport("ssh://")
