@@ -12,6 +12,7 @@ second. `quantize --method`, `export` and `validate` then work on that folder as
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import shlex
@@ -63,6 +64,8 @@ QAT_ONLY_OPTIONS = (
     "ptq_init", "rotate", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight",
     "distill_temperature", "distill_top_k", "qat_learning_rate", "lr_restart",
 )  # fmt: skip
+# Options that came after the first published cells. With their defaults a training is what it was without them.
+LATER_OPTIONS = ("weight_bits", "weight_levels", "clip_gradients", "codes")
 PATH_OPTIONS = ("model", "data", "eval_data")
 Figures = dict[str, Any]
 
@@ -157,7 +160,12 @@ class BenchmarkRunner:
         # Defaults that depend on other options are resolved first: a changed rule has to be measured anew.
         resolved = self.options(training)
         resolved = replace(resolved, qat_learning_rate=qat_learning_rate(resolved))
-        options = {k: v for k, v in config.plain(resolved).items() if k not in PATH_OPTIONS}
+        defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
+        options = {
+            name: value
+            for name, value in config.plain(resolved).items()
+            if name not in PATH_OPTIONS and not (name in LATER_OPTIONS and value == defaults[name])
+        }
 
         if training.recipe == FP32:
             options = {k: v for k, v in options.items() if k not in QAT_ONLY_OPTIONS}

@@ -57,6 +57,16 @@ ABLATION: Mapping[str, Overrides] = {
     "QAT from the first step and nothing else": FORMULATION,
 }
 
+# Models of `benchmarks.two_bits`. PTQ alone comes after the last step.
+TWO_BITS_TOKENS = 16384
+_TWO_BITS: Overrides = {"calibration_tokens": TWO_BITS_TOKENS, "weight_bits": 2}
+TWO_BITS: Mapping[str, Overrides] = {
+    "4 bits, PTQ": {"calibration_tokens": TWO_BITS_TOKENS, "qat_start": AFTER_ALL},
+    "2 bits, PTQ": {**_TWO_BITS, "qat_start": AFTER_ALL},
+    "2 bits, QAT": {**_TWO_BITS, "qat_start": 0.5, "qat_learning_rate": 5e-5},
+    "2 bits, QAT of scales": {**_TWO_BITS, "qat_start": 0.5, "codes": "fixed"},
+}
+
 # Step time and peak memory are measured for these schemes, one after the other; the first is the unit of the others.
 LORA = "plain LoRA"
 COSTS: Mapping[str, Overrides] = {
@@ -170,7 +180,13 @@ def check_recipes() -> None:
         UsageError: an override that is no option, a value that the option does not take, or a combination that
             finetune refuses.
     """
-    tables = {"ABLATION": ABLATION, "COSTS": COSTS, "PLAIN_LORA": {FP32: PLAIN_LORA}, "FORMULATION": {"": FORMULATION}}
+    tables = {
+        "ABLATION": ABLATION,
+        "TWO_BITS": TWO_BITS,
+        "COSTS": COSTS,
+        "PLAIN_LORA": {FP32: PLAIN_LORA},
+        "FORMULATION": {"": FORMULATION},
+    }
     for table, recipes in tables.items():
         for name, overrides in recipes.items():
             check_overrides(f"benchmarks/settings.py {table} {name!r}", overrides)
@@ -196,10 +212,10 @@ def check_overrides(where: str, overrides: Overrides) -> None:
 
 
 def recipe(name: str, steps: int) -> dict[str, Any]:
-    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION."""
+    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION or TWO_BITS."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
-    return {} if name == RECOMMENDED else _at_the_end(ABLATION[name], steps)
+    return {} if name == RECOMMENDED else _at_the_end({**ABLATION, **TWO_BITS}[name], steps)
 
 
 def _at_the_end(overrides: Overrides, steps: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from qat_edge.data import tokenization
 from qat_edge.data.conversation import ChatFormat, text_prompt
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import ScoredIds
-from qat_edge.errors import ModelError, RunError, UsageError
+from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.evaluate import metrics, reference
 from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.models.wheels import cache_folder
@@ -384,3 +384,50 @@ def test_every_setting_that_decides_an_answer_is_compared(run: Run) -> None:
     assert one.is_same_measurement(dataclasses.replace(one, wall_s=2.0, created="later"))
     for change in ({"model_sha256": "b"}, {"settings": {}}, {"libraries": {"torch": "3"}}):
         assert not one.is_same_measurement(dataclasses.replace(one, **change))  # type: ignore[arg-type]
+
+
+# --- own rows ------------------------------------------------------------------------------------------------
+
+
+def test_own_rows_are_graded_as_in_validate(run: Run, scripted: dict[str, Scripted], tmp_path: Path) -> None:
+    """Two of three answers are right, one of them with its keys in another order."""
+    answers = ['{"a": 1, "b": 2}', "it is 1", "it is 2"]
+    rows = [{"prompt": f"say {i} ", "completion": answer} for i, answer in enumerate(answers)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scripted["torch"] = Scripted(['{"b": 2, "a": 1}', "it is 1", "it is 3"])
+    result = evaluate(run, options("rows", data=str(path)))
+    assert result.scores[0].score.value == pytest.approx(2 / 3) and result.scores[0].questions == 3
+    assert result.package == str(path) and not result.is_perplexity
+
+    # Other rows of the same length are other questions, although their numbers are the same.
+    path.write_text(path.read_text().replace("say", "tell"))
+    evaluate(run, options("rows", data=str(path)))
+    assert scripted["torch"].calls == 2
+
+
+def test_the_loss_of_own_rows_is_that_of_validate(run: Run) -> None:
+    """Without --data they are the rows of finetune --eval-data, at the positions that training puts loss on."""
+    result = evaluate(run, options("rows_loss"), ("torch", "onnx"))
+    tokenizer = load_tokenizer(run.quantized)
+    source = result.package
+    sequences = tokenization.scored_ids(load_rows(source, "eval"), tokenizer, CONTEXT, 10**6)
+    comparison = metrics.LogitComparison()
+    model = reference.load_exact(run.quantized)
+    with torch.no_grad():
+        for sequence in sequences:
+            logits = model(torch.tensor([sequence.ids])).logits[0, sequence.positions].numpy()
+            comparison.add(logits, logits, sequence.targets)
+    torch_score = result.scores[0]
+    assert result.is_perplexity and torch_score.questions == len(sequences)
+    assert math.exp(torch_score.score.value) == pytest.approx(comparison.result().perplexity, rel=1e-3)
+    assert result.scores[1].score.value == pytest.approx(torch_score.score.value, rel=1e-2)
+
+
+def test_rows_are_for_tasks_of_rows_alone(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data and --task python_docs"):
+        evaluate(run, options("python_docs", data="rows.jsonl"))
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "some words"}) + "\n")
+    with pytest.raises(DataError, match=r"no row has a prompt and an answer.*--task rows_loss"):
+        evaluate(run, options("rows", data=str(path)))

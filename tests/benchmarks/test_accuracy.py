@@ -21,7 +21,7 @@ from benchmarks import accuracy_page, formulations, schedule, settings
 from benchmarks.accuracy_page import MISSING, NO_LOSS, AccuracyResults, recovery, spread
 from benchmarks.cells import Cell, CellStore, publish
 from benchmarks.partial_rounding import partly_rounded, with_table_bits
-from benchmarks.runner import ROOT, BenchmarkRunner, Training
+from benchmarks.runner import LATER_OPTIONS, ROOT, BenchmarkRunner, Training
 from benchmarks.settings import FP32, RECOMMENDED, SETTINGS, TASKS
 from qat_edge import config
 from qat_edge.diagnose.error_budget import PARTS
@@ -354,6 +354,17 @@ def test_a_changed_default_learning_rate_is_another_cell(
     monkeypatch.setattr(trainer, "COMPENSATED_RATIO", 2 * trainer.COMPENSATED_RATIO)
     assert runner.options(qat).qat_learning_rate is None
     assert runner.identity(tuned) == before[0] and runner.identity(qat) != before[1]
+
+
+def test_options_that_came_later_do_not_change_published_cells(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = BenchmarkRunner(tmp_path, str(tiny_model_folder), "cpu", TINY)
+    training = Training("assistant", 0, 3, FP32)
+    before = runner.identity(training)
+    assert not before.keys() & set(LATER_OPTIONS)
+    monkeypatch.setitem(settings.TASKS["assistant"].training, "weight_bits", 2)  # type: ignore[arg-type]
+    assert runner.identity(training) == {**before, "weight_bits": 2}
 
 
 def test_tidying_keeps_checkpoints_of_unfinished_runs(tmp_path: Path) -> None:

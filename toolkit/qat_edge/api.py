@@ -117,6 +117,7 @@ def finetune(
     rotate: str = "auto",
     calibration_tokens: int | None = None,
     scales: str = "learned",
+    codes: str = "trained",
     scale_learning_rate: float = 0.001,
     qat_learning_rate: float | None = None,
     lr_restart: bool = True,
@@ -178,6 +179,8 @@ def finetune(
             are fewer.
         scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
             absmax, fixed, learned.
+        codes: Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales
+            alone. One of trained, fixed.
         scale_learning_rate: Peak learning rate of learned scales, relative to a scale.
         qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
             0.1 after gptq, gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.
@@ -240,6 +243,7 @@ def finetune(
             "rotate": rotate,
             "calibration_tokens": calibration_tokens,
             "scales": scales,
+            "codes": codes,
             "scale_learning_rate": scale_learning_rate,
             "qat_learning_rate": qat_learning_rate,
             "lr_restart": lr_restart,

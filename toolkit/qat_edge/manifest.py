@@ -82,6 +82,7 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "table_bits": (list,),
     "table_bits.*": (int,),
     "learned_scales": (bool,),
+    "fixed_codes": (bool,),
     "libraries.*": (str, type(None)),
     "start": (dict, type(None)),
     "start.sha256": (str,),

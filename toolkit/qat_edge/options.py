@@ -26,10 +26,11 @@ BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
-EVAL_TASKS = (
+PUBLIC_TASKS = (
     "bfcl", "bfcl_simple", "bfcl_multiple", "bfcl_parallel", "bfcl_live_simple", "bfcl_live_multiple",
     "chain_sum", "gsm_symbolic", "gsm8k", "hellaswag", "truthfulqa", "python_docs",
 )  # fmt: skip
+EVAL_TASKS = (*PUBLIC_TASKS, "rows", "rows_loss")  # and the user's own rows
 CALLS = ("auto", "template", "text")
 PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 
@@ -186,6 +187,10 @@ class FinetuneOptions:
     scales: str = option(
         "Group scales during QAT: learned, fixed as initialized, or the largest weight at each step.",
         "learned", ("absmax", "fixed", "learned"), group=QUANTIZATION,
+    )  # fmt: skip
+    codes: str = option(
+        "Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales alone.",
+        "trained", ("trained", "fixed"), group=QUANTIZATION,
     )  # fmt: skip
     scale_learning_rate: float = option(
         "Peak learning rate of learned scales, relative to a scale.", 1e-3, bounds=(0, HIGHEST_RATE), group=QUANTIZATION
@@ -428,9 +433,15 @@ class SensitivityOptions:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options of `eval`: a public task, and how its questions are put."""
+    """Options of `eval`: a task, and how its questions are put."""
 
-    task: str = option("Public task.", choices=EVAL_TASKS, group=MEASURING)
+    task: str = option(
+        "Public task; or rows: answers to your own held-out rows, rows_loss: their loss.",
+        choices=EVAL_TASKS, group=MEASURING,
+    )  # fmt: skip
+    data: str | None = option(
+        "Rows of --task rows and rows_loss; by default those of finetune --eval-data.", None, group=DATA
+    )
     limit: int | None = option(
         "Questions to ask, a fixed random sample; all by default.", None, bounds=(1, MOST_ROWS), group=MEASURING
     )

@@ -28,8 +28,8 @@ from qat_edge.cli.flags import (
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import (
     ARTIFACTS,
-    EVAL_TASKS,
     MOST_TOKENS,
+    PUBLIC_TASKS,
     CompareOptions,
     DoctorOptions,
     EvalOptions,
@@ -299,7 +299,7 @@ def validate(run: Path, config_path: Path | None, junit: Path | None, force: boo
 
 @main.command(
     name="eval",
-    short_help="Measure models on public tasks.",
+    short_help="Measure models on public tasks or own rows, with intervals.",
     example="qat-edge eval runs/mine --task bfcl_simple --from reference --from onnx",
 )
 @RUN
@@ -328,9 +328,10 @@ def evaluate(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Ask models of a run the questions of a public task, and compare them on the same questions.
+    """Ask models of a run the questions of a task, and compare them on the same questions.
 
-    The questions come from pinned packages of the package index. RUN/eval/TASK.json has every answer.
+    The questions come from pinned packages of the package index, or from rows of your own (--task rows, rows_loss).
+    RUN/eval/TASK.json has every answer.
     """
     options = load_options(EvalOptions, "eval", config_path, flags)
     opened = _open(run)
@@ -350,7 +351,7 @@ def evaluate(
     short_help="Write a public task as training rows.",
     example="qat-edge task-rows bfcl data/bfcl --calls text",
 )
-@click.argument("task", type=click.Choice(EVAL_TASKS))
+@click.argument("task", type=click.Choice(PUBLIC_TASKS))
 @click.argument("folder", type=click.Path(path_type=Path), callback=output_path)
 @click.option(
     "--calls",

@@ -195,6 +195,7 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         "base": options.base,
         "table_bits": [options.embedding_bits, options.head_bits],
         "learned_scales": is_end and options.scales == "learned",
+        "fixed_codes": is_end and options.codes == "fixed",
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
     }
 

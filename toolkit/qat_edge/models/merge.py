@@ -279,6 +279,8 @@ def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
         model = _load_whole_model(fake.train_weights(base.model), adapter)
     else:
         model = _load_adapters(base, adapter, metadata["model"])
+    if metadata.get("fixed_codes"):  # earlier versions had none
+        fake.fix_codes(model)
     return _TrainedModel(model, switch, base.tokenizer, replace(base.scheme, tied=tied))
 
 

@@ -1,4 +1,4 @@
-"""Questions of a public task as token ids: the prompts that training and generation use."""
+"""Questions of a task as token ids: the prompts that training and generation use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class TaskPrompts:
         self.max_new_tokens = options.max_new_tokens or task.max_new_tokens if task.form == GENERATE else 0
         self._as_text = False
         if task.form == GENERATE:
-            if not tokenizer.chat_template:
+            is_tokenized = bool(task.test and task.test[0].ids)
+            if not tokenizer.chat_template and not is_tokenized:
                 raise UsageError(f"--task {task.name}: this model's tokenizer has no chat template for the questions.")
             self._as_text = self._writes_calls_as_text()
         calls = {"calls": "text" if self._as_text else "template"} if task.test and task.test[0].tools else {}
@@ -87,6 +88,10 @@ class TaskPrompts:
         return fitting
 
     def _prepared(self, question: Question) -> Prepared:
+        if question.ids:
+            is_prompt = self._task.form == GENERATE
+            sequences = [] if is_prompt else [ScoredIds(question.ids, question.positions)]
+            return Prepared(question, question.ids if is_prompt else [], sequences)
         if self._task.form == GENERATE:
             shown = function_calls.as_text(question) if self._as_text else question
             prompt = self._chat_format.prompt(shown.messages, self._arguments, shown.tools)
@@ -95,11 +100,11 @@ class TaskPrompts:
         prompt = text_prompt(question.text, self._tokenizer)
         if self._task.form == PREDICT:
             return Prepared(question, [], [ScoredIds(prompt.ids, list(range(len(prompt.ids) - 1)))])
-        sequences = []
+        choices = []
         for choice in question.choices:
             ids = extend_ids(prompt.ids, question.text, question.text + choice, self._tokenizer)
-            sequences.append(ScoredIds(ids, list(range(len(prompt.ids) - 1, len(ids) - 1))))
-        return Prepared(question, [], sequences)
+            choices.append(ScoredIds(ids, list(range(len(prompt.ids) - 1, len(ids) - 1))))
+        return Prepared(question, [], choices)
 
     def _writes_calls_as_text(self) -> bool:
         """Return whether functions are described in the system message.

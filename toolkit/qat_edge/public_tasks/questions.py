@@ -23,7 +23,7 @@ from qat_edge.lazy import load
 GENERATE, CHOOSE, PREDICT = "generate", "choose", "predict"
 TRAIN, TEST = "train", "test"
 
-# Name of a task -> function that loads it, called with the name and the cache folder. `options.EVAL_TASKS` has the
+# Name of a task -> function that loads it, called with the name and the cache folder. `options.PUBLIC_TASKS` has the
 # same names, because the command line reads them without importing this.
 TASKS = {
     "bfcl": "qat_edge.public_tasks.function_calls:load",
@@ -54,6 +54,8 @@ class Question:
         tools: JSON schemas of the functions that the answer may call.
         definitions: The functions as the task's source has them, for its grader.
         solution: Assistant's message to train on; None where the source has none.
+        ids: Token ids of a question that comes tokenized: a prompt, or a whole text. It has neither messages nor text.
+        positions: Positions of a whole text whose predictions count; the prediction at i is for token i + 1.
     """
 
     id: str
@@ -64,11 +66,15 @@ class Question:
     tools: list[dict[str, Any]] | None = None
     definitions: list[dict[str, Any]] = field(default_factory=list)
     solution: Message | None = None
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
         """First 16 digits of the sha256 of everything that decides the score of an answer."""
         parts = [self.messages, self.text, self.choices, self.definitions, self.expected]
+        if self.ids:
+            parts += [self.ids, self.positions]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

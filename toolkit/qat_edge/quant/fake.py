@@ -14,6 +14,10 @@ own. Those may be learned: the adapter, or the layer itself where weights are tr
 factor for each (`lora_scale_factor`, `scale_factor`), the forward rounds their product to bfloat16, and dWq = dY^T Xq
 is formed for one layer at a time (`numerics.straight_through`).
 
+Codes may be fixed (`fix_codes`): layers with learned scales then keep the codes Q that they have, and their factors
+alone are trained, as in the second stage of EfficientQAT (https://arxiv.org/abs/2407.11062): with the scales S,
+Wq = S Q, dS = dWq Q summed over each group. Nothing is merged or rounded in these layers.
+
 A frozen W may be quantized (`qlora_base`); it is then dequantized wherever these formulas say W.
 """
 
@@ -148,6 +152,48 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_scales, None, None
 
 
+class FixedCodesLinear(torch.autograd.Function):
+    """`fq(X) (S Q)^T + b` for fixed codes Q, with the gradients of X, b and S."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer: x (..., in) -> (..., out).
+
+        Args:
+            ctx: autograd's context.
+            x: Input.
+            codes: Q (out, in), int8.
+            scales: S (out, in // group), not yet rounded to bfloat16.
+            bias: (out,).
+        """
+        ctx.compute_dtype, ctx.x_dtype = compute_dtype(x), x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
+            weight = _dequantized(codes, scales, ctx.compute_dtype)
+            cast_bias = None if bias is None else bias.to(ctx.compute_dtype)
+            output = functional.linear(rounded_x, weight, cast_bias)
+        ctx.save_for_backward(rounded_x if any(ctx.needs_input_grad[2:]) else None, codes, scales)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, and of scales and bias where they are trained."""
+        rounded_x, codes, scales = ctx.saved_tensors
+        needs_x, _, needs_scales, needs_bias = ctx.needs_input_grad
+        grad = grads[0].to(ctx.compute_dtype)
+        grad_x = grad_scales = None
+        rows = grad.flatten(0, -2)
+        with torch.autocast(grad.device.type, enabled=False):
+            if needs_x:
+                weight = _dequantized(codes, scales, ctx.compute_dtype)
+                grad_x = (grad @ weight).to(ctx.x_dtype)
+            if needs_scales:
+                # dWq is formed for this layer alone.
+                grad_weight = (rows.T @ rounded_x.flatten(0, -2)).to(scales.dtype)
+                grad_scales = (grad_weight * codes).unflatten(-1, (scales.shape[-1], -1)).sum(-1)
+        return grad_x, None, grad_scales, rows.sum(0).float() if needs_bias else None
+
+
 class FakeQuantLinear(nn.Linear):
     """A linear layer that rounds its input and its weight while the switch is on. `insert` makes them.
 
@@ -158,12 +204,14 @@ class FakeQuantLinear(nn.Linear):
         scales: Scales of its own, shape (out, in // group); None for those of `choose_scales`.
         scale_factor: Learned factors of the scales, shape (out, in // group); None where the scales are not learned,
             or where the factors belong to an adapter.
+        codes: Fixed codes, shape (out, in), int8; None where they follow the weights.
     """
 
     spec: WeightScheme
     switch: Switch
     is_head: bool
     scales: Tensor | None
+    codes: Tensor | None
     scale_factor: nn.Parameter | None
 
     @property
@@ -231,6 +279,8 @@ class LoraFakeQuantLinear(lora.Linear):
         base = self.get_base_layer()
         if not base.switch.enabled or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
+        if base.codes is not None:
+            return FixedCodesLinear.apply(x, base.codes, self.trained_scales, base.bias)
         # One mask of columns for all tokens of a step.
         lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         lora_a = lora_a * self.lora_dropout[ADAPTER](torch.ones_like(lora_a[:1]))
@@ -258,6 +308,7 @@ def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Sw
         if isinstance(module, FakeQuantLinear):
             module.is_head = name in scheme.heads
             module.register_buffer("scales", None, persistent=False)
+            module.register_buffer("codes", None, persistent=False)
             module.register_parameter(SCALE_FACTOR, None)
     return switch
 
@@ -342,6 +393,25 @@ def train_weights(model: ModelT) -> ModelT:
     return model
 
 
+def fix_codes(model: nn.Module) -> None:
+    """Keep the codes that a model's layers with learned scales have, and train the factors of their scales alone.
+
+    The codes are those of the merged weights under the layers' own scales (`set_scales`), whatever the factors are, so
+    they are the same for a training that begins, one that is resumed, and one that is loaded. Adapters and all other
+    parameters stay as they are.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, LoraFakeQuantLinear) or not hasattr(module, "lora_scale_factor"):
+                continue
+            layer = module.get_base_layer()
+            scales = numerics.representable(layer.scales)
+            layer.codes = numerics.quantize(_merged_weight(module), scales, layer.spec.codebook)
+            module.lora_scale_factor[ADAPTER].requires_grad_(True)
+
+
 def scale_gradient_shares(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     """Return each factor of learned scales with 1 / sqrt(n q), by which LSQ multiplies its gradient.
 
@@ -410,9 +480,13 @@ def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """Return W + s B A of an adapted layer, W of any other: (out, in) in float32."""
+    """Return W + s B A of an adapted layer, S Q of one with fixed codes, W of any other: (out, in) in float32."""
     if not isinstance(layer, LoraFakeQuantLinear):
         return _merged(qlora_base.base_weight(layer), None, None, 1.0)
+    codes, scales = layer.get_base_layer().codes, layer.trained_scales
+    if codes is not None and scales is not None:
+        # Rounded under the same scales again, it has these codes.
+        return numerics.dequantize(codes, numerics.representable(scales))
     lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return _merged(qlora_base.base_weight(layer.get_base_layer()), lora_a, lora_b, layer.scaling[ADAPTER])
 
@@ -435,6 +509,11 @@ def _rounded_scales(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -
     if scales is None:
         return numerics.choose_scales(merged, spec.codebook, spec.group_size)
     return numerics.representable(scales)
+
+
+def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return S Q in a dtype, (out, in): S in bfloat16 and Q are exact in it, and their product is rounded once."""
+    return numerics.dequantize(codes, numerics.representable(scales).to(dtype))
 
 
 def _adapter_gradients(

@@ -92,7 +92,7 @@ def check_export_section(options: FinetuneOptions, export: ExportOptions, path: 
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of PTQ initialization, scales and teacher."""
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
-    changes_base = options.ptq_init in CALIBRATED
+    changes_base, fixed = options.ptq_init in CALIBRATED, options.codes == "fixed"
     return (
         # The start of phase 2: a fraction of the steps, or a step.
         _Check(
@@ -110,6 +110,19 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             options.clip_gradients == "apart" and options.scales != "learned",
             f"--clip-gradients apart and --scales {options.scales}: no scales are learned whose gradients could be "
             "clipped. Give --scales learned, or leave it out.",
+        ),
+        _Check(
+            fixed and options.scales != "learned",
+            f"--codes fixed and --scales {options.scales}: nothing would be left to train. Give --scales learned.",
+        ),
+        _Check(
+            fixed and options.method != "lora",
+            f"--codes fixed and --method {options.method}: codes are fixed under adapters alone. Give --method lora.",
+        ),
+        _Check(
+            fixed and options.qat_learning_rate is not None,
+            f"--codes fixed and --qat-learning-rate {options.qat_learning_rate}: it trains scales alone, at "
+            "--scale-learning-rate. Leave it out.",
         ),
         # The teacher: its weight, and a moment at which it can be run.
         _Check(

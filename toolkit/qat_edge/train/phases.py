@@ -106,6 +106,7 @@ class PhaseTransition:
         # Scales, and weights with their rounding compensated; with a rotation also the rotated basis.
         if needs_initialization(self.options):
             self.init_sha256 = self._initialize(made_of)
+        self._fix_codes()
 
         if self.rotation_seed is not None:
             self.reset_optimizer()  # its averages are of gradients in the basis before the rotation
@@ -128,6 +129,12 @@ class PhaseTransition:
                 # The weights have been trained since, and the checkpoint that is resumed has them.
                 start = replace(start, changed={})
             start.apply(fake.base_of(self.model))
+        self._fix_codes()
+
+    def _fix_codes(self) -> None:
+        """Let phase 2 train scales alone, if the options say so."""
+        if self.options.codes == "fixed":
+            fake.fix_codes(self.model)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -140,7 +147,8 @@ class PhaseTransition:
                 "sha256": self.init_sha256,
                 "rotation_seed": self.rotation_seed,
             }
-        return {"learned_scales": self.options.scales == "learned" and start is not None, "start": start}
+        learned = self.options.scales == "learned" and start is not None
+        return {"learned_scales": learned, "fixed_codes": learned and self.options.codes == "fixed", "start": start}
 
     def _initialize(self, made_of: str) -> str:
         """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start.

@@ -184,7 +184,7 @@ class QatGuard(TrainerCallback, ExportableState):
         if result is start:
             progress.warn(
                 f"{figures}: no evaluation was better than the start, so the result is the start, "
-                f"{_start_name(self.options)}. Try a lower --qat-learning-rate and --scale-learning-rate, or more "
+                f"{_start_name(self.options)}. Try a lower {' and '.join(_peak_rates(self.options))}, or more "
                 f"steps of QAT; --qat-start {self.options.steps} leaves them out."
             )
         elif result is last:
@@ -268,9 +268,7 @@ class QatGuard(TrainerCallback, ExportableState):
             self.record.restarts.append(event)
             self.record.began, self.record.above = step, 0
             self.trainer.restart_phase_2()
-            rates = f"--qat-learning-rate {RESTART_RATIO * qat_learning_rate(self.options):g}"
-            if self.options.scales == "learned":
-                rates += f", --scale-learning-rate {RESTART_RATIO * self.options.scale_learning_rate:g}"
+            rates = ", ".join(f"{flag} {RESTART_RATIO * peak:g}" for flag, peak in _peak_rates(self.options).items())
             progress.warn(
                 f"QAT diverged: {reason}. It starts again from its beginning for the {left} steps that are left, at a "
                 f"quarter of the learning rates: {rates}."
@@ -413,6 +411,12 @@ def _step_of(path: Path) -> int:
     """Return the step of a file of parameters, -1 for another file."""
     found = re.fullmatch(r"qat-(\d{1,12})\.safetensors", path.name)
     return int(found[1]) if found else -1
+
+
+def _peak_rates(options: FinetuneOptions) -> dict[str, float]:
+    """Return the peak learning rates of phase 2 by their flags."""
+    rates = {} if options.codes == "fixed" else {"--qat-learning-rate": qat_learning_rate(options)}
+    return rates | ({"--scale-learning-rate": options.scale_learning_rate} if options.scales == "learned" else {})
 
 
 def _start_name(options: FinetuneOptions) -> str:

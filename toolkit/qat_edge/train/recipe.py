@@ -22,7 +22,8 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     phases.append(("rotation and " if rotated else "") + _initialization(options))
     steps = options.steps - start
     if steps:
-        phases.append(f"{steps} steps of QAT ({steps / options.steps:.0%}) at {_rates(options)}")
+        trained = "QAT of scales alone" if options.codes == "fixed" else "QAT"
+        phases.append(f"{steps} steps of {trained} ({steps / options.steps:.0%}) at {_rates(options)}")
     return f"Recipe: {layers}; {', then '.join(phases)}. {PAGE} compares recipes"
 
 
@@ -37,4 +38,7 @@ def _rates(options: FinetuneOptions) -> str:
         "absmax": "scales by the largest weights",
     }
     teacher = f", {options.distill_weight:.0%} of the loss from the teacher" if options.distill_weight else ""
-    return f"{qat_learning_rate(options):g}, {scales[options.scales]}{teacher}"
+    rates = [scales[options.scales]]
+    if options.codes == "trained":
+        rates.insert(0, f"{qat_learning_rate(options):g}")
+    return f"{', '.join(rates)}{teacher}"

@@ -173,7 +173,13 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
             "without adapters"
         )
         return fake.train_weights(job.model), switch
-    return fake.add_adapters(job.model, _lora_config(options, job)), switch
+    adapted = fake.add_adapters(job.model, _lora_config(options, job))
+    if options.codes == "fixed" and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
+        raise UsageError(
+            "--codes fixed: no layer with an adapter has weights in groups, so nothing would be left to train in QAT. "
+            "Give bits below 8 to a layer that has an adapter, or leave it out."
+        )
+    return adapted, switch
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
@@ -425,8 +431,9 @@ def _metadata(
         "weight_levels": options.weight_levels or SEQ,
         "method": options.method,
         "base": options.base,
-        # Both change at the start of QAT, see `PhaseTransition.metadata`.
+        # These change at the start of QAT, see `PhaseTransition.metadata`.
         "learned_scales": False,
+        "fixed_codes": False,
         "start": None,
     }
 

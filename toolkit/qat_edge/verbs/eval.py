@@ -1,4 +1,4 @@
-"""Ask models of a run the questions of a public task, and compare them on the same questions.
+"""Ask models of a run the questions of a task, and compare them on the same questions.
 
 Load the task and the prompts, answer with each model, write RUN/eval/TASK.json after each, compare. Answers that are in
 that file already, of the same model under the same settings, are not computed again.
@@ -22,7 +22,7 @@ from qat_edge.models import tasks
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
 from qat_edge.models.wheels import cache_folder
 from qat_edge.options import EvalOptions
-from qat_edge.public_tasks import answer_records, paired
+from qat_edge.public_tasks import answer_records, own_rows, paired
 from qat_edge.public_tasks.answer_records import Answered, SourceAnswers, TaskAnswers
 from qat_edge.public_tasks.answering import TORCH, AnsweringModel, ModelSource, find_source, open_model
 from qat_edge.public_tasks.paired import Interval, PairedDifference
@@ -80,7 +80,7 @@ class Evaluated:
 def evaluate(
     run: Run, options: EvalOptions, sources: Sequence[str] = (TORCH,), against: Run | None = None, force: bool = False
 ) -> Evaluated:
-    """Measure models of a run on a public task.
+    """Measure models of a run on a task.
 
     Args:
         run: A run with a frozen checkpoint.
@@ -95,6 +95,11 @@ def evaluate(
         DataError: The task's package cannot be downloaded or read.
     """
     # Everything that can be refused without a download or a model.
+    if options.data is not None and options.task not in own_rows.TASKS:
+        raise UsageError(
+            f"--data and --task {options.task}: this task has its own questions. Leave --data out, or give --task "
+            f"{' or '.join(own_rows.TASKS)}."
+        )
     tasks.require_causal_lm(run, "eval")
     if not run.quantized.is_dir():
         raise RunError(f"{run.quantized} is missing. `qat-edge export {run.path}` makes it.")
@@ -103,9 +108,10 @@ def evaluate(
     path = run.evaluations / f"{options.task}.json"
     others = None if against is None else _results_of(against, options.task, sources)
 
-    task = load_task(options.task, cache_folder())
-    results = _earlier(path, task, force)
     tokenizer = load_tokenizer(run.quantized)
+    is_own = options.task in own_rows.TASKS
+    task = own_rows.load(run, options, tokenizer) if is_own else load_task(options.task, cache_folder())
+    results = _earlier(path, task, force)
     prompts = TaskPrompts(run, task, options, tokenizer)
     prepared = prompts.prepare()
     progress.info(f"{task.name}: {task.title}, {len(prepared)} questions from {task.source}")

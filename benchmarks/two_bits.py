@@ -1,0 +1,172 @@
+"""What QAT adds to PTQ at 2 bits: `python -m benchmarks.two_bits` measures it and writes docs/two-bits.md.
+
+Every model trains for the same number of steps on the assistant task, is exported to ONNX, and answers the same
+held-out requests in onnxruntime (`qat-edge eval --task rows`). Models are compared request by request. A cell is one
+model with one seed; finished cells are kept as in `benchmarks.accuracy`, and docs/two-bits.json has those of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks import page, settings
+from benchmarks.cells import Cell, publish
+from benchmarks.page import MISSING
+from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
+from benchmarks.settings import FP32, SETTINGS
+from qat_edge import progress
+from qat_edge.cli.console import ConsoleReporter
+from qat_edge.errors import QatEdgeError
+from qat_edge.logs import quiet_libraries
+from qat_edge.models.demo_model import fetch_demo_model
+from qat_edge.public_tasks import answer_records, own_rows, paired
+from qat_edge.public_tasks.answer_records import Answered
+from qat_edge.report.formatting import megabytes, number
+from qat_edge.storage import write_text
+
+TASK = "assistant"
+STEPS, QUESTIONS = 120, 200
+TITLES = {
+    FP32: "FP32 fine-tune",
+    "4 bits, PTQ": "4 bits, PTQ alone",
+    "2 bits, PTQ": "2 bits, PTQ alone",
+    "2 bits, QAT": "2 bits, PTQ, then QAT of weights and scales",
+    "2 bits, QAT of scales": "2 bits, PTQ, then QAT of scales alone",
+}
+BASELINE = "2 bits, PTQ"
+NONE_SHOWN = "no difference shown"
+# Held-out rows as `eval` names its tasks: right answers, and nats per token.
+SCORES = own_rows.TASKS
+
+
+def main() -> None:
+    """Measure the missing cells and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.two_bits", description=main.__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/two-bits"), help="folder of runs and finished cells")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, one training of each model each"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "two-bits.md", help="page to write")
+    parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
+    given = parser.parse_args()
+    quiet_libraries(verbose=False)
+    try:
+        model = str(Path(fetch_demo_model(ROOT / ".cache" / "qat-edge")).resolve())
+        runner = BenchmarkRunner(
+            given.work, model, "cpu", SETTINGS["reduced"], published=given.out.with_suffix(".json")
+        )
+        for seed in [] if given.page_only else given.seeds:
+            for name in TITLES:
+                progress.info(f"{name}, seed {seed}")
+                runner.measure_once(cell(runner, name, seed), partial(measure, runner, name, seed))
+        write(runner, given.seeds, given.out)
+    except QatEdgeError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+def training_of(name: str, seed: int) -> Training:
+    """Return the training of a model; the FP32 fine-tune is the reference of the run that is rounded after it."""
+    return Training(TASK, seed, STEPS, "4 bits, PTQ" if name == FP32 else name)
+
+
+def cell(runner: BenchmarkRunner, name: str, seed: int) -> Cell:
+    """Return the identity of a model's figures."""
+    trained = runner.identity(training_of(name, seed))
+    return Cell("rows", TASK, seed, name, {"steps": STEPS, "questions": QUESTIONS, "trained": trained})
+
+
+def measure(runner: BenchmarkRunner, name: str, seed: int) -> Figures:
+    """Train and export where needed; return the scores of each row and the size of the weights.
+
+    Keys: "size_bytes" of the artifact's weights, None for FP32; "rows" and "rows_loss": lists of [row, score, weight].
+    """
+    run = runner.train(training_of(name, seed))
+    source = "reference" if name == FP32 else "onnx"
+    log = f"{run.path.name}-eval"
+    weights = run.exports / "onnx" / "model.onnx.data"
+    if not weights.is_file():
+        runner.command(["qat_edge", "export", str(run.path), "--target", "onnx", "--ptq", "none"], log)
+    figures: Figures = {}
+    for task in SCORES:
+        flags = ["--task", task, "--from", source, "--limit", str(QUESTIONS), "--threads", "2"]
+        rows = str(runner.data(TASK).eval)
+        runner.command(["qat_edge", "eval", str(run.path), *flags, "--data", rows, "--force"], log)
+        answers = answer_records.read(run.evaluations / f"{task}.json").sources[source].answers
+        figures[task] = [[each.id, each.score, each.weight] for each in answers]
+    figures["size_bytes"] = None if name == FP32 else weights.stat().st_size
+    if name != FP32:  # the next model is rounded from the same run
+        for folder in (run.checkpoints, run.exports, run.quantized):
+            shutil.rmtree(folder)
+    return figures
+
+
+def scores(runner: BenchmarkRunner, name: str, seeds: Sequence[int], task: str) -> list[Answered]:
+    """Return the score of every row with every seed; empty where a seed is not measured."""
+    found = []
+    for seed in seeds:
+        figures = runner.store.get(cell(runner, name, seed))
+        if figures is None:
+            return []
+        found += [Answered(f"{seed}: {row}", "", score, weight, "") for row, score, weight in figures[task]]
+    return found
+
+
+def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
+    """Write the page, and the cells behind it next to it."""
+    cells = [cell(runner, name, seed) for seed in seeds for name in TITLES]
+    records = [record for each in cells if (record := runner.store.record(each)) is not None]
+    lines = [page.table(("", ""), page.provenance(records))] if records else []
+    heads = ("model", "weights", "right answers", f"difference from {BASELINE}", "nats per token", "difference")
+    text = "\n\n".join(
+        [
+            "# QAT at 2 bits",
+            "`python -m benchmarks.two_bits` writes this page from the JSON files of its measurements. SmolLM2-135M-"
+            f"Instruct trains for {STEPS} steps of 8 rows on the demo's assistant task: the FP32 fine-tune and the PTQ "
+            "models with LoRA alone, the QAT models with LoRA for half of them. PTQ is rotation and coordinate "
+            f"descent on {settings.TWO_BITS_TOKENS} tokens. Models then answer {QUESTIONS} held-out requests for each "
+            f"of {len(seeds)} seeds in onnxruntime, FP32 in torch. Brackets are 95% intervals, of differences paired "
+            f'by request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+            *lines,
+            page.table(heads, (_row(runner, name, seeds) for name in TITLES)),
+        ]
+    )
+    write_text(path, text + "\n")
+    publish(records, path.with_suffix(".json"))
+    progress.info(f"Wrote {path}")
+
+
+def _row(runner: BenchmarkRunner, name: str, seeds: Sequence[int]) -> list[str]:
+    figures = runner.store.get(cell(runner, name, seeds[0]))
+    size_bytes = None if figures is None else figures["size_bytes"]
+    row = [
+        TITLES[name],
+        MISSING if figures is None else "float32" if size_bytes is None else f"{megabytes(size_bytes)} MB",
+    ]
+    for task in SCORES:
+        found, base = scores(runner, name, seeds, task), scores(runner, BASELINE, seeds, task)
+        if not found:
+            return [*row[:2], *[MISSING] * 4]
+        mean = paired.mean(found)
+        row.append(f"{_figure(task, mean.value)} ({_figure(task, mean.low)} to {_figure(task, mean.high)})")
+        row.append("" if name == BASELINE or not base else _difference(task, paired.difference(found, base)))
+    return row
+
+
+def _difference(task: str, found: paired.PairedDifference) -> str:
+    if not found.is_shown:
+        return NONE_SHOWN
+    interval = found.interval
+    return f"{_figure(task, interval.value)} ({_figure(task, interval.low)} to {_figure(task, interval.high)})"
+
+
+def _figure(task: str, value: float) -> str:
+    return number(value) if task == own_rows.LOSS else f"{value:.1%}"
+
+
+if __name__ == "__main__":
+    progress.use(ConsoleReporter())
+    main()

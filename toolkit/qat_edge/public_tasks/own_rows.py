@@ -1,0 +1,70 @@
+"""The user's own held-out rows as tasks, so that models can be compared on them row by row.
+
+    rows        a greedy answer to each prompt, which has to equal the row's own: JSON by value, all else as text
+    rows_loss   nats per token at the positions that have a loss in training
+
+Prompts, positions and the comparison are those of `validate`, which reports the means alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qat_edge import config, option_paths
+from qat_edge.data import tokenization
+from qat_edge.data.conversation import AnswerReader
+from qat_edge.data.formats import load_rows
+from qat_edge.errors import DataError
+from qat_edge.evaluate.metrics import outputs_match
+from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, FinetuneOptions, ValidateOptions
+from qat_edge.public_tasks.questions import GENERATE, PREDICT, Question, Task
+from qat_edge.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWERS, LOSS = "rows", "rows_loss"
+TASKS = (ANSWERS, LOSS)
+
+
+def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Load rows as a task; its questions are tokenized.
+
+    Args:
+        run: A run; its --eval-data is taken where `options` name no other rows.
+        options: The task, its rows, and the length of a sequence.
+        tokenizer: Of the run's models.
+
+    Raises:
+        DataError: There are no rows, or they cannot be used.
+    """
+    trained = config.load(FinetuneOptions, "finetune", run.config, {}).eval_data
+    source = options.data or trained
+    if source is None:
+        raise DataError(f"No rows for --task {options.task}: finetune had no --eval-data. Give --data FILE.")
+    if source == trained:
+        option_paths.require_data(source, "eval --data")
+    rows = load_rows(source, "eval")
+
+    if options.task == LOSS:
+        sequences = tokenization.scored_ids(rows, tokenizer, options.context_length, MOST_DATA_TOKENS)
+        questions = [Question(f"row-{i}", ids=s.ids, positions=s.positions) for i, s in enumerate(sequences)]
+        return Task(LOSS, "held-out rows", source, PREDICT, questions)
+
+    reader = AnswerReader(tokenizer)
+    questions = [
+        Question(f"prompt-{index}", expected=reader.from_text(expected), ids=ids)
+        for index, (ids, expected) in enumerate(tokenization.prompts(rows, tokenizer))
+    ]
+    if not questions:
+        raise DataError(
+            f"{source}: no row has a prompt and an answer, so --task {ANSWERS} has nothing to ask. Give --task {LOSS}."
+        )
+    return Task(
+        ANSWERS, "answers to held-out rows", source, GENERATE, questions,
+        grade=_is_right, max_new_tokens=ValidateOptions.max_new_tokens,
+    )  # fmt: skip
+
+
+def _is_right(question: Question, answer: str) -> bool:
+    return outputs_match(answer, question.expected)
