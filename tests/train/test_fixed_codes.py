@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from qat_edge.errors import UsageError
-from qat_edge.manifest import read_manifest
+from qat_edge.errors import RunError, UsageError
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.merge import fake_quantized_model, merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import fake, frozen, numerics
@@ -97,6 +97,17 @@ def test_a_resumed_training_ends_the_same(options: FinetuneOptions, tmp_path: Pa
     finetune(options, run.path, resume=True)
     expected, found = (load_file(Run(tmp_path / n).adapter / "adapter_model.safetensors") for n in ("whole", "run"))
     assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_a_manifest_that_does_not_say_so_is_refused(trained: Run, tmp_path: Path) -> None:
+    """Merged as trained codes, some weights would round to other codes than those of training."""
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    path = run.adapter / MANIFEST
+    entries = json.loads(path.read_text())
+    del entries["fixed_codes"]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(RunError, match=r"'fixed_codes' is false, and .* says true"):
+        merged_model(run.adapter)
 
 
 @pytest.mark.parametrize("codes", [codebook_of(4), codebook_of(2, "seq"), codebook_of(2)])

@@ -25,6 +25,7 @@ from qat_edge import config, readers
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
+from qat_edge.quant.codebook import SEQ
 from qat_edge.quant.ptq.method_names import RENAMED_METHODS
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,6 +38,8 @@ SET_BY_US = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_sa
 # The record of a run's inputs, which `finetune --resume` compares too, and the entries of it that decide codes.
 INPUTS = Path("checkpoints", "inputs.json")
 COMPARED_INPUTS = ("model.identity.files", "model.identity.revision", "kept_layers", "bits")
+# What entries of a manifest that were added later are where they are missing.
+BEFORE = {"weight_bits": 4, "weight_levels": SEQ, "fixed_codes": False}
 TRAIN_AGAIN = "Restore the file, or train again."
 
 
@@ -194,6 +197,8 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         "method": options.method,
         "base": options.base,
         "table_bits": [options.embedding_bits, options.head_bits],
+        "weight_bits": options.weight_bits,
+        "weight_levels": options.weight_levels or SEQ,
         "learned_scales": is_end and options.scales == "learned",
         "fixed_codes": is_end and options.codes == "fixed",
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
@@ -208,7 +213,9 @@ def _compare(folder: Path, metadata: Mapping[str, Any], expected: Mapping[str, A
     """
     for name, value in expected.items():
         found = RENAMED_METHODS.get(str(_entry(metadata, name)), _entry(metadata, name))
-        # An earlier version did not record every entry.
+        # An earlier version did not record every entry; some it could not do otherwise.
+        if found is MISSING:
+            found = BEFORE.get(name, MISSING)
         if found is not MISSING and value is not MISSING and found != value:
             raise RunError(
                 f"{folder / MANIFEST}: '{name}' is {_show(found)}, and {path} says {_show(value)}: the "
