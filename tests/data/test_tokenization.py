@@ -391,8 +391,9 @@ def test_empty_texts_are_left_out_and_counted(tokenizer: Any) -> None:
     assert [tokenizer.decode(row["input_ids"]) for row in done.rows] == ["the end<|im_end|>", "ab<|im_end|>"]
     assert done.notes == ("2 rows with an empty 'text' are left out",)
     assert len(tokenization.scored_ids(rows, tokenizer, 64, 100)) == 2
-    with pytest.raises(DataError, match="The 'text' of all 2 rows is empty, so there is nothing to train on"):
-        tokenization.tokenize([rows[0], rows[2]], tokenizer, 64)
+    for read in (tokenization.tokenize, lambda *given: tokenization.scored_ids(*given, limit=100)):
+        with pytest.raises(DataError, match=r"The 'text' of every row is empty, so .* predict \(2 rows\)\. Fill it in"):
+            read([rows[0], rows[2]], tokenizer, 64)
 
 
 def test_rows_that_train_an_end_alone_are_counted(tokenizer: Any) -> None:

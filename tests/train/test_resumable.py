@@ -177,6 +177,16 @@ def test_a_finished_run_without_the_record_is_kept(trained: Run, tmp_path: Path,
     assert not run.checkpoints.exists()
 
 
+def test_a_record_without_options_is_named(checkpoint: Path, messages: list[str]) -> None:
+    path = checkpoint.parent / "inputs.json"
+    record = json.loads(path.read_text())
+    record.pop("options")
+    path.write_text(json.dumps(record))
+    resume(checkpoint)
+    assert any("inputs.json has no options, as an earlier version of qat-edge wrote it" in line for line in messages)
+    assert "options" in json.loads(path.read_text())
+
+
 @pytest.mark.parametrize("text", ["", "finetune: {}\n", "quantize: {}\n"])
 @pytest.mark.parametrize("flags", [(), ("--model", "m", "--data", "d"), ("--config", "own.yaml")])
 def test_an_emptied_record_of_options_is_named(trained: Run, tmp_path: Path, text: str, flags: tuple[str, ...]) -> None:

@@ -25,6 +25,7 @@ from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
 
+ALL_EMPTY = "The 'text' of every row is empty, so there is nothing to predict"
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
 
 
@@ -76,7 +77,7 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
     examples = _examples(facts.watch(rows), chat_format, max_length)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
     if not done and facts.empty_texts == facts.rows:
-        raise DataError(f"The 'text' of all {facts.rows} rows is empty, so there is nothing to train on. Fill it in.")
+        raise DataError(f"{ALL_EMPTY} ({facts.rows} rows). Fill it in.")
     if not done:
         raise DataError(
             f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
@@ -146,6 +147,8 @@ def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: 
             left -= len(positions)
         if left == 0:
             break
+    if not found and all(map(_is_empty_text, rows)):
+        raise DataError(f"{ALL_EMPTY} ({len(rows)} rows). Fill it in.")
     if not found:
         raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise --window.")
     return found
@@ -236,7 +239,7 @@ class _RowFacts:
         for row in rows:
             self.rows += 1
             if isinstance(row, Text):
-                self.empty_texts += not row.text.strip()
+                self.empty_texts += _is_empty_text(row)
                 self.unused_keys["label"] += row.label is not None
                 self.unused_keys["text_pair"] += row.pair is not None
             elif isinstance(row, Chat):
@@ -251,6 +254,11 @@ class _RowFacts:
         lines = [f"{self.empty_texts} rows with an empty 'text' are left out"] if self.empty_texts else []
         found = ", ".join(f"'{key}' in {count} rows" for key, count in self.unused_keys.items() if count)
         return [*lines, f"Not used, because the model generates text: {found}"] if found else lines
+
+
+def _is_empty_text(row: Row) -> bool:
+    """Return whether a row has nothing to learn from but the end of its text."""
+    return isinstance(row, Text) and not row.text.strip()
 
 
 def _kept_examples(
@@ -281,10 +289,10 @@ def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> 
     window = max_length - len(leading_ids(tokenizer))
     stream: list[int] = []
     for row in rows:
+        if _is_empty_text(row):
+            continue
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
-            if not row.text.strip():
-                continue
             stream += [*encode(row.text, tokenizer), *end_ids(tokenizer)]
             # Whole windows leave the stream, so that it does not grow with the number of texts.
             whole = len(stream) // window * window

@@ -112,7 +112,13 @@ def _compare_with_record(options: FinetuneOptions, run: Run) -> None:
         RunError: an option has another value.
     """
     # Earlier versions recorded none, or know other options.
-    recorded, current = recorded_inputs(run).get(OPTIONS, {}), _options_record(options)
+    inputs, current = recorded_inputs(run), _options_record(options)
+    recorded = inputs.get(OPTIONS, {})
+    if inputs and not recorded:
+        progress.warn(
+            f"{run.checkpoints / INPUTS_FILE} has no options, as an earlier version of qat-edge wrote it: it is not "
+            f"known whether {run.config} was edited since the run began"
+        )
     changed = [name for name in current if name in recorded and recorded[name] != current[name]]
     if changed:
         found = ", ".join(f"{name} {show(current[name])} (was {show(recorded[name])})" for name in changed)
