@@ -107,6 +107,12 @@ def test_numbers_in_tables_are_texts(folder: Path, name: str) -> None:
     assert [(row.text, row.label) for row in rows] == [("000", "00"), ("001", "01"), ("002", "02")]
 
 
+def test_a_txt_file_is_one_text_in_a_folder_too(folder: Path) -> None:
+    for name in ("train.txt", "train-2.txt"):
+        (folder / name).write_text(f"{name}\n\nA paragraph.\n")
+    assert sorted(read(folder)) == ["train-2.txt\n\nA paragraph.\n", "train.txt\n\nA paragraph.\n"]
+
+
 def test_a_tsv_file_is_read_like_a_csv_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text('prompt\tcompletion\none, two\t"a\tb"\n')

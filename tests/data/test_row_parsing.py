@@ -65,7 +65,7 @@ def test_a_byte_order_mark_in_a_folder_of_files(tmp_path: Path, suffix: str) -> 
         "txt": b"Call me Ishmael.\n",
     }
     (folder / f"train.{suffix}").write_bytes(BYTE_ORDER_MARK + texts[suffix])
-    assert [row.text for row in load_rows(str(folder)) if isinstance(row, Text)] == ["Call me Ishmael."]
+    assert [row.text.strip() for row in load_rows(str(folder)) if isinstance(row, Text)] == ["Call me Ishmael."]
 
 
 def test_a_csv_row_with_more_values_than_columns_is_refused(tmp_path: Path) -> None:

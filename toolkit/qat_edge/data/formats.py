@@ -268,10 +268,10 @@ def _load_saved(name: str, split: str, named: bool) -> Dataset:
 
 def _own_files(parts: Mapping[str, Sequence[str]], split: str) -> list[Path]:
     """Return the files of a part of a folder, if all are of a format that `datasets` would convert: it makes numbers,
-    dates and null of texts that look like them.
+    dates and null of texts that look like them, and a row of every line of a .txt file.
     """
     files = [Path(file) for file in parts.get(split, ())]
-    own = (".csv", ".tsv", ".jsonl")
+    own = (".csv", ".tsv", ".jsonl", ".txt")
     return files if all(path.suffix.lower() in own and path.is_file() for path in files) else []
 
 
