@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -443,3 +444,18 @@ def test_long_texts_are_truncated_at_the_models_positions(tmp_path: Path) -> Non
     done = training_examples.tokenize_for_task(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
     assert [len(row["input_ids"]) for row in done.rows] == [64, 1] and (done.truncated, done.cut_tokens) == (1, 36)
     assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows truncated, 36 tokens lost"
+
+
+def test_empty_texts_are_counted_and_need_a_token(tmp_path: Path) -> None:
+    tokenizer, model = make_tokenizer(), BertModel(BertConfig(**SIZES))
+    given = [{"anchor": "a", "positive": "b"}, {"anchor": "a", "positive": ""}]
+    rows = load_rows(write(tmp_path / "rows.jsonl", given))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: a text is empty, and the tokenizer has no token for it"):
+        training_examples.tokenize_for_task(SentenceEncoder(scored=False), rows, model, tokenizer, 32)
+    special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=special
+    )
+    done = training_examples.tokenize_for_task(SentenceEncoder(scored=False), rows, model, tokenizer, 32)
+    assert done.rows[1]["other_ids"] == [1, 2]
+    assert done.notes == ("1 rows have an empty text, and are trained on like any other",)

@@ -65,7 +65,7 @@ def test_a_byte_order_mark_in_a_folder_of_files(tmp_path: Path, suffix: str) -> 
         "txt": b"Call me Ishmael.\n",
     }
     (folder / f"train.{suffix}").write_bytes(BYTE_ORDER_MARK + texts[suffix])
-    assert [row.text for row in load_rows(str(folder)) if isinstance(row, Text)] == ["Call me Ishmael."]
+    assert [row.text.strip() for row in load_rows(str(folder)) if isinstance(row, Text)] == ["Call me Ishmael."]
 
 
 def test_a_csv_row_with_more_values_than_columns_is_refused(tmp_path: Path) -> None:
@@ -201,6 +201,9 @@ def test_parts_of_text_are_joined_and_share_gpt_is_read(tmp_path: Path) -> None:
         ({"messages": [USER, {**ASSISTANT, "weight": True}]}, "message 2: 'weight' is True"),
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "message 1: 'weight' 1 on a message of 'user'"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "has the weight 0"),
+        ({"messages": [USER, ASSISTANT, USER, {**ASSISTANT, "content": " \n"}]}, "message 4: the assistant's"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}, {**ASSISTANT, "content": ""}]}, "would learn to say nothing"),
+        ({"messages": [USER, {**ASSISTANT, "content": "", "thinking": ""}, ASSISTANT]}, "message 2: the assistant's"),
         ({"messages": [{**USER, "thinking": "x"}, ASSISTANT]}, "'thinking' belongs to messages of the assistant"),
         (
             {"messages": [USER, {**ASSISTANT, "thinking": "x", "reasoning_content": "y"}]},
@@ -228,6 +231,12 @@ def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, record: Any, mess
         load_one(tmp_path, record)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [CALL]}, {"reasoning": "hm"}, {"weight": 0}])
+def test_an_answer_may_be_empty_for_a_reason(tmp_path: Path, more: dict[str, Any]) -> None:
+    row = load_one(tmp_path, {"messages": [USER, ASSISTANT, USER, {**ASSISTANT, "content": "", **more}]})
+    assert row.messages[3]["content"] == ""
 
 
 def test_values_of_other_types_are_named(tmp_path: Path) -> None:

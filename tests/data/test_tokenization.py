@@ -385,6 +385,28 @@ def test_truncated_and_dropped_rows_are_counted(tokenizer: Any) -> None:
         tokenization.tokenize([lost], tokenizer, 10)
 
 
+def test_empty_texts_are_left_out_and_counted(tokenizer: Any) -> None:
+    rows: list[Row] = [Text("", "1"), Text("the end", "2"), Text(" \n", "3"), Completion("a", "b", "4")]
+    done = tokenization.tokenize(rows, tokenizer, 64)
+    assert [tokenizer.decode(row["input_ids"]) for row in done.rows] == ["the end<|im_end|>", "ab<|im_end|>"]
+    assert done.notes == ("2 rows with an empty 'text' are left out",)
+    assert len(tokenization.scored_ids(rows, tokenizer, 64, 100)) == 2
+    for read in (tokenization.tokenize, lambda *given: tokenization.scored_ids(*given, limit=100)):
+        with pytest.raises(DataError, match=r"The 'text' of every row is empty, so .* predict \(2 rows\)\. Fill it in"):
+            read([rows[0], rows[2]], tokenizer, 64)
+
+
+def test_rows_that_train_an_end_alone_are_counted(tokenizer: Any) -> None:
+    rows = [Completion("a", "<|im_end|>", "1"), Completion("a", "b", "2"), Chat(DIALOGUE, "3")]
+    assert tokenization.tokenize(rows, tokenizer, 512).notes == (
+        "1 rows train an end token alone: the model learns to answer nothing there",
+    )
+    # A template may write less than the message has.
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim('.')")
+    dots = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "..."}]
+    assert any("1 rows train an end" in note for note in tokenization.tokenize([Chat(dots, "1")], tokenizer, 64).notes)
+
+
 # --- batches, windows --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints that are whole, but changed by somebody who entered the new hashes too: none runs code or trains on."""
+"""Checkpoints that are whole, but changed by somebody who entered the new hashes too: none runs code or trains on.
+
+The same for a run without the record of what it began with.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from conftest import train_run
 from qat_edge import config
+from qat_edge.cli.commands import main
 from qat_edge.errors import RunError
 from qat_edge.manifest import file_entry
 from qat_edge.options import FinetuneOptions
@@ -138,3 +143,60 @@ def test_every_trained_tensor_has_to_be_there(checkpoint: Path) -> None:
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
     assert f"1 tensors missing ({name})" in refusal(checkpoint, path.name)
+
+
+# --- the record of what a run began with -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [None, "{}"])
+def test_without_the_record_nothing_is_trained(trained: Run, tmp_path: Path, record: str | None) -> None:
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    shutil.rmtree(run.checkpoints)
+    if record is not None:
+        run.checkpoints.mkdir()
+        (run.checkpoints / "inputs.json").write_text(record)
+    (run.path / "training.json").unlink()
+    run.config.write_text(run.config.read_text().replace("seed: 0", "seed: 7"))
+    left = {p for p in run.path.rglob("*") if p.name != ".lock"}
+    for advice in ("train again with --force", "train with another --out"):
+        with pytest.raises(RunError, match=rf"inputs\.json is missing or empty, .*Restore the file, or {advice}\."):
+            finetune(config.load_trained(run.config), run.path, resume=True)
+        assert {p for p in run.path.rglob("*") if p.name != ".lock"} == left
+        # --force accepts a folder with an adapter, and no other without the record.
+        left -= {run.adapter, *run.adapter.rglob("*")}
+        shutil.rmtree(run.adapter, ignore_errors=True)
+
+
+def test_a_finished_run_without_the_record_is_kept(trained: Run, tmp_path: Path, messages: list[str]) -> None:
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    shutil.rmtree(run.checkpoints)
+    finetune(config.load_trained(run.config), run.path, resume=True)
+    assert any("inputs.json is missing or empty, so it is not known whether options," in line for line in messages)
+    assert "is finished: all 4 steps are done" in messages[-1]
+    # Nothing claims that the run was trained with what config.yaml has now.
+    assert not run.checkpoints.exists()
+
+
+def test_a_record_without_options_is_named(checkpoint: Path, messages: list[str]) -> None:
+    path = checkpoint.parent / "inputs.json"
+    record = json.loads(path.read_text())
+    record.pop("options")
+    path.write_text(json.dumps(record))
+    resume(checkpoint)
+    assert any("inputs.json has no options, as an earlier version of qat-edge wrote it" in line for line in messages)
+    assert "options" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("text", ["", "finetune: {}\n", "quantize: {}\n"])
+@pytest.mark.parametrize("flags", [(), ("--model", "m", "--data", "d"), ("--config", "own.yaml")])
+def test_an_emptied_record_of_options_is_named(trained: Run, tmp_path: Path, text: str, flags: tuple[str, ...]) -> None:
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    own = tmp_path / "own.yaml"
+    shutil.copy(run.config, own)
+    run.config.write_text(text)
+    given = [str(own) if flag == own.name else flag for flag in flags]
+    result = CliRunner().invoke(main, ["finetune", "--resume", "--out", str(run.path), *given])
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 1, result.output
+    assert f"{run.config}: the section 'finetune' has no 'model'." in message
+    assert "The file is the record of the training. Restore it, or train again." in message

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from qat_edge import option_paths, profiles, readers, remote_code, storage
-from qat_edge.errors import UsageError
+from qat_edge.errors import RunError, UsageError
 from qat_edge.options import (
     RENAMED_VALUES,
     CompareOptions,
@@ -82,6 +82,24 @@ def load(
         flag = flag_name(missing[0])
         raise UsageError(f"{flag} is missing. Give it as a flag, or as '{section}.{missing[0]}' in --config FILE.")
     return cls(**checked)
+
+
+def load_trained(path: Path) -> FinetuneOptions:
+    """Read the options of a training from config.yaml of its run, which is the record of them.
+
+    Raises:
+        RunError: the file was changed: it cannot be read, or an option is missing, unknown or of another type.
+    """
+    try:
+        return load(FinetuneOptions, "finetune", path, {})
+    except UsageError as error:
+        # Nobody gave --config or left a flag out: the file is the run's own.
+        reason = str(error).removeprefix("--config ").removeprefix(f"{path}: ")
+        if reason.startswith("--"):
+            reason = f"the section 'finetune' has no '{reason.split()[0].removeprefix('--')}'."
+        raise RunError(
+            f"{path}: {reason} The file is the record of the training. Restore it, or train again."
+        ) from error
 
 
 def _require_own_permission(claimed: Any, given: Mapping[str, Any], where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,8 @@ MAX_DEPTH = 100  # of nested lists and objects
 MAX_DIGITS = 100  # of an integer; every further step with a longer one takes quadratic time
 MAX_FLOAT_CHARACTERS = 1000
 SHOWN_CHARACTERS = 80  # of a value that a message quotes
+
+BYTE_ORDER_MARK = "\ufeff"
 
 Failure = type[QatEdgeError]
 
@@ -153,6 +155,19 @@ def read_toml(path: Path, error: Failure, where: str | None = None) -> dict[str,
         reason = "an integer with too many digits" if "integer string conversion" in str(cause) else str(cause)
         raise error(f"{where}: cannot be read as TOML: {shorten(reason, 300)}") from cause
     return document
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield the texts of a parsed document, with the keys of its objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from texts_in(key)
+            yield from texts_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
 
 
 def shorten(value: Any, length: int = SHOWN_CHARACTERS) -> str:

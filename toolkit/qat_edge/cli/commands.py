@@ -133,6 +133,9 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     if resume and config_path is None:
         # The run's own file: nobody wrote its old names by hand, so there is nothing to warn about.
         path = Run.to_resume(out).config
+        # First without the flags: whatever is wrong then is wrong in the file.
+        with remote_code.permit(bool(flags[remote_code.OPTION])):
+            config.load_trained(path)
         options = config.load(FinetuneOptions, "finetune", path, without_empty(flags), config.flag_name)
     else:
         options = load_options(FinetuneOptions, "finetune", config_path, flags)

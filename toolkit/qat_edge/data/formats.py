@@ -14,42 +14,43 @@ and three are for encoders:
     matching pair  {"anchor": "capital of France", "positive": "Paris"}, the positive the right one among a batch's
 
 They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair` (scored and matching), which
-`data.row_parsing` checks. A .csv or .parquet file has the keys as columns; a .txt file is one running text. Text files
-are UTF-8, with or without a byte-order mark. Keys that are not used are reported with their counts; null is absent.
+`data.row_parsing` checks. A .csv, .tsv or .parquet file has the keys as columns; a .txt file is one running text. Text
+files are UTF-8, with or without a byte-order mark. Keys that are not used are reported with their counts; null is
+absent.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from qat_edge import progress
+from qat_edge.data import data_folders
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
 from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.models import hub
-from qat_edge.readers import parse_json, read_text, read_yaml, shorten, show
+from qat_edge.readers import BYTE_ORDER_MARK, parse_json, read_text, shorten
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder
+    from datasets import Dataset
 
 __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"]
 
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
 MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line; of a value in a .csv file
-BYTE_ORDER_MARK = "\ufeff"
+# Raised by `datasets` for damaged files, depending on where; RuntimeError for a script, which it does not run any more.
+WRONG_DATA = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 SHOWN_KEYS = 10  # unused keys that a message names
 
 Records = Iterator[tuple[Any, str]]  # a row as parsed, and its file and line
 
 
 def load_rows(source: str, split: str = "train", report: bool = True) -> list[Row]:
-    """Read the rows of a .jsonl, .json, .csv, .parquet or .txt file, a data set folder or a Hub data set.
+    """Read the rows of a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a data set folder or a Hub data set.
 
     Args:
         source: Path or Hub id; `NAME:PART` names another part of a folder or Hub data set than `split`.
@@ -158,9 +159,10 @@ def _json_records(path: Path) -> Records:
 
 def _csv_records(path: Path) -> Records:
     csv.field_size_limit(MAX_LINE_CHARACTERS)
+    separator, name = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
     with path.open(encoding="utf-8-sig", newline="") as file:
         # Strict: a quote that nothing closes would take all further lines into its value.
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(file, strict=True, delimiter=separator)
         try:
             twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
@@ -171,7 +173,7 @@ def _csv_records(path: Path) -> Records:
                 if None in record:
                     raise DataError(
                         f"{where}: more values than the {len(reader.fieldnames or ())} columns of the first line. "
-                        "Put values that contain commas in double quotes."
+                        f"Put values that contain {name} in double quotes."
                     )
                 yield record, where
         except csv.Error as error:
@@ -207,6 +209,7 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": _jsonl_records,
     ".json": _json_records,
     ".csv": _csv_records,
+    ".tsv": _csv_records,
     ".parquet": _parquet_records,
     ".txt": _txt_records,
 }
@@ -223,26 +226,22 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
     # Only a name that is no folder needs the Hub; the reason is for the message, a cached copy may still load.
     is_folder = Path(name).is_dir()
     offline = "" if is_folder else hub.unreachable_reason()
-    if is_folder:
-        _require_own_files(Path(name))
+    described = is_folder and data_folders.require_own_files(Path(name))
     files: list[Path] = []
     try:
         # `save_to_disk` writes state.json, or dataset_dict.json for several parts.
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict):
-                data = data[split]
-            elif named and split != str(data.split or "train"):
-                raise ValueError(f"it was saved as one part, {str(data.split or 'without a name')!r}")
+        if any((Path(name) / record).is_file() for record in (data_folders.SAVED_PART, data_folders.SAVED_PARTS)):
+            data = _load_saved(name, split, named)
         else:
             builder = datasets.load_dataset_builder(name)
-            files = _own_files(builder, split) if is_folder else []
+            if is_folder:
+                parts = {str(part): files for part, files in (builder.config.data_files or {}).items()}
+                split = split if described else data_folders.part_by_name(Path(name), parts, split)
+                files = _own_files(parts, split)
             if not files:
-                # Without this, NA is read as null.
-                as_text = {"na_filter": False} if isinstance(builder, Csv) else {}
-                data = datasets.load_dataset(name, split=split, **as_text)
-    # RuntimeError: the data set is a script, which `datasets` does not run any more.
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+                load = _load_texts if isinstance(builder, Csv) else datasets.load_dataset
+                data = load(name, split=split)
+    except (OSError, *WRONG_DATA, datasets.exceptions.DatasetsError) as error:
         reason = offline or " ".join(str(error.__cause__ or error).split())[:300]
         found = f"no data set with a part '{split}' was found there"
         outcome = f"{found} that can be read" if is_folder else f"no such file or folder, and {found} or on the Hub"
@@ -255,46 +254,35 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
         yield _without_mark(record), where
 
 
-def _require_own_files(folder: Path) -> None:
-    """Refuse a folder whose description names data files elsewhere, before `datasets` reads or requests them.
+def _load_saved(name: str, split: str, named: bool) -> Dataset:
+    """Load a part of what `save_to_disk` wrote; without a name of the part, a single one is the right one."""
+    from datasets import DatasetDict, load_from_disk
 
-    Raises:
-        DataError: Names the entry.
-    """
-    import datasets  # takes seconds to import, and text files do not need it
-
-    try:
-        card = folder / datasets.config.REPOCARD_FILENAME
-        described = [datasets.load.DatasetCard.load(card).data.to_dict()] if card.is_file() else []
-        settings = folder / datasets.config.REPOYAML_FILENAME
-        if settings.is_file():
-            described.append(read_yaml(settings, DataError))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(f"{card}: its YAML cannot be read ({shorten(' '.join(str(error).split()))}).") from error
-    for document in described:
-        for entry in _texts((document or {}).get("configs") if isinstance(document, dict) else None):
-            if "://" in entry or "::" in entry or Path(entry).is_absolute() or ".." in Path(entry).parts:
-                raise DataError(
-                    f"{folder}: the description of the data set ({card.name} or {settings.name}) names data outside of "
-                    f"the folder, {show(entry)}. Put the files into the folder, or remove the entry."
-                )
+    data = load_from_disk(name)
+    if isinstance(data, DatasetDict):
+        return data[split]
+    if named and split != str(data.split or "train"):
+        raise ValueError(f"it was saved as one part, {str(data.split or 'without a name')!r}")
+    return data
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in nested lists and objects."""
-    if isinstance(value, str):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(item)
-
-
-def _own_files(builder: DatasetBuilder, split: str) -> list[Path]:
+def _own_files(parts: Mapping[str, Sequence[str]], split: str) -> list[Path]:
     """Return the files of a part of a folder, if all are of a format that `datasets` would convert: it makes numbers,
-    dates and null of texts that look like them.
+    dates and null of texts that look like them, and a row of every line of a .txt file.
     """
-    parts = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     files = [Path(file) for file in parts.get(split, ())]
-    return files if all(path.suffix.lower() in (".csv", ".jsonl") and path.is_file() for path in files) else []
+    own = (".csv", ".tsv", ".jsonl", ".txt")
+    return files if all(path.suffix.lower() in own and path.is_file() for path in files) else []
+
+
+def _load_texts(name: str, split: str) -> Dataset:
+    """Load a part that consists of .csv or .tsv files, every value as the text that the file has."""
+    from datasets import Features, Value, load_dataset
+
+    # By itself, pandas reads NA as null and 007 as 7. Only the files know the names of the columns.
+    found = load_dataset(name, split=split, na_filter=False)
+    texts = Features(dict.fromkeys(found.column_names, Value("string")))
+    return found if found.features == texts else load_dataset(name, split=split, na_filter=False, features=texts)
 
 
 def _decoded_records(data: Dataset, place: str) -> Records:

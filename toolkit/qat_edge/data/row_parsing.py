@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any
 
-from qat_edge.data.rows import EXPECTED, REASONING, WEIGHT, Chat, Completion, Message, Pair, Row, Text
+from qat_edge.data.rows import EXPECTED, REASONING, WEIGHT, Chat, Completion, Message, Pair, Row, Text, is_trained
 from qat_edge.errors import DataError
 from qat_edge.readers import parse_json
 
@@ -184,13 +184,25 @@ def _messages(value: Any, where: str) -> list[Message]:
     if not answers:
         roles = ", ".join(m["role"] for m in messages)
         raise DataError(f"{where}: no message of role 'assistant', so there is nothing to train on; roles: {roles}.")
-    if not any(m.get(key) for m in answers for key in ("content", "tool_calls", *REASONING)):
+    if all(map(_is_empty, answers)):
         raise DataError(f"{where}: the assistant's message is empty, so there is nothing to train on.")
     if all(m.get(WEIGHT, 1) == 0 for m in answers):
         raise DataError(
             f"{where}: every message of the assistant has the weight 0, so there is nothing to train on. Remove it."
         )
+    for number, message in enumerate(messages, start=1):
+        if is_trained(message) and _is_empty(message):
+            raise DataError(
+                f"{where}: message {number}: the assistant's message is empty, so the model would learn to say "
+                'nothing. Fill it in, remove it, or give it "weight": 0.'
+            )
     return messages
+
+
+def _is_empty(message: Message) -> bool:
+    """Return whether a message of the assistant has no more to train on than its end."""
+    texts = [message.get(key, "") for key in ("content", *REASONING)]
+    return "tool_calls" not in message and not any(text.strip() for text in texts)
 
 
 def _message(message: Any, where: str, number: int) -> Message:

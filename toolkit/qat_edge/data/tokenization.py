@@ -1,8 +1,9 @@
 """Turn rows into token ids and labels for a model that generates text, and pad them into batches.
 
 The loss covers every assistant message with its end-of-turn token, every completion with the end-of-sequence token, and
-all of a running text. Prompts are tokenized exactly as in generation: the ids of a prompt are a prefix of the ids of
-its training row. What the chat template and the tokenizer make of a conversation is decided in `data.conversation`.
+all of a running text. Rows whose text is empty are left out and counted. Prompts are tokenized exactly as in
+generation: the ids of a prompt are a prefix of the ids of its training row. What the chat template and the tokenizer
+make of a conversation is decided in `data.conversation`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
 
+ALL_EMPTY = "The 'text' of every row is empty, so there is nothing to predict"
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
 
 
@@ -72,7 +74,10 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
     """
     # One pass: neither rows nor examples are kept in memory.
     facts, counts, chat_format = _RowFacts(), _Counts(), ChatFormat(tokenizer)
-    done = TokenTable(_kept_examples(_examples(facts.watch(rows), chat_format, max_length), counts, max_length))
+    examples = _examples(facts.watch(rows), chat_format, max_length)
+    done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
+    if not done and facts.empty_texts == facts.rows:
+        raise DataError(f"{ALL_EMPTY} ({facts.rows} rows). Fill it in.")
     if not done:
         raise DataError(
             f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
@@ -80,7 +85,7 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
         )
     return TokenizedRows(
         done, counts.truncated, counts.cut, counts.dropped, counts.tokens, counts.trained,
-        notes=(*chat_format.notes(), *facts.unused()),
+        notes=(*chat_format.notes(), *facts.unused(), *counts.notes()),
         end_of_turn=tuple(chat_format.ends),
         template_arguments=facts.common_arguments or {},
     )  # fmt: skip
@@ -142,6 +147,8 @@ def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: 
             left -= len(positions)
         if left == 0:
             break
+    if not found and all(map(_is_empty_text, rows)):
+        raise DataError(f"{ALL_EMPTY} ({len(rows)} rows). Fill it in.")
     if not found:
         raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise --window.")
     return found
@@ -201,6 +208,13 @@ class _Counts:
     dropped: int = 0
     tokens: int = 0
     trained: int = 0
+    ends_alone: int = 0  # rows with no other trained token than one that ends an answer
+
+    def notes(self) -> list[str]:
+        """Return a sentence about rows that teach no more than to end."""
+        if not self.ends_alone:
+            return []
+        return [f"{self.ends_alone} rows train an end token alone: the model learns to answer nothing there"]
 
 
 @dataclass
@@ -209,12 +223,14 @@ class _RowFacts:
 
     Attributes:
         rows: Their number.
+        empty_texts: Number of texts that are empty or white space.
         unused_keys: Number of texts with a key that only encoders use, by key.
         common_arguments: Arguments of the chat template that all conversations share; empty where they differ, None
             before the first conversation.
     """
 
     rows: int = 0
+    empty_texts: int = 0
     unused_keys: Counter[str] = field(default_factory=Counter)
     common_arguments: dict[str, Any] | None = None
 
@@ -223,6 +239,7 @@ class _RowFacts:
         for row in rows:
             self.rows += 1
             if isinstance(row, Text):
+                self.empty_texts += _is_empty_text(row)
                 self.unused_keys["label"] += row.label is not None
                 self.unused_keys["text_pair"] += row.pair is not None
             elif isinstance(row, Chat):
@@ -233,12 +250,20 @@ class _RowFacts:
             yield row
 
     def unused(self) -> list[str]:
-        """Return a sentence about labels and second texts, which only encoders use."""
+        """Return a sentence about empty texts, and one about labels and second texts, which only encoders use."""
+        lines = [f"{self.empty_texts} rows with an empty 'text' are left out"] if self.empty_texts else []
         found = ", ".join(f"'{key}' in {count} rows" for key, count in self.unused_keys.items() if count)
-        return [f"Not used, because the model generates text: {found}"] if found else []
+        return [*lines, f"Not used, because the model generates text: {found}"] if found else lines
 
 
-def _kept_examples(examples: Iterable[_Example], counts: _Counts, max_length: int) -> Iterator[TokenRow]:
+def _is_empty_text(row: Row) -> bool:
+    """Return whether a row has nothing to learn from but the end of its text."""
+    return isinstance(row, Text) and not row.text.strip()
+
+
+def _kept_examples(
+    examples: Iterable[_Example], counts: _Counts, max_length: int, chat_format: ChatFormat
+) -> Iterator[TokenRow]:
     """Yield truncated examples, without those whose completion was cut off entirely."""
     for example in examples:
         counts.truncated += len(example.ids) > max_length
@@ -246,12 +271,15 @@ def _kept_examples(examples: Iterable[_Example], counts: _Counts, max_length: in
         ids, labels = example.ids[:max_length], example.labels[:max_length]
 
         # The first label is never predicted: a causal model shifts labels by one.
-        trained = sum(label != IGNORED for label in labels[1:])
+        trained = [label for label in labels[1:] if label != IGNORED]
         if not trained:
             counts.dropped += 1
             continue
         counts.tokens += len(ids)
-        counts.trained += trained
+        counts.trained += len(trained)
+        # The end of a window of texts is no answer: all of it has a loss.
+        if IGNORED in labels:
+            counts.ends_alone += {*trained} <= {*end_ids(chat_format.tokenizer), *chat_format.ends}
         yield {"input_ids": ids, "labels": labels}
 
 
@@ -261,6 +289,8 @@ def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> 
     window = max_length - len(leading_ids(tokenizer))
     stream: list[int] = []
     for row in rows:
+        if _is_empty_text(row):
+            continue
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
             stream += [*encode(row.text, tokenizer), *end_ids(tokenizer)]

@@ -62,6 +62,7 @@ class _EncoderCounts:
         cut: Number of tokens removed from them.
         tokens: Number of tokens left.
         labels: Number of rows by label index, or by score rounded to two places.
+        empty: Number of rows with an empty text.
         lowest: Least score.
         highest: Greatest score.
     """
@@ -70,6 +71,7 @@ class _EncoderCounts:
     cut: int = 0
     tokens: int = 0
     labels: Counter[float] = field(default_factory=Counter)
+    empty: int = 0
     lowest: float = math.inf
     highest: float = -math.inf
 
@@ -80,6 +82,10 @@ class _EncoderCounts:
         self.tokens += after
         self.labels[round(label, 2)] += 1
         self.lowest, self.highest = min(self.lowest, label), max(self.highest, label)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a sentence about empty texts: an encoder may be given one, so they are trained on."""
+        return (f"{self.empty} rows have an empty text, and are trained on like any other",) if self.empty else ()
 
     def describe(self, task: ModelTask) -> str:
         """Summarize labels or scores for a message."""
@@ -163,8 +169,9 @@ def tokenize_for_task(
     # One pass: neither rows nor examples are kept in memory.
     done = TokenTable(examples())
     return EncoderRows(
-        done, counts.truncated, counts.cut, 0, counts.tokens, len(done), description=counts.describe(task)
-    )
+        done, counts.truncated, counts.cut, 0, counts.tokens, len(done), counts.notes(),
+        description=counts.describe(task),
+    )  # fmt: skip
 
 
 def _encoder_example(
@@ -180,6 +187,11 @@ def _encoder_example(
     # Both lengths are needed: truncated rows are counted and reported.
     whole = [_encode(texts, tokenizer) for texts in inputs]
     ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
+    if not all(ids):
+        raise DataError(
+            f"{row.where}: a text is empty, and the tokenizer has no token for it, so the encoder would have no input. "
+            "Fill it in, or remove the row."
+        )
 
     # The model computes token types itself, so they have to agree with the tokenizer's.
     if len(inputs[0]) > 1 and has_token_types:
@@ -187,6 +199,7 @@ def _encoder_example(
         _check_token_types(row, encoded)
 
     counts.add(sum(map(len, whole)), sum(map(len, ids)), label)
+    counts.empty += any(not text.strip() for texts in inputs for text in texts)
     example: TokenRow = {"input_ids": ids[0], "labels": [label]}
     if len(ids) > 1:
         example["other_ids"] = ids[1]

@@ -19,7 +19,7 @@ from typing import Any
 from qat_edge.data.chat_template import PROBE, ChatTemplate, encode
 from qat_edge.data.rows import WEIGHT, Chat
 from qat_edge.errors import DataError, ModelError
-from qat_edge.readers import shorten, show
+from qat_edge.readers import shorten, show, texts_in
 
 SHOWN_TOKENS = 5  # that a note names
 # Conversations that show what a template writes before, between and after messages.
@@ -44,7 +44,7 @@ class TurnTokens:
         """
         for place, value in _parts(chat, count):
             found: set[int] = set()
-            for text in _strings(value):
+            for text in texts_in(value):
                 found |= self._ids_spelled(text)
             for token in sorted(found & self._boundaries):
                 if self._is_written(chat, count, token):
@@ -182,19 +182,6 @@ def _parts(chat: Chat, count: int) -> Iterator[tuple[str, Any]]:
     yield "'tools'", chat.tools
     yield "'documents'", chat.documents
     yield "'chat_template_kwargs'", chat.template_arguments
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield the texts of a value, with the keys of its objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

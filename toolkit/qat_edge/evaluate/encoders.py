@@ -30,7 +30,7 @@ from qat_edge.evaluate.metrics import first_not_finite
 from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
-from qat_edge.options import FinetuneOptions, ValidateOptions
+from qat_edge.options import ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
@@ -228,7 +228,7 @@ def _evaluation_rows(
     run: Run, options: ValidateOptions, task: ModelTask, tuned: merge.MergedModel
 ) -> Sequence[dict[str, Any]]:
     """Tokenize --eval-data of validate, or of finetune."""
-    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    trained = config.load_trained(run.config)
     source = options.eval_data or trained.eval_data
     if source is None:
         raise DataError("No evaluation rows: the run was trained without --eval-data. Give --eval-data.")

@@ -27,7 +27,7 @@ from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_diver
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
-from qat_edge.options import FinetuneOptions, ValidateOptions
+from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
 from qat_edge.storage import disk_errors, work_folder
 from qat_edge_devices import open_runtime
@@ -341,7 +341,7 @@ def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
         DataError: there is none.
     """
     tokenizer = load_tokenizer(run.quantized)
-    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    trained = config.load_trained(run.config)
 
     # Logits are compared on --text where it is given; prompts need rows with an expected output.
     prompt_source = options.eval_data or trained.eval_data

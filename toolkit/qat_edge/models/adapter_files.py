@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qat_edge import config, readers
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.codebook import SEQ
@@ -151,18 +151,7 @@ def trained_options(folder: Path) -> FinetuneOptions | None:
         RunError: The file was changed: it cannot be read, or an option is missing, unknown or of another type.
     """
     path = folder.parent / "config.yaml"
-    if not path.is_file():
-        return None
-    try:
-        return config.load(FinetuneOptions, "finetune", path, {})
-    except UsageError as error:
-        # Nobody gave --config or left a flag out: the file is the run's own.
-        reason = str(error).removeprefix("--config ").removeprefix(f"{path}: ")
-        if reason.startswith("--"):
-            reason = f"the section 'finetune' has no '{reason.split()[0].removeprefix('--')}'."
-        raise RunError(
-            f"{path}: {reason} The file is the record of the training. Restore it, or train again."
-        ) from error
+    return config.load_trained(path) if path.is_file() else None
 
 
 def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:

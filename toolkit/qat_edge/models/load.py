@@ -37,6 +37,7 @@ from qat_edge.models import (
     experts,
     gguf_model,
     hub,
+    sentence_modules,
     tasks,
     text_model,
     tokenizer_check,
@@ -206,7 +207,7 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
     _check_keys(chosen, path, str(path), chosen is not config)
     _check_sizes(chosen, path, sum(file.stat().st_size for file in weights))
     if isinstance(task, SentenceEncoder):
-        _check_pooling(path)
+        sentence_modules.check_modules(str(path))
 
     files = weights_check.check_files(path)
     try:
@@ -243,6 +244,8 @@ def _load_hub(
     _check_keys(chosen, snapshot, source, chosen is not config)
     adapter = find_adapter_config_file(source, revision=revision)
     weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
+    if isinstance(task, SentenceEncoder):
+        sentence_modules.check_modules(source, revision)
 
     try:
         model, report = _read_weights(
@@ -485,20 +488,6 @@ def _check_sizes(config: PretrainedConfig, folder: Path, weight_bytes: int) -> N
             f"{folder}: config.json describes a model of {readers.shorten(layers)} layers with matrices up to "
             f"{readers.shorten(widest)} x {readers.shorten(hidden)}, which is not in the {weight_bytes} bytes of its "
             "weights. Restore config.json."
-        )
-
-
-def _check_pooling(folder: Path) -> None:
-    """Refuse a sentence encoder that sentence-transformers pools otherwise than by the mean."""
-    # sentence-transformers keeps each module next to the model's own files in a numbered folder.
-    path = folder / "1_Pooling" / "config.json"
-    settings = readers.read_object(path, ModelError) if path.is_file() else {}
-
-    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
-    if modes not in ([], ["pooling_mode_mean_tokens"]):
-        raise ModelError(
-            f"{path}: {', '.join(modes)}; qat-edge supports embeddings that are the mean of a text's tokens, and no "
-            "others. Use a model with mean pooling."
         )
 
 

@@ -19,13 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge import progress
 from qat_edge.errors import DataError, ModelError, QatEdgeError
 from qat_edge.models.hub import one_line
-from qat_edge.readers import read_object, read_text, shorten, show
+from qat_edge.readers import BYTE_ORDER_MARK, read_object, read_text, shorten, show
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
-BYTE_ORDER_MARK = "\ufeff"
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 TOKEN_USES = ("bos_token", "eos_token")
 

@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config, option_paths, previous_run, remote_code, run_lock
+from qat_edge import config, option_paths, previous_run, progress, remote_code, run_lock
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.readers import read_json, show
 from qat_edge.run import Run
 from qat_edge.storage import write_text
-from qat_edge.train import checkpoints
 from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
@@ -66,7 +65,7 @@ def _require_own(run: Run) -> None:
         return
     Run.open(run.path)
     try:
-        config.load(FinetuneOptions, "finetune", run.config, {})
+        config.load_trained(run.config)
         made_here = (run.adapter / MANIFEST).is_file() or INPUTS[0] in recorded_inputs(run)
     except (RunError, UsageError) as error:
         raise RunError(
@@ -87,7 +86,7 @@ def _check_resumable(options: FinetuneOptions, run: Run) -> None:
         UsageError: options differ; the message names their flags.
     """
     Run.open(run.path)
-    saved = option_paths.absolute(config.load(FinetuneOptions, "finetune", run.config, {}))
+    saved = option_paths.absolute(config.load_trained(run.config))
     changed = []
     for name, before in dataclasses.asdict(saved).items():
         given = getattr(options, name)
@@ -113,7 +112,13 @@ def _compare_with_record(options: FinetuneOptions, run: Run) -> None:
         RunError: an option has another value.
     """
     # Earlier versions recorded none, or know other options.
-    recorded, current = recorded_inputs(run).get(OPTIONS, {}), _options_record(options)
+    inputs, current = recorded_inputs(run), _options_record(options)
+    recorded = inputs.get(OPTIONS, {})
+    if inputs and not recorded:
+        progress.warn(
+            f"{run.checkpoints / INPUTS_FILE} has no options, as an earlier version of qat-edge wrote it: it is not "
+            f"known whether {run.config} was edited since the run began"
+        )
     changed = [name for name in current if name in recorded and recorded[name] != current[name]]
     if changed:
         found = ", ".join(f"{name} {show(current[name])} (was {show(recorded[name])})" for name in changed)
@@ -121,6 +126,24 @@ def _compare_with_record(options: FinetuneOptions, run: Run) -> None:
             f"--resume: {run.config} was edited since the run began: {found}. A resumed run continues exactly as it "
             "began: restore those values, or train again with --force."
         )
+
+
+def require_record(run: Run, finished: bool) -> None:
+    """Require the record of what a run began with, unless nothing is left to train.
+
+    Raises:
+        RunError: it is missing: training could go on, or begin again, with other options and other data.
+    """
+    if recorded_inputs(run):
+        return
+    path = run.checkpoints / INPUTS_FILE
+    unknown = f"{path} is missing or empty, so it is not known whether options, model and data are those that the run"
+    if finished:
+        progress.warn(f"{unknown} was trained with")
+        return
+    # --force replaces a folder without the record only if it has an adapter.
+    again = "train again with --force" if (run.adapter / MANIFEST).is_file() else "train with another --out"
+    raise RunError(f"--resume: {unknown} began with. Restore the file, or {again}.")
 
 
 def _options_record(options: FinetuneOptions) -> dict[str, Any]:
@@ -141,11 +164,9 @@ def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) ->
             previous_run.set_aside(run.path)
     else:
         saved = recorded_inputs(run)
-        if not saved and checkpoints.found(run.checkpoints):
-            raise RunError(
-                f"--resume: {run.checkpoints / INPUTS_FILE} is missing, so it is not known whether model and data are "
-                "those of the checkpoints. Restore it, or train again with --force."
-            )
+        # What is not known is not recorded; see `require_record`.
+        if not saved:
+            return
         # Earlier versions did not record every input.
         changed = [k for k in INPUTS if k in saved and _differs(current[k], saved[k])]
         if changed:

@@ -21,7 +21,7 @@ from qat_edge.data import training_examples
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import load, weights_check
+from qat_edge.models import load, sentence_modules, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.positions import max_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
@@ -313,6 +313,9 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
     """
     loaded = load.load_model(options.model, options.trust_remote_code, task=task)
     progress.info(f"Model: {loaded.identity.name}, {_millions(loaded.model)} M parameters")
+    if isinstance(task, SentenceEncoder):
+        for difference in sentence_modules.differences(options.model, loaded.identity.revision):
+            progress.warn(difference)
     gaps = load.export_gaps(loaded.model.config)
     if len(gaps) == len(FORMATS):
         reasons = " ".join(f"To {target}: {reason}" for target, reason in gaps.items())

@@ -102,6 +102,9 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     # Check the options and set everything up; nothing is written yet.
     run_inputs.check_folder(options, run, resume, force)
     check_combination(options)
+    finished = _finished(run, options) if resume else None
+    if resume:
+        run_inputs.require_record(run, finished is not None)
     began = time.monotonic()
     job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
     if context_length is not None and not job.task.is_encoder:
@@ -112,7 +115,7 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
     run_inputs.begin(run, options, job, resume)
-    if resume and (finished := _finished(run, options)) is not None:
+    if finished is not None:
         progress.info(f"{run.path} is finished: all {finished.steps} steps are done and its adapter is written")
         return finished
     if resume:

@@ -22,7 +22,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
-from qat_edge.options import FinetuneOptions, QuantizeOptions
+from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits
 from qat_edge.quant.codebook import FEWEST
@@ -135,7 +135,7 @@ def _calibration(
     run: Run, merged: MergedModel, options: QuantizeOptions
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Return calibration batches, tokenized as for training, and what the manifest records about them."""
-    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    trained = config.load_trained(run.config)
     source = options.calibration_data or trained.data
     option_paths.require_data(source, "--calibration-data")
     task, loaded = tasks.task_of_run(run), RowStream(source, "train")

@@ -24,7 +24,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import decoder, tasks
 from qat_edge.models.merge import adapter_metadata, merged_model
-from qat_edge.options import FinetuneOptions, SensitivityOptions
+from qat_edge.options import SensitivityOptions
 from qat_edge.quant import layer_sensitivity
 from qat_edge.quant.bit_allocation import (
     MEASURED,
@@ -120,7 +120,7 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
         RunError, DataError: see `sensitivity`.
     """
     began = time.monotonic()
-    trained = config.load(FinetuneOptions, "finetune", run.config, {})
+    trained = config.load_trained(run.config)
     source = options.data or trained.data
     option_paths.require_data(source, "--data")
     merged = merged_model(run.reference, force)
