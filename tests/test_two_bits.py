@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import Recorder
 from qat_edge import config, progress
 from qat_edge.cli import commands
-from qat_edge.errors import ModelError, UsageError
+from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.manifest import read_manifest, write_manifest
 from qat_edge.models.merge import fake_quantized_model, merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
@@ -139,6 +139,41 @@ def test_the_exporter_itself_refuses_such_a_checkpoint(run: Run, tmp_path: Path)
         ({"weight_bits": 4, "bits": "/nowhere.yaml", "weight_levels": "seq"}, "--bits /nowhere.yaml: no such file"),
     ],
 )
+@pytest.fixture
+def integer_bits(tmp_path: Path) -> str:
+    """A file of bits that were chosen at integer levels."""
+    path = tmp_path / "integer.yaml"
+    path.write_text(yaml.safe_dump({"levels": "integer", "bits": {UP: 2}}))
+    return str(path)
+
+
+def test_training_takes_the_levels_of_the_file_and_keeps_them(
+    base: FinetuneOptions, integer_bits: str, tmp_path: Path
+) -> None:
+    options, run = replace(base, steps=1, ptq_init="hqq", weight_bits=4, bits=integer_bits), Run(tmp_path / "run")
+    finetune(options, run.path)
+    assert read_manifest(run.adapter)["weight_levels"] == "integer"
+    quantize(run, QuantizeOptions())
+    assert widths(run.quantized)[UP] == (2, "integer")
+    Path(integer_bits).write_text(yaml.safe_dump({"levels": "seq", "bits": {UP: 2}}))
+    with pytest.raises(RunError, match="--resume: weight_levels changed since"):
+        finetune(options, run.path, resume=True)
+
+
+def test_ptq_takes_the_levels_of_the_file(run: Run, integer_bits: str) -> None:
+    quantize(run, QuantizeOptions(method="rtn", weight_bits=4, bits=integer_bits))
+    assert widths(run.ptq("rtn").quantized)[UP] == (2, "integer")
+
+
+def test_other_levels_than_those_of_the_file_are_refused(base: FinetuneOptions, run: Run, integer_bits: str) -> None:
+    message = rf"--weight-levels seq and --bits {integer_bits}: the file has 'levels: integer'"
+    with pytest.raises(UsageError, match=message):
+        check_combination(replace(base, bits=integer_bits, weight_levels="seq"))
+    with pytest.raises(UsageError, match=message):
+        quantize(run, QuantizeOptions(method="rtn", bits=integer_bits, weight_levels="seq"))
+    check_combination(replace(base, bits=integer_bits, weight_levels="integer"))
+
+
 def test_levels_without_two_bits_are_refused(base: FinetuneOptions, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_combination(replace(base, **changes))
