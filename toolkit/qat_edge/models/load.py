@@ -35,7 +35,9 @@ from qat_edge.manifest import sha256
 from qat_edge.models import (
     config_check,
     experts,
+    gguf_metadata,
     gguf_model,
+    gguf_tokenizer,
     hub,
     tasks,
     text_model,
@@ -158,7 +160,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
 
     # Settings and tensors that transformers would leave out are applied here, or refused by name.
     try:
-        metadata = gguf_model.read_metadata(path)
+        metadata = gguf_metadata.read_metadata(path)
         with gguf_model.parsed_once():
             model, report = gguf_model.load(path, metadata, dtype)
             tokenizer = AutoTokenizer.from_pretrained(
@@ -173,7 +175,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     weights_check.check_loaded(model, report, str(path), CAUSAL_LM)
     weights_check.check_finite(model, str(path))
     weights_check.check_vocabulary(model, tokenizer, str(path))
-    gguf_model.check_tokenizer(tokenizer, metadata, path)
+    gguf_tokenizer.check_tokenizer(tokenizer, metadata, path)
     tokenizer_check.warn_of_losses(tokenizer, str(path))
     identity = ModelIdentity("gguf", path.name, files={path.name: sha256(path)})
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
