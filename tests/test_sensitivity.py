@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, plain_rows
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
@@ -341,7 +341,7 @@ def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
 @pytest.fixture
 def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run folder whose FP32 fine-tune is a random model, so that no training is needed."""
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    rows = plain_rows(40)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = Run(tmp_path / "run")
     made.reference.mkdir(parents=True)
