@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from conftest import edit_config
 from qat_edge.errors import ModelError
-from qat_edge.models import config_check
+from qat_edge.models import config_check, config_keys
 from qat_edge.models.load import load_model
 from tools.sweep_architectures import ARCHITECTURES, make_config
 
@@ -222,7 +222,7 @@ def test_other_keys_that_the_class_does_not_read_are_named_once(model_copy: Path
 def unread(config: PretrainedConfig, folder: Path) -> None:
     """Save a configuration, read it again and check its keys."""
     config.save_pretrained(folder)
-    config_check.check_keys(AutoConfig.from_pretrained(folder), config_check.read_config(folder, "x"), "x")
+    config_keys.check_keys(AutoConfig.from_pretrained(folder), config_check.read_config(folder, "x"), "x")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

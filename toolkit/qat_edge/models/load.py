@@ -34,6 +34,7 @@ from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import (
     config_check,
+    config_keys,
     experts,
     gguf_metadata,
     gguf_model,
@@ -326,7 +327,7 @@ def _check_keys(config: PretrainedConfig, folder: Path, source: str, is_part: bo
         is_part: The configuration is that of the text model of a multimodal one.
     """
     document = config_check.read_config(folder, source)
-    config_check.check_keys(config, document["text_config"] if is_part else document, source)
+    config_keys.check_keys(config, document["text_config"] if is_part else document, source)
 
 
 def _unavailable(failure: str, error: BaseException, is_local: bool = False) -> ModelError:
