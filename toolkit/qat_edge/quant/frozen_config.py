@@ -16,7 +16,7 @@ from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import config_check, config_keys, tasks
 from qat_edge.models.hub import one_line
-from qat_edge.models.load import WRONG_VALUES
+from qat_edge.models.load_config import WRONG_VALUES
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.options import MOST_LAYERS
 
