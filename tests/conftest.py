@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,15 +85,26 @@ def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), st
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
         for i in range(40)
     ]
+    made = Run(folder / "run")
+    finetune(short_training(model, folder, rows, steps=steps, learning_rate=1e-2), made.path)
+    return made
+
+
+def plain_rows(count: int) -> list[dict[str, str]]:
+    """Short rows of prompt and completion."""
+    return [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(count)]
+
+
+def short_training(
+    model: Path, folder: Path, rows: Sequence[dict[str, Any]], steps: int = 6, **options: Any
+) -> FinetuneOptions:
+    """Options of a training whose second half is QAT, on `rows`, which are written into `folder`."""
     for name in ("train", "eval"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = FinetuneOptions(
-        model=str(model), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=steps, qat_start=0.5, batch_size=4, lora_rank=4, learning_rate=1e-2, track=(),
+    return FinetuneOptions(
+        model=str(model), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"), steps=steps,
+        **{"qat_start": 0.5, "batch_size": 4, "lora_rank": 4, "track": (), **options},
     )  # fmt: skip
-    made = Run(folder / "run")
-    finetune(options, made.path)
-    return made
 
 
 @contextmanager
@@ -104,6 +116,12 @@ def stored_tensors(checkpoint: Path) -> Iterator[dict[str, torch.Tensor]]:
     tensors = load_file(path)
     yield tensors
     save_file(tensors, path, metadata)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def relist(folder: Path) -> None:
@@ -175,3 +193,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_copy(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
+from conftest import plain_rows, short_training
 from qat_edge import config
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import read_manifest
@@ -27,13 +28,7 @@ from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
 
 @pytest.fixture
 def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return FinetuneOptions(
-        model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"),
-        steps=6, qat_start=0.5, batch_size=4, lora_rank=4, lora_dropout=0.1, save_every=2, track=(),
-    )  # fmt: skip
+    return short_training(tiny_model_folder, tmp_path, plain_rows(40), lora_dropout=0.1, save_every=2)
 
 
 def losses(run: Path) -> list[float]:

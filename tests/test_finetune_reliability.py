@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import make_model
+from conftest import make_model, plain_rows, short_training
 from qat_edge import config
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.manifest import sha256
@@ -35,12 +35,8 @@ from qat_edge.verbs.quantize import quantize
 
 @pytest.fixture
 def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(24)]
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return FinetuneOptions(
-        model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"),
-        steps=6, qat_start=0.5, batch_size=4, lora_rank=4, lora_dropout=0.1, save_every=2, track=(), eval_rows=4,
+    return short_training(
+        tiny_model_folder, tmp_path, plain_rows(24), lora_dropout=0.1, save_every=2, eval_rows=4,
         calibration_tokens=256,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import relist
+from conftest import plain_rows, relist
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import base_model, merged_model
@@ -29,7 +29,7 @@ IDS = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    rows = plain_rows(40)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FinetuneOptions(
         model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), method="full", learning_rate=1e-4,

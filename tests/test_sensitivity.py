@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, plain_rows
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
@@ -29,7 +29,16 @@ from qat_edge.models import decoder
 from qat_edge.models.merge import MergedModel
 from qat_edge.options import FinetuneOptions, SensitivityOptions
 from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
-from qat_edge.quant.bit_allocation import Choice, Cost, LayerCost, Sensitivity, frontier, load_bits, weight_bytes
+from qat_edge.quant.bit_allocation import (
+    Choice,
+    Cost,
+    LayerCost,
+    Sensitivity,
+    frontier,
+    load_bits,
+    requested_levels,
+    weight_bytes,
+)
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
 from qat_edge.run import Run
 from qat_edge.verbs import sensitivity
@@ -236,6 +245,8 @@ def test_bits_survive_their_file(tmp_path: Path) -> None:
     assert document["prediction"]["kl_nats"] == pytest.approx(choice.kl_nats)
     assert document["prediction"]["size_bytes"] == choice.size_bytes
     assert document["asked"] == "--max-kl 0.4"
+    bit_allocation.save_bits(tmp_path / "bits.yaml", choice, "seq")
+    assert "levels" not in yaml.safe_load((tmp_path / "bits.yaml").read_text()), "no weight has 2 bits"
     (tmp_path / "bits.json").write_text(json.dumps({"bits": {UP: 8}}))
     assert load_bits(tmp_path / "bits.json") == {UP: 8}
 
@@ -254,6 +265,10 @@ def test_bits_survive_their_file(tmp_path: Path) -> None:
         ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
         ("bits: {3: 8}", r"'bits.3'"),
         ("bits:\n  a.b: 8\n  a.b: 4\n", "'a.b' is given twice"),
+        ("{level: seq, bits: {a.b: 2}}", r"unknown key 'level'\. Known: asked, prediction, levels, bits"),
+        ("{levels: sep, bits: {a.b: 2}}", r"'levels' is 'sep', expected seq or integer"),
+        ("{levels: , bits: {a.b: 2}}", r"'levels' is None"),
+        ("{levels: seq, bits: {a.b: 8}}", r"no line under 'bits' has 2\. Remove it"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_the_problem(text: str, message: str, tmp_path: Path) -> None:
@@ -326,7 +341,7 @@ def test_the_page_renders_in_a_browser(tmp_path: Path, width: int) -> None:
 @pytest.fixture
 def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run folder whose FP32 fine-tune is a random model, so that no training is needed."""
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    rows = plain_rows(40)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = Run(tmp_path / "run")
     made.reference.mkdir(parents=True)
@@ -396,6 +411,7 @@ def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
     assert second.exit_code == 0, second.output
     chosen = load_bits(folder / "bits.yaml")
     assert {2, 8} <= set(chosen.values()) <= {2, 4, 8}
+    assert requested_levels(str(folder / "bits.yaml"), None) == "seq"
     layers = [name for name in chosen if "layers" in name]
     counts = [sum(chosen[name] == bits for name in layers) for bits in (8, 4)]
     assert f"{counts[0]} of 14 weights get 8 bits, {counts[1]} get 4 bits" in second.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from conftest import Recorder
+from conftest import Recorder, plain_rows, short_training
 from qat_edge import config, progress
 from qat_edge.cli import commands
-from qat_edge.errors import ModelError, UsageError
+from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.manifest import read_manifest, write_manifest
 from qat_edge.models.merge import fake_quantized_model, merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
@@ -34,14 +33,9 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.fixture(scope="module")
 def base(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneOptions:
     folder = tmp_path_factory.mktemp("two_bits")
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
-    for name in ("train", "eval"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bits.yaml").write_text(yaml.safe_dump({"bits": {UP: 8, UP.replace("up", "down"): 4}}))
-    return FinetuneOptions(
-        model=str(tiny_model_folder), data=str(folder / "train.jsonl"), eval_data=str(folder / "eval.jsonl"),
-        steps=4, qat_start=0.5, batch_size=4, lora_rank=4, track=(), weight_bits=2, bits=str(folder / "bits.yaml"),
-    )  # fmt: skip
+    bits = str(folder / "bits.yaml")
+    return short_training(tiny_model_folder, folder, plain_rows(40), steps=4, weight_bits=2, bits=bits)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +137,41 @@ def test_levels_without_two_bits_are_refused(base: FinetuneOptions, changes: dic
     with pytest.raises(UsageError, match=message):
         check_combination(replace(base, **changes))
     check_combination(replace(base, weight_levels="integer"))
+
+
+@pytest.fixture
+def integer_bits(tmp_path: Path) -> str:
+    """A file of bits that were chosen at integer levels."""
+    path = tmp_path / "integer.yaml"
+    path.write_text(yaml.safe_dump({"levels": "integer", "bits": {UP: 2}}))
+    return str(path)
+
+
+def test_training_takes_the_levels_of_the_file_and_keeps_them(
+    base: FinetuneOptions, integer_bits: str, tmp_path: Path
+) -> None:
+    options, run = replace(base, steps=1, ptq_init="hqq", weight_bits=4, bits=integer_bits), Run(tmp_path / "run")
+    finetune(options, run.path)
+    assert read_manifest(run.adapter)["weight_levels"] == "integer"
+    quantize(run, QuantizeOptions())
+    assert widths(run.quantized)[UP] == (2, "integer")
+    Path(integer_bits).write_text(yaml.safe_dump({"levels": "seq", "bits": {UP: 2}}))
+    with pytest.raises(RunError, match="--resume: weight_levels changed since"):
+        finetune(options, run.path, resume=True)
+
+
+def test_ptq_takes_the_levels_of_the_file(run: Run, integer_bits: str) -> None:
+    quantize(run, QuantizeOptions(method="rtn", weight_bits=4, bits=integer_bits))
+    assert widths(run.ptq("rtn").quantized)[UP] == (2, "integer")
+
+
+def test_other_levels_than_those_of_the_file_are_refused(base: FinetuneOptions, run: Run, integer_bits: str) -> None:
+    message = rf"--weight-levels seq and --bits {integer_bits}: the file has 'levels: integer'"
+    with pytest.raises(UsageError, match=message):
+        check_combination(replace(base, bits=integer_bits, weight_levels="seq"))
+    with pytest.raises(UsageError, match=message):
+        quantize(run, QuantizeOptions(method="rtn", bits=integer_bits, weight_levels="seq"))
+    check_combination(replace(base, bits=integer_bits, weight_levels="integer"))
 
 
 @pytest.mark.parametrize("name", ["weight_bits", "weight_levels"])

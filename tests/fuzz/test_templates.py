@@ -25,6 +25,7 @@ HOSTILE = (
     "{{ messages[99] }}", "{{ messages[0].content.x.y }}", "{{ 1 / 0 }}", "{% set messages = [] %}", "{{ eos_token }}",
     "{{ raise_exception('no') }}", "{% include '/etc/passwd' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ messages | tojson }}", "{% break %}", "{{ strftime_now('%Y') }}", "\ud7ff\0", "{% generation %}",
+    "{{ ('%' ~ '9' * 9 ~ 'd') % 1 }}", "{{ ('{:>' ~ '9' * 9 ~ '}').format(1) }}", "{{ 'a'.center(('9' * 9) | int) }}",
 )  # fmt: skip
 CALL = {"type": "function", "function": {"name": "wake", "arguments": {"time": "7:15"}}}
 TOOL = {"type": "function", "function": {"name": "wake", "parameters": {"type": "object"}}}

@@ -51,7 +51,7 @@ MANIFEST = {
     "libraries": {"torch": "2.13"},
     "files": {"a": {"bytes": 1, "sha256": "0"}},
 }
-BITS = {"asked": "--max-size-mb 1", "bits": {"model.layers.0.mlp.up_proj": 8, "lm_head": 4}}
+BITS = {"asked": "--max-size-mb 1", "levels": "seq", "bits": {"model.layers.0.mlp.up_proj": 2, "lm_head": 4}}
 GENAI: dict[str, Any] = {
     "model": {
         "bos_token_id": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, BertConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from conftest import edit_config
 from qat_edge.errors import ModelError
-from qat_edge.models import config_check
+from qat_edge.models import config_check, config_keys
 from qat_edge.models.load import load_model
 from tools.sweep_architectures import ARCHITECTURES, make_config
 
@@ -30,34 +30,23 @@ LONGROPE = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-@pytest.fixture
-def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 # --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
-def test_a_key_that_is_there_twice_is_refused(folder: Path, name: str) -> None:
-    path = folder / name
+def test_a_key_that_is_there_twice_is_refused(model_copy: Path, name: str) -> None:
+    path = model_copy / name
     path.write_text('{"transformers_version": "5", ' + path.read_text().lstrip().removeprefix("{"))
     path.write_text('{"transformers_version": "5", ' + path.read_text().removeprefix("{"))
     with pytest.raises(ModelError, match=rf"model: {name}: not usable JSON \(key 'transformers_version' twice"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
-def test_a_broken_file_of_generation_settings_is_named(folder: Path, text: str) -> None:
-    (folder / "generation_config.json").write_text(text)
+def test_a_broken_file_of_generation_settings_is_named(model_copy: Path, text: str) -> None:
+    (model_copy / "generation_config.json").write_text(text)
     with pytest.raises(ModelError, match=r"model: generation_config\.json: (not JSON|expected a JSON object)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +60,13 @@ def test_a_broken_file_of_generation_settings_is_named(folder: Path, text: str) 
         (lambda path: path.write_bytes(b"\xff{}"), "not UTF-8"),
     ],
 )
-def test_a_configuration_that_is_no_file_is_refused(folder: Path, make: Callable[[Path], Any], message: str) -> None:
-    (folder / "config.json").unlink()
-    make(folder / "config.json")
+def test_a_configuration_that_is_no_file_is_refused(
+    model_copy: Path, make: Callable[[Path], Any], message: str
+) -> None:
+    (model_copy / "config.json").unlink()
+    make(model_copy / "config.json")
     with pytest.raises(ModelError, match=rf"config\.json.*{message}"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -83,10 +74,10 @@ def test_a_configuration_that_is_no_file_is_refused(folder: Path, make: Callable
 
 @pytest.mark.parametrize("value", [-5, 0, True, "512", 512.0])
 @pytest.mark.parametrize("key", ["max_position_embeddings", "num_hidden_layers", "head_dim", "intermediate_size"])
-def test_a_size_is_a_whole_number_of_1_or_more(folder: Path, key: str, value: Any) -> None:
-    edit_config(folder, **{key: value})
+def test_a_size_is_a_whole_number_of_1_or_more(model_copy: Path, key: str, value: Any) -> None:
+    edit_config(model_copy, **{key: value})
     with pytest.raises(ModelError, match=rf"config\.json has {key} .*, expected a whole number of 1 or more"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +123,10 @@ def test_a_size_is_a_whole_number_of_1_or_more(folder: Path, key: str, value: An
         ({"model_type": "gemma"}, "model_type 'gemma', .*GemmaForCausalLM, .* LlamaForCausalLM"),
     ],
 )
-def test_a_value_that_no_model_can_have_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
-    edit_config(folder, **changes)
+def test_a_value_that_no_model_can_have_is_refused(model_copy: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(model_copy, **changes)
     with pytest.raises(ModelError, match=message):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +136,11 @@ def test_a_value_that_no_model_can_have_is_refused(folder: Path, changes: dict[s
         {"_attn_implementation": "flash_attention_2"}, {"attn_implementation": "nothing of that name"},
     ],
 )  # fmt: skip
-def test_what_forward_returns_is_as_everywhere(folder: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
-    edit_config(folder, **changes)
-    model = load_model(str(folder)).model
+def test_what_forward_returns_is_as_everywhere(
+    model_copy: Path, tiny_model_folder: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(model_copy, **changes)
+    model = load_model(str(model_copy)).model
     with torch.no_grad():
         found = model(torch.tensor([[1, 5]]))
         expected = load_model(str(tiny_model_folder)).model(torch.tensor([[1, 5]]))
@@ -169,10 +162,10 @@ def test_what_forward_returns_is_as_everywhere(folder: Path, tiny_model_folder: 
         ("text_config", {"model_type": "llama"}), ("use_qkv_bias", True),
     ],
 )  # fmt: skip
-def test_a_key_that_changes_the_function_elsewhere_is_refused(folder: Path, key: str, value: Any) -> None:
-    edit_config(folder, **{key: value})
+def test_a_key_that_changes_the_function_elsewhere_is_refused(model_copy: Path, key: str, value: Any) -> None:
+    edit_config(model_copy, **{key: value})
     with pytest.raises(ModelError, match=rf"config\.json has {key} .*, and LlamaForCausalLM does not read it"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(
@@ -184,16 +177,16 @@ def test_a_key_that_changes_the_function_elsewhere_is_refused(folder: Path, key:
         ("is_llama_config", True), ("rope_interleaved", False), ("temperature", 0.7),
     ],
 )  # fmt: skip
-def test_a_key_without_an_effect_is_not_mentioned(folder: Path, messages: list[str], key: str, value: Any) -> None:
-    edit_config(folder, **{key: value})
-    load_model(str(folder))
+def test_a_key_without_an_effect_is_not_mentioned(model_copy: Path, messages: list[str], key: str, value: Any) -> None:
+    edit_config(model_copy, **{key: value})
+    load_model(str(model_copy))
     assert not any("does not read" in line for line in messages)
 
 
 @pytest.mark.parametrize("rope", [LLAMA3, LONGROPE, {**ROPE, "rope_type": "linear", "factor": 2.0}])
-def test_scalings_of_the_rotary_embedding_are_read(folder: Path, rope: dict[str, Any]) -> None:
-    edit_config(folder, rope_parameters=rope)
-    assert load_model(str(folder)).model.config.rope_parameters["rope_type"] == rope["rope_type"]
+def test_scalings_of_the_rotary_embedding_are_read(model_copy: Path, rope: dict[str, Any]) -> None:
+    edit_config(model_copy, rope_parameters=rope)
+    assert load_model(str(model_copy)).model.config.rope_parameters["rope_type"] == rope["rope_type"]
 
 
 @pytest.mark.parametrize(
@@ -204,23 +197,23 @@ def test_scalings_of_the_rotary_embedding_are_read(folder: Path, rope: dict[str,
         ({"to_dict": 1}, "generation_config.json: to_dict is no setting of a model"),
     ],
 )
-def test_odd_settings_of_generation_are_refused(folder: Path, settings: dict[str, Any], message: str) -> None:
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+def test_odd_settings_of_generation_are_refused(model_copy: Path, settings: dict[str, Any], message: str) -> None:
+    (model_copy / "generation_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=message):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to(path.name), lambda path: path.mkdir(), os.mkfifo])
-def test_weights_that_are_no_file_are_refused(folder: Path, make: Callable[[Path], Any]) -> None:
-    (folder / "model.safetensors").unlink()
-    make(folder / "model.safetensors")
+def test_weights_that_are_no_file_are_refused(model_copy: Path, make: Callable[[Path], Any]) -> None:
+    (model_copy / "model.safetensors").unlink()
+    make(model_copy / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors: a link to nowhere, or no file"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_other_keys_that_the_class_does_not_read_are_named_once(folder: Path, messages: list[str]) -> None:
-    edit_config(folder, **{"my_setting": 1, "other\nsetting": "on"})
-    load_model(str(folder))
+def test_other_keys_that_the_class_does_not_read_are_named_once(model_copy: Path, messages: list[str]) -> None:
+    edit_config(model_copy, **{"my_setting": 1, "other\nsetting": "on"})
+    load_model(str(model_copy))
     found = [line for line in messages if "does not read" in line]
     assert len(found) == 1
     assert found[0].endswith("model: config.json: LlamaForCausalLM does not read my_setting, 'other\\nsetting'")
@@ -229,7 +222,7 @@ def test_other_keys_that_the_class_does_not_read_are_named_once(folder: Path, me
 def unread(config: PretrainedConfig, folder: Path) -> None:
     """Save a configuration, read it again and check its keys."""
     config.save_pretrained(folder)
-    config_check.check_keys(AutoConfig.from_pretrained(folder), config_check.read_config(folder, "x"), "x")
+    config_keys.check_keys(AutoConfig.from_pretrained(folder), config_check.read_config(folder, "x"), "x")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

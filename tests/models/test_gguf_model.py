@@ -15,11 +15,12 @@ import pytest
 import torch
 from tiny_gguf import write_gguf
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from conftest import make_model, make_tokenizer
 from qat_edge.errors import ModelError
-from qat_edge.models import gguf_model
+from qat_edge.models import gguf_metadata, gguf_model, gguf_rotary, gguf_tokenizer
 from qat_edge.models.load import load_model
 
 Add = Callable[[gguf.GGUFWriter], None]
@@ -68,7 +69,7 @@ def yarn(writer: gguf.GGUFWriter) -> None:
 
 def llama3(writer: gguf.GGUFWriter) -> None:
     frequencies = THETA ** -(torch.arange(0, 16, 2) / 16)
-    factors = gguf_model.llama3_factors(frequencies, 8.0, 64)
+    factors = gguf_rotary.llama3_factors(frequencies, 8.0, 64)
     writer.add_rope_scaling_orig_ctx_len(64)
     writer.add_tensor("rope_freqs.weight", factors.numpy().astype(np.float32))
 
@@ -204,8 +205,8 @@ def test_the_begin_of_a_text_is_what_the_file_says(tmp_path: Path, given: bool) 
 
 def test_a_tokenizer_that_differs_from_the_file_is_refused(tmp_path: Path) -> None:
     path, _ = make(tmp_path)
-    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_model.read_metadata(path)
-    gguf_model.check_tokenizer(tokenizer, metadata, path)
+    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_metadata.read_metadata(path)
+    gguf_tokenizer.check_tokenizer(tokenizer, metadata, path)
     for key, value in {
         "tokenizer.ggml.add_eos_token": True,
         "tokenizer.ggml.eos_token_id": 7,
@@ -213,27 +214,57 @@ def test_a_tokenizer_that_differs_from_the_file_is_refused(tmp_path: Path) -> No
     }.items():
         other = dataclasses.replace(metadata, values={**metadata.values, key: value})
         with pytest.raises(ModelError, match=key.replace(".", r"\.")):
-            gguf_model.check_tokenizer(tokenizer, other, path)
+            gguf_tokenizer.check_tokenizer(tokenizer, other, path)
 
 
 def test_texts_are_split_as_the_file_says(tmp_path: Path) -> None:
     path, _ = make(tmp_path)
-    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_model.read_metadata(path)
+    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_metadata.read_metadata(path)
 
     def split(rule: str) -> list[str]:
         values = {**metadata.values, "tokenizer.ggml.pre": rule}
-        gguf_model.check_tokenizer(tokenizer, dataclasses.replace(metadata, values=values), path)
+        gguf_tokenizer.check_tokenizer(tokenizer, dataclasses.replace(metadata, values=values), path)
         return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")]
 
     # Without tokens of several digits, both rules give the same ids, and the tokenizer stays as it is.
-    assert split("default") == split("smollm") == ["a", "Ġ12"]
-    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.pre is 'other-bpe', which transformers does not know"):
-        split("other-bpe")
+    assert split("gpt-2") == split("smollm") == ["a", "Ġ12"]
+    # "default" is a rule of llama.cpp with parts of three digits; it has no "gpt2".
+    for rule in ("other-bpe", "default", "gpt2"):
+        with pytest.raises(ModelError, match=rf"tokenizer\.ggml\.pre is '{rule}', which names no known rule"):
+            split(rule)
+    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.pre is missing: transformers would split"):
+        split("")
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     document["model"]["vocab"]["12"] = len(tokenizer)
     document["model"]["merges"].append(["1", "2"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(document))
     assert split("smollm") == ["a", "Ġ", "1", "2"]
+
+
+def test_the_rules_are_those_that_transformers_does_not_know() -> None:
+    known = GGUF_PRE_TOKENIZER_SPLITS.keys()
+    assert known >= gguf_tokenizer.IGNORE_MERGES, "a rule that is refused needs no flags"
+    assert not known & (gguf_tokenizer.SPLIT_LIKE_GPT2 | gguf_tokenizer.SPLIT_AT_DIGITS)
+    assert not gguf_tokenizer.SPLIT_LIKE_GPT2 & gguf_tokenizer.SPLIT_AT_DIGITS
+
+
+@pytest.mark.parametrize(("rule", "begins"), [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("olmo", False)])
+@pytest.mark.parametrize("given", [None, False])
+def test_a_rule_decides_on_merges_and_on_the_begin_of_a_text(
+    tmp_path: Path, rule: str, begins: bool, given: bool | None
+) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop("tokenizer.ggml.pre")
+        writer.add_tokenizer_pre(rule)
+        if given is not None:
+            writer.add_add_bos_token(given)
+
+    path, _ = make(tmp_path, add)
+    tokenizer = load_model(str(path)).tokenizer
+    assert tokenizer.backend_tokenizer.model.ignore_merges is begins
+    assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) is (begins and given is None)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("a b").input_ids == tokenizer("a b").input_ids
 
 
 def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages: list[str]) -> None:
@@ -249,13 +280,13 @@ def test_tokens_at_which_a_turn_ends_are_end_tokens(tmp_path: Path) -> None:
 
 def test_llama3_factors_are_those_of_transformers() -> None:
     parameters = {
-        "rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, **gguf_model.LLAMA3,
+        "rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, **gguf_rotary.LLAMA3,
         "original_max_position_embeddings": 64,
     }  # fmt: skip
     shape = make_model(make_tokenizer()).config.to_dict()
     rotary = LlamaForCausalLM(LlamaConfig.from_dict({**shape, "rope_parameters": parameters})).model.rotary_emb
     frequencies = THETA ** -(torch.arange(0, 16, 2) / 16)
-    expected = frequencies / gguf_model.llama3_factors(frequencies, 8.0, 64)
+    expected = frequencies / gguf_rotary.llama3_factors(frequencies, 8.0, 64)
     torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-5, atol=0)
     assert expected[0] == frequencies[0] and torch.isclose(expected[-1], frequencies[-1] / 8)
 
@@ -271,6 +302,6 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     ],
 )
 def test_numbers_that_no_model_can_have_are_refused_by_name(key: str, value: float, expected: str) -> None:
-    metadata = gguf_model.GgufMetadata("llama", {f"llama.{key}": value}, frozenset())
+    metadata = gguf_metadata.GgufMetadata("llama", {f"llama.{key}": value}, frozenset())
     with pytest.raises(ModelError, match=rf"llama\.{re.escape(key)} is .*, expected {expected}"):
         gguf_model.check_ranges(metadata, Path("tiny.gguf"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,24 +17,13 @@ from huggingface_hub import constants
 from tiny_gguf import write_gguf
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from conftest import make_tokenizer, stored_tensors
+from conftest import edit_config, make_tokenizer, stored_tensors
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub, load
 from qat_edge.models.load import load_model
 
 TOKENS = torch.tensor([[1, 40, 50, 60, 2]])
-
-
-@pytest.fixture
-def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture(scope="session")
@@ -113,24 +101,24 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_pickled_weights_are_not_read(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+def test_pickled_weights_are_not_read(model_copy: Path) -> None:
+    (model_copy / "model.safetensors").unlink()
+    (model_copy / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ModelError, match=r"no \*\.safetensors here \(found: pytorch_model\.bin\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_damaged_safetensors_are_refused(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def test_damaged_safetensors_are_refused(model_copy: Path) -> None:
+    path = model_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelError, match="the weights cannot be loaded"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_damaged_config_is_refused(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
+def test_a_damaged_config_is_refused(model_copy: Path) -> None:
+    (model_copy / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json: not JSON"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
@@ -146,26 +134,26 @@ def test_other_models_than_causal_language_models_are_refused(tmp_path: Path, mo
         load_model(str(tmp_path))
 
 
-def test_a_quantized_model_is_refused(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+def test_a_quantized_model_is_refused(model_copy: Path) -> None:
+    edit_config(model_copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"is quantized already \(gptq\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_model_without_its_tokenizer_is_refused(folder: Path) -> None:
-    for path in folder.glob("*token*"):
+def test_a_model_without_its_tokenizer_is_refused(model_copy: Path) -> None:
+    for path in model_copy.glob("*token*"):
         path.unlink()
     with pytest.raises(ModelError, match=r"no usable tokenizer.*tokenizer\.json"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_remote_code_is_not_run_without_permission(folder: Path) -> None:
-    marker = folder / "ran"
-    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ValueError('own code ran')\n")
+def test_remote_code_is_not_run_without_permission(model_copy: Path) -> None:
+    marker = model_copy / "ran"
+    (model_copy / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ValueError('own code ran')\n")
     auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    edit_config(folder, model_type="own-model", architectures=["Model"], auto_map=auto_map)
+    edit_config(model_copy, model_type="own-model", architectures=["Model"], auto_map=auto_map)
     with pytest.raises(ModelError, match="--trust-remote-code"):
-        load_model(str(folder))
+        load_model(str(model_copy))
     assert not marker.exists()
 
 
@@ -192,17 +180,19 @@ LOAD = "from qat_edge.models.load import load_model; print(load_model('someone/t
         ("token", "someone/tiny: the tokenizer has"),
     ],
 )
-def test_a_model_of_the_hub_is_checked_like_a_folder(folder: Path, tmp_path: Path, damage: str, wanted: str) -> None:
+def test_a_model_of_the_hub_is_checked_like_a_folder(
+    model_copy: Path, tmp_path: Path, damage: str, wanted: str
+) -> None:
     if damage == "adapter":
-        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/other"}')
+        (model_copy / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/other"}')
     elif damage == "tensor":
-        with stored_tensors(folder) as tensors:
+        with stored_tensors(model_copy) as tensors:
             del tensors["model.norm.weight"]
     elif damage == "token":
         tokenizer = make_tokenizer()
         tokenizer.add_tokens([f"<more_{i}>" for i in range(40)])
-        tokenizer.save_pretrained(folder)
-    in_hub_cache(folder, tmp_path)
+        tokenizer.save_pretrained(model_copy)
+    in_hub_cache(model_copy, tmp_path)
     # The cache's place is read when the libraries are imported.
     done = subprocess.run(
         [sys.executable, "-c", LOAD],
@@ -212,11 +202,11 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folder: Path, tmp_path: Pat
     assert wanted in done.stdout + done.stderr
 
 
-def test_a_model_of_the_hub_is_read_at_the_commit_of_the_training(folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_is_read_at_the_commit_of_the_training(model_copy: Path, tmp_path: Path) -> None:
     """Code and weights of a newer commit are not touched."""
-    in_hub_cache(folder, tmp_path)
+    in_hub_cache(model_copy, tmp_path)
     newer = tmp_path / "hub/models--someone--tiny/snapshots" / ("1" * 40)
-    shutil.copytree(folder, newer)
+    shutil.copytree(model_copy, newer)
     (newer / "config.json").write_text("{}")
     (tmp_path / "hub/models--someone--tiny/refs/main").write_text("1" * 40)
 

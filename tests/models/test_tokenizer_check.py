@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,6 @@ from qat_edge.data.chat_template import encode
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.load import load_model
 from qat_edge.models.tokenizer_check import PROBES, check_templates, check_tokenizer
-
-
-@pytest.fixture
-def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], None]) -> None:
@@ -44,16 +38,16 @@ def ids(path: Path, text: str) -> list[int]:
     return list(Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids)
 
 
-def test_nothing_is_reported_of_a_tokenizer_that_is_as_its_files(folder: Path, messages: list[str]) -> None:
-    load_model(str(folder))
+def test_nothing_is_reported_of_a_tokenizer_that_is_as_its_files(model_copy: Path, messages: list[str]) -> None:
+    load_model(str(model_copy))
     assert messages == []
 
 
 def test_random_ids_are_switched_off_in_the_saved_tokenizer_too(
-    folder: Path, tmp_path: Path, messages: list[str]
+    model_copy: Path, tmp_path: Path, messages: list[str]
 ) -> None:
-    edit(folder, "tokenizer.json", lambda document: document["model"].update(dropout=0.5))
-    tokenizer = load_model(str(folder)).tokenizer
+    edit(model_copy, "tokenizer.json", lambda document: document["model"].update(dropout=0.5))
+    tokenizer = load_model(str(model_copy)).tokenizer
     assert [line for line in messages if "'dropout' of its model is 0.5" in line]
 
     text = "the other one in the man " * 5
@@ -63,25 +57,25 @@ def test_random_ids_are_switched_off_in_the_saved_tokenizer_too(
 
 
 @pytest.mark.parametrize("name", ["BertTokenizer", "GemmaTokenizer", "MBart50Tokenizer"])
-def test_a_class_that_makes_another_tokenizer_of_the_file_is_refused(folder: Path, name: str) -> None:
-    configure(folder, tokenizer_class=name)
+def test_a_class_that_makes_another_tokenizer_of_the_file_is_refused(model_copy: Path, name: str) -> None:
+    configure(model_copy, tokenizer_class=name)
     with pytest.raises(ModelError, match=f"tokenizer_class '{name}'"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("name", ["BigBirdTokenizer", "T5Tokenizer", "RagTokenizer", "NoSuchTokenizer", 5])
-def test_a_class_that_cannot_read_the_file_is_named_or_not_used(folder: Path, name: Any) -> None:
-    configure(folder, tokenizer_class=name)
+def test_a_class_that_cannot_read_the_file_is_named_or_not_used(model_copy: Path, name: Any) -> None:
+    configure(model_copy, tokenizer_class=name)
     if name == "NoSuchTokenizer":
-        load_model(str(folder))
+        load_model(str(model_copy))
         return
     with pytest.raises(ModelError, match=f"no usable tokenizer.*tokenizer_class '?{name}"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_difference_in_rare_texts_alone_is_reported(folder: Path, tmp_path: Path, messages: list[str]) -> None:
-    configure(folder, tokenizer_class="Qwen2Tokenizer")  # composes accents, which this tokenizer.json does not
-    tokenizer = load_model(str(folder)).tokenizer
+def test_a_difference_in_rare_texts_alone_is_reported(model_copy: Path, tmp_path: Path, messages: list[str]) -> None:
+    configure(model_copy, tokenizer_class="Qwen2Tokenizer")  # composes accents, which this tokenizer.json does not
+    tokenizer = load_model(str(model_copy)).tokenizer
     assert len(messages) == 1
     assert "tokenizer_class 'Qwen2Tokenizer'" in messages[0] and "Ünïcode" in messages[0]
 
@@ -93,58 +87,58 @@ def test_a_difference_in_rare_texts_alone_is_reported(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["(", "\\p{Nope}", "charsmap", "prefix", "dropout"])
-def test_a_file_on_which_the_library_fails_is_named(folder: Path, damage: str) -> None:
+def test_a_file_on_which_the_library_fails_is_named(model_copy: Path, damage: str) -> None:
     if damage == "charsmap":
         step = {"type": "Precompiled", "precompiled_charsmap": ""}
-        edit(folder, "tokenizer.json", lambda document: document.update(normalizer=step))
+        edit(model_copy, "tokenizer.json", lambda document: document.update(normalizer=step))
     elif damage == "prefix":
-        edit(folder, "tokenizer.json", lambda document: document["model"].update(continuing_subword_prefix="##"))
+        edit(model_copy, "tokenizer.json", lambda document: document["model"].update(continuing_subword_prefix="##"))
     elif damage == "dropout":
-        edit(folder, "tokenizer.json", lambda document: document["model"].update(dropout=5))
+        edit(model_copy, "tokenizer.json", lambda document: document["model"].update(dropout=5))
     else:
-        split_by(folder, damage)
+        split_by(model_copy, damage)
     with pytest.raises(ModelError, match=r"model: the model has no usable tokenizer .*Restore tokenizer\.json"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_text_on_which_a_regular_expression_fails_is_quoted(folder: Path) -> None:
-    split_by(folder, "(a+)+$")
+def test_a_text_on_which_a_regular_expression_fails_is_quoted(model_copy: Path) -> None:
+    split_by(model_copy, "(a+)+$")
     with pytest.raises(DataError, match="cannot read a text of 41 characters, 'aaaa"):
-        encode("a" * 40 + "b", load_model(str(folder)).tokenizer)
+        encode("a" * 40 + "b", load_model(str(model_copy)).tokenizer)
 
 
-def test_code_of_a_tokenizer_needs_the_flag(folder: Path) -> None:
-    configure(folder, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})
-    (folder / "mine.py").write_text("class Mine: ...")
+def test_code_of_a_tokenizer_needs_the_flag(model_copy: Path) -> None:
+    configure(model_copy, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})
+    (model_copy / "mine.py").write_text("class Mine: ...")
     with pytest.raises(ModelError, match="--trust-remote-code"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_one_of_two_chat_templates_is_named(folder: Path, messages: list[str], as_list: bool) -> None:
-    same = (folder / "chat_template.jinja").read_text()
-    configure(folder, chat_template=same)
-    load_model(str(folder))
+def test_one_of_two_chat_templates_is_named(model_copy: Path, messages: list[str], as_list: bool) -> None:
+    same = (model_copy / "chat_template.jinja").read_text()
+    configure(model_copy, chat_template=same)
+    load_model(str(model_copy))
     assert messages == []
 
     other = "{{ messages }}"
-    configure(folder, chat_template=[{"name": "default", "template": other}] if as_list else other)
-    assert load_model(str(folder)).tokenizer.chat_template == same
+    configure(model_copy, chat_template=[{"name": "default", "template": other}] if as_list else other)
+    assert load_model(str(model_copy)).tokenizer.chat_template == same
     assert len(messages) == 1 and "chat_template.jinja is used" in messages[0]
 
 
-def test_a_template_with_a_byte_order_mark_is_refused(folder: Path) -> None:
-    template = folder / "chat_template.jinja"
+def test_a_template_with_a_byte_order_mark_is_refused(model_copy: Path) -> None:
+    template = model_copy / "chat_template.jinja"
     template.write_text("\ufeff" + template.read_text())
     with pytest.raises(ModelError, match="the chat template begins with a byte-order mark"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_tokens_that_files_state_differently_are_reported(folder: Path, messages: list[str]) -> None:
-    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
-    configure(folder, added_tokens_decoder={"2": {"content": "<|other|>", "special": True}})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    check_tokenizer(tokenizer, folder)
+def test_tokens_that_files_state_differently_are_reported(model_copy: Path, messages: list[str]) -> None:
+    (model_copy / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    configure(model_copy, added_tokens_decoder={"2": {"content": "<|other|>", "special": True}})
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    check_tokenizer(tokenizer, model_copy)
     assert len(messages) == 2
     assert "the token '<|other|>' the id 2" in messages[0] and "eos_token '<|" in messages[1]
 
@@ -158,28 +152,28 @@ def test_tokens_that_files_state_differently_are_reported(folder: Path, messages
         {"model": "Ġ"},
     ],
 )
-def test_a_tokenizer_that_loses_text_is_reported(folder: Path, messages: list[str], damage: dict[str, Any]) -> None:
+def test_a_tokenizer_that_loses_text_is_reported(model_copy: Path, messages: list[str], damage: dict[str, Any]) -> None:
     if "model" in damage:
-        edit(folder, "tokenizer.json", lambda document: document["model"]["vocab"].pop(damage["model"]))
+        edit(model_copy, "tokenizer.json", lambda document: document["model"]["vocab"].pop(damage["model"]))
     else:
-        edit(folder, "tokenizer.json", lambda document: document.update(damage))
-    load_model(str(folder))
+        edit(model_copy, "tokenizer.json", lambda document: document.update(damage))
+    load_model(str(model_copy))
     assert len(messages) == 1 and "does not give back what it reads" in messages[0]
 
 
-def test_special_tokens_that_training_would_read_as_text_are_refused(folder: Path) -> None:
-    configure(folder, split_special_tokens=True)
+def test_special_tokens_that_training_would_read_as_text_are_refused(model_copy: Path) -> None:
+    configure(model_copy, split_special_tokens=True)
     with pytest.raises(ModelError, match="split_special_tokens"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_pipe_in_the_place_of_a_file_is_not_read(folder: Path, name: str) -> None:
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
+def test_a_pipe_in_the_place_of_a_file_is_not_read(model_copy: Path, name: str) -> None:
+    (model_copy / name).unlink(missing_ok=True)
+    os.mkfifo(model_copy / name)
     with pytest.raises(ModelError, match=rf"{name}: (cannot be read \()?not a file"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(

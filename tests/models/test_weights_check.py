@@ -22,7 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from conftest import make_model, make_tokenizer, stored_tensors, train_run
+from conftest import edit_config, make_model, make_tokenizer, stored_tensors, train_run
 from qat_edge.errors import ModelError, RunError
 from qat_edge.models import weights_check
 from qat_edge.models.load import load_model
@@ -39,12 +39,6 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.fixture
-def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tied model that a test may damage."""
-    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
-
-
-@pytest.fixture
 def untied(tmp_path: Path) -> Path:
     return save(LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)), tmp_path / "untied")
 
@@ -53,11 +47,6 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def rename(pattern: str, new: str) -> Callable[[Tensors], None]:
@@ -116,12 +105,12 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_names_that_do_not_match_are_refused_with_the_likely_cause(folder: Path, name: str) -> None:
+def test_names_that_do_not_match_are_refused_with_the_likely_cause(model_copy: Path, name: str) -> None:
     change, message = DAMAGES[name]
-    with stored_tensors(folder) as tensors:
+    with stored_tensors(model_copy) as tensors:
         change(tensors)
     with pytest.raises(ModelError, match=message):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 def test_an_untied_model_without_its_head_is_refused(untied: Path) -> None:
@@ -136,14 +125,14 @@ def test_an_untied_model_without_its_head_is_refused(untied: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_run_is_not_merged_into_other_weights_than_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_merged_into_other_weights_than_it_was_trained_on(model_copy: Path, tmp_path: Path) -> None:
     """The file's hash shows every change; one that leaves tensors out is refused before the hash is compared."""
-    run = train_run(folder, tmp_path)
-    with stored_tensors(folder) as tensors:
+    run = train_run(model_copy, tmp_path)
+    with stored_tensors(model_copy) as tensors:
         tensors["model.norm.weight"] += 1
     with pytest.raises(RunError, match="is not the model that was trained: files is"):
         merged_model(run.adapter)
-    with stored_tensors(folder) as tensors:
+    with stored_tensors(model_copy) as tensors:
         del tensors["model.norm.weight"]
     with pytest.raises(ModelError, match=r"1 tensors are missing \(model\.norm\.weight\)"):
         merged_model(run.adapter)
@@ -152,10 +141,10 @@ def test_a_run_is_not_merged_into_other_weights_than_it_was_trained_on(folder: P
 # --- what is right as it is ----------------------------------------------------------------------------------
 
 
-def test_a_stored_copy_of_a_tied_table_is_accepted(folder: Path) -> None:
-    with stored_tensors(folder) as tensors:
+def test_a_stored_copy_of_a_tied_table_is_accepted(model_copy: Path) -> None:
+    with stored_tensors(model_copy) as tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    model = load_model(str(folder)).model
+    model = load_model(str(model_copy)).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -167,22 +156,22 @@ def test_buffers_that_the_class_computes_need_not_be_stored(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_rotary_frequencies_are_accepted_if_they_are_those_in_use(folder: Path, dtype: torch.dtype) -> None:
+def test_stored_rotary_frequencies_are_accepted_if_they_are_those_in_use(model_copy: Path, dtype: torch.dtype) -> None:
     frequencies = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
-    with stored_tensors(folder) as tensors:
+    with stored_tensors(model_copy) as tensors:
         tensors[FREQUENCIES] = frequencies.to(dtype)
-    load_model(str(folder))
+    load_model(str(model_copy))
     # Old checkpoints store them without the scaling of the configuration.
-    edit_config(folder, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
-    load_model(str(folder))
+    edit_config(model_copy, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("base", [500000.0, 10500.0])
-def test_stored_rotary_frequencies_that_are_not_in_use_are_refused(folder: Path, base: float) -> None:
-    with stored_tensors(folder) as tensors:
+def test_stored_rotary_frequencies_that_are_not_in_use_are_refused(model_copy: Path, base: float) -> None:
+    with stored_tensors(model_copy) as tensors:
         tensors[FREQUENCIES] = base ** -(torch.arange(0, 16, 2) / 16)
     with pytest.raises(ModelError, match=r"the buffer model\.layers\.0\.self_attn\.rotary_emb\.inv_freq differs"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 # --- encoders ------------------------------------------------------------------------------------------------
@@ -236,81 +225,81 @@ def shard(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def test_a_model_in_several_files_is_read_whole(folder: Path) -> None:
-    before = load_model(str(folder)).model.state_dict()
-    shard(folder)
-    after = load_model(str(folder)).model.state_dict()
+def test_a_model_in_several_files_is_read_whole(model_copy: Path) -> None:
+    before = load_model(str(model_copy)).model.state_dict()
+    shard(model_copy)
+    after = load_model(str(model_copy)).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_missing_file_of_the_index_is_named(folder: Path) -> None:
-    shard(folder)[1].unlink()
+def test_a_missing_file_of_the_index_is_named(model_copy: Path) -> None:
+    shard(model_copy)[1].unlink()
     with pytest.raises(ModelError, match=r"1 of the 2 files .* are missing \(model-00002-of-00002\.safetensors\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_file_that_the_index_does_not_name_is_refused(folder: Path) -> None:
-    first, _ = shard(folder)
-    shutil.copy(first, folder / "model-00003-of-00003.safetensors")
+def test_a_file_that_the_index_does_not_name_is_refused(model_copy: Path) -> None:
+    first, _ = shard(model_copy)
+    shutil.copy(first, model_copy / "model-00003-of-00003.safetensors")
     with pytest.raises(ModelError, match=r"does not name model-00003-of-00003\.safetensors"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_two_sets_of_weights_are_refused(folder: Path) -> None:
-    whole = (folder / "model.safetensors").read_bytes()
-    shard(folder)
-    (folder / "model.safetensors").write_bytes(whole)
+def test_two_sets_of_weights_are_refused(model_copy: Path) -> None:
+    whole = (model_copy / "model.safetensors").read_bytes()
+    shard(model_copy)
+    (model_copy / "model.safetensors").write_bytes(whole)
     with pytest.raises(
         ModelError, match=r"two sets of weights: model\.safetensors and model\.safetensors\.index\.json"
     ):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
-    first, second = shard(folder)
+def test_a_tensor_in_two_files_is_refused(model_copy: Path) -> None:
+    first, second = shard(model_copy)
     tensors = load_file(second) | {"model.embed_tokens.weight": load_file(first)["model.embed_tokens.weight"] * 2}
     save_file(tensors, second, {"format": "pt"})
     with pytest.raises(ModelError, match=r"1 tensors are in more than one file \(model\.embed_tokens\.weight\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin"])
-def test_an_index_names_files_of_its_folder_only(folder: Path, name: str) -> None:
-    shard(folder)
-    path = folder / "model.safetensors.index.json"
+def test_an_index_names_files_of_its_folder_only(model_copy: Path, name: str) -> None:
+    shard(model_copy)
+    path = model_copy / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = name
     path.write_text(json.dumps(index))
     with pytest.raises(ModelError, match="no safetensors file of this folder"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text(text)
+def test_a_damaged_index_is_refused(model_copy: Path, text: str) -> None:
+    shard(model_copy)
+    (model_copy / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_weights_under_another_name_are_refused_and_named(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+def test_weights_under_another_name_are_refused_and_named(model_copy: Path) -> None:
+    (model_copy / "model.safetensors").rename(model_copy / "weights.safetensors")
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor .*found: weights\.safetensors"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_other_safetensors_in_the_folder_are_named(folder: Path, messages: list[str]) -> None:
-    save_file({"a": torch.zeros(1)}, folder / "optimizer.safetensors")
-    load_model(str(folder))
+def test_other_safetensors_in_the_folder_are_named(model_copy: Path, messages: list[str]) -> None:
+    save_file({"a": torch.zeros(1)}, model_copy / "optimizer.safetensors")
+    load_model(str(model_copy))
     assert any("not read: optimizer.safetensors" in line for line in messages)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_with_an_adapter_is_refused(folder: Path, name: str) -> None:
+def test_a_folder_with_an_adapter_is_refused(model_copy: Path, name: str) -> None:
     """transformers would load the adapter on top, or another base model, or leave it out."""
-    (folder / name).write_text("{}")
+    (model_copy / name).write_text("{}")
     with pytest.raises(ModelError, match=rf"holds an adapter \({name.replace('.', chr(92) + '.')}\).*Merge it first"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 def test_an_adapter_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
@@ -324,28 +313,28 @@ def test_an_adapter_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
-    with stored_tensors(folder) as tensors:
+def test_weights_that_are_not_finite_are_refused_by_name(model_copy: Path, value: float) -> None:
+    with stored_tensors(model_copy) as tensors:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5:8] = value
     with pytest.raises(ModelError, match=r"1 tensors hold values .* \(model\.layers\.1\.mlp\.up_proj\.weight: 3\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_pointer_of_git_lfs_is_named(folder: Path, name: str) -> None:
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
+def test_a_pointer_of_git_lfs_is_named(model_copy: Path, name: str) -> None:
+    (model_copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
     with pytest.raises(ModelError, match=rf"{name}: a Git LFS pointer, not the file itself\. Run `git lfs pull`"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
-def test_codes_in_place_of_weights_are_refused(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def test_codes_in_place_of_weights_are_refused(model_copy: Path) -> None:
+    path = model_copy / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int8)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"1 weights are stored as integers \({name}\)"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize(
@@ -359,30 +348,30 @@ def test_codes_in_place_of_weights_are_refused(folder: Path) -> None:
 )
 @pytest.mark.parametrize("scales", [False, True])
 def test_weights_that_are_no_floats_of_16_bits_are_refused(
-    folder: Path, dtype: torch.dtype, name: str, scales: bool
+    model_copy: Path, dtype: torch.dtype, name: str, scales: bool
 ) -> None:
-    with stored_tensors(folder) as tensors:
+    with stored_tensors(model_copy) as tensors:
         key = "model.layers.1.mlp.up_proj.weight"
         tensors[key] = torch.zeros(tensors[key].shape, dtype=torch.float32).to(dtype)
         if scales:
             tensors[f"{key}_scale_inv"] = torch.ones(1)
     with pytest.raises(ModelError, match=rf"1 weights are of a type .* \({key}: {name}\): codes that need scales"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_other_float_types_are_read(folder: Path, dtype: torch.dtype) -> None:
-    with stored_tensors(folder) as tensors:
+def test_weights_of_other_float_types_are_read(model_copy: Path, dtype: torch.dtype) -> None:
+    with stored_tensors(model_copy) as tensors:
         for key, tensor in tensors.items():
             tensors[key] = tensor.to(dtype)
-    assert load_model(str(folder)).model.dtype == torch.float32
+    assert load_model(str(model_copy)).model.dtype == torch.float32
 
 
-def test_another_file_of_weights_in_the_configuration_is_refused(folder: Path) -> None:
-    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    edit_config(folder, transformers_weights="other.safetensors")
+def test_another_file_of_weights_in_the_configuration_is_refused(model_copy: Path) -> None:
+    shutil.copy(model_copy / "model.safetensors", model_copy / "other.safetensors")
+    edit_config(model_copy, transformers_weights="other.safetensors")
     with pytest.raises(ModelError, match=r"transformers_weights names 'other\.safetensors'"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
 
 def test_large_weights_are_finite() -> None:
@@ -396,36 +385,36 @@ def test_large_weights_are_finite() -> None:
 # --- vocabulary ----------------------------------------------------------------------------------------------
 
 
-def test_tokens_beyond_the_embedding_are_refused_by_name(folder: Path) -> None:
+def test_tokens_beyond_the_embedding_are_refused_by_name(model_copy: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<tool_{i}>" for i in range(30)])
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(model_copy)
     beyond = len(tokenizer) - 288
     with pytest.raises(ModelError, match=rf"{beyond} tokens beyond the 288 rows .*'<tool_\d+>' = 288, .*resize_token"):
-        load_model(str(folder))
+        load_model(str(model_copy))
 
     # What the message says helps.
     model = make_model(make_tokenizer())
     model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(folder)
-    assert load_model(str(folder)).model.config.vocab_size == len(tokenizer)
+    model.save_pretrained(model_copy)
+    assert load_model(str(model_copy)).model.config.vocab_size == len(tokenizer)
 
 
-def test_a_placeholder_of_an_image_may_lie_outside_and_is_named(folder: Path, messages: list[str]) -> None:
+def test_a_placeholder_of_an_image_may_lie_outside_and_is_named(model_copy: Path, messages: list[str]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"<unused_{i}>" for i in range(288 - len(tokenizer))])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
+    tokenizer.save_pretrained(model_copy)
+    path = model_copy / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_token": "<image_soft_token>"}))
-    load_model(str(folder))
+    load_model(str(model_copy))
     assert any("no text may contain <image_soft_token>" in line for line in messages)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
-def test_special_ids_outside_of_the_table_are_refused(folder: Path, file: str, name: str) -> None:
-    path = folder / file
+def test_special_ids_outside_of_the_table_are_refused(model_copy: Path, file: str, name: str) -> None:
+    path = model_copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), name: 300}))
     with pytest.raises(ModelError, match=rf"{name} = 300.*has 288 rows"):
-        load_model(str(folder))
+        load_model(str(model_copy))

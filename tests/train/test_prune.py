@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from conftest import make_model
+from conftest import make_model, plain_rows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.layer_removal import keep_layers
@@ -49,7 +49,7 @@ def folder(tokenizer: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options(folder: Path, tmp_path: Path) -> FinetuneOptions:
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(40)]
+    rows = plain_rows(40)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FinetuneOptions(
         model=str(folder), data=str(tmp_path / "train.jsonl"), keep_layers=2,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from conftest import plain_rows, short_training
 from qat_edge.errors import RunError
 from qat_edge.manifest import read_manifest, sha256
 from qat_edge.models.merge import merged_model
@@ -29,13 +30,9 @@ from qat_edge.verbs.finetune import finetune
 @pytest.fixture
 def options(tiny_model_folder: Path, tmp_path: Path) -> FinetuneOptions:
     """Four steps of LoRA, eight of QAT, with dropout, which would tell if the guard used random numbers."""
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i}"} for i in range(24)]
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return FinetuneOptions(
-        model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "eval.jsonl"),
-        steps=12, qat_start=4.0, batch_size=4, lora_rank=4, lora_dropout=0.1, save_every=2, track=(), eval_rows=4,
-        calibration_tokens=256,
+    return short_training(
+        tiny_model_folder, tmp_path, plain_rows(24), steps=12, qat_start=4.0, lora_dropout=0.1, save_every=2,
+        eval_rows=4, calibration_tokens=256,
     )  # fmt: skip
 
 

@@ -165,8 +165,8 @@ def finetune(
         seed: Seed of initialization, shuffling and dropout.
         qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step.
         weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
-        weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq, the default), or -2 to 1
-            (integer). One of seq, integer.
+        weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
+            default those of the file of --bits, or seq. One of seq, integer.
         group_size: Weights in groups, of fewer than 8 bits, that share one scale. One of 32, 64, 128.
         bits: Bits by layer: a file written by `qat-edge sensitivity`.
         embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
@@ -287,8 +287,8 @@ def quantize(
             of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
         bits: Bits by layer, instead of those of finetune; not with --method qat.
         weight_bits: Bits of linear layers, instead of those of finetune; not with --method qat. One of 2, 4.
-        weight_levels: Levels of 2-bit weights, instead of those of finetune; not with --method qat. One of seq,
-            integer.
+        weight_levels: Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with
+            --method qat. One of seq, integer.
         rotate: Rotate the hidden states first, as finetune --rotate does; not with --method qat.
         calibration_data: Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training
             rows.

@@ -158,7 +158,8 @@ class FinetuneOptions:
         "Bits of linear layers; 2 bits run in ONNX folders only.", 4, WEIGHT_BITS, group=QUANTIZATION
     )
     weight_levels: str | None = option(
-        "Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq, the default), or -2 to 1 (integer).",
+        "Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by default those of "
+        "the file of --bits, or seq.",
         None, LEVELS, group=QUANTIZATION,
     )  # fmt: skip
     group_size: int = option(
@@ -240,7 +241,7 @@ class QuantizeOptions:
         None, WEIGHT_BITS, group=QUANTIZATION,
     )  # fmt: skip
     weight_levels: str | None = option(
-        "Levels of 2-bit weights, instead of those of finetune; not with --method qat.",
+        "Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with --method qat.",
         None, LEVELS, group=QUANTIZATION,
     )  # fmt: skip
     rotate: bool = option(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from qat_edge.models import config_check
+from qat_edge.models import config_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +91,7 @@ def embedding_scale(model: PreTrainedModel) -> float:
     """
     inside = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
     factor = inside
-    if factor is None and config_check.reads(model.config, "embedding_multiplier"):
+    if factor is None and config_keys.reads(model.config, "embedding_multiplier"):
         factor = getattr(model.config, "embedding_multiplier", None)
     return 1.0 if factor is None else float(factor)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qat_edge.models import config_check
+from qat_edge.models import config_keys
 from qat_edge_exporters.onnx import architecture, names, onnx_compat
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def _missing_numbers(config: PretrainedConfig) -> str:
     """Return a number of the configuration that the builder's graph leaves out, in a sentence."""
     name = (config.architectures or [""])[0]
     for key in CLIPPED:
-        if getattr(config, key, None) is not None and config_check.reads(config, key):
+        if getattr(config, key, None) is not None and config_keys.reads(config, key):
             return f"{name} clips values at {getattr(config, key):g} ({key}), and the builder's graph does not."
     if name not in onnx_compat.WITH_MULTIPLIERS:
         for key, neutral in MULTIPLIERS.items():
             value = getattr(config, key, None)
-            if value is not None and value != neutral and config_check.reads(config, key):
+            if value is not None and value != neutral and config_keys.reads(config, key):
                 return f"{name} multiplies by {value:g} ({key}), and the builder's graph does not."
 
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
@@ -130,5 +130,5 @@ def _rotated_channels(config: PretrainedConfig) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)  # some models have parameters for each layer type
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    share = parameters.get(config_check.PARTIAL, 1.0) if config_check.reads_rope(config, config_check.PARTIAL) else 1.0
+    share = parameters.get(config_keys.PARTIAL, 1.0) if config_keys.reads_rope(config, config_keys.PARTIAL) else 1.0
     return int(width * share)

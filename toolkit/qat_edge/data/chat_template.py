@@ -17,6 +17,7 @@ from qat_edge.data.template_limits import (
     check_template,
     limit_rendering,
 )
+from qat_edge.data.template_sandbox import limit_operations
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.tokenizer_check import encoding_errors
 from qat_edge.readers import shorten
@@ -66,7 +67,7 @@ class ChatTemplate:
         facts = self.facts(chat)
         messages = [{key: value for key, value in m.items() if key != WEIGHT} for m in chat.messages[:count]]
         try:
-            with limit_rendering():
+            with limit_rendering(), limit_operations():
                 return str(
                     self.tokenizer.apply_chat_template(
                         messages, tools=chat.tools, documents=chat.documents, chat_template=facts.source,

@@ -2,7 +2,7 @@
 
 transformers runs them in a sandbox, which keeps them away from files and from Python, but lets them compute for hours
 or fill the memory. A template is checked before its first use (`check_template`), and each rendering is watched by a
-thread that ends it (`limit_rendering`).
+thread that ends it (`limit_rendering`). Single operations are limited by `template_sandbox`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ MAX_SECONDS = 10.0  # of one rendering; those of the longest conversations take 
 MAX_EXTRA_BYTES = 1024**3  # of memory, allocated while one rendering runs
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # the longest templates have 50,000
 MAX_INTEGER = 1_000_000  # written in a template: lengths and widths are far smaller
-LONG_WIDTH = re.compile(r"%[^a-zA-Z%]*\d{5}|\{[^{}]*:[^{}]*\d{5}")  # a width of five digits in a text that formats
+MAX_WIDTH = 9999  # of a formatted value
+WIDE = "it formats a value with a width of more than four digits"
+LONG_WIDTH = re.compile(r"%[^a-zA-Z%]*\d{5}|\{[^{}:]*:[^{}]*\d{5}")  # such a width in a text that formats
 MAX_FACTOR = 64  # of a repetition
 POLL_SECONDS = 0.05
 ARRIVAL_SECONDS = 5.0  # for an exception of the watching thread to arrive
@@ -84,7 +86,7 @@ def check_template(source: str) -> TemplateFacts:
         if isinstance(node.value, int) and abs(node.value) > MAX_INTEGER:
             raise TemplateLimitError(f"it has a number above {MAX_INTEGER}")
         if isinstance(node.value, str) and LONG_WIDTH.search(node.value):
-            raise TemplateLimitError("it formats a value with a width of more than four digits")
+            raise TemplateLimitError(WIDE)
     return TemplateFacts(frozenset(meta.find_undeclared_variables(tree)), source)
 
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig
 from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
-from qat_edge.models import config_check, tasks
+from qat_edge.models import config_check, config_keys, tasks
 from qat_edge.models.hub import one_line
-from qat_edge.models.load import WRONG_VALUES
+from qat_edge.models.load_config import WRONG_VALUES
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.options import MOST_LAYERS
 
@@ -46,7 +46,7 @@ def read(folder: Path) -> PretrainedConfig:
             if remote_code.OPTION in str(error):
                 raise
             raise ModelError(f"{where} cannot be used ({one_line(error)}). {ADVICE}") from error
-    config_check.check_choices(config, document, where)
+    config_keys.check_choices(config, document, where)
     return config
 
 

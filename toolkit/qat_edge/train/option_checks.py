@@ -10,7 +10,7 @@ from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
 from qat_edge.options import WIDTHS, ExportOptions, FinetuneOptions
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge_exporters.targets import target_for
@@ -34,6 +34,7 @@ def check_combination(options: FinetuneOptions) -> None:
     Raises:
         UsageError: Names the options and what to change.
     """
+    requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
     for check in (*_phase_2_checks(options), *_base_checks(options), *_width_checks(options)):
         if check.found:
             raise UsageError(check.message)

@@ -21,7 +21,8 @@ from qat_edge.storage import write_text
 from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
-INPUTS = ("model", "data", "eval_data", "kept_layers", "bits")  # what it identifies, by the keys of the job's metadata
+# What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
+INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels")
 OPTIONS = "options"  # entry with the options of the training
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
 FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, "save_every", "track")

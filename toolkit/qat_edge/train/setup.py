@@ -28,7 +28,7 @@ from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
@@ -135,7 +135,7 @@ def _require_vocabulary(options: FinetuneOptions, model: PreTrainedModel) -> Non
 def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
     """Choose bits and group size of each weight, and report them. bits: by module name, from --bits."""
     table_bits = (options.embedding_bits, options.head_bits)
-    codes = scheme.LinearCodes(options.weight_bits, options.weight_levels or SEQ)
+    codes = scheme.LinearCodes(options.weight_bits, _levels(options))
     weights = scheme.choose_scheme(model, options.group_size, bits, table_bits, codes)
     progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
     # Weights that could not be quantized as requested, each with its reason.
@@ -146,6 +146,11 @@ def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[
             share = f"{modules.share:.1%} of the parameters"
             progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
     return weights
+
+
+def _levels(options: FinetuneOptions) -> str:
+    """Return the levels of 2-bit weights, if there are any."""
+    return requested_levels(options.bits, options.weight_levels) or SEQ
 
 
 def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
@@ -431,7 +436,7 @@ def _metadata(
         "group_size": options.group_size,
         "table_bits": [options.embedding_bits, options.head_bits],
         "weight_bits": options.weight_bits,
-        "weight_levels": options.weight_levels or SEQ,
+        "weight_levels": _levels(options),
         "method": options.method,
         "base": options.base,
         # These change at the start of QAT, see `PhaseTransition.metadata`.

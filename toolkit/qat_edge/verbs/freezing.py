@@ -24,7 +24,7 @@ from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen, rotation, scheme
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
@@ -99,7 +99,8 @@ def _requested_scheme(merged: MergedModel, adapter: Path, options: QuantizeOptio
     """
     metadata, trained = adapter_metadata(adapter), merged.scheme
     codes = scheme.LinearCodes.of_training(metadata)
-    codes = scheme.LinearCodes(options.weight_bits or codes.bits, options.weight_levels or codes.levels)
+    levels = requested_levels(options.bits, options.weight_levels) or codes.levels
+    codes = scheme.LinearCodes(options.weight_bits or codes.bits, levels)
     # Bits of finetune for single layers hold where neither the file nor the flag says otherwise.
     bits = metadata["bits"] if options.weight_bits is None else {}
     bits = load_bits(Path(options.bits)) if options.bits is not None else bits

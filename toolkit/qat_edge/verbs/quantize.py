@@ -20,7 +20,7 @@ from qat_edge.models.merge import WHOLE_MODEL
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bit_allocation import requested_levels
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
@@ -93,8 +93,8 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
             )
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
-    if options.bits is not None:
-        load_bits(Path(options.bits))  # a file that cannot be read is reported before models are loaded
+    # A file of bits that cannot be read is reported before models are loaded.
+    requested_levels(options.bits, options.weight_levels)
     if options.rotate:
         require_causal_lm(run, "--rotate")
 

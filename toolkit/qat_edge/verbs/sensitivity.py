@@ -284,7 +284,7 @@ def _write(run: Run, folder: Path, measured: Sensitivity, choice: Choice | None)
     with replace_folder(folder, force=True) as work:
         write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
         if choice is not None:
-            save_bits(work / BITS, choice)
+            save_bits(work / BITS, choice, measured.levels)
         write_text(work / PAGE, render(measured, choice))
         write_manifest(work, "sensitivity", reference_sha256=_reference_sha256(run))
 
