@@ -173,7 +173,7 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     faults += _unexpected(scheme, artifact)
     # The end tokens mean nothing with another tokenizer.
     copied = [name for name in record.copied if (quantized / name).is_file()]
-    faults += _copy_faults(folder, quantized, copied, f"the file of {quantized}")
+    faults += _copy_faults(folder, quantized, copied, f"not the file of {quantized}")
     faults += record.setting_faults(folder, quantized)
     faults += _tokenizer_faults(folder, quantized) or _conversation_faults(folder, quantized, artifact.end_tokens)
     if (folder / MANIFEST).is_file():
@@ -327,17 +327,17 @@ def _tokenizer_faults(folder: Path, quantized: Path) -> list[str]:
     extra = sorted({*tokenizer.tokenizer_files(folder)} - {*tokenizer.tokenizer_files(quantized)})
     faults = [f"{name}: not in the tokenizer the model was trained with" for name in extra]
     names = tokenizer.tokenizer_files(quantized)
-    return faults + _copy_faults(folder, quantized, names, "the tokenizer the model was trained with")
+    return faults + _copy_faults(folder, quantized, names, "not the tokenizer the model was trained with")
 
 
-def _copy_faults(folder: Path, quantized: Path, names: Iterable[str], what: str) -> list[str]:
-    """Compare copies of the checkpoint's files, which runners read, with them. what: the right file, for messages."""
+def _copy_faults(folder: Path, quantized: Path, names: Iterable[str], changed: str) -> list[str]:
+    """Compare copies of the checkpoint's files, which runners read, with them. changed: sentence for another file."""
     faults = []
     for name in names:
         if not (folder / name).is_file():
-            faults.append(f"{name}: missing; the app would not have {what}")
+            faults.append(f"{name}: missing, though {quantized} has it")
         elif sha256(folder / name) != sha256(quantized / name):
-            faults.append(f"{name}: not {what}")
+            faults.append(f"{name}: {changed}")
     return faults
 
 

@@ -84,7 +84,8 @@ def program_faults(
     if FORWARD not in plans:
         return faults
     faults += _call_faults(plans[FORWARD], backends)
-    if generates:
+    # Vulkan takes the number of tokens from the ids, and CoreML computes everything.
+    if generates and list(backends) == [delegates.XNNPACK]:
         faults += _data_faults(plans[FORWARD])
     nodes = {node["xnode_union_type"] for graph in graphs if "chain" not in graph for node in graph["xnodes"]}
     return faults + [_unknown("operator of XNNPACK", name) for name in sorted(nodes - XNNPACK_NODES)]
@@ -104,8 +105,6 @@ def _call_faults(plan: ExecutionPlan, backends: Collection[str]) -> Iterator[str
 def _data_faults(plan: ExecutionPlan) -> Iterator[str]:
     """Yield a fault where something else than embeddings reads token ids, or than a delegate writes logits."""
     calls = [call for call in delegates.instructions(plan) if isinstance(call, KernelCall | DelegateCall)]
-    if all(isinstance(call, DelegateCall) for call in calls):
-        return  # CoreML computes everything
     ids = {plan.inputs[0]}
     for call in calls:
         name = plan.operators[call.op_index].name if isinstance(call, KernelCall) else "a delegate"
