@@ -33,16 +33,19 @@ LAYOUT = (
     "aten::as_strided_copy.out", "aten::cat.out", "aten::clone.out", "aten::copy.out", "aten::empty.out",
     "aten::expand_copy.out", "aten::full.out", "aten::permute_copy.out", "aten::repeat.out",
     "aten::select_copy.int_out", "aten::slice_copy.Tensor_out", "aten::slice_scatter.out",
-    "aten::split_with_sizes_copy.out", "aten::squeeze_copy.dim_out", "aten::sym_size.int", "aten::t_copy.out",
-    "aten::transpose_copy.int_out", "aten::unsqueeze_copy.out", "aten::view_copy.out",
+    "aten::split_copy.Tensor_out", "aten::split_with_sizes_copy.out", "aten::squeeze_copy.dim_out",
+    "aten::squeeze_copy.dims_out", "aten::stack.out", "aten::sym_size.int", "aten::t_copy.out",
+    "aten::transpose_copy.int_out", "aten::unbind_copy.int_out", "aten::unsqueeze_copy.out", "aten::view_copy.out",
     "executorch_prim::et_view.default",
 )  # fmt: skip
 ARITHMETIC = (
-    "aten::_softmax.out", "aten::abs.out", "aten::add.out", "aten::addmm.out", "aten::bmm.out", "aten::cos.out",
-    "aten::cumsum.out", "aten::div.out", "aten::exp.out", "aten::expm1.out", "aten::gelu.out", "aten::log.out",
-    "aten::log1p.out", "aten::mean.dim_out", "aten::mm.out", "aten::mul.out", "aten::native_layer_norm.out",
-    "aten::neg.out", "aten::pow.Tensor_Scalar_out", "aten::relu.out", "aten::rsqrt.out", "aten::sigmoid.out",
-    "aten::sin.out", "aten::sqrt.out", "aten::sub.out", "aten::sum.IntList_out", "aten::tanh.out",
+    "aten::_softmax.out", "aten::abs.out", "aten::add.Scalar_out", "aten::add.out", "aten::addmm.out", "aten::bmm.out",
+    "aten::clamp.out", "aten::cos.out", "aten::cumsum.out", "aten::div.Scalar_out", "aten::div.out", "aten::erf.out",
+    "aten::exp.out", "aten::expm1.out", "aten::gelu.out", "aten::log.out", "aten::log1p.out", "aten::mean.dim_out",
+    "aten::mm.out", "aten::mul.Scalar_out", "aten::mul.out", "aten::native_layer_norm.out", "aten::neg.out",
+    "aten::pow.Tensor_Scalar_out", "aten::pow.Tensor_Tensor_out", "aten::reciprocal.out", "aten::relu.out",
+    "aten::rsqrt.out", "aten::sigmoid.out", "aten::sin.out", "aten::sqrt.out", "aten::sub.Scalar_out", "aten::sub.out",
+    "aten::sum.IntList_out", "aten::tanh.out",
 )  # fmt: skip
 # Of masks, of positions from a mask, and of activations by cases.
 COMPARISONS = (
