@@ -157,6 +157,7 @@ def stand_in_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exporters are replaced by functions that write no artifact, so nothing can be run afterwards."""
     nothing = Parity(not_measured="A stand-in was exported.")
     monkeypatch.setattr("qat_edge.verbs.export._measure_parity", lambda *_: nothing)
+    monkeypatch.setattr("qat_edge_exporters.targets.Target.held_options", lambda *_: [])
 
 
 class Recorder(progress.LogReporter):

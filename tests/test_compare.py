@@ -19,11 +19,11 @@ from pages import svgs
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.cli.terminal_tables import deployment_table
-from qat_edge.errors import DataError, ExportError, RunError
+from qat_edge.errors import ArtifactError, DataError, ExportError, QatEdgeError, RunError
 from qat_edge.evaluate import deployments
 from qat_edge.evaluate.deployments import Deployment, DeploymentTable
 from qat_edge.evaluate.results import Agreement, Measurement, Speed, Spread
-from qat_edge.manifest import read_manifest
+from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.quant import frozen
@@ -182,6 +182,21 @@ def test_an_artifact_of_another_context_length_needs_force(run: Run, table: Depl
     path.write_text(yaml.safe_dump({"export": {"context_length": 256}, "validate": config.plain(MEASURING)}))
     with pytest.raises(RunError, match="--force"):
         compare.compare(run, dataclasses.replace(OPTIONS, deployment=("qat",)), path)
+
+
+@pytest.mark.parametrize(
+    ("length", "error", "words"),
+    [(256, ArtifactError, "'options.context_length' is 256, but get_max_"), (10**9, RunError, "damaged, its options")],
+)
+def test_a_context_that_only_the_manifest_has_is_refused(
+    run: Run, table: DeploymentTable, tmp_path: Path, length: int, error: type[QatEdgeError], words: str
+) -> None:
+    folder = Path(shutil.copytree(run.exports / "executorch", tmp_path / "executorch"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["options"]["context_length"] = length
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(error, match=words):
+        compare._is_current(run, folder, length)
 
 
 def test_the_command_trains_first(tiny_model_folder: Path, data: Path, tmp_path: Path) -> None:

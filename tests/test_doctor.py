@@ -132,6 +132,17 @@ def test_contents_of_the_file(folder: Path) -> None:
     assert program.memory_bytes >= 2 * CONTEXT * (WIDTH // 2) * 4
 
 
+def test_options_that_only_the_manifest_has_are_faults(folder: Path) -> None:
+    write_manifest(folder, "export", options={"context_length": CONTEXT, "kv_cache": "float32", "portable": False})
+    assert faults(folder) == []
+    write_manifest(folder, "export", options={"context_length": 2 * CONTEXT, "kv_cache": "int8", "portable": True})
+    assert [fault.partition(",")[0] for fault in faults(folder)] == [
+        *["manifest.json: 'options.context_length' is 64"] * 3,
+        "manifest.json: 'options.kv_cache' is 'int8'",
+        "manifest.json: 'options.portable' is True",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [

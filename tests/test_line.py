@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,10 +29,12 @@ from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.models.merge import float_model, merged_model
-from qat_edge.options import ExportOptions, ValidateOptions
+from qat_edge.options import EvalOptions, ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
+from qat_edge.verbs.eval import evaluate
 from qat_edge.verbs.export import export
 from qat_edge.verbs.generate import generate
 from qat_edge.verbs.validate import Validated, validate
@@ -179,6 +182,95 @@ def test_an_artifact_that_was_changed_is_not_run(run: Run, target: str, tmp_path
         generate(copy, "hello", target, lambda text: None, max_new_tokens=1)
     with pytest.raises(RunError, match=changed):
         validate(copy, dataclasses.replace(OPTIONS, target=(target,)))
+
+
+def record(folder: Path, **options: Any) -> None:
+    """Edit options in the manifest of an artifact, and list its files again."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["options"] |= options
+    path.write_text(json.dumps(manifest))
+    relist(folder)
+
+
+OTHER_OPTIONS = {
+    "context_length": (
+        64, {"executorch": "get_max_context_len of model.pte", "onnx": "model.context_length of genai_config.json"}, 128
+    ),
+    "kv_cache": (
+        "int8",
+        {"executorch": "the type of keys and values in model.pte", "onnx": "the type of past_key_values.0.key in"},
+        "float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIONS)
+def test_options_that_only_the_manifest_has_are_refused(run: Run, target: str, name: str, tmp_path: Path) -> None:
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("checkpoints", "ptq", "reports", "logs"))
+    value, where, held = OTHER_OPTIONS[name]
+    record(copy.exports / target, **{name: value})
+    uses: dict[str, Any] = {
+        "verify": lambda: verify(copy, (target,)),
+        "validate": lambda: validate(copy, dataclasses.replace(OPTIONS, target=(target,))),
+        "generate": lambda: generate(copy, "hello", target, lambda text: None, max_new_tokens=1),
+        "eval": lambda: evaluate(copy, EvalOptions(task="gsm8k", context_length=32), (target,)),
+    }
+    for verb, use in uses.items():
+        with pytest.raises(ArtifactError) as caught:
+            use()
+        message = str(caught.value)
+        assert f"exports/{target}/manifest.json: 'options.{name}' is {value!r}, but {where[target]}" in message, verb
+        assert f" is {held!r}. Export again, or restore the files." in message, verb
+    wanted = ExportOptions(target=(target,), ptq=("none",), context_length=64 if name == "context_length" else 128)
+    with pytest.raises(RunError, match="is not what this command would write"):
+        export(copy, wanted)
+
+
+def test_prompts_that_only_the_manifest_has_are_a_fault(run: Run, target: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run.exports / target, tmp_path / target))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["conversation"] = {"template_arguments": {"enable_thinking": True}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (fault,) = verify_folder(folder, target, run.quantized).faults
+    assert fault.startswith("manifest.json: its 'conversation'")
+
+
+def edit_graph(folder: Path, edit: Any) -> None:
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    edit({entry.name: entry for entry in model.graph.input})
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def float16_values(inputs: dict[str, Any]) -> None:
+    inputs["past_key_values.1.value"].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+
+def more_heads(inputs: dict[str, Any]) -> None:
+    inputs["past_key_values.1.key"].type.tensor_type.shape.dim[1].dim_value = 4
+
+
+def other_name(inputs: dict[str, Any]) -> None:
+    inputs["past_key_values.1.key"].name = "past_key_values.2.key"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            float16_values,
+            "'options.kv_cache' is 'float32', but the type of past_key_values.1.value in model.onnx is ",
+        ),
+        (more_heads, r"model\.onnx: past_key_values\.1\.key has the shape \[0, 4, 0, 0\], but .* head_size 16"),
+        (other_name, r"model\.onnx: no input past_key_values\.1\.key, though genai_config\.json has that layer"),
+    ],
+)
+def test_a_graph_with_another_cache_is_refused(run: Run, edit: Any, message: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run.exports / "onnx", tmp_path / "onnx"))
+    edit_graph(folder, edit)
+    with pytest.raises(ArtifactError, match=message):
+        options_of_artifact(folder)
 
 
 @pytest.mark.parametrize("part", ["adapter", "quantized"])

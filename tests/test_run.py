@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from qat_edge import storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
-from qat_edge.models.positions import context_of_artifact
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, write_text
 from qat_edge.verbs.verify import verify

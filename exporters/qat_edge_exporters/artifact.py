@@ -46,6 +46,23 @@ class FloatConstant:
 
 
 @dataclass(frozen=True)
+class HeldOption:
+    """An option of `export` as the files of an artifact hold it, whatever their manifest records.
+
+    Attributes:
+        name: of the option.
+        where: a noun phrase for the entry that holds it, with its file.
+        value: of the option.
+        is_least: the recorded value may be larger, as where a model has fewer positions.
+    """
+
+    name: str
+    where: str
+    value: int | str | bool
+    is_least: bool = False
+
+
+@dataclass(frozen=True)
 class Passage:
     """Input and output of one module, for one sequence.
 
@@ -99,12 +116,6 @@ class Artifact:
     size_bytes: dict[str, int]
     faults: list[str] = field(default_factory=list)
     floats: Sequence[FloatConstant] | None = None
-
-    @property
-    def context_length(self) -> int | None:
-        """Return the tokens of prompt and answer together that it holds; None for an encoder."""
-        found = self.metadata.get("context_length", self.metadata.get("get_max_context_len"))
-        return found if isinstance(found, int) else None
 
     @property
     def end_tokens(self) -> list[int] | None:

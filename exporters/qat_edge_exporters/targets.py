@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from qat_edge.data.conversation import Prompt
-    from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant
+    from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
 EXECUTORCH, ONNX = "executorch", "onnx"
@@ -44,6 +44,7 @@ class Target:
         marker: shape of its points in plots.
         exporter: writes it: (checkpoint, empty folder, context_length, **options).
         reader: reads codes, scales and sizes back: (folder) -> Artifact.
+        options_reader: reads the options of its export from the files: (folder) -> list of `HeldOption`.
         constants: computes the float constants that are no tensors of the checkpoint: (checkpoint, Artifact) ->
             constants. Empty: float constants are not read.
         support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
@@ -66,6 +67,7 @@ class Target:
     marker: str
     exporter: str
     reader: str
+    options_reader: str
     support: str
     constants: str = ""
     generator: str = ""
@@ -129,6 +131,15 @@ class Target:
         """
         artifact: Artifact = load(self.reader)(folder)
         return artifact
+
+    def held_options(self, folder: Path) -> list[HeldOption]:
+        """Return the options of `export` as the files of a folder hold them, without its manifest.
+
+        Raises:
+            ArtifactError: a file cannot be read, or does not fit another one.
+        """
+        held: list[HeldOption] = load(self.options_reader)(folder)
+        return held
 
     def setting_faults(self, folder: Path, checkpoint: Path) -> list[str]:
         """Return how the settings of an artifact's runtime differ from what the export writes, a sentence each."""
@@ -195,6 +206,7 @@ def _other_backend(name: str, reader: str) -> Target:
         marker="diamond",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.backend_readers:{reader}",
+        options_reader=f"{_PTE}.pte.pte_options:held_options",
         support=f"{_PTE}.pte_support:missing",
         backend=backend,
         copied=COPIED,
@@ -210,6 +222,7 @@ _ALL = (
         marker="circle",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.pte_reader:read",
+        options_reader=f"{_PTE}.pte.pte_options:held_options",
         constants=f"{_PTE}.pte.rotary_constants:rotary_frequencies",
         support=f"{_PTE}.pte_support:missing",
         generator=f"{_PTE}.generate_text:generate",
@@ -228,6 +241,7 @@ _ALL = (
         marker="square",
         exporter=f"{_ONNX}.export_onnx:export",
         reader=f"{_ONNX}.onnx_reader:read",
+        options_reader=f"{_ONNX}.onnx_options:held_options",
         constants=f"{_ONNX}.architecture:computed_constants",
         support=f"{_ONNX}.onnx_support:missing",
         generator=f"{_ONNX}.genai_text:generate",

@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from qat_edge.errors import ExportError
-from qat_edge.models import tasks
+from qat_edge.models import artifact_options, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import pte_support
 from qat_edge_exporters.executorch.pte.inspection import inspect
+from qat_edge_exporters.targets import target_named
 
 POSITIONS = 48  # fewer than CONTEXT
 SIZES: dict[str, Any] = {
@@ -97,6 +98,10 @@ def test_codes_and_scales_are_read_back(made: tuple[TinyExport, ModelTask]) -> N
     scheme = frozen.read_scheme(exported.frozen)
     assert result.linears == result.linears_equal == len(scheme.linears)
     assert bool(scheme.head) == isinstance(task, SequenceClassifier)
+    held = target_named("executorch").held_options(exported.folder)
+    assert artifact_options.option_faults({"context_length": CONTEXT}, held) == []
+    (fault,) = artifact_options.option_faults({"context_length": POSITIONS - 1}, held)
+    assert f"'options.context_length' is {POSITIONS - 1}, but get_max_length of model.pte is {POSITIONS}." in fault
     program = inspect(exported.pte)
     assert program.constants["get_max_length"] == POSITIONS and not program.is_language_model
     width, given = program.constants["get_output_width"], f"int64 [1, <={POSITIONS}]"

@@ -29,6 +29,7 @@ from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, ExportError, RunError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.models.artifact_options import ArtifactOptions, options_of_artifact
 from qat_edge.options import ExportOptions
 from qat_edge.run import Variant
 from qat_edge.verbs.export import export_one
@@ -430,6 +431,18 @@ def test_an_int8_cache_is_compared_with_a_rounded_cache(tmp_path: Path) -> None:
     freeze(llama(), 32, variant.quantized)
     exported = export_one(variant, target_named("executorch"), ExportOptions(context_length=CONTEXT, kv_cache="int8"))
     assert exported.parity.fault == "" and exported.parity.tokens == parity.PROMPTS * parity.LENGTH
+    assert options_of_artifact(exported.folder) == ArtifactOptions(CONTEXT, int8_cache=True)
+    edit_options(exported.folder, kv_cache="float32")
+    words = "'options.kv_cache' is 'float32', but the type of keys and values in model.pte is 'int8'"
+    with pytest.raises(ArtifactError, match=words):
+        options_of_artifact(exported.folder)
+
+
+def edit_options(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["options"] |= changes
+    path.write_text(json.dumps(manifest))
 
 
 def test_a_portable_artifact_is_run(tmp_path: Path) -> None:
@@ -439,6 +452,11 @@ def test_a_portable_artifact_is_run(tmp_path: Path) -> None:
     assert exported.parity.fault == exported.parity.not_measured == ""
     result = verify_folder(exported.folder, "executorch", variant.quantized)
     assert result.faults == [] and result.floats_equal == result.floats == 5
+    assert options_of_artifact(exported.folder) == ArtifactOptions(CONTEXT, int8_cache=False)
+    edit_options(exported.folder, portable=False)
+    words = "'options.portable' is False, but the value that use_sdpa_with_kv_cache of model.pte gives is True"
+    with pytest.raises(ArtifactError, match=words):
+        options_of_artifact(exported.folder)
 
 
 def test_a_context_shorter_than_a_prompt_is_run(tmp_path: Path) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import MIXED, TinyExport, disturb_rotation, export_into, freeze, llama
+from executorch.exir.schema import Instruction, JumpFalseCall
+from tiny import CONTEXT, MIXED, TinyExport, disturb_rotation, export_into, freeze, llama
 
 from qat_edge.errors import ArtifactError
 from qat_edge.quant import frozen
 from qat_edge.verbs.verify import verify_folder
+from qat_edge_exporters.executorch.compat import KernelCall, serialize_pte_binary
 from qat_edge_exporters.executorch.pte import delegates, runner_contract
+from qat_edge_exporters.executorch.pte.program_check import program_faults
+from qat_edge_exporters.executorch.pte.pte_options import held_options
 from qat_edge_exporters.executorch.pte.pte_reader import read
 
 
@@ -110,7 +116,107 @@ def test_layers_swapped_inside_the_file_differ(copied: TinyExport) -> None:
 
 def test_a_missing_method_is_a_fault(copied: TinyExport) -> None:
     copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_eos_ids", b"got_eos_ids"))
-    assert read(copied.folder).faults == ["model.pte has no method get_eos_ids, which runners look for."]
+    assert read(copied.folder).faults == [
+        "model.pte has no method get_eos_ids, which runners look for.",
+        "model.pte: the method got_eos_ids is not one that the exporter writes.",
+    ]
+
+
+def another_method(plans: dict[str, Any]) -> None:
+    plans["get_n_layers"].name = "forward_again"
+
+
+def a_method_that_computes(plans: dict[str, Any]) -> None:
+    plans["get_n_layers"].chains = plans["forward"].chains
+
+
+def another_operator(plans: dict[str, Any]) -> None:
+    operator = next(each for each in plans["forward"].operators if each.name == "aten::cos")
+    operator.name, operator.overload = "aten::eq", "Tensor_out"
+
+
+def another_delegate(plans: dict[str, Any]) -> None:
+    plans["forward"].delegates[0].id = "QnnBackend"
+
+
+def a_jump(plans: dict[str, Any]) -> None:
+    calls = plans["forward"].chains[0].instructions
+    calls.insert(1, Instruction(JumpFalseCall(cond_value_index=0, destination_instruction=len(calls))))
+
+
+def sines_of_token_ids(plans: dict[str, Any]) -> None:
+    plan = plans["forward"]
+    call = next(c for c in delegates.kernel_calls(plan) if plan.operators[c.op_index].name == "aten::sin")
+    call.args[0] = plan.inputs[0]
+
+
+def changed_logits(plans: dict[str, Any]) -> None:
+    calls = plans["forward"].chains[0].instructions
+    calls.append(next(call for call in calls if isinstance(call.instr_args, KernelCall)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (another_method, "the method forward_again is not one that the exporter writes."),
+        (a_method_that_computes, "the method get_n_layers computes, where the exporter writes a constant."),
+        (another_operator, "the operator aten::eq.Tensor_out is not one that the exporter writes."),
+        (another_delegate, "the delegate QnnBackend is not one that the exporter writes."),
+        (a_jump, "the instruction JumpFalseCall is not one that the exporter writes."),
+        (sines_of_token_ids, "aten::sin reads the token ids, which the exporter does not make."),
+        (changed_logits, "the logits are not the output of the last delegate alone."),
+    ],
+)
+def test_what_no_export_has_is_a_fault(
+    exported: TinyExport, edit: Callable[[dict[str, Any]], None], fault: str
+) -> None:
+    plans = {plan.name: plan for plan in delegates.open_pte(exported.pte).program.execution_plan}
+    edit(plans)
+    plans = {plan.name: plan for plan in plans.values()}
+    assert program_faults(plans, [], [delegates.XNNPACK]) == [fault]
+
+
+def test_an_operator_of_a_delegate_that_no_export_has_is_a_fault(exported: TinyExport) -> None:
+    pte = delegates.open_pte(exported.pte)
+    plans = {plan.name: plan for plan in pte.program.execution_plan}
+    graphs = delegates.delegate_graphs(pte, plans["forward"])
+    assert program_faults(plans, graphs, [delegates.XNNPACK]) == []
+    graphs[0]["xnodes"][0]["xnode_union_type"] = "XNNMaximum"
+    (fault,) = program_faults(plans, graphs, [delegates.XNNPACK])
+    assert fault == "the operator of XNNPACK XNNMaximum is not one that the exporter writes."
+
+
+def test_two_methods_of_one_name_are_refused(copied: TinyExport) -> None:
+    data = copied.pte.read_bytes()
+    copied.pte.write_bytes(data.replace(b"get_eos_id\0", b"get_bos_id\0"))
+    with pytest.raises(ArtifactError, match=r"model\.pte: it has two methods 'get_bos_id'\. Export again"):
+        read(copied.folder)
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit the methods of a .pte, by name."""
+    pte = delegates.open_pte(path)
+    edit({plan.name: plan for plan in pte.program.execution_plan})
+    with path.open("wb") as file:
+        serialize_pte_binary(pte).write_to_file(file)
+
+
+def test_the_options_of_an_export_are_read_from_the_program(copied: TinyExport) -> None:
+    assert {(option.name, option.value) for option in held_options(copied.folder)} == {
+        ("context_length", CONTEXT), ("kv_cache", "float32"), ("portable", False),
+    }  # fmt: skip
+
+    def longer(plans: dict[str, Any]) -> None:
+        for name in ("get_max_context_len", "get_max_seq_len"):
+            plans[name].values[plans[name].outputs[0]].val.int_val = 2 * CONTEXT
+
+    rewrite(copied.pte, longer)
+    held = {option.where: option.value for option in held_options(copied.folder)}
+    assert held["get_max_context_len of model.pte"] == 2 * CONTEXT
+    assert held["the number of tokens in the cache of model.pte"] == CONTEXT
+    copied.pte.write_bytes(copied.pte.read_bytes().replace(b"get_max_context_len", b"got_max_context_len"))
+    with pytest.raises(ArtifactError, match=r"no method get_max_context_len, which runners look for\. Export again"):
+        held_options(copied.folder)
 
 
 def test_the_number_of_layers_is_checked(copied: TinyExport) -> None:

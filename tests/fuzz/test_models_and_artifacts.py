@@ -72,6 +72,7 @@ def test_pte_folders(run: Run, tmp_path: Path, file: str, data: st.DataObject) -
     path = folder / file
     path.write_bytes(data.draw(mutated_bytes(path.read_bytes())))
     require_value_or_error(lambda: target_named("executorch").read(folder))
+    require_value_or_error(lambda: target_named("executorch").held_options(folder))
     require_value_or_error(lambda: inspect(folder / "model.pte"))
 
 
@@ -83,6 +84,7 @@ def test_onnx_folders(run: Run, tmp_path: Path, file: str, data: st.DataObject) 
     path.write_bytes(data.draw(mutated_bytes(path.read_bytes())))
     require_value_or_error(lambda: target_named("onnx").check(folder))
     require_value_or_error(lambda: target_named("onnx").read(folder))
+    require_value_or_error(lambda: target_named("onnx").held_options(folder))
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "config.json"])

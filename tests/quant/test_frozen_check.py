@@ -18,8 +18,8 @@ from conftest import make_model, make_tokenizer, relist, stored_tensors
 from qat_edge.diagnose import parity
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, write_manifest
-from qat_edge.quant import frozen
-from qat_edge.quant.scheme import choose_scheme
+from qat_edge.quant import frozen, frozen_check, rotation
+from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 UP = "model.layers.0.mlp.up_proj"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -125,6 +125,37 @@ def test_ends_that_the_model_does_not_have_are_named(folder: Path, entry: str, v
     manifest["scheme"][entry] = value
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert words in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("tied", "words"), [(True, "one table in the scheme"), (False, "equal, but 'scheme.tied' is false")]
+)
+def test_tied_ends_are_those_of_the_tensors(tmp_path: Path, tied: bool, words: str) -> None:
+    model = make_model(make_tokenizer())
+    if tied:  # in the manifest alone
+        rotation.untie(model)
+        model.lm_head.weight.data.mul_(2)
+    scheme = frozen.freeze(model, choose_scheme(model, 32))
+    assert scheme.tied is not tied
+    model.save_pretrained(tmp_path)
+    changed = frozen.scheme_metadata(scheme) | {"tied": tied}
+    write_manifest(tmp_path, "quantized", scheme=changed, model={"source": "tiny"})
+    assert f"model.embed_tokens and lm_head are {words}" in refusal(tmp_path)
+
+
+def test_ends_that_rounding_leaves_equal_are_tied() -> None:
+    model = make_model(make_tokenizer())
+    rotation.untie(model)  # the same values
+    chosen = choose_scheme(model, 32)
+    assert not chosen.tied and frozen.freeze(model, chosen).tied
+
+
+def test_a_model_without_a_head_cannot_be_tied(tmp_path: Path) -> None:
+    scheme = Scheme(32, True, "embedding", "", {"embedding": WeightScheme(8, 64, quantize_input=False)})
+    zeros = torch.zeros(4, 1, dtype=torch.int8)
+    table = frozen_check.StoredWeight(torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 1), zeros, 8, (1, 64), None)
+    with pytest.raises(RunError, match=r"'scheme\.tied' is true, and the model has no head"):
+        frozen_check.require_sound(tmp_path, scheme, {"embedding": table}, iter(()))
 
 
 def test_torchao_has_to_compute_what_the_scheme_says(folder: Path) -> None:

@@ -39,6 +39,7 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "options": (dict,),
     "options.context_length": (int,),
     "options.kv_cache": (str,),
+    "options.portable": (bool,),
     "target": (str,),
     "quantized_sha256": (str,),
     "adapter_sha256": (str, type(None)),

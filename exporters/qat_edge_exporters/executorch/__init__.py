@@ -24,6 +24,8 @@ pte/                             bytes of a .pte
     delegates.py                 .pte -> the constants that each matrix product uses
     pte_reader.py                folder -> codes, scales, metadata, faults
     backend_readers.py           the same for Vulkan and CoreML
+    program_check.py             methods, operators and delegates that the exporter does not write
+    pte_options.py               options of the export, from the program itself
     intermediate_outputs.py      a copy of a .pte that also returns the values between its layers
     inspection.py                .pte -> methods, operators, delegates, sizes
     program_info.py              dataclasses for that

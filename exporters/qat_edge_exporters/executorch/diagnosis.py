@@ -16,9 +16,9 @@ from qat_edge import progress, readers
 from qat_edge.data import conversation
 from qat_edge.errors import ArtifactError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, library_version, read_manifest
-from qat_edge.models import tokenizer
+from qat_edge.models import artifact_options, tokenizer
 from qat_edge_exporters.executorch import known_runtimes, runtime_probe
-from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.executorch.pte import pte_options, runner_contract
 from qat_edge_exporters.executorch.pte.inspection import inspect
 from qat_edge_exporters.executorch.pte.program_info import (
     CacheInfo,
@@ -92,6 +92,7 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
         faults += _tokenizer_faults(tokenizer_path, tokenizer_check, program)
         faults += _template_faults(path.parent, tokenizer_check, program)
 
+    faults += _recorded_faults(path.parent, program)
     return Diagnosis(
         path=path,
         program=program,
@@ -185,6 +186,18 @@ def _trained_ends(folder: Path) -> list[int] | None:
         return tokenizer.trained_end_tokens(read_manifest(folder))
     except (RunError, ModelError):
         return None
+
+
+def _recorded_faults(folder: Path, program: ProgramInfo) -> list[str]:
+    """Compare the options in the manifest of an export with the program, one sentence each."""
+    try:
+        options = read_manifest(folder).get("options")
+    except RunError:
+        return []  # the folder may be an app's, with a file of that name
+    if not isinstance(options, dict):
+        return []
+    held = pte_options.options_of_program(program.constants, list(program.delegates), program.cache)
+    return [f"{MANIFEST}: {fault}" for fault in artifact_options.option_faults(options, held)]
 
 
 def _written_by(folder: Path) -> dict[str, str]:

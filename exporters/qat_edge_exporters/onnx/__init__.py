@@ -13,6 +13,7 @@ The modules in the order in which an export goes through them, then those that r
     graph_file.py         read and write a graph whose tensors are in a separate data file
     names.py              convert between names of modules and names of nodes
     onnx_reader.py        read codes, scales and sizes back from a folder, for `verify`
+    onnx_options.py       read the options of the export from the graph and genai_config.json
     genai_config.py       check the keys of genai_config.json against those that an export has
     expected_config.py    compare genai_config.json with what the export of a checkpoint writes
     graph_check.py        find nodes that the exporter does not make

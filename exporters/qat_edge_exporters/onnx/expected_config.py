@@ -16,12 +16,8 @@ from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 
-# Of genai_config.json; onnxruntime-genai would apply other values in every loop that does not set them.
-NEUTRAL_SEARCH = {
-    "diversity_penalty": 0.0, "do_sample": False, "length_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0,
-    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-}  # fmt: skip
 EARLY_STOPPING = {"early_stopping": True}  # the builder's; beam search alone has it
 BOS = 1  # the builder's id where no file names one
 # Names of inputs and outputs that the builder gives a decoder on the CPU.

@@ -29,7 +29,7 @@ from qat_edge.quant.rotated_norm import stored_rotations
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.onnx import names, onnx_support
 from qat_edge_exporters.onnx.architecture import Architecture, read_architecture, split_fused
-from qat_edge_exporters.onnx.expected_config import NEUTRAL_SEARCH
+from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 from qat_edge_exporters.onnx.olive_checkpoint import write_checkpoint
 from qat_edge_exporters.onnx.repair import FrozenModel, repair
 

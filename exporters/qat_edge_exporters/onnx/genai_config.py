@@ -25,6 +25,12 @@ MOST_SEQUENCES = 64  # beams, and sequences returned at once
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}(%d[A-Za-z0-9_.]{0,100})?")
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
+# Greedy decoding; onnxruntime-genai would apply other values in every loop that does not set them.
+NEUTRAL_SEARCH = {
+    "diversity_penalty": 0.0, "do_sample": False, "length_penalty": 1.0, "min_length": 0, "no_repeat_ngram_size": 0,
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+}  # fmt: skip
+
 Check = Callable[[Any], bool]  # of one value
 
 

@@ -10,11 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-# Greedy decoding, whatever genai_config.json keeps of the model's own settings for apps.
-GREEDY = {
-    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "min_length": 0,
-}  # fmt: skip
+from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 
 
 def main() -> None:
@@ -28,7 +24,8 @@ def main() -> None:
         model = genai.Model(str(folder))
         stream = genai.Tokenizer(model).create_stream()
         params = genai.GeneratorParams(model)
-        params.set_search_options(**GREEDY, max_length=len(prompt["ids"]) + tokens)
+        # Whatever genai_config.json keeps of the model's own settings for apps.
+        params.set_search_options(**NEUTRAL_SEARCH, max_length=len(prompt["ids"]) + tokens)
         generator = genai.Generator(model, params)
         generator.append_tokens(prompt["ids"])
 

@@ -23,7 +23,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.codebook import FEWEST, SEQ, codebook_of
 from qat_edge.quant.packing import unpack_int2, unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.onnx import graph_check, graph_file, names
+from qat_edge_exporters.onnx import graph_check, graph_file, names, onnx_options
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
 BITS = (2, 4, 8)  # of codes
@@ -341,10 +341,7 @@ def _config_faults(folder: Path, graph: _Graph, genai: dict[str, Any]) -> list[s
     if filename != names.MODEL_FILE:
         faults.append(f"{names.GENAI_CONFIG}: names {filename}, not {names.MODEL_FILE}.")
 
-    positions = [tensor.dims[0] for name, tensor in graph.initializers.items() if name in names.ROTARY_TABLES]
-    if context is not None and positions and min(positions) < context:
-        faults.append(f"{names.MODEL_FILE}: rotary tables for {min(positions)} positions, but a context of {context}.")
-
+    faults += onnx_options.rotary_faults(graph.model, genai)
     for name in TOKENIZER_FILES:
         if not (folder / name).is_file():
             faults.append(f"{name}: missing, so the text cannot be tokenized.")

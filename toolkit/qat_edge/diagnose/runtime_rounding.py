@@ -19,7 +19,7 @@ import torch.ao.quantization.fx._decomposed  # registers the operators that roun
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qat_edge.manifest import read_manifest
+from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import numerics
 from qat_edge.quant.codebook import SEQ
 from qat_edge_exporters.targets import target_named
@@ -66,7 +66,7 @@ class Rounding:
 
 def artifact_rounding(folder: Path, target: str) -> Rounding | None:
     """Return how the runtime of an artifact rounds differently; None if it computes the frozen checkpoint."""
-    return rounding_of(folder, target, read_manifest(folder)["options"].get("kv_cache") == "int8")
+    return rounding_of(folder, target, options_of_artifact(folder).int8_cache)
 
 
 def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:

@@ -29,6 +29,7 @@ from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.evaluate.metrics import first_not_finite
 from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge, tasks
+from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.options import ValidateOptions
 from qat_edge.quant import frozen
@@ -213,6 +214,7 @@ def _exported(run: Run) -> list[Variant]:
 
     Raises:
         RunError: the run has none, or one was exported from an earlier checkpoint.
+        ArtifactError: one was exported with other options than its manifest says.
     """
     if TARGET not in run.targets():
         raise RunError(f"{run.exports}: nothing exported. Run `qat-edge export {run.path} --target {TARGET}`.")
@@ -220,6 +222,7 @@ def _exported(run: Run) -> list[Variant]:
     for variant in variants:
         check_files(variant.quantized)
         check_files(variant.exports / TARGET)
+        options_of_artifact(variant.exports / TARGET)
         variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")
     return variants
 

@@ -21,7 +21,7 @@ from qat_edge.evaluate.evaluator import Evaluator, announce_timing, as_agreement
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, outputs_match
 from qat_edge.evaluate.reference import Logits, spread
 from qat_edge.evaluate.results import Measurement, Speed
-from qat_edge.models.positions import context_of_artifact
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Variant
 from qat_edge_devices.runtimes.native_runtime import NativeRunner, RunnerTimings

@@ -1,18 +1,13 @@
-"""Longest sequences: the positions that a model was trained for, and the context of an artifact.
-
-torch computes beyond the positions without an error; an artifact's runtime refuses what is beyond its context.
-"""
+"""Longest sequences: the positions that a model was trained for. torch computes beyond them without an error."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from qat_edge import readers, remote_code
-from qat_edge.errors import ExportError, RunError
-from qat_edge.manifest import MANIFEST, read_manifest
-from qat_edge.options import MOST_TOKENS
+from qat_edge.errors import ExportError
+from qat_edge.quant import frozen_config
 
 CHANGING_ROPE = ("dynamic", "longrope")  # rotary embeddings whose frequencies change with the length of the text
 
@@ -53,22 +48,9 @@ def require_positions(length: int, most: int | None) -> None:
 
 
 def positions_of_folder(folder: Path) -> int | None:
-    """Return `max_positions` of the model in a folder that qat-edge wrote."""
-    with remote_code.refusals(folder):
-        trusted = remote_code.permitted()
-        return max_positions(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted))
-
-
-def context_of_artifact(folder: Path) -> int:
-    """Return the tokens of prompt and answer together that an artifact holds, from its manifest.
+    """Return `max_positions` of the model in a folder that qat-edge wrote.
 
     Raises:
-        RunError: the manifest has no such number.
+        ModelError: config.json has a value that no model can have.
     """
-    options = read_manifest(folder).get("options")
-    length = options.get("context_length") if isinstance(options, dict) else None
-    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
-        raise RunError(
-            f"{folder / MANIFEST}: damaged, its options have context_length {readers.show(length)}. Export again."
-        )
-    return length
+    return max_positions(frozen_config.read(folder))

@@ -29,7 +29,7 @@ from qat_edge.evaluate.metrics import first_not_finite, log_softmax
 from qat_edge.evaluate.reference import Logits
 from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge
-from qat_edge.models.positions import context_of_artifact
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge.run import Run, Variant
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport

@@ -16,7 +16,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class FrozenWeight:
     levels: str = INTEGER
 
 
-def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> None:
+def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> Scheme:
     """Replace every weight of `scheme` in a merged float32 model by its codes and scales, in place.
 
     Args:
@@ -74,6 +74,9 @@ def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tenso
         scheme: Bits and group size by module name.
         scales_of: Module name -> scales (out, in // group), bfloat16-representable, for weights that were trained or
             quantized under scales of their own. The others get those of `numerics.choose_scales`.
+
+    Returns:
+        The scheme for the manifest: embedding and head are tied where rounding left them equal.
     """
     # A table that embedding and head share becomes two tensors with equal codes here.
     for name, spec in scheme.weights.items():
@@ -89,6 +92,16 @@ def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tenso
     config = _torchao_config(scheme)
     model.config.quantization_config = config
     model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=False)
+    return replace(scheme, tied=_are_ends_equal(model, scheme))
+
+
+def _are_ends_equal(model: PreTrainedModel, scheme: Scheme) -> bool:
+    """Return whether embedding and head of a frozen model have the same codes and scales."""
+    if not {scheme.embedding, scheme.head} <= scheme.weights.keys():
+        return False  # a model without a head
+    ends: list[Any] = [model.get_submodule(name).weight for name in (scheme.embedding, scheme.head)]
+    one, other = ends
+    return torch.equal(one.qdata, other.qdata) and torch.equal(one.scale, other.scale)
 
 
 def as_torchao(codes: Tensor, scales: Tensor, spec: WeightScheme) -> IntxUnpackedToInt8Tensor:

@@ -70,8 +70,8 @@ def require_sound(folder: Path, scheme: Scheme, weights: Mapping[str, StoredWeig
     faults += [f"{readers.shorten(name)}, an end of the model, has no codes" for name in ends if name not in weights]
     both = [name for name in scheme.weights if name in weights]
     faults += [f"{name}: {fault}" for name in both if (fault := _fault(weights[name], scheme.weights[name]))]
-    if scheme.tied and not faults and not _is_one_table(weights[scheme.embedding], weights[scheme.head]):
-        faults.append(f"{scheme.embedding} and {scheme.head} are one table in the scheme, but differ")
+    if not faults:
+        faults += _tied_faults(scheme, weights)
     faults += [f"{name}: {fault}" for name, tensor in floats if (fault := _float_fault(name, tensor))]
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
@@ -87,8 +87,16 @@ def remember(folder: Path) -> None:
     _checked.add(_stamp(folder))
 
 
-def _is_one_table(one: StoredWeight, other: StoredWeight) -> bool:
-    return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
+def _tied_faults(scheme: Scheme, weights: Mapping[str, StoredWeight]) -> list[str]:
+    """Compare `tied` of the scheme with the tables of embedding and head; both are known to be there."""
+    if not scheme.head:
+        return ["'scheme.tied' is true, and the model has no head"] if scheme.tied else []
+    one, other = weights[scheme.embedding], weights[scheme.head]
+    are_equal = torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
+    ends = f"{scheme.embedding} and {scheme.head}"
+    if scheme.tied and not are_equal:
+        return [f"{ends} are one table in the scheme ('scheme.tied' is true), but differ"]
+    return [f"{ends} are equal, but 'scheme.tied' is false"] if are_equal and not scheme.tied else []
 
 
 def _stamp(folder: Path) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set,
 from qat_edge.evaluate.results import Measurement, read_measurement, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
@@ -245,7 +246,7 @@ def _export(job: CompareJob, variant: Variant, target: str) -> None:
 
 def _is_current(variant: Variant, folder: Path, context_length: int | None) -> bool:
     manifest = read_manifest(folder)
-    same_length = manifest["options"]["context_length"] == context_length
+    same_length = context_of_artifact(folder) == context_length
     return same_length and manifest["quantized_sha256"] == sha256(variant.quantized / MANIFEST)
 
 
@@ -293,8 +294,8 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
     else:
         model = merge.base_model(run.reference)
         if name == "naive":
-            scheme = frozen.read_scheme(run.quantized)
-            frozen.freeze(model, scheme)
+            # Training may have separated tables that the base model ties.
+            scheme = frozen.freeze(model, frozen.read_scheme(run.quantized))
             extra["scheme"] = frozen.scheme_metadata(scheme)
         model.save_pretrained(work)
 

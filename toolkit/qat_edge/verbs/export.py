@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config, progress, readers
+from qat_edge import config, progress
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
-from qat_edge.errors import ExportError, RunError, UsageError
+from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
 from qat_edge.models import positions, tasks
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.models.generation_settings import describe_left_out
 from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
 from qat_edge.quant import frozen_config
@@ -132,8 +133,7 @@ def _positions(run: Run) -> int | None:
     # Runs of earlier versions have them in a whole model alone.
     for folder in (run.quantized, run.adapter, run.reference):
         if (folder / "config.json").is_file():
-            most = readers.read_object(folder / "config.json", RunError).get("max_position_embeddings")
-            return most if isinstance(most, int) else None
+            return positions.positions_of_folder(folder)
     return None
 
 
@@ -241,7 +241,10 @@ def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:
 
     manifest = read_manifest(folder)
     exported = manifest["options"]
-    same = exported["context_length"] == _context_length(options)
+    try:
+        same = context_of_artifact(folder) == _context_length(options)
+    except ArtifactError:
+        return False
     same = same and all(exported.get(name, NEUTRAL[name]) == getattr(options, name) for name in target.options)
     same = same and not file_faults(folder, manifest)
     return same and manifest["quantized_sha256"] == sha256(checkpoint)

@@ -63,12 +63,10 @@ def freeze(
         merged = replace(merged, scheme=_requested_scheme(merged, adapter, options))
     if options.rotate:
         rotation.rotate(merged.model, merged.scheme, options.seed)
-        tied = merged.scheme.tied and scheme.shares_table(merged.model)
-        merged = replace(merged, scheme=replace(merged.scheme, tied=tied))
 
     # Scales come first: codes are what rounding by them gives.
     scales, calibration_record = _scales(run, merged, options)
-    frozen.freeze(merged.model, merged.scheme, scales)
+    stored_scheme = frozen.freeze(merged.model, merged.scheme, scales)
 
     # A run of an earlier version has no record of how its answers end.
     ends = trained_end_tokens(adapter_metadata(adapter)) or []
@@ -84,7 +82,7 @@ def freeze(
             calibration=calibration_record,
             rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=adapter_sha256,
-            scheme=frozen.scheme_metadata(merged.scheme),
+            scheme=frozen.scheme_metadata(stored_scheme),
             **{k: v for k, v in adapter_metadata(adapter).items() if k in CARRIED},
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")

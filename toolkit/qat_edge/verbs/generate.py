@@ -15,8 +15,9 @@ from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files
 from qat_edge.models import tasks, tokenizer_check, weights_check
+from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.models.generation_settings import greedy_decoding
-from qat_edge.models.positions import context_of_artifact, positions_of_folder
+from qat_edge.models.positions import positions_of_folder
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
 from qat_edge.quant import frozen
 from qat_edge.run import Run

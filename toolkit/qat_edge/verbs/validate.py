@@ -30,7 +30,7 @@ from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
 from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
 from qat_edge.models import merge, tasks
-from qat_edge.models.positions import context_of_artifact
+from qat_edge.models.artifact_options import context_of_artifact, options_of_artifact
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -406,6 +406,7 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
 
     Raises:
         RunError: one of --target cannot run or was not exported, none is left, or a folder is not as it was written.
+        ArtifactError: an artifact was exported with other options than its manifest says.
     """
     chosen = options.target or run.targets()
     for target in () if options.target else chosen:
@@ -426,4 +427,5 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
         variant.require_current(target, f"qat-edge export {run.path} --force")
         check_files(variant.quantized)
         check_files(variant.exports / target)
+        options_of_artifact(variant.exports / target)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qat_edge import progress, readers
+from qat_edge import progress
 from qat_edge.data import conversation
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
@@ -26,7 +26,7 @@ from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
-from qat_edge.models.positions import context_of_artifact
+from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
@@ -34,7 +34,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
-from qat_edge_exporters.targets import KV_CACHE_FLOAT, KV_CACHE_INT8, Target, require_known, target_named
+from qat_edge_exporters.targets import Target, require_known, target_named
 
 NOT_RUN = Parity(not_measured="The artifact was only read.")
 # Rotary tables of the ONNX builder for models that pair neighbouring channels: nothing here computes those.
@@ -57,7 +57,6 @@ class Verified:
             them in a form that cannot be compared.
         floats_equal: how many of them are equal, bit for bit.
         parity: what it computes, compared with the checkpoint.
-        context_length: tokens that its files are made for; None for an encoder.
     """
 
     folder: Path
@@ -70,7 +69,6 @@ class Verified:
     floats: int | None = None
     floats_equal: int = 0
     parity: Parity = NOT_RUN
-    context_length: int | None = None
 
     def describe(self) -> str:
         """Return the line that `qat-edge verify` prints."""
@@ -149,23 +147,13 @@ def _record(run: Run, result: Verified) -> dict[str, Any]:
 def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) -> Verified:
     """Read one artifact back and run it."""
     folder = variant.exports / target
-    context_length, cache = context_of_artifact(folder), read_manifest(folder)["options"].get("kv_cache")
-    if cache not in (None, KV_CACHE_FLOAT, KV_CACHE_INT8):
-        raise ArtifactError(
-            f"{folder / MANIFEST}: its options have kv_cache {readers.show(cache)}, expected {KV_CACHE_FLOAT} or "
-            f"{KV_CACHE_INT8}. Export again, or restore the file."
-        )
+    options = options_of_artifact(folder)
     result = verify_folder(folder, target, variant.quantized)
 
     reason = parity.not_comparable(variant.quantized)
     if reason:
         return dataclasses.replace(result, parity=Parity(not_measured=reason))
-    if result.context_length is not None and result.context_length != context_length:
-        raise ArtifactError(
-            f"{folder / MANIFEST}: context_length {context_length}, but the artifact holds {result.context_length} "
-            "tokens. Export again, or restore the file."
-        )
-    measured = parity.measure(folder, target, reference, context_length, cache == KV_CACHE_INT8)
+    measured = parity.measure(folder, target, reference, options.context_length, options.int8_cache)
     faults = [f"It does not compute the frozen checkpoint. {measured.fault}"] if measured.fault else []
     return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
 
@@ -184,10 +172,15 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
     faults += _unexpected(scheme, artifact)
     # The end tokens mean nothing with another tokenizer.
-    faults += _copy_faults(folder, quantized, record.copied) + record.setting_faults(folder, quantized)
+    copied = [name for name in record.copied if (quantized / name).is_file()]
+    faults += _copy_faults(folder, quantized, copied, f"not the file of {quantized}")
+    faults += record.setting_faults(folder, quantized)
     faults += _tokenizer_faults(folder, quantized) or _conversation_faults(folder, quantized, artifact.end_tokens)
     if (folder / MANIFEST).is_file():
-        faults += [f"{fault}." for fault in file_faults(folder, read_manifest(folder), "exported")]
+        manifest = read_manifest(folder)
+        faults += [f"{fault}." for fault in file_faults(folder, manifest, "exported")]
+        if manifest.get("conversation") != read_manifest(quantized).get("conversation"):
+            faults.append(f"{MANIFEST}: its 'conversation', which prompts are written with, is not the checkpoint's.")
 
     return Verified(
         folder=folder,
@@ -199,7 +192,6 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         faults=faults,
         floats=floats.total,
         floats_equal=floats.equal,
-        context_length=artifact.context_length,
     )
 
 
@@ -334,22 +326,19 @@ def _tokenizer_faults(folder: Path, quantized: Path) -> list[str]:
     """Compare the artifact's tokenizer, with its chat template, with the checkpoint's."""
     extra = sorted({*tokenizer.tokenizer_files(folder)} - {*tokenizer.tokenizer_files(quantized)})
     faults = [f"{name}: not in the tokenizer the model was trained with" for name in extra]
-    for name in tokenizer.tokenizer_files(quantized):
+    names = tokenizer.tokenizer_files(quantized)
+    return faults + _copy_faults(folder, quantized, names, "not the tokenizer the model was trained with")
+
+
+def _copy_faults(folder: Path, quantized: Path, names: Iterable[str], changed: str) -> list[str]:
+    """Compare copies of the checkpoint's files, which runners read, with them. changed: sentence for another file."""
+    faults = []
+    for name in names:
         if not (folder / name).is_file():
-            faults.append(f"{name}: missing; the app would have no tokenizer or template")
+            faults.append(f"{name}: missing, though {quantized} has it")
         elif sha256(folder / name) != sha256(quantized / name):
-            faults.append(f"{name}: not the tokenizer the model was trained with")
+            faults.append(f"{name}: {changed}")
     return faults
-
-
-def _copy_faults(folder: Path, quantized: Path, names: Sequence[str]) -> list[str]:
-    """Compare the artifact's copies of other files with the checkpoint's: runners take end tokens from there."""
-    present = [name for name in names if (quantized / name).is_file()]
-    return [
-        f"{name}: not the file of {quantized}"
-        for name in present
-        if not (folder / name).is_file() or sha256(folder / name) != sha256(quantized / name)
-    ]
 
 
 def _conversation_faults(folder: Path, quantized: Path, ends: Sequence[int] | None) -> list[str]:

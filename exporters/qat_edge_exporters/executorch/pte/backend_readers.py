@@ -20,7 +20,7 @@ from qat_edge.errors import ArtifactError, ExportError
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight
 from qat_edge_exporters.executorch import compat
 from qat_edge_exporters.executorch.backends import registry
-from qat_edge_exporters.executorch.pte import delegates, pte_reader, runner_contract
+from qat_edge_exporters.executorch.pte import delegates, program_check, pte_reader, runner_contract
 
 DEQUANTIZE = "constexpr_blockwise_shift_scale"  # data (out, in), scale (out, groups)
 # Operators of a CoreML program that use a weight, and the name of that input.
@@ -34,7 +34,9 @@ def read_vulkan(folder: Path) -> Artifact:
     Raises:
         ArtifactError: the .pte or layers.json is missing or cannot be parsed.
     """
-    artifact, names = pte_reader.read(folder), pte_reader.read_layers(folder / pte_reader.LAYERS)
+    names = pte_reader.read_layers(folder / pte_reader.LAYERS)
+    # int8 weights are XNNPACK's.
+    artifact = pte_reader.read(folder, (delegates.VULKAN, delegates.XNNPACK))
     linears = {name: _scales_by_row(artifact.weights[name]) for name in names.linears if name in artifact.weights}
     # Vulkan stores float constants in a layout of its own, so their hashes mean nothing.
     return replace(artifact, weights=artifact.weights | linears, floats=None)
@@ -78,6 +80,8 @@ def read_coreml(folder: Path) -> Artifact:
     # Linear layers in the order of computation, as layers.json names them, then the embedding.
     tables, linears = ([m for m in stored if m.is_table == is_table] for is_table in (True, False))
     faults = pte_reader.method_faults(list(plans))
+    coreml = (registry.BACKENDS["coreml"].delegate,)
+    faults += [f"{pte_reader.MODEL}: {fault}" for fault in program_check.program_faults(plans, [], coreml)]
     expected = [*names.linears, names.embedding]
     if (len(linears), len(tables)) != (len(names.linears), 1):
         faults.append(

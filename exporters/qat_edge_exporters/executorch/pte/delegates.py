@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import FloatConstant
 from qat_edge_exporters.executorch.compat import (
@@ -128,9 +130,15 @@ def open_pte(path: Path) -> PTEFile:
             raise ArtifactError(f"{path}: cut short: {len(data)} of {expected} bytes. {remedy}")
         if header.segment_data_size and len(data) > expected:
             raise ArtifactError(f"{path}: {len(data)} bytes, but its header describes {expected} of them. {remedy}")
-        return deserialize_pte_binary(data)
+        pte = deserialize_pte_binary(data)
+        methods = Counter(plan.name for plan in pte.program.execution_plan)
     except PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, it cannot be parsed ({error}). {remedy}") from error
+    # A runtime takes the first one; readers look them up by name.
+    twice = next((name for name, count in methods.items() if count > 1), None)
+    if twice is not None:
+        raise ArtifactError(f"{path}: it has two methods '{readers.shorten(twice)}'. {remedy}")
+    return pte
 
 
 def named_constants(pte: PTEFile) -> dict[str, bytes]:
@@ -142,15 +150,16 @@ def named_constants(pte: PTEFile) -> dict[str, bytes]:
 
 def kernel_calls(plan: ExecutionPlan) -> list[KernelCall]:
     """Return all calls of operators outside delegates, in order."""
-    return [call for call in _instructions(plan) if isinstance(call, KernelCall)]
+    return [call for call in instructions(plan) if isinstance(call, KernelCall)]
 
 
 def delegate_calls(plan: ExecutionPlan) -> list[DelegateCall]:
     """Return all calls of delegates, in order."""
-    return [call for call in _instructions(plan) if isinstance(call, DelegateCall)]
+    return [call for call in instructions(plan) if isinstance(call, DelegateCall)]
 
 
-def _instructions(plan: ExecutionPlan) -> list[Any]:
+def instructions(plan: ExecutionPlan) -> list[Any]:
+    """Return all instructions, which are calls in the programs that the exporter writes."""
     return [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
 
 

@@ -15,6 +15,7 @@ import torch
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.executorch.compat import (
     ExecutionPlan,
+    KernelCall,
     PTEFile,
     ScalarType,
     SchemaTensor,
@@ -30,7 +31,8 @@ DTYPES = {  # names in torch that are not the schema's in lower case
     ScalarType.LONG: "int64", ScalarType.HALF: "float16", ScalarType.FLOAT: "float32", ScalarType.DOUBLE: "float64",
 }  # fmt: skip
 # Operators that write into a cache, and which argument of each that is.
-CACHE_WRITES = {"llama::update_cache": 1, "aten::index_put_": 0}
+UPDATE, INDEX_PUT = "llama::update_cache", "aten::index_put_"
+CACHE_WRITES = {UPDATE: 1, INDEX_PUT: 0}
 
 
 def inspect(path: Path) -> ProgramInfo:
@@ -71,7 +73,7 @@ def _program_info(pte: PTEFile, file_bytes: int, shared: set[str]) -> ProgramInf
         size_bytes=_sizes(pte, graphs, shared, _head_rows(methods, constants), file_bytes),
         shared_bytes=sum(len(data) for key, data in delegates.named_constants(pte).items() if key in shared),
         memory_bytes=sum(sum(plan.non_const_buffer_sizes) for plan in computing),
-        cache=None if forward is None else _cache_info(forward),
+        cache=None if forward is None else cache_info(forward),
     )
 
 
@@ -96,22 +98,32 @@ def _backend_names(plan: ExecutionPlan) -> list[str]:
     return [plan.delegates[call.delegate_index].id for call in delegates.delegate_calls(plan)]
 
 
-def _cache_info(plan: ExecutionPlan) -> CacheInfo | None:
-    """Find the tensors that keys and values are written into."""
-    # As a set: keys and values may be written by more than one call.
-    written = set()
+def cache_info(plan: ExecutionPlan) -> CacheInfo | None:
+    """Describe the tensors that keys and values are written into; None where a program has none outside delegates."""
+    # By tensor: keys and values may be written by more than one call.
+    written: dict[int, int] = {}
     for call in delegates.kernel_calls(plan):
         argument = CACHE_WRITES.get(plan.operators[call.op_index].name)
         if argument is not None:
-            written.add(call.args[argument])
+            written[call.args[argument]] = _token_dimension(plan, call)
     tensors = [plan.values[index].val for index in written]
     if not tensors:
         return None
+    tokens = min(tensor.sizes[dimension] for tensor, dimension in zip(tensors, written.values(), strict=True))
 
     # Scales and zero points are smaller than the keys and values they belong to.
     largest = max(tensors, key=lambda t: prod(t.sizes))
     size_bytes = sum(prod(t.sizes) * getattr(torch, DTYPES[t.scalar_type]).itemsize for t in tensors)
-    return CacheInfo(DTYPES[largest.scalar_type], size_bytes)
+    return CacheInfo(DTYPES[largest.scalar_type], size_bytes, tokens)
+
+
+def _token_dimension(plan: ExecutionPlan, call: KernelCall) -> int:
+    """Return the dimension of a cache that has an entry for each token."""
+    if plan.operators[call.op_index].name == UPDATE:
+        return 1  # (1, tokens, heads, channels)
+    # index_put_ takes an index for each dimension, and -1 for those that are written as a whole.
+    indices = plan.values[call.args[1]].val.items
+    return next(dimension for dimension, index in enumerate(indices) if index >= 0)
 
 
 def _head_rows(methods: list[MethodInfo], constants: dict[str, Any]) -> int | None:

@@ -45,10 +45,12 @@ class CacheInfo:
     Attributes:
         dtype: of keys and values.
         size_bytes: of all layers, with scales and zero points.
+        tokens: that the shortest of its tensors holds.
     """
 
     dtype: str
     size_bytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)

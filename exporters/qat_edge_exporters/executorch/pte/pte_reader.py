@@ -8,7 +8,7 @@ and differ from the frozen checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
 from qat_edge_exporters.executorch.compat import ExecutionPlan
-from qat_edge_exporters.executorch.pte import delegates, runner_contract, shared_table
+from qat_edge_exporters.executorch.pte import delegates, program_check, runner_contract, shared_table
 from qat_edge_exporters.executorch.pte.delegates import EmbeddingTable, MatrixProduct
 
 MODEL = "model.pte"
@@ -66,6 +66,7 @@ class _PteContents:
         named: the delegates' constants by name.
         shared: names of those that are the program's constants as well.
         floats: float32 constants of operators outside delegates, without those of embeddings.
+        faults: sentences about what the exporter does not write.
     """
 
     methods: list[str]
@@ -75,21 +76,26 @@ class _PteContents:
     named: dict[str, bytes]
     shared: set[str]
     floats: list[FloatConstant]
+    faults: list[str]
 
 
-def read(folder: Path) -> Artifact:
+def read(folder: Path, backends: Collection[str] = (delegates.XNNPACK,)) -> Artifact:
     """Read an executorch export folder.
+
+    Args:
+        folder: the export folder.
+        backends: names of the delegates that the target has.
 
     Raises:
         ArtifactError: the .pte or layers.json is missing or cannot be parsed.
     """
-    contents = _read_contents(folder / MODEL)
+    contents = _read_contents(folder / MODEL, backends)
     names = read_layers(folder / LAYERS)
     required = runner_contract.ENCODER if names.tables else runner_contract.REQUIRED
 
     # What callers need, and as many matrices as layers.json has names for.
     faults = method_faults(contents.methods, required)
-    faults += _count_faults(contents.products, names, len(contents.tables))
+    faults += _count_faults(contents.products, names, len(contents.tables)) + contents.faults
 
     # The n-th product belongs to the n-th name.
     used = dict(zip(names.linears, contents.products, strict=False))
@@ -115,19 +121,21 @@ def _float_constants(contents: _PteContents) -> list[FloatConstant]:
     return [FloatConstant(key, np.frombuffer(data, np.float32)) for key, data in named.items()]
 
 
-def _read_contents(path: Path) -> _PteContents:
+def _read_contents(path: Path, backends: Collection[str]) -> _PteContents:
     pte = delegates.open_pte(path)
     try:
         plans = {plan.name: plan for plan in pte.program.execution_plan}
         forward = plans.get(runner_contract.FORWARD)
+        graphs = delegates.delegate_graphs(pte, forward) if forward else []
         return _PteContents(
             methods=list(plans),
             metadata=constant_values(plans),
-            products=delegates.matrix_products(pte, forward) if forward else [],
+            products=[product for graph in graphs for product in delegates.graph_products(graph)],
             tables=delegates.embedding_tables(pte, forward) if forward else [],
             named=delegates.named_constants(pte),
             shared=shared_table.shared(path),
             floats=delegates.float_constants(pte, forward) if forward else [],
+            faults=[f"{MODEL}: {fault}" for fault in program_check.program_faults(plans, graphs, backends)],
         )
     except delegates.PARSE_ERRORS as error:
         raise ArtifactError(f"{path}: damaged, its graph cannot be parsed ({error}). Export again.") from error

@@ -18,6 +18,7 @@ REQUIRED = (
     "get_max_seq_len", "get_max_context_len", "enable_dynamic_shape", "use_kv_cache", "use_sdpa_with_kv_cache",
     "get_eos_ids", "get_vocab_size",
 )  # fmt: skip
+OTHER = ("get_eos_id", "get_n_layers", "get_bos_id")  # for older readers; the last one only where a model has it
 ENCODER = ("get_max_length", "get_output_width")  # of a program that keeps no cache and generates nothing
 LISTS = ("get_eos_ids",)  # methods that return any number of values
 # The runner's use of each value, and its behaviour without it.
