@@ -297,7 +297,7 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
             # Training may have separated tables that the base model ties.
             scheme = frozen.freeze(model, frozen.read_scheme(run.quantized))
             extra["scheme"] = frozen.scheme_metadata(scheme)
-        model.save_pretrained(work)
+        model.save_pretrained(work, save_original_format=name != "naive")  # as in freezing
 
     # peft's own files, which the exporters read.
     if name in WITH_ADAPTERS:

@@ -71,7 +71,8 @@ def freeze(
     # A run of an earlier version has no record of how its answers end.
     ends = trained_end_tokens(adapter_metadata(adapter)) or []
     with replace_folder(variant.quantized, force=True) as work:
-        merged.model.save_pretrained(work)
+        # Under the names of the loaded model, which torchao's descriptions have, not under those of an older format.
+        merged.model.save_pretrained(work, save_original_format=False)
         merged.tokenizer.save_pretrained(work)
         add_end_tokens(work, ends)
         write_manifest(
