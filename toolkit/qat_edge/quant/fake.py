@@ -216,8 +216,13 @@ class FakeQuantLinear(nn.Linear):
 
     @property
     def learns_scales(self) -> bool:
-        """True if the scales are trained. Those of a head follow its weights: no PTQ method prepares a head."""
+        """True if the scales are trained. Those of a head follow its weights, or stay as a PTQ method chose them."""
         return self.switch.learned_scales and self.spec.has_groups and not self.is_head
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape of its scales: (out, in // group)."""
+        return self.out_features, self.in_features // self.spec.group_size
 
     @property
     def trained_scales(self) -> Tensor | None:
@@ -238,17 +243,30 @@ class FakeQuantQloraLinear(FakeQuantLinear, QloraLinear):
 
 
 class FakeQuantEmbedding(nn.Embedding):
-    """An embedding that rounds the rows it looks up while the switch is on. `insert` makes them."""
+    """An embedding that rounds the rows it looks up while the switch is on. `insert` makes them.
+
+    Attributes:
+        spec: Bits and group size of the weight.
+        switch: Shared by all layers of the model.
+        scales: Scales of its own, shape (rows, width // group); None for those of `choose_scales`.
+    """
 
     spec: WeightScheme
     switch: Switch
+    scales: Tensor | None
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """Shape of its scales: (rows, width // group)."""
+        return self.num_embeddings, self.embedding_dim // self.spec.group_size
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
         if not self.switch.enabled:
             return rows
         # Rounding the rows that were looked up gives the rows of the rounded table: groups never span rows.
-        rounded = numerics.fake_quantize_weight(rows.float(), self.spec.codebook, self.spec.group_size)
+        scales = None if self.scales is None else functional.embedding(input, self.scales)
+        rounded = numerics.fake_quantize_weight(rows.float(), self.spec.codebook, self.spec.group_size, scales)
         return rows + (rounded - rows).detach() if rows.requires_grad else rounded
 
 
@@ -304,10 +322,10 @@ def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Sw
         module.__class__ = _fake_quant_class(type(module))
 
         module.spec, module.switch = spec, switch
-        # Linear layers may get scales of their own later; embeddings never do.
+        # Scales of its own may come later: of an embedding where it shares the table of a head.
+        module.register_buffer("scales", None, persistent=False)
         if isinstance(module, FakeQuantLinear):
             module.is_head = name in scheme.heads
-            module.register_buffer("scales", None, persistent=False)
             module.register_buffer("codes", None, persistent=False)
             module.register_parameter(SCALE_FACTOR, None)
     return switch
@@ -322,15 +340,19 @@ def _fake_quant_class(original: type[nn.Module]) -> Any:
 
 
 def set_scales(model: nn.Module, scales_of: Mapping[str, Tensor]) -> None:
-    """Give linear layers prepared by `insert` scales of their own.
+    """Give layers and embeddings prepared by `insert` scales of their own.
 
     Args:
         model: May have adapters around its layers.
         scales_of: Module name -> scales (out, in // group).
     """
     for name, scales in scales_of.items():
-        layer = linear(model, name)
-        layer.scales = scales.to(qlora_base.base_weight(layer).device, torch.float32)
+        module: Any = model.get_submodule(name)
+        if isinstance(module, FakeQuantEmbedding):
+            module.scales = scales.to(module.weight.device, torch.float32)
+        else:
+            layer = linear(model, name)
+            layer.scales = scales.to(qlora_base.base_weight(layer).device, torch.float32)
 
 
 def linear(model: nn.Module, name: str) -> FakeQuantLinear:
@@ -467,6 +489,8 @@ def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     with torch.no_grad():
         for name, module in list(base_of(model).named_modules()):
             inner = name.endswith(".base_layer")  # inside an adapted layer, which the loop has met before
+            if isinstance(module, FakeQuantEmbedding) and module.scales is not None:
+                scales[name] = numerics.representable(module.scales)
             if inner or not isinstance(module, LoraFakeQuantLinear | FakeQuantLinear):
                 continue
             if module.trained_scales is not None:
@@ -493,8 +517,7 @@ def _merged_weight(layer: Any) -> Tensor:
 
 def _initial_scale_factor(layer: FakeQuantLinear) -> nn.Parameter:
     """Return the factors that learned scales begin with: ones (out, in // group)."""
-    shape = layer.out_features, layer.in_features // layer.spec.group_size
-    return nn.Parameter(torch.ones(shape, device=qlora_base.base_weight(layer).device))
+    return nn.Parameter(torch.ones(layer.scales_shape, device=qlora_base.base_weight(layer).device))
 
 
 def _merged(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Initialization of the QAT phase: weights prepared by a PTQ method, and scales of their own.
 
 start.safetensors holds, for every quantized linear layer, NAME.scales in bfloat16 and, where the method or a rotation
-changed the weight, PARAMETER in bfloat16; likewise PARAMETER for tables that a rotation changed. Other parameters that
+changed the weight, PARAMETER in bfloat16; likewise for tables. Other parameters that
 changed (AWQ folds into norms) and the rotation of a norm's output are in float32. Weights are rounded to bfloat16
 before training sees them, so the stored weights are those trained on.
 """
@@ -26,7 +26,7 @@ from qat_edge.manifest import read_manifest, sha256, write_manifest
 from qat_edge.quant import fake, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED
-from qat_edge.quant.scheme import Scheme
+from qat_edge.quant.scheme import Scheme, shares_table
 from qat_edge.storage import replace_folder
 
 if TYPE_CHECKING:
@@ -111,13 +111,14 @@ class QatInit:
         Raises:
             RunError: Names the file and a tensor.
         """
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, fake.FakeQuantLinear | BaseTunerLayer)}
+        kinds = fake.FakeQuantLinear | fake.FakeQuantEmbedding | BaseTunerLayer
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
         for name, scales in self.scales.items():
             layer: Any = layers.get(name)
             base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            if not isinstance(base, fake.FakeQuantLinear):
+            if not isinstance(base, fake.FakeQuantLinear | fake.FakeQuantEmbedding):
                 raise self._misfit(f"{name}{SCALES} belongs to no quantized layer of the model")
-            shape = (base.out_features, base.in_features // base.spec.group_size)
+            shape = base.scales_shape
             if tuple(scales.shape) != shape or not bool((torch.isfinite(scales) & (scales > 0)).all()):
                 raise self._misfit(f"{name}{SCALES} {list(scales.shape)} are not positive scales {list(shape)}")
 
@@ -174,7 +175,7 @@ def prepare(
     with torch.no_grad(), _folded(layers):
         scales = methods.apply(model, scheme, method, calibration)
 
-    changed = _changed_parameters(model, scheme, vectors, rotation_seed is not None)
+    changed = _changed_parameters(model, scheme, scales, vectors, rotation_seed is not None)
     # An adapter is part of a parameter's name; `apply` also has to work before there is one.
     init = QatInit(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
     # Train on the bfloat16 weights that `save` writes, not on the float32 ones.
@@ -199,21 +200,22 @@ def repeat(trained: nn.Module, scheme: Scheme, method: str, saved: QatInit, rota
 
 
 def _changed_parameters(
-    model: PreTrainedModel, scheme: Scheme, vectors: Mapping[str, Tensor], rotated: bool
+    model: PreTrainedModel, scheme: Scheme, scales: Mapping[str, Tensor], vectors: Mapping[str, Tensor], rotated: bool
 ) -> dict[str, Tensor]:
     """Collect what a method and a rotation changed: norms and biases, weights in bfloat16, and rotations of norms.
 
     Args:
         model: The base model afterwards.
         scheme: Names the layers.
+        scales: What the method returned.
         vectors: Its one-dimensional parameters before.
         rotated: The hidden states were rotated.
     """
     rotations = rotated_norm.output_rotations(model)
-    tables: list[str] = []
-    if rotated:
-        # With a rotated norm, the head still shares the embedding's table.
-        tables = [scheme.embedding] if rotations else [scheme.embedding, scheme.head]
+    # Those whose codes a method chose have scales of their own; a rotation changes both.
+    tables = [n for n in (scheme.embedding, scheme.head) if n and (rotated or n in scales)]
+    if scheme.head and shares_table(model):
+        tables = tables[:1]
 
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
     for name in (*scheme.linears, *tables):

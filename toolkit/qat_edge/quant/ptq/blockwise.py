@@ -39,7 +39,7 @@ class CallArguments(NamedTuple):
     keywords: dict[str, Any]
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass early. At the last block, this saves the logits, the largest tensor of all."""
 
 
@@ -106,9 +106,9 @@ class Block:
         def stop_at(found: str, x: Tensor) -> None:
             if found == name:
                 seen.append(x)
-                raise _StopForward
+                raise StopForward
 
-        with suppress(_StopForward):
+        with suppress(StopForward):
             self.observe(batch, stop_at)
         return seen[0]
 
@@ -206,6 +206,7 @@ def quantize_blocks(
     calibration: Sequence[Calibration],
     quantize_block: Callable[[Block], dict[str, Tensor]],
     title: str,
+    quantize_tables: Callable[[], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
     """Pass every block to `quantize_block`, first to last, each with inputs from the rounded blocks before it.
 
@@ -215,9 +216,11 @@ def quantize_blocks(
         calibration: Batches of texts.
         quantize_block: Changes the block's weights in place and returns scales by module name.
         title: Of the progress bar.
+        quantize_tables: Changes tables in place and returns their scales by module name. The blocks are quantized for
+            the embedding that it leaves, and towards the float model's outputs with the embedding before it.
 
     Returns:
-        The scales of all blocks by module name.
+        The scales of all blocks and tables by module name.
 
     Raises:
         ModelError: No repeated blocks are found.
@@ -231,9 +234,12 @@ def quantize_blocks(
     prefix = find_blocks(scheme, model)
     block_list: Any = model.get_submodule(prefix)
     modules: list[nn.Module] = list(block_list)
-    scales: dict[str, Tensor] = {}
     with _autocast_cache_off():
-        batches = [_enter_blocks(model, scheme, modules, batch) for batch in calibration]
+        batches = [_enter_blocks(model, modules, texts) for texts in calibration]
+        scales = quantize_tables()
+        with _rounded_embeddings(model, scheme, scales):
+            for state, texts in zip(batches, calibration, strict=True):
+                state.hidden = _enter_blocks(model, modules, texts).hidden
         with progress.bar(title, len(modules)) as shown:
             for index in range(len(modules)):
                 block = _block(model, scheme, prefix, index, batches)
@@ -321,8 +327,8 @@ def find_blocks(scheme: Scheme, model: nn.Module) -> str:
     return best
 
 
-def _enter_blocks(model: PreTrainedModel, scheme: Scheme, modules: list[nn.Module], batch: Calibration) -> BatchState:
-    """Run the float model as far as its blocks: the first block's input, and the other arguments of each.
+def _enter_blocks(model: PreTrainedModel, modules: list[nn.Module], batch: Calibration) -> BatchState:
+    """Run the model as far as its blocks: the first block's input, and the other arguments of each.
 
     Only the first block is computed; the others return the hidden states they are given.
     """
@@ -340,13 +346,28 @@ def _enter_blocks(model: PreTrainedModel, scheme: Scheme, modules: list[nn.Modul
             vars(module)["forward"] = calls.pass_on
             stack.callback(vars(module).pop, "forward")
 
-        # Once with float embeddings, once with rounded ones.
-        unrounded = calls.run(model, inputs)
-        for name in scheme.embeddings:
-            hook = _rounding_rows(scheme.weights[name])
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         hidden = calls.run(model, inputs)
-    return BatchState(hidden, mask.flatten().bool(), calls.others, unrounded)
+    return BatchState(hidden, mask.flatten().bool(), calls.others, hidden)
+
+
+@contextmanager
+def _rounded_embeddings(model: nn.Module, scheme: Scheme, scales: Mapping[str, Tensor]) -> Iterator[None]:
+    """Round the rows of embeddings while the context is open.
+
+    scales: of those that have their own; the others get those of `numerics.choose_scales`.
+    """
+    with ExitStack() as stack:
+        for name in scheme.embeddings:
+            module: Any = model.get_submodule(name)
+            if name in scales:
+                kept = module.weight.detach().clone()
+                codes = numerics.quantize(kept.float(), scales[name], scheme.weights[name].codebook)
+                module.weight.data.copy_(numerics.dequantize(codes, scales[name]))
+                stack.callback(module.weight.data.copy_, kept)
+            else:
+                hook = _rounding_rows(scheme.weights[name])
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 class _BlockCalls:
@@ -365,7 +386,7 @@ class _BlockCalls:
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Run the model as far as its last block; returns the input of the first."""
         self.others.clear()
-        with suppress(_StopForward):
+        with suppress(StopForward):
             model(**inputs)
         assert self._hidden is not None, "the first block was called"
         return self._hidden
@@ -379,7 +400,7 @@ class _BlockCalls:
         if len(self.others) == 1:
             self._hidden = first
         if len(self.others) == self._count:
-            raise _StopForward
+            raise StopForward
 
     def record_output(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """Record whether blocks of this model return a tuple. A forward hook of the first one."""

@@ -12,6 +12,8 @@ All end in the layout of `numerics`: symmetric codes under bfloat16 group scales
 torchao 0.18's do not produce that layout: its GPTQ needs CUDA and chooses zero points, its AWQ keeps the factors as a
 multiplication at run time, which no exporter here has an operator for.
 
+gptq, gptaq and coordinate-descent choose the codes of a 4-bit head, too (`tables`).
+
 int8 weights (embedding, head, layers that no group size divides or that `--bits` names) are rounded to nearest under
 every method. Those inside the blocks have been moved by gptaq and coordinate-descent, to compensate for earlier layers.
 
@@ -25,6 +27,7 @@ every method. Those inside the blocks have been moved by gptaq and coordinate-de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -88,7 +91,8 @@ def apply(
             methods look at them.
 
     Returns:
-        Scales of every linear layer by module name: (out, in // group), float32, bfloat16-representable.
+        Scales of every linear layer, and of tables whose codes the method chose, by module name: (out, in // group),
+        float32, bfloat16-representable.
         `numerics.quantize(weight, scales, codebook)` gives the method's codes.
 
     Raises:
@@ -115,6 +119,8 @@ def _quantize_with_data(
 ) -> dict[str, Tensor]:
     """Run a calibrated method on all blocks in evaluation mode; returns scales by module name."""
     from qat_edge.quant.ptq.blockwise import quantize_blocks
+    from qat_edge.quant.ptq.gptq import GPTQ
+    from qat_edge.quant.ptq.tables import quantize_tables
 
     block_method: BlockMethod = load(BLOCK_METHODS[method])()
     # Dropout would change the inputs that the method measures.
@@ -122,7 +128,14 @@ def _quantize_with_data(
     model.eval()
     try:
         with torch.no_grad():
-            scales = quantize_blocks(model, scheme, calibration, block_method.quantize_block, PTQ_METHODS[method])
+            tables = (
+                partial(quantize_tables, model, scheme, calibration, block_method.choose_codes)
+                if isinstance(block_method, GPTQ)
+                else dict
+            )
+            scales = quantize_blocks(
+                model, scheme, calibration, block_method.quantize_block, PTQ_METHODS[method], tables
+            )
     finally:
         model.train(training)
 
