@@ -31,6 +31,7 @@ _STORED_TEACHER: Overrides = {"distill_top_k": 64}
 # One change at a time against the defaults, the most informative first: the reduced setting runs the first few. A
 # recipe that equals the defaults is left out of the run.
 ABLATION: Mapping[str, Overrides] = {
+    "embedding and head in 4 bits": {"embedding_bits": 4, "head_bits": 4},
     "no rotation": {"rotate": "off"},
     "no PTQ initialization": {"ptq_init": "none"},
     "no QAT: PTQ initialization after the last step": {"qat_start": AFTER_ALL},
@@ -162,7 +163,7 @@ BETTER = "better"
 SETTINGS: Mapping[str, Setting] = {
     "reduced": Setting(
         name="reduced", steps=36, tokens=2048, prompts=400, exported=(BETTER,), factors=(1.5, 2.0),
-        side_tasks=("python-reference",), side_seeds=1, ablation_rows=2, cost_rounds=1, cost_steps=3,
+        side_tasks=("python-reference",), side_seeds=1, ablation_rows=3, cost_rounds=1, cost_steps=3,
         lora_step_s=2.0, qat_step_s=2.9, calibrate_s=100.0,
     ),
     "full": Setting(
