@@ -12,7 +12,7 @@ All end in the layout of `numerics`: symmetric codes under bfloat16 group scales
 torchao 0.18's do not produce that layout: its GPTQ needs CUDA and chooses zero points, its AWQ keeps the factors as a
 multiplication at run time, which no exporter here has an operator for.
 
-gptq, gptaq and coordinate-descent choose the codes of a 4-bit head, too (`tables`).
+gptq, gptaq and coordinate-descent choose the codes of a 4-bit head, too (`table_codes`).
 
 int8 weights (embedding, head, layers that no group size divides or that `--bits` names) are rounded to nearest under
 every method. Those inside the blocks have been moved by gptaq and coordinate-descent, to compensate for earlier layers.
@@ -120,7 +120,7 @@ def _quantize_with_data(
     """Run a calibrated method on all blocks in evaluation mode; returns scales by module name."""
     from qat_edge.quant.ptq.blockwise import quantize_blocks
     from qat_edge.quant.ptq.gptq import GPTQ
-    from qat_edge.quant.ptq.tables import quantize_tables
+    from qat_edge.quant.ptq.table_codes import quantize_tables
 
     block_method: BlockMethod = load(BLOCK_METHODS[method])()
     # Dropout would change the inputs that the method measures.

@@ -16,7 +16,7 @@ from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import fake_quantized_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import fake, frozen, numerics, qat_init
-from qat_edge.quant.ptq import methods, tables
+from qat_edge.quant.ptq import methods, table_codes
 from qat_edge.quant.scheme import Scheme, choose_scheme
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
@@ -82,7 +82,7 @@ def test_rows_are_independent_of_how_many_are_quantized_at_once(
 ) -> None:
     found = []
     for rows in (16384, 50):
-        monkeypatch.setattr(tables, "ROWS", rows)
+        monkeypatch.setattr(table_codes, "ROWS", rows)
         model = load(tiny_model_folder)
         scales = methods.apply(model, choose_scheme(model, 32, table_bits=(4, 4)), "gptq", calibration())
         found.append(numerics.quantize(model.lm_head.weight.detach(), scales[HEAD], 4))
