@@ -187,7 +187,8 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         "base": options.base,
         "table_bits": [options.embedding_bits, options.head_bits],
         "weight_bits": options.weight_bits,
-        "weight_levels": options.weight_levels or SEQ,
+        # A file of bits may set the levels.
+        "weight_levels": options.weight_levels or (MISSING if options.bits else SEQ),
         "learned_scales": is_end and options.scales == "learned",
         "fixed_codes": is_end and options.codes == "fixed",
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
