@@ -25,10 +25,10 @@ from qat_edge.evaluate.encoder_results import EncoderReport, EncoderResult
 from qat_edge.evaluate.evaluator import EvalSet, as_agreement
 from qat_edge.evaluate.junit import junit_xml
 from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Report, Speed, Spread
-from qat_edge.manifest import write_manifest
 from qat_edge.options import PROFILES, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.run_lock import LOCK
+from qat_edge.verbs import validate
 from qat_edge.verbs.validate import (
     Validated,
     _require_sequences_fit,
@@ -123,11 +123,11 @@ def test_a_gate_on_outputs_that_are_not_generated_is_refused() -> None:
     gates.require_prompts(options(), 0)
 
 
-def test_timing_and_sequences_beyond_the_context_are_refused_before_measuring(tmp_path: Path) -> None:
+def test_timing_and_sequences_beyond_the_context_are_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path)
-    folder = run.exports / "onnx"
-    folder.mkdir(parents=True)
-    write_manifest(folder, "export", options={"context_length": 64})
+    monkeypatch.setattr(validate, "context_of_artifact", lambda folder: 64)
     _require_timing_fits([(run, "onnx")], options(prefill=32, decode=31))
     with pytest.raises(UsageError, match=r"--prefill 32 and --decode 32: timing takes 65 tokens, and .*onnx holds 64"):
         _require_timing_fits([(run, "onnx")], options(prefill=32, decode=32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, closing, redirect_stderr
@@ -75,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     onnx_export.export(root / "frozen", onnx_folder, CONTEXT)
     pte_folder = export_into(root / "frozen", root / "executorch").folder
     for folder in (onnx_folder, pte_folder):
-        (folder / "manifest.json").write_text('{"format": 2, "options": {}}')
+        (folder / "manifest.json").write_text(json.dumps({"format": 2, "options": {"context_length": CONTEXT}}))
     text = np.random.default_rng(0).integers(3, 250, 4000)
     prompts = fault_test.short_prompts([ScoredIds(text.tolist(), [])])
     return Made(root / "frozen", {"onnx": onnx_folder, "executorch": pte_folder}, prompts)
