@@ -214,7 +214,7 @@ def _changed_parameters(
     rotations = rotated_norm.output_rotations(model)
     # Those whose codes a method chose have scales of their own; a rotation changes both.
     tables = [n for n in (scheme.embedding, scheme.head) if n and (rotated or n in scales)]
-    if scheme.head and shares_table(model):
+    if len(tables) == 2 and shares_table(model):
         tables = tables[:1]
 
     changed = {n: p.detach() for n, p in model.named_parameters() if n in vectors and not torch.equal(p, vectors[n])}
