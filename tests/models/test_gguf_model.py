@@ -22,6 +22,7 @@ from conftest import make_model, make_tokenizer
 from qat_edge.errors import ModelError
 from qat_edge.models import gguf_metadata, gguf_model, gguf_rotary, gguf_tokenizer
 from qat_edge.models.load import load_model
+from qat_edge.models.tokenizer import model_end_tokens
 
 Add = Callable[[gguf.GGUFWriter], None]
 TOKENS = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -276,6 +277,20 @@ def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages:
 def test_tokens_at_which_a_turn_ends_are_end_tokens(tmp_path: Path) -> None:
     path, _ = make(tmp_path, lambda writer: writer.add_eot_token_id(0))
     assert load_model(str(path)).model.generation_config.eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("turn", [None, 0])
+def test_a_file_without_an_end_token_gets_none_from_the_class(tmp_path: Path, turn: int | None) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        for name in ("bos", "eos"):
+            writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id")
+        if turn is not None:
+            writer.add_eot_token_id(turn)
+
+    path, _ = make(tmp_path, add)
+    model, tokenizer, _ = load_model(str(path))
+    assert model_end_tokens(model, tokenizer) == ([] if turn is None else [turn])
+    assert model.config.bos_token_id is tokenizer.bos_token_id is None
 
 
 def test_llama3_factors_are_those_of_transformers() -> None:

@@ -30,6 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
+from qat_edge.models import text_model
 from qat_edge.models.config_check import range_of
 from qat_edge.models.gguf_metadata import USE_FOLDER, GgufMetadata, brief, refuse
 from qat_edge.models.gguf_rotary import (
@@ -134,6 +135,8 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     check_ranges(metadata, path)
     config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+    stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.values.items()}
+    text_model.remove_unstated_ids(config, stated)
     _apply_settings(config, metadata, path)
     apply_rotary(config, metadata, path)
 
@@ -239,7 +242,7 @@ def _add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata) -> None:
     names = ("eos", "eot", "eom")
     ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
     ends = list(dict.fromkeys(i for i in ids if i is not None))
-    if len(ends) > 1 and model.generation_config is not None:
+    if ends and ends != ids[:1] and model.generation_config is not None:
         model.generation_config.eos_token_id = ends
 
 
