@@ -22,6 +22,7 @@ from conftest import make_model, make_tokenizer
 from qat_edge.errors import ModelError
 from qat_edge.models import gguf_metadata, gguf_model, gguf_rotary, gguf_tokenizer
 from qat_edge.models.load import load_model
+from qat_edge.models.tokenizer import model_end_tokens
 
 Add = Callable[[gguf.GGUFWriter], None]
 TOKENS = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -77,25 +78,51 @@ def llama3(writer: gguf.GGUFWriter) -> None:
 SHORT, LONG = [1 + i / 8 for i in range(8)], [2 + i / 8 for i in range(8)]
 
 
-def longrope(writer: gguf.GGUFWriter) -> None:
+def longrope_factors(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_scaling_orig_ctx_len(64)
-    writer.add_rope_scaling_attn_factors(1.25)
     writer.add_tensor("rope_factors_short.weight", np.array(SHORT, np.float32))
     writer.add_tensor("rope_factors_long.weight", np.array(LONG, np.float32))
 
 
+def longrope(writer: gguf.GGUFWriter) -> None:
+    longrope_factors(writer)
+    writer.add_rope_scaling_attn_factors(1.25)
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def scaled(*others: Add, **keys: Any) -> Add:
+    """Return what adds keys of rotary scaling, and what the others add."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        for other in others:
+            other(writer)
+        for name, value in keys.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.rope.scaling.{name}", value)
+
+    return add
+
+
 SCALINGS: dict[str, tuple[Add, dict[str, Any]]] = {
-    "longrope": (
-        longrope,
+    "longrope": (longrope, {**LONGROPE, "attention_factor": 1.25}),
+    "linear": (linear, {"rope_type": "linear", "factor": 4.0}),
+    "longrope by name, without a factor of its own": (
+        scaled(longrope_factors, type="longrope"),
+        {**LONGROPE, "attention_factor": 1.0},
+    ),
+    "yarn with a ramp": (
+        scaled(yarn, yarn_beta_fast=4.0, yarn_beta_slow=2.0, yarn_ext_factor=1.0),
         {
-            "rope_type": "longrope",
-            "short_factor": SHORT,
-            "long_factor": LONG,
-            "attention_factor": 1.25,
+            "rope_type": "yarn",
+            "factor": 8.0,
             "original_max_position_embeddings": 64,
+            "beta_fast": 4.0,
+            "beta_slow": 2.0,
         },
     ),
-    "linear": (linear, {"rope_type": "linear", "factor": 4.0}),
     "linear, old key": (legacy_linear, {"rope_type": "linear", "factor": 4.0}),
     "yarn": (yarn, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}),
     "llama3": (
@@ -140,6 +167,48 @@ def test_numbers_of_the_file_are_those_of_the_model(
     assert abs(kl(path, expected)) < 1e-9
 
 
+ROTARY_REFUSED: dict[str, tuple[Add, str]] = {
+    "attention factor alone": (scaled(attn_factor=1.5), r"rope\.scaling\.attn_factor = 1\.5 is not"),
+    "negative attention factor": (scaled(attn_factor=-1.0), r"rope\.scaling\.attn_factor = -1\.0 is not"),
+    "linear with attention factor": (scaled(linear, attn_factor=1.5), r"rope\.scaling\.attn_factor = 1\.5 is not"),
+    "yarn with attention factor": (scaled(yarn, attn_factor=1.5), r"rope\.scaling\.attn_factor = 1\.5 is not"),
+    "llama3 with attention factor": (scaled(llama3, attn_factor=1.5), r"rope\.scaling\.attn_factor = 1\.5 is not"),
+    "no yarn, its factor": (scaled(yarn_attn_factor=1.5), r"rope\.scaling\.yarn_attn_factor = 1\.5 is not"),
+    "no yarn, mixed in": (scaled(linear, yarn_ext_factor=1.0), r"rope\.scaling\.yarn_ext_factor = 1\.0 is not"),
+    "no yarn, its ramp": (scaled(linear, yarn_beta_fast=16.0), r"rope\.scaling\.yarn_beta_fast = 16\.0 is not"),
+    "yarn in part": (scaled(yarn, yarn_ext_factor=0.5), r"rope\.scaling\.yarn_ext_factor = 0\.5 is not"),
+    "factors and linear": (scaled(llama3, type="linear", factor=4.0), r"rope_freqs\.weight and a factor of 4 \(rope"),
+    "factors and a factor": (scaled(llama3, factor=4.0), r"rope_freqs\.weight and a factor of 4 \(rope"),
+    "factors and yarn": (scaled(llama3, type="yarn"), r"rope_freqs\.weight and rope\.scaling\.type = yarn, and"),
+    "factors and other": (scaled(llama3, type="other"), r"rope\.scaling\.type = other is not"),
+    "long factors and yarn": (
+        scaled(longrope, type="yarn"),
+        r"long\.weight, .*short\.weight and rope\.scaling\.type = ",
+    ),
+    "long factors and a factor": (scaled(longrope, type="longrope", factor=4.0), r"short\.weight and a factor of 4"),
+    "long factors and factors": (
+        scaled(longrope, lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))),
+        r"short\.weight and rope_freqs\.weight, and transformers cannot",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY_REFUSED)
+def test_a_scaling_that_only_a_part_would_be_applied_of_is_refused(tmp_path: Path, name: str) -> None:
+    add, message = ROTARY_REFUSED[name]
+    path, _ = make(tmp_path, add)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_scaling_that_was_not_applied_is_found(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = make(tmp_path, SCALINGS[name][0])
+    monkeypatch.setattr(gguf_rotary, "_apply_scaling", lambda *_: None)
+    with pytest.raises(ModelError, match="rotary frequencies are not those of the file"):
+        load_model(str(path))
+
+
 REFUSED: dict[str, tuple[Add, str]] = {
     "unknown key": (lambda w: w.add_float32("llama.new_factor", 2.0), r"llama\.new_factor = 2\.0 is not known"),
     "logit scale": (lambda w: w.add_logit_scale(8.0), r"logit_scale is 8\.0, and LlamaConfig has no such setting"),
@@ -175,6 +244,13 @@ def test_what_changes_the_function_and_cannot_be_applied_is_refused_by_name(tmp_
     add, message = REFUSED[name]
     path, _ = make(tmp_path, add)
     with pytest.raises(ModelError, match=message):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("key", ["context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"])
+def test_a_number_that_the_file_lacks_is_not_taken_from_the_class(tmp_path: Path, key: str) -> None:
+    path, _ = make(tmp_path, lambda writer: writer.kv_data[0].pop(f"llama.{key}") and None)
+    with pytest.raises(ModelError, match=rf"the metadata has no llama\.{re.escape(key)}.*another model's number"):
         load_model(str(path))
 
 
@@ -276,6 +352,20 @@ def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages:
 def test_tokens_at_which_a_turn_ends_are_end_tokens(tmp_path: Path) -> None:
     path, _ = make(tmp_path, lambda writer: writer.add_eot_token_id(0))
     assert load_model(str(path)).model.generation_config.eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("turn", [None, 0])
+def test_a_file_without_an_end_token_gets_none_from_the_class(tmp_path: Path, turn: int | None) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        for name in ("bos", "eos"):
+            writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id")
+        if turn is not None:
+            writer.add_eot_token_id(turn)
+
+    path, _ = make(tmp_path, add)
+    model, tokenizer, _ = load_model(str(path))
+    assert model_end_tokens(model, tokenizer) == ([] if turn is None else [turn])
+    assert model.config.bos_token_id is tokenizer.bos_token_id is None
 
 
 def test_llama3_factors_are_those_of_transformers() -> None:

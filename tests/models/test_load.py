@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub, load
 from qat_edge.models.load import load_model
+from qat_edge.models.tokenizer import end_tokens, model_end_tokens
 
 TOKENS = torch.tensor([[1, 40, 50, 60, 2]])
 
@@ -63,6 +65,24 @@ def test_a_gguf_file_is_the_same_model_and_can_be_saved(
     again, _, _ = load_model(str(tmp_path / "saved"))
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_only_ids_that_a_file_states_are_begin_and_end_tokens(model_copy: Path, tmp_path: Path) -> None:
+    # The class has 1 and 2 by default, which may be any tokens here.
+    (model_copy / "generation_config.json").unlink()
+    path = model_copy / "config.json"
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ids}))
+    path = model_copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"}))
+    model, tokenizer, _ = load_model(str(model_copy))
+    assert model.config.bos_token_id is model.config.eos_token_id is model.generation_config.eos_token_id is None
+    assert model_end_tokens(model, tokenizer) == [0]
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert end_tokens(tmp_path / "saved") == [0]
+    edit_config(model_copy, eos_token_id=7)
+    assert model_end_tokens(*load_model(str(model_copy))[:2]) == [7, 0]
 
 
 # --- sources that are refused ------------------------------------------------------------------------------

@@ -51,10 +51,9 @@ CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 @pytest.mark.parametrize(
     "pooling",
     [
-        {},
         {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True},
         {"pooling_mode": "mean"},
-        {"pooling_mode": None, "include_prompt": True},
+        {"pooling_mode": None, "pooling_mode_mean_tokens": True, "include_prompt": True},
     ],
 )
 def test_a_mean_of_length_one_is_what_is_computed(tmp_path: Path, pooling: dict[str, Any]) -> None:
@@ -65,7 +64,7 @@ def test_a_mean_of_length_one_is_what_is_computed(tmp_path: Path, pooling: dict[
 def test_a_model_of_another_library_has_no_modules(tmp_path: Path) -> None:
     (tmp_path / "2024_notes").mkdir()
     check_modules(str(tmp_path))
-    assert differences(str(tmp_path)) == []
+    assert differences(str(tmp_path), 512) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_a_model_of_another_library_has_no_modules(tmp_path: Path) -> None:
     [
         (
             [TRANSFORMER, MEAN, (f"{PREFIX}Dense", "2_Dense")],
-            {},
+            {"1_Pooling__config": {"pooling_mode": "mean"}},
             "has the module Dense in 2_Dense, which qat-edge does",
         ),
         ([TRANSFORMER, ("own_code.Pooling", "1_Pooling")], {}, "has the module own_code.Pooling in 1_Pooling"),
@@ -87,9 +86,25 @@ def test_a_model_of_another_library_has_no_modules(tmp_path: Path) -> None:
         ([TRANSFORMER, (f"{PREFIX}Pooling", "../x")], {}, "the path '../x' leads out of the model's folder"),
         ([TRANSFORMER, (f"{PREFIX}Pooling", "/x")], {}, "the path '/x' leads out of the model's folder"),
         ([TRANSFORMER, (3, "")], {}, "expected a list of modules, each with a type and a path"),
+        ([], {}, "modules.json lists no module; qat-edge applies Transformer, Pooling, Norm"),
+        ([TRANSFORMER], {}, "modules.json lists Transformer; qat-edge applies"),
+        ([MEAN], {"1_Pooling__config": {"pooling_mode": "mean"}}, "modules.json lists Pooling; qat-edge"),
+        (
+            [TRANSFORMER, NORMALIZE, MEAN],
+            {"1_Pooling__config": {"pooling_mode": "mean"}},
+            "modules.json lists Transformer, Normalize, Pooling; qat-edge applies",
+        ),
+        ([TRANSFORMER, MEAN], {}, "has a Pooling module and no 1_Pooling/config.json, which says"),
+        ([TRANSFORMER, MEAN], {"1_Pooling__config": {}}, "1_Pooling/config.json has no pooling mode that is on; qat"),
+        (
+            [TRANSFORMER, MEAN],
+            {"1_Pooling__config": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}},
+            "1_Pooling/config.json has no pooling mode that is on; qat-edge supports",
+        ),
         ({"a": 1}, {}, "expected a list of modules, each with a type and a path"),
         # A copy without modules.json.
         (None, {"1_Pooling__config": CLS}, "1_Pooling/config.json has pooling_mode_cls_token"),
+        (None, {"1_Pooling__other": {}}, "has a Pooling module and no 1_Pooling/config.json"),
         (None, {"2_Dense__config": {}}, "has the module Dense in 2_Dense"),
     ],
 )
@@ -111,7 +126,7 @@ def test_a_model_of_the_hub_is_checked(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.rmtree(snapshot)
     write(snapshot, None, config_sentence_transformers={"similarity_fn_name": "dot"})
     check_modules("someone/encoder", "0" * 40)
-    assert "meant to be compared by 'dot'" in differences("someone/encoder", "0" * 40)[0]
+    assert "meant to be compared by 'dot'" in differences("someone/encoder", 512, "0" * 40)[0]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +140,8 @@ def test_a_model_of_the_hub_is_checked(tmp_path: Path, monkeypatch: pytest.Monke
             {"config_sentence_transformers": {"prompts": {"query": "Q: "}, "default_prompt_name": "query"}},
             "begins texts with a prompt: 'Q: ' (query), query by default. qat-edge adds none",
         ),
+        ({"sentence_bert_config": {"max_seq_length": 48}}, "cuts texts after 48 tokens (max_seq_length), and --max-le"),
+        ({"sentence_bert_config": {"max_seq_length": 4096}}, None),
         ({"sentence_bert_config": {"do_lower_case": True}}, "makes texts lower case first"),
         ({"config_sentence_transformers": {"similarity_fn_name": "dot"}}, "meant to be compared by 'dot'"),
         ({"config_sentence_transformers": {"prompts": {"query": ""}, "similarity_fn_name": "cosine"}}, None),
@@ -137,7 +154,7 @@ def test_what_is_done_to_texts_is_a_warning_of_finetune(
     model = tmp_path / "model"
     BertModel(BertConfig(**SIZES)).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    write(model, [TRANSFORMER, MEAN], **files)
+    write(model, [TRANSFORMER, MEAN], **{"1_Pooling__config": {"pooling_mode": "mean"}}, **files)
     task = SentenceEncoder(scored=False)
     load.load_model(str(model), task=task)
     assert not any("sentence-transformers" in line for line in messages)

@@ -63,6 +63,16 @@ def test_the_text_model_of_gemma_3_computes_what_the_whole_model_does(gemma3: Pa
     assert re.search(r"left out: multi_modal_projector, vision_tower \(\d+ tensors\)", line)
 
 
+def test_begin_and_end_tokens_that_no_file_states_are_not_those_of_the_class(gemma3: Path) -> None:
+    config = json.loads((gemma3 / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        del part["eos_token_id"], part["bos_token_id"]
+    (gemma3 / "config.json").write_text(json.dumps(config))
+    (gemma3 / "generation_config.json").unlink()
+    loaded = load_model(str(gemma3)).model.config
+    assert loaded.eos_token_id is loaded.bos_token_id is None
+
+
 def test_the_other_form_of_names_is_read_as_well(gemma3: Path) -> None:
     expected = load_model(str(gemma3)).model.state_dict()
     with stored_tensors(gemma3) as tensors:

@@ -16,6 +16,7 @@ from conftest import make_tokenizer
 from qat_edge.data.chat_template import encode
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.load import load_model
+from qat_edge.models.tokenizer import load_tokenizer
 from qat_edge.models.tokenizer_check import PROBES, check_templates, check_tokenizer
 
 
@@ -70,6 +71,14 @@ def test_a_class_that_cannot_read_the_file_is_named_or_not_used(model_copy: Path
         load_model(str(model_copy))
         return
     with pytest.raises(ModelError, match=f"no usable tokenizer.*tokenizer_class '?{name}"):
+        load_model(str(model_copy))
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "GemmaTokenizer", "T5Tokenizer", "XLMRobertaTokenizer"])
+def test_a_class_without_a_vocabulary_is_no_tokenizer(model_copy: Path, name: str) -> None:
+    (model_copy / "tokenizer.json").unlink()
+    configure(model_copy, tokenizer_class=name)
+    with pytest.raises(ModelError, match=r"no usable tokenizer .* Put its tokenizer\.json next to the weights"):
         load_model(str(model_copy))
 
 
@@ -141,6 +150,29 @@ def test_tokens_that_files_state_differently_are_reported(model_copy: Path, mess
     check_tokenizer(tokenizer, model_copy)
     assert len(messages) == 2
     assert "the token '<|other|>' the id 2" in messages[0] and "eos_token '<|" in messages[1]
+
+
+def test_added_tokens_with_another_id_are_reported(model_copy: Path, messages: list[str]) -> None:
+    path = model_copy / "added_tokens.json"
+    path.write_text(json.dumps({"<|im_end|>": 2, "say": 267}))
+    load_model(str(model_copy))
+    assert messages == []
+    path.write_text(json.dumps({"<|im_end|>": 2, "say": 270}))
+    load_model(str(model_copy))
+    assert len(messages) == 1 and "added_tokens.json gives the token 'say' the id 270, and the tok" in messages[0]
+    assert "builds 267, which is used" in messages[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("use", ["unk_token", "eos_token", "bos_token", "pad_token"])
+def test_a_special_token_without_characters_is_refused(model_copy: Path, name: str, use: str) -> None:
+    if name == "special_tokens_map.json":
+        configure(model_copy, **{use: None})
+    path = model_copy / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), use: ""}))
+    for read in (lambda: load_model(str(model_copy)), lambda: load_tokenizer(model_copy)):
+        with pytest.raises(ModelError, match=f"{use} is an empty text, which is no token"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
+from qat_edge.models import text_model
 from qat_edge.models.config_check import range_of
 from qat_edge.models.gguf_metadata import USE_FOLDER, GgufMetadata, brief, refuse
 from qat_edge.models.gguf_rotary import (
@@ -99,6 +100,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "attention.scale": ("attention_multiplier",),
 }
+# llama.cpp loads no file without them (of the last two, one), and transformers takes a value of the class instead.
+REQUIRED = (
+    ("context_length",),
+    ("attention.head_count",),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
 # Keys whose numbers have the range of a key of config.json.
 RANGES_OF = {
     **{key: names[0] for key, names in (SHAPES | SETTINGS).items()},
@@ -134,6 +141,8 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     check_ranges(metadata, path)
     config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+    stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.values.items()}
+    text_model.remove_unstated_ids(config, stated)
     _apply_settings(config, metadata, path)
     apply_rotary(config, metadata, path)
 
@@ -169,6 +178,7 @@ def check_ranges(metadata: GgufMetadata, path: Path) -> None:
 
 def _apply_settings(config: PretrainedConfig, metadata: GgufMetadata, path: Path) -> None:
     """Compare every key of the architecture with the configuration, and set what differs and can be set."""
+    _check_required(config, metadata, path)
     for key in metadata.keys:
         value = metadata.get(key)
         if key in NEUTRAL_KEYS or key in ROTARY_KEYS or _is_neutral(key, value):
@@ -183,6 +193,19 @@ def _apply_settings(config: PretrainedConfig, metadata: GgufMetadata, path: Path
             _apply_setting(config, key, value, path)
         else:
             refuse(path, metadata, key, value)
+
+
+def _check_required(config: PretrainedConfig, metadata: GgufMetadata, path: Path) -> None:
+    """Refuse a file without a number that the model needs."""
+    names = SHAPES | SETTINGS
+    for keys in REQUIRED:
+        is_used = any(hasattr(config, name) for key in keys for name in names[key])
+        if is_used and not set(keys).intersection(metadata.keys):
+            wanted = " or ".join(f"{metadata.architecture}.{key}" for key in keys)
+            raise ModelError(
+                f"{path}: the metadata has no {wanted}, and transformers would take another model's number. Download "
+                "the file again, or use the model's safetensors folder."
+            )
 
 
 def _is_neutral(key: str, value: Any) -> bool:
@@ -239,7 +262,7 @@ def _add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata) -> None:
     names = ("eos", "eot", "eom")
     ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
     ends = list(dict.fromkeys(i for i in ids if i is not None))
-    if len(ends) > 1 and model.generation_config is not None:
+    if ends and ends != ids[:1] and model.generation_config is not None:
         model.generation_config.eos_token_id = ends
 
 

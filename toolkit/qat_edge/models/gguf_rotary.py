@@ -7,7 +7,6 @@ file describes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 # Llama 3's scaling: llama.cpp stores the factors that follow from four parameters, of which three have one value in all
 # released models.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # with llama.cpp's defaults
 LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)
 
 
@@ -66,32 +66,64 @@ def apply_rotary(config: PretrainedConfig, metadata: GgufMetadata, path: Path) -
 
 def _apply_scaling(full: dict[str, Any], config: PretrainedConfig, metadata: GgufMetadata, path: Path) -> None:
     """Translate the scaling of rotary frequencies into parameters of transformers, in place."""
-    kind = metadata.get("rope.scaling.type")
-    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)) or 1.0)
-    original = metadata.get("rope.scaling.original_context_length")
+    _check_scaling(metadata, path)
+    factor = _scale(metadata)
     if metadata.tensors & {LONG_FACTORS, SHORT_FACTORS}:
         _apply_long_factors(full, config, metadata, path)
-        return
-    if ROTARY_FACTORS in metadata.tensors:
+    elif ROTARY_FACTORS in metadata.tensors:
         _apply_factors(full, config, metadata, path)
-        return
+    elif metadata.get("rope.scaling.type") == "yarn":
+        original = metadata.get("rope.scaling.original_context_length")
+        full |= {"rope_type": "yarn", "factor": factor}
+        full["original_max_position_embeddings"] = original or round(config.max_position_embeddings / factor)
+        for key in YARN_BETAS:
+            value = metadata.get(f"rope.scaling.yarn_{key}")
+            if value is not None:
+                full[key] = value
+    elif factor != 1.0:
+        full |= {"rope_type": "linear", "factor": factor}
 
-    # Without a type, llama.cpp takes a factor as linear.
-    if kind in (None, "linear", "none"):
-        if kind != "none" and factor != 1.0:
-            full |= {"rope_type": "linear", "factor": factor}
-        return
-    if kind != "yarn":
+
+def _scale(metadata: GgufMetadata) -> float:
+    """Return the factor that all frequencies are divided by. Without a type, llama.cpp takes it as linear."""
+    if metadata.get("rope.scaling.type") == "none":
+        return 1.0
+    return float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)) or 1.0)
+
+
+def _check_scaling(metadata: GgufMetadata, path: Path) -> None:
+    """Refuse a combination of scalings, and keys of a scaling that the file does not have.
+
+    llama.cpp multiplies scalings, and applies attn_factor and ext_factor to every one of them.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    kind = metadata.get("rope.scaling.type")
+    tensors = metadata.tensors & {ROTARY_FACTORS, LONG_FACTORS, SHORT_FACTORS}
+    is_long = bool(tensors - {ROTARY_FACTORS})
+    if kind not in (None, "none", "linear", "yarn") and not (kind == "longrope" and is_long):
         refuse(path, metadata, "rope.scaling.type", kind)
-    for key, neutral in (("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_ext_factor", 1.0)):
-        if metadata.get(f"rope.scaling.{key}", neutral) not in (neutral, -1.0):
-            refuse(path, metadata, f"rope.scaling.{key}", metadata.get(f"rope.scaling.{key}"))
-    full |= {"rope_type": "yarn", "factor": factor}
-    full["original_max_position_embeddings"] = original or round(config.max_position_embeddings / factor)
-    for key in ("beta_fast", "beta_slow"):
-        value = metadata.get(f"rope.scaling.yarn_{key}")
-        if value is not None:
-            full[key] = value
+    others = [f"rope.scaling.type = {kind}"] if kind == "yarn" else []
+    if _scale(metadata) != 1.0:
+        others.append(f"a factor of {_scale(metadata):g} (rope.scaling.factor)")
+    if is_long and ROTARY_FACTORS in tensors:
+        others.append(ROTARY_FACTORS)
+    if tensors and others:
+        raise ModelError(
+            f"{path}: has {', '.join(sorted(tensors - set(others)))} and {', '.join(others)}, and transformers cannot "
+            f"scale rotary frequencies by both. {USE_FOLDER}"
+        )
+
+    neutral: dict[str, tuple[float, ...]] = {"yarn_attn_factor": (1.0, -1.0), "yarn_ext_factor": (1.0, -1.0)}
+    if not is_long:
+        neutral["attn_factor"] = (1.0,)
+    if kind != "yarn":
+        neutral |= {"yarn_ext_factor": (0.0, -1.0), **{f"yarn_{key}": (value,) for key, value in YARN_BETAS.items()}}
+    for name, values in neutral.items():
+        found = metadata.get(f"rope.scaling.{name}", values[0])
+        if found not in values:
+            refuse(path, metadata, f"rope.scaling.{name}", found)
 
 
 def _apply_factors(full: dict[str, Any], config: PretrainedConfig, metadata: GgufMetadata, path: Path) -> None:
@@ -138,38 +170,48 @@ def _apply_long_factors(full: dict[str, Any], config: PretrainedConfig, metadata
     }
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = original
-    if metadata.get("rope.scaling.attn_factor") is not None:
-        full["attention_factor"] = metadata.get("rope.scaling.attn_factor")
+    # transformers would compute one from the lengths, where llama.cpp takes 1.
+    full["attention_factor"] = metadata.get("rope.scaling.attn_factor", 1.0)
 
 
 def check_rotary(model: PreTrainedModel, metadata: GgufMetadata, path: Path) -> None:
-    """Compare the rotary frequencies of the loaded model with those that the file describes."""
-    count, base = metadata.get("rope.dimension_count"), metadata.get("rope.freq_base", 10000.0)
-    parameters: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
-    full = parameters.get("full_attention", parameters)
-    buffers = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
-    found = next((buffers[name] for name in ("full_attention_inv_freq", "inv_freq") if name in buffers), None)
-    if found is None or not full:
+    """Compare the rotary frequencies of the loaded model, and their attention factor, with what the file describes."""
+    count = metadata.get("rope.dimension_count", head_width(model.config))  # llama.cpp's default
+    buffers = {name.rpartition(".")[2]: (name, buffer) for name, buffer in model.named_buffers()}
+    owner, found = next((buffers[n] for n in ("full_attention_inv_freq", "inv_freq") if n in buffers), ("", None))
+    if found is None:
         return
 
     width = 2 * len(found)
-    if count is not None and count != width:
+    if count != width:
         raise ModelError(
             f"{path}: rope.dimension_count is {count}, but transformers rotates {width} channels. {USE_FOLDER}"
         )
-    expected = _frequencies(base, width)
-    scalings: dict[str, Callable[[], Tensor | float]] = {
-        "linear": lambda: full["factor"],
-        "llama3": lambda: _read_tensor(path, ROTARY_FACTORS),
-        "longrope": lambda: _read_tensor(path, SHORT_FACTORS),
-    }
-    kind = full.get("rope_type", "default")
-    if kind == "yarn":
-        return  # a mixture by position in the head, computed by transformers alone
-    if kind in scalings:
-        expected = expected / scalings[kind]()
-    if not torch.allclose(found.float().cpu(), expected, rtol=1e-3):
+    expected, attention = _described(metadata, width, model.config, path)
+    module, _, name = owner.rpartition(".")
+    given = getattr(model.get_submodule(module), name.replace("inv_freq", "attention_scaling"), 1.0)
+    is_same = torch.allclose(found.float().cpu(), expected, rtol=1e-3)
+    if not is_same or not math.isclose(given, attention, rel_tol=1e-3):
         raise ModelError(f"{path}: transformers' rotary frequencies are not those of the file. {USE_FOLDER}")
+
+
+def _described(metadata: GgufMetadata, width: int, config: PretrainedConfig, path: Path) -> tuple[Tensor, float]:
+    """Return what llama.cpp computes from the file: frequencies (width / 2), and the factor of cosines and sines."""
+    base, factor = metadata.get("rope.freq_base", 10000.0), _scale(metadata)
+    frequencies, attention = _frequencies(base, width), metadata.get("rope.scaling.attn_factor", 1.0)
+    for name in (ROTARY_FACTORS, SHORT_FACTORS):
+        if name in metadata.tensors:
+            frequencies = frequencies / _read_tensor(path, name)
+    if metadata.get("rope.scaling.type") != "yarn":
+        return frequencies / factor, attention
+
+    # https://arxiv.org/abs/2309.00071: channels of many turns keep their frequency, those of few are interpolated.
+    original = metadata.get("rope.scaling.original_context_length") or round(config.max_position_embeddings / factor)
+    fast, slow = (metadata.get(f"rope.scaling.yarn_{key}", value) for key, value in YARN_BETAS.items())
+    ends = [width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, slow)]
+    low, high = max(0, math.floor(ends[0])), min(width - 1, math.ceil(ends[1]))
+    kept = 1 - ((torch.arange(width // 2) - low) / max(0.001, high - low)).clamp(0, 1)
+    return frequencies * kept + frequencies / factor * (1 - kept), attention * (1 + 0.1 * math.log(factor))
 
 
 def _frequencies(base: float, width: int) -> Tensor:

@@ -377,8 +377,9 @@ def _load_tokenizer(
                 source, trust_remote_code=trust_remote_code, local_files_only=local_files_only,
                 revision=revision or "main",
             )  # fmt: skip
-            # For some model types transformers builds an empty tokenizer where the files are missing.
-            is_empty = len(tokenizer) < 2 or not tokenizer.encode("a", add_special_tokens=False)
+            # Where the files are missing, transformers builds a tokenizer of a class's special tokens for some types.
+            words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+            is_empty = len(words) < 2 or not tokenizer.encode("a", add_special_tokens=False)
     except TOKENIZER_ERRORS as error:
         raise ModelError(f"{failure} ({one_line(error)}). {advice}") from error
 

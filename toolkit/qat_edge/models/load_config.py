@@ -49,7 +49,8 @@ def load_config(source: str, trust_remote_code: bool, failure: str, revision: st
         revision: Commit on the Hub.
     """
     is_local = Path(source).is_dir()
-    config_check.read_config(Path(source) if is_local else snapshot_of(source, failure, revision), source)
+    folder = Path(source) if is_local else snapshot_of(source, failure, revision)
+    document = config_check.read_config(folder, source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except DOWNLOAD_ERRORS as error:
@@ -65,6 +66,7 @@ def load_config(source: str, trust_remote_code: bool, failure: str, revision: st
         )
     remote_code.require_no_kernels({name: getattr(config, name, None) for name in remote_code.KERNELS}, source)
     config_check.return_plain_outputs(config)
+    text_model.remove_unstated_ids(config, document)
     return config
 
 
@@ -78,7 +80,7 @@ def check_read_keys(config: PretrainedConfig, folder: Path, source: str, is_part
         is_part: The configuration is that of the text model of a multimodal one.
     """
     document = config_check.read_config(folder, source)
-    config_keys.check_keys(config, document["text_config"] if is_part else document, source)
+    config_keys.check_keys(config, document.get("text_config") or {} if is_part else document, source)
 
 
 def _unavailable(failure: str, error: BaseException, is_local: bool = False) -> ModelError:

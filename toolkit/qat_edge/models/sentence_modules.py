@@ -23,7 +23,11 @@ from qat_edge.readers import shorten, show
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER_SETTINGS = "sentence_bert_config.json"
-APPLIED = ("Transformer", "Pooling", "Normalize")  # by `tasks.SentenceEncoder`
+APPLIED = ("Transformer", "Pooling", "Normalize")  # by `tasks.SentenceEncoder`, in this order
+ORDERS = (
+    list(APPLIED),
+    list(APPLIED[:2]),
+)  # an embedding without the last module is compared by its cosine all the same
 LIBRARY = "sentence_transformers."  # classes of other packages are code of the model
 NUMBERED = re.compile(r"\d+_(Pooling|Dense|LayerNorm|CNN|LSTM|WeightedLayerPooling)")  # folders of modules
 MEAN = ("pooling_mode_mean_tokens", "mean")
@@ -46,7 +50,8 @@ def check_modules(source: str, revision: str | None = None) -> None:
     Raises:
         ModelError: Names the file and the module.
     """
-    for module in _modules(source, revision):
+    modules = _modules(source, revision)
+    for module in modules:
         if module.kind not in APPLIED or (module.kind == "Transformer" and module.folder not in ("", ".")):
             where = f" in {shorten(module.folder)}" if module.folder else ""
             raise ModelError(
@@ -56,6 +61,13 @@ def check_modules(source: str, revision: str | None = None) -> None:
             )
         if module.kind == "Pooling":
             _check_pooling(source, str(PurePosixPath(module.folder, "config.json")), revision)
+    kinds = [module.kind for module in modules]
+    if kinds not in ORDERS and _find(source, MODULES, revision) is not None:
+        raise ModelError(
+            f"{source}: {MODULES} lists {', '.join(kinds) or 'no module'}; qat-edge applies "
+            f"{', '.join(APPLIED)} in this order, and supports no others. Restore the file, or use a model with mean "
+            "pooling."
+        )
 
 
 def _modules(source: str, revision: str | None) -> list[_Module]:
@@ -88,23 +100,29 @@ def _check_pooling(source: str, name: str, revision: str | None) -> None:
     Raises:
         ModelError: Names the file and the setting.
     """
+    if _find(source, name, revision) is None:
+        raise ModelError(
+            f"{source}: has a Pooling module and no {name}, which says how embeddings are made. Restore the file."
+        )
     settings = _settings(source, name, revision)
     # Older versions have a key for each mode, newer ones a name.
     modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on]
     if settings.get("pooling_mode") is not None:
         modes.append(settings["pooling_mode"])
-    if any(mode not in MEAN for mode in modes):
+    if not modes or any(mode not in MEAN for mode in modes):
+        found = ", ".join(shorten(mode) for mode in modes) or "no pooling mode that is on"
         raise ModelError(
-            f"{source}: {name} has {', '.join(shorten(mode) for mode in modes)}; qat-edge supports embeddings that are "
+            f"{source}: {name} has {found}; qat-edge supports embeddings that are "
             "the mean of a text's tokens, and no others. Use a model with mean pooling."
         )
 
 
-def differences(source: str, revision: str | None = None) -> list[str]:
+def differences(source: str, max_length: int, revision: str | None = None) -> list[str]:
     """Return what sentence-transformers does with the texts and embeddings of a model and qat-edge does not.
 
     Args:
         source: Model folder or Hub id.
+        max_length: Longest text in training, in tokens.
         revision: Commit on the Hub.
 
     Returns:
@@ -122,7 +140,14 @@ def differences(source: str, revision: str | None = None) -> list[str]:
             f"{source}: sentence-transformers begins texts with a prompt: {shown}{when}. qat-edge adds none: write the "
             "prompt into the texts of your rows and of your app."
         )
-    if _settings(source, TRANSFORMER_SETTINGS, revision).get("do_lower_case"):
+    transformer = _settings(source, TRANSFORMER_SETTINGS, revision)
+    longest = transformer.get("max_seq_length")
+    if type(longest) is int and longest < max_length:
+        lines.append(
+            f"{source}: sentence-transformers cuts texts after {longest} tokens (max_seq_length), and --max-length is "
+            f"{max_length}. Set --max-length to {longest} to train with texts as the model has read them."
+        )
+    if transformer.get("do_lower_case"):
         lines.append(
             f"{source}: sentence-transformers makes texts lower case first (do_lower_case). qat-edge leaves that to "
             "the tokenizer: write the texts of your rows and of your app in lower case if it does not do it."

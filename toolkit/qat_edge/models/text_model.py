@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -23,6 +23,22 @@ KEY_MAPPING = {
 }
 _TEXT_NAME = re.compile(r"(^|\.)(language_model|text_model)\.|^lm_head\.")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def remove_unstated_ids(config: PretrainedConfig, stated: Mapping[str, Any]) -> None:
+    """Remove the ids of begin and end tokens that no file states, in place: defaults of the class are another model's.
+
+    The padding token stays: some families, such as RoBERTa, compute positions with its id.
+
+    Args:
+        config: As transformers loaded it.
+        stated: Keys of its file.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        if name not in stated:
+            setattr(config, name, None)
+    if is_multimodal(config):
+        remove_unstated_ids(config.text_config, stated.get("text_config") or {})
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:

@@ -14,7 +14,7 @@ from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.hub import one_line
-from qat_edge.models.tokenizer_check import NAMED_TEMPLATES, native_errors
+from qat_edge.models.tokenizer_check import NAMED_TEMPLATES, native_errors, require_spelled
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
 
@@ -36,11 +36,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     failure, advice = f"{folder}: the tokenizer cannot be loaded", "Export again, or copy the folder again."
     try:
         with native_errors(failure, advice), remote_code.refusals(folder):
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=remote_code.permitted()
             )
     except LOADING_ERRORS as error:
         raise ModelError(f"{failure} ({one_line(error)}). {advice}") from error
+    require_spelled(tokenizer, folder)
+    return tokenizer
 
 
 def tokenizer_files(folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from qat_edge.readers import BYTE_ORDER_MARK, read_object, read_text, shorten, s
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 TOKEN_USES = ("bos_token", "eos_token")
@@ -105,6 +106,20 @@ def check_templates(folder: Path) -> None:
         )
 
 
+def require_spelled(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse special tokens without characters: transformers takes them as the unknown token, or searches for ever.
+
+    Raises:
+        ModelError: Names the token.
+    """
+    for use, value in tokenizer.special_tokens_map.items():
+        if "" in ([value] if isinstance(value, str) else value):
+            raise ModelError(
+                f"{folder}: {use} is an empty text, which is no token. Set it to null in {TOKENIZER_CONFIG} and "
+                f"{TOKENS_MAP}, or to the token's text."
+            )
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
 
@@ -115,6 +130,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have.
     """
+    require_spelled(tokenizer, folder)
     if tokenizer.split_special_tokens:
         raise ModelError(
             f"{folder}: tokenizer_config.json sets split_special_tokens, so that training would read special tokens as "
@@ -273,15 +289,18 @@ def _warn_of_two_templates(config: dict[str, Any], folder: Path) -> None:
 def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], folder: Path) -> None:
     """Report tokens that a file gives another id or another use than the loaded tokenizer has."""
     vocabulary = tokenizer.get_vocab()
-    stated = config.get("added_tokens_decoder")
-    for key, value in stated.items() if isinstance(stated, dict) else ():
-        token = _content(value)
-        if token is not None and str(vocabulary.get(token)) != key:
+    decoder = config.get("added_tokens_decoder")
+    texts = {key: _content(value) for key, value in decoder.items()} if isinstance(decoder, dict) else {}
+    added = [(token, str(i)) for token, i in _settings(folder / ADDED_TOKENS).items()]
+    in_config = [(token, key) for key, token in texts.items() if token is not None]
+    for name, stated in ((TOKENIZER_CONFIG, in_config), (ADDED_TOKENS, added)):
+        wrong = next(((token, key) for token, key in stated if str(vocabulary.get(token)) != key), None)
+        if wrong is not None:
             progress.warn(
-                f"{folder}: tokenizer_config.json gives the token {show(token)} the id {shorten(key)}, and other files "
-                f"{vocabulary.get(token, 'none')}, which is used. Correct the file that is wrong."
+                f"{folder}: {name} gives the token {show(wrong[0])} the id {shorten(wrong[1])}, and the tokenizer that "
+                f"transformers builds {vocabulary.get(wrong[0], 'none')}, which is used: the model may not have "
+                "learned it. Correct the file that is wrong."
             )
-            break
     for name, settings in ((TOKENIZER_CONFIG, config), (TOKENS_MAP, _settings(folder / TOKENS_MAP))):
         for use in TOKEN_USES:
             token, used = _content(settings.get(use)), getattr(tokenizer, use)

@@ -319,7 +319,7 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
     loaded = load.load_model(options.model, options.trust_remote_code, task=task)
     progress.info(f"Model: {loaded.identity.name}, {_millions(loaded.model)} M parameters")
     if isinstance(task, SentenceEncoder):
-        for difference in sentence_modules.differences(options.model, loaded.identity.revision):
+        for difference in sentence_modules.differences(options.model, options.max_length, loaded.identity.revision):
             progress.warn(difference)
     gaps = load.export_gaps(loaded.model.config)
     if len(gaps) == len(FORMATS):
