@@ -94,7 +94,9 @@ class TaskPrompts:
             return Prepared(question, question.ids if is_prompt else [], sequences)
         if self._task.form == GENERATE:
             shown = function_calls.as_text(question) if self._as_text else question
-            prompt = self._chat_format.prompt(shown.messages, self._arguments, shown.tools)
+            prompt = self._chat_format.prompt(
+                shown.messages, self._arguments, shown.tools, f"{self._task.name}, question {question.id}"
+            )
             return Prepared(question, prompt.ids, [])
 
         prompt = text_prompt(question.text, self._tokenizer)
