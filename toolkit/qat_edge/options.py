@@ -447,7 +447,8 @@ class EvalOptions:
         "Questions to ask, a fixed random sample; all by default.", None, bounds=(1, MOST_ROWS), group=MEASURING
     )
     context_length: int = option(
-        "Tokens of prompt and answer together; longer questions are left out and counted.",
+        "Tokens of prompt and answer together; longer questions are left out, longer rows of rows_loss cut; both are "
+        "counted.",
         1024, bounds=(16, MOST_TOKENS), group=MEASURING,
     )  # fmt: skip
     max_new_tokens: int | None = option(
