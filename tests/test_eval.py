@@ -446,7 +446,7 @@ def test_rows_that_are_cut_left_out_or_not_asked_are_counted(
     ) in messages
     assert "1 rows with an empty 'text' are left out" in messages
     evaluate(run, options("rows", data=str(path), max_new_tokens=8))
-    assert any("2 of 5 rows are a 'text' without a prompt and are not asked" in line for line in messages)
+    assert any("2 of 5 rows are a 'text' without a prompt and are left out" in line for line in messages)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
     texts = sum(isinstance(row, Text) for row in rows)
     if texts:
         progress.warn(
-            f"{source}: {texts} of {len(rows)} rows are a 'text' without a prompt and are not asked; --task {LOSS} "
+            f"{source}: {texts} of {len(rows)} rows are a 'text' without a prompt and are left out; --task {LOSS} "
             "measures them"
         )
     return Task(
