@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, TypeVar
 
 from qat_edge import readers
 from qat_edge.errors import RunError
+from qat_edge.field_types import check_types
 from qat_edge.storage import write_text
 
 FORMAT = 1
@@ -382,38 +381,10 @@ def read_document(
         if document.pop("format") != file_format:
             raise RunError(f"{path}: written by another version of qat-edge. Run {verb} again.")
         found = build(document)
-        _check_types(found, type(found), type(found).__name__)
+        check_types(found, type(found), type(found).__name__, _check_range)
         return found
     except (AttributeError, IndexError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}). Run {verb} again.") from error
-
-
-def _check_types(value: Any, hint: Any, name: str) -> None:
-    """Check that a value read from a file has the type that its dataclass declares, at any depth.
-
-    Raises:
-        TypeError: names the field.
-    """
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (value is None and types.NoneType in inner):
-        return
-    if isinstance(hint, types.UnionType):
-        _check_types(value, next(each for each in inner if each is not types.NoneType), name)
-        return
-    # A flag is an integer to Python, and an integer is a permitted real number.
-    permitted = (int, float) if hint is float else (list, tuple) if origin in (list, tuple) else (origin or hint,)
-    if not isinstance(value, permitted) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError(f"{name} is {type(value).__name__}, expected {getattr(origin or hint, '__name__', hint)}")
-    if dataclasses.is_dataclass(value):
-        for field_name, field_hint in typing.get_type_hints(type(value)).items():
-            _check_types(getattr(value, field_name), field_hint, f"{name}.{field_name}")
-            _check_range(getattr(value, field_name), field_name, f"{name}.{field_name}")
-    elif isinstance(value, list | tuple) and inner:
-        for index, item in enumerate(value):
-            _check_types(item, inner[0], f"{name}[{index}]")
-    elif isinstance(value, dict) and inner:
-        for key, item in value.items():
-            _check_types(item, inner[1], f"{name}[{key!r}]")
 
 
 def _check_range(value: Any, field_name: str, name: str) -> None:
