@@ -17,7 +17,8 @@ from qat_edge.storage import write_text
 
 FORMAT = 1
 KEY = "key"  # metadata of a field whose key in the JSON files differs from its name
-# Least and greatest value of figures, by the name of their field at any depth; nan stands for "not measured".
+# Least and greatest value of figures, by the name of their field at any depth. Those of logits may be nan, for "not
+# measured" and for logits that are not finite; those in FINITE are measured, or None.
 COUNT, SHARE = (0.0, math.inf), (0.0, 1.0)
 RANGES = {
     **dict.fromkeys(("tokens", "prompts", "rows", "texts", "repeats", "threads"), COUNT),
@@ -28,6 +29,10 @@ RANGES = {
     "kl_nats": (-1e-3, math.inf),
     **dict.fromkeys(("quality", "cosine", "least_cosine"), (-1.001, 1.001)),
 }
+FINITE = (
+    "median", "least", "greatest", "step_ms_p50", "step_ms_p95", "load_ms", "exact_match", "same_answers",
+    "first_divergence", "chance", "limit",
+)  # fmt: skip
 Document = TypeVar("Document")  # the type that a file is read as
 
 
@@ -388,17 +393,44 @@ def read_document(
 
 
 def _check_range(value: Any, field_name: str, name: str) -> None:
-    """Check that a figure is within the range of its field.
+    """Check that a figure is within the range of its field, and nan only where it can be.
 
     Raises:
         ValueError: names the field.
     """
     least, greatest = RANGES.get(field_name, (-math.inf, math.inf))
     for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+        where = f"{name}[{key!r}]" if key else name
         if isinstance(number, int | float) and (number < least or number > greatest):
             expected = f"from {least:g} to {greatest:g}" if math.isfinite(greatest) else f"at least {least:g}"
-            where = f"{name}[{key!r}]" if key else name
             raise ValueError(f"{where} is {readers.show(number)}, expected {expected}")
+        if field_name in FINITE and number is not None and not math.isfinite(number):
+            raise ValueError(f"{where} is {number}, expected a finite number, or null if it was not measured")
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        _check_nan(item, f"{name}[{index}]" if isinstance(value, list) else name)
+
+
+def _check_nan(value: Any, name: str) -> None:
+    """Check that figures of the same logits are nan together, or none of them.
+
+    Raises:
+        ValueError: names the figure.
+    """
+    if isinstance(value, Agreement):
+        figures = {"kl_nats": value.kl_nats, "top1": value.top1}
+        figures |= {} if value.sqnr_db is None else {"sqnr_db": value.sqnr_db}
+    elif isinstance(value, Measurement | Step | Part):
+        figures = {"perplexity": value.perplexity}
+        figures |= {} if value.agreement is None else {"agreement.kl_nats": value.agreement.kl_nats}
+        # The float models are required to have finite logits, and torch returns all of them.
+        figures |= {"fp32": 0.0} if value.name.lower().startswith("fp32 ") else {}
+    elif isinstance(value, Gate):
+        figures = {"found": value.found, "passed": 0.0} if value.passed else {}
+    else:
+        return
+    unknown = [key for key, number in figures.items() if math.isnan(number)]
+    if unknown and len(unknown) < len(figures):
+        raise ValueError(f"{name}.{unknown[0]} is nan, although it was measured")
 
 
 def read_measurement(row: dict[str, Any]) -> Measurement:
