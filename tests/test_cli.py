@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from qat_edge import config
 from qat_edge.cli import commands, flags
-from qat_edge.errors import UsageError
+from qat_edge.errors import RunError, UsageError
 from qat_edge.options import (
     CompareOptions,
     DoctorOptions,
@@ -24,6 +24,7 @@ from qat_edge.options import (
     SensitivityOptions,
     ValidateOptions,
 )
+from qat_edge.run import Run
 
 VERBS: dict[str, Any] = {
     "finetune": FinetuneOptions,
@@ -171,6 +172,20 @@ def test_errors_are_one_paragraph(
     assert result.exit_code == code
     assert message in result.output and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_run_is_named_with_its_run(tmp_path: Path) -> None:
+    (tmp_path / "run/reports").mkdir(parents=True)
+    for name in ("run/config.yaml", "run/reports/local.json", "text.txt"):
+        (tmp_path / name).touch()
+    for arguments, message in [
+        (["report", "run/reports/local.json"], f"Name its run folder, {tmp_path / 'run'}."),
+        (["export", "text.txt"], "Name the folder given to --out."),
+    ]:
+        result = CliRunner().invoke(commands.main, [arguments[0], str(tmp_path / arguments[1])])
+        assert result.exit_code == 1 and f"{arguments[1]}: a file, not a run folder. {message}" in result.output
+    with pytest.raises(RunError, match="a file, not a run folder"):
+        Run.to_resume(tmp_path / "text.txt")
 
 
 # --- names of 0.1.0 -----------------------------------------------------------------------------------------

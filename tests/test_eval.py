@@ -223,7 +223,9 @@ def test_a_run_is_compared_with_another(run: Run, scripted: dict[str, Scripted],
     assert result.scores[0].difference is not None and result.scores[0].difference.interval.value == 1
     with pytest.raises(RunError, match=r"--against .*: 'onnx' was not measured there on gsm8k, only torch"):
         evaluate(run, options("gsm8k"), ("onnx",), against=other)
-    with pytest.raises(RunError, match=r"hellaswag.json: no such results of eval"):
+    with pytest.raises(
+        RunError, match=r"--against .*: hellaswag was not .*eval .*other --task hellaswag --from torch` measures"
+    ):
         evaluate(run, options("hellaswag"), against=other)
 
 
@@ -422,6 +424,48 @@ def test_the_loss_of_own_rows_is_that_of_validate(run: Run) -> None:
     assert result.is_perplexity and torch_score.questions == len(sequences)
     assert math.exp(torch_score.score.value) == pytest.approx(comparison.result().perplexity, rel=1e-3)
     assert result.scores[1].score.value == pytest.approx(torch_score.score.value, rel=1e-2)
+
+
+def test_rows_that_are_cut_left_out_or_not_asked_are_counted(
+    run: Run, scripted: dict[str, Scripted], messages: list[str], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "say 1 ", "completion": "it is 1"},
+        {"prompt": "say ", "completion": "long " * 2 * CONTEXT},
+        {"prompt": "long " * 2 * CONTEXT, "completion": "it is 1"},
+        {"text": "some words"},
+        {"text": " "},
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scripted["torch"] = Scripted(["it is 1"] * 8)
+    assert evaluate(run, options("rows_loss", data=str(path))).scores[0].questions == 3
+    assert (
+        f"Rows longer than {CONTEXT} tokens (--context-length): 1 are cut there, 1 are left out because their answers "
+        "begin after that"
+    ) in messages
+    assert "1 rows with an empty 'text' are left out" in messages
+    evaluate(run, options("rows", data=str(path), max_new_tokens=8))
+    assert any("2 of 5 rows are a 'text' without a prompt and are left out" in line for line in messages)
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        ("rows_loss", {"max_new_tokens": 8}, "--max-new-tokens and --task rows_loss"),
+        ("python_docs", {"max_new_tokens": 8}, "--max-new-tokens and --task python_docs"),
+        ("hellaswag", {"max_new_tokens": 8}, "--max-new-tokens and --task hellaswag"),
+        ("rows_loss", {"calls": "text"}, "--calls and --task rows_loss"),
+        ("rows", {"calls": "template"}, "--calls and --task rows"),
+        ("gsm8k", {"calls": "text"}, "--calls and --task gsm8k"),
+    ],
+)
+def test_options_without_effect_on_a_task_are_refused(
+    run: Run, task: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(run, options(task, **values))
+    assert not run.evaluations.exists()
 
 
 def test_rows_are_for_tasks_of_rows_alone(run: Run, tmp_path: Path) -> None:

@@ -226,6 +226,9 @@ def test_generate_takes_no_system_message_without_a_template(run: Run) -> None:
         words = make_tokenizer()
         words.chat_template = "{{ raise_exception('System role not supported') }}"
         chat_prompt(words, "Hi", "Be brief.", {})
+    words.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(UsageError, match=r"prompt with --system: the chat template leaves out message 1 .*'system'"):
+        chat_prompt(words, "Hi", "Be brief.", {})
 
 
 def test_an_empty_message_is_refused_and_an_empty_system_message_is_one() -> None:

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from conftest import make_model, make_tokenizer, plain_rows
+from conftest import make_model, make_tokenizer, plain_rows, relist
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
@@ -39,6 +39,7 @@ from qat_edge.quant.bit_allocation import (
     requested_levels,
     weight_bytes,
 )
+from qat_edge.quant.sensitivity_file import read_sensitivity
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
 from qat_edge.run import Run
 from qat_edge.verbs import sensitivity
@@ -370,7 +371,7 @@ def test_bits_are_chosen_without_measuring_again(run: Run, monkeypatch: pytest.M
     assert first.exit_code == 0, first.output
     folder = run.path / "sensitivity"
     assert {p.name for p in folder.iterdir()} == {"sensitivity.json", "sensitivity.html", "manifest.json"}
-    measured = bit_allocation.read_sensitivity(folder)
+    measured = read_sensitivity(folder)
     assert measured.tokens == 128 and len(measured.weights) == 16
     assert measured.weights[DOWN].shape == (64, 128) and set(measured.weights[DOWN].costs) == {4, 8}
     assert set(measured.weights["lm_head"].costs) == {8}
@@ -396,7 +397,7 @@ def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
     first = call(run, "--tokens", "128", "--width", "2")
     assert first.exit_code == 0, first.output
     folder = run.path / "sensitivity"
-    measured = bit_allocation.read_sensitivity(folder)
+    measured = read_sensitivity(folder)
     assert measured.widths == (2, 4, 8) and set(measured.weights[DOWN].costs) == {2, 4, 8}
     assert set(measured.weights["lm_head"].costs) == {8} and measured.levels == "seq"
     costs = measured.weights[DOWN].costs
@@ -424,6 +425,7 @@ def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
     # The same bits at other levels cost something else.
     path = folder / "sensitivity.json"
     path.write_text(path.read_text().replace('"levels": "seq"', '"levels": "integer"'))
+    relist(folder)
     other = call(run, "--max-kl", str(limit))
     assert other.exit_code == 1 and "measured with --weight-levels integer" in other.output, other.output
 
@@ -452,7 +454,7 @@ def test_an_earlier_measurement_is_kept_unless_forced(run: Run) -> None:
     again = call(run, "--tokens", "96")
     assert again.exit_code == 1 and "exists already" in again.output and "--max-size-mb" in again.output
     assert call(run, "--tokens", "96", "--force").exit_code == 0
-    assert bit_allocation.read_sensitivity(run.path / "sensitivity").tokens == 96
+    assert read_sensitivity(run.path / "sensitivity").tokens == 96
 
 
 def test_exactly_one_limit_that_can_be_met_is_accepted(run: Run) -> None:
@@ -462,7 +464,67 @@ def test_exactly_one_limit_that_can_be_met_is_accepted(run: Run) -> None:
     little = call(run, "--tokens", "64", "--max-size-mb", "0.01")
     assert little.exit_code == 2 and "the least possible" in little.output
     # Minutes of measuring are not thrown away.
-    assert bit_allocation.read_sensitivity(run.path / "sensitivity").tokens == 64
+    assert read_sensitivity(run.path / "sensitivity").tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["weights", UP, "layer"], "x", r"layer is str, expected int"),
+        (["weights", UP, "layer"], 0, r"layer is 0, and its name has 1"),
+        (["weights", UP, "kind"], "down_proj", r"kind is 'down_proj'"),
+        (["weights", UP, "shape"], "ab", r"shape is 'ab', expected two numbers"),
+        (["weights", UP, "shape"], [0, 64], r"shape is \(0, 64\)"),
+        (["weights", UP, "costs"], {}, r"costs is empty"),
+        (["weights", UP, "costs", "3"], {"kl_nats": 0.1, "size_bytes": 9999}, r"costs has 3 bits"),
+        (["weights", UP, "costs", "4", "kl_nats"], -5, r"costs\[4\].kl_nats is -5, expected a number of at least"),
+        (["weights", UP, "costs", "4", "size_bytes"], "9", r"costs\[4\].size_bytes is str, expected int"),
+        (["weights", UP, "costs", "4", "size_bytes"], 0, r"costs\[4\].size_bytes is 0"),
+        (["weights", UP, "costs", "4", "size_bytes"], 12, r"size_bytes is 12; its codes alone have 4096"),
+        (["together", "4"], None, r"together\[4\] is NoneType, expected float"),
+        (["together", "4"], -1.0, r"together\['4'\] is -1.0"),
+        (["together"], {"8": 0.1}, r"together has \[8\] bits, and weights have \[4, 8\]"),
+        (["tokens"], 0, r"tokens is 0"),
+        (["float_bytes"], -4, r"float_bytes is -4"),
+        (["compared"], 10**6, r"compared is 1000000, more than the tokens"),
+        (["levels"], "some", r"levels is 'some', expected seq or integer"),
+    ],
+)
+def test_an_entry_of_a_measurement_that_cannot_be_is_named(run: Run, keys: list[str], value: Any, message: str) -> None:
+    sensitivity.sensitivity(run, SensitivityOptions(tokens=64))
+    path = run.path / "sensitivity/sensitivity.json"
+    document = json.loads(path.read_text())
+    *parents, last = keys
+    entry = document
+    for key in parents:
+        entry = entry[key]
+    entry[last] = value
+    path.write_text(json.dumps(document))
+    relist(path.parent)
+    with pytest.raises(RunError, match=rf"sensitivity.json: .*damaged .*{message}.*--force"):
+        sensitivity.sensitivity(run, SensitivityOptions(max_kl=9.0))
+    assert not (path.parent / "bits.yaml").exists()
+
+
+def test_a_weight_that_was_removed_or_renamed_is_a_changed_file(run: Run) -> None:
+    sensitivity.sensitivity(run, SensitivityOptions(tokens=64))
+    path = run.path / "sensitivity/sensitivity.json"
+    whole = json.loads(path.read_text())
+    removed = {name: weight for name, weight in whole["weights"].items() if name != UP}
+    for weights in (removed, removed | {UP.replace("mlp", "other"): whole["weights"][UP]}):
+        path.write_text(json.dumps(whole | {"weights": weights}))
+        with pytest.raises(RunError, match=r"damaged \(changed since it was written\).*--force"):
+            sensitivity.sensitivity(run, SensitivityOptions(max_kl=9.0))
+
+
+def test_a_divergence_a_little_below_zero_is_rounding(run: Run) -> None:
+    sensitivity.sensitivity(run, SensitivityOptions(tokens=64))
+    path = run.path / "sensitivity/sensitivity.json"
+    document = json.loads(path.read_text())
+    document["weights"][UP]["costs"]["8"]["kl_nats"] = document["together"]["8"] = -5e-4
+    path.write_text(json.dumps(document))
+    relist(path.parent)
+    assert read_sensitivity(path.parent).weights[UP].costs[8].kl_nats == -5e-4
 
 
 def test_a_measurement_of_another_fine_tune_and_a_damaged_one_are_refused(run: Run) -> None:

@@ -28,6 +28,7 @@ FLOORS = (
         "storage",
         "manifest",
         "readers",
+        "field_types",
         "lazy",
         "logs",
         "remote_code",

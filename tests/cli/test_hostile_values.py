@@ -47,6 +47,7 @@ FINETUNE = ["finetune", "--model", "m", "--data", "d", "--out", "x"]
         ([*FINETUNE, "--eval-data", "a\udcff"], "--eval-data: 'a\\udcff' is not UTF-8 text"),
         ([*FINETUNE, "--model", ""], "--model: empty. Name a file, a folder or an id on the Hub"),
         ([*FINETUNE, "--data", " "], "--data: empty. Name a file"),
+        (["validate", "run", "--profile", ""], "--profile: empty. Name a profile or a .toml file"),
         ([*FINETUNE, "--eval-data", "a" * 5000], "--eval-data: 5000 characters; at most 4096 are permitted"),
         (
             ["finetune", "--model", "m", "--data", "d", "--out", "file.txt/run"],
@@ -57,7 +58,7 @@ FINETUNE = ["finetune", "--model", "m", "--data", "d", "--out", "x"]
         (["validate", "run", "--junit", "file.txt/a.xml"], "--junit file.txt/a.xml: file.txt is a file"),
         ([*FINETUNE[:-1], "n" * 300], "File name too long"),
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_a_hostile_flag_is_one_paragraph(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -357,6 +357,33 @@ def test_a_system_message_that_is_refused_or_left_out_is_named() -> None:
         ChatFormat(tokenizer_for(silent)).turns(chat)
 
 
+def test_a_prompt_from_which_the_template_leaves_something_out_is_refused() -> None:
+    silent = "{% for message in messages if message.role != 'system' %}" + CHATML.partition("%}")[2]
+    no_calls = THINKING.replace("m.tool_calls or []", "[]")
+    system: Message = {"role": "system", "content": "e"}  # a text that the rest of the prompt has as well
+    for template, messages, tools, message in [
+        (silent, [system, QUESTION], None, r"leaves out message 1 \(role 'system'\)"),
+        (silent, [{**system, "content": ""}, QUESTION], None, r"leaves out message 1 \(role 'system'\)"),
+        (CHATML.replace("message['content']", "'x'"), [QUESTION], None, r"leaves out message 1 \(role 'user'\)"),
+        (CHATML, [QUESTION], [TOOL], "'tools' have no effect: .* leaves out 'rain'"),
+        (no_calls, CALLING[:3], [TOOL], "message 2: 'tool_calls' have no effect"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            ChatFormat(tokenizer_for(template)).prompt(messages, tools=tools, where="f:3")
+        assert str(caught.value).startswith("f:3: ")
+
+
+@pytest.mark.parametrize("template", [CHATML, OWN_SYSTEM, TRIMMING, THINKING, OPEN])
+def test_the_prompt_after_a_dialogue_is_what_precedes_its_next_answer(template: str) -> None:
+    tokenizer = tokenizer_for(template)
+    chat = Chat([DIALOGUE[0], *CALLING], "row", tools=[TOOL]) if template == THINKING else Chat(DIALOGUE, "row")
+    prompt = ChatFormat(tokenizer).prompt(chat.messages[:-1], tools=chat.tools)
+    rendered = tokenizer.apply_chat_template(
+        [{"content": "", **m} for m in chat.messages[:-1]], tools=chat.tools, tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.text == rendered
+
+
 def test_messages_without_weight_have_no_loss() -> None:
     tokenizer = tokenizer_for(CHATML)
     chat = Chat([QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "content": "Rome", "weight": 1}], "row")

@@ -298,6 +298,7 @@ def test_profiles_of_devices_are_restored_from_a_runs_saved_options(tmp_path: Pa
             r"--device-profile pi5: does not begin with one of the devices, local, ssh:a\. Write DEVICE=PROFILE .*=pi5",
         ),
         (("ssh:b=pi5",), r"--device-profile ssh:b=pi5: does not begin with one of the devices, local, ssh:a\."),
+        (("ssh:a=",), r"--device-profile ssh:a=: no profile follows\. Write ssh:a=PROFILE, such as ssh:a=pi5"),
         (("ssh:a=pi5", "ssh:a=laptop"), r"--device-profile ssh:a=laptop: ssh:a also has the profile pi5"),
         (("ssh:a=pi4",), r"--device-profile ssh:a=pi4: --profile pi4: no such profile"),
         (("ssh:a=board.toml",), r"--device-profile ssh:a=board.toml: board\.toml: unknown key 'max_kll'"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +90,51 @@ def test_figures_out_of_range_are_damage(tmp_path: Path, key: str, value: float,
     path.write_text(json.dumps(document))
     with pytest.raises(RunError, match=message):
         results.load(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["measured", 2, "speed", "decode", "greatest"], math.nan),
+        (["measured", 2, "speed", "prefill", "least"], math.nan),
+        (["measured", 2, "speed", "first_token_ms", "median"], math.inf),
+        (["measured", 2, "load_ms"], math.nan),
+        (["measured", 2, "exact_match"], math.nan),
+        (["measured", 2, "same_answers"], math.nan),
+        (["measured", 2, "first_divergence"], math.nan),
+        (["measured", 2, "perplexity"], math.nan),
+        (["measured", 1, "perplexity"], math.nan),
+        (["measured", 2, "agreement", "kl_nats"], math.nan),
+        (["measured", 2, "agreement", "top1"], math.nan),
+        (["measured", 2, "parity", "sqnr_db"], math.nan),
+        (["noise_floor", "kl_nats"], math.nan),
+        (["budgets", 0, "steps", 0, "perplexity"], math.nan),
+        (["budgets", 0, "parts", 0, "perplexity"], math.nan),
+        (["budgets", 0, "judged", "chance"], math.nan),
+        (["gates", 0, "limit"], math.nan),
+        (["gates", 0, "found"], math.nan),
+    ],
+)
+def test_nan_is_damage_where_validate_never_writes_it(tmp_path: Path, keys: list[Any], value: float) -> None:
+    path = tmp_path / "local.json"
+    results.save(dataclasses.replace(example(), budgets=report().budgets), path)
+    document = json.loads(path.read_text())
+    assert document["gates"][0]["passed"]
+    *parents, last = keys
+    entry = document
+    for key in parents:
+        entry = entry[key]
+    entry[last] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match=rf"local.json: damaged \(.*{last} is (nan|inf).*Run validate again"):
+        results.load(path)
+
+
+def test_figures_of_logits_that_are_not_finite_are_nan_together(tmp_path: Path) -> None:
+    whole = report()
+    nowhere = Agreement(64, math.nan, math.nan, math.nan)
+    row = dataclasses.replace(whole.measured[0], perplexity=math.nan, agreement=nowhere, not_finite="some logits")
+    silent = dataclasses.replace(whole.measured[0], perplexity=math.nan, agreement=None, parity=None)
+    missed = Gate("--max-kl", 0.1, "qat, onnx", math.nan, False, "not finite")
+    results.save(dataclasses.replace(whole, measured=[row, silent], gates=[missed]), tmp_path / "local.json")
+    assert [math.isnan(m.perplexity) for m in results.load(tmp_path / "local.json").measured] == [True, True]

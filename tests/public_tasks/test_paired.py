@@ -99,13 +99,56 @@ def test_a_damaged_file_is_named(tmp_path: Path, key: str, value: object) -> Non
     path = tmp_path / "bfcl.json"
     answer_records.save(path, results())
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(RunError, match=r"bfcl.json: (damaged|written by another version).*Run eval --force again"):
+    with pytest.raises(RunError, match=r"bfcl.json: (damaged|written by another version).*--force again"):
         answer_records.read(path)
 
 
-def test_a_score_that_is_no_number_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "key", "value", "message"),
+    [
+        ("generate", "score", 7, "score is 7, expected 0 or 1"),
+        ("generate", "score", math.nan, "score is nan, expected 0 or 1"),
+        ("choose", "score", 0.5, "score is 0.5, expected 0 or 1"),
+        ("generate", "score", "1", "score is str, expected float"),
+        ("generate", "score", True, "score is bool, expected float"),
+        ("generate", "weight", 0, "weight is 0, expected 1"),
+        ("generate", "answer", 3, "answer is int, expected str"),
+        ("generate", "id", "q1", "id is 'q1', as of an earlier answer"),
+        ("predict", "score", -1.0, "score is -1.0, expected nats"),
+        ("predict", "score", math.nan, "score is nan, expected nats"),
+        ("predict", "score", math.inf, "score is inf, expected nats"),
+        ("predict", "weight", 0.0, "weight is 0.0, expected a number of tokens"),
+        ("predict", "weight", -4, "weight is -4, expected a number of tokens"),
+        ("guess", "score", 1.0, "form is 'guess', expected generate, choose or predict"),
+    ],
+)
+def test_an_answer_that_eval_cannot_have_written_is_damage(
+    tmp_path: Path, form: str, key: str, value: object, message: str
+) -> None:
+    path = tmp_path / "runs" / "mine" / "eval" / "bfcl.json"
+    answer_records.save(path, results())
+    document = json.loads(path.read_text())
+    document["form"] = form
+    document["sources"]["onnx"]["answers"][0][key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match="damaged") as caught:
+        answer_records.read(path)
+    assert message in str(caught.value) and (form == "guess" or ".answers[" in str(caught.value))
+    assert f"Run eval {tmp_path / 'runs' / 'mine'} --task bfcl --force again." in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("source", "torch"), ("wall_s", math.nan), ("wall_s", -1.0)])
+def test_a_figure_of_a_model_that_eval_cannot_have_written_is_damage(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "bfcl.json"
     answer_records.save(path, results())
-    path.write_text(path.read_text().replace('"score": 1.0', '"score": "x"'))
-    with pytest.raises(RunError, match="damaged"):
+    document = json.loads(path.read_text())
+    document["sources"]["onnx"][key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(RunError, match=rf"sources\.onnx\.{key} is"):
         answer_records.read(path)
+
+
+def test_results_of_another_task_are_damage(tmp_path: Path) -> None:
+    answer_records.save(tmp_path / "gsm8k.json", results())
+    with pytest.raises(RunError, match="task is 'bfcl', expected 'gsm8k'"):
+        answer_records.read(tmp_path / "gsm8k.json")

@@ -427,7 +427,7 @@ def validate(
         target: Artifacts to measure; by default all that run here. One of executorch, onnx, executorch-vulkan,
             executorch-coreml.
         eval_data: Evaluation rows, instead of finetune's --eval-data.
-        text: UTF-8 text for perplexity, instead of the evaluation rows.
+        text: Rows or a .txt file for perplexity, instead of the evaluation rows.
         tokens: Tokens compared with the reference.
         window: Tokens of context in each compared sequence.
         prompts: Evaluation rows to generate answers for, for exact match; 0 for none.

@@ -299,7 +299,8 @@ def _check_text(value: str, spec: dataclasses.Field[Any], name: str) -> None:
     """Refuse text that no file name can hold, and an empty path: it would be the current folder."""
     require_text(value, name)
     if spec.name in option_paths.PATH_OPTIONS and not value.strip():
-        raise UsageError(f"{name}: empty. Name a file, a folder or an id on the Hub, or leave it out.")
+        wanted = option_paths.NO_DATA.get(spec.name, "a file, a folder or an id on the Hub")
+        raise UsageError(f"{name}: empty. Name {wanted}, or leave it out.")
 
 
 def require_between(value: float, least: float, greatest: float, name: str) -> None:

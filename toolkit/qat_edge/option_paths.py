@@ -22,6 +22,13 @@ PATH_OPTIONS = (
     "ssh_config",
     "runner_binary",
 )
+# Those that name neither a model nor rows, with what they name.
+NO_DATA = {
+    "bits": "a file",
+    "profile": "a profile or a .toml file",
+    "ssh_config": "a file",
+    "runner_binary": "a file",
+}
 
 
 def absolute(options: Options) -> Options:

@@ -304,7 +304,9 @@ class ValidateOptions:
         "Artifacts to measure; by default all that run here.", (), ARTIFACTS, group=MEASURING
     )
     eval_data: str | None = option("Evaluation rows, instead of finetune's --eval-data.", None, group=MEASURING)
-    text: str | None = option("UTF-8 text for perplexity, instead of the evaluation rows.", None, group=MEASURING)
+    text: str | None = option(
+        "Rows or a .txt file for perplexity, instead of the evaluation rows.", None, group=MEASURING
+    )
     tokens: int = option("Tokens compared with the reference.", 2048, bounds=(64, MOST_DATA_TOKENS), group=MEASURING)
     window: int = option("Tokens of context in each compared sequence.", 128, bounds=(16, MOST_TOKENS), group=MEASURING)
     prompts: int = option(
@@ -447,7 +449,8 @@ class EvalOptions:
         "Questions to ask, a fixed random sample; all by default.", None, bounds=(1, MOST_ROWS), group=MEASURING
     )
     context_length: int = option(
-        "Tokens of prompt and answer together; longer questions are left out and counted.",
+        "Tokens of prompt and answer together; longer questions are left out, longer rows of rows_loss cut; both are "
+        "counted.",
         1024, bounds=(16, MOST_TOKENS), group=MEASURING,
     )  # fmt: skip
     max_new_tokens: int | None = option(

@@ -42,7 +42,7 @@ def by_device(pairs: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
         devices: values of --device.
 
     Raises:
-        UsageError: not such a pair, a device that is not in `devices`, or two profiles for one.
+        UsageError: not such a pair, a device that is not in `devices`, no profile, or two profiles for one.
     """
     profiles: dict[str, str] = {}
     for pair in pairs:
@@ -56,6 +56,10 @@ def by_device(pairs: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
         if device in profiles:
             raise UsageError(f"--device-profile {pair}: {device} also has the profile {profiles[device]}. Give one.")
         profiles[device] = pair.removeprefix(f"{device}=")
+        if not profiles[device].strip():
+            raise UsageError(
+                f"--device-profile {pair}: no profile follows. Write {device}=PROFILE, such as {device}=pi5."
+            )
     return profiles
 
 

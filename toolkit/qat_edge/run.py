@@ -97,6 +97,7 @@ class Run(Variant):
             RunError: there is none, or a version of qat-edge with another format wrote it.
         """
         run = cls(path)
+        _refuse_file(path)
         if not path.is_dir():
             raise RunError(f"{path}: no such run folder. `qat-edge finetune --out {path}` makes one.")
         run._recover()
@@ -115,6 +116,7 @@ class Run(Variant):
             RunError: there is nothing to resume.
         """
         run = cls(path)
+        _refuse_file(path)
         if not path.is_dir():
             raise RunError(
                 f"{path}: no such run folder, so there is nothing to resume. Check --out, or train without --resume to "
@@ -200,3 +202,15 @@ class Run(Variant):
     def variants(self) -> list[Variant]:
         """Return the run itself, then every PTQ variant that exists."""
         return [self, *(v for v in map(self.ptq, PTQ_METHODS) if v.path.is_dir())]
+
+
+def _refuse_file(path: Path) -> None:
+    """Refuse a file in the place of a run folder, and name the run that it is in.
+
+    Raises:
+        RunError: it is a file.
+    """
+    if path.is_file():
+        run = next((folder for folder in path.resolve().parents if Run(folder).config.is_file()), None)
+        named = "the folder given to --out" if run is None else f"its run folder, {run}"
+        raise RunError(f"{path}: a file, not a run folder. Name {named}.")

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.chat_template import PROBE, ChatTemplate, encode
-from qat_edge.data.rows import Chat, Message, is_trained
+from qat_edge.data.rows import WEIGHT, Chat, Message, is_trained
 from qat_edge.data.template_use import TemplateUse
 from qat_edge.data.turn_tokens import TurnTokens
 from qat_edge.errors import DataError, ModelError
@@ -175,6 +175,7 @@ class ChatFormat:
         messages: list[Message],
         template_arguments: Mapping[str, Any] | None = None,
         tools: list[dict[str, Any]] | None = None,
+        where: str = "prompt",
     ) -> Prompt:
         """Return the prompt of the assistant's next message.
 
@@ -182,14 +183,21 @@ class ChatFormat:
             messages: The conversation so far.
             template_arguments: Further arguments of the chat template.
             tools: JSON schemas of the tools that the assistant may call; see `takes_tools`.
+            where: How error messages name the conversation.
 
         Raises:
-            DataError: The template cannot write these messages, or one spells a token that begins or ends messages.
+            DataError: The template cannot write these messages, or leaves one or the tools out, or a text of them
+                spells a token that begins or ends messages.
             ModelError: The template cannot be used at all.
         """
-        chat = Chat(messages, "prompt", tools, template_arguments=dict(template_arguments or {}))
+        # Earlier answers are context here: with weight 0 they are checked as such, and the template never sees it.
+        context = [{**message, WEIGHT: 0} if message["role"] == "assistant" else message for message in messages]
+        chat = Chat(context, where, tools, template_arguments=dict(template_arguments or {}))
+        last = len(messages) - 1
         self._use.check_arguments(chat)
+        chat = self._use.as_read(chat, last)
         self._turn_tokens.check(chat, len(messages))
+        self._use.check_context(chat, last, self._template.render(chat, len(messages)))
         text = self._template.render(chat, len(messages), add_generation_prompt=True)
         return Prompt(text, encode(text, self.tokenizer))
 

@@ -24,7 +24,7 @@ from qat_edge.readers import shorten, show
 NEEDED = ("role", "content", "tool_calls", WEIGHT)
 USED = (*NEEDED, *REASONING)
 SHOWN_WORDS = 5  # of a text that is left out, in a message
-USUAL_ROLES = ("system", "user", "assistant")
+USUAL_ROLES = ("user", "assistant")  # that no template ignores
 
 
 class TemplateUse:
@@ -126,8 +126,8 @@ class TemplateUse:
             found = text.find(content, position)
             position = found + len(content) if found >= 0 else position
             if not is_trained(message):
-                # Short results of tools may be found by accident.
-                unsure = content and (found < 0 or message["role"] not in USUAL_ROLES)
+                # Short results of tools and messages of the system may be found by accident.
+                unsure = message["role"] not in USUAL_ROLES or (content and found < 0)
                 if unsure and self._has_no_effect(chat, last, text, ["content"], at=i):
                     raise DataError(
                         f"{chat.where}: the chat template leaves out message {i + 1} (role '{message['role']}'). "

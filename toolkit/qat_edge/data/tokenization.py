@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qat_edge import progress
 from qat_edge.data.chat_template import encode
 from qat_edge.data.conversation import ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
@@ -124,23 +125,29 @@ class ScoredIds:
         return np.array(self.ids, dtype=np.int64)[np.array(self.positions) + 1]
 
 
-def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: int, limit: int) -> list[ScoredIds]:
-    """Tokenize rows for a comparison of models at the positions that have a loss in training.
+def scored_ids(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: int, limit: int, flag: str = "--window"
+) -> list[ScoredIds]:
+    """Tokenize rows for a comparison of models at the positions that have a loss in training; report what is not used.
 
     Args:
         rows: Evaluation rows.
         tokenizer: Of the models that are compared.
         window: Maximum number of tokens of a sequence.
         limit: Number of positions in total; further rows are not tokenized.
+        flag: That sets `window`, for messages.
 
     Raises:
         DataError: No row has a position to compare within the window.
     """
     # Position i predicts token i + 1, so labels are shifted by one.
     found: list[ScoredIds] = []
-    left = limit
-    for ids, labels in _examples(rows, ChatFormat(tokenizer), window):
+    left, cut, left_out = limit, 0, 0
+    facts = _RowFacts()
+    for ids, labels in _examples(facts.watch(rows), ChatFormat(tokenizer), window):
         positions = [i for i, label in enumerate(labels[1:window]) if label != IGNORED][:left]
+        if len(ids) > window:
+            cut, left_out = cut + bool(positions), left_out + (not positions)
         if positions:
             # Nothing after the last target has to be computed.
             found.append(ScoredIds(ids[: positions[-1] + 2], positions))
@@ -150,7 +157,14 @@ def scored_ids(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, window: 
     if not found and all(map(_is_empty_text, rows)):
         raise DataError(f"{ALL_EMPTY} ({len(rows)} rows). Fill it in.")
     if not found:
-        raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise --window.")
+        raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise {flag}.")
+    if cut or left_out:
+        progress.warn(
+            f"Rows longer than {window} tokens ({flag}): {cut} are cut there, {left_out} are left out because their "
+            "answers begin after that"
+        )
+    for note in facts.unused():
+        progress.warn(note)
     return found
 
 

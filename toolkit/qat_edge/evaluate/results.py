@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,13 @@ from typing import Any, TypeVar
 
 from qat_edge import readers
 from qat_edge.errors import RunError
+from qat_edge.field_types import check_types
 from qat_edge.storage import write_text
 
 FORMAT = 1
 KEY = "key"  # metadata of a field whose key in the JSON files differs from its name
-# Least and greatest value of figures, by the name of their field at any depth; nan stands for "not measured".
+# Least and greatest value of figures, by the name of their field at any depth. Those of logits may be nan, for "not
+# measured" and for logits that are not finite; those in FINITE are measured, or None.
 COUNT, SHARE = (0.0, math.inf), (0.0, 1.0)
 RANGES = {
     **dict.fromkeys(("tokens", "prompts", "rows", "texts", "repeats", "threads"), COUNT),
@@ -29,6 +29,10 @@ RANGES = {
     "kl_nats": (-1e-3, math.inf),
     **dict.fromkeys(("quality", "cosine", "least_cosine"), (-1.001, 1.001)),
 }
+FINITE = (
+    "median", "least", "greatest", "step_ms_p50", "step_ms_p95", "load_ms", "exact_match", "same_answers",
+    "first_divergence", "chance", "limit",
+)  # fmt: skip
 Document = TypeVar("Document")  # the type that a file is read as
 
 
@@ -382,52 +386,51 @@ def read_document(
         if document.pop("format") != file_format:
             raise RunError(f"{path}: written by another version of qat-edge. Run {verb} again.")
         found = build(document)
-        _check_types(found, type(found), type(found).__name__)
+        check_types(found, type(found), type(found).__name__, _check_range)
         return found
     except (AttributeError, IndexError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}). Run {verb} again.") from error
 
 
-def _check_types(value: Any, hint: Any, name: str) -> None:
-    """Check that a value read from a file has the type that its dataclass declares, at any depth.
-
-    Raises:
-        TypeError: names the field.
-    """
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (value is None and types.NoneType in inner):
-        return
-    if isinstance(hint, types.UnionType):
-        _check_types(value, next(each for each in inner if each is not types.NoneType), name)
-        return
-    # A flag is an integer to Python, and an integer is a permitted real number.
-    permitted = (int, float) if hint is float else (list, tuple) if origin in (list, tuple) else (origin or hint,)
-    if not isinstance(value, permitted) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError(f"{name} is {type(value).__name__}, expected {getattr(origin or hint, '__name__', hint)}")
-    if dataclasses.is_dataclass(value):
-        for field_name, field_hint in typing.get_type_hints(type(value)).items():
-            _check_types(getattr(value, field_name), field_hint, f"{name}.{field_name}")
-            _check_range(getattr(value, field_name), field_name, f"{name}.{field_name}")
-    elif isinstance(value, list | tuple) and inner:
-        for index, item in enumerate(value):
-            _check_types(item, inner[0], f"{name}[{index}]")
-    elif isinstance(value, dict) and inner:
-        for key, item in value.items():
-            _check_types(item, inner[1], f"{name}[{key!r}]")
-
-
 def _check_range(value: Any, field_name: str, name: str) -> None:
-    """Check that a figure is within the range of its field.
+    """Check that a figure is within the range of its field, and nan only where it can be.
 
     Raises:
         ValueError: names the field.
     """
     least, greatest = RANGES.get(field_name, (-math.inf, math.inf))
     for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+        where = f"{name}[{key!r}]" if key else name
         if isinstance(number, int | float) and (number < least or number > greatest):
             expected = f"from {least:g} to {greatest:g}" if math.isfinite(greatest) else f"at least {least:g}"
-            where = f"{name}[{key!r}]" if key else name
             raise ValueError(f"{where} is {readers.show(number)}, expected {expected}")
+        if field_name in FINITE and number is not None and not math.isfinite(number):
+            raise ValueError(f"{where} is {number}, expected a finite number, or null if it was not measured")
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        _check_nan(item, f"{name}[{index}]" if isinstance(value, list) else name)
+
+
+def _check_nan(value: Any, name: str) -> None:
+    """Check that figures of the same logits are nan together, or none of them.
+
+    Raises:
+        ValueError: names the figure.
+    """
+    if isinstance(value, Agreement):
+        figures = {"kl_nats": value.kl_nats, "top1": value.top1}
+        figures |= {} if value.sqnr_db is None else {"sqnr_db": value.sqnr_db}
+    elif isinstance(value, Measurement | Step | Part):
+        figures = {"perplexity": value.perplexity}
+        figures |= {} if value.agreement is None else {"agreement.kl_nats": value.agreement.kl_nats}
+        # The float models are required to have finite logits, and torch returns all of them.
+        figures |= {"fp32": 0.0} if value.name.lower().startswith("fp32 ") else {}
+    elif isinstance(value, Gate):
+        figures = {"found": value.found, "passed": 0.0} if value.passed else {}
+    else:
+        return
+    unknown = [key for key, number in figures.items() if math.isnan(number)]
+    if unknown and len(unknown) < len(figures):
+        raise ValueError(f"{name}.{unknown[0]} is nan, although it was measured")
 
 
 def read_measurement(row: dict[str, Any]) -> Measurement:

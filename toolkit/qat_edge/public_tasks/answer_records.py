@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qat_edge.errors import RunError
 from qat_edge.evaluate.results import read_document, to_json, write_document
+from qat_edge.public_tasks.questions import CHOOSE, GENERATE, PREDICT
+from qat_edge.readers import shorten, show
 
 FORMAT = 1
 
@@ -88,9 +93,14 @@ def read(path: Path) -> TaskAnswers:
     """Read results.
 
     Raises:
-        RunError: There are none, or the file is damaged or of another version.
+        RunError: There are none, or the file is damaged or of another version, or an entry cannot be what eval wrote.
     """
-    return read_document(path, FORMAT, "results of eval", "eval --force", _build)
+    command = f"eval {path.parent.parent} --task {path.stem} --force"
+    found = read_document(path, FORMAT, "results of eval", command, _build)
+    fault = next(_faults(found, path.stem), None)
+    if fault is not None:
+        raise RunError(f"{path}: damaged ({fault}). Run {command} again.")
+    return found
 
 
 def _build(document: dict[str, Any]) -> TaskAnswers:
@@ -99,10 +109,36 @@ def _build(document: dict[str, Any]) -> TaskAnswers:
 
 
 def _source_answers(values: dict[str, Any]) -> SourceAnswers:
-    answers = [_answered(**each) for each in values.pop("answers")]
+    answers = [Answered(**each) for each in values.pop("answers")]
     return SourceAnswers(**values, answers=answers)
 
 
-def _answered(id: str, digest: str, score: float, weight: float, answer: str) -> Answered:
-    """Return one answer; a value that is no number is an error here rather than in a later computation."""
-    return Answered(str(id), str(digest), float(score), float(weight), str(answer))
+def _faults(found: TaskAnswers, task: str) -> Iterator[str]:
+    """Yield what eval of a task would not have written, by entry; types have been checked already."""
+    if found.task != task:
+        yield f"task is {show(found.task)}, expected '{task}'"
+    if found.form not in (GENERATE, CHOOSE, PREDICT):
+        yield f"form is {show(found.form)}, expected {GENERATE}, {CHOOSE} or {PREDICT}"
+    for name, results in found.sources.items():
+        entry = f"sources.{shorten(name)}"
+        if results.source != name:
+            yield f"{entry}.source is {show(results.source)}"
+        if not 0 <= results.wall_s < math.inf:
+            yield f"{entry}.wall_s is {results.wall_s}, expected seconds"
+        seen: set[tuple[str, str]] = set()
+        for index, answer in enumerate(results.answers):
+            yield from _answer_faults(answer, found.form == PREDICT, f"{entry}.answers[{index}]")
+            if (answer.id, answer.digest) in seen:
+                yield f"{entry}.answers[{index}].id is {show(answer.id)}, as of an earlier answer"
+            seen.add((answer.id, answer.digest))
+
+
+def _answer_faults(answer: Answered, is_nats: bool, entry: str) -> Iterator[str]:
+    if is_nats and not 0 <= answer.score < math.inf:
+        yield f"{entry}.score is {answer.score}, expected nats: a finite number of 0 or more"
+    if not is_nats and answer.score not in (0, 1):
+        yield f"{entry}.score is {answer.score}, expected 0 or 1"
+    if is_nats and not 1 <= answer.weight < math.inf:
+        yield f"{entry}.weight is {answer.weight}, expected a number of tokens, 1 or more"
+    if not is_nats and answer.weight != 1:
+        yield f"{entry}.weight is {answer.weight}, expected 1"

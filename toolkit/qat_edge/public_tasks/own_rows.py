@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qat_edge import config, option_paths
+from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import load_rows
+from qat_edge.data.rows import Text
 from qat_edge.errors import DataError
 from qat_edge.evaluate.metrics import outputs_match
 from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, FinetuneOptions, ValidateOptions
@@ -47,7 +48,9 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
     rows = load_rows(source, "eval")
 
     if options.task == LOSS:
-        sequences = tokenization.scored_ids(rows, tokenizer, options.context_length, MOST_DATA_TOKENS)
+        sequences = tokenization.scored_ids(
+            rows, tokenizer, options.context_length, MOST_DATA_TOKENS, "--context-length"
+        )
         questions = [Question(f"row-{i}", ids=s.ids, positions=s.positions) for i, s in enumerate(sequences)]
         return Task(LOSS, "held-out rows", source, PREDICT, questions)
 
@@ -59,6 +62,12 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
     if not questions:
         raise DataError(
             f"{source}: no row has a prompt and an answer, so --task {ANSWERS} has nothing to ask. Give --task {LOSS}."
+        )
+    texts = sum(isinstance(row, Text) for row in rows)
+    if texts:
+        progress.warn(
+            f"{source}: {texts} of {len(rows)} rows are a 'text' without a prompt and are left out; --task {LOSS} "
+            "measures them"
         )
     return Task(
         ANSWERS, "answers to held-out rows", source, GENERATE, questions,

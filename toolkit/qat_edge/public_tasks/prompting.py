@@ -45,6 +45,7 @@ class TaskPrompts:
     """
 
     def __init__(self, run: Run, task: Task, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        _require_used(task, options)
         self._task, self._options, self._tokenizer = task, options, tokenizer
         self._chat_format = ChatFormat(tokenizer)
         self._arguments = trained_template_arguments(run.quantized)
@@ -94,7 +95,9 @@ class TaskPrompts:
             return Prepared(question, question.ids if is_prompt else [], sequences)
         if self._task.form == GENERATE:
             shown = function_calls.as_text(question) if self._as_text else question
-            prompt = self._chat_format.prompt(shown.messages, self._arguments, shown.tools)
+            prompt = self._chat_format.prompt(
+                shown.messages, self._arguments, shown.tools, f"{self._task.name}, question {question.id}"
+            )
             return Prepared(question, prompt.ids, [])
 
         prompt = text_prompt(question.text, self._tokenizer)
@@ -122,3 +125,17 @@ class TaskPrompts:
                 "functions. Give --calls text."
             )
         return not takes_tools
+
+
+def _require_used(task: Task, options: EvalOptions) -> None:
+    """Refuse options that have no effect on a task.
+
+    Raises:
+        UsageError: It has --max-new-tokens and generates nothing, or --calls and no functions.
+    """
+    if options.max_new_tokens is not None and task.form != GENERATE:
+        raise UsageError(
+            f"--max-new-tokens and --task {task.name}: this task generates no answers. Leave --max-new-tokens out."
+        )
+    if options.calls != "auto" and not any(question.tools for question in task.test):
+        raise UsageError(f"--calls and --task {task.name}: this task has no functions to call. Leave --calls out.")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from qat_edge import readers, storage
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import UsageError
 from qat_edge.options import LAYER_WIDTHS
 from qat_edge.quant.codebook import FEWEST, LEVELS
 from qat_edge.quant.scheme import describe_widths
@@ -166,23 +166,6 @@ class _Upgrade(NamedTuple):
 
     name: str
     bits: int
-
-
-def read_sensitivity(folder: Path) -> Sensitivity:
-    """Read the measurement that `qat-edge sensitivity` wrote into a folder.
-
-    Raises:
-        RunError: It is missing or damaged.
-    """
-    path = folder / MEASURED
-    try:
-        document = readers.read_object(path, RunError)
-        # JSON has no integer keys and no dataclasses.
-        document["weights"] = {name: _read_layer(weight) for name, weight in document["weights"].items()}
-        document["together"] = {int(bits): kl for bits, kl in document["together"].items()}
-        return Sensitivity(**document)
-    except (RunError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RunError(f"{path}: missing or damaged ({error}). Give --force to measure again.") from error
 
 
 def weight_bytes(rows: int, width: int, bits: int, group_size: int, scale_bytes: int = 2) -> int:
@@ -362,11 +345,6 @@ def _read_levels(document: dict[Any, Any], path: Path) -> str | None:
             "'bits' has 2. Remove it."
         )
     return str(levels)
-
-
-def _read_layer(document: dict[str, Any]) -> LayerCost:
-    costs = {int(bits): Cost(**cost) for bits, cost in document["costs"].items()}
-    return LayerCost(document["layer"], document["kind"], (document["shape"][0], document["shape"][1]), costs)
 
 
 def _round_up(value: float) -> str:

@@ -155,7 +155,14 @@ def _results_of(run: Run, task: str, sources: Sequence[str]) -> TaskAnswers:
     Raises:
         RunError: It lacks the task, or a model.
     """
-    results = answer_records.read(run.evaluations / f"{task}.json")
+    path = run.evaluations / f"{task}.json"
+    if not path.exists():
+        flags = "".join(f" --from {name}" for name in sources)
+        raise RunError(
+            f"--against {run.path}: {task} was not measured there. `qat-edge eval {run.path} --task {task}{flags}` "
+            "measures it."
+        )
+    results = answer_records.read(path)
     for name in sources:
         if name not in results.sources:
             others = shorten(", ".join(results.sources))

@@ -103,7 +103,7 @@ def chat_prompt(
         template_arguments: further arguments of the chat template, as in training.
 
     Raises:
-        UsageError: the tokenizer has no chat template, it refuses the messages, or the prompt is empty.
+        UsageError: the tokenizer has no chat template, it refuses or leaves out a message, or the prompt is empty.
     """
     if not tokenizer.chat_template:
         raise UsageError("This model's tokenizer has no chat template. Give --raw to continue the text as it is.")
@@ -112,7 +112,8 @@ def chat_prompt(
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
     try:
-        return ChatFormat(tokenizer).prompt(messages, template_arguments)
+        where = "prompt" if system is None else "prompt with --system"
+        return ChatFormat(tokenizer).prompt(messages, template_arguments, where=where)
     except DataError as error:
         raise UsageError(str(error)) from error
 

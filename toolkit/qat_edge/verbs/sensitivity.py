@@ -32,13 +32,13 @@ from qat_edge.quant.bit_allocation import (
     Cost,
     LayerCost,
     Sensitivity,
-    read_sensitivity,
     save_bits,
     weight_bytes,
     within_budget,
     within_kl,
 )
 from qat_edge.quant.scheme import INT4, LinearCodes, Scheme, WeightScheme, choose_scheme
+from qat_edge.quant.sensitivity_file import read_sensitivity
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import Run
