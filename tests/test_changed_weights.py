@@ -166,6 +166,25 @@ def test_a_manifest_that_is_not_of_this_run_is_refused(run: Run, entry: str, val
     assert found.startswith(f"{run.adapter / MANIFEST}: ") and words in found
 
 
+@pytest.mark.parametrize("seed", [1, None])
+def test_the_seed_of_the_rotation_is_that_of_the_run(run: Run, seed: int | None) -> None:
+    metadata = json.loads((run.adapter / MANIFEST).read_text())
+    assert metadata["start"]["rotation_seed"] == 0
+    change(run.adapter / MANIFEST, start=metadata["start"] | {"rotation_seed": seed})
+    record = run.config if seed == 1 else run.start / MANIFEST
+    assert f"'start.rotation_seed' is {json.dumps(seed)}, and {record} says 0" in refusal(run.adapter)
+
+
+def test_runs_without_a_seed_next_to_the_initialization_are_merged(run: Run) -> None:
+    metadata = json.loads((run.start / MANIFEST).read_text())
+    del metadata["rotation_seed"]
+    (run.start / MANIFEST).write_text(json.dumps(metadata))
+    merged_model(run.adapter)
+    path = run.config
+    path.write_text(path.read_text().replace("rotate: auto", "rotate: 'off'"))
+    assert "'start.rotation_seed' is 0, and" in refusal(run.adapter)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

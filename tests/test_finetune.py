@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import plain_rows, short_training
 from qat_edge import config
-from qat_edge.errors import RunError, UsageError
+from qat_edge.data import training_examples
+from qat_edge.errors import DataError, ExportError, RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import FinetuneOptions
@@ -239,6 +240,41 @@ def test_unusable_target_modules_are_refused(
     with pytest.raises(UsageError, match=message):
         finetune(replace(options, target_modules=(target,)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_data": "/nowhere.jsonl"}, r"/nowhere\.jsonl: no such file"),
+        ({"target_modules": ("nope",)}, "--target-modules: Target modules that are not in this model: nope"),
+        ({"target_modules": ("embed_tokens",)}, "--target-modules: embed_tokens is a "),
+        ({"keep_layers": 5}, "--keep-layers 5: the model has 2 layers"),
+        ({"bits": "bits.yaml"}, "names no weight of this model"),
+        ({"bits": "all.yaml", "codes": "fixed"}, "--codes fixed: no layer with an adapter has weights in groups"),
+        ({"distill_weight": 0.5, "distill_top_k": 10**4}, "--distill-top-k 10000: this model has"),
+        ({"context_length": 10**4}, "--context-length 10000: the model has positions for 512"),
+    ],
+)
+def test_options_that_the_model_rules_out_are_refused_before_rows_are_tokenized(
+    options: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    def tokenize(*given: Any) -> None:
+        raise AssertionError("rows were tokenized")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bits.yaml").write_text("bits:\n  model.layers.9.mlp.up_proj: 8\n")
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    # One layer without an adapter keeps its groups.
+    lines = [f"  {name}: 8\n" for name in linears if name != "model.layers.1.mlp.up_proj"]
+    (tmp_path / "all.yaml").write_text("bits:\n" + "".join(lines))
+    if changes.get("codes") == "fixed":
+        changes = {**changes, "target_modules": ("q_proj", "down_proj")}
+    monkeypatch.setattr(training_examples, "tokenize_for_task", tokenize)
+    length = changes.get("context_length")
+    given = {key: value for key, value in changes.items() if key != "context_length"}
+    with pytest.raises((UsageError, DataError, ExportError), match=message):
+        finetune(replace(options, **given), tmp_path / "run", context_length=length)
 
 
 def test_adapters_on_some_target_modules_alone(options: FinetuneOptions, tmp_path: Path) -> None:

@@ -216,6 +216,22 @@ def test_resuming_takes_the_newest_whole_checkpoint(
     assert tensors(out) == whole and losses(out) == curve
 
 
+@pytest.mark.parametrize("left", ["nothing", "manifest"])
+def test_resuming_without_the_initialization_names_the_command(
+    options: FinetuneOptions, tmp_path: Path, left: str
+) -> None:
+    out = tmp_path / "run"
+    finetune(options, out)
+    shutil.rmtree(out / "adapter")
+    if left == "nothing":
+        shutil.rmtree(out / "start")
+    else:
+        (out / "start" / "start.safetensors").unlink()
+    drop_checkpoints(out, after=4)
+    with pytest.raises(RunError, match=r"--resume: .*start is missing or damaged.* `qat-edge finetune --force` with"):
+        finetune(options, out, resume=True)
+
+
 def test_resuming_where_there_is_no_run_says_so(options: FinetuneOptions, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"missing: no such run folder, so there is nothing to resume\. Check --out"):
         finetune(options, tmp_path / "missing", resume=True)

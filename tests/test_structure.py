@@ -202,7 +202,7 @@ OTHER_PARSERS = {
     "qat_edge_devices.agent.loaded_models": "genai_config.json, checked before it was sent",
 }
 PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "tomllib.load", "tomllib.loads"}
-WITHOUT_CODE = ("LoraConfig", "PeftModel")  # of peft: their from_pretrained runs no code of a model
+WITHOUT_CODE = ("LoraConfig", "PeftModel", "GenerationConfig")  # their from_pretrained runs no code of a model
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

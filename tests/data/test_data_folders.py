@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def read(source: Any, part: str = "train") -> list[str]:
         (["train/a.jsonl", "b.jsonl"], "b.jsonl"),
         (["train.jsonl", "train-2.jsonl", "train-3.csv"], "train-3.csv"),
         (["train.jsonl", "book.txt"], "book.txt"),
+        (["train.jsonl", "more.zip"], "more.zip"),
+        (["train.jsonl", "more.feather", "more.xlsx"], "more.feather, more.xlsx"),
+        (["train.jsonl", "more.tar.gz"], "more.tar.gz"),
         (["train.jsonl", *(f"{i}.jsonl" for i in range(7))], "0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl and 2 more"),
     ],
 )
@@ -57,6 +61,23 @@ def test_a_file_that_would_be_left_out_is_named(folder: Path, names: list[str], 
         load_rows(str(folder))
     assert str(caught.value).startswith(f"{folder}: {left_out} would not be read, because the parts of a folder come")
     assert "'train' is train" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "xz", "gz", "jsonl.gz", "jsonl.xz", "7z"])
+@pytest.mark.parametrize("data", [b"x", b"PK\x03\x04cut", b"\xfd7zXZ\x00cut", b"\x1f\x8b\x08cut"])
+def test_a_damaged_archive_is_one_error(folder: Path, suffix: str, data: bytes) -> None:
+    write(folder, "train.jsonl")
+    (folder / f"train-2.{suffix}").write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        load_rows(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_in_an_archive_of_a_part_are_read(folder: Path) -> None:
+    write(folder, "train.jsonl")
+    with zipfile.ZipFile(folder / "train-2.zip", "w") as archive:
+        archive.writestr("inner.jsonl", '{"text": "inner"}\n')
+    assert sorted(read(folder)) == ["inner", "train.jsonl"]
 
 
 def test_every_file_of_a_part_is_read(folder: Path) -> None:

@@ -220,6 +220,27 @@ def test_parts_of_text_are_joined_and_share_gpt_is_read(tmp_path: Path) -> None:
         ),
         ({"messages": [{"role": "user", "content": None}, ASSISTANT]}, "'content' must be a string, found nothing"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "the assistant's message is empty"),
+        ({"messages": [USER, {**ASSISTANT, "role": "Assistant"}]}, "message 2: the role 'Assistant' has no meaning"),
+        ({"messages": [{**USER, "role": "User"}, ASSISTANT]}, "Write 'user'."),
+        ({"messages": [{**USER, "role": " system"}, ASSISTANT]}, "Write 'system'."),
+        ({"messages": [USER, ASSISTANT, USER, {**ASSISTANT, "role": "gpt"}]}, "message 4: the role 'gpt'"),
+        ({"messages": [USER, {**ASSISTANT, "train": False}, ASSISTANT]}, "message 2: 'train' is not supported"),
+        ({"messages": [USER, {**ASSISTANT, "loss": False}, ASSISTANT]}, "message 2: 'loss' is not supported"),
+        ({"messages": [USER, ASSISTANT], "weight": 0.5}, "'weight' is 0.5, and all rows have the same weight"),
+        ({"prompt": "a", "completion": "b", "weight": "2"}, "'weight' is 2, and all rows have"),
+        ({"text": "a", "sample_weight": 0}, "'sample_weight' is 0, and all rows have"),
+        (
+            {"messages": [USER, {**ASSISTANT, "content": [{"type": "text", "text": "a", "weight": 0}]}]},
+            "message 2: part 1 of 'content': 'weight' next to 'text' would be lost",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a", "content": "b"}, ASSISTANT]},
+            "turn 1 of 'conversations' has 'value' 'a' and 'content' 'b'",
+        ),
+        (
+            {"conversations": [USER, {"from": "gpt", "role": "user", "value": "a"}]},
+            "turn 2 of 'conversations' has 'from' 'gpt' and 'role' 'user'",
+        ),
         (
             {"conversations": [{"from": "function_call", "value": "{}"}]},
             "turn 1 of 'conversations' is from 'function_call'",
@@ -231,6 +252,18 @@ def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, record: Any, mess
         load_one(tmp_path, record)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
     assert message in str(caught.value)
+
+
+def test_keys_that_say_the_same_twice_are_taken(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "Where?", "cache_control": {"type": "ephemeral"}, "annotations": []}
+    rows = [
+        {"conversations": [{"from": "human", "role": "human", "value": "Where?", "content": None}, ASSISTANT]},
+        {"conversations": [{"from": "human", "role": "user", "value": "Where?", "content": "Where?"}, ASSISTANT]},
+        {"conversations": [{"from": "human", "content": "Where?"}, ASSISTANT]},
+        {"messages": [{"role": "user", "content": [part]}, ASSISTANT], "weight": 1.0},
+    ]
+    for row in rows:
+        assert load_one(tmp_path, row).messages == [USER, ASSISTANT]
 
 
 @pytest.mark.parametrize("more", [{"tool_calls": [CALL]}, {"reasoning": "hm"}, {"weight": 0}])

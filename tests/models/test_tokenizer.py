@@ -79,3 +79,25 @@ def test_settings_that_no_tokenizer_has_are_refused(tokenizer: Any, tmp_path: Pa
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_max_length": "x"}, {"model_max_length": True}, {"padding_side": 1}],
+)
+def test_settings_that_no_text_can_be_encoded_with_name_file_and_key(
+    tokenizer: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match="tokenizer_config"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_template_that_is_no_text_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 5}))
+    with pytest.raises(ModelError, match="chat_template is 5"):
+        load_tokenizer(tmp_path)

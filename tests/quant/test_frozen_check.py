@@ -18,7 +18,7 @@ from conftest import make_model, make_tokenizer, relist, stored_tensors
 from qat_edge.diagnose import parity
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, write_manifest
-from qat_edge.quant import frozen, frozen_check, rotation
+from qat_edge.quant import frozen, frozen_check, frozen_config, rotation
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
 UP = "model.layers.0.mlp.up_proj"
@@ -213,6 +213,66 @@ def test_a_config_json_of_another_model_is_refused(folder: Path, changes: dict[s
         with pytest.raises((ModelError, RunError)) as caught:
             read(folder)
         assert words in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda layers: layers.pop(r"re:model\.layers\.\d+\.mlp\.up_proj"), "has no settings for re:model"),
+        (
+            lambda layers: layers["re:lm_head"]["_data"]["weight_dtype"].update(_data="int4"),
+            "has other settings for re:lm_head",
+        ),
+        (lambda layers: layers["re:lm_head"].update(_type="x"), "a quant_type that torchao cannot read"),
+        (lambda layers: layers.update(more=layers["re:lm_head"]), "has settings for more"),
+        (lambda layers: layers["re:lm_head"]["_data"].pop("weight_granularity"), "not the scheme in manifest.json"),
+    ],
+)
+def test_a_quantizer_of_another_scheme_is_refused(
+    folder: Path, edit: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    data = settings["quant_type"]["default"]["_data"]
+    for name in ("fqn_to_config", "module_fqn_to_config"):  # one table under two names
+        edit(data[name])
+    change_config(folder, {"quantization_config": settings})
+    found = refusal(folder)
+    assert words in found and "config.json: quantization_config" in found
+
+
+def test_a_quantizer_with_further_settings_is_refused(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change_config(folder, {"quantization_config": {**settings, "modules_to_not_convert": ["lm_head"]}})
+    assert "quantization_config has modules_to_not_convert" in refusal(folder)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": {"a": 1}}, {"layer_types": {"a": 1}}])
+def test_values_that_transformers_fails_on_are_one_error(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, changes)
+    relist(folder)
+    for read in (frozen.load, frozen.read_weights):
+        with pytest.raises((ModelError, RunError), match=r"config\.json"):
+            read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"rms_norm_eps": 0.5}, {"hidden_act": "gelu"}, {"attention_bias": True}])
+def test_a_config_json_of_another_function_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["model_config"] = frozen_config.settings_of(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert frozen.load(folder).config.num_hidden_layers == 2
+    change_config(folder, changes)
+    key = next(iter(changes))
+    assert f"config.json has {key} {json.dumps(changes[key])}, and the model was frozen with" in refusal(folder)
+
+
+def test_settings_of_a_generation_that_cannot_be_read_name_their_file(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    for changes in ({"pad_token_id": []}, {"cache_implementation": {}}):
+        path.write_text(json.dumps(changes))
+        relist(folder)
+        with pytest.raises((ModelError, RunError), match=r"generation_config\.json"):
+            frozen.load(folder)
 
 
 def test_the_run_of_an_artifact_cannot_be_switched_off(folder: Path) -> None:

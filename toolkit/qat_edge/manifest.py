@@ -47,6 +47,8 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "made_of": (str,),
     "parity": (dict,),
     "rotation_seed": (int, type(None)),
+    "model_config": (dict,),
+    "model_config.*": (str,),
     "scheme": (dict,),
     "scheme.group_size": (int,),
     "scheme.tied": (bool,),

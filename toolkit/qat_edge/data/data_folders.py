@@ -17,8 +17,15 @@ from qat_edge.errors import DataError
 from qat_edge.readers import read_object, read_yaml, shorten, show, texts_in
 
 SAVED_PART, SAVED_PARTS = "state.json", "dataset_dict.json"  # the records of `save_to_disk`
-# Suffixes of files with rows, also below that of a compressed file.
-ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"})
+# Suffixes of files with rows, also below that of a compressed file; and of archives and tables that may have rows.
+ROW_SUFFIXES = frozenset(
+    {
+        ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt",
+        ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar",
+        ".xlsx", ".xls", ".ods", ".feather", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".hdf5", ".sqlite", ".db",
+        ".npy", ".npz", ".xml",
+    }
+)  # fmt: skip
 EVAL_NAME = re.compile(r"(^|[-._ 0-9])eval(uation)?([-._ 0-9]|$)")  # which `datasets` counts among "test"
 SHOWN_FILES = 5  # that a message names
 

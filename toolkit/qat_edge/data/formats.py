@@ -22,6 +22,10 @@ absent.
 from __future__ import annotations
 
 import csv
+import lzma
+import tarfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +47,11 @@ __all__ = ["Chat", "Completion", "Pair", "Row", "RowStream", "Text", "load_rows"
 MAX_FILE_BYTES = 16 * 1024**3  # of a .json or .txt file, which is read whole
 MAX_LINE_CHARACTERS = 256 * 1024**2  # of a .jsonl file, which is read line by line; of a value in a .csv file
 # Raised by `datasets` for damaged files, depending on where; RuntimeError for a script, which it does not run any more.
-WRONG_DATA = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+WRONG_DATA = (
+    ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
+    # Damaged archives and compressed files.
+    zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError,
+)  # fmt: skip
 SHOWN_KEYS = 10  # unused keys that a message names
 
 Records = Iterator[tuple[Any, str]]  # a row as parsed, and its file and line

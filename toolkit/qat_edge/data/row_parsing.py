@@ -11,7 +11,7 @@ from typing import Any
 
 from qat_edge.data.rows import EXPECTED, REASONING, WEIGHT, Chat, Completion, Message, Pair, Row, Text, is_trained
 from qat_edge.errors import DataError
-from qat_edge.readers import parse_json
+from qat_edge.readers import parse_json, shorten, show
 
 # Keys of each shape. The first key that a record has decides its shape, in this order.
 CHAT_KEYS = ("messages", "tools", "documents", "chat_template_kwargs")
@@ -27,13 +27,22 @@ SHARE_GPT_ROLES = {
     "tool": "tool", "observation": "tool",
 }  # fmt: skip
 
+# Roles that have a meaning here, and other names of them: under those, an answer would have no loss.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+PART_KEYS = ("type", "text", "cache_control")  # of a part of content; the last is about a vendor's cache
+
+# Keys of a row, in every shape, that weight its loss.
+ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 # Keys next to 'messages' whose meaning would be lost, and what to write instead.
 CHAT_HINTS = {
     "functions": 'List the functions in \'tools\', each as {"type": "function", "function": {...}}.',
     "function_call": "Write calls as 'tool_calls' of the assistant's message.",
     "system": "Make it the first of the 'messages', with the role 'system'.",
 }
+_LOSS_HINT = 'Write "weight": 0 on a message of the assistant without loss, and remove the key from the others.'
 MESSAGE_HINTS = {
+    **dict.fromkeys(("train", "train_detail", "training_detail", "loss", "loss_scale", "mask"), _LOSS_HINT),
     "function_call": 'Write it as \'tool_calls\': [{"type": "function", "function": {"name": ..., "arguments": ...}}].',
 }
 # Further shapes that people have, and what to write instead.
@@ -60,6 +69,13 @@ def parse_row(record: Any, where: str) -> Row:
         raise DataError(f"{where}: expected an object with {EXPECTED}, found {type_name(record)}.")
     # Columns of a table exist in every row, so null has to count as absent.
     given = {str(key): value for key, value in record.items() if value is not None}
+
+    for key in ROW_WEIGHTS:
+        if key in given and str(given[key]) not in ("1", "1.0"):
+            raise DataError(
+                f"{where}: '{key}' is {shorten(given[key])}, and all rows have the same weight. Remove the key; to "
+                "train on a row more often, repeat the row."
+            )
 
     # For text generation.
     if "messages" in given or SHARE_GPT in given:
@@ -215,7 +231,7 @@ def _message(message: Any, where: str, number: int) -> Message:
         if key in found:
             raise DataError(f"{position}: '{key}' is not supported. {hint}")
 
-    role = _string(found, "role", position)
+    role = _role(found, position)
     if "content" in found:
         found["content"] = _content(found["content"], position)
     if found.get("tool_calls", []) == []:
@@ -231,6 +247,16 @@ def _message(message: Any, where: str, number: int) -> Message:
     elif not any(found.get(key) for key in ("tool_calls", *REASONING)):
         found.setdefault("content", "")
     return found
+
+
+def _role(message: Message, position: str) -> str:
+    """Return the role of a message, and refuse other spellings of those that have a meaning."""
+    role = _string(message, "role", position)
+    name = role.strip().lower()
+    expected = OTHER_ROLES.get(name, name)
+    if role != expected and expected in ROLES:
+        raise DataError(f"{position}: the role {show(role)} has no meaning in training. Write '{expected}'.")
+    return role
 
 
 def _check_reasoning(message: Message, position: str) -> None:
@@ -254,6 +280,12 @@ def _content(value: Any, position: str) -> str:
             raise DataError(
                 f"{position}: part {number} of 'content' {shown}. Only parts of text, "
                 '{"type": "text", "text": ...}, can be used.'
+            )
+        lost = next((str(k) for k, v in part.items() if k not in PART_KEYS and v not in (None, [], {})), None)
+        if lost is not None:
+            raise DataError(
+                f"{position}: part {number} of 'content': {show(lost)} next to 'text' would be lost. Remove it; "
+                "a 'weight' belongs to the whole message."
             )
         texts.append(_string(part, "text", f"{position}: part {number}"))
     return "".join(texts)
@@ -337,8 +369,16 @@ def _from_share_gpt(value: Any, where: str) -> Any:
                 f"{where}: turn {number} of 'conversations' is from '{turn['from']}'; known are "
                 f"{', '.join(SHARE_GPT_ROLES)}. Write the row as 'messages', with calls as 'tool_calls'."
             )
-        further = {key: item for key, item in turn.items() if key not in ("from", "value")}
-        messages.append({"role": role, "content": turn.get("value"), **further})
+        further = {key: item for key, item in turn.items() if item is not None and key not in ("from", "value")}
+        message = {"role": role, "content": turn.get("value"), **further}
+        for key, name in (("from", "role"), ("value", "content")):
+            known = role if key == "from" else turn.get("value")
+            if known is not None and message[name] not in (known, turn.get(key)):
+                raise DataError(
+                    f"{where}: turn {number} of 'conversations' has '{key}' {show(turn[key])} and '{name}' "
+                    f"{show(message[name])}. Keep one of them."
+                )
+        messages.append({**message, "role": role})
     return messages
 
 

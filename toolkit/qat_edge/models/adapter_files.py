@@ -26,7 +26,7 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.codebook import SEQ
-from qat_edge.quant.ptq.method_names import RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import COMPENSATED, RENAMED_METHODS
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -170,7 +170,14 @@ def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
     trained = trained_options(folder)
     if trained is not None:
         path = folder.parent / "config.yaml"
-        _compare(folder, metadata, _entries_of(trained, kind == "adapter"), path)
+        entries = _entries_of(trained, kind == "adapter")
+        if kind == "adapter":
+            entries["start.rotation_seed"] = _rotation_seed(trained, metadata)
+        _compare(folder, metadata, entries, path)
+    start = folder.parent / "start" / MANIFEST
+    if kind == "adapter" and start.is_file():  # earlier versions have no seed there
+        seed = readers.read_object(start, RunError).get("rotation_seed", MISSING)
+        _compare(folder, metadata, {"start.rotation_seed": seed}, start)
     if (folder.parent / INPUTS).is_file():
         recorded = readers.read_object(folder.parent / INPUTS, RunError)
         entries = {name: _entry(recorded, name) for name in COMPARED_INPUTS}
@@ -193,6 +200,15 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         "fixed_codes": is_end and options.codes == "fixed",
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
     }
+
+
+def _rotation_seed(options: FinetuneOptions, metadata: Mapping[str, Any]) -> int | None:
+    """Return the seed of the rotation of a training; with --rotate auto, whether there was one is up to the model."""
+    is_possible = options.method == "lora" and options.ptq_init in COMPENSATED
+    if options.rotate == "off" or (options.rotate == "auto" and not is_possible):
+        return None
+    is_rotated = options.rotate == "on" or _entry(metadata, "start.rotation_seed") not in (None, MISSING)
+    return options.seed if is_rotated else None
 
 
 def _compare(folder: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:

@@ -239,7 +239,9 @@ def _check_ids(document: Mapping[str, Any], where: str) -> None:
     """Refuse ids of special tokens that are no ids, and a padding token that the embedding could not be made with."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = document.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+        # Only the end may be one of several tokens.
+        several = key == "eos_token_id" and value != []
+        ids = value if several and isinstance(value, list) else [] if value is None else [value]
         # Old files have -1 for no padding.
         least = -1 if key == "pad_token_id" else 0
         if any(type(number) is not int or number < least for number in ids):

@@ -8,13 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.hub import one_line
-from qat_edge.models.tokenizer_check import NAMED_TEMPLATES, native_errors, require_spelled
+from qat_edge.models.tokenizer_check import (
+    NAMED_TEMPLATES,
+    check_settings,
+    check_templates,
+    native_errors,
+    require_spelled,
+)
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
 
@@ -27,13 +34,15 @@ EOS = "eos_token_id"
 # What the classes of tokenizers raise for files with wrong values, or of another class.
 LOADING_ERRORS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError,
-    ImportError, NameError,
+    ImportError, NameError, StrictDataclassError,
 )  # fmt: skip
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
-    failure, advice = f"{folder}: the tokenizer cannot be loaded", "Export again, or copy the folder again."
+    failure = f"{folder}: the tokenizer cannot be loaded from tokenizer.json, tokenizer_config.json and config.json"
+    advice = "Restore the folder, or make it again: `qat-edge quantize --force`, or for an artifact `export --force`."
+    check_templates(folder)
     try:
         with native_errors(failure, advice), remote_code.refusals(folder):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -42,6 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except LOADING_ERRORS as error:
         raise ModelError(f"{failure} ({one_line(error)}). {advice}") from error
     require_spelled(tokenizer, folder)
+    check_settings(tokenizer, folder)
     return tokenizer
 
 

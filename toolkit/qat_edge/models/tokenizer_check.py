@@ -120,6 +120,26 @@ def require_spelled(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             )
 
 
+def check_settings(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse settings of a loaded tokenizer that it could not encode or pad a text with.
+
+    Raises:
+        ModelError: Names the setting.
+    """
+    length, sides = tokenizer.model_max_length, ("left", "right")
+    is_length = isinstance(length, int | float) and not isinstance(length, bool) and length >= 1
+    faults = {
+        "model_max_length": (not is_length, length, "a number of 1 or more"),
+        "padding_side": (tokenizer.padding_side not in sides, tokenizer.padding_side, "left or right"),
+        "truncation_side": (tokenizer.truncation_side not in sides, tokenizer.truncation_side, "left or right"),
+    }
+    for key, (is_wrong, value, expected) in faults.items():
+        if is_wrong:
+            raise ModelError(
+                f"{folder}: {TOKENIZER_CONFIG} has {key} {show(value)}, expected {expected}. Restore the file."
+            )
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
 
@@ -131,6 +151,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have.
     """
     require_spelled(tokenizer, folder)
+    check_settings(tokenizer, folder)
     if tokenizer.split_special_tokens:
         raise ModelError(
             f"{folder}: tokenizer_config.json sets split_special_tokens, so that training would read special tokens as "

@@ -133,7 +133,7 @@ def load(folder: Path) -> PreTrainedModel:
     task = tasks.task_of_folder(folder)
     if (folder / MANIFEST).is_file() and "scheme" in read_manifest(folder):
         _check_tensors(folder)
-    with remote_code.refusals(folder):
+    with frozen_config.building_errors(folder):
         model = rotated_norm.load(partial(_read_model, task), folder).eval()
     task.prepare(model)
 
@@ -318,9 +318,11 @@ def _check_tensors(folder: Path) -> None:
             if twice:
                 raise RunError(f"{path}: {twice[0]} is in another file of the folder, too. Make the folder again.")
             weights, floats = weights | stored, floats | tensors
-    frozen_check.require_sound(folder, read_scheme(folder), weights, iter(floats.items()))
+    scheme = read_scheme(folder)
+    frozen_check.require_sound(folder, scheme, weights, iter(floats.items()))
     shapes = {name: tuple(weight.codes.shape) for name, weight in weights.items()}
     frozen_config.require_shapes(folder, frozen_config.read(folder), shapes)
+    frozen_config.require_quantizer(folder, _torchao_config(scheme))
     frozen_check.remember(folder)
 
 

@@ -6,10 +6,14 @@ quantized already. So the values are checked before, and the shapes of the matri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from torchao.core.config import config_from_dict
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, TorchAoConfig
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError, RunError
@@ -18,9 +22,12 @@ from qat_edge.models import config_check, config_keys, tasks
 from qat_edge.models.hub import one_line
 from qat_edge.models.load_config import WRONG_VALUES
 from qat_edge.models.meta_model import model_without_weights
+from qat_edge.models.tokenizer import GENERATION_CONFIG
 from qat_edge.options import MOST_LAYERS
 
 ADVICE = "Restore the folder, or make it again: `qat-edge quantize --force`."
+RECORD = "model_config"  # entry of the manifest: config.json as it was frozen
+QUANTIZER = "quantization_config"
 
 
 def read(folder: Path) -> PretrainedConfig:
@@ -35,7 +42,7 @@ def read(folder: Path) -> PretrainedConfig:
     layers = document.get("num_hidden_layers")
     if type(layers) is int and layers > MOST_LAYERS:
         raise ModelError(f"{where} has num_hidden_layers {readers.shorten(layers)}, at most {MOST_LAYERS}. {ADVICE}")
-    _check_quantizer(folder, document.get("quantization_config"))
+    _check_quantizer(folder, document.get(QUANTIZER))
     remote_code.require_no_kernels(document, folder)
     with remote_code.refusals(folder):
         try:
@@ -47,7 +54,95 @@ def read(folder: Path) -> PretrainedConfig:
                 raise
             raise ModelError(f"{where} cannot be used ({one_line(error)}). {ADVICE}") from error
     config_keys.check_choices(config, document, where)
+    _check_record(folder, document)
+    if (folder / GENERATION_CONFIG).is_file():
+        with building_errors(folder, GENERATION_CONFIG):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     return config
+
+
+def settings_of(folder: Path) -> dict[str, str]:
+    """Return the settings in config.json that the function of a model depends on, as JSON texts, for the manifest.
+
+    Texts, because a manifest has no infinite numbers, and transformers writes them for some models.
+    """
+    return _as_texts(config_check.read_config(folder, str(folder)))
+
+
+@contextmanager
+def building_errors(folder: Path, file: str = config_check.CONFIG) -> Iterator[None]:
+    """Turn what transformers and torchao raise for wrong values in a file of a checkpoint into one error.
+
+    Raises:
+        RunError: Names the file.
+        ModelError: The folder needs code of its own, which the command does not permit.
+    """
+    try:
+        with remote_code.refusals(folder):
+            yield
+    except (*WRONG_VALUES, OSError) as error:
+        raise RunError(f"{folder}: no model can be built from {file} ({one_line(error)}). {ADVICE}") from error
+
+
+def require_quantizer(folder: Path, expected: TorchAoConfig) -> None:
+    """Refuse a quantization_config that is not that of the scheme: torchao builds the layers from it.
+
+    Args:
+        folder: Of the checkpoint.
+        expected: The quantizer of the scheme in its manifest.
+
+    Raises:
+        RunError: Names the first entry that differs.
+    """
+    found = config_check.read_config(folder, str(folder)).get(QUANTIZER)
+    plain = readers.parse_json(json.dumps(expected.to_dict()), QUANTIZER, RunError)
+    if found == plain or not isinstance(found, dict):
+        return  # one that is no object was refused before
+    where = f"{folder}: {config_check.CONFIG}: {QUANTIZER}"
+
+    # Another version of torchao may write the same settings in another form, so that they are read as it reads them.
+    for key in sorted(found.keys() | plain.keys()):
+        if key != "quant_type" and (found.get(key) or None) != (plain.get(key) or None):
+            raise _not_of_scheme(f"{where} has {config_check.written(key)} {readers.show(found.get(key))}")
+    try:
+        layers = config_from_dict(found["quant_type"]["default"]).fqn_to_config
+    except WRONG_VALUES as error:
+        raise _not_of_scheme(f"{where} has a quant_type that torchao cannot read ({one_line(error)})") from error
+    wanted: Any = expected.quant_type.fqn_to_config
+    for name in [*wanted, *layers]:
+        if layers.get(name) != wanted.get(name):
+            state = "other settings" if name in layers and name in wanted else "no settings"
+            state = "settings" if name not in wanted else state
+            raise _not_of_scheme(f"{where} has {state} for {config_check.written(name)}")
+
+
+def _not_of_scheme(found: str) -> RunError:
+    return RunError(f"{found}, which is not the scheme in {MANIFEST}. {ADVICE}")
+
+
+def _as_texts(document: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: json.dumps(value, sort_keys=True) for key, value in document.items() if key not in config_keys.HARMLESS
+    }
+
+
+def _check_record(folder: Path, document: Mapping[str, Any]) -> None:
+    """Refuse a config.json whose settings are not those that the model was frozen with.
+
+    Raises:
+        RunError: Names the first one that differs.
+    """
+    recorded = read_manifest(folder).get(RECORD) if (folder / MANIFEST).is_file() else None
+    if recorded is None:
+        return  # a checkpoint of an earlier version, or a float model
+    found = _as_texts(document)
+    for key in sorted(found.keys() | recorded.keys()):
+        if found.get(key) != recorded.get(key):
+            raise RunError(
+                f"{folder}: {config_check.CONFIG} has {config_check.written(key)} "
+                f"{readers.shorten(found.get(key, 'missing'))}, and the model was frozen with "
+                f"{readers.shorten(recorded.get(key, 'no such key'))} ({MANIFEST}). {ADVICE}"
+            )
 
 
 def require_shapes(folder: Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

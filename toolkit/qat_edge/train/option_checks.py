@@ -35,7 +35,8 @@ def check_combination(options: FinetuneOptions) -> None:
         UsageError: Names the options and what to change.
     """
     requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
-    for check in (*_phase_2_checks(options), *_base_checks(options), *_width_checks(options)):
+    checks = (_phase_2_checks, _base_checks, _width_checks, _effect_checks)
+    for check in (found for check_group in checks for found in check_group(options)):
         if check.found:
             raise UsageError(check.message)
 
@@ -101,6 +102,11 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"--qat-start {options.qat_start:g} and --steps {options.steps}: training ends before QAT starts. Give a "
             f"fraction below 1 or a step up to {options.steps}; --qat-start {options.steps} trains without QAT.",
         ),
+        _Check(
+            options.qat_start >= 1 and options.qat_start % 1 != 0,
+            f"--qat-start {options.qat_start:g}: from 1 on it is a step, which is a whole number. Give one, or a "
+            "fraction below 1.",
+        ),
         # PTQ initialization and scales.
         _Check(
             options.ptq_init != "none" and options.scales == "absmax",
@@ -125,6 +131,10 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"--codes fixed and --qat-learning-rate {options.qat_learning_rate}: it trains scales alone, at "
             "--scale-learning-rate. Leave it out.",
         ),
+        _Check(
+            fixed and options.scale_learning_rate == 0,
+            "--codes fixed and --scale-learning-rate 0: nothing would be left to train. Give a rate above 0.",
+        ),
         # The teacher: its weight, and a moment at which it can be run.
         _Check(
             options.distill_weight > 1,
@@ -144,6 +154,38 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             options.distill_weight > 0 and options.distill_top_k == 0 and changes_base,
             f"--distill-weight and --ptq-init {options.ptq_init}: it changes the base weights that the teacher "
             "needs. Add --distill-top-k 64, which runs the teacher beforehand.",
+        ),
+    )
+
+
+def _effect_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
+    """Return the checks of options that only act together with another one."""
+    default = FinetuneOptions(model="", data="")
+    for_data = [n for n in ("eval_every", "eval_rows") if getattr(options, n) != getattr(default, n)]
+    given = " and ".join(f"{flag_name(name)} {getattr(options, name)}" for name in for_data)
+    return (
+        _Check(
+            options.prune != default.prune and options.keep_layers is None,
+            f"--prune {options.prune}: chooses layers for --keep-layers, which is not given. Give it, or leave it out.",
+        ),
+        _Check(
+            bool(for_data) and options.eval_data is None,
+            f"{given}: there are no rows to evaluate on. Give --eval-data, or leave it out.",
+        ),
+        _Check(
+            options.calibration_tokens is not None and options.ptq_init not in CALIBRATED,
+            f"--calibration-tokens {options.calibration_tokens} and --ptq-init {options.ptq_init}: it is not "
+            f"calibrated. Give --ptq-init {'|'.join(CALIBRATED)}, or leave it out.",
+        ),
+        _Check(
+            options.scale_learning_rate != default.scale_learning_rate and options.scales != "learned",
+            f"--scale-learning-rate {options.scale_learning_rate:g} and --scales {options.scales}: no scales are "
+            "learned. Give --scales learned, or leave it out.",
+        ),
+        _Check(
+            options.distill_temperature != default.distill_temperature and options.distill_weight == 0,
+            f"--distill-temperature {options.distill_temperature:g} and --distill-weight 0: there is no teacher. Give "
+            "it a weight, or leave it out.",
         ),
     )
 

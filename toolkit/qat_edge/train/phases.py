@@ -123,13 +123,28 @@ class PhaseTransition:
             self.set_teacher(self._cached_teacher() if self.options.distill_top_k else self._restored_teacher())
 
         if needs_initialization(self.options):
-            self.init_sha256 = qat_init.recorded_sha256(self.run.start)
-            start = QatInit.load(self.run.start, self.init_sha256)
+            self.init_sha256, start = self._recorded_initialization()
             if self.options.method != "lora":
                 # The weights have been trained since, and the checkpoint that is resumed has them.
                 start = replace(start, changed={})
             start.apply(fake.base_of(self.model))
         self._fix_codes()
+
+    def _recorded_initialization(self) -> tuple[str, QatInit]:
+        """Return RUN/start, which a run that is resumed after the start of QAT needs, with its sha256.
+
+        Raises:
+            RunError: It is missing or damaged.
+        """
+        try:
+            digest = qat_init.recorded_sha256(self.run.start)
+            return digest, QatInit.load(self.run.start, digest)
+        except RunError as error:
+            raise RunError(
+                f"--resume: {self.run.start} is missing or damaged: it was written at the start of QAT, and the "
+                "checkpoint is after that. Restore the folder, or train again: `qat-edge finetune --force` with the "
+                f"options in {self.run.config}. ({error})"
+            ) from error
 
     def _fix_codes(self) -> None:
         """Let phase 2 train scales alone, if the options say so."""
@@ -168,7 +183,7 @@ class PhaseTransition:
             return qat_init.recorded_sha256(self.run.start)
 
         batches: list[dict[str, Tensor]] = []
-        metadata: dict[str, Any] = {"method": method, "made_of": made_of}
+        metadata: dict[str, Any] = {"method": method, "made_of": made_of, "rotation_seed": self.rotation_seed}
         if method in CALIBRATED:
             # Methods that compensate rounding need activations, which training rows give.
             rows = self.rows.rows

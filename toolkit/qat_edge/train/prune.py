@@ -27,6 +27,18 @@ from qat_edge.quant.layer_sensitivity import LOGIT_ROWS
 TOKENS = 2048  # of the training rows, or all where they have fewer
 
 
+def require_layers(model: PreTrainedModel, keep_layers: int) -> int:
+    """Return the number of layers of a model.
+
+    Raises:
+        UsageError: It has fewer than are to be kept.
+    """
+    count = len(decoder_layers(model))
+    if not 1 <= keep_layers <= count:
+        raise UsageError(f"--keep-layers {keep_layers}: the model has {count} layers. Give 1 to {count - 1}.")
+    return count
+
+
 def choose_layers(
     model: PreTrainedModel,
     keep_layers: int,
@@ -49,9 +61,7 @@ def choose_layers(
     Raises:
         UsageError: The model does not have that many layers.
     """
-    count = len(decoder_layers(model))
-    if not 1 <= keep_layers <= count:
-        raise UsageError(f"--keep-layers {keep_layers}: the model has {count} layers. Give 1 to {count - 1}.")
+    count = require_layers(model, keep_layers)
     if how == "first" or keep_layers == count:
         return list(range(keep_layers))
 

@@ -23,7 +23,7 @@ from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, sentence_modules, weights_check
 from qat_edge.models.layer_removal import keep_layers
-from qat_edge.models.positions import max_positions
+from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
@@ -32,11 +32,10 @@ from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
-from qat_edge.train import prune
+from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
 from qat_edge_exporters.targets import FORMATS, target_named
 
-ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
     "comet_ml": "comet-ml",
@@ -73,14 +72,18 @@ class TrainingJob:
     metadata: dict[str, Any]
 
 
-def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = None) -> TrainingJob:
+def prepare_training(
+    options: FinetuneOptions, kept_layers: list[int] | None = None, context_length: int | None = None
+) -> TrainingJob:
     """Load model and data, choose what the options leave open, and report all of it.
 
     Args:
         options: All options of finetune.
         kept_layers: The layers that a resumed run kept, if it is pruned.
+        context_length: Of the export to come; None where it is not known.
 
     Raises:
+        ExportError: The model has fewer positions than `context_length`.
         UsageError: An option does not fit the machine or the model.
         ModelError: The model cannot be loaded or exported.
         DataError: The data cannot be read, or does not fit the model.
@@ -90,8 +93,14 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     # The task decides which class of model is loaded. That of an encoder depends on the rows.
     task = _choose_task(options)
     model, tokenizer, identity = _load_model(options, task)
-    _require_vocabulary(options, model)
     bits = load_bits(Path(options.bits)) if options.bits else {}
+    if context_length is not None and not task.is_encoder:
+        require_positions(context_length, max_positions(model.config))
+    model_options.check(model, options, partial(_scheme, model, options, bits))
+
+    if options.eval_data:
+        # The first row alone: a file that is missing or has other rows is reported before all training rows are read.
+        next(iter(RowStream(options.eval_data, "eval", report=False)))
 
     # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
     read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
@@ -118,25 +127,9 @@ def prepare_training(options: FinetuneOptions, kept_layers: list[int] | None = N
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
 
 
-def _require_vocabulary(options: FinetuneOptions, model: PreTrainedModel) -> None:
-    """Refuse to keep more tokens of the teacher's prediction than the model has.
-
-    Raises:
-        UsageError: --distill-top-k is beyond the vocabulary.
-    """
-    tokens = model.get_input_embeddings().weight.shape[0]
-    if options.distill_top_k > tokens:
-        raise UsageError(
-            f"--distill-top-k {options.distill_top_k}: this model has {tokens} tokens. Give at most {tokens}, or 0 to "
-            "run the teacher at every step."
-        )
-
-
 def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
     """Choose bits and group size of each weight, and report them. bits: by module name, from --bits."""
-    table_bits = (options.embedding_bits, options.head_bits)
-    codes = scheme.LinearCodes(options.weight_bits, _levels(options))
-    weights = scheme.choose_scheme(model, options.group_size, bits, table_bits, codes)
+    weights = _scheme(model, options, bits)
     progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
     # Weights that could not be quantized as requested, each with its reason.
     for name, reason in weights.exceptions.items():
@@ -146,6 +139,13 @@ def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[
             share = f"{modules.share:.1%} of the parameters"
             progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
     return weights
+
+
+def _scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
+    """Return bits and group size of each weight. bits: by module name, from --bits."""
+    table_bits = (options.embedding_bits, options.head_bits)
+    codes = scheme.LinearCodes(options.weight_bits, _levels(options))
+    return scheme.choose_scheme(model, options.group_size, bits, table_bits, codes)
 
 
 def _levels(options: FinetuneOptions) -> str:
@@ -169,7 +169,7 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
 
     if options.method == "lora":
-        _check_targets(job.model, options.target_modules)
+        model_options.check_targets(job.model, options.target_modules)
     switch = fake.insert(job.model, job.scheme, options.scales == "learned")
     torch.manual_seed(options.seed)  # adapters begin at random values
     if options.method == "full":
@@ -180,28 +180,8 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         return fake.train_weights(job.model), switch
     adapted = fake.add_adapters(job.model, _lora_config(options, job))
     if options.codes == "fixed" and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
-        raise UsageError(
-            "--codes fixed: no layer with an adapter has weights in groups, so nothing would be left to train in QAT. "
-            "Give bits below 8 to a layer that has an adapter, or leave it out."
-        )
+        raise UsageError(model_options.NOTHING_TO_TRAIN)
     return adapted, switch
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse target modules that no module is named like: peft accepts them if another one of the list exists."""
-    if list(targets) == [ALL_LINEAR]:
-        return
-    names = [name for name, _ in model.named_modules()]
-    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if not unknown:
-        return
-
-    linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-    hint = f" '{ALL_LINEAR}' stands alone." if ALL_LINEAR in unknown else ""
-    raise UsageError(
-        f"--target-modules: Target modules that are not in this model: {', '.join(unknown)}. Its linear layers are "
-        f"named {', '.join(linears)}.{hint}"
-    )
 
 
 # --- device and precision ----------------------------------------------------------------------------------
@@ -454,7 +434,7 @@ def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         # peft knows "all-linear" as a string; in a list it would be the name of a module.
-        target_modules=targets[0] if targets == [ALL_LINEAR] else targets,
+        target_modules=targets[0] if targets == [model_options.ALL_LINEAR] else targets,
         task_type=None if job.task.is_encoder else "CAUSAL_LM",
         modules_to_save=job.scheme.heads if job.task.is_encoder else None,
     )

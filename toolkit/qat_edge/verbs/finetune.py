@@ -28,7 +28,7 @@ from qat_edge import option_paths, previous_run, progress, run_lock, stop_signal
 from qat_edge.data import training_examples
 from qat_edge.errors import ModelError, RunError
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
-from qat_edge.models import merge, positions
+from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
 from qat_edge.readers import read_json
@@ -106,9 +106,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     if resume:
         run_inputs.require_record(run, finished is not None)
     began = time.monotonic()
-    job = prepare_training(options, run_inputs.recorded_inputs(run).get("kept_layers") if resume else None)
-    if context_length is not None and not job.task.is_encoder:
-        positions.require_positions(context_length, job.metadata["max_position_embeddings"])
+    kept_layers = run_inputs.recorded_inputs(run).get("kept_layers") if resume else None
+    job = prepare_training(options, kept_layers, context_length)
     adapted, switch = make_trainable(job, options)
     start = qat_start_step(options)
     progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))

@@ -23,7 +23,7 @@ from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import QuantizeOptions
-from qat_edge.quant import frozen, rotation, scheme
+from qat_edge.quant import frozen, frozen_config, rotation, scheme
 from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq import methods
@@ -84,6 +84,7 @@ def freeze(
             rotation_seed=_rotation_seed(adapter, options),
             adapter_sha256=adapter_sha256,
             scheme=frozen.scheme_metadata(stored_scheme),
+            model_config=frozen_config.settings_of(work),
             **{k: v for k, v in adapter_metadata(adapter).items() if k in CARRIED},
         )
     progress.info(f"Frozen: {merged.scheme.summary()} -> {variant.quantized}")
