@@ -76,7 +76,7 @@ def test_the_first_bad_step_stops_training(
 
     monkeypatch.setattr(QatTrainer, "compute_loss", diverging)
     # With evaluation rows, the guard of QAT starts the phase again: tests/train/test_qat_guard.py.
-    options = options if phase == "LoRA" else replace(options, eval_data=None)
+    options = options if phase == "LoRA" else replace(options, eval_data=None, eval_rows=128)
     with pytest.raises(ModelError) as caught:
         finetune(options, tmp_path / "run")
     message = str(caught.value)
@@ -244,7 +244,7 @@ def test_resuming_where_there_is_no_run_says_so(options: FinetuneOptions, tmp_pa
         {},
         {"rotate": "off"},
         {"ptq_init": "awq", "scales": "fixed"},
-        {"ptq_init": "hqq"},
+        {"ptq_init": "hqq", "calibration_tokens": None},
         {"distill_weight": 0.5, "distill_top_k": 8},
         {"method": "full", "lora_rank": 16, "lora_dropout": 0.0, "learning_rate": 1e-4},
         {"qat_start": 0.0},

@@ -355,7 +355,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_without_a_guard(
 def test_without_evaluation_rows_the_lack_of_a_guard_is_said(
     options: FinetuneOptions, tmp_path: Path, messages: list[str]
 ) -> None:
-    finetune(replace(options, eval_data=None), tmp_path / "run")
+    finetune(replace(options, eval_data=None, eval_rows=128), tmp_path / "run")
     assert any("QAT has no guard: without --eval-data" in line for line in messages)
     assert log(tmp_path / "run")["qat_guard"] is None
     assert read_manifest(tmp_path / "run" / "adapter")["qat_guard"] is None
@@ -373,7 +373,7 @@ def test_a_start_that_cannot_be_measured_has_no_guard(
 
 
 def test_a_training_without_phase_2_has_no_guard(options: FinetuneOptions, tmp_path: Path, messages: list[str]) -> None:
-    finetune(replace(options, qat_start=12.0, eval_data=None), tmp_path / "run")
+    finetune(replace(options, qat_start=12.0, eval_data=None, eval_rows=128), tmp_path / "run")
     assert not any("guard" in line for line in messages)
 
 
