@@ -163,7 +163,7 @@ BETTER = "better"
 SETTINGS: Mapping[str, Setting] = {
     "reduced": Setting(
         name="reduced", steps=36, tokens=2048, prompts=400, exported=(BETTER,), factors=(1.5, 2.0),
-        side_tasks=("python-reference",), side_seeds=1, ablation_rows=3, cost_rounds=1, cost_steps=3,
+        side_tasks=("python-reference",), side_seeds=1, ablation_rows=2, cost_rounds=1, cost_steps=3,
         lora_step_s=2.0, qat_step_s=2.9, calibrate_s=100.0,
     ),
     "full": Setting(
