@@ -44,9 +44,12 @@ def is_known(module: str) -> bool:
     return module in (EMBEDDING, HEAD) or _LINEAR.fullmatch(module) is not None
 
 
-def module_of_node(node: str | None) -> str | None:
-    """Return the module whose matrix a MatMulNBits or MatMul node multiplies by, or None for other names and none."""
-    found = _NODE.fullmatch(node or "")
+def module_of_node(node: str | bytes) -> str | None:
+    """Return the module whose matrix a MatMulNBits or MatMul node multiplies by, or None for other names.
+
+    A name that is not UTF-8 is read as bytes, and no name of ours.
+    """
+    found = _NODE.fullmatch(node) if isinstance(node, str) else None
     if found is None:
         return None
     module = found[1].replace("/", ".").replace(".attn.", ".self_attn.")
