@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat_edge import progress
@@ -41,6 +42,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB_MULTIPLE = 32
+
+
+def fill_adapters(model: nn.Module, std: float = 0.05) -> None:
+    """Give the adapters of a peft model random values, so that they are not zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
 
 
 def make_tokenizer() -> Any:

@@ -193,14 +193,6 @@ ROTARY_REFUSED: dict[str, tuple[Add, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROTARY_REFUSED)
-def test_a_scaling_that_only_a_part_would_be_applied_of_is_refused(tmp_path: Path, name: str) -> None:
-    add, message = ROTARY_REFUSED[name]
-    path, _ = make(tmp_path, add)
-    with pytest.raises(ModelError, match=message):
-        load_model(str(path))
-
-
 @pytest.mark.parametrize("name", SCALINGS)
 def test_a_scaling_that_was_not_applied_is_found(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = make(tmp_path, SCALINGS[name][0])
@@ -239,9 +231,12 @@ REFUSED: dict[str, tuple[Add, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_changes_the_function_and_cannot_be_applied_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    add, message = REFUSED[name]
+@pytest.mark.parametrize(
+    ("add", "message"), [*REFUSED.values(), *ROTARY_REFUSED.values()], ids=[*REFUSED, *ROTARY_REFUSED]
+)
+def test_what_changes_the_function_and_cannot_be_applied_is_refused_by_name(
+    tmp_path: Path, add: Add, message: str
+) -> None:
     path, _ = make(tmp_path, add)
     with pytest.raises(ModelError, match=message):
         load_model(str(path))

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from conftest import fill_adapters
 from qat_edge.options import FinetuneOptions
-from qat_edge.quant import fake, frozen, numerics
+from qat_edge.quant import fake, frozen, layer_functions, numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
@@ -34,9 +35,7 @@ def adapted(folder: Path, table_bits: tuple[int, int] = (8, 8)) -> tuple[PeftMod
     switch = fake.insert(model, scheme)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, LORA)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_adapters(peft_model)
     return peft_model.eval(), switch, scheme
 
 
@@ -70,7 +69,9 @@ def test_gradients_equal_the_naive_graph_in_float64() -> None:
         if layer == "naive":
             output = naive(x, values["weight"], values["bias"], a, b, 0.5)
         else:
-            output = fake.MergedFakeQuantLinear.apply(x, values["weight"], values["bias"], a, b, None, 0.5, SPEC)
+            output = layer_functions.MergedFakeQuantLinear.apply(
+                x, values["weight"], values["bias"], a, b, None, 0.5, SPEC
+            )
         output.pow(2).sum().backward()
         grads.append((output.detach(), x.grad, a.grad, b.grad))
     for ours, expected in zip(grads[1], grads[0], strict=True):
@@ -81,7 +82,7 @@ def test_no_merged_weight_is_kept_for_the_backward_pass() -> None:
     weight, a, b = torch.randn(64, 64), torch.randn(4, 64, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), *t.shape)) or t, lambda t: t):
-        fake.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, None, 1.0, SPEC)
+        layer_functions.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, None, 1.0, SPEC)
     matrices = [pointer for pointer, *shape in kept if shape == [64, 64]]
     assert matrices == [weight.data_ptr()]
 
@@ -183,9 +184,7 @@ def test_dropout_masks_columns_of_a(tiny_model_folder: Path, training: bool) -> 
     switch = fake.insert(model, choose_scheme(model, 32))
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted_model = fake.add_adapters(model, config).train(training)
-    for name, parameter in adapted_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.5)
+    fill_adapters(adapted_model, 0.5)
     switch.enabled = True
     ids = torch.arange(16).unsqueeze(0)
     with torch.no_grad():

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import stored_tensors
+from conftest import fill_adapters, stored_tensors
 from qat_edge.errors import RunError
-from qat_edge.quant import fake, frozen, numerics, qat_init, rotated_norm, rotation
+from qat_edge.quant import fake, frozen, layer_functions, numerics, qat_init, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
@@ -27,9 +27,7 @@ def adapted(folder: Path) -> tuple[PeftModel, fake.Switch, Scheme]:
     switch = fake.insert(model, scheme, learned_scales=True)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, LORA)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_adapters(peft_model)
     return peft_model.eval(), switch, scheme
 
 
@@ -70,7 +68,7 @@ def test_layer_gradients_under_learned_scales() -> None:
     x, weight = torch.randn(5, 64), torch.randn(48, 64)
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(48, 4, requires_grad=True)
     scales = numerics.choose_scales(weight, 4, 32).mul(0.9).requires_grad_()
-    fake.MergedFakeQuantLinear.apply(x, weight, None, a, b, scales, 0.5, spec).pow(2).sum().backward()
+    layer_functions.MergedFakeQuantLinear.apply(x, weight, None, a, b, scales, 0.5, spec).pow(2).sum().backward()
     merged = numerics.merge(weight, a.detach(), b.detach(), 0.5)
     rounded_scales = numerics.representable(scales.detach())
     rounded_x = numerics.fake_quantize_activation(x)

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qat_edge.quant import fake, frozen, numerics, qlora_base
+from conftest import fill_adapters
+from qat_edge.quant import fake, frozen, layer_functions, numerics, qlora_base
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 
@@ -33,9 +34,7 @@ def adapted(folder: Path, format: str, config: LoraConfig = LORA) -> tuple[PeftM
     switch = fake.insert(model, scheme, learned_scales=True)
     torch.manual_seed(0)
     peft_model = fake.add_adapters(model, config)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_adapters(peft_model)
     return peft_model.eval(), switch, scheme
 
 
@@ -101,7 +100,7 @@ def test_fake_quantization_keeps_no_dense_weight_for_the_backward_pass(format: s
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
         ):
-            output = fake.MergedFakeQuantLinear.apply(weights(3, 64), weight, None, a, b, None, 0.5, spec)
+            output = layer_functions.MergedFakeQuantLinear.apply(weights(3, 64), weight, None, a, b, None, 0.5, spec)
         grads.append(torch.autograd.grad(output.pow(2).sum(), (a, b)))
         assert ((64, 64) in kept) is isinstance(weight, Tensor)
     for ours, dense in zip(*grads, strict=True):

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import fill_adapters
 from qat_edge.errors import ModelError
 from qat_edge.quant import fake, numerics, qat_init, rotated_norm, rotation
 from qat_edge.quant.scheme import Scheme, choose_scheme, shares_table
@@ -70,9 +71,7 @@ def test_rotation_leaves_the_function_unchanged_with_adapters(family: str) -> No
     scheme = choose_scheme(model, 32)
     fake.insert(model, scheme)
     adapted = fake.add_adapters(model, LORA).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+    fill_adapters(adapted, 0.1)
     before = logits(adapted)
     weights = {name: model.get_submodule(name).weight.clone() for name in scheme.weights}
     rotation.rotate(adapted, scheme, 0)

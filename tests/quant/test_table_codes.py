@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from conftest import fill_adapters
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import fake_quantized_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
@@ -116,9 +117,7 @@ def test_the_trained_function_is_the_frozen_one(
         switch = fake.insert(model, scheme, learned_scales=True)
         torch.manual_seed(0)
         made = fake.add_adapters(model, LORA)
-        for name, parameter in made.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.05)
+        fill_adapters(made)
         return made.eval(), switch, scheme
 
     ids = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(1))

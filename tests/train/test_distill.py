@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
 from transformers import AutoModelForCausalLM
 
+from conftest import fill_adapters
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.quant import fake, scheme
 from qat_edge.train import distill
@@ -28,9 +28,7 @@ def student(folder: Path) -> tuple[Any, fake.Switch]:
     switch = fake.insert(model, scheme.choose_scheme(model, 32))
     torch.manual_seed(0)
     adapted = fake.add_adapters(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_adapters(adapted)
     return adapted.eval(), switch
 
 

@@ -17,7 +17,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest
 from qat_edge.models.merge import fake_quantized_model, merged_model
 from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
-from qat_edge.quant import fake, frozen, numerics
+from qat_edge.quant import frozen, layer_functions, numerics
 from qat_edge.quant.codebook import codebook_of
 from qat_edge.run import Run
 from qat_edge.train.option_checks import check_combination
@@ -121,7 +121,7 @@ def test_gradients_equal_those_of_the_same_graph_in_float64(codes: Any) -> None:
     for ours in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, scales, bias)]
         if ours:
-            output = fake.FixedCodesLinear.apply(leaves[0], fixed, leaves[1], leaves[2])
+            output = layer_functions.FixedCodesLinear.apply(leaves[0], fixed, leaves[1], leaves[2])
         else:
             # Straight-through: the forward pass has the rounded values, the gradients are those of the values.
             rounded_x = leaves[0] + (numerics.fake_quantize_activation(x) - x).detach()

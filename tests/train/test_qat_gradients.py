@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from qat_edge.options import FinetuneOptions
-from qat_edge.quant import fake, numerics
+from qat_edge.quant import fake, layer_functions, numerics
 from qat_edge.quant.scheme import Scheme, WeightScheme, choose_scheme
 from qat_edge.train import movement
 from qat_edge.train.trainer import QatTrainer
@@ -30,7 +30,7 @@ NAMES = ("a", "b", "factor")
 
 
 def trained_layer(index: int, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    output: Tensor = fake.MergedFakeQuantLinear.apply(x, weight, None, a, b, scales, 0.5, SPEC)
+    output: Tensor = layer_functions.MergedFakeQuantLinear.apply(x, weight, None, a, b, scales, 0.5, SPEC)
     return output
 
 
