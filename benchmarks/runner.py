@@ -12,7 +12,6 @@ second. `quantize --method`, `export` and `validate` then work on that folder as
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import shlex
@@ -160,11 +159,10 @@ class BenchmarkRunner:
         # Defaults that depend on other options are resolved first: a changed rule has to be measured anew.
         resolved = self.options(training)
         resolved = replace(resolved, qat_learning_rate=qat_learning_rate(resolved))
-        defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
         options = {
             name: value
             for name, value in config.plain(resolved).items()
-            if name not in PATH_OPTIONS and not (name in LATER_OPTIONS and value == defaults[name])
+            if name not in PATH_OPTIONS and not (name in LATER_OPTIONS and value == getattr(FinetuneOptions, name))
         }
 
         if training.recipe == FP32:

@@ -279,6 +279,7 @@ def _kept_examples(
     examples: Iterable[_Example], counts: _Counts, max_length: int, chat_format: ChatFormat
 ) -> Iterator[TokenRow]:
     """Yield truncated examples, without those whose completion was cut off entirely."""
+    completion_ends = {*end_ids(chat_format.tokenizer)}
     for example in examples:
         counts.truncated += len(example.ids) > max_length
         counts.cut += max(0, len(example.ids) - max_length)
@@ -293,7 +294,7 @@ def _kept_examples(
         counts.trained += len(trained)
         # The end of a window of texts is no answer: all of it has a loss.
         if IGNORED in labels:
-            counts.ends_alone += {*trained} <= {*end_ids(chat_format.tokenizer), *chat_format.ends}
+            counts.ends_alone += {*trained} <= completion_ends | {*chat_format.ends}
         yield {"input_ids": ids, "labels": labels}
 
 

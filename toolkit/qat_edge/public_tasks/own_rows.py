@@ -17,7 +17,7 @@ from qat_edge.data.formats import load_rows
 from qat_edge.data.rows import Text
 from qat_edge.errors import DataError
 from qat_edge.evaluate.metrics import outputs_match
-from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, FinetuneOptions, ValidateOptions
+from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, ValidateOptions
 from qat_edge.public_tasks.questions import GENERATE, PREDICT, Question, Task
 from qat_edge.run import Run
 
@@ -39,7 +39,7 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         DataError: There are no rows, or they cannot be used.
     """
-    trained = config.load(FinetuneOptions, "finetune", run.config, {}).eval_data
+    trained = config.load_trained(run.config).eval_data
     source = options.data or trained
     if source is None:
         raise DataError(f"No rows for --task {options.task}: finetune had no --eval-data. Give --data FILE.")

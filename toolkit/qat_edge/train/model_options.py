@@ -71,7 +71,7 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     if list(targets) == [ALL_LINEAR]:
         return
     names = [name for name, _ in model.named_modules()]
-    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    unknown = [target for target in targets if not any(_is_named(name, [target]) for name in names)]
     if not unknown:
         return
 

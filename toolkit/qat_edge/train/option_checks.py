@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,10 +34,15 @@ def check_combination(options: FinetuneOptions) -> None:
         UsageError: Names the options and what to change.
     """
     requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
-    checks = (_phase_2_checks, _base_checks, _width_checks, _effect_checks)
-    for check in (found for check_group in checks for found in check_group(options)):
-        if check.found:
-            raise UsageError(check.message)
+    for checks in (_phase_2_checks, _base_checks, _width_checks, _effect_checks):
+        for check in checks(options):
+            if check.found:
+                raise UsageError(check.message)
+
+
+def _is_given(options: FinetuneOptions, name: str) -> bool:
+    """Return whether an option differs from its default: a configuration file lists them all."""
+    return bool(getattr(options, name) != getattr(FinetuneOptions, name))
 
 
 def row_length(options: FinetuneOptions, config: PretrainedConfig) -> int:
@@ -160,12 +164,11 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
 
 def _effect_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of options that only act together with another one."""
-    default = FinetuneOptions(model="", data="")
-    for_data = [n for n in ("eval_every", "eval_rows") if getattr(options, n) != getattr(default, n)]
+    for_data = [name for name in ("eval_every", "eval_rows") if _is_given(options, name)]
     given = " and ".join(f"{flag_name(name)} {getattr(options, name)}" for name in for_data)
     return (
         _Check(
-            options.prune != default.prune and options.keep_layers is None,
+            _is_given(options, "prune") and options.keep_layers is None,
             f"--prune {options.prune}: chooses layers for --keep-layers, which is not given. Give it, or leave it out.",
         ),
         _Check(
@@ -178,12 +181,12 @@ def _effect_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"calibrated. Give --ptq-init {'|'.join(CALIBRATED)}, or leave it out.",
         ),
         _Check(
-            options.scale_learning_rate != default.scale_learning_rate and options.scales != "learned",
+            _is_given(options, "scale_learning_rate") and options.scales != "learned",
             f"--scale-learning-rate {options.scale_learning_rate:g} and --scales {options.scales}: no scales are "
             "learned. Give --scales learned, or leave it out.",
         ),
         _Check(
-            options.distill_temperature != default.distill_temperature and options.distill_weight == 0,
+            _is_given(options, "distill_temperature") and options.distill_weight == 0,
             f"--distill-temperature {options.distill_temperature:g} and --distill-weight 0: there is no teacher. Give "
             "it a weight, or leave it out.",
         ),
@@ -203,11 +206,9 @@ def _width_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
 
 def _base_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of the weights that are trained, and of the base they are trained on."""
-    # Options of adapters count as given if they differ from their defaults: a configuration file lists them all.
     few_bits, full = options.base != "fp32", options.method == "full"
-    defaults = {f.name: f.default for f in fields(options)}
-    lora_flags = [flag_name(name) for name in LORA_OPTIONS if getattr(options, name) != defaults[name]]
-    by_default = " (the default)" if options.ptq_init == defaults["ptq_init"] else ""
+    lora_flags = [flag_name(name) for name in LORA_OPTIONS if _is_given(options, name)]
+    by_default = "" if _is_given(options, "ptq_init") else " (the default)"
     return (
         # A base in few bits cannot be changed, by training or by the initialization.
         _Check(

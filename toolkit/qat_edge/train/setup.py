@@ -94,9 +94,14 @@ def prepare_training(
     task = _choose_task(options)
     model, tokenizer, identity = _load_model(options, task)
     bits = load_bits(Path(options.bits)) if options.bits else {}
+    levels = requested_levels(options.bits, options.weight_levels) or SEQ
+    choose_scheme = partial(
+        scheme.choose_scheme, model, options.group_size, bits, (options.embedding_bits, options.head_bits),
+        scheme.LinearCodes(options.weight_bits, levels),
+    )  # fmt: skip
     if context_length is not None and not task.is_encoder:
         require_positions(context_length, max_positions(model.config))
-    model_options.check(model, options, partial(_scheme, model, options, bits))
+    model_options.check(model, options, choose_scheme)
 
     if options.eval_data:
         # The first row alone: a file that is missing or has other rows is reported before all training rows are read.
@@ -118,18 +123,18 @@ def prepare_training(
             )
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
-    weights = _choose_scheme(model, options, bits)
+    weights = choose_scheme()
+    _report_scheme(model, weights)
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
-    metadata |= {"device": device, "bits": bits, "kept_layers": kept_layers}
+    metadata |= {"device": device, "bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
 
 
-def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
-    """Choose bits and group size of each weight, and report them. bits: by module name, from --bits."""
-    weights = _scheme(model, options, bits)
+def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
+    """Report bits and group size of the weights, those that are not as requested, and those that stay float."""
     progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
     # Weights that could not be quantized as requested, each with its reason.
     for name, reason in weights.exceptions.items():
@@ -138,19 +143,6 @@ def _choose_scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[
         if modules.share > scheme.NOTABLE_SHARE:
             share = f"{modules.share:.1%} of the parameters"
             progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
-    return weights
-
-
-def _scheme(model: PreTrainedModel, options: FinetuneOptions, bits: dict[str, int]) -> Scheme:
-    """Return bits and group size of each weight. bits: by module name, from --bits."""
-    table_bits = (options.embedding_bits, options.head_bits)
-    codes = scheme.LinearCodes(options.weight_bits, _levels(options))
-    return scheme.choose_scheme(model, options.group_size, bits, table_bits, codes)
-
-
-def _levels(options: FinetuneOptions) -> str:
-    """Return the levels of 2-bit weights, if there are any."""
-    return requested_levels(options.bits, options.weight_levels) or SEQ
 
 
 def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
@@ -416,7 +408,6 @@ def _metadata(
         "group_size": options.group_size,
         "table_bits": [options.embedding_bits, options.head_bits],
         "weight_bits": options.weight_bits,
-        "weight_levels": _levels(options),
         "method": options.method,
         "base": options.base,
         # These change at the start of QAT, see `PhaseTransition.metadata`.

@@ -360,9 +360,9 @@ def _rounded_embeddings(model: nn.Module, scheme: Scheme, scales: Mapping[str, T
         for name in scheme.embeddings:
             module: Any = model.get_submodule(name)
             if name in scales:
-                kept = module.weight.detach().clone()
-                codes = numerics.quantize(kept.float(), scales[name], scheme.weights[name].codebook)
-                module.weight.data.copy_(numerics.dequantize(codes, scales[name]))
+                kept, spec = module.weight.detach().clone(), scheme.weights[name]
+                rounded = numerics.fake_quantize_weight(kept.float(), spec.codebook, spec.group_size, scales[name])
+                module.weight.data.copy_(rounded)
                 stack.callback(module.weight.data.copy_, kept)
             else:
                 hook = _rounding_rows(scheme.weights[name])
@@ -452,6 +452,10 @@ def token_rows(x: Tensor, keep: Tensor) -> Tensor:
 
 def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """Return `|| (W - R) X ||^2 / || W X ||^2` from the sum of x x^T: weights (out, in), hessian (in, in)."""
-    error = weight - rounded
-    energy = ((weight @ hessian) * weight).sum()
-    return float(((error @ hessian) * error).sum() / energy.clamp(min=torch.finfo(energy.dtype).tiny))
+    energy = output_energy(weight, hessian)
+    return float(output_energy(weight - rounded, hessian) / energy.clamp(min=torch.finfo(energy.dtype).tiny))
+
+
+def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return `|| W X ||^2` from the sum of x x^T: weight (out, in), hessian (in, in)."""
+    return ((weight @ hessian) * weight).sum()

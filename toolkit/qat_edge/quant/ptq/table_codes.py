@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat_edge import progress
 from qat_edge.quant import numerics
-from qat_edge.quant.ptq.blockwise import Calibration, StopForward, gram, token_rows
+from qat_edge.quant.ptq.blockwise import Calibration, StopForward, gram, output_energy, token_rows
 from qat_edge.quant.ptq.gptq import Compensated, inverse_factor
 from qat_edge.quant.scheme import Scheme, WeightScheme, shares_table
 
@@ -72,10 +72,11 @@ def quantize_tables(
         for rows in head.weight.data.split(ROWS):  # views: rows are independent
             target = rows.float().clone()
             kept, found = choose(target, hessian, factor, spec)
-            rounded = numerics.dequantize(numerics.quantize(kept, found, spec.codebook), found)
-            error += _cost(rounded - target, hessian)
-            nearest += _cost(numerics.fake_quantize_weight(target, spec.codebook, spec.group_size) - target, hessian)
-            energy += _cost(target, hessian)
+            rounded = numerics.fake_quantize_weight(kept, spec.codebook, spec.group_size, found)
+            by_nearest = numerics.fake_quantize_weight(target, spec.codebook, spec.group_size)
+            error += float(output_energy(rounded - target, hessian))
+            nearest += float(output_energy(by_nearest - target, hessian))
+            energy += float(output_energy(target, hessian))
             rows.copy_(kept)
             scales.append(found)
     ours, theirs = ((cost / energy) ** 0.5 for cost in (error, nearest))
@@ -104,8 +105,3 @@ def _hessian(model: PreTrainedModel, head: Any, calibration: Sequence[Calibratio
     finally:
         handle.remove()
     return found
-
-
-def _cost(error: Tensor, hessian: Tensor) -> float:
-    """Return tr(R H R^T) of an error R (out, in)."""
-    return float(((error @ hessian) * error).sum())
