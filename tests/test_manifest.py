@@ -81,7 +81,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(folder: Path, name: str) -> 
 def test_many_faults_are_counted(folder: Path) -> None:
     for number in range(manifest.SHOWN_FAULTS + 3):
         (folder / f"extra{number}").write_bytes(b"x")
-    with pytest.raises(RunError, match=r"; 3 more\. Restore the files"):
+    with pytest.raises(RunError, match=r"; 3 more\. Restore the folder"):
         check_files(folder)
 
 

@@ -26,6 +26,7 @@ LIBRARIES = (
 # Files that nothing reads, and that people or systems add to a folder: notes and logs.
 NOTES = (".md", ".log")
 TICK_NS = 100_000_000  # longer than the clock of a local file system stands still (ext4: 4 ms)
+TRAINED = ("adapter", "reference", "start")  # folders of a run that finetune writes
 SHOWN_FAULTS = 5  # of the faults of a folder, named by an error
 
 # Types of the entries that are used, by their path; "*" is every key. An entry that is absent is another fault.
@@ -97,7 +98,14 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "weight_levels": (str,),
     "base": (str,),
     "device": (str,),
+    "precision": (str,),
 }
+
+
+def how_to_restore(folder: Path) -> str:
+    """Return the advice of an error about a folder that is not as it was written, with the verb that writes it."""
+    verb = "finetune" if folder.name in TRAINED else "export" if folder.parent.name == "exports" else "quantize"
+    return f"Restore the folder, or make it again: `qat-edge {verb} --force`."
 
 
 class Manifest(dict[str, Any]):
@@ -123,7 +131,7 @@ class Manifest(dict[str, Any]):
         Raises:
             RunError: always.
         """
-        raise RunError(f"{self.file}: damaged (no entry '{self.prefix}{key}'). Make the folder again.")
+        raise RunError(f"{self.file}: damaged (no entry '{self.prefix}{key}'). {how_to_restore(self.file.parent)}")
 
 
 class _Stamp(NamedTuple):
@@ -165,12 +173,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise RunError(f"{folder}: no {MANIFEST} here, so its origin is unknown. Make the folder again.")
+        raise RunError(f"{folder}: no {MANIFEST} here, so its origin is unknown. {how_to_restore(folder)}")
     try:
         manifest = Manifest(readers.read_object(path, RunError), path)
     except RunError as error:
         reason = str(error).removeprefix(f"{path}: ").rstrip(".")
-        raise RunError(f"{path}: damaged ({reason}). Make the folder again.") from error
+        raise RunError(f"{path}: damaged ({reason}). {how_to_restore(folder)}") from error
 
     # The format first: another version may have entries of other types.
     found = manifest["format"]
@@ -196,8 +204,7 @@ def check_files(folder: Path) -> Manifest:
     if faults:
         more = f"; {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise RunError(
-            f"{folder} is not as it was written: {'; '.join(faults[:SHOWN_FAULTS])}{more}. Restore the files, or make "
-            "the folder again."
+            f"{folder} is not as it was written: {'; '.join(faults[:SHOWN_FAULTS])}{more}. {how_to_restore(folder)}"
         )
     return manifest
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, how_to_restore, read_manifest
 from qat_edge.models.hub import one_line
 from qat_edge.models.tokenizer_check import (
     NAMED_TEMPLATES,
@@ -41,7 +41,7 @@ LOADING_ERRORS = (
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder that qat-edge wrote."""
     failure = f"{folder}: the tokenizer cannot be loaded from tokenizer.json, tokenizer_config.json and config.json"
-    advice = "Restore the folder, or make it again: `qat-edge quantize --force`, or for an artifact `export --force`."
+    advice = how_to_restore(folder)
     check_templates(folder)
     try:
         with native_errors(failure, advice), remote_code.refusals(folder):

@@ -36,7 +36,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, how_to_restore, read_manifest
 from qat_edge.models import config_check, tasks
 from qat_edge.quant import frozen_check, frozen_config, numerics, rotated_norm
 from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, SEQ, SEQ_TYPE_BITS
@@ -254,7 +254,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged ({readers.shorten(str(error), 200)}). Make the folder again.") from error
+        raise RunError(
+            f"{path}: damaged ({readers.shorten(str(error), 200)}). {how_to_restore(path.parent)}"
+        ) from error
 
 
 def _quantized_tensors(file: Any) -> Iterator[tuple[str, str, int]]:
@@ -316,7 +318,7 @@ def _check_tensors(folder: Path) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(stems)}  # noqa: SIM118
             twice = sorted((weights.keys() & stored.keys()) | (floats.keys() & tensors.keys()))
             if twice:
-                raise RunError(f"{path}: {twice[0]} is in another file of the folder, too. Make the folder again.")
+                raise RunError(f"{path}: {twice[0]} is in another file of the folder, too. {how_to_restore(folder)}")
             weights, floats = weights | stored, floats | tensors
     scheme = read_scheme(folder)
     frozen_check.require_sound(folder, scheme, weights, iter(floats.items()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat_edge import readers
 from qat_edge.errors import RunError
-from qat_edge.manifest import MANIFEST, sha256
+from qat_edge.manifest import MANIFEST, how_to_restore, sha256
 from qat_edge.quant.codebook import SEQ, SEQ_TYPE_BITS, Codebook
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -77,8 +77,7 @@ def require_sound(folder: Path, scheme: Scheme, weights: Mapping[str, StoredWeig
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise RunError(
             f"{folder}: the tensors are not those of a frozen checkpoint with this {MANIFEST}: "
-            f"{'; '.join(faults[:SHOWN_FAULTS])}{more}. Restore the folder, or make it again: "
-            "`qat-edge quantize --force`."
+            f"{'; '.join(faults[:SHOWN_FAULTS])}{more}. {how_to_restore(folder)}"
         )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, TorchAo
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError, RunError
-from qat_edge.manifest import MANIFEST, read_manifest
+from qat_edge.manifest import MANIFEST, how_to_restore, read_manifest
 from qat_edge.models import config_check, config_keys, tasks
 from qat_edge.models.hub import one_line
 from qat_edge.models.load_config import WRONG_VALUES
@@ -25,7 +25,6 @@ from qat_edge.models.meta_model import model_without_weights
 from qat_edge.models.tokenizer import GENERATION_CONFIG
 from qat_edge.options import MOST_LAYERS
 
-ADVICE = "Restore the folder, or make it again: `qat-edge quantize --force`."
 RECORD = "model_config"  # entry of the manifest: config.json as it was frozen
 QUANTIZER = "quantization_config"
 
@@ -41,7 +40,9 @@ def read(folder: Path) -> PretrainedConfig:
     where = f"{folder}: {config_check.CONFIG}"
     layers = document.get("num_hidden_layers")
     if type(layers) is int and layers > MOST_LAYERS:
-        raise ModelError(f"{where} has num_hidden_layers {readers.shorten(layers)}, at most {MOST_LAYERS}. {ADVICE}")
+        raise ModelError(
+            f"{where} has num_hidden_layers {readers.shorten(layers)}, at most {MOST_LAYERS}. {how_to_restore(folder)}"
+        )
     _check_quantizer(folder, document.get(QUANTIZER))
     remote_code.require_no_kernels(document, folder)
     with remote_code.refusals(folder):
@@ -52,7 +53,7 @@ def read(folder: Path) -> PretrainedConfig:
         except WRONG_VALUES as error:
             if remote_code.OPTION in str(error):
                 raise
-            raise ModelError(f"{where} cannot be used ({one_line(error)}). {ADVICE}") from error
+            raise ModelError(f"{where} cannot be used ({one_line(error)}). {how_to_restore(folder)}") from error
     config_keys.check_choices(config, document, where)
     _check_record(folder, document)
     if (folder / GENERATION_CONFIG).is_file():
@@ -81,7 +82,9 @@ def building_errors(folder: Path, file: str = config_check.CONFIG) -> Iterator[N
         with remote_code.refusals(folder):
             yield
     except (*WRONG_VALUES, OSError) as error:
-        raise RunError(f"{folder}: no model can be built from {file} ({one_line(error)}). {ADVICE}") from error
+        raise RunError(
+            f"{folder}: no model can be built from {file} ({one_line(error)}). {how_to_restore(folder)}"
+        ) from error
 
 
 def require_quantizer(folder: Path, expected: TorchAoConfig) -> None:
@@ -103,21 +106,23 @@ def require_quantizer(folder: Path, expected: TorchAoConfig) -> None:
     # Another version of torchao may write the same settings in another form, so that they are read as it reads them.
     for key in sorted(found.keys() | plain.keys()):
         if key != "quant_type" and (found.get(key) or None) != (plain.get(key) or None):
-            raise _not_of_scheme(f"{where} has {config_check.written(key)} {readers.show(found.get(key))}")
+            raise _not_of_scheme(folder, f"{where} has {config_check.written(key)} {readers.show(found.get(key))}")
     try:
         layers = config_from_dict(found["quant_type"]["default"]).fqn_to_config
     except WRONG_VALUES as error:
-        raise _not_of_scheme(f"{where} has a quant_type that torchao cannot read ({one_line(error)})") from error
+        raise _not_of_scheme(
+            folder, f"{where} has a quant_type that torchao cannot read ({one_line(error)})"
+        ) from error
     wanted: Any = expected.quant_type.fqn_to_config
     for name in [*wanted, *layers]:
         if layers.get(name) != wanted.get(name):
             state = "other settings" if name in layers and name in wanted else "no settings"
             state = "settings" if name not in wanted else state
-            raise _not_of_scheme(f"{where} has {state} for {config_check.written(name)}")
+            raise _not_of_scheme(folder, f"{where} has {state} for {config_check.written(name)}")
 
 
-def _not_of_scheme(found: str) -> RunError:
-    return RunError(f"{found}, which is not the scheme in {MANIFEST}. {ADVICE}")
+def _not_of_scheme(folder: Path, found: str) -> RunError:
+    return RunError(f"{found}, which is not the scheme in {MANIFEST}. {how_to_restore(folder)}")
 
 
 def _as_texts(document: Mapping[str, Any]) -> dict[str, str]:
@@ -141,7 +146,7 @@ def _check_record(folder: Path, document: Mapping[str, Any]) -> None:
             raise RunError(
                 f"{folder}: {config_check.CONFIG} has {config_check.written(key)} "
                 f"{readers.shorten(found.get(key, 'missing'))}, and the model was frozen with "
-                f"{readers.shorten(recorded.get(key, 'no such key'))} ({MANIFEST}). {ADVICE}"
+                f"{readers.shorten(recorded.get(key, 'no such key'))} ({MANIFEST}). {how_to_restore(folder)}"
             )
 
 
@@ -163,14 +168,17 @@ def require_shapes(folder: Path, config: PretrainedConfig, shapes: Mapping[str, 
             if remote_code.OPTION in str(error):
                 raise
             raise ModelError(
-                f"{folder}: no model can be built from config.json ({one_line(error)}). {ADVICE}"
+                f"{folder}: no model can be built from config.json ({one_line(error)}). {how_to_restore(folder)}"
             ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
     for name, shape in sorted(shapes.items()):
         found = expected.get(f"{name}.weight")
         if found != shape:
             described = "no such matrix" if found is None else f"{list(found)}"
-            raise RunError(f"{folder}: {name} is {list(shape)}, and a model of config.json has {described}. {ADVICE}")
+            raise RunError(
+                f"{folder}: {name} is {list(shape)}, and a model of config.json has {described}. "
+                f"{how_to_restore(folder)}"
+            )
 
 
 def _check_quantizer(folder: Path, settings: object) -> None:
@@ -182,5 +190,5 @@ def _check_quantizer(folder: Path, settings: object) -> None:
         found = "no quantization_config" if settings is None else f"a quantization_config of {readers.show(method)}"
         raise RunError(
             f"{folder}: {MANIFEST} has the scheme of a frozen checkpoint, and {config_check.CONFIG} has {found}. "
-            f"{ADVICE}"
+            f"{how_to_restore(folder)}"
         )

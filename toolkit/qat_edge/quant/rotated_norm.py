@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
 from qat_edge.errors import RunError
+from qat_edge.manifest import how_to_restore
 from qat_edge.quant.module_class import wrap_class
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def load(read: Callable[..., Any], folder: Path) -> PreTrainedModel:
     mismatched -= {f"{name}.{WEIGHT}" for name in stored}
     if mismatched:
         names = ", ".join(sorted(mismatched))
-        raise RunError(f"{folder}: {names} is of another shape than the model's. Make it again.")
+        raise RunError(f"{folder}: {names} is of another shape than the model's. {how_to_restore(folder)}")
 
     # transformers left these norms as they were initialized.
     for name, (rotation, gain) in stored.items():
