@@ -188,7 +188,8 @@ def finetune(
         clip_gradients: Clip the gradients of weights and learned scales by their common norm, or each by its own,
             with those of scales reduced as in LSQ. One of together, apart.
         device: Where to train. One of auto, cpu, cuda.
-        precision: Autocast of matrix products; weights and rounding stay float32. One of auto, bf16, fp32.
+        precision: Autocast of matrix products; weights and rounding stay float32. 'auto' is bf16 where the GPU or
+            CPU has instructions for it. One of auto, bf16, fp32.
         base: Storage of the frozen base weights under the adapters. One of fp32, nf4, int8.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         save_every: Steps between checkpoints for --resume.

@@ -213,7 +213,8 @@ class FinetuneOptions:
 
     device: str = option("Where to train.", "auto", ("auto", "cpu", "cuda"), group=HARDWARE)
     precision: str = option(
-        "Autocast of matrix products; weights and rounding stay float32.",
+        "Autocast of matrix products; weights and rounding stay float32. 'auto' is bf16 where the GPU or CPU has "
+        "instructions for it.",
         "auto", ("auto", "bf16", "fp32"), group=HARDWARE,
     )  # fmt: skip
     base: str = option("Storage of the frozen base weights under the adapters.", "fp32", BASES, group=HARDWARE)

@@ -28,6 +28,7 @@ from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
+from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
@@ -127,7 +128,8 @@ def prepare_training(
     _report_scheme(model, weights)
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
-    metadata |= {"device": device, "bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
+    metadata |= {"device": device, "precision": precision}
+    metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
@@ -185,6 +187,8 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
     progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    if precision == "bf16" and not gains_from_bfloat16(device):
+        progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision
 
 
@@ -206,13 +210,12 @@ def choose_precision(requested: str, device: str) -> str:
     Raises:
         UsageError: bfloat16 is requested and the GPU does not support it.
     """
-    # GPUs before Ampere only emulate bfloat16, which gains nothing.
-    supported = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if requested == "bf16" and not supported:
+    gains = gains_from_bfloat16(device)
+    if requested == "bf16" and device == "cuda" and not gains:
         raise UsageError(
             f"--precision bf16: {torch.cuda.get_device_name()} does not support bfloat16. Use --precision auto or fp32."
         )
-    return "bf16" if requested != "fp32" and supported else "fp32"
+    return requested if requested != "auto" else "bf16" if gains else "fp32"
 
 
 def describe_device(device: str) -> str:

@@ -24,6 +24,7 @@ from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen, frozen_config, rotation, scheme
+from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq import methods
@@ -126,9 +127,9 @@ def _scales(
         return methods.apply(merged.model, merged.scheme, options.method, []), None
 
     batches, record = _calibration(run, merged, options)
-    # Matrix products in bfloat16, as in training: four times faster on CPUs with bfloat16 instructions. Statistics and
-    # rounding stay float32.
-    with torch.autocast("cpu", torch.bfloat16):
+    # Matrix products in bfloat16 where that is faster, as in training: four times on CPUs with bfloat16 instructions.
+    # Statistics and rounding stay float32.
+    with torch.autocast("cpu", torch.bfloat16, enabled=gains_from_bfloat16("cpu")):
         return methods.apply(merged.model, merged.scheme, options.method, batches), record
 
 
