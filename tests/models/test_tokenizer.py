@@ -83,7 +83,7 @@ def test_settings_that_no_tokenizer_has_are_refused(tokenizer: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model_max_length": "x"}, {"model_max_length": True}, {"padding_side": 1}],
+    [{"model_max_length": "x"}, {"model_max_length": True}, {"padding_side": 1}, {"model_input_names": []}],
 )
 def test_settings_that_no_text_can_be_encoded_with_name_file_and_key(
     tokenizer: Any, tmp_path: Path, changes: dict[str, Any]

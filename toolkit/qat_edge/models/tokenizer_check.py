@@ -126,12 +126,14 @@ def check_settings(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         ModelError: Names the setting.
     """
-    length, sides = tokenizer.model_max_length, ("left", "right")
+    length, sides, names = tokenizer.model_max_length, ("left", "right"), tokenizer.model_input_names
     is_length = isinstance(length, int | float) and not isinstance(length, bool) and length >= 1
     faults = {
         "model_max_length": (not is_length, length, "a number of 1 or more"),
         "padding_side": (tokenizer.padding_side not in sides, tokenizer.padding_side, "left or right"),
         "truncation_side": (tokenizer.truncation_side not in sides, tokenizer.truncation_side, "left or right"),
+        # The first one is what `pad` pads.
+        "model_input_names": (list(names[:1]) != ["input_ids"], names, "a list that begins with input_ids"),
     }
     for key, (is_wrong, value, expected) in faults.items():
         if is_wrong:
