@@ -312,6 +312,22 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[int]]]:
     yield plan
 
 
+def test_a_run_folder_that_was_removed_is_not_made_again(
+    options: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, step = tmp_path / "run", QatTrainer.training_step
+
+    def removing(self: QatTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            shutil.rmtree(out)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(QatTrainer, "training_step", removing)
+    with pytest.raises(RunError, match="was removed or replaced by another process"):
+        finetune(options, out)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(("step", "signum"), [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGHUP)])
 def test_a_signal_saves_the_step_and_names_the_command(
     options: FinetuneOptions, tmp_path: Path, stop_at: dict[int, list[int]], step: int, signum: signal.Signals

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from qat_edge import previous_run, storage
 from qat_edge.errors import RunError
@@ -28,13 +28,20 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
+class _Held(NamedTuple):
+    """A lock of this process: the thread that took it, and device and inode of the file."""
+
+    thread: int
+    file: tuple[int, int]
+
+
 class _Folder(Protocol):
     @property
     def path(self) -> Path: ...
 
 
 _Run = TypeVar("_Run", bound=_Folder)
-_held: dict[Path, int] = {}  # folder -> thread of this process that holds its lock
+_held: dict[Path, _Held] = {}  # by folder
 
 
 def writes_run(verb: str) -> Callable[[Callable[Concatenate[_Run, P], Result]], Callable[Concatenate[_Run, P], Result]]:
@@ -72,14 +79,14 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
     """
     made = _make(folder) if create else []
     key = folder.resolve()
-    if _held.get(key) == threading.get_ident():
+    if key in _held and _held[key].thread == threading.get_ident():
         yield
         return
 
     previous_run.refuse_links(folder)
     before = _names(folder)
     with _locked(folder, verb):
-        _held[key] = threading.get_ident()
+        _held[key] = _Held(threading.get_ident(), _identity(folder / LOCK))
         try:
             with storage.disk_errors(folder):
                 for part in (folder, folder / "checkpoints", folder / "exports"):
@@ -94,6 +101,30 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
                 # A folder that is none of ours, and was refused, stays as it was.
                 if LOCK not in before and _names(folder) == before | {LOCK}:
                     (folder / LOCK).unlink()
+
+
+def require_held(folder: Path) -> None:
+    """Refuse to write into a run folder that was removed or replaced since this process took its lock.
+
+    Raises:
+        RunError: The lock in it is another file, or gone.
+    """
+    held = _held.get(folder.resolve())
+    if held is None:
+        return
+    with suppress(OSError):
+        if _identity(folder / LOCK) == held.file:
+            return
+    raise RunError(
+        f"{folder} was removed or replaced by another process while this one wrote into it. What it held is lost; "
+        "choose another run folder and begin again."
+    )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return device and inode of a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qat_edge import progress
+from qat_edge import progress, run_lock
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.options import FinetuneOptions
 from qat_edge.progress import Bar
@@ -330,8 +330,10 @@ class QatTrainer(Trainer):
 
         Raises:
             ModelError: A trained weight is not finite: the checkpoints that exist are better than this one.
-            RunError: It cannot be written.
+            RunError: It cannot be written, or the run folder is gone.
         """
+        folder = Path(str(self.args.output_dir))
+        run_lock.require_held(folder.parent)
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         step = self.state.global_step
         divergence.require_finite(trained, f"after step {step}")
@@ -348,7 +350,7 @@ class QatTrainer(Trainer):
                 path.rename(work / path.name)
             written.rmdir()
 
-        checkpoints.save(Path(str(self.args.output_dir)), step, write)
+        checkpoints.save(folder, step, write)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder that checkpoints are written below."""
