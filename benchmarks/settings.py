@@ -6,7 +6,7 @@ Recipes are overrides of FinetuneOptions' defaults; `check_recipes` refuses an u
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +58,33 @@ ABLATION: Mapping[str, Overrides] = {
     "QAT from the first step and nothing else": FORMULATION,
 }
 
-# Models of `benchmarks.two_bits`. PTQ alone comes after the last step.
-TWO_BITS_TOKENS = 16384
-_TWO_BITS: Overrides = {"calibration_tokens": TWO_BITS_TOKENS, "weight_bits": 2}
-TWO_BITS: Mapping[str, Overrides] = {
-    "4 bits, PTQ": {"calibration_tokens": TWO_BITS_TOKENS, "qat_start": AFTER_ALL},
-    "2 bits, PTQ": {**_TWO_BITS, "qat_start": AFTER_ALL},
-    "2 bits, QAT": {**_TWO_BITS, "qat_start": 0.5, "qat_learning_rate": 5e-5},
-    "2 bits, QAT of scales": {**_TWO_BITS, "qat_start": 0.5, "codes": "fixed"},
+# Models of `benchmarks.frontier`: each scheme with PTQ alone, after the last step, and with QAT for half of the steps.
+PTQ = "PTQ"
+FRONTIER_TOKENS = 16384
+SCHEMES: Mapping[str, Overrides] = {
+    "4 bits": {},
+    "4 bits, groups of 64": {"group_size": 64},
+    "4 bits, embedding and head too": {"embedding_bits": 4, "head_bits": 4},
+    "2 bits": {"weight_bits": 2},
+    "2 bits, groups of 64": {"weight_bits": 2, "group_size": 64},
 }
+FINISHES: Mapping[str, Overrides] = {
+    PTQ: {"qat_start": AFTER_ALL},
+    "QAT": {"qat_start": 0.5},
+    "QAT of scales": {"qat_start": 0.5, "codes": "fixed"},
+}
+# QAT of weights at 2 bits diverges at the rate of 4 bits.
+_RATES: Mapping[str, Overrides] = {"2 bits": {"qat_learning_rate": 5e-5}}
+
+
+def _frontier() -> Iterator[tuple[str, Overrides]]:
+    for scheme, changes in SCHEMES.items():
+        for finish, recipe in FINISHES.items():
+            rates = _RATES.get(scheme.split(",")[0], {}) if finish == "QAT" else {}
+            yield f"{scheme}, {finish}", {"calibration_tokens": FRONTIER_TOKENS, **changes, **recipe, **rates}
+
+
+FRONTIER: Mapping[str, Overrides] = dict(_frontier())
 
 # Step time and peak memory are measured for these schemes, one after the other; the first is the unit of the others.
 LORA = "plain LoRA"
@@ -183,7 +201,7 @@ def check_recipes() -> None:
     """
     tables = {
         "ABLATION": ABLATION,
-        "TWO_BITS": TWO_BITS,
+        "FRONTIER": FRONTIER,
         "COSTS": COSTS,
         "PLAIN_LORA": {FP32: PLAIN_LORA},
         "FORMULATION": {"": FORMULATION},
@@ -213,10 +231,10 @@ def check_overrides(where: str, overrides: Overrides) -> None:
 
 
 def recipe(name: str, steps: int) -> dict[str, Any]:
-    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION or TWO_BITS."""
+    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION or FRONTIER."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
-    return {} if name == RECOMMENDED else _at_the_end({**ABLATION, **TWO_BITS}[name], steps)
+    return {} if name == RECOMMENDED else _at_the_end({**ABLATION, **FRONTIER}[name], steps)
 
 
 def _at_the_end(overrides: Overrides, steps: int) -> dict[str, Any]:

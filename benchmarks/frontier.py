@@ -1,23 +1,24 @@
-"""What QAT adds to PTQ at 2 bits: `python -m benchmarks.two_bits` measures it and writes docs/two-bits.md.
+"""Accuracy against size: `python -m benchmarks.frontier` measures PTQ and QAT at equal steps, writes docs/frontier.md.
 
 Every model trains for the same number of steps on the assistant task, is exported to ONNX, and answers the same
-held-out requests in onnxruntime (`qat-edge eval --task rows`). Models are compared request by request. A cell is one
-model with one seed; finished cells are kept as in `benchmarks.accuracy`, and docs/two-bits.json has those of the page.
+held-out requests in onnxruntime (`qat-edge eval --task rows`). QAT is compared with PTQ of its scheme request by
+request. A cell is one model with one seed; finished cells are kept as in `benchmarks.accuracy`, and
+docs/frontier.json has those of the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import page, settings
+from benchmarks import chart, page, settings
 from benchmarks.cells import Cell, publish
 from benchmarks.page import MISSING
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
-from benchmarks.settings import FP32, SETTINGS
+from benchmarks.settings import FINISHES, FP32, PTQ, SCHEMES, SETTINGS
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
@@ -30,37 +31,36 @@ from qat_edge.storage import write_text
 
 TASK = "assistant"
 STEPS, QUESTIONS = 120, 200
-TITLES = {
-    FP32: "FP32 fine-tune",
-    "4 bits, PTQ": "4 bits, PTQ alone",
-    "2 bits, PTQ": "2 bits, PTQ alone",
-    "2 bits, QAT": "2 bits, PTQ, then QAT of weights and scales",
-    "2 bits, QAT of scales": "2 bits, PTQ, then QAT of scales alone",
-}
-BASELINE = "2 bits, PTQ"
 NONE_SHOWN = "no difference shown"
 # Held-out rows as `eval` names its tasks: right answers, and nats per token.
 SCORES = own_rows.TASKS
+MARKS = {PTQ: "square", "QAT": "diamond", "QAT of scales": "circle"}
 
 
 def main() -> None:
     """Measure the missing cells and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.two_bits", description=main.__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/two-bits"), help="folder of runs and finished cells")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=main.__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="folder of runs and finished cells")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, one training of each model each"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "two-bits.md", help="page to write")
+    parser.add_argument(
+        "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), metavar="SCHEME",
+        help=f"schemes to measure: {'; '.join(SCHEMES)}",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "frontier.md", help="page to write")
     parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
     given = parser.parse_args()
     quiet_libraries(verbose=False)
     try:
+        settings.check_recipes()
         model = str(Path(fetch_demo_model(ROOT / ".cache" / "qat-edge")).resolve())
         runner = BenchmarkRunner(
             given.work, model, "cpu", SETTINGS["reduced"], published=given.out.with_suffix(".json")
         )
+        names = [FP32, *(model_name(scheme, finish) for scheme in given.schemes for finish in FINISHES)]
         for seed in [] if given.page_only else given.seeds:
-            for name in TITLES:
+            for name in names:
                 progress.info(f"{name}, seed {seed}")
                 runner.measure_once(cell(runner, name, seed), partial(measure, runner, name, seed))
         write(runner, given.seeds, given.out)
@@ -68,9 +68,14 @@ def main() -> None:
         raise SystemExit(f"Error: {error}") from error
 
 
+def model_name(scheme: str, finish: str) -> str:
+    """Return the name of a model in settings.FRONTIER."""
+    return f"{scheme}, {finish}"
+
+
 def training_of(name: str, seed: int) -> Training:
     """Return the training of a model; the FP32 fine-tune is the reference of the run that is rounded after it."""
-    return Training(TASK, seed, STEPS, "4 bits, PTQ" if name == FP32 else name)
+    return Training(TASK, seed, STEPS, model_name("4 bits", PTQ) if name == FP32 else name)
 
 
 def cell(runner: BenchmarkRunner, name: str, seed: int) -> Cell:
@@ -115,44 +120,70 @@ def scores(runner: BenchmarkRunner, name: str, seeds: Sequence[int], task: str) 
     return found
 
 
+# --- page --------------------------------------------------------------------------------------------------
+
+
 def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
-    """Write the page, and the cells behind it next to it."""
-    cells = [cell(runner, name, seed) for seed in seeds for name in TITLES]
+    """Write the page, its plot, and the cells behind it next to it."""
+    models = {model_name(scheme, finish): (scheme, finish) for scheme in SCHEMES for finish in FINISHES}
+    cells = [cell(runner, name, seed) for seed in seeds for name in (FP32, *models)]
     records = [record for each in cells if (record := runner.store.record(each)) is not None]
-    lines = [page.table(("", ""), page.provenance(records))] if records else []
-    heads = ("model", "weights", "right answers", f"difference from {BASELINE}", "nats per token", "difference")
-    text = "\n\n".join(
-        [
-            "# QAT at 2 bits",
-            "`python -m benchmarks.two_bits` writes this page from the JSON files of its measurements. SmolLM2-135M-"
-            f"Instruct trains for {STEPS} steps of 8 rows on the demo's assistant task: the FP32 fine-tune and the PTQ "
-            "models with LoRA alone, the QAT models with LoRA for half of them. PTQ is rotation and coordinate "
-            f"descent on {settings.TWO_BITS_TOKENS} tokens. Models then answer {QUESTIONS} held-out requests for each "
-            f"of {len(seeds)} seeds in onnxruntime, FP32 in torch. Brackets are 95% intervals, of differences paired "
-            f'by request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
-            *lines,
-            page.table(heads, (_row(runner, name, seeds) for name in TITLES)),
-        ]
-    )
-    write_text(path, text + "\n")
+    sizes = {record["cell"]["name"]: record["figures"]["size_bytes"] for record in records}
+    rows = [_row(runner, FP32, FP32, "FP32 fine-tune", "float32", seeds)]
+    for name, (scheme, _) in models.items():
+        size = sizes.get(name)
+        rows.append(
+            _row(runner, name, model_name(scheme, PTQ), name, megabytes(size) + " MB" if size else MISSING, seeds)
+        )
+    heads = ("model", "weights", "right answers", "QAT less PTQ", "nats per token", "QAT less PTQ")
+    text = [
+        "# Accuracy against size",
+        "`python -m benchmarks.frontier` writes this page from the JSON files of its measurements. SmolLM2-135M-"
+        f"Instruct trains for {STEPS} steps of 8 rows on the demo's assistant task: the FP32 fine-tune and the models "
+        "of PTQ with LoRA alone, the models of QAT with LoRA for half of them. PTQ is rotation and coordinate descent "
+        f"on {settings.FRONTIER_TOKENS} tokens, and QAT begins from its result. Models then answer {QUESTIONS} "
+        f"held-out requests for each of {len(seeds)} seeds in onnxruntime, FP32 in torch. Brackets are 95% intervals, "
+        f'of differences paired by request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+    ]
+    picture = _plot(runner, seeds, models, sizes)
+    if picture:
+        write_text(path.with_suffix(".svg"), picture)
+        text.append(f"![Right answers against the size of the weights]({path.with_suffix('.svg').name})")
+    text += [page.table(("", ""), page.provenance(records))] if records else []
+    write_text(path, "\n\n".join([*text, page.table(heads, rows)]) + "\n")
     publish(records, path.with_suffix(".json"))
     progress.info(f"Wrote {path}")
 
 
-def _row(runner: BenchmarkRunner, name: str, seeds: Sequence[int]) -> list[str]:
-    figures = runner.store.get(cell(runner, name, seeds[0]))
-    size_bytes = None if figures is None else figures["size_bytes"]
-    row = [
-        TITLES[name],
-        MISSING if figures is None else "float32" if size_bytes is None else f"{megabytes(size_bytes)} MB",
-    ]
+def _plot(
+    runner: BenchmarkRunner,
+    seeds: Sequence[int],
+    models: Mapping[str, tuple[str, str]],
+    sizes: Mapping[str, int | None],
+) -> str:
+    """Return a plot of right answers against size as SVG; empty where no model is measured."""
+    points: dict[str, list[chart.Point]] = {finish: [] for finish in FINISHES}
+    for name, (_, finish) in models.items():
+        found, size = scores(runner, name, seeds, own_rows.ANSWERS), sizes.get(name)
+        if found and size:
+            points[finish].append(chart.Point(size / 1e6, paired.mean(found).value * 100, name))
+    float_answers = scores(runner, FP32, seeds, own_rows.ANSWERS)
+    level = paired.mean(float_answers).value * 100 if float_answers else None
+    return chart.scatter(
+        "frontier", "Right answers; dashed: FP32", ("MB of weights", "%"),
+        {MARKS[finish]: (finish, found) for finish, found in points.items()}, level,
+    )  # fmt: skip
+
+
+def _row(runner: BenchmarkRunner, name: str, baseline: str, title: str, size: str, seeds: Sequence[int]) -> list[str]:
+    row = [title, size]
     for task in SCORES:
-        found, base = scores(runner, name, seeds, task), scores(runner, BASELINE, seeds, task)
+        found, base = scores(runner, name, seeds, task), scores(runner, baseline, seeds, task)
         if not found:
             return [*row[:2], *[MISSING] * 4]
         mean = paired.mean(found)
         row.append(f"{_figure(task, mean.value)} ({_figure(task, mean.low)} to {_figure(task, mean.high)})")
-        row.append("" if name == BASELINE or not base else _difference(task, paired.difference(found, base)))
+        row.append("" if name == baseline or not base else _difference(task, paired.difference(found, base)))
     return row
 
 

@@ -1,0 +1,52 @@
+"""The page of accuracy against size: figures come from cells, differences are paired, missing cells say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import frontier, settings
+from benchmarks.runner import BenchmarkRunner, Figures
+from benchmarks.settings import FP32, SETTINGS
+
+
+def figures(right: int, nats: float, size_bytes: int | None) -> Figures:
+    """Return the figures of a model that answers the first `right` of 40 rows."""
+    rows = [[f"prompt-{i}", float(i < right), 1] for i in range(40)]
+    return {"rows": rows, "rows_loss": [[f"row-{i}", nats * 10, 10] for i in range(40)], "size_bytes": size_bytes}
+
+
+def test_qat_is_compared_with_ptq_of_its_scheme_row_by_row(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path / "work", str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    path = tmp_path / "page.md"
+    frontier.write(runner, [0], path)
+    assert path.read_text().count("not measured | not measured") >= 2 * len(settings.FRONTIER)
+    assert not path.with_suffix(".svg").exists()
+
+    measured = {
+        FP32: figures(30, 0.1, None),
+        "4 bits, PTQ": figures(29, 0.1, 90_000_000),
+        "2 bits, PTQ": figures(10, 0.3, 60_000_000),
+        "2 bits, QAT": figures(12, 0.3, 60_000_000),
+        "2 bits, QAT of scales": figures(24, 0.2, 60_000_000),
+    }
+    for name, found in measured.items():
+        runner.store.put(frontier.cell(runner, name, 0), found, 1.0)
+    frontier.write(runner, [0], path)
+    rows = {line.split(" | ")[0].strip("| "): line for line in path.read_text().splitlines() if line.startswith("| ")}
+    assert "| float32 | 75.0% (" in rows["FP32 fine-tune"]
+    assert "90.0 MB | 72.5% (" in rows["4 bits, PTQ"]
+    # Two more right answers of 40 may be chance.
+    assert "60.0 MB | 30.0% (" in rows["2 bits, QAT"] and "no difference shown" in rows["2 bits, QAT"]
+    scales = rows["2 bits, QAT of scales"]
+    assert "60.0% (" in scales and "35.0% (" in scales and "-0.1" in scales
+    assert "not measured" in rows["4 bits, QAT"]
+    assert path.with_suffix(".json").is_file()
+    drawn = path.with_suffix(".svg").read_text()
+    assert drawn.count("<title>2 bits, ") == 3 and "4 bits, PTQ: 90, 72.5" in drawn
+
+
+def test_every_scheme_has_each_finish() -> None:
+    assert len(settings.FRONTIER) == len(settings.SCHEMES) * len(settings.FINISHES)
+    assert settings.FRONTIER["2 bits, QAT"]["qat_learning_rate"] == 5e-5
+    assert "qat_learning_rate" not in settings.FRONTIER["4 bits, QAT"]
+    settings.check_recipes()
