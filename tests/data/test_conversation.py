@@ -105,6 +105,61 @@ def test_the_prompt_of_generation_is_what_precedes_a_trained_answer(template: st
     assert row["labels"][len(generated)] != IGNORED
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_text_that_brings_its_own_begin_and_end_gets_no_second_one(adds_bos: bool) -> None:
+    tokenizer = tokenizer_for(None, adds_bos=adds_bos)
+    first = tokenizer.bos_token if adds_bos else ""
+    last = tokenizer.eos_token
+    plain: list[Row] = [Completion("in the ", "then", "row"), Text("one", "row"), Text("two", "row")]
+    framed: list[Row] = [
+        Completion(f"{first}in the ", f"then{last}\n", "row"), Text(f"{first}one{last}", "row"),
+        Text(f"{first}two{last}\n", "row"),
+    ]  # fmt: skip
+    ours, theirs = (tokenization.tokenize(rows, tokenizer, 64) for rows in (plain, framed))
+    assert list(theirs.rows) == list(ours.rows)
+    assert not ours.notes and "3 rows spell the token that the tokenizer begins or ends a text with" in theirs.notes[0]
+    assert text_prompt(f"{first}in the ", tokenizer).ids == text_prompt("in the ", tokenizer).ids
+    assert text_prompt(f"{first}in the ", tokenizer).text == text_prompt("in the ", tokenizer).text
+
+
+def test_a_text_with_an_end_token_inside_still_ends() -> None:
+    tokenizer = tokenizer_for(None)
+    (row,) = tokenization.tokenize([Completion("a ", f"b{tokenizer.eos_token} c", "row")], tokenizer, 64).rows
+    end = tokenizer.eos_token_id
+    assert row["input_ids"].count(end) == 2 and row["input_ids"][-1] == end
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Completion("a ", "<|python_tag|>{}<|im_end|>", "row"),
+        Chat([QUESTION, {"role": "assistant", "content": "<|python_tag|>{}"}], "row"),
+    ],
+)
+def test_an_answer_with_special_tokens_equals_its_own_row(row: Row) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    tokenizer.add_tokens(["<|python_tag|>"], special_tokens=True)
+    (trained,) = tokenization.tokenize([row], tokenizer, 512).rows
+    answer = [label for label in trained["labels"] if label != IGNORED]
+    ((_, expected),) = tokenization.prompts([row], tokenizer)
+    reader = AnswerReader(tokenizer)
+    assert outputs_match(reader.from_ids(answer), reader.from_text(expected))
+    # Native runners may write the tokens as text.
+    assert reader.from_text(tokenizer.decode(answer)) == "{}"
+    assert not outputs_match(reader.from_ids(tokenizer.encode("[]")), reader.from_text(expected))
+
+
+def test_template_arguments_that_differ_are_named() -> None:
+    tokenizer = tokenizer_for("{{ tone | default('calm') }}" + CHATML)
+    rows = [Chat([QUESTION, ANSWER], "row", template_arguments={"tone": "loud"}) for _ in range(2)]
+    same = tokenization.tokenize(rows, tokenizer, 512)
+    assert same.template_arguments == {"tone": "loud"}
+    assert not any("differ between rows" in note for note in same.notes)
+    other = tokenization.tokenize([*rows, Chat([QUESTION, ANSWER], "row")], tokenizer, 512)
+    assert other.template_arguments == {}
+    assert any("chat_template_kwargs differ between rows ('tone')" in note for note in other.notes)
+
+
 def test_a_completion_and_a_raw_prompt_begin_alike() -> None:
     tokenizer = tokenizer_for(None, adds_bos=True)
     (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows

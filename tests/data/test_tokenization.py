@@ -398,9 +398,8 @@ def test_empty_texts_are_left_out_and_counted(tokenizer: Any) -> None:
 
 def test_rows_that_train_an_end_alone_are_counted(tokenizer: Any) -> None:
     rows = [Completion("a", "<|im_end|>", "1"), Completion("a", "b", "2"), Chat(DIALOGUE, "3")]
-    assert tokenization.tokenize(rows, tokenizer, 512).notes == (
-        "1 rows train an end token alone: the model learns to answer nothing there",
-    )
+    notes = tokenization.tokenize(rows, tokenizer, 512).notes
+    assert notes[-1] == "1 rows train an end token alone: the model learns to answer nothing there"
     # A template may write less than the message has.
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim('.')")
     dots = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "..."}]

@@ -75,10 +75,27 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def ended_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of a completion or a text with the end token after them.
+
+    Where the text spells the end token at its end, it gets no second one, and white space after it is left out.
+    """
+    end = end_ids(tokenizer)
+    if not end or end[0] not in ids:
+        return ids + end
+    last = len(ids) - ids[::-1].index(end[0])
+    return ids + end if str(tokenizer.decode(ids[last:])).strip() else ids[:last]
+
+
 def text_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return a text without a chat template as a prompt, as training sees the prompt of a completion."""
-    lead = leading_ids(tokenizer)
-    return Prompt((tokenizer.bos_token if lead else "") + text, lead + encode(text, tokenizer))
+    """Return a text without a chat template as a prompt, as training sees the prompt of a completion.
+
+    A text that spells the beginning-of-sequence token at its beginning gets no second one.
+    """
+    lead, ids = leading_ids(tokenizer), encode(text, tokenizer)
+    if not lead or ids[:1] == lead:
+        return Prompt(text, ids)
+    return Prompt(tokenizer.bos_token + text, lead + ids)
 
 
 def extend_ids(ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -301,8 +318,8 @@ class AnswerReader:
         """Return the answer in a generated text."""
         if self._start and self._start in text:
             text = text.partition(self._start)[2]
-            for token in self._special:
-                text = text.replace(token, "")
+        if any(token in text for token in self._special):
+            text = str(self._tokenizer.decode(encode(text, self._tokenizer), skip_special_tokens=True))
         return text.strip().removesuffix(self._end) if self._end else text
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.data.chat_template import encode
-from qat_edge.data.conversation import ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
+from qat_edge.data.conversation import ChatFormat, end_ids, ended_ids, extend_ids, leading_ids, text_prompt
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
+from qat_edge.readers import shorten
 
 ALL_EMPTY = "The 'text' of every row is empty, so there is nothing to predict"
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
@@ -74,7 +76,7 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
         ModelError: The chat template cannot be used at all.
     """
     # One pass: neither rows nor examples are kept in memory.
-    facts, counts, chat_format = _RowFacts(), _Counts(), ChatFormat(tokenizer)
+    facts, counts, chat_format = _RowFacts(tokenizer), _Counts(), ChatFormat(tokenizer)
     examples = _examples(facts.watch(rows), chat_format, max_length)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
     if not done and facts.empty_texts == facts.rows:
@@ -86,9 +88,9 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
         )
     return TokenizedRows(
         done, counts.truncated, counts.cut, counts.dropped, counts.tokens, counts.trained,
-        notes=(*chat_format.notes(), *facts.unused(), *counts.notes()),
+        notes=(*chat_format.notes(), *facts.notes(), *counts.notes()),
         end_of_turn=tuple(chat_format.ends),
-        template_arguments=facts.common_arguments or {},
+        template_arguments=facts.common_arguments,
     )  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def scored_ids(
     # Position i predicts token i + 1, so labels are shifted by one.
     found: list[ScoredIds] = []
     left, cut, left_out = limit, 0, 0
-    facts = _RowFacts()
+    facts = _RowFacts(tokenizer)
     for ids, labels in _examples(facts.watch(rows), ChatFormat(tokenizer), window):
         positions = [i for i, label in enumerate(labels[1:window]) if label != IGNORED][:left]
         if len(ids) > window:
@@ -236,17 +238,22 @@ class _RowFacts:
     """Facts about rows, collected while they pass.
 
     Attributes:
+        tokenizer: The model's tokenizer.
         rows: Their number.
         empty_texts: Number of texts that are empty or white space.
         unused_keys: Number of texts with a key that only encoders use, by key.
-        common_arguments: Arguments of the chat template that all conversations share; empty where they differ, None
-            before the first conversation.
+        framed: Number of texts, prompts and completions that spell the token at which they begin or end.
+        first_arguments: Arguments of the chat template of the first conversation; None before it.
+        differing: Names of arguments of the chat template that not all conversations share.
     """
 
+    tokenizer: PreTrainedTokenizerBase
     rows: int = 0
     empty_texts: int = 0
     unused_keys: Counter[str] = field(default_factory=Counter)
-    common_arguments: dict[str, Any] | None = None
+    framed: int = 0
+    first_arguments: dict[str, Any] | None = None
+    differing: set[str] = field(default_factory=set)
 
     def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Pass the rows on."""
@@ -256,18 +263,55 @@ class _RowFacts:
                 self.empty_texts += _is_empty_text(row)
                 self.unused_keys["label"] += row.label is not None
                 self.unused_keys["text_pair"] += row.pair is not None
+                self.framed += self._is_framed(row.text, row.text)
+            elif isinstance(row, Completion):
+                self.framed += self._is_framed(row.prompt, row.completion)
             elif isinstance(row, Chat):
-                if self.common_arguments is None:
-                    self.common_arguments = dict(row.template_arguments)
-                elif self.common_arguments != row.template_arguments:
-                    self.common_arguments = {}
+                self._compare_arguments(row.template_arguments)
             yield row
+
+    def _is_framed(self, begin: str, end: str) -> bool:
+        """Return whether texts spell the token that the tokenizer begins a sequence with, or the one that ends it."""
+        first, last = self._frame
+        return bool((first and begin.startswith(first)) or (last and end.rstrip().endswith(last)))
+
+    @cached_property
+    def _frame(self) -> tuple[str | None, str | None]:
+        """Tokens that the tokenizer puts before and after a text; None for none."""
+        return self.tokenizer.bos_token if leading_ids(self.tokenizer) else None, self.tokenizer.eos_token
+
+    def _compare_arguments(self, arguments: dict[str, Any]) -> None:
+        first = self.first_arguments = arguments if self.first_arguments is None else self.first_arguments
+        if first != arguments:
+            shared = {name for name in first.keys() & arguments.keys() if first[name] == arguments[name]}
+            self.differing |= (first.keys() | arguments.keys()) - shared
+
+    @property
+    def common_arguments(self) -> dict[str, Any]:
+        """Arguments of the chat template that all conversations share; empty where they differ."""
+        return {} if self.differing else dict(self.first_arguments or {})
 
     def unused(self) -> list[str]:
         """Return a sentence about empty texts, and one about labels and second texts, which only encoders use."""
         lines = [f"{self.empty_texts} rows with an empty 'text' are left out"] if self.empty_texts else []
         found = ", ".join(f"'{key}' in {count} rows" for key, count in self.unused_keys.items() if count)
         return [*lines, f"Not used, because the model generates text: {found}"] if found else lines
+
+    def notes(self) -> list[str]:
+        """Return what is not used of the rows, and where they bring their own tokens and arguments, a sentence each."""
+        lines = self.unused()
+        if self.framed:
+            lines.append(
+                f"{self.framed} rows spell the token that the tokenizer begins or ends a text with: no second one is "
+                "added there"
+            )
+        if self.differing:
+            names = ", ".join(f"'{shorten(name)}'" for name in sorted(self.differing))
+            lines.append(
+                f"chat_template_kwargs differ between rows ({names}): the rows are trained with their own, and "
+                "`generate` gives the template none of them"
+            )
+        return lines
 
 
 def _is_empty_text(row: Row) -> bool:
@@ -301,14 +345,16 @@ def _kept_examples(
 def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
     """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
     tokenizer = chat_format.tokenizer
-    window = max_length - len(leading_ids(tokenizer))
+    lead = leading_ids(tokenizer)
+    window = max_length - len(lead)
     stream: list[int] = []
     for row in rows:
         if _is_empty_text(row):
             continue
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
-            stream += [*encode(row.text, tokenizer), *end_ids(tokenizer)]
+            ids = ended_ids(encode(row.text, tokenizer), tokenizer)
+            stream += ids[1:] if lead and ids[:1] == lead else ids  # each window begins with `lead`
             # Whole windows leave the stream, so that it does not grow with the number of texts.
             whole = len(stream) // window * window
             yield from _text_examples(stream[:whole], tokenizer, max_length)
@@ -335,8 +381,9 @@ def _text_examples(stream: list[int], tokenizer: PreTrainedTokenizerBase, max_le
 
 def _completion_example(row: Completion, tokenizer: PreTrainedTokenizerBase) -> _Example:
     prompt = text_prompt(row.prompt, tokenizer).ids
-    ids = extend_ids(prompt, row.prompt, row.prompt + row.completion, tokenizer) + end_ids(tokenizer)
-    return _Example(ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
+    ids = extend_ids(prompt, row.prompt, row.prompt + row.completion, tokenizer)
+    answer = ended_ids(ids[len(prompt) :], tokenizer)
+    return _Example(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
 def _chat_examples(row: Chat, chat_format: ChatFormat) -> Iterator[_Example]:

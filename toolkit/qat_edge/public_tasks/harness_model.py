@@ -137,7 +137,8 @@ class HarnessModel(LM):
 
     def _windows(self, text: str) -> list[ScoredIds]:
         """Cut a text into windows whose tokens are predicted once each."""
-        ids = [*(leading_ids(self.tokenizer) or self._eos_ids[:1]), *encode(text, self.tokenizer)]
+        ids = text_prompt(text, self.tokenizer).ids
+        ids = ids if leading_ids(self.tokenizer) else [*self._eos_ids[:1], *ids]
         step = self.context_length - 1
         windows = [ids[start : start + step + 1] for start in range(0, max(len(ids) - 1, 1), step)]
         return [ScoredIds(window, list(range(len(window) - 1))) for window in windows if len(window) > 1]
