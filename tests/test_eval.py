@@ -262,7 +262,7 @@ def test_prompts_are_those_of_training(run: Run, tmp_path: Path, as_text: bool) 
     """The prompt of a question is the beginning of its row, so that a model is asked what it was trained on."""
     tokenizer = load_tokenizer(run.quantized) if as_text else tokenizer_for(THINKING)
     written = write_task_rows("bfcl_simple", tmp_path / "rows", as_text=as_text)
-    trained = [ids for ids, _ in tokenization.prompts(load_rows(str(written.test)), tokenizer)]
+    trained = [prompt.ids for prompt in tokenization.prompts(load_rows(str(written.test)), tokenizer)]
     chosen = options("bfcl_simple", context_length=2048)
     prepared = TaskPrompts(run, load_task("bfcl_simple", cache_folder()), chosen, tokenizer).prepare()
     assert [each.prompt_ids for each in prepared] == trained

@@ -92,7 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         folders=folders,
         tokenizer=tokenizer,
         conversations=[row["input_ids"] for row in tokenization.tokenize(rows, tokenizer, 128).rows],
-        prompts=[ids for ids, _ in tokenization.prompts(rows, tokenizer)],
+        prompts=[prompt.ids for prompt in tokenization.prompts(rows, tokenizer)],
     )
 
 

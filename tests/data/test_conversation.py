@@ -89,7 +89,7 @@ def test_token_ids_and_labels_of_plain_rows_are_those_of_version_0_2(
 ) -> None:
     tokenizer = tokenizer_for(template, adds_bos=adds_bos)
     rows = list(tokenization.tokenize(GOLDEN_ROWS, tokenizer, 400).rows)
-    prompts = [[ids, text] for ids, text in tokenization.prompts(GOLDEN_ROWS, tokenizer)]
+    prompts = [[prompt.ids, prompt.expected] for prompt in tokenization.prompts(GOLDEN_ROWS, tokenizer)]
     assert hashlib.sha256(json.dumps([rows, prompts]).encode()).hexdigest() == expected
 
 
@@ -98,7 +98,7 @@ def test_the_prompt_of_generation_is_what_precedes_a_trained_answer(template: st
     tokenizer = tokenizer_for(template)
     (turn,) = ChatFormat(tokenizer).turns(Chat([QUESTION, ANSWER], "row"))
     (row,) = tokenization.tokenize([Chat([QUESTION, ANSWER], "row")], tokenizer, 512).rows
-    ((validated, _),) = tokenization.prompts([Chat([QUESTION, ANSWER], "row")], tokenizer)
+    ((validated, *_),) = tokenization.prompts([Chat([QUESTION, ANSWER], "row")], tokenizer)
     generated = ChatFormat(tokenizer).prompt([QUESTION]).ids
     assert generated == validated == turn.prompt_ids == row["input_ids"][: len(generated)]
     assert row["labels"][: len(generated)] == [IGNORED] * len(generated)
@@ -141,7 +141,7 @@ def test_an_answer_with_special_tokens_equals_its_own_row(row: Row) -> None:
     tokenizer.add_tokens(["<|python_tag|>"], special_tokens=True)
     (trained,) = tokenization.tokenize([row], tokenizer, 512).rows
     answer = [label for label in trained["labels"] if label != IGNORED]
-    ((_, expected),) = tokenization.prompts([row], tokenizer)
+    ((_, expected, *_),) = tokenization.prompts([row], tokenizer)
     reader = AnswerReader(tokenizer)
     assert outputs_match(reader.from_ids(answer), reader.from_text(expected))
     # Native runners may write the tokens as text.
@@ -247,7 +247,7 @@ def test_an_empty_block_of_reasoning_is_trained_and_no_part_of_the_answer() -> N
     tokenizer = tokenizer_for(THINKING, added=("<think>", "</think>"))
     chat = Chat([QUESTION, ANSWER], "row")
     assert trained_texts(chat, tokenizer) == ["<think>\n\n</think>\n\nOslo<|im_end|>"]
-    ((prompt, expected),) = tokenization.prompts([chat], tokenizer)
+    ((prompt, expected, *_),) = tokenization.prompts([chat], tokenizer)
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
     reader = AnswerReader(tokenizer)
     (turn,) = ChatFormat(tokenizer).turns(chat)
@@ -263,7 +263,7 @@ def test_reasoning_is_trained_and_the_answer_after_it_is_compared() -> None:
     reader = AnswerReader(tokenizer)
     assert reader.from_ids(tokenizer.encode("<think>\nOr so.\n</think>\n\nOslo")).strip() == "Oslo"
     inline = Chat([QUESTION, {"role": "assistant", "content": "<think>\nUp north.\n</think>\n\nOslo"}], "row")
-    ((_, expected),) = tokenization.prompts([inline], tokenizer)
+    ((_, expected, *_),) = tokenization.prompts([inline], tokenizer)
     assert reader.from_text(expected).strip() == "Oslo"
 
 
@@ -329,7 +329,7 @@ def test_calls_are_trained_and_results_are_not() -> None:
         f"<think>\n\n</think>\n\n{call}<|im_end|>",
         "<think>\n\n</think>\n\nYes.<|im_end|>",
     ]
-    (_, first), (last_prompt, last) = tokenization.prompts([chat], tokenizer)
+    (_, first, *_), (last_prompt, last, *_) = tokenization.prompts([chat], tokenizer)
     reader = AnswerReader(tokenizer)
     assert reader.from_text(first).strip() == call and last == "Yes."
     text = tokenizer.decode(last_prompt)
@@ -445,7 +445,7 @@ def test_messages_without_weight_have_no_loss() -> None:
     (row,) = tokenization.tokenize([chat], tokenizer, 512).rows
     assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == "Rome<|im_end|>"
     assert "Oslo" in tokenizer.decode(row["input_ids"])
-    ((_, expected),) = tokenization.prompts([chat], tokenizer)
+    ((_, expected, *_),) = tokenization.prompts([chat], tokenizer)
     assert expected == "Rome"
 
 

@@ -295,7 +295,7 @@ def test_loss_on_every_assistant_message_and_its_end_token(tokenizer: Any) -> No
 def test_a_prompt_is_a_prefix_of_its_training_row_even_where_tokens_merge(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.add_special_tokens(["t\nx"])  # straddles "assistant\n" and "x..."
     row = Chat([{"role": "user", "content": "go"}, {"role": "assistant", "content": "xylophone"}], "row")
-    ((prompt, expected),) = tokenization.prompts([row], tokenizer)
+    ((prompt, expected, *_),) = tokenization.prompts([row], tokenizer)
     (trained,) = tokenization.tokenize([row], tokenizer, 512).rows
     assert expected == "xylophone"
     assert trained["input_ids"][: len(prompt)] == prompt
@@ -337,7 +337,9 @@ def test_loss_on_the_completion_and_the_end_token(tokenizer: Any) -> None:
     (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows
     assert tokenizer.decode(row["input_ids"]) == "in the then<|im_end|>"
     assert trained_texts(row["input_ids"], row["labels"], tokenizer) == ["then<|im_end|>"]
-    ((prompt, expected),) = tokenization.prompts([Completion("in the ", "then", "row"), Text("x", "row")], tokenizer)
+    ((prompt, expected, *_),) = tokenization.prompts(
+        [Completion("in the ", "then", "row"), Text("x", "row")], tokenizer
+    )
     assert row["input_ids"][: len(prompt)] == prompt
     assert expected == "then"
 
@@ -438,7 +440,7 @@ def test_rows_after_the_limit_are_not_tokenized(tokenizer: Any) -> None:
     no_assistant = Chat([{"role": "user", "content": "x"}], "2")
     rows: list[Row] = [Completion("ab", "cd", "1"), no_assistant]
     assert [len(scored.positions) for scored in tokenization.scored_ids(rows, tokenizer, 64, 3)] == [3]
-    assert next(tokenization.prompts(rows, tokenizer))[1] == "cd"
+    assert next(tokenization.prompts(rows, tokenizer)).expected == "cd"
 
 
 def test_rows_without_a_token_to_compare_are_refused(tokenizer: Any) -> None:

@@ -94,8 +94,24 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
     )  # fmt: skip
 
 
-def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
-    """Yield prompt ids and expected output of each row's last assistant message or completion; texts have none.
+class PromptedAnswer(NamedTuple):
+    """A prompt of evaluation rows, and the answer that training teaches to it.
+
+    Attributes:
+        ids: Token ids of the prompt.
+        expected: Text of the answer, for exact match.
+        answer_ids: Token ids with a loss, the end of the answer included.
+        where: File and line of the row.
+    """
+
+    ids: list[int]
+    expected: str
+    answer_ids: list[int]
+    where: str
+
+
+def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[PromptedAnswer]:
+    """Yield the prompt and the answer of each row's last assistant message or completion; texts have none.
 
     A conversation with tool calls has a prompt for each assistant message: the call, and the answer to its result.
     """
@@ -104,9 +120,11 @@ def prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
         if isinstance(row, Chat):
             turns = chat_format.turns(row)
             calls_tools = any("tool_calls" in message for message in row.messages)
-            yield from ((turn.prompt_ids, turn.expected) for turn in (turns if calls_tools else turns[-1:]))
+            for turn in turns if calls_tools else turns[-1:]:
+                yield PromptedAnswer(turn.prompt_ids, turn.expected, turn.ids[: turn.trained], row.where)
         elif isinstance(row, Completion):
-            yield text_prompt(row.prompt, tokenizer).ids, row.completion
+            ids, answer = _completion_ids(row, tokenizer)
+            yield PromptedAnswer(ids, row.completion, answer, row.where)
 
 
 @dataclass(frozen=True)
@@ -379,10 +397,15 @@ def _text_examples(stream: list[int], tokenizer: PreTrainedTokenizerBase, max_le
             yield _Example(ids, list(ids))
 
 
-def _completion_example(row: Completion, tokenizer: PreTrainedTokenizerBase) -> _Example:
+def _completion_ids(row: Completion, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt, and those of its completion."""
     prompt = text_prompt(row.prompt, tokenizer).ids
     ids = extend_ids(prompt, row.prompt, row.prompt + row.completion, tokenizer)
-    answer = ended_ids(ids[len(prompt) :], tokenizer)
+    return prompt, ended_ids(ids[len(prompt) :], tokenizer)
+
+
+def _completion_example(row: Completion, tokenizer: PreTrainedTokenizerBase) -> _Example:
+    prompt, answer = _completion_ids(row, tokenizer)
     return _Example(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 

@@ -357,7 +357,7 @@ def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
     if prompt_source:
         if prompt_source != source:
             rows = load_rows(prompt_source, "eval")
-        prompts = list(islice(tokenization.prompts(rows, tokenizer), options.prompts))
+        prompts = [(each.ids, each.expected) for each in islice(tokenization.prompts(rows, tokenizer), options.prompts)]
 
     eos_ids = end_tokens(run.quantized)
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id

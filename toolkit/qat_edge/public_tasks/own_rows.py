@@ -56,8 +56,8 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
 
     reader = AnswerReader(tokenizer)
     questions = [
-        Question(f"prompt-{index}", expected=reader.from_text(expected), ids=ids)
-        for index, (ids, expected) in enumerate(tokenization.prompts(rows, tokenizer))
+        Question(f"prompt-{index}", expected=reader.from_text(each.expected), ids=each.ids)
+        for index, each in enumerate(tokenization.prompts(rows, tokenizer))
     ]
     if not questions:
         raise DataError(
