@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat_edge import progress
-from qat_edge.data import data_folders
+from qat_edge.data import class_labels, data_folders
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
 from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
@@ -203,7 +203,7 @@ def _parquet_records(path: Path) -> Records:
         records = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error.__cause__ or error}).") from error
-    yield from _decoded_records(records, f"{path}: row")
+    yield from class_labels.name_labels(_decoded_records(records, f"{path}: row"), records.features)
 
 
 def _txt_records(path: Path) -> Records:
@@ -236,6 +236,7 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
     offline = "" if is_folder else hub.unreachable_reason()
     described = is_folder and data_folders.require_own_files(Path(name))
     files: list[Path] = []
+    features: Mapping[str, Any] = {}
     try:
         # `save_to_disk` writes state.json, or dataset_dict.json for several parts.
         if any((Path(name) / record).is_file() for record in (data_folders.SAVED_PART, data_folders.SAVED_PARTS)):
@@ -246,20 +247,24 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
                 parts = {str(part): files for part, files in (builder.config.data_files or {}).items()}
                 split = split if described else data_folders.part_by_name(Path(name), parts, split)
                 files = _own_files(parts, split)
+            # Of the description of a data set, which may name labels that text files hold as numbers.
+            features = builder.info.features or {}
             if not files:
                 load = _load_texts if isinstance(builder, Csv) else datasets.load_dataset
                 data = load(name, split=split)
+                if is_folder:
+                    class_labels.require_same_names(parts, data.features)
     except (OSError, *WRONG_DATA, datasets.exceptions.DatasetsError) as error:
         reason = offline or " ".join(str(error.__cause__ or error).split())[:300]
         found = f"no data set with a part '{split}' was found there"
         outcome = f"{found} that can be read" if is_folder else f"no such file or folder, and {found} or on the Hub"
         raise DataError(f"{name}: {outcome} ({reason}). Check the name; '{name}:PART' names another part.") from error
-    for path in files:
-        yield from _file_records(path)
     if files:
-        return
-    for record, where in _decoded_records(data, f"{name}:{split}, row"):
-        yield _without_mark(record), where
+        records = (record for path in files for record in _file_records(path))
+    else:
+        features = features or data.features
+        records = ((_without_mark(record), row) for record, row in _decoded_records(data, f"{name}:{split}, row"))
+    yield from class_labels.name_labels(records, features)
 
 
 def _load_saved(name: str, split: str, named: bool) -> Dataset:
