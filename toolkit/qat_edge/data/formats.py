@@ -16,7 +16,7 @@ and three are for encoders:
 They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair` (scored and matching), which
 `data.row_parsing` checks. A .csv, .tsv or .parquet file has the keys as columns; a .txt file is one running text. Text
 files are UTF-8, with or without a byte-order mark. Keys that are not used are reported with their counts; null is
-absent.
+absent. A .json file holds a list of rows, or a row in each line like a .jsonl file.
 """
 
 from __future__ import annotations
@@ -158,11 +158,32 @@ def _jsonl_records(path: Path) -> Records:
 
 
 def _json_records(path: Path) -> Records:
+    # Many .json files hold JSON lines.
+    if _holds_lines(path):
+        yield from _jsonl_records(path)
+        return
     document = parse_json(read_text(path, DataError, max_bytes=MAX_FILE_BYTES), str(path), DataError)
     if not isinstance(document, list):
         raise DataError(f"{path}: expected a JSON list of rows, found {type_name(document)}.")
     for number, record in enumerate(document, start=1):
         yield record, f"{path}: row {number}"
+
+
+def _holds_lines(path: Path) -> bool:
+    """Return whether the first line of a file is a JSON object and further ones follow: such a file is not JSON."""
+    with path.open(encoding="utf-8-sig") as file:
+        # A list may be one line of gigabytes.
+        if file.read(1) != "{":
+            return False
+        line = "{" + file.readline(MAX_LINE_CHARACTERS)
+        try:
+            parse_json(line, str(path), DataError)
+        except DataError:
+            return False
+        while line := file.readline(MAX_LINE_CHARACTERS):
+            if line.strip():
+                return True
+        return False
 
 
 def _csv_records(path: Path) -> Records:
