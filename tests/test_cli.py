@@ -132,6 +132,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     [
         ("finetune: {lora_rnk: 4}", r"unknown key 'finetune.lora_rnk'. Did you mean 'lora_rank'\?"),
         ("finetun: {}", r"unknown section 'finetun'. Did you mean 'finetune'\?"),
+        ("model: m\ndata: d", r"'model' is outside of every section\. .* of 'finetune'.*: write the line 'finetune:'"),
+        (
+            "target: [onnx]\ndeployment: [qat]",
+            r"'target' is outside .* of 'compare', or of another .*\(export, validate\)",
+        ),
         ("finetune: {steps: many}", r"finetune.steps: expected int, found 'many'"),
         ("finetune: {steps: 0}", r"finetune.steps: 0 is below the least permitted value, 1"),
         ("finetune: {group_size: 48}", r"finetune.group_size: 48 is not one of 32, 64, 128"),

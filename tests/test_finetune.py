@@ -247,6 +247,7 @@ def test_unusable_target_modules_are_refused(
     [
         ({"eval_data": "/nowhere.jsonl"}, r"/nowhere\.jsonl: no such file"),
         ({"target_modules": ("nope",)}, "--target-modules: Target modules that are not in this model: nope"),
+        ({"target_modules": ("q_proj, up",)}, "Repeat the flag: --target-modules q_proj --target-modules up."),
         ({"target_modules": ("embed_tokens",)}, "--target-modules: embed_tokens is a "),
         ({"keep_layers": 5}, "--keep-layers 5: the model has 2 layers"),
         ({"bits": "bits.yaml"}, "names no weight of this model"),

@@ -131,6 +131,13 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: Any, messag
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_json_lines_are_read_whatever_the_suffix(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "lines.json"
+    path.write_text(mark + '{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
+    assert load_rows(str(path)) == [Text("a\u2028b", f"{path}:1"), Text("c", f"{path}:3")]
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
     with pytest.raises(DataError, match=r"bad\.jsonl:3: not JSON"):
@@ -141,6 +148,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text('{"text": "a"}')
     with pytest.raises(DataError, match="expected a JSON list of rows, found an object"):
         load_rows(str(tmp_path / "object.json"))
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(DataError, match=r"lines\.json:3: not JSON"):
+        load_rows(str(tmp_path / "lines.json"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         load_rows(str(tmp_path / "rows.parquet"))

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from conftest import make_tokenizer
 from qat_edge.data.chat_template import encode
+from qat_edge.data.rows import Chat
+from qat_edge.data.tokenization import tokenize
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.load import load_model
 from qat_edge.models.tokenizer import load_tokenizer
@@ -134,6 +136,27 @@ def test_one_of_two_chat_templates_is_named(model_copy: Path, messages: list[str
     configure(model_copy, chat_template=[{"name": "default", "template": other}] if as_list else other)
     assert load_model(str(model_copy)).tokenizer.chat_template == same
     assert len(messages) == 1 and "chat_template.jinja is used" in messages[0]
+
+
+def test_a_template_that_only_processors_read_is_named(model_copy: Path, messages: list[str]) -> None:
+    path, template = model_copy / "chat_template.json", model_copy / "chat_template.jinja"
+    path.write_text(json.dumps({"chat_template": template.read_text()}))
+    load_model(str(model_copy))
+    assert messages == [], "the template that is used"
+
+    path.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    load_model(str(model_copy))
+    assert "chat_template.json: the chat template of this file is not used: " in messages[0]
+    assert "has another one, which is used" in messages[0]
+
+    template.unlink()
+    tokenizer = load_model(str(model_copy)).tokenizer
+    assert "and the tokenizer has no other" in messages[1]
+    chat = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "rows:1")
+    with pytest.raises(
+        DataError, match=r"Write the text of 'chat_template' in .*chat_template\.json into chat_template\.jinja"
+    ):
+        tokenize([chat], tokenizer, 64)
 
 
 def test_a_template_with_a_byte_order_mark_is_refused(model_copy: Path) -> None:

@@ -173,12 +173,41 @@ def read_sections(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: expected sections such as 'finetune:', found {type(document).__name__}.")
     for key, value in document.items():
         if key not in SECTIONS:
+            _refuse_outside(key, document, path)
             raise UsageError(f"{path}: unknown section '{shorten(str(key))}'.{_nearest(key, list(SECTIONS))}")
         if value is not None and not isinstance(value, dict):
             raise UsageError(f"{path}: section '{key}' must hold 'key: value' lines.")
         fields = {f.name: f for f in dataclasses.fields(SECTIONS[key])}
         _check_keys(_current_names(fields, value or {}), fields, key, path)
     return document
+
+
+def _refuse_outside(key: Any, document: Mapping[Any, Any], path: Path) -> None:
+    """Refuse a key of a section that stands outside of every section.
+
+    Raises:
+        UsageError: Names the key and its section.
+    """
+    known = {section: _known_names(cls) for section, cls in SECTIONS.items()}
+    possible = [section for section, names in known.items() if key in names]
+    if not possible:
+        return
+    # Several verbs may have such a key: the other keys outside of sections tell which one is meant.
+    outside = {name for name in document if name not in SECTIONS}
+    best = max(possible, key=lambda section: len(outside & known[section]))
+    more = (
+        f", or of another one that has it ({', '.join(s for s in possible if s != best)})" if len(possible) > 1 else ""
+    )
+    raise UsageError(
+        f"{path}: '{key}' is outside of every section. It is a key of '{best}'{more}: write the line '{best}:' above "
+        "it and indent the keys below that line."
+    )
+
+
+def _known_names(cls: type) -> set[str]:
+    """Return the keys of a section, with those of 0.1.0."""
+    fields = dataclasses.fields(cls)
+    return {f.name for f in fields} | {f.metadata["old_name"] for f in fields if f.metadata["old_name"]}
 
 
 def _check_keys(values: Mapping[str, Any], known: Collection[str], section: str, path: Path | None) -> None:

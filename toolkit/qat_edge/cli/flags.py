@@ -163,6 +163,8 @@ def _help_text(field: dataclasses.Field[Any]) -> str:
     # click shows the choices of text options itself.
     if field.metadata["choices"] and not all(isinstance(choice, str) for choice in field.metadata["choices"]):
         text += f" One of {', '.join(map(str, field.metadata['choices']))}."
+    if isinstance(field.default, tuple) and "repeat" not in text:
+        text += " Repeat the flag for several."
     if field.default is dataclasses.MISSING:
         return text + "  [required, here or in --config]"
     if field.default in (None, ()):

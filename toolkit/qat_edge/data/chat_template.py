@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from qat_edge.data.template_limits import (
 )
 from qat_edge.data.template_sandbox import limit_operations
 from qat_edge.errors import DataError, ModelError
-from qat_edge.models.tokenizer_check import encoding_errors
+from qat_edge.models.tokenizer_check import PROCESSOR_TEMPLATE, TEMPLATE_FILE, encoding_errors
 from qat_edge.readers import shorten
 
 MAX_REASON = 300  # characters of a template's error that a message quotes
@@ -95,9 +96,12 @@ class ChatTemplate:
             ModelError: It cannot be used.
         """
         if not self.tokenizer.chat_template:
+            unread = Path(str(self.tokenizer.name_or_path)) / PROCESSOR_TEMPLATE
+            hint = f"Write the text of 'chat_template' in {unread} into {TEMPLATE_FILE} next to it, use"
             raise DataError(
-                f"{chat.where}: the rows have 'messages', but the tokenizer of --model has no chat template. Use an "
-                "instruction-tuned model, or give --data rows of 'prompt' and 'completion'."
+                f"{chat.where}: the rows have 'messages', but the tokenizer of --model has no chat template. "
+                f"{hint if unread.is_file() else 'Use'} an instruction-tuned model, or give --data rows of 'prompt' "
+                "and 'completion'."
             )
         try:
             source = self.tokenizer.get_chat_template(tools=chat.tools)

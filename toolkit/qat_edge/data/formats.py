@@ -16,7 +16,7 @@ and three are for encoders:
 They are read into `Chat`, `Completion`, `Text` (running and labelled) and `Pair` (scored and matching), which
 `data.row_parsing` checks. A .csv, .tsv or .parquet file has the keys as columns; a .txt file is one running text. Text
 files are UTF-8, with or without a byte-order mark. Keys that are not used are reported with their counts; null is
-absent.
+absent. A .json file holds a list of rows, or a row in each line like a .jsonl file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat_edge import progress
-from qat_edge.data import data_folders
+from qat_edge.data import class_labels, data_folders
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
 from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
@@ -158,11 +158,32 @@ def _jsonl_records(path: Path) -> Records:
 
 
 def _json_records(path: Path) -> Records:
+    # Many .json files hold JSON lines.
+    if _holds_lines(path):
+        yield from _jsonl_records(path)
+        return
     document = parse_json(read_text(path, DataError, max_bytes=MAX_FILE_BYTES), str(path), DataError)
     if not isinstance(document, list):
         raise DataError(f"{path}: expected a JSON list of rows, found {type_name(document)}.")
     for number, record in enumerate(document, start=1):
         yield record, f"{path}: row {number}"
+
+
+def _holds_lines(path: Path) -> bool:
+    """Return whether the first line of a file is a JSON object and further ones follow: such a file is not JSON."""
+    with path.open(encoding="utf-8-sig") as file:
+        # A list may be one line of gigabytes.
+        if file.read(1) != "{":
+            return False
+        line = "{" + file.readline(MAX_LINE_CHARACTERS)
+        try:
+            parse_json(line, str(path), DataError)
+        except DataError:
+            return False
+        while line := file.readline(MAX_LINE_CHARACTERS):
+            if line.strip():
+                return True
+        return False
 
 
 def _csv_records(path: Path) -> Records:
@@ -203,7 +224,7 @@ def _parquet_records(path: Path) -> Records:
         records = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error.__cause__ or error}).") from error
-    yield from _decoded_records(records, f"{path}: row")
+    yield from class_labels.name_labels(_decoded_records(records, f"{path}: row"), records.features)
 
 
 def _txt_records(path: Path) -> Records:
@@ -236,6 +257,7 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
     offline = "" if is_folder else hub.unreachable_reason()
     described = is_folder and data_folders.require_own_files(Path(name))
     files: list[Path] = []
+    features: Mapping[str, Any] = {}
     try:
         # `save_to_disk` writes state.json, or dataset_dict.json for several parts.
         if any((Path(name) / record).is_file() for record in (data_folders.SAVED_PART, data_folders.SAVED_PARTS)):
@@ -246,20 +268,24 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
                 parts = {str(part): files for part, files in (builder.config.data_files or {}).items()}
                 split = split if described else data_folders.part_by_name(Path(name), parts, split)
                 files = _own_files(parts, split)
+            # Of the description of a data set, which may name labels that text files hold as numbers.
+            features = builder.info.features or {}
             if not files:
                 load = _load_texts if isinstance(builder, Csv) else datasets.load_dataset
                 data = load(name, split=split)
+                if is_folder:
+                    class_labels.require_same_names(parts, data.features)
     except (OSError, *WRONG_DATA, datasets.exceptions.DatasetsError) as error:
         reason = offline or " ".join(str(error.__cause__ or error).split())[:300]
         found = f"no data set with a part '{split}' was found there"
         outcome = f"{found} that can be read" if is_folder else f"no such file or folder, and {found} or on the Hub"
         raise DataError(f"{name}: {outcome} ({reason}). Check the name; '{name}:PART' names another part.") from error
-    for path in files:
-        yield from _file_records(path)
     if files:
-        return
-    for record, where in _decoded_records(data, f"{name}:{split}, row"):
-        yield _without_mark(record), where
+        records = (record for path in files for record in _file_records(path))
+    else:
+        features = features or data.features
+        records = ((_without_mark(record), row) for record, row in _decoded_records(data, f"{name}:{split}, row"))
+    yield from class_labels.name_labels(records, features)
 
 
 def _load_saved(name: str, split: str, named: bool) -> Dataset:

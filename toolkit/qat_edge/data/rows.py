@@ -52,13 +52,31 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class NamedLabel:
+    """A label that a data set stores as the number of its name.
+
+    Attributes:
+        index: Its number in the data set, from 0 on. Models order their labels in their own way.
+        names: All labels of the data set, in the order of their numbers.
+    """
+
+    index: int
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[self.index]
+
+
+@dataclass(frozen=True)
 class Text:
     """Running text, trained on in windows; or the labelled text of a classifier.
 
     Attributes:
         text: The text, or the first of two.
         where: File and line, for error messages.
-        label: The label as it is in the row; checked where a classifier is trained.
+        label: The label as it is in the row, a `NamedLabel` where the data set names it; checked where a classifier
+            is trained.
         pair: The second text, for a classifier of pairs.
     """
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat_edge import progress
 from qat_edge.data import tokenization
-from qat_edge.data.rows import Pair, Row, Text
+from qat_edge.data.class_labels import listed
+from qat_edge.data.rows import NamedLabel, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError, ModelError
@@ -63,6 +65,7 @@ class _EncoderCounts:
         tokens: Number of tokens left.
         labels: Number of rows by label index, or by score rounded to two places.
         empty: Number of rows with an empty text.
+        numbered: Number of rows whose label was taken as the index of one of the model's.
         lowest: Least score.
         highest: Greatest score.
     """
@@ -72,6 +75,7 @@ class _EncoderCounts:
     tokens: int = 0
     labels: Counter[float] = field(default_factory=Counter)
     empty: int = 0
+    numbered: int = 0
     lowest: float = math.inf
     highest: float = -math.inf
 
@@ -83,9 +87,16 @@ class _EncoderCounts:
         self.labels[round(label, 2)] += 1
         self.lowest, self.highest = min(self.lowest, label), max(self.highest, label)
 
-    def notes(self) -> tuple[str, ...]:
-        """Return a sentence about empty texts: an encoder may be given one, so they are trained on."""
-        return (f"{self.empty} rows have an empty text, and are trained on like any other",) if self.empty else ()
+    def notes(self, task: ModelTask) -> tuple[str, ...]:
+        """Return sentences about choices that were made for rows."""
+        notes = []
+        # An encoder may be given an empty text, so they are trained on.
+        if self.empty:
+            notes.append(f"{self.empty} rows have an empty text, and are trained on like any other")
+        if self.numbered and isinstance(task, SequenceClassifier):
+            order = listed([f"{i} {name}" for i, name in enumerate(task.labels)])
+            notes.append(f"{self.numbered} labels are numbers, taken in the order of the model's labels: {order}")
+        return tuple(notes)
 
     def describe(self, task: ModelTask) -> str:
         """Summarize labels or scores for a message."""
@@ -97,16 +108,21 @@ class _EncoderCounts:
 
 
 class _EncoderInput(NamedTuple):
-    """The texts of a row as separate inputs, each of one text or two, and the label index or score."""
+    """The texts of a row as separate inputs, each of one text or two, and the label index or score.
+
+    numbered: The label was a number in the row, not a name.
+    """
 
     inputs: list[tuple[str, ...]]
     label: float
+    numbered: bool = False
 
 
 def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) -> ModelTask:
     """Find the task that an encoder is trained for by these rows.
 
     A model that has a classification head keeps its labels; any other encoder gets a head for the labels in the rows.
+    If a data set names its labels, they keep its order; a head whose labels have no names gets these names.
 
     Args:
         config: The encoder's configuration.
@@ -124,11 +140,15 @@ def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) ->
 
     # Words in alphabetic order, whole numbers in numeric order: the position decides the index of each label.
     found: set[str] = set()
+    named: set[tuple[str, ...]] = set()
     pairs = False
     for row in rows:
         found.add(_label(row))
+        named.add(_data_set_names(row))
         pairs = pairs or (isinstance(row, Text) and row.pair is not None)
     labels = sorted(found, key=lambda label: (label.isdecimal() and int(label), label))
+    # Labels that the data set names keep its order, so that its numbers are the model's too.
+    names = next(iter(named)) if len(named) == 1 else ()
     if task_of_config(config) == SequenceClassifier():
         missing = [i for i in range(config.num_labels) if i not in config.id2label]
         if missing:
@@ -136,10 +156,15 @@ def task_for_rows(config: PretrainedConfig, rows: Iterable[Row], source: str) ->
                 f"config.json of the model: 'id2label' has {config.num_labels} labels and none with the number "
                 f"{missing[0]}. Number them from 0 on without gaps."
             )
-        return SequenceClassifier(tuple(str(config.id2label[i]) for i in range(config.num_labels)), pairs)
+        own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        if names and names != own and _are_unnamed(own) and len(names) == len(own):
+            numbered = listed([f"{i} {name}" for i, name in enumerate(names)])
+            progress.info(f"{source}: the model's labels have no names, and get those of the data set: {numbered}")
+            own = names
+        return SequenceClassifier(own, pairs)
     if len(labels) < 2:
         raise DataError(f"{source}: every row has the label {labels[0]!r}, so there is nothing to classify.")
-    return SequenceClassifier(tuple(labels), pairs)
+    return SequenceClassifier(names or tuple(labels), pairs)
 
 
 def tokenize_for_task(
@@ -169,7 +194,7 @@ def tokenize_for_task(
     # One pass: neither rows nor examples are kept in memory.
     done = TokenTable(examples())
     return EncoderRows(
-        done, counts.truncated, counts.cut, 0, counts.tokens, len(done), counts.notes(),
+        done, counts.truncated, counts.cut, 0, counts.tokens, len(done), counts.notes(task),
         description=counts.describe(task),
     )  # fmt: skip
 
@@ -183,10 +208,11 @@ def _encoder_example(
     counts: _EncoderCounts,
 ) -> TokenRow:
     """Tokenize one row to at most `length` tokens for each input, and count it."""
-    inputs, label = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
+    found = _pair_input(row, task) if isinstance(task, SentenceEncoder) else _labelled_input(row, task)
+    inputs, label = found.inputs, found.label
     # Both lengths are needed: truncated rows are counted and reported.
     whole = [_encode(texts, tokenizer) for texts in inputs]
-    ids = [_truncate(texts, found, tokenizer, length) for texts, found in zip(inputs, whole, strict=True)]
+    ids = [_truncate(texts, one, tokenizer, length) for texts, one in zip(inputs, whole, strict=True)]
     if not all(ids):
         raise DataError(
             f"{row.where}: a text is empty, and the tokenizer has no token for it, so the encoder would have no input. "
@@ -199,6 +225,7 @@ def _encoder_example(
         _check_token_types(row, encoded)
 
     counts.add(sum(map(len, whole)), sum(map(len, ids)), label)
+    counts.numbered += found.numbered
     counts.empty += any(not text.strip() for texts in inputs for text in texts)
     example: TokenRow = {"input_ids": ids[0], "labels": [label]}
     if len(ids) > 1:
@@ -256,17 +283,20 @@ def _label(row: Row) -> str:
     Raises:
         DataError: The row is no text, or has no label.
     """
-    if isinstance(row, Text) and isinstance(row.label, str) and not row.label.strip():
+    label = row.label if isinstance(row, Text) else None
+    if isinstance(label, NamedLabel):
+        label = label.name
+    if isinstance(label, str) and not label.strip():
         raise DataError(f"{row.where}: 'label' is empty. Fill it in, or remove the row.")
     # bool is a subclass of int, but true and false are no labels.
-    if isinstance(row, Text) and isinstance(row.label, str | int) and not isinstance(row.label, bool):
-        return str(row.label)
-    if isinstance(row, Text) and row.label is not None:
-        raise DataError(f"{row.where}: 'label' must be a word or a whole number, found {row.label!r}.")
+    if isinstance(label, str | int) and not isinstance(label, bool):
+        return str(label)
+    if label is not None:
+        raise DataError(f"{row.where}: 'label' must be a word or a whole number, found {label!r}.")
     raise DataError(
         f"{row.where}: an encoder is trained on rows of 'text' and 'label', or on pairs of texts ('text_a', 'text_b' "
-        "and 'score', or 'anchor' and 'positive'), all of one shape. Change the rows, or use a model that generates "
-        "text."
+        "and 'score', or 'anchor' and 'positive'), all of one shape. A label of null, or of -1 in a data set that "
+        "names its labels, is missing. Change the rows, or use a model that generates text."
     )
 
 
@@ -281,20 +311,51 @@ def _labelled_input(row: Row, task: ModelTask) -> _EncoderInput:
             "on pairs."
         )
 
-    if label in known:
-        return _EncoderInput([texts], known.index(label))
-    # A number that is not a label's name is the index of a label.
+    # The name, in other capitals if that is clear.
+    alike = [name for name in known if name.casefold() == label.casefold()]
+    if label in known or len(alike) == 1:
+        return _EncoderInput([texts], known.index(label if label in known else alike[0]))
+    return _EncoderInput([texts], _label_number(row, label, known), numbered=True)
+
+
+def _label_number(row: Row, label: str, known: Sequence[str]) -> int:
+    """Return the index of a label that is none of the model's names.
+
+    Raises:
+        DataError: It is no number that means one of the model's labels.
+    """
+    names = _data_set_names(row)
+    # Names of a data set have numbers too; they mean the model's labels only if those have no names at all.
+    if names and _are_unnamed(known) and len(names) == len(known):
+        return names.index(label)
+    if names:
+        raise DataError(
+            f"{row.where}: the label {label!r} of the data set is none of the model's ({listed(known)}); the data set "
+            f"has {listed(names)}. Rename the labels of the data set, or use a model without a classification head, "
+            "which gets one for the labels in --data."
+        )
+
     if label.isdecimal() and int(label) < len(known):
         if any(name.isdecimal() for name in known):
             raise DataError(
                 f"{row.where}: the label {label} is none of the model's, which are numbers themselves "
                 f"({', '.join(known[:20])}), so it is not known which one is meant. Give the labels by those names."
             )
-        return _EncoderInput([texts], int(label))
+        return int(label)
     raise DataError(
         f"{row.where}: the label {label!r} is none of the model's ({', '.join(known[:20])}). Correct the row, or "
         "use a model without a classification head, which gets one for the labels in --data."
     )
+
+
+def _data_set_names(row: Row) -> tuple[str, ...]:
+    """Return all labels of the data set that a row is from; none where it does not name them."""
+    return row.label.names if isinstance(row, Text) and isinstance(row.label, NamedLabel) else ()
+
+
+def _are_unnamed(labels: Sequence[str]) -> bool:
+    """Return whether labels are those that transformers gives to a model without names."""
+    return list(labels) == [f"LABEL_{i}" for i in range(len(labels))]
 
 
 def _pair_input(row: Row, task: SentenceEncoder) -> _EncoderInput:

@@ -26,6 +26,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"  # of models that take images or sound, too
 NAMED_TEMPLATES = "additional_chat_templates"  # folder of a tokenizer with several chat templates
 TOKEN_USES = ("bos_token", "eos_token")
 
@@ -167,6 +168,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
     config = _settings(folder / TOKENIZER_CONFIG)
     _warn_of_two_templates(config, folder)
+    _warn_of_processor_template(tokenizer, folder)
     _warn_of_other_tokens(tokenizer, config, folder)
     if not tokenizer.is_fast:
         return
@@ -307,6 +309,21 @@ def _warn_of_two_templates(config: dict[str, Any], folder: Path) -> None:
             f"{folder}: the chat templates of chat_template.jinja and of tokenizer_config.json differ. "
             "chat_template.jinja is used. Remove the one that is wrong."
         )
+
+
+def _warn_of_processor_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Report a chat template of a processor, which tokenizers do not read, unless it is the one that is used."""
+    path = folder / PROCESSOR_TEMPLATE
+    found = _default_template(_settings(path).get("chat_template"))
+    used = tokenizer.chat_template
+    used = used.get("default") if isinstance(used, dict) else used
+    if found is None or (used is not None and used.rstrip("\n") == found.rstrip("\n")):
+        return
+    state = "and the tokenizer has no other" if used is None else "and the tokenizer has another one, which is used"
+    progress.warn(
+        f"{path}: the chat template of this file is not used: only processors read it, {state}. To use it, write the "
+        f"text of its 'chat_template' into {TEMPLATE_FILE} of that folder."
+    )
 
 
 def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], folder: Path) -> None:

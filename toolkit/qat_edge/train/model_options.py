@@ -77,6 +77,10 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
 
     linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     hint = f" '{ALL_LINEAR}' stands alone." if ALL_LINEAR in unknown else ""
+    joined = next((target for target in unknown if "," in target), None)
+    if joined is not None:
+        flags = " ".join(f"--target-modules {name.strip()}" for name in joined.split(",") if name.strip())
+        hint += f" '{joined}' is read as one name: a comma does not separate names. Repeat the flag: {flags}."
     raise UsageError(
         f"--target-modules: Target modules that are not in this model: {', '.join(unknown)}. Its linear layers are "
         f"named {', '.join(linears)}.{hint}"
