@@ -87,14 +87,16 @@ def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def train_run(model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), steps: int = 4) -> Run:
+def train_run(
+    model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), steps: int = 4, learning_rate: float = 1e-2
+) -> Run:
     """A run whose first half is LoRA and whose second is QAT, on `rows` or short chats, in `folder` with its data."""
     rows = rows or [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}
         for i in range(40)
     ]
     made = Run(folder / "run")
-    finetune(short_training(model, folder, rows, steps=steps, learning_rate=1e-2), made.path)
+    finetune(short_training(model, folder, rows, steps=steps, learning_rate=learning_rate), made.path)
     return made
 
 
