@@ -99,8 +99,8 @@ def describe_split(path: Path, text: str, difference: str) -> str:
 
     Args:
         path: of tokenizer.json.
-        text: The text as a noun, such as "this prompt".
-        difference: From `first_difference`.
+        text: quoted, or a noun for it such as "this prompt".
+        difference: from `first_difference`.
     """
     ignored = {
         token: names

@@ -119,7 +119,7 @@ def describe_cut_answers(answer_tokens: Sequence[int], max_new_tokens: int) -> s
     """Return how many expected answers are longer than --max-new-tokens, as a sentence; empty if none is.
 
     Args:
-        answer_tokens: `EvalPrompt.answer_tokens` of each prompt that is asked.
+        answer_tokens: `EvalPrompt.answer_tokens` of each prompt.
         max_new_tokens: Value of the flag.
     """
     longer = [tokens for tokens in answer_tokens if tokens > max_new_tokens]
