@@ -168,6 +168,7 @@ def stand_in_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = Parity(not_measured="A stand-in was exported.")
     monkeypatch.setattr("qat_edge.verbs.export._measure_parity", lambda *_: nothing)
     monkeypatch.setattr("qat_edge_exporters.targets.Target.held_options", lambda *_: [])
+    monkeypatch.setattr("qat_edge_exporters.targets.Target.tokenizer_faults", lambda *_: [])
 
 
 class Recorder(progress.LogReporter):

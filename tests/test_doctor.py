@@ -29,7 +29,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.verbs import doctor
 from qat_edge.verbs import export as exporting
 from qat_edge_exporters import targets
-from qat_edge_exporters.executorch import diagnosis, known_runtimes, runtime_probe
+from qat_edge_exporters.executorch import known_runtimes, runner_tokenizer, runtime_probe
 from qat_edge_exporters.executorch.export_pte import export
 from qat_edge_exporters.executorch.pte import runner_contract
 from qat_edge_exporters.executorch.pte.delegates import open_pte
@@ -70,8 +70,8 @@ def probed(made: dict[str, Path]) -> dict[str, Probed]:
     """Load both in the installed runtime, once for all tests."""
     found = {}
     for name, folder in made.items():
-        tokenizer = folder / diagnosis.TOKENIZER
-        found[name] = runtime_probe.probe(folder / doctor.MODEL, tokenizer, diagnosis.probe_texts(tokenizer))
+        tokenizer = folder / runner_tokenizer.TOKENIZER
+        found[name] = runtime_probe.probe(folder / doctor.MODEL, tokenizer, runner_tokenizer.probe_texts(tokenizer))
     return found
 
 
@@ -240,7 +240,46 @@ def test_a_tokenizer_that_splits_differently_is_a_fault(folder: Path) -> None:
     document = json.loads((folder / "tokenizer.json").read_text())
     document["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(document))
-    assert [fault for fault in faults(folder) if "splits 'Set an alarm for seven.' differently" in fault]
+    (fault,) = [fault for fault in faults(folder) if "splits" in fault]
+    assert "splits 'Set an alarm for seven.' and " in fault and "the first difference at token" in fault
+    assert "--target onnx" in fault and "settings" not in fault
+
+
+@pytest.mark.parametrize("setting", runner_tokenizer.IGNORED_SETTINGS)
+def test_settings_of_tokens_that_executorch_ignores_are_named(
+    made: dict[str, Path], tmp_path: Path, setting: str
+) -> None:
+    """Its library is run for real, so a version that reads them will fail here."""
+    folder = tmp_path / "copy"
+    shutil.copytree(made["custom"], folder)
+    assert runner_tokenizer.tokenizer_faults(folder) == []
+    path = folder / runner_tokenizer.TOKENIZER
+    document = json.loads(path.read_text())
+    (token,) = [token for token in document["added_tokens"] if token["content"] == "<|im_end|>"]
+    token[setting] = True
+    path.write_text(json.dumps(document))
+    (fault,) = runner_tokenizer.tokenizer_faults(folder)
+    assert f"It ignores the settings {setting} of the token '<|im_end|>'. Set them to false in the base" in fault
+    assert "train again. Or use `qat-edge export --target onnx`" in fault
+
+
+@pytest.mark.usefixtures("stand_in_exports")
+def test_export_warns_of_prompts_that_apps_read_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    variant = Variant(tmp_path)
+    variant.quantized.mkdir()
+    (variant.quantized / "config.json").write_text('{"model_type": "llama"}')
+    write_manifest(variant.quantized, "quantized")
+    monkeypatch.setattr(targets, "load", lambda entry: lambda *given, **options: None)
+    monkeypatch.setattr(targets.Target, "tokenizer_faults", lambda self, folder: [f"read in {folder.name}"])
+    exporting.export_one(variant, targets.target_named("executorch"), ExportOptions())
+    assert f"{variant.exports / 'executorch'}: read in executorch" in messages
+
+
+def test_the_prompt_of_the_chat_template_is_compared(folder: Path) -> None:
+    (text,) = runner_tokenizer.probe_texts(folder / "tokenizer.json")[len(runner_tokenizer.TEXTS) + 3 :]
+    assert text.count("<|im_end|>") == 3 and text.count("<|im_start|>") == 4
 
 
 def test_versions_are_reported(folder: Path) -> None:

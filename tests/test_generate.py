@@ -211,10 +211,10 @@ def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:
     folder = run.exports / "executorch"
     tokenizer = load_tokenizer(folder)
     prompt = text_prompt("say 3", tokenizer)
-    assert llm_runner.first_difference(folder / "tokenizer.json", prompt.text, prompt.ids) == ""
+    assert llm_runner.first_difference(llm_runner._split(folder / "tokenizer.json", prompt.text), prompt.ids) == ""
     other = Prompt(prompt.text, [*prompt.ids, 5])
     with pytest.raises(
-        ArtifactError, match=r"splits this prompt otherwise than training did .*first difference at token"
+        ArtifactError, match=r"splits this prompt differently than training did .*first difference at token"
     ):
         generate_text.generate(folder, tokenizer, other, lambda text: None, 2)
 

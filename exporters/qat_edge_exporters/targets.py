@@ -55,6 +55,8 @@ class Target:
         settings: names what differs in a runtime's settings: (folder, checkpoint) -> sentences. Empty: it has none.
         copied: names of files of the checkpoint that an artifact has a copy of, besides the tokenizer's.
         doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
+        tokenizer_check: names prompts that apps would read differently than training: (folder) -> sentences. Empty:
+            its runtime takes token ids.
         options: names of `export` options that it takes beyond the context length.
         widths: bits of weights that it has operators for.
         backend: compiler other than the format's usual one; None for the usual one.
@@ -77,6 +79,7 @@ class Target:
     settings: str = ""
     copied: tuple[str, ...] = ()
     doctor: str = ""
+    tokenizer_check: str = ""
     options: tuple[str, ...] = ()
     widths: tuple[int, ...] = (4, 8)
     backend: Backend | None = None
@@ -184,6 +187,11 @@ class Target:
         outputs: NDArray[np.float32] = load(self.encoder)(folder, texts)
         return outputs
 
+    def tokenizer_faults(self, folder: Path) -> list[str]:
+        """Return how apps would read other prompts than training did, one sentence each."""
+        faults: list[str] = load(self.tokenizer_check)(folder) if self.tokenizer_check else []
+        return faults
+
     def diagnose(self, path: Path, runtimes: Sequence[str]) -> Diagnosis:
         """Find out in which of the named runtimes the artifact loads."""
         diagnosis: Diagnosis = load(self.doctor)(path, runtimes)
@@ -209,6 +217,7 @@ def _other_backend(name: str, reader: str) -> Target:
         options_reader=f"{_PTE}.pte.pte_options:held_options",
         support=f"{_PTE}.pte_support:missing",
         backend=backend,
+        tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
         copied=COPIED,
     )
 
@@ -229,6 +238,7 @@ _ALL = (
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
         encoder=f"{_PTE}.encoder_runtime:run_encoder",
         doctor=f"{_PTE}.diagnosis:diagnose_pte",
+        tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
         copied=COPIED,
         options=("portable", "kv_cache"),
         exclusions={("kv_cache", "portable"): "no operator of ATen reads such a cache"},

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.chat_templates import CHATML, THINKING, tokenizer_for
-from qat_edge.data import tokenization
 from qat_edge.data.conversation import ChatFormat
 from qat_edge.data.rows import Chat
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator
+from qat_edge.evaluate.prompts import eval_prompts
 from qat_edge.options import ValidateOptions
 
 TUNED = [[5, 6, 7], [5, 6], [8], [1, 2, 3, 4]]
@@ -51,7 +51,7 @@ def test_an_output_that_is_exactly_what_was_trained_matches(template: str) -> No
         answers += [{**answers[0], "reasoning_content": "North."}, {"role": "assistant", "tool_calls": [call]}]
     rows = [Chat([{"role": "user", "content": "Where?"}, answer], "row") for answer in answers]
     turns = [turn for row in rows for turn in ChatFormat(tokenizer).turns(row)]
-    eval_set = EvalSet([], list(tokenization.prompts(rows, tokenizer)), [0], 0, tokenizer)
+    eval_set = EvalSet([], list(eval_prompts(rows, tokenizer)), [0], 0, tokenizer)
     assert eval_set.prompt_ids == [turn.prompt_ids for turn in turns]
     # With the token that ends the turn, and without.
     assert eval_set.exact_match([turn.ids for turn in turns]) == 1.0

@@ -88,6 +88,12 @@ def test_every_gate_passes_at_its_limit_and_is_missed_just_past_it() -> None:
     }
 
 
+def test_a_missed_exact_match_names_answers_that_are_too_long() -> None:
+    note = "3 of 4 expected answers are longer than --max-new-tokens 3"
+    checked = gates.check_gates(options(min_exact_match=1.0, max_kl=100.0), [TUNED, QAT], (), [note])
+    assert {gate.flag: gate.why for gate in checked} == {"--min-exact-match": note, "--max-kl": ""}
+
+
 def test_a_figure_that_was_not_measured_misses_its_gate() -> None:
     bounds = {field.name: field.metadata["bounds"] for field in fields(ValidateOptions)}
     loosest = {name: bounds[name][1] if name.startswith("max") else 0.0 for name in GATES}

@@ -34,6 +34,7 @@ Run or diagnose an artifact:
 
 diagnosis.py                     everything that `qat-edge doctor` reports
 known_runtimes.py                operators and backends of named runtimes, from known_runtimes.toml
+runner_tokenizer.py              compares the LLM runner's tokenizer with the one of training
 runtime_probe.py                 loads a .pte in the installed runtime, in a separate process
 generate_text.py                 the text that `qat-edge generate` prints, from llm_runner.py
 llm_runner.py                    generates text with ExecuTorch's LLM runner, in a separate process

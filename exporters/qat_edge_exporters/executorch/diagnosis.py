@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from qat_edge import progress, readers
 from qat_edge.data import conversation
 from qat_edge.errors import ArtifactError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, library_version, read_manifest
 from qat_edge.models import artifact_options, tokenizer
-from qat_edge_exporters.executorch import known_runtimes, runtime_probe
+from qat_edge_exporters.executorch import known_runtimes, runner_tokenizer, runtime_probe
 from qat_edge_exporters.executorch.pte import pte_options, runner_contract
 from qat_edge_exporters.executorch.pte.inspection import inspect
 from qat_edge_exporters.executorch.pte.program_info import (
@@ -27,17 +25,12 @@ from qat_edge_exporters.executorch.pte.program_info import (
     RuntimeCheck,
     TokenizerCheck,
 )
-from qat_edge_exporters.executorch.runtime_probe import ProbedTokenizer
 
 __all__ = [
     "CacheInfo", "ContractEntry", "Diagnosis", "ProgramInfo", "RuntimeCheck", "TokenizerCheck", "diagnose_pte",
 ]  # fmt: skip
 
-TOKENIZER = "tokenizer.json"
 BUILT_AGAINST = ("executorch", "torch", "torchao")
-# Split by both tokenizers: a request, whitespace and digits, and characters of several bytes.
-TEXTS = ("Set an alarm for seven.", "  two  spaces,\n\nline feeds and 12345 digits", "Grüße, 你好 🙂, don't")
-MOST_SPECIAL_TEXTS = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,8 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
 
     progress.info("Loading it with the installed executorch")
     # One process for program and tokenizer: starting it takes seconds.
-    tokenizer_path = path.parent / TOKENIZER
-    texts = probe_texts(tokenizer_path)
+    tokenizer_path = path.parent / runner_tokenizer.TOKENIZER
+    texts = runner_tokenizer.probe_texts(tokenizer_path)
     probed = runtime_probe.probe(path, tokenizer_path, texts)
     checks = known_runtimes.check_runtimes(program, runtimes, probed)
 
@@ -86,7 +79,7 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
     tokenizer_check, faults = None, []
     if program.is_language_model:
         entries = runner_contract.entries(program)
-        tokenizer_check = _check_tokenizer(tokenizer_path, probed["tokenizer"], texts)
+        tokenizer_check = runner_tokenizer.check_tokenizer(tokenizer_path, probed["tokenizer"], texts)
         faults = [f"{entry.name}: {entry.problem}" for entry in entries if entry.problem]
         faults += runner_contract.forward_problems(program)
         faults += _tokenizer_faults(tokenizer_path, tokenizer_check, program)
@@ -105,56 +98,15 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
     )
 
 
-def probe_texts(tokenizer_path: Path) -> list[str]:
-    """Return texts that the runner's tokenizer has to split as training did: general ones, and a chat's special tokens.
-
-    A missing or damaged tokenizer has no special tokens; loading it reports that.
-    """
-    try:
-        added = readers.read_object(tokenizer_path, ArtifactError).get("added_tokens", [])
-        special = [f"{token['content']}user\nHello{token['content']}\n" for token in added if token.get("special")]
-    except (ArtifactError, KeyError, TypeError, AttributeError):
-        special = []
-    return [*TEXTS, *special[:MOST_SPECIAL_TEXTS]]
-
-
-def _check_tokenizer(path: Path, probed: ProbedTokenizer | None, texts: list[str]) -> TokenizerCheck | None:
-    """Compare the tokenizer in ExecuTorch's library with the Hugging Face one; None if there is no file.
-
-    Args:
-        path: of tokenizer.json.
-        probed: result of ExecuTorch's library for `texts`.
-        texts: that both split.
-    """
-    if probed is None:
-        return None
-    if probed["error"]:
-        return TokenizerCheck(error=probed["error"])
-
-    # The other library was called without special tokens around the texts.
-    try:
-        reference = Tokenizer.from_file(str(path))
-        expected = [reference.encode(text, add_special_tokens=False).ids for text in texts]
-        end_tokens = tokenizer.end_tokens(path.parent)
-    except (OSError, ValueError, ModelError) as error:
-        one_line = " ".join(str(error).split())
-        return TokenizerCheck(error=one_line, size=probed["size"], bos=probed["bos"], eos=probed["eos"])
-    differing = [text for text, ids, wanted in zip(texts, probed["ids"], expected, strict=True) if ids != wanted]
-    return TokenizerCheck("", probed["size"], probed["bos"], probed["eos"], end_tokens, differing)
-
-
 def _tokenizer_faults(path: Path, check: TokenizerCheck | None, program: ProgramInfo) -> list[str]:
     """Return disagreements between tokenizer and program, one sentence each."""
     if check is None:
         return [
             f"{path.name} is not next to the program: the runner cannot read a prompt. Copy it from the export folder."
         ]
+    faults = runner_tokenizer.splitting_faults(path, check)
     if check.error:
-        return [f"{path.name} cannot be used: {check.error}."]
-
-    faults = [
-        f"{path.name}: ExecuTorch's tokenizer splits {text!r} differently than training." for text in check.differing
-    ]
+        return faults
 
     # Without get_eos_ids, the runner stops at the tokenizer's own end token.
     ids = program.constants.get("get_eos_ids", [check.eos])

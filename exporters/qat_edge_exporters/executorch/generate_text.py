@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.executorch import llm_runner
+from qat_edge_exporters.executorch import llm_runner, runner_tokenizer
 from qat_edge_exporters.runner_process import start_runner
 
 
@@ -33,10 +33,9 @@ def generate(
             emit(piece)
         code, reason = runner.finish()
     if code == llm_runner.OTHER_IDS:
+        fault = runner_tokenizer.describe_split(folder / runner_tokenizer.TOKENIZER, "this prompt", reason)
         raise ArtifactError(
-            f"{folder / 'tokenizer.json'}: ExecuTorch's tokenizer splits this prompt otherwise than training did "
-            f"({reason}), so the output would be that of another prompt. Generate with --from torch or onnx; "
-            f"`qat-edge doctor {folder}` shows which texts differ."
+            f"{folder}: {fault} `generate` takes --from torch or onnx; `qat-edge doctor {folder}` compares other texts."
         )
     if code != 0:
         raise ArtifactError(

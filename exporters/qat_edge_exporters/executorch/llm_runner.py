@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 STATISTICS = "\nPyTorchObserver"
@@ -30,7 +31,7 @@ def main() -> None:
 
     folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
     prompt = json.load(sys.stdin)
-    difference = first_difference(folder / "tokenizer.json", prompt["text"], prompt["ids"])
+    difference = first_difference(_split(folder / "tokenizer.json", prompt["text"]), prompt["ids"])
     if difference:
         print(difference, file=sys.stderr)
         sys.exit(OTHER_IDS)
@@ -41,13 +42,17 @@ def main() -> None:
     runner.generate(prompt["text"], config)
 
 
-def first_difference(path: Path, text: str, ids: list[int]) -> str:
-    """Return how the ids of the runner's tokenizer differ from those of training; empty where they are equal."""
+def _split(path: Path, text: str) -> list[int]:
+    """Return the ids that the runner's tokenizer splits a text into."""
     from pytorch_tokenizers import pytorch_tokenizers_cpp
 
     tokenizer = pytorch_tokenizers_cpp.HFTokenizer()
     tokenizer.load(str(path))
-    found = list(tokenizer.encode(text, 0, 0))  # no bos and eos tokens around the text
+    return list(tokenizer.encode(text, 0, 0))  # no bos and eos tokens around the text
+
+
+def first_difference(found: Sequence[int], ids: Sequence[int]) -> str:
+    """Return how the ids of the runner's tokenizer differ from those of training; empty where they are equal."""
     if found == ids:
         return ""
     index = next((i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), min(len(found), len(ids)))

@@ -1,6 +1,6 @@
 """Load a program in the installed ExecuTorch runtime, in a separate process.
 
-Usage: `python -m qat_edge_exporters.executorch.runtime_probe MODEL TOKENIZER < TEXTS`.
+Usage: `python -m qat_edge_exporters.executorch.runtime_probe TOKENIZER [MODEL] < TEXTS`.
 
 The process is separate because a damaged program or tokenizer can crash it. It prints one line of JSON: the registered
 operators and backends, why a method cannot be loaded, and the C++ tokenizer's ids of the texts, which are a JSON list.
@@ -45,9 +45,9 @@ class Probed(TypedDict):
     tokenizer: ProbedTokenizer | None
 
 
-def probe(model: Path, tokenizer: Path, texts: list[str]) -> Probed:
-    """Load a .pte and its tokenizer in a separate process, and return what it reports."""
-    command = python_command(__name__, str(model), str(tokenizer))
+def probe(model: Path | None, tokenizer: Path, texts: list[str]) -> Probed:
+    """Load a .pte and its tokenizer in a separate process, and return what it reports; the tokenizer alone for None."""
+    command = python_command(__name__, str(tokenizer), *([] if model is None else [str(model)]))
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     # The report is the last line; the runtime itself may have printed others.
     lines = done.stdout.splitlines()
@@ -73,6 +73,16 @@ def probe(model: Path, tokenizer: Path, texts: list[str]) -> Probed:
 
 def main() -> None:
     """Load the program's methods and the tokenizer, and print the report."""
+    found: Probed = {"operators": [], "backends": [], "error": "", "tokenizer": None}
+    if len(sys.argv) > 2:
+        found = _load_program(Path(sys.argv[2]))
+    found["tokenizer"] = _tokenize(Path(sys.argv[1]), json.load(sys.stdin))
+    # The runtime may have printed a line without an end.
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+def _load_program(model: Path) -> Probed:
+    """Load every method of a program; a failure is a result."""
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized operators)
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers the LLM operators)
 
@@ -81,17 +91,15 @@ def main() -> None:
     # A failure is a result: the registered operators are reported all the same.
     error = ""
     try:
-        compat_runtime.load_every_method(Path(sys.argv[1]))
+        compat_runtime.load_every_method(model)
     except RuntimeError as failure:
         error = str(failure)
-    found: Probed = {
+    return {
         "operators": compat_runtime.registered_operators(),
         "backends": compat_runtime.registered_backends(),
         "error": error,
-        "tokenizer": _tokenize(Path(sys.argv[2]), json.load(sys.stdin)),
+        "tokenizer": None,
     }
-    # The runtime may have printed a line without an end.
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 
 def _tokenize(path: Path, texts: list[str]) -> ProbedTokenizer | None:

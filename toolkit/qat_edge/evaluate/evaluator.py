@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +23,14 @@ from qat_edge.errors import DataError, DeviceError, ModelError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import file_name
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, first_divergence, first_not_finite, outputs_match
+from qat_edge.evaluate.prompts import (
+    Context,
+    EvalPrompt,
+    describe_cut_answers,
+    describe_lack_of_room,
+    eval_prompts,
+    fitting_prompts,
+)
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer
@@ -50,17 +57,19 @@ class EvalSet:
 
     Attributes:
         sequences: for teacher-forced comparison of logits.
-        prompts: ids of a prompt and the expected output as text, for exact match.
+        prompts: prompts and their expected outputs, for exact match.
         eos_ids: tokens that end an output.
         pad_id: token that pads prompts of a batch.
         tokenizer: decodes outputs; None only where there are no prompts.
+        notes: sentences about the prompts to show next to exact match, such as answers that are too long.
     """
 
     sequences: list[tokenization.ScoredIds]
-    prompts: list[tuple[list[int], str]]
+    prompts: list[EvalPrompt]
     eos_ids: list[int]
     pad_id: int
     tokenizer: PreTrainedTokenizerBase | None
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -70,7 +79,12 @@ class EvalSet:
     @property
     def prompt_ids(self) -> list[list[int]]:
         """Ids of the prompts without their expected outputs."""
-        return [ids for ids, _ in self.prompts]
+        return [prompt.ids for prompt in self.prompts]
+
+    @property
+    def identity(self) -> list[tuple[list[int], str]]:
+        """Ids and expected outputs of the prompts: two measurements with the same ones can be compared."""
+        return [(prompt.ids, prompt.expected) for prompt in self.prompts]
 
     def exact_match(self, outputs: Sequence[Sequence[int]]) -> float | None:
         """Return the share of outputs that equal the expected ones; None where there are no prompts."""
@@ -78,7 +92,7 @@ class EvalSet:
             return None
         reader = self.reader()
         pairs = zip(map(reader.from_ids, outputs), self.prompts, strict=True)
-        matches = [outputs_match(text, reader.from_text(expected)) for text, (_, expected) in pairs]
+        matches = [outputs_match(text, reader.from_text(prompt.expected)) for text, prompt in pairs]
         return sum(matches) / len(matches)
 
     def reader(self) -> AnswerReader:
@@ -156,7 +170,7 @@ class Evaluator:
             exact_match=eval_set.exact_match(outputs),
             prompts=len(eval_set.prompts),
             speed=reference.speed(model, options.prefill, options.decode, options.repeats, options.threads),
-            notes=("memory not measured: torch shares this process with validate",),
+            notes=("memory not measured: torch shares this process with validate", *eval_set.notes),
         )
 
     def measure_base(self, model: PreTrainedModel) -> Measurement:
@@ -238,7 +252,7 @@ class Evaluator:
             speed=_speed(timed, options),
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
-            notes=timed.remarks(),
+            notes=(*timed.remarks(), *eval_set.notes),
             not_finite=accuracy.not_finite,
         )
 
@@ -334,11 +348,17 @@ class Evaluator:
         return comparison.result()
 
 
-def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
+def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = None) -> EvalSet:
     """Tokenize the evaluation data: --text or --eval-data of `options`, or the --eval-data of finetune.
+
+    Args:
+        run: a run with a frozen checkpoint.
+        options: name the rows, and limit what is taken of them.
+        context: of the artifacts that answer the prompts; those without room for an answer are left out.
 
     Raises:
         DataError: there is none.
+        UsageError: no prompt leaves room for an answer.
     """
     tokenizer = load_tokenizer(run.quantized)
     trained = config.load_trained(run.config)
@@ -353,19 +373,23 @@ def load_eval_set(run: Run, options: ValidateOptions) -> EvalSet:
     rows = load_rows(source, "eval")
     sequences = tokenization.scored_ids(rows, tokenizer, options.window, options.tokens)
 
-    prompts: list[tuple[list[int], str]] = []
+    prompts: list[EvalPrompt] = []
     if prompt_source:
         if prompt_source != source:
             rows = load_rows(prompt_source, "eval")
-        prompts = [(each.ids, each.expected) for each in islice(tokenization.prompts(rows, tokenizer), options.prompts)]
+        prompts = fitting_prompts(eval_prompts(rows, tokenizer), options.prompts, context)
 
     eos_ids = end_tokens(run.quantized)
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer)
+    cut = describe_cut_answers([prompt.answer_tokens for prompt in prompts], options.max_new_tokens)
+    notes = tuple(filter(None, [cut, describe_lack_of_room(prompts, context)]))
+    eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer, notes)
     progress.info(
         f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "
         f"outputs for {len(prompts)} prompts"
     )
+    for note in notes:
+        progress.warn(note)
     return eval_set
 
 

@@ -35,7 +35,10 @@ def limits_set(options: ValidateOptions) -> dict[str, float]:
 
 
 def check_gates(
-    options: ValidateOptions, measured: Sequence[Measurement], budgets: Sequence[Budget] = ()
+    options: ValidateOptions,
+    measured: Sequence[Measurement],
+    budgets: Sequence[Budget] = (),
+    exact_match_notes: Sequence[str] = (),
 ) -> list[Gate]:
     """Check every gate that is set against every QAT artifact.
 
@@ -43,6 +46,7 @@ def check_gates(
         options: whose gates are checked.
         measured: the FP32 fine-tune, which the perplexity ratio refers to, and artifacts.
         budgets: error budgets of the artifacts, for --max-fault-chance.
+        exact_match_notes: sentences that explain misses of --min-exact-match.
     """
     reference_perplexity = next(m.perplexity for m in measured if m.name == "fp32 fine-tuned")
     fault_tests = {budget.target: budget.fault_test for budget in budgets}
@@ -54,7 +58,9 @@ def check_gates(
         fault_test = fault_tests.get(artifact.target)  # None without --error-budget
         figures = _figures(artifact, reference_perplexity, fault_test)
         for option, limit in limits_set(options).items():
-            why = fault_test.location if option == "max_fault_chance" and fault_test is not None else ""
+            why = ". ".join(exact_match_notes) if option == "min_exact_match" else ""
+            if option == "max_fault_chance" and fault_test is not None:
+                why = fault_test.location
             gates.append(_gate(option, limit, f"{artifact.name}, {artifact.target}", figures[option], why))
     return gates
 

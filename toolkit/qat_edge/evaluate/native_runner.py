@@ -96,6 +96,8 @@ def measure(
         notes.append(OWN_CLOCK)
     else:
         notes += [AS_TEXT, NO_CLOCK]
+    if exact_match is not None:
+        notes += evaluator.eval_set.notes
 
     artifact = target_named(target).read(folder)
     return Measurement(
@@ -168,10 +170,10 @@ def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
         progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
     # The runner takes text: prompts are decoded to text, and its own tokenizer encodes them again.
     right, reader = 0, eval_set.reader()
-    for ids, expected in eval_set.prompts:
-        output, _ = runner.generate_text(decode(ids), options.max_new_tokens)
+    for prompt in eval_set.prompts:
+        output, _ = runner.generate_text(decode(prompt.ids), options.max_new_tokens)
         answer = reader.from_text(_before_end(output, end_texts))
-        right += outputs_match(answer, reader.from_text(expected))
+        right += outputs_match(answer, reader.from_text(prompt.expected))
 
     # Timing needs a prompt of `prefill` tokens of real text; its content does not matter.
     announce_timing(options)

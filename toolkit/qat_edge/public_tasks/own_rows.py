@@ -17,6 +17,7 @@ from qat_edge.data.formats import load_rows
 from qat_edge.data.rows import Text
 from qat_edge.errors import DataError
 from qat_edge.evaluate.metrics import outputs_match
+from qat_edge.evaluate.prompts import eval_prompts
 from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, ValidateOptions
 from qat_edge.public_tasks.questions import GENERATE, PREDICT, Question, Task
 from qat_edge.run import Run
@@ -56,8 +57,13 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
 
     reader = AnswerReader(tokenizer)
     questions = [
-        Question(f"prompt-{index}", expected=reader.from_text(each.expected), ids=each.ids)
-        for index, each in enumerate(tokenization.prompts(rows, tokenizer))
+        Question(
+            f"prompt-{index}",
+            expected=reader.from_text(prompt.expected),
+            ids=prompt.ids,
+            answer_tokens=prompt.answer_tokens,
+        )
+        for index, prompt in enumerate(eval_prompts(rows, tokenizer))
     ]
     if not questions:
         raise DataError(

@@ -8,6 +8,7 @@ from qat_edge import progress
 from qat_edge.data.conversation import ChatFormat, extend_ids, text_prompt
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.errors import UsageError
+from qat_edge.evaluate.prompts import describe_cut_answers
 from qat_edge.models.tokenizer import trained_template_arguments
 from qat_edge.options import EvalOptions
 from qat_edge.public_tasks import function_calls
@@ -86,6 +87,9 @@ class TaskPrompts:
                 f"Left out {left_out} questions that are longer than {self._options.context_length} tokens with "
                 "their answer"
             )
+        cut = describe_cut_answers([each.question.answer_tokens for each in fitting], self.max_new_tokens)
+        if cut and self._task.form == GENERATE:
+            progress.warn(cut)
         return fitting
 
     def _prepared(self, question: Question) -> Prepared:

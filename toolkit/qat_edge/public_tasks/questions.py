@@ -56,6 +56,7 @@ class Question:
         solution: Assistant's message to train on; None where the source has none.
         ids: Token ids of a question that comes tokenized: a prompt, or a whole text. It has neither messages nor text.
         positions: Positions of a whole text whose predictions count; the prediction at i is for token i + 1.
+        answer_tokens: Tokens of the right answer; 0 where other texts are right, too.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Question:
     solution: Message | None = None
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    answer_tokens: int = 0
 
     @property
     def digest(self) -> str:

@@ -26,6 +26,7 @@ from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
+from qat_edge.evaluate.prompts import Context
 from qat_edge.evaluate.results import Measurement, read_measurement, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
@@ -159,7 +160,9 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
 
     # The quantized run has the tokenizer, so it is needed even if no row ships it.
     quantize_if_missing(run, QAT)
-    eval_set = load_eval_set(run, measuring)
+    length = job.exporting.context_length
+    assert length is not None
+    eval_set = load_eval_set(run, measuring, Context(length, "each artifact"))
 
     rows = [RowKey(n, t) for n in row_names(options.deployment, options.method) for t in options.target]
     made = {row: _make(job, row) for row in rows}
@@ -393,7 +396,7 @@ def _measure_reference(
 def _evaluation_key(evaluator: Evaluator) -> dict[str, Any]:
     """Return everything besides the artifact that figures depend on: tokens, prompts, and how speed is timed."""
     eval_set, options = evaluator.eval_set, evaluator.options
-    ids = [[s.ids, list(s.positions)] for s in eval_set.sequences], eval_set.prompts, eval_set.eos_ids
+    ids = [[s.ids, list(s.positions)] for s in eval_set.sequences], eval_set.identity, eval_set.eos_ids
     tokens = hashlib.sha256(json.dumps(ids, default=int).encode()).hexdigest()
     timing = ("threads", "prefill", "decode", "repeats", "max_new_tokens")
     return {"format": ROW_FORMAT, "tokens": tokens, **{name: getattr(options, name) for name in timing}}

@@ -186,6 +186,9 @@ def export_one(
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     for difference in target.differences:
         progress.warn(f"{folder.name} is not exactly what was trained: {difference}")
+    # The program is exact, but apps that take text have to give it the ids of training.
+    for fault in target.tokenizer_faults(folder):
+        progress.warn(f"{folder}: {fault}")
     progress.info(f"Wrote {folder}: {size / 1e6:.1f} MB in {wall_s:.0f} s; {found.describe()}")
     return Exported(target.format, folder, size, wall_s, found)
 

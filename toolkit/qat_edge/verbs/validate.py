@@ -27,6 +27,7 @@ from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, Usa
 from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
+from qat_edge.evaluate.prompts import Context
 from qat_edge.evaluate.results import Agreement, Measurement, Report, save
 from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
 from qat_edge.models import merge, tasks
@@ -168,7 +169,7 @@ def validate_devices(
     artifacts = _artifacts_by_target(run, options_of.values())
     for each in options_of.values():
         _require_timing_fits(artifacts[each.target], each)
-    eval_set = load_eval_set(run, options)
+    eval_set = load_eval_set(run, options, _shortest_context(artifacts.values()))
     for each in options_of.values():
         require_prompts(each, len(eval_set.prompts))
         if each.runner_binary is None:  # a runner reads as much of a sequence as it takes
@@ -274,6 +275,12 @@ def _require_timing_fits(artifacts: Artifacts, options: ValidateOptions) -> None
             )
 
 
+def _shortest_context(artifacts: Iterable[Artifacts]) -> Context:
+    """Return the shortest context of all artifacts: every one of them answers the same prompts."""
+    folders = [variant.exports / target for found in artifacts for variant, target in found]
+    return min((Context(context_of_artifact(folder), str(folder)) for folder in folders), key=lambda each: each.tokens)
+
+
 def _require_sequences_fit(artifacts: Artifacts, eval_set: EvalSet) -> None:
     """Refuse evaluation sequences that are longer than an artifact's context.
 
@@ -347,7 +354,7 @@ def _measure(
         tokens=evaluator.eval_set.tokens,
         noise_floor=torch_results.noise_floor,
         measured=measured,
-        gates=check_gates(options, measured, budgets),
+        gates=check_gates(options, measured, budgets, evaluator.eval_set.notes),
         budgets=budgets,
         identities=torch_results.identities,
     )
@@ -373,7 +380,7 @@ def _identities(run: Run, evaluator: Evaluator) -> dict[str, str]:
     base = manifest["model"]["identity"]
     parts = {
         "tokens": [(sequence.ids, sequence.positions) for sequence in eval_set.sequences],
-        "prompts": [eval_set.prompts, evaluator.options.max_new_tokens],
+        "prompts": [eval_set.identity, evaluator.options.max_new_tokens],
         "reference": [base.get("files") or base, manifest.get("kept_layers"), weights],
     }
     return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}

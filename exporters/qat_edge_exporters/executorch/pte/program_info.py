@@ -162,6 +162,7 @@ class TokenizerCheck:
         eos: id of the token that ends one.
         end_tokens: ids from the configurations of the model and the tokenizer.
         differing: texts that it splits differently than the Hugging Face tokenizer.
+        difference: how it splits the first of them.
     """
 
     error: str = ""
@@ -170,3 +171,4 @@ class TokenizerCheck:
     eos: int | None = None
     end_tokens: list[int] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    difference: str = ""
