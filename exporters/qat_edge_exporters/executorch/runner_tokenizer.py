@@ -27,7 +27,7 @@ TEXTS = ("Set an alarm for seven.", "  two  spaces,\n\nline feeds and 12345 digi
 MOST_SPECIAL_TEXTS = 8
 # Settings of an added token that the C++ library has no code for (executorch 1.4).
 IGNORED_SETTINGS = ("lstrip", "rstrip", "single_word")
-OTHER_RUNTIME = "use `qat-edge export --target onnx`, whose runtime takes token ids."
+OTHER_RUNTIME = "The runtime of `qat-edge export --target onnx` takes token ids, so that it has no such difference."
 
 
 def tokenizer_faults(folder: Path) -> list[str]:
@@ -84,8 +84,8 @@ def splitting_faults(path: Path, check: TokenizerCheck) -> list[str]:
     """Return why the tokenizer cannot be used, or which text it splits differently; empty where nothing is wrong."""
     if check.error:
         return [
-            f"{path.name} cannot be used by ExecuTorch's LLM runner: {check.error}. If the file is as it was exported, "
-            f"{OTHER_RUNTIME}"
+            f"{path.name} cannot be used by ExecuTorch's LLM runner: {check.error}. Restore the file if it was "
+            f"changed. {OTHER_RUNTIME}"
         ]
     if not check.differing:
         return []
@@ -107,13 +107,13 @@ def describe_split(path: Path, text: str, difference: str) -> str:
         for token, added in _added_tokens(path).items()
         if (names := [name for name in IGNORED_SETTINGS if added.get(name)])
     }
-    advice = f"U{OTHER_RUNTIME[1:]}"
+    advice = OTHER_RUNTIME
     if ignored:
         token, names = next(iter(ignored.items()))
         more = f" and {len(ignored) - 1} others" if len(ignored) > 1 else ""
         advice = (
             f"It ignores the settings {', '.join(names)} of the token {token!r}{more}. Set them to false in the base "
-            f"model's tokenizer.json and tokenizer_config.json and train again. Or {OTHER_RUNTIME}"
+            f"model's tokenizer.json and tokenizer_config.json and train again. {OTHER_RUNTIME}"
         )
     return (
         f"{path.name}: ExecuTorch's tokenizer splits {text} differently than training did ({difference}), so its LLM "
