@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from data.chat_templates import (
     ALTERNATING,
@@ -147,6 +150,44 @@ def test_an_answer_with_special_tokens_equals_its_own_row(row: Row) -> None:
     # Native runners may write the tokens as text.
     assert reader.from_text(tokenizer.decode(answer)) == "{}"
     assert not outputs_match(reader.from_ids(tokenizer.encode("[]")), reader.from_text(expected))
+
+
+def test_several_tokens_before_a_text_are_trained_and_an_end_token_after_it_is_none_of_them() -> None:
+    tokenizer = tokenizer_for(None, added=("[m]", "[s]"))
+    ids = tokenizer.convert_tokens_to_ids(["[m]", "[s]"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[m] [s] $A", special_tokens=list(zip(["[m]", "[s]"], ids, strict=True))
+    )
+    (row,) = tokenization.tokenize([Completion("in the ", "then", "row")], tokenizer, 64).rows
+    assert row["input_ids"][: len(ids)] == ids == tokenizer("in the ").input_ids[: len(ids)]
+    prompt = text_prompt("in the ", tokenizer)
+    assert prompt.text == "[m][s]in the " and tokenizer.encode(prompt.text, add_special_tokens=False) == prompt.ids
+
+    tokenizer = tokenizer_for(None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_start|>", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    assert text_prompt("a", tokenizer).ids == tokenizer.encode("a", add_special_tokens=False)
+
+
+def test_no_space_comes_between_a_prompt_and_its_completion() -> None:
+    """Tokenizers such as Llama 2's put a space before every text."""
+    words = ["<unk>", "<s>", "</s>", "▁", "A", ":", ":4", "4", "\n"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [(":", "4")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    (row,) = tokenization.tokenize([Completion("A:", "4", "row")], tokenizer, 64).rows
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["▁", "A", ":", "4", "</s>"]
+
+
+def test_tokens_for_text_that_the_tokenizer_lacks_are_counted() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    notes = tokenization.tokenize([Completion("a ", "b c d", "row")], tokenizer, 64).notes
+    assert any("2 trained tokens are the tokenizer's unknown token" in note for note in notes)
+    assert not tokenization.tokenize([Completion("a ", "b", "row")], tokenizer, 64).notes
 
 
 def test_template_arguments_that_differ_are_named() -> None:

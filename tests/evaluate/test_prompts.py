@@ -64,6 +64,13 @@ def test_white_space_after_a_completion_is_not_counted() -> None:
     assert one.answer_tokens == other.answer_tokens > 0
 
 
+def test_an_empty_prompt_is_left_out_and_named(messages: list[str]) -> None:
+    rows = [Completion(text, "then", f"rows:{i}") for i, text in enumerate(("", "in the ", ""), 1)]
+    assert [each.where for each in eval_prompts(rows, tokenizer_for(None))] == ["rows:2"]
+    assert messages == ["rows:1: the prompt is empty. Such rows are left out of the prompts"]
+    assert len(list(eval_prompts(rows, tokenizer_for(None, adds_bos=True)))) == 3
+
+
 def test_answers_longer_than_the_limit_are_counted() -> None:
     assert describe_cut_answers([1, 3, 3], 3) == "" == describe_cut_answers([], 3)
     assert describe_cut_answers([1, 4, 6, 5], 3) == (

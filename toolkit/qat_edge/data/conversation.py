@@ -64,10 +64,15 @@ class Turn:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before any text: a beginning-of-sequence token, or nothing."""
-    # The tokens around an empty text; an end token alone does not count.
-    first = tokenizer("").input_ids[:1]
-    return list(first) if first == [tokenizer.bos_token_id] else []
+    """Return the ids that the tokenizer puts before any text: a beginning-of-sequence token, or none, or several."""
+    whole, plain = list(tokenizer(PROBE).input_ids), encode(PROBE, tokenizer)
+    lengths = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in lengths if whole[i : i + len(plain)] == plain), [])
+
+
+def leading_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of `leading_ids`."""
+    return "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -93,9 +98,9 @@ def text_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     A text that spells the beginning-of-sequence token at its beginning gets no second one.
     """
     lead, ids = leading_ids(tokenizer), encode(text, tokenizer)
-    if not lead or ids[:1] == lead:
+    if ids[: len(lead)] == lead:
         return Prompt(text, ids)
-    return Prompt(tokenizer.bos_token + text, lead + ids)
+    return Prompt(leading_text(tokenizer) + text, lead + ids)
 
 
 def extend_ids(ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -111,11 +116,23 @@ def extend_ids(ids: list[int], text: str, longer: str, tokenizer: PreTrainedToke
     """
     lead = leading_ids(tokenizer)
     # A rendered chat template brings its own beginning-of-sequence token; a bare prompt got it before its text.
-    start = lead if lead and ids[:1] == lead and not text.startswith(tokenizer.bos_token) else []
+    start = lead if ids[: len(lead)] == lead and not text.startswith(leading_text(tokenizer)) else []
     whole = start + encode(longer, tokenizer)
     if whole[: len(ids)] == ids:
         return whole
-    return ids + encode(longer.removeprefix(text), tokenizer)
+    return ids + _inner_ids(longer.removeprefix(text), tokenizer)
+
+
+def _inner_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a text that other text precedes: some tokenizers put a space before every text that they are given."""
+    ids = encode(text, tokenizer)
+    if tokenizer.decode(encode("a", tokenizer) + encode("b", tokenizer)) == "ab":
+        return ids
+    for before in ("\n", ".", "a"):
+        known, both = encode(before, tokenizer), encode(before + text, tokenizer)
+        if both[: len(known)] == known:
+            return both[len(known) :]
+    return ids
 
 
 # --- one conversation --------------------------------------------------------------------------------------

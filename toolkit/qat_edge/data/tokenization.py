@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.data.chat_template import encode
-from qat_edge.data.conversation import ChatFormat, end_ids, ended_ids, extend_ids, leading_ids, text_prompt
+from qat_edge.data.conversation import (
+    ChatFormat,
+    end_ids,
+    ended_ids,
+    extend_ids,
+    leading_ids,
+    leading_text,
+    text_prompt,
+)
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
@@ -243,12 +251,19 @@ class _Counts:
     tokens: int = 0
     trained: int = 0
     ends_alone: int = 0  # rows with no other trained token than one that ends an answer
+    unknown: int = 0  # trained tokens that stand for a text that the tokenizer has no token for
 
     def notes(self) -> list[str]:
-        """Return a sentence about rows that teach no more than to end."""
-        if not self.ends_alone:
-            return []
-        return [f"{self.ends_alone} rows train an end token alone: the model learns to answer nothing there"]
+        """Return sentences about rows that teach no more than to end, and about text that is lost."""
+        lines = []
+        if self.ends_alone:
+            lines.append(f"{self.ends_alone} rows train an end token alone: the model learns to answer nothing there")
+        if self.unknown:
+            lines.append(
+                f"{self.unknown} trained tokens are the tokenizer's unknown token: it has no tokens for that text, and "
+                "the model can neither read nor write it"
+            )
+        return lines
 
 
 @dataclass
@@ -296,7 +311,7 @@ class _RowFacts:
     @cached_property
     def _frame(self) -> tuple[str | None, str | None]:
         """Tokens that the tokenizer puts before and after a text; None for none."""
-        return self.tokenizer.bos_token if leading_ids(self.tokenizer) else None, self.tokenizer.eos_token
+        return leading_text(self.tokenizer) or None, self.tokenizer.eos_token
 
     def _compare_arguments(self, arguments: dict[str, Any]) -> None:
         first = self.first_arguments = arguments if self.first_arguments is None else self.first_arguments
@@ -337,11 +352,18 @@ def _is_empty_text(row: Row) -> bool:
     return isinstance(row, Text) and not row.text.strip()
 
 
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the unknown token; None where there is none, or where it has another use, too, as in GPT-2."""
+    unknown: int | None = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
+
+
 def _kept_examples(
     examples: Iterable[_Example], counts: _Counts, max_length: int, chat_format: ChatFormat
 ) -> Iterator[TokenRow]:
     """Yield truncated examples, without those whose completion was cut off entirely."""
     completion_ends = {*end_ids(chat_format.tokenizer)}
+    unknown = _unknown_id(chat_format.tokenizer)
     for example in examples:
         counts.truncated += len(example.ids) > max_length
         counts.cut += max(0, len(example.ids) - max_length)
@@ -354,6 +376,7 @@ def _kept_examples(
             continue
         counts.tokens += len(ids)
         counts.trained += len(trained)
+        counts.unknown += 0 if unknown is None else trained.count(unknown)
         # The end of a window of texts is no answer: all of it has a loss.
         if IGNORED in labels:
             counts.ends_alone += {*trained} <= completion_ends | {*chat_format.ends}
@@ -372,7 +395,7 @@ def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> 
         # An end token separates texts, so that the model does not predict one from the other.
         if isinstance(row, Text):
             ids = ended_ids(encode(row.text, tokenizer), tokenizer)
-            stream += ids[1:] if lead and ids[:1] == lead else ids  # each window begins with `lead`
+            stream += ids[len(lead) :] if ids[: len(lead)] == lead else ids  # each window begins with `lead`
             # Whole windows leave the stream, so that it does not grow with the number of texts.
             whole = len(stream) // window * window
             yield from _text_examples(stream[:whole], tokenizer, max_length)

@@ -386,7 +386,7 @@ def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = 
     eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer, notes)
     progress.info(
         f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "
-        f"outputs for {len(prompts)} prompts"
+        f"outputs for {len(prompts)} prompts; both from the first of {len(rows)} rows"
     )
     for note in notes:
         progress.warn(note)

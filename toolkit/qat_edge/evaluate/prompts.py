@@ -50,9 +50,17 @@ class Context(NamedTuple):
 
 
 def eval_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[EvalPrompt]:
-    """Yield the prompts of `tokenization.prompts` with what has to be generated for each."""
-    reader = AnswerReader(tokenizer)
+    """Yield the prompts of `tokenization.prompts` with what has to be generated for each; report those without a token.
+
+    An empty prompt has no token where the tokenizer puts none before a text, and no model can predict from nothing.
+    """
+    reader, is_reported = AnswerReader(tokenizer), False
     for each in tokenization.prompts(rows, tokenizer):
+        if not each.ids:
+            if not is_reported:
+                progress.warn(f"{each.where}: the prompt is empty. Such rows are left out of the prompts")
+            is_reported = True
+            continue
         needed = _tokens_needed(each.answer_ids, each.expected, reader)
         yield EvalPrompt(each.ids, each.expected, needed, each.where)
 

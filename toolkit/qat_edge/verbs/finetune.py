@@ -219,7 +219,11 @@ def _run_steps(
     trainer.add_callback(StopInOrder(request))
     if guard is not None:
         trainer.add_callback(guard)
-    progress.info(f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT")
+    seen, rows = options.steps * options.batch_size * options.gradient_accumulation, len(trainer.train_dataset)
+    progress.info(
+        f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT: "
+        f"{seen / rows:.2g} passes over {rows} rows"
+    )
     with progress.bar("training", options.steps) as shown:
         trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
