@@ -207,8 +207,8 @@ def _refuse_launcher(precision: str) -> None:
         if os.environ.get(name, "1") not in ("", "1"):
             raise UsageError(
                 f"{name} is {readers.shorten(os.environ[name])} in the environment, and qat-edge trains in one "
-                "process: the training would wait for the others. Start it without torchrun, accelerate or mpirun, or unset "
-                f"{name}."
+                "process: the training would wait for the others. Start it without torchrun, accelerate or mpirun, or "
+                f"unset {name}."
             )
     found, own = os.environ.get(_MIXED_PRECISION, ""), "bf16" if precision == "bf16" else "no"
     if found not in ("", own):
