@@ -111,7 +111,7 @@ def scatter(
     ET.SubElement(root, "style").text = STYLE + ".grid{stroke:#e4e4e4}.limit{stroke:#888;stroke-dasharray:5 4}"
     rect(root, 0, 0, WIDTH, SCATTER_HEIGHT, "paper")
     text(root, 8, 18, title, "head")
-    _legend(root, {shape: label for shape, (label, _) in groups.items()}, 8, 38)
+    _legend(root, {shape: label for shape, (label, _) in groups.items()}, 16, 38)
 
     right, bottom = WIDTH - 14, SCATTER_HEIGHT - FOOT
     across = Scale(0, nice_top(max(point.x for point in points)), SCATTER_LEFT, right)
