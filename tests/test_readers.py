@@ -30,6 +30,8 @@ HOSTILE: list[tuple[str, bytes, Reader, str]] = [
     ("alias.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", readers.read_yaml, r"alias '\*a' is not supported"),
     ("tag.yaml", b"a: !!python/object/apply:os.system ['true']\n", readers.read_yaml, "constructor for the tag"),
     ("twice.yaml", b"a: 1\na: 2\n", readers.read_yaml, "'a' is given twice"),
+    ("octal.yaml", b"steps: 0200\n", readers.read_yaml, "0200 is a number that YAML reads in another base"),
+    ("minutes.yaml", b"steps: 1:30\n", readers.read_yaml, "1:30 is a number that YAML reads in another base"),
     ("date.yaml", b"a: 2001-99-99\n", readers.read_yaml, "month must be in"),
     ("large.yaml", b"#" * (readers.MAX_YAML_BYTES + 1), readers.read_yaml, "bytes; at most 262144 are read"),
     ("deep.toml", b".".join([b"a"] * 500) + b" = 1", readers.read_toml, "nested deeper than 100 levels"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -186,6 +187,10 @@ def show(value: Any) -> str:
     return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 
+# YAML 1.1 reads 010 as 8 and 1:30 as 90.
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+
 class _PlainLoader(yaml.SafeLoader):
     """SafeLoader that refuses aliases, which a message or a copy would expand, and repeated keys."""
 
@@ -212,6 +217,11 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"an integer of {len(node.value)} digits", node.start_mark
             )
+        if not _DECIMAL.fullmatch(node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shorten(node.value)} is a number that YAML reads in another base; write it in decimal, "
+                "or in quotes", node.start_mark,
+            )  # fmt: skip
         return int(super().construct_yaml_int(node))
 
     def construct_yaml_float(self, node: Any) -> float:
