@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,17 @@ def test_a_context_of_the_export_beyond_the_model_is_refused_before_training(
     assert done.exit_code == 1
     assert "--context-length 513: the model has positions for 512 tokens" in " ".join(done.output.split())
     assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_characters_that_the_encoding_of_stdout_does_not_have_are_escaped(encoding: str) -> None:
+    code = (
+        "from qat_edge.cli import commands, console\n"
+        "commands.main.callback = lambda verbose: None\n"
+        "commands.main.command('say')(lambda: (console.echo('\\xe9 \\u4f60'), console.echo_generated('\\U0001f600')))\n"
+        "commands.main(['say'])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.decode(encoding).splitlines() == ["\xe9 \\u4f60", "\\U0001f600"]

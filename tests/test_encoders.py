@@ -49,7 +49,7 @@ from qat_edge.options import (
     ValidateOptions,
 )
 from qat_edge.quant import frozen
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import Run
 from qat_edge.train import objectives
 from qat_edge.verbs.compare import compare
@@ -195,7 +195,8 @@ def test_a_classifier_keeps_its_labels_and_trains_its_head(classifier: Run) -> N
 
 @pytest.mark.parametrize("method", PTQ_METHODS)
 def test_every_ptq_method_supports_encoders(run: Run, method: str) -> None:
-    quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=100))
+    tokens = 100 if method in CALIBRATED else None
+    quantized = quantize(run, QuantizeOptions(method=method, calibration_tokens=tokens))
     task, given = tasks.task_of_run(run), batch(run)
     reference = predict(task, merged_model(run.reference).model, given)
     found = predict(task, frozen.load(quantized.folder), given)

@@ -54,7 +54,8 @@ def run(trained: Run, tmp_path: Path) -> Run:
 
 
 def options(method: str, **changes: Any) -> QuantizeOptions:
-    return replace(QuantizeOptions(method=method, calibration_tokens=TOKENS), **changes)
+    tokens = TOKENS if method in CALIBRATED else None
+    return replace(QuantizeOptions(method=method, calibration_tokens=tokens), **changes)
 
 
 # --- calibration -------------------------------------------------------------------------------------------
@@ -143,6 +144,14 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
     assert bits[name] == 8 and sum(b == 4 for b in bits.values()) == 13
     with pytest.raises(UsageError, match="--bits and --method qat"):
         quantize(run, replace(asked, method="qat"))
+
+
+@pytest.mark.parametrize("method", ["qat", "rtn", "hqq"])
+@pytest.mark.parametrize(("flag", "value"), [("--calibration-data", "/nowhere"), ("--calibration-tokens", "64")])
+def test_calibration_data_that_no_method_reads_is_refused(run: Run, method: str, flag: str, value: str) -> None:
+    answer = CliRunner().invoke(commands.main, ["quantize", str(run.path), "--method", method, flag, value])
+    assert answer.exit_code == 2, answer.output
+    assert f"{flag} {value} and --method {method}: it is not calibrated. Give --method gptq|" in answer.output
 
 
 def test_turned_hidden_states_are_quantized_as_well(run: Run, tokenizer: Any) -> None:

@@ -393,6 +393,15 @@ def test_bits_are_chosen_without_measuring_again(run: Run, monkeypatch: pytest.M
     scheme.choose_scheme(tied_model(), GROUP, chosen)
 
 
+def test_data_that_is_not_measured_on_is_mentioned(run: Run) -> None:
+    assert call(run, "--tokens", "128").exit_code == 0
+    arguments = ("--max-kl", "1", "--tokens", "128")
+    assert "--force measures again" not in call(run, *arguments).stderr
+    answer = call(run, *arguments, "--data", "other.jsonl")
+    assert answer.exit_code == 0, answer.output
+    assert "--force measures again, on 128 of --data other.jsonl (seed 0)" in answer.stderr
+
+
 def test_three_widths_are_measured_chosen_and_shown(run: Run) -> None:
     first = call(run, "--tokens", "128", "--width", "2")
     assert first.exit_code == 0, first.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,30 @@ def test_a_tsv_file_is_read_like_a_csv_file(tmp_path: Path) -> None:
     path.write_text("prompt\tcompletion\na\tb\tc\n")
     with pytest.raises(DataError, match=r"rows\.tsv:2: more values than the 2 columns .*Put values that contain tabs"):
         load_rows(str(path))
+
+
+# --- files that were replaced ------------------------------------------------------------------------------
+
+
+def write_table(path: Path, text: str) -> None:
+    """Write one row with a time that does not tell when: that of files copied with `cp -p`, or out of an archive."""
+    line = json.dumps({"text": text, "of": None}) + "\n"
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list([{"text": text}]).to_parquet(str(path))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(line.encode()))
+    else:
+        path.write_text(f"[{line}]")
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.json", "train.jsonl.gz"])
+def test_a_file_replaced_with_one_of_the_same_time_is_read_again(folder: Path, name: str) -> None:
+    for text in ("first", "other", "first"):
+        write_table(folder / name, text)
+        assert read(folder) == [text]
+        if name == "train.parquet":
+            assert read(folder / name) == [text]
 
 
 # --- records of save_to_disk -------------------------------------------------------------------------------

@@ -214,6 +214,10 @@ def test_parts_of_text_are_joined_and_share_gpt_is_read(tmp_path: Path) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ASSISTANT]},
             "message 1: part 1 of 'content' is of type 'image_url'",
         ),
+        ({"messages": [USER, ASSISTANT], "images": ["a.png"]}, "'images' is not supported: only texts are trained"),
+        ({"conversations": [USER, ASSISTANT], "image": "a.png"}, "'image' is not supported"),
+        ({"messages": [USER, ASSISTANT], "videos": [{"path": "a.mp4"}]}, "'videos' is not supported"),
+        ({"messages": [{**USER, "audio": {"path": "a.wav"}}, ASSISTANT]}, "message 1: 'audio' is not supported"),
         (
             {"messages": [{"role": "tool", "content": {"rain": True}}, ASSISTANT]},
             "'content' must be a string, found an",
@@ -252,6 +256,12 @@ def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, record: Any, mess
         load_one(tmp_path, record)
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
     assert message in str(caught.value)
+
+
+def test_empty_columns_of_images_are_taken(tmp_path: Path) -> None:
+    empty = {"images": [], "image": "", "video": {}, "audio": None}
+    row = load_one(tmp_path, {"messages": [{**USER, "images": []}, ASSISTANT], **empty})
+    assert isinstance(row, Chat)
 
 
 def test_keys_that_say_the_same_twice_are_taken(tmp_path: Path) -> None:

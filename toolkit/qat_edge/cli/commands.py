@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qat_edge import __version__, config, progress, remote_code, stop_signals
-from qat_edge.cli.console import ConsoleReporter, console, echo, echo_generated, visible
+from qat_edge.cli.console import ConsoleReporter, console, echo, echo_generated, escape_unencodable, visible
 from qat_edge.cli.flags import (
     TRUST_REMOTE_CODE,
     GroupedCommand,
@@ -63,6 +63,11 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names as they were added."""
         return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the command line and run it; `--help` and errors of parsing are printed here, too."""
+        escape_unencodable()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the error's code, 128 + n after signal n, or 70 after an unexpected error."""

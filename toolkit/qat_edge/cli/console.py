@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 # A terminal obeys control characters; marks of direction show text in another order than it has; no encoding has halves
 # of surrogate pairs, which names of files may hold. New lines and tabs are ours.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_unencodable() -> None:
+    """Let stdout and stderr write characters that their encoding does not have as escapes, instead of raising.
+
+    The encoding is the user's: of a Windows console that is redirected, or of PYTHONIOENCODING.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Without a console there is no stream, and a notebook's has no encoding of its own.
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def visible(text: str) -> str:

@@ -22,12 +22,14 @@ absent. A .json file holds a list of rows, or a row in each line like a .jsonl f
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
 import lzma
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ from qat_edge.data import class_labels, data_folders
 from qat_edge.data.row_parsing import parse_row, type_name, unused_keys, without_nulls
 from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
+from qat_edge.manifest import sha256
 from qat_edge.models import hub
 from qat_edge.readers import BYTE_ORDER_MARK, parse_json, read_text, shorten
 
@@ -221,7 +224,7 @@ def _parquet_records(path: Path) -> Records:
     import datasets  # takes seconds to import, and text files do not need it
 
     try:
-        records = datasets.Dataset.from_parquet(str(path))
+        records = datasets.Dataset.from_parquet(str(path), cache_dir=_cache_of([path]))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error.__cause__ or error}).") from error
     yield from class_labels.name_labels(_decoded_records(records, f"{path}: row"), records.features)
@@ -264,15 +267,19 @@ def _dataset_records(name: str, split: str, named: bool) -> Records:
             data = _load_saved(name, split, named)
         else:
             builder = datasets.load_dataset_builder(name)
+            cache = None  # Hub data sets are in the usual one
             if is_folder:
                 parts = {str(part): files for part, files in (builder.config.data_files or {}).items()}
                 split = split if described else data_folders.part_by_name(Path(name), parts, split)
                 files = _own_files(parts, split)
+                # The builder found the files, but its features may be of what they contained earlier.
+                cache = _cache_of(() if files else itertools.chain(*parts.values()))
+                builder = datasets.load_dataset_builder(name, cache_dir=cache)
             # Of the description of a data set, which may name labels that text files hold as numbers.
             features = builder.info.features or {}
             if not files:
                 load = _load_texts if isinstance(builder, Csv) else datasets.load_dataset
-                data = load(name, split=split)
+                data = load(name, split=split, cache_dir=cache)
                 if is_folder:
                     class_labels.require_same_names(parts, data.features)
     except (OSError, *WRONG_DATA, datasets.exceptions.DatasetsError) as error:
@@ -309,14 +316,31 @@ def _own_files(parts: Mapping[str, Sequence[str]], split: str) -> list[Path]:
     return files if all(path.suffix.lower() in own and path.is_file() for path in files) else []
 
 
-def _load_texts(name: str, split: str) -> Dataset:
+def _cache_of(files: Iterable[str | Path]) -> str:
+    """Return the cache folder of `datasets` for local files with these contents.
+
+    By itself, `datasets` recognizes a file by its path and modification time, and what it extracted from an archive by
+    the path alone: of a file that was replaced with one of the same time, it would return the earlier rows.
+    """
+    import datasets  # takes seconds to import, and text files do not need it
+
+    contents = hashlib.sha256()
+    # Of zip://FILE::ARCHIVE, the archive.
+    for path in sorted({Path(str(file).rpartition("::")[2]) for file in files}):
+        contents.update(f"{path}\0{sha256(path) if path.is_file() else ''}\0".encode(errors="surrogateescape"))
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "qat-edge" / contents.hexdigest()[:32])
+
+
+def _load_texts(name: str, split: str, cache_dir: str | None) -> Dataset:
     """Load a part that consists of .csv or .tsv files, every value as the text that the file has."""
     from datasets import Features, Value, load_dataset
 
     # By itself, pandas reads NA as null and 007 as 7. Only the files know the names of the columns.
-    found = load_dataset(name, split=split, na_filter=False)
+    found = load_dataset(name, split=split, na_filter=False, cache_dir=cache_dir)
     texts = Features(dict.fromkeys(found.column_names, Value("string")))
-    return found if found.features == texts else load_dataset(name, split=split, na_filter=False, features=texts)
+    if found.features == texts:
+        return found
+    return load_dataset(name, split=split, na_filter=False, features=texts, cache_dir=cache_dir)
 
 
 def _decoded_records(data: Dataset, place: str) -> Records:

@@ -40,6 +40,8 @@ CHAT_HINTS = {
     "function_call": "Write calls as 'tool_calls' of the assistant's message.",
     "system": "Make it the first of the 'messages', with the role 'system'.",
 }
+# Keys of what models for text cannot be trained on, next to 'messages' and in one of them.
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 _LOSS_HINT = 'Write "weight": 0 on a message of the assistant without loss, and remove the key from the others.'
 MESSAGE_HINTS = {
     **dict.fromkeys(("train", "train_detail", "training_detail", "loss", "loss_scale", "mask"), _LOSS_HINT),
@@ -141,6 +143,7 @@ def _chat(given: dict[str, Any], where: str) -> Chat:
     for key, hint in CHAT_HINTS.items():
         if key in given:
             raise DataError(f"{where}: '{key}' next to 'messages' would be lost. {hint}")
+    _require_no_media(given, where)
 
     # Tables without nested columns have these as JSON text.
     key = "messages" if "messages" in given else SHARE_GPT
@@ -230,6 +233,7 @@ def _message(message: Any, where: str, number: int) -> Message:
     for key, hint in MESSAGE_HINTS.items():
         if key in found:
             raise DataError(f"{position}: '{key}' is not supported. {hint}")
+    _require_no_media(found, position)
 
     role = _role(found, position)
     if "content" in found:
@@ -247,6 +251,16 @@ def _message(message: Any, where: str, number: int) -> Message:
     elif not any(found.get(key) for key in ("tool_calls", *REASONING)):
         found.setdefault("content", "")
     return found
+
+
+def _require_no_media(record: dict[str, Any], position: str) -> None:
+    """Refuse images, video and sound of a conversation or a message; columns of a table may be empty."""
+    for key in MEDIA_KEYS:
+        if record.get(key) not in (None, "", [], {}):
+            raise DataError(
+                f"{position}: '{key}' is not supported: only texts are trained, and they would refer to something "
+                "that the model does not get. Remove the row, or the key where the texts do not need it."
+            )
 
 
 def _role(message: Message, position: str) -> str:

@@ -21,7 +21,7 @@ from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.bit_allocation import requested_levels
-from qat_edge.quant.ptq.method_names import QAT
+from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -61,7 +61,8 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
         force: replace the checkpoint that exists, and merge even if library versions differ from those in training.
 
     Raises:
-        UsageError: bits, levels or --rotate for the trained model; a file of bits that does not fit the model.
+        UsageError: bits, levels or --rotate for the trained model; calibration data for a method that uses none; a file
+            of bits that does not fit the model.
         RunError: another checkpoint exists (without `force`), or there is no adapter.
         DataError: too little calibration data.
         ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
@@ -80,7 +81,7 @@ def quantize(run: Run, options: QuantizeOptions, force: bool = False) -> Quantiz
 
 
 def _check_options(run: Run, options: QuantizeOptions) -> None:
-    """Refuse options that only PTQ has, for the trained model.
+    """Refuse options without effect: those of PTQ for the trained model, and calibration data that nothing reads.
 
     Raises:
         UsageError: names the option.
@@ -93,6 +94,13 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
             )
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")
+    for name in ("calibration_data", "calibration_tokens"):
+        value = getattr(options, name)
+        if options.method not in CALIBRATED and value is not None:
+            raise UsageError(
+                f"{config.flag_name(name)} {value} and --method {options.method}: it is not calibrated. Give "
+                f"--method {'|'.join(CALIBRATED)}, or leave it out."
+            )
     # A file of bits that cannot be read is reported before models are loaded.
     requested_levels(options.bits, options.weight_levels)
     if options.rotate:

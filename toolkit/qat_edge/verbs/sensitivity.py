@@ -272,9 +272,11 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
             f"{folder} was measured with --weight-levels {measured.levels}, and {run.path} was trained with {levels}. "
             "Give --force to measure again."
         )
-    # Other --tokens or --seed have no effect without measuring again, so that is mentioned.
-    differs = (options.tokens, options.seed) != (measured.tokens, measured.seed)
-    hint = f"; --force measures again, on {options.tokens} (seed {options.seed})" if differs else ""
+    # --data and other --tokens or --seed have no effect without measuring again, so that is mentioned. Which rows the
+    # measurement was made on is not recorded.
+    differs = options.data is not None or (options.tokens, options.seed) != (measured.tokens, measured.seed)
+    source = "" if options.data is None else f" of --data {options.data}"
+    hint = f"; --force measures again, on {options.tokens}{source} (seed {options.seed})" if differs else ""
     progress.info(f"Choosing bits from {folder}, measured on {measured.tokens} tokens (seed {measured.seed}){hint}")
     return measured
 
