@@ -133,8 +133,16 @@ def test_generated_answers_are_those_of_the_model(run: Run) -> None:
     prompts = [ChatFormat(tokenizer).prompt(q.messages).ids for q in task.test[:2]]
     wanted = reference.generate(reference.load_exact(run.quantized), prompts, [2], 6, 2)
     expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
-    for source in sources.values():
-        assert [answer.answer for answer in source.answers] == expected
+    assert [answer.answer for answer in sources["torch"].answers] == expected
+    # An artifact may round an activation the other way, and then choose another token that is as probable.
+    model = reference.load_exact(run.quantized)
+    for source in (sources["onnx"], sources["executorch"]):
+        for prompt, answer in zip(prompts, source.answers, strict=True):
+            ids = tokenizer.encode(answer.answer, add_special_tokens=False)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert len(ids) == 6 and (logits.amax(1) - chosen < 0.1).all()
 
 
 def test_scores_count_the_most_probable_tokens(run: Run) -> None:
