@@ -260,7 +260,7 @@ def test_settings_of_tokens_that_executorch_ignores_are_named(
     path.write_text(json.dumps(document))
     (fault,) = runner_tokenizer.tokenizer_faults(folder)
     assert f"It ignores the settings {setting} of the token '<|im_end|>'. Set them to false in the base" in fault
-    assert "train again. Or use `qat-edge export --target onnx`" in fault
+    assert "train again. The runtime of `qat-edge export --target onnx`" in fault
 
 
 @pytest.mark.usefixtures("stand_in_exports")
