@@ -165,7 +165,7 @@ def _read_model(task: tasks.ModelTask, folder: Path, output_loading_info: bool =
     extra = [name for name in report["unexpected_keys"] if not name.endswith(f".{rotated_norm.GAIN}")]
     if missing or extra:
         what = f"without {sorted(missing)[0]}" if missing else f"with {sorted(extra)[0]}, which is not in the model"
-        raise RunError(f"{folder}: a checkpoint {what}. Restore the folder, or make it again.")
+        raise RunError(f"{folder}: a checkpoint {what}. {how_to_restore(folder)}")
     return (model, report) if output_loading_info else model
 
 
