@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qat_edge.data import formats, tokenization
-from qat_edge.data.conversation import leading_ids
+from qat_edge.data.conversation import lead_of
 from qat_edge.data.formats import Chat, Completion, Pair, Row, Text, load_rows
 from qat_edge.data.tokenization import IGNORED, Collator
 from qat_edge.errors import DataError
@@ -375,7 +375,7 @@ def test_a_beginning_of_sequence_token_occurs_once_per_example(tokenizer: Any) -
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
-    assert leading_ids(tokenizer) == [1]
+    assert lead_of(tokenizer).ids == [1]
     rows = tokenization.tokenize([Text("abcdefghij" * 3, "row"), Completion("t", "he", "row")], tokenizer, 16).rows
     assert [row["input_ids"][0] for row in rows] == [1] * 4
     assert [row["input_ids"].count(1) for row in rows] == [1] * 4

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,16 +64,20 @@ class Turn:
     expected: str
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts before any text: a beginning-of-sequence token, or none, or several."""
+class Lead(NamedTuple):
+    """Tokens that a tokenizer puts before any text: a beginning-of-sequence token, or none, or several."""
+
+    ids: list[int]
+    text: str
+
+
+@lru_cache(maxsize=4)
+def lead_of(tokenizer: PreTrainedTokenizerBase) -> Lead:
+    """Return what a tokenizer puts before any text, found once: nothing changes a tokenizer that is in use."""
     whole, plain = list(tokenizer(PROBE).input_ids), encode(PROBE, tokenizer)
     lengths = range(len(whole) - len(plain) + 1)
-    return next((whole[:i] for i in lengths if whole[i : i + len(plain)] == plain), [])
-
-
-def leading_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of `leading_ids`."""
-    return "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
+    ids = next((whole[:i] for i in lengths if whole[i : i + len(plain)] == plain), [])
+    return Lead(ids, "".join(tokenizer.convert_ids_to_tokens(ids)))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -97,10 +102,10 @@ def text_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
     A text that spells the beginning-of-sequence token at its beginning gets no second one.
     """
-    lead, ids = leading_ids(tokenizer), encode(text, tokenizer)
-    if ids[: len(lead)] == lead:
+    lead, ids = lead_of(tokenizer), encode(text, tokenizer)
+    if ids[: len(lead.ids)] == lead.ids:
         return Prompt(text, ids)
-    return Prompt(leading_text(tokenizer) + text, lead + ids)
+    return Prompt(lead.text + text, lead.ids + ids)
 
 
 def extend_ids(ids: list[int], text: str, longer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -114,9 +119,9 @@ def extend_ids(ids: list[int], text: str, longer: str, tokenizer: PreTrainedToke
         longer: The text to tokenize.
         tokenizer: The model's tokenizer.
     """
-    lead = leading_ids(tokenizer)
+    lead = lead_of(tokenizer)
     # A rendered chat template brings its own beginning-of-sequence token; a bare prompt got it before its text.
-    start = lead if ids[: len(lead)] == lead and not text.startswith(leading_text(tokenizer)) else []
+    start = lead.ids if ids[: len(lead.ids)] == lead.ids and not text.startswith(lead.text) else []
     whole = start + encode(longer, tokenizer)
     if whole[: len(ids)] == ids:
         return whole

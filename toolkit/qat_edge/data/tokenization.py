@@ -22,15 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.data.chat_template import encode
-from qat_edge.data.conversation import (
-    ChatFormat,
-    end_ids,
-    ended_ids,
-    extend_ids,
-    leading_ids,
-    leading_text,
-    text_prompt,
-)
+from qat_edge.data.conversation import ChatFormat, end_ids, ended_ids, extend_ids, lead_of, text_prompt
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
@@ -311,7 +303,7 @@ class _RowFacts:
     @cached_property
     def _frame(self) -> tuple[str | None, str | None]:
         """Tokens that the tokenizer puts before and after a text; None for none."""
-        return leading_text(self.tokenizer) or None, self.tokenizer.eos_token
+        return lead_of(self.tokenizer).text or None, self.tokenizer.eos_token
 
     def _compare_arguments(self, arguments: dict[str, Any]) -> None:
         first = self.first_arguments = arguments if self.first_arguments is None else self.first_arguments
@@ -386,7 +378,7 @@ def _kept_examples(
 def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
     """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
     tokenizer = chat_format.tokenizer
-    lead = leading_ids(tokenizer)
+    lead = lead_of(tokenizer).ids
     window = max_length - len(lead)
     stream: list[int] = []
     for row in rows:
@@ -454,6 +446,6 @@ def _chat_examples(row: Chat, chat_format: ChatFormat) -> Iterator[_Example]:
 
 def _windows(ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
     """Cut ids into windows of at most `length` tokens, each beginning with the leading ids of a text."""
-    lead = leading_ids(tokenizer)
+    lead = lead_of(tokenizer).ids
     step = length - len(lead)
     return (lead + ids[start : start + step] for start in range(0, len(ids), step))

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from qat_edge.data.chat_template import encode
-from qat_edge.data.conversation import AnswerReader, ChatFormat, end_ids, extend_ids, leading_ids, text_prompt
+from qat_edge.data.conversation import AnswerReader, ChatFormat, end_ids, extend_ids, lead_of, text_prompt
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.errors import RunError, UsageError
 from qat_edge.models import tasks
@@ -138,7 +138,7 @@ class HarnessModel(LM):
     def _windows(self, text: str) -> list[ScoredIds]:
         """Cut a text into windows whose tokens are predicted once each."""
         ids = text_prompt(text, self.tokenizer).ids
-        ids = ids if leading_ids(self.tokenizer) else [*self._eos_ids[:1], *ids]
+        ids = ids if lead_of(self.tokenizer).ids else [*self._eos_ids[:1], *ids]
         step = self.context_length - 1
         windows = [ids[start : start + step + 1] for start in range(0, max(len(ids) - 1, 1), step)]
         return [ScoredIds(window, list(range(len(window) - 1))) for window in windows if len(window) > 1]
