@@ -208,6 +208,15 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for data; pytest's own has "test" in its name, which `datasets` takes for a part."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "rows"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
 def model_copy(tiny_model_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))

@@ -38,38 +38,29 @@ dataset_info:
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for data; pytest's own has "test" in its name, which `datasets` takes for a part."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = tmp_path / "rows"
-    path.mkdir()
-    return path
-
-
 def data_set(names: Sequence[str] = NAMES, labels: Sequence[int | None] = (0, 1, 2)) -> Dataset:
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
     return Dataset.from_dict({"text": [f"t{i}" for i in labels], "label": list(labels)}, features=features)
 
 
-def save_folder(data: Dataset, folder: Path) -> str:
-    data.save_to_disk(str(folder / "saved"))
-    return str(folder / "saved")
+def save_folder(data: Dataset, data_folder: Path) -> str:
+    data.save_to_disk(str(data_folder / "saved"))
+    return str(data_folder / "saved")
 
 
-def save_parts(data: Dataset, folder: Path) -> str:
-    DatasetDict({"train": data}).save_to_disk(str(folder / "saved"))
-    return str(folder / "saved")
+def save_parts(data: Dataset, data_folder: Path) -> str:
+    DatasetDict({"train": data}).save_to_disk(str(data_folder / "saved"))
+    return str(data_folder / "saved")
 
 
-def save_parquet(data: Dataset, folder: Path) -> str:
-    data.to_parquet(str(folder / "train.parquet"))
-    return str(folder / "train.parquet")
+def save_parquet(data: Dataset, data_folder: Path) -> str:
+    data.to_parquet(str(data_folder / "train.parquet"))
+    return str(data_folder / "train.parquet")
 
 
-def save_parquet_folder(data: Dataset, folder: Path) -> str:
-    save_parquet(data, folder)
-    return str(folder)
+def save_parquet_folder(data: Dataset, data_folder: Path) -> str:
+    save_parquet(data, data_folder)
+    return str(data_folder)
 
 
 def config(labels: Sequence[str]) -> BertConfig:
@@ -99,36 +90,36 @@ def labels_of(source: Any, part: str = "train") -> list[Any]:
 
 
 @pytest.mark.parametrize("save", [save_folder, save_parts, save_parquet, save_parquet_folder])
-def test_labels_of_a_data_set_are_mapped_by_name(folder: Path, save: Callable[[Dataset, Path], str]) -> None:
-    rows = load_rows(save(data_set(), folder))
+def test_labels_of_a_data_set_are_mapped_by_name(data_folder: Path, save: Callable[[Dataset, Path], str]) -> None:
+    rows = load_rows(save(data_set(), data_folder))
     task = task_of(NLI, rows)
     assert task == SequenceClassifier(NLI)
     assert trained_labels(task, rows) == [2, 1, 0]
 
 
-def test_training_and_evaluation_data_may_number_their_labels_differently(folder: Path) -> None:
+def test_training_and_evaluation_data_may_number_their_labels_differently(data_folder: Path) -> None:
     data = {"train": data_set(), "eval": data_set(NLI[::-1], (0, 1)), "test": data_set(tuple(sorted(NAMES)), (0, 1, 2))}
-    DatasetDict(data).save_to_disk(str(folder))
-    rows = load_rows(str(folder))
+    DatasetDict(data).save_to_disk(str(data_folder))
+    rows = load_rows(str(data_folder))
     task = training_examples.task_for_rows(BertConfig(), rows, "rows")
     assert task == SequenceClassifier(NAMES)  # an encoder without a head gets the names, in the order of the data set
     assert trained_labels(task, rows) == [0, 1, 2]
-    assert trained_labels(task, load_rows(str(folder), "eval")) == [0, 1]
-    assert trained_labels(task, load_rows(str(folder), "test")) == [2, 0, 1]
+    assert trained_labels(task, load_rows(str(data_folder), "eval")) == [0, 1]
+    assert trained_labels(task, load_rows(str(data_folder), "test")) == [2, 0, 1]
 
 
-def test_names_that_the_model_does_not_have_are_refused(folder: Path) -> None:
-    rows = load_rows(save_parquet(data_set(("yes", "neutral", "1"), (1, 0)), folder))
+def test_names_that_the_model_does_not_have_are_refused(data_folder: Path) -> None:
+    rows = load_rows(save_parquet(data_set(("yes", "neutral", "1"), (1, 0)), data_folder))
     with pytest.raises(DataError, match=r"row 2: the label 'yes' of the data set .*CONTRADICTION.*has yes, neutral, 1"):
         trained_labels(task_of(NLI, rows), rows)
     # A name that looks like a number is no index.
-    rows = load_rows(save_parquet(data_set(("yes", "neutral", "1"), (2,)), folder))
+    rows = load_rows(save_parquet(data_set(("yes", "neutral", "1"), (2,)), data_folder))
     with pytest.raises(DataError, match="the label '1' of the data set is none of the model's"):
         trained_labels(task_of(NLI, rows), rows)
 
 
-def test_a_head_without_names_gets_those_of_the_data_set(folder: Path) -> None:
-    rows = load_rows(save_parquet(data_set(), folder))
+def test_a_head_without_names_gets_those_of_the_data_set(data_folder: Path) -> None:
+    rows = load_rows(save_parquet(data_set(), data_folder))
     recorder = Recorder()
     with progress.report_to(recorder):
         task = task_of(UNNAMED, rows)
@@ -161,55 +152,55 @@ def test_plain_numbers_are_reported(tmp_path: Path) -> None:
 # --- names in files ----------------------------------------------------------------------------------------
 
 
-def test_tables_of_one_data_set_with_other_orders_are_refused(folder: Path) -> None:
-    data_set().to_parquet(str(folder / "train-0.parquet"))
-    data_set(NAMES[::-1]).to_parquet(str(folder / "train-1.parquet"))
+def test_tables_of_one_data_set_with_other_orders_are_refused(data_folder: Path) -> None:
+    data_set().to_parquet(str(data_folder / "train-0.parquet"))
+    data_set(NAMES[::-1]).to_parquet(str(data_folder / "train-1.parquet"))
     with pytest.raises(DataError, match=r"train-1\.parquet: 'label' numbers its labels in the order contradiction, "):
-        load_rows(str(folder))
+        load_rows(str(data_folder))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".jsonl", ".json"])
-def test_the_description_of_a_data_set_names_the_labels_of_its_text_files(folder: Path, suffix: str) -> None:
-    (folder / "README.md").write_text(CARD)
+def test_the_description_of_a_data_set_names_the_labels_of_its_text_files(data_folder: Path, suffix: str) -> None:
+    (data_folder / "README.md").write_text(CARD)
     rows = {
         ".csv": "text,label\n007,1\nx,0\n",
         ".jsonl": '{"text": "007", "label": 1}\n{"text": "x", "label": 0}\n',
         ".json": '[{"text": "007", "label": 1}, {"text": "x", "label": 0}]',
     }
     text = rows[suffix.removesuffix(".gz")].encode()
-    (folder / f"train{suffix}").write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
-    assert labels_of(folder) == ["pos", "neg"]
-    assert [row.text for row in load_rows(str(folder)) if isinstance(row, Text)] == ["007", "x"]
+    (data_folder / f"train{suffix}").write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    assert labels_of(data_folder) == ["pos", "neg"]
+    assert [row.text for row in load_rows(str(data_folder)) if isinstance(row, Text)] == ["007", "x"]
 
 
-def test_a_description_allows_names_and_missing_labels(folder: Path) -> None:
-    (folder / "README.md").write_text(CARD)
-    (folder / "train.csv").write_text("text,label\na,pos\nb,-1\nc,\n")
-    assert labels_of(folder) == ["pos", None, None]
-    (folder / "train.csv").write_text("text,label\na,2\n")
+def test_a_description_allows_names_and_missing_labels(data_folder: Path) -> None:
+    (data_folder / "README.md").write_text(CARD)
+    (data_folder / "train.csv").write_text("text,label\na,pos\nb,-1\nc,\n")
+    assert labels_of(data_folder) == ["pos", None, None]
+    (data_folder / "train.csv").write_text("text,label\na,2\n")
     with pytest.raises(DataError, match=r"train\.csv:2: 'label' is '2', which is neither a label .* \(neg, pos\)"):
-        load_rows(str(folder))
+        load_rows(str(data_folder))
 
 
-def test_missing_labels_are_refused_by_row(folder: Path) -> None:
-    rows = load_rows(save_parquet(data_set(labels=(0, -1)), folder))
+def test_missing_labels_are_refused_by_row(data_folder: Path) -> None:
+    rows = load_rows(save_parquet(data_set(labels=(0, -1)), data_folder))
     with pytest.raises(DataError, match=r"row 2: an encoder is trained on rows of 'text' and 'label'.*of -1 in a data"):
         task_of(NLI, rows)
 
 
-def test_numbers_are_no_names(folder: Path) -> None:
-    rows = load_rows(save_parquet(data_set(("0", "1", "2")), folder))
+def test_numbers_are_no_names(data_folder: Path) -> None:
+    rows = load_rows(save_parquet(data_set(("0", "1", "2")), data_folder))
     assert trained_labels(task_of(NLI, rows), rows) == [0, 1, 2]
-    rows = load_rows(save_parquet(data_set(("1", "2", "3")), folder))
-    assert labels_of(folder / "train.parquet") == ["1", "2", "3"]
+    rows = load_rows(save_parquet(data_set(("1", "2", "3")), data_folder))
+    assert labels_of(data_folder / "train.parquet") == ["1", "2", "3"]
     assert trained_labels(task_of(("3", "2", "1"), rows), rows) == [2, 1, 0]
 
 
-def test_names_inside_of_columns_are_read(folder: Path) -> None:
+def test_names_inside_of_columns_are_read(data_folder: Path) -> None:
     role, features = ClassLabel(names=["assistant", "user"]), {}
     features["messages"] = datasets.List({"role": role, "content": Value("string")})
     messages = [{"role": 1, "content": "Hi"}, {"role": 0, "content": "Hello"}]
-    Dataset.from_dict({"messages": [messages]}, features=Features(features)).to_parquet(str(folder / "a.parquet"))
-    (row,) = load_rows(str(folder / "a.parquet"))
+    Dataset.from_dict({"messages": [messages]}, features=Features(features)).to_parquet(str(data_folder / "a.parquet"))
+    (row,) = load_rows(str(data_folder / "a.parquet"))
     assert isinstance(row, Chat)
     assert [message["role"] for message in row.messages] == ["user", "assistant"]
