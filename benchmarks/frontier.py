@@ -48,6 +48,10 @@ def main() -> None:
         "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), metavar="SCHEME",
         help=f"schemes to measure: {'; '.join(SCHEMES)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--finishes", nargs="+", choices=list(FINISHES), default=list(FINISHES), metavar="FINISH",
+        help=f"how each scheme is reached: {'; '.join(FINISHES)}",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "frontier.md", help="page to write")
     parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
     given = parser.parse_args()
@@ -58,7 +62,7 @@ def main() -> None:
         runner = BenchmarkRunner(
             given.work, model, "cpu", SETTINGS["reduced"], published=given.out.with_suffix(".json")
         )
-        names = [FP32, *(model_name(scheme, finish) for scheme in given.schemes for finish in FINISHES)]
+        names = [FP32, *(model_name(scheme, finish) for scheme in given.schemes for finish in given.finishes)]
         for seed in [] if given.page_only else given.seeds:
             for name in names:
                 progress.info(f"{name}, seed {seed}")
@@ -143,8 +147,8 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         "`python -m benchmarks.frontier` writes this page from the JSON files of its measurements. SmolLM2-135M-"
         f"Instruct trains for {STEPS} steps of 8 rows on the demo's assistant task: the FP32 fine-tune and the models "
         "of PTQ with LoRA alone, the models of QAT with LoRA for half of them. PTQ is rotation and coordinate descent "
-        f"on {settings.FRONTIER_TOKENS} tokens, and QAT begins from its result. Training has no "
-        f"held-out rows, so that the guard of QAT does not act. Models then answer {QUESTIONS} held-out requests in "
+        f"on {settings.FRONTIER_TOKENS} tokens, and QAT begins from its result; its guard keeps the best state on "
+        f"held-out rows of its own. Models then answer {QUESTIONS} other held-out requests in "
         f"onnxruntime, FP32 in torch ({_counted(len(seeds))}). Brackets are 95% intervals, of differences paired by "
         f'request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]

@@ -1,6 +1,6 @@
 """Train and measure for the accuracy benchmark, with the product's own commands, in a work folder.
 
-    WORK/data/TASK/   train.jsonl and eval.jsonl
+    WORK/data/TASK/   train.jsonl, eval.jsonl and guard.jsonl
     WORK/runs/...     one run folder per training
     WORK/cells/       finished figures
     WORK/logs/...     output of the commands
@@ -47,7 +47,7 @@ from qat_edge.models import merge
 from qat_edge.options import FORMATS, FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run
-from qat_edge.storage import replace_folder
+from qat_edge.storage import replace_folder, write_text
 from qat_edge.train.trainer import qat_learning_rate
 from qat_edge.verbs.finetune import TRAINING_LOG
 from qat_edge.verbs.quantize import quantize_if_missing
@@ -89,10 +89,11 @@ class Training:
 
 
 class TaskData(NamedTuple):
-    """Files of a task's rows."""
+    """Files of a task's rows: for training, for measuring, and the second half of the latter, for the guard of QAT."""
 
     train: Path
     eval: Path
+    guard: Path
 
 
 @dataclass
@@ -137,9 +138,11 @@ class BenchmarkRunner:
     def data(self, task: str) -> TaskData:
         """Return the rows of a task; they are generated at the first call."""
         folder = self.work / "data" / task
-        paths = TaskData(folder / "train.jsonl", folder / "eval.jsonl")
+        paths = TaskData(folder / "train.jsonl", folder / "eval.jsonl", folder / "guard.jsonl")
         if not all(path.is_file() for path in paths):
             load(settings.TASKS[task].write)(folder)
+            rows = paths.eval.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(paths.guard, "".join(rows[len(rows) // 2 :]))
         return paths
 
     # --- training ------------------------------------------------------------------------------------------
@@ -152,6 +155,8 @@ class BenchmarkRunner:
             "model": self.model, "data": str(self.data(task.name).train), "steps": training.steps,
             "seed": training.seed, "device": self.device, "track": (), **task.training, **overrides,
         }  # fmt: skip
+        if settings.is_guarded(training.recipe):
+            given["eval_data"] = str(self.data(task.name).guard)
         return config.load(FinetuneOptions, "finetune", None, given)
 
     def identity(self, training: Training) -> Figures:
@@ -173,8 +178,10 @@ class BenchmarkRunner:
             options["formulation"] = training.recipe
 
         # Model and rows count by content, not by path.
-        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.data(training.task)]
-        return {"model": self.fingerprint, "data": digest(files), **options}
+        data = self.data(training.task)
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (data.train, data.eval)]
+        guard = {"guard": sha256(data.guard)} if settings.is_guarded(training.recipe) else {}
+        return {"model": self.fingerprint, "data": digest(files), **options, **guard}
 
     def folder(self, training: Training, suffix: str = "") -> Path:
         """Return the run folder of a training."""

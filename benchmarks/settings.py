@@ -86,6 +86,12 @@ def _frontier() -> Iterator[tuple[str, Overrides]]:
 
 FRONTIER: Mapping[str, Overrides] = dict(_frontier())
 
+
+def is_guarded(recipe: str) -> bool:
+    """Return whether QAT of a recipe is guarded, on rows that are neither trained nor asked."""
+    return recipe in FRONTIER and FRONTIER[recipe]["qat_start"] != AFTER_ALL
+
+
 # Step time and peak memory are measured for these schemes, one after the other; the first is the unit of the others.
 LORA = "plain LoRA"
 COSTS: Mapping[str, Overrides] = {
