@@ -168,6 +168,16 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, error: Exceptio
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path: Path) -> None:
+    with (
+        pytest.raises(
+            RunError, match=r"\(Read-only file system\)\. Choose a path on a file system that can be written"
+        ),
+        replace_folder(tmp_path / "made", force=False),
+    ):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+
 def test_errors_about_something_else_pass_through(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), replace_folder(tmp_path / "made", force=False):
         raise RuntimeError("shapes do not match")

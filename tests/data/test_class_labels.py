@@ -142,6 +142,13 @@ def test_labels_in_other_capitals_are_found(tmp_path: Path) -> None:
         trained_labels(SequenceClassifier(("us", "US")), [Text("a", "rows:1", "Us")])
 
 
+def test_labels_that_differ_in_capitals_alone_are_named() -> None:
+    model, rows = BertModel(BertConfig(vocab_size=288, num_hidden_layers=1)), [Text("a", "rows:1", "us")]
+    task = SequenceClassifier(("us", "US ", "neutral"))
+    tokenized = training_examples.tokenize_for_task(task, rows, model, make_tokenizer(), 32)
+    assert tokenized.notes == ("the labels 'us', 'US ' differ in capitals or spaces alone",)
+
+
 def test_plain_numbers_are_reported(tmp_path: Path) -> None:
     model, rows = BertModel(BertConfig(vocab_size=288, num_hidden_layers=1)), [Text("a", "rows:1", 2)]
     tokenized = training_examples.tokenize_for_task(SequenceClassifier(NLI), rows, model, make_tokenizer(), 32)

@@ -214,6 +214,20 @@ def _hidden_folder(parent: Path, name: str) -> Path:
 
 # --- errors of the disk ------------------------------------------------------------------------------------
 
+# Errors of the system that the user can do something about, and what.
+REMEDIES = {
+    errno.ENOSPC: "Make room on that disk, then repeat the command.",
+    errno.EDQUOT: "Make room within your quota, then repeat the command.",
+    errno.EACCES: "Choose another path, or change its permissions.",
+    errno.EPERM: "Choose another path, or change its permissions.",
+    errno.EROFS: "Choose a path on a file system that can be written to.",
+    errno.ENAMETOOLONG: "Give a shorter path.",
+    errno.ENOTDIR: "A part of that path is a file. Choose another path.",
+    errno.EISDIR: "That path is a folder. Give the path of a file.",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then repeat the command.",
+    errno.ENOMEM: "Free memory, or choose smaller values, then repeat the command.",
+}
+
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
@@ -225,20 +239,20 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _storage_reason(error)
-        if reason is None:
+        number = _error_number(error)
+        if number is None:
             raise
-        raise RunError(
-            f"{target}: cannot be written ({reason}). Make room or choose another place, then repeat."
-        ) from error
+        reason = os.strerror(number) if number else "the write failed"
+        remedy = REMEDIES.get(number, "Make room or choose another path, then repeat the command.")
+        raise RunError(f"{target}: cannot be written ({reason}). {remedy}") from error
 
 
-def _storage_reason(error: Exception) -> str | None:
-    """Return why writing failed, or None where the error is about something else."""
+def _error_number(error: Exception) -> int | None:
+    """Return the number of a failed write's error, 0 if it is unknown; None for an error about something else."""
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno is not None else None
+        return error.errno
     found = re.search(r"os error (\d+)", str(error))  # safetensors, written in Rust
     if found:
-        return os.strerror(int(found[1]))
+        return int(found[1])
     # torch.save, whose writer in C++ has no error numbers.
-    return "the write failed" if re.search("file write failed|iostream error|unexpected pos", str(error)) else None
+    return 0 if re.search("file write failed|iostream error|unexpected pos", str(error)) else None

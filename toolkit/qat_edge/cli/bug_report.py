@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import platform
 import shlex
 import sys
@@ -12,21 +11,9 @@ from pathlib import Path
 
 from qat_edge import __version__
 from qat_edge.manifest import LIBRARIES, library_version
+from qat_edge.storage import REMEDIES
 
 EX_SOFTWARE = 70  # sysexits.h: an internal software error
-# Errors of the system that the user can do something about, and what.
-REMEDIES = {
-    errno.ENOSPC: "Make room on that disk, then repeat the command.",
-    errno.EDQUOT: "Make room within your quota, then repeat the command.",
-    errno.EACCES: "Choose another path, or change its permissions.",
-    errno.EPERM: "Choose another path, or change its permissions.",
-    errno.EROFS: "Choose a path on a file system that can be written to.",
-    errno.ENAMETOOLONG: "Give a shorter path.",
-    errno.ENOTDIR: "A part of that path is a file. Choose another path.",
-    errno.EISDIR: "That path is a folder. Give the path of a file.",
-    errno.EMFILE: "Raise the limit of open files (`ulimit -n`), then repeat the command.",
-    errno.ENOMEM: "Free memory, or choose smaller values, then repeat the command.",
-}
 # In the message of a RuntimeError of torch: the CPU's allocator has no class of its own.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 

@@ -7,7 +7,7 @@ sentence encoder on the cosine of two texts or, for pairs without a score, on wh
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -96,6 +96,11 @@ class _EncoderCounts:
         if self.numbered and isinstance(task, SequenceClassifier):
             order = listed([f"{i} {name}" for i, name in enumerate(task.labels)])
             notes.append(f"{self.numbered} labels are numbers, taken in the order of the model's labels: {order}")
+        if isinstance(task, SequenceClassifier):
+            notes += [
+                f"the labels {listed(list(map(repr, names)))} differ in capitals or spaces alone"
+                for names in _alike(task.labels)
+            ]
         return tuple(notes)
 
     def describe(self, task: ModelTask) -> str:
@@ -356,6 +361,14 @@ def _data_set_names(row: Row) -> tuple[str, ...]:
 def _are_unnamed(labels: Sequence[str]) -> bool:
     """Return whether labels are those that transformers gives to a model without names."""
     return list(labels) == [f"LABEL_{i}" for i in range(len(labels))]
+
+
+def _alike(labels: Sequence[str]) -> list[list[str]]:
+    """Return groups of labels that differ only in capitals, or in spaces around them."""
+    groups = defaultdict(list)
+    for label in labels:
+        groups[label.strip().casefold()].append(label)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _pair_input(row: Row, task: SentenceEncoder) -> _EncoderInput:
