@@ -253,7 +253,7 @@ def test_unusable_target_modules_are_refused(
         ({"bits": "bits.yaml"}, "names no weight of this model"),
         (
             {"bits": "other.yaml"},
-            r"--bits other\.yaml: its bits were chosen for other, and this model is .*, with other",
+            r"other\.yaml: its bits were chosen for other, and this model is .*, with other",
         ),
         ({"bits": "all.yaml", "codes": "fixed"}, "--codes fixed: no layer with an adapter has weights in groups"),
         ({"distill_weight": 0.5, "distill_top_k": 10**4}, "--distill-top-k 10000: this model has"),

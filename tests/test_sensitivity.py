@@ -45,6 +45,7 @@ from qat_edge.verbs import sensitivity
 GROUP = 32
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
+IDENTITY = {"name": "tiny", "revision": None, "files": {"model.safetensors": "ab"}}
 
 
 def ignore(name: str, width: int) -> None:
@@ -297,7 +298,7 @@ def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
     made.reference.mkdir(parents=True)
     options = FinetuneOptions(model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), group_size=GROUP)
     config.save(made.config, "finetune", options)
-    write_manifest(made.reference, "reference", model={"identity": {"name": "tiny"}})
+    write_manifest(made.reference, "reference", model={"identity": IDENTITY}, kept_layers=None)
     calls: list[Path] = []
 
     def merged(adapter: Path, *args: Any) -> MergedModel:

@@ -1,12 +1,10 @@
 """The file of bits per layer, which `qat-edge sensitivity` or a person writes and `finetune` and `quantize` read.
 
-    asked        limit by which the bits were chosen
-    prediction   size and KL divergence of the choice
-    model        model that was measured; the file is refused for any other
-    levels       levels of 2-bit weights
     bits         module name: 2, 4 or 8
+    levels       levels of 2-bit weights
+    model        model that was measured; the file is refused for any other
 
-Only `bits` is required; `asked` and `prediction` are a record.
+Only `bits` is required. Further keys record the limit by which bits were chosen and the prediction.
 """
 
 from __future__ import annotations
