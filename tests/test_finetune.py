@@ -251,6 +251,10 @@ def test_unusable_target_modules_are_refused(
         ({"target_modules": ("embed_tokens",)}, "--target-modules: embed_tokens is a "),
         ({"keep_layers": 5}, "--keep-layers 5: the model has 2 layers"),
         ({"bits": "bits.yaml"}, "names no weight of this model"),
+        (
+            {"bits": "other.yaml"},
+            r"other\.yaml: its bits were chosen for other, and this model is .*, with other",
+        ),
         ({"bits": "all.yaml", "codes": "fixed"}, "--codes fixed: no layer with an adapter has weights in groups"),
         ({"distill_weight": 0.5, "distill_top_k": 10**4}, "--distill-top-k 10000: this model has"),
         ({"context_length": 10**4}, "--context-length 10000: the model has positions for 512"),
@@ -264,6 +268,7 @@ def test_options_that_the_model_rules_out_are_refused_before_rows_are_tokenized(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bits.yaml").write_text("bits:\n  model.layers.9.mlp.up_proj: 8\n")
+    (tmp_path / "other.yaml").write_text("model: {name: other, weights: ab}\nbits: {model.layers.1.mlp.up_proj: 8}\n")
     model = AutoModelForCausalLM.from_pretrained(options.model)
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     # One layer without an adapter keeps its groups.

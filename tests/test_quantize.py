@@ -142,6 +142,9 @@ def test_bits_by_layer_are_those_of_the_file(run: Run, tmp_path: Path) -> None:
     quantize(run, asked)
     bits = {n: w.bits for n, w in frozen.read_weights(run.ptq("awq").quantized).items()}
     assert bits[name] == 8 and sum(b == 4 for b in bits.values()) == 13
+    (tmp_path / "other.yaml").write_text(f"model: {{name: other, weights: ab}}\nbits: {{{name}: 8}}\n")
+    with pytest.raises(UsageError, match=r"other\.yaml: its bits were chosen for other, and this model is"):
+        quantize(run, options("awq", bits=str(tmp_path / "other.yaml")), force=True)
     with pytest.raises(UsageError, match="--bits and --method qat"):
         quantize(run, replace(asked, method="qat"))
 

@@ -15,7 +15,6 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -25,20 +24,19 @@ from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.manifest import write_manifest
-from qat_edge.models import decoder
+from qat_edge.models import decoder, merge
 from qat_edge.models.merge import MergedModel
 from qat_edge.options import FinetuneOptions, SensitivityOptions
-from qat_edge.quant import bit_allocation, frozen, layer_sensitivity, scheme
+from qat_edge.quant import bit_allocation, bits_file, frozen, layer_sensitivity, scheme
 from qat_edge.quant.bit_allocation import (
     Choice,
     Cost,
     LayerCost,
     Sensitivity,
     frontier,
-    load_bits,
-    requested_levels,
     weight_bytes,
 )
+from qat_edge.quant.bits_file import load_bits, requested_levels
 from qat_edge.quant.sensitivity_file import read_sensitivity
 from qat_edge.report.sensitivity_page import DECADES, SHADES, heat_map, render, shade, trade_off
 from qat_edge.run import Run
@@ -47,6 +45,7 @@ from qat_edge.verbs import sensitivity
 GROUP = 32
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
+IDENTITY = {"name": "tiny", "revision": None, "files": {"model.safetensors": "ab"}}
 
 
 def ignore(name: str, width: int) -> None:
@@ -238,55 +237,6 @@ def test_the_frontier_decreases_until_every_layer_is_raised() -> None:
     assert points[-1] == (last.size_bytes, pytest.approx(last.kl_nats))
 
 
-def test_bits_survive_their_file(tmp_path: Path) -> None:
-    choice = bit_allocation.within_kl(synthetic().costs, 1000, 0.4)
-    bit_allocation.save_bits(tmp_path / "bits.yaml", choice)
-    assert load_bits(tmp_path / "bits.yaml") == choice.bits
-    document = yaml.safe_load((tmp_path / "bits.yaml").read_text())
-    assert document["prediction"]["kl_nats"] == pytest.approx(choice.kl_nats)
-    assert document["prediction"]["size_bytes"] == choice.size_bytes
-    assert document["asked"] == "--max-kl 0.4"
-    bit_allocation.save_bits(tmp_path / "bits.yaml", choice, "seq")
-    assert "levels" not in yaml.safe_load((tmp_path / "bits.yaml").read_text()), "no weight has 2 bits"
-    (tmp_path / "bits.json").write_text(json.dumps({"bits": {UP: 8}}))
-    assert load_bits(tmp_path / "bits.json") == {UP: 8}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("bits: [", "cannot be read as YAML"),
-        ("", "expected 'bits:' .* found NoneType"),
-        ("- a", "found list"),
-        ("weights: {a: 8}", "found the keys weights"),
-        ("bits: {}", "found no such line under it"),
-        ("bits: 8", "found no such line under it"),
-        ("bits: {a.b: 6}", r"'bits.a.b' is 6; a weight can have 2, 4 or 8 bits"),
-        ("bits: {a.b: true}", r"'bits.a.b' is True"),
-        ("bits: {a.b: '8'}", r"'bits.a.b' is '8'"),
-        ("bits: {3: 8}", r"'bits.3'"),
-        ("bits:\n  a.b: 8\n  a.b: 4\n", "'a.b' is given twice"),
-        ("{level: seq, bits: {a.b: 2}}", r"unknown key 'level'\. Known: asked, prediction, levels, bits"),
-        ("{levels: sep, bits: {a.b: 2}}", r"'levels' is 'sep', expected seq or integer"),
-        ("{levels: , bits: {a.b: 2}}", r"'levels' is None"),
-        ("{levels: seq, bits: {a.b: 8}}", r"no line under 'bits' has 2\. Remove it"),
-    ],
-)
-def test_a_bad_file_is_an_error_that_names_the_problem(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "b.yaml"
-    path.write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-        load_bits(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_file_or_a_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere.yaml: no such file. `qat-edge sensitivity"):
-        load_bits(tmp_path / "nowhere.yaml")
-    with pytest.raises(UsageError, match="cannot be read"):
-        load_bits(tmp_path)
-
-
 def test_shades_are_logarithmic() -> None:
     assert shade(1.0, 1.0) == SHADES and shade(0.9, 1.0) == SHADES
     assert shade(10**-DECADES, 1.0) == shade(1e-9, 1.0) == shade(0.0, 1.0) == 1
@@ -348,7 +298,7 @@ def run(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
     made.reference.mkdir(parents=True)
     options = FinetuneOptions(model=str(tiny_model_folder), data=str(tmp_path / "train.jsonl"), group_size=GROUP)
     config.save(made.config, "finetune", options)
-    write_manifest(made.reference, "reference", model={"identity": {"name": "tiny"}})
+    write_manifest(made.reference, "reference", model={"identity": IDENTITY}, kept_layers=None)
     calls: list[Path] = []
 
     def merged(adapter: Path, *args: Any) -> MergedModel:
@@ -391,6 +341,12 @@ def test_bits_are_chosen_without_measuring_again(run: Run, monkeypatch: pytest.M
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(listed) == {"sensitivity.json", "sensitivity.html", "bits.yaml"}
     scheme.choose_scheme(tied_model(), GROUP, chosen)
+    # The file names the model, so that no other one gets its bits.
+    trained = merge.adapter_metadata(run.reference)
+    file = str(folder / "bits.yaml")
+    bits_file.require_model(file, trained["model"]["identity"], None)
+    with pytest.raises(UsageError, match="chosen for all layers, and this model has 1 layers"):
+        bits_file.require_model(file, trained["model"]["identity"], 1)
 
 
 def test_data_that_is_not_measured_on_is_mentioned(run: Run) -> None:

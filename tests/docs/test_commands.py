@@ -15,7 +15,7 @@ from qat_edge import config, profiles
 from qat_edge.cli.commands import main
 from qat_edge.data.formats import load_rows
 from qat_edge.options import ValidateOptions
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bits_file import load_bits
 from tests.docs.doc_pages import ROOT, CodeBlock, code_blocks
 
 SHELL = [(block, line) for block in code_blocks("") for line in block.code.splitlines() if line.strip()]

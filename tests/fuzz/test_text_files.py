@@ -25,7 +25,7 @@ from qat_edge.options import (
     SensitivityOptions,
     ValidateOptions,
 )
-from qat_edge.quant.bit_allocation import load_bits
+from qat_edge.quant.bits_file import load_bits
 from qat_edge_exporters.onnx import genai_config
 
 ROWS: list[Any] = [
@@ -51,7 +51,12 @@ MANIFEST = {
     "libraries": {"torch": "2.13"},
     "files": {"a": {"bytes": 1, "sha256": "0"}},
 }
-BITS = {"asked": "--max-size-mb 1", "levels": "seq", "bits": {"model.layers.0.mlp.up_proj": 2, "lm_head": 4}}
+BITS = {
+    "asked": "--max-size-mb 1",
+    "model": {"name": "m", "weights": "ab", "kept_layers": [0, 2]},
+    "levels": "seq",
+    "bits": {"model.layers.0.mlp.up_proj": 2, "lm_head": 4},
+}
 GENAI: dict[str, Any] = {
     "model": {
         "bos_token_id": 1,

@@ -1,4 +1,4 @@
-"""Choice of bits per layer: sizes of weights, selection by measured sensitivity, and the file of chosen bits.
+"""Choice of bits per layer: sizes of weights, and selection by measured sensitivity.
 
     size  = 1/2 byte per weight and a bfloat16 scale per group of int4, 1 byte per weight and a float32 scale per row of
             int8, 4 bytes per float parameter; a table that embedding and head share counts once, as exporters store it.
@@ -14,20 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
-
-from qat_edge import readers, storage
 from qat_edge.errors import UsageError
-from qat_edge.options import LAYER_WIDTHS
-from qat_edge.quant.codebook import FEWEST, LEVELS
-from qat_edge.quant.scheme import describe_widths
 
 MEASURED = "sensitivity.json"
 MEGABYTE = 1e6  # bytes
-FILE_KEYS = ("asked", "prediction", "levels", "bits")  # of a file of bits; the first two are a record
 
 
 @dataclass(frozen=True)
@@ -247,104 +239,6 @@ def frontier(costs: CostTable, float_bytes: int) -> list[tuple[int, float]]:
         chosen[name] = bits
         points.append((size, kl))
     return points
-
-
-def save_bits(path: Path, choice: Choice, levels: str | None = None) -> None:
-    """Write the file that `load_bits` reads, with the prediction as a record.
-
-    Args:
-        path: File to write.
-        choice: Chosen bits.
-        levels: Levels that 2 bits were measured at; written if a weight has 2 bits.
-    """
-    prediction = {
-        "kl_nats": choice.kl_nats,
-        "size_bytes": choice.size_bytes,
-        "note": "sum of what each layer costs alone; a first-order prediction",
-    }
-    narrow = levels is not None and FEWEST in choice.bits.values()
-    document = {
-        "asked": choice.request,
-        "prediction": prediction,
-        **({"levels": levels} if narrow else {}),
-        "bits": choice.bits,
-    }
-    # The first key is the same in files of every version.
-    head = "# Bits by weight. Use: qat-edge finetune --bits FILE, or quantize --method METHOD --bits FILE.\n"
-    storage.write_text(path, head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-
-
-def load_bits(path: Path) -> dict[str, int]:
-    """Read bits by module name, from a file of `qat-edge sensitivity` or one written by hand.
-
-    Weights that the file does not name keep their bits.
-
-    Raises:
-        UsageError: The file is missing, is no YAML or JSON, has no `bits:` with lines of `module name: 2, 4 or 8`, an
-            unknown key, or levels that fit no weight.
-    """
-    return _read_bits_file(path)[0]
-
-
-def requested_levels(file: str | None, given: str | None) -> str | None:
-    """Return the levels of 2-bit weights: those of the option, or those of the file of bits; None if neither has them.
-
-    Args:
-        file: Path of --bits, if given.
-        given: Value of --weight-levels, if given.
-
-    Raises:
-        UsageError: The file cannot be read, or its bits were chosen at other levels than those given.
-    """
-    levels = None if file is None else _read_bits_file(Path(file))[1]
-    if given is None or levels is None or given == levels:
-        return given or levels
-    raise UsageError(
-        f"--weight-levels {given} and --bits {file}: the file has 'levels: {levels}', at which its bits were chosen. "
-        "Leave --weight-levels out, or choose the bits again with `qat-edge sensitivity`, on a run with these levels."
-    )
-
-
-def _read_bits_file(path: Path) -> tuple[dict[str, int], str | None]:
-    """Return bits by module name, and the levels that 2 bits were measured at, if the file has them."""
-    if not path.exists():
-        raise UsageError(f"--bits {path}: no such file. `qat-edge sensitivity RUN --max-size-mb X` writes one.")
-    document = readers.read_yaml(path, UsageError, f"--bits {path}")
-
-    # People write this file by hand: name what was found instead.
-    bits = document.get("bits") if isinstance(document, dict) else None
-    if not isinstance(bits, dict) or not bits:
-        keys = f"the keys {readers.shorten(', '.join(map(str, document)))}" if isinstance(document, dict) else ""
-        found = keys or type(document).__name__
-        raise UsageError(
-            f"--bits {path}: expected 'bits:' with lines such as 'model.layers.0.mlp.up_proj: 8', found "
-            f"{found if bits is None else 'no such line under it'}."
-        )
-    # `True` is an int too; `type` refuses it.
-    for name, width in bits.items():
-        if not isinstance(name, str) or type(width) is not int or width not in LAYER_WIDTHS:
-            found = f"'bits.{readers.shorten(name)}' is {readers.show(width)}"
-            raise UsageError(f"--bits {path}: {found}; a weight can have {describe_widths()} bits.")
-    return bits, _read_levels(document, path)
-
-
-def _read_levels(document: dict[Any, Any], path: Path) -> str | None:
-    """Return the entry `levels` of a file of bits, if it has one, after a check of all its keys."""
-    unknown = next((key for key in document if key not in FILE_KEYS), None)
-    if unknown is not None:
-        raise UsageError(f"--bits {path}: unknown key '{readers.shorten(unknown)}'. Known: {', '.join(FILE_KEYS)}.")
-    if "levels" not in document:
-        return None
-
-    levels = document["levels"]
-    if levels not in LEVELS:
-        raise UsageError(f"--bits {path}: 'levels' is {readers.show(levels)}, expected {' or '.join(LEVELS)}.")
-    if FEWEST not in document["bits"].values():
-        raise UsageError(
-            f"--bits {path}: 'levels' is {levels}, but only 2-bit weights have a choice of levels, and no line under "
-            "'bits' has 2. Remove it."
-        )
-    return str(levels)
 
 
 def _round_up(value: float) -> str:

@@ -9,7 +9,7 @@ from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
 from qat_edge.options import WIDTHS, ExportOptions, FinetuneOptions
-from qat_edge.quant.bit_allocation import load_bits, requested_levels
+from qat_edge.quant.bits_file import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge_exporters.targets import target_for

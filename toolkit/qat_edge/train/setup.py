@@ -28,9 +28,8 @@ from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import model_end_tokens
 from qat_edge.options import FinetuneOptions
-from qat_edge.quant import fake, numerics, qlora_base, rotation, scheme
+from qat_edge.quant import bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
-from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
@@ -98,8 +97,10 @@ def prepare_training(
     # The task decides which class of model is loaded. That of an encoder depends on the rows.
     task = _choose_task(options)
     model, tokenizer, identity = _load_model(options, task)
-    bits = load_bits(Path(options.bits)) if options.bits else {}
-    levels = requested_levels(options.bits, options.weight_levels) or SEQ
+    base = dataclasses.asdict(identity)
+    bits_file.require_model(options.bits, base, kept_layers or options.keep_layers)
+    bits = bits_file.load_bits(Path(options.bits)) if options.bits else {}
+    levels = bits_file.requested_levels(options.bits, options.weight_levels) or SEQ
     choose_scheme = partial(
         scheme.choose_scheme, model, options.group_size, bits, (options.embedding_bits, options.head_bits),
         scheme.LinearCodes(options.weight_bits, levels),
@@ -126,6 +127,7 @@ def prepare_training(
             kept_layers = prune.choose_layers(
                 model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
             )
+            bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
     weights = choose_scheme()

@@ -23,9 +23,8 @@ from qat_edge.models import tasks
 from qat_edge.models.merge import MergedModel, adapter_metadata, merged_model
 from qat_edge.models.tokenizer import add_end_tokens, trained_end_tokens
 from qat_edge.options import QuantizeOptions
-from qat_edge.quant import frozen, frozen_config, rotation, scheme
+from qat_edge.quant import bits_file, frozen, frozen_config, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
-from qat_edge.quant.bit_allocation import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
@@ -56,6 +55,10 @@ def freeze(
         DataError: too little calibration data.
         ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
     """
+    if options.bits is not None:
+        metadata = adapter_metadata(adapter)
+        bits_file.require_model(options.bits, metadata["model"]["identity"], metadata["kept_layers"])
+
     # Merge the adapters in float32: W + s B A.
     merged = merged_model(adapter, force)
 
@@ -100,11 +103,11 @@ def _requested_scheme(merged: MergedModel, adapter: Path, options: QuantizeOptio
     """
     metadata, trained = adapter_metadata(adapter), merged.scheme
     codes = scheme.LinearCodes.of_training(metadata)
-    levels = requested_levels(options.bits, options.weight_levels) or codes.levels
+    levels = bits_file.requested_levels(options.bits, options.weight_levels) or codes.levels
     codes = scheme.LinearCodes(options.weight_bits or codes.bits, levels)
     # Bits of finetune for single layers hold where neither the file nor the flag says otherwise.
     bits = metadata["bits"] if options.weight_bits is None else {}
-    bits = load_bits(Path(options.bits)) if options.bits is not None else bits
+    bits = bits_file.load_bits(Path(options.bits)) if options.bits is not None else bits
     found = scheme.choose_scheme(merged.model, trained.group_size, bits, trained.table_bits, codes)
     if options.weight_levels is not None and FEWEST not in found.widths:
         raise UsageError(

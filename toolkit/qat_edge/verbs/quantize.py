@@ -20,7 +20,7 @@ from qat_edge.models.merge import WHOLE_MODEL
 from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
-from qat_edge.quant.bit_allocation import requested_levels
+from qat_edge.quant.bits_file import requested_levels
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant

@@ -32,11 +32,11 @@ from qat_edge.quant.bit_allocation import (
     Cost,
     LayerCost,
     Sensitivity,
-    save_bits,
     weight_bytes,
     within_budget,
     within_kl,
 )
+from qat_edge.quant.bits_file import MeasuredModel, save_bits
 from qat_edge.quant.scheme import INT4, LinearCodes, Scheme, WeightScheme, choose_scheme
 from qat_edge.quant.sensitivity_file import read_sensitivity
 from qat_edge.report.formatting import megabytes, number
@@ -283,10 +283,11 @@ def _read_same_finetune(run: Run, folder: Path, options: SensitivityOptions) -> 
 
 def _write(run: Run, folder: Path, measured: Sensitivity, choice: Choice | None) -> None:
     """Write the measurement, the page and the bits that were chosen, replacing what is there."""
+    model = MeasuredModel.of_training(adapter_metadata(run.reference))
     with replace_folder(folder, force=True) as work:
         write_text(work / MEASURED, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
         if choice is not None:
-            save_bits(work / BITS, choice, measured.levels)
+            save_bits(work / BITS, choice, model, measured.levels)
         write_text(work / PAGE, render(measured, choice))
         write_manifest(work, "sensitivity", reference_sha256=_reference_sha256(run))
 
