@@ -63,8 +63,8 @@ QAT_ONLY_OPTIONS = (
     "ptq_init", "rotate", "calibration_tokens", "scales", "scale_learning_rate", "distill_weight",
     "distill_temperature", "distill_top_k", "qat_learning_rate", "lr_restart",
 )  # fmt: skip
-# Options that came after the first published cells. With their defaults a training is what it was without them.
-LATER_OPTIONS = ("weight_bits", "weight_levels", "clip_gradients", "codes")
+# Options that came after the first published cells, with the values by which a training is what it was without them.
+LATER_OPTIONS = {"weight_bits": 4, "weight_levels": None, "clip_gradients": "together", "codes": "trained"}
 PATH_OPTIONS = ("model", "data", "eval_data")
 Figures = dict[str, Any]
 
@@ -163,11 +163,16 @@ class BenchmarkRunner:
         """Return everything that decides the outcome of a training, without paths of this machine."""
         # Defaults that depend on other options are resolved first: a changed rule has to be measured anew.
         resolved = self.options(training)
-        resolved = replace(resolved, qat_learning_rate=qat_learning_rate(resolved))
+        resolved = replace(
+            resolved,
+            qat_learning_rate=qat_learning_rate(resolved),
+            qat_start=resolved.first_qat_step,
+            codes="fixed" if resolved.has_fixed_codes else "trained",
+        )
         options = {
             name: value
             for name, value in config.plain(resolved).items()
-            if name not in PATH_OPTIONS and not (name in LATER_OPTIONS and value == getattr(FinetuneOptions, name))
+            if name not in PATH_OPTIONS and not (name in LATER_OPTIONS and value == LATER_OPTIONS[name])
         }
 
         if training.recipe == FP32:

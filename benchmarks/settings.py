@@ -12,7 +12,7 @@ from typing import Any
 
 from qat_edge import config
 from qat_edge.errors import UsageError
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import QAT_START, FinetuneOptions
 
 Overrides = Mapping[str, Any]
 
@@ -69,8 +69,8 @@ SCHEMES: Mapping[str, Overrides] = {
     "2 bits, groups of 64": {"weight_bits": 2, "group_size": 64},
 }
 FINISHES: Mapping[str, Overrides] = {
-    PTQ: {"qat_start": AFTER_ALL},
-    "QAT": {"qat_start": 0.5},
+    PTQ: {"qat_start": AFTER_ALL, "codes": "trained"},
+    "QAT": {"qat_start": 0.5, "codes": "trained"},
     "QAT of scales": {"qat_start": 0.5, "codes": "fixed"},
 }
 # QAT of weights at 2 bits diverges at the rate of 4 bits.
@@ -251,5 +251,6 @@ def _at_the_end(overrides: Overrides, steps: int) -> dict[str, Any]:
 def ablation_rows(rows: int) -> list[str]:
     """Return the first `rows` recipes of ABLATION that differ from the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(FinetuneOptions)}
+    defaults |= {"qat_start": QAT_START, "codes": "trained"}  # at 4 bits
     changed = [name for name, over in ABLATION.items() if any(defaults[k] != v for k, v in over.items())]
     return changed[:rows]

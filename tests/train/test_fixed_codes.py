@@ -146,3 +146,20 @@ def test_combinations_without_effect_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         check_combination(dataclasses.replace(options, **changes))
+
+
+def test_two_bits_train_scales_alone_for_half_of_the_steps_by_default() -> None:
+    four = FinetuneOptions(model="m", data="d", steps=10)
+    assert (four.first_qat_step, four.has_fixed_codes) == (0.9, False)
+    two = dataclasses.replace(four, weight_bits=2)
+    assert (two.first_qat_step, two.has_fixed_codes) == (0.5, True)
+    assert dataclasses.replace(two, qat_start=4.0).first_qat_step == 4
+    assert (
+        dataclasses.replace(four, codes="fixed").has_fixed_codes
+        and not dataclasses.replace(two, codes="trained").has_fixed_codes
+    )
+    # Options that train weights, or no scales.
+    for name, value in (
+        ("method", "full"), ("scales", "fixed"), ("qat_learning_rate", 1e-4), ("scale_learning_rate", 0.0)
+    ):  # fmt: skip
+        assert not dataclasses.replace(two, **{name: value}).has_fixed_codes

@@ -423,6 +423,10 @@ def test_the_recipe_is_described() -> None:
         "coordinate-descent, then 50 steps of QAT (50%) at 0.0001, learned scales at 0.001. docs/accuracy.md compares "
         "recipes"
     )
+    narrow = FinetuneOptions(model="m", data="d", steps=100, weight_bits=2)
+    assert describe_recipe(narrow, 50, "210 int2", rotated=True).endswith(
+        "then 50 steps of QAT of scales alone (50%) at 0.001. docs/frontier.md compares recipes"
+    )
     alone = replace(options, method="full", ptq_init="none", scales="absmax")
     assert "100 steps of full fine-tuning at a learning rate of 0.001, then no PTQ initialization. docs" in (
         describe_recipe(alone, 100, "", rotated=False)

@@ -106,7 +106,7 @@ def finetune(
     eval_every: int = 0,
     eval_rows: int = 128,
     seed: int = 0,
-    qat_start: float = 0.9,
+    qat_start: float | None = None,
     weight_bits: int = 4,
     weight_levels: str | None = None,
     group_size: int = 32,
@@ -117,7 +117,7 @@ def finetune(
     rotate: str = "auto",
     calibration_tokens: int | None = None,
     scales: str = "learned",
-    codes: str = "trained",
+    codes: str | None = None,
     scale_learning_rate: float = 0.001,
     qat_learning_rate: float | None = None,
     lr_restart: bool = True,
@@ -163,7 +163,8 @@ def finetune(
         eval_every: Steps between evaluations on --eval-data; 0 evaluates at the end of each phase only.
         eval_rows: Rows of --eval-data in each of those evaluations.
         seed: Seed of initialization, shuffling and dropout.
-        qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step.
+        qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with
+            --weight-bits 2.
         weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
         weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
             default those of the file of --bits, or seq. One of seq, integer.
@@ -180,7 +181,8 @@ def finetune(
         scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
             absmax, fixed, learned.
         codes: Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales
-            alone. One of trained, fixed.
+            alone. Trained by default; fixed with --weight-bits 2, unless another option excludes it. One of
+            trained, fixed.
         scale_learning_rate: Peak learning rate of learned scales, relative to a scale.
         qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
             0.1 after gptq, gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.

@@ -20,7 +20,10 @@ ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered t
 GROUP_SIZES = (32, 64, 128)
 WIDTHS = (4, 8)  # bits of a table: int4 in groups, int8 per channel
 LAYER_WIDTHS = (2, *WIDTHS)  # bits that a bits file can give a linear layer; int2 has groups, too
-WEIGHT_BITS = (2, 4)  # bits of all linear layers without such a file
+FEWEST_BITS = 2
+WEIGHT_BITS = (FEWEST_BITS, 4)  # bits of all linear layers without such a file
+# Share of the steps before QAT; of scales alone, which needs more steps.
+QAT_START, SCALES_START = 0.9, 0.5
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
@@ -148,12 +151,10 @@ class FinetuneOptions:
     )
     seed: int = option("Seed of initialization, shuffling and dropout.", 0, bounds=(0, LARGEST_SEED), group=TRAINING)
 
-    qat_start: float = option(
-        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step.",
-        0.9,
-        bounds=(0, MOST_STEPS),
-        group=QUANTIZATION,
-    )
+    qat_start: float | None = option(
+        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with --weight-bits 2.",
+        None, bounds=(0, MOST_STEPS), group=QUANTIZATION,
+    )  # fmt: skip
     weight_bits: int = option(
         "Bits of linear layers; 2 bits run in ONNX folders only.", 4, WEIGHT_BITS, group=QUANTIZATION
     )
@@ -189,9 +190,10 @@ class FinetuneOptions:
         "Group scales during QAT: learned, fixed as initialized, or the largest weight at each step.",
         "learned", ("absmax", "fixed", "learned"), group=QUANTIZATION,
     )  # fmt: skip
-    codes: str = option(
-        "Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales alone.",
-        "trained", ("trained", "fixed"), group=QUANTIZATION,
+    codes: str | None = option(
+        "Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales alone. "
+        "Trained by default; fixed with --weight-bits 2, unless another option excludes it.",
+        None, ("trained", "fixed"), group=QUANTIZATION,
     )  # fmt: skip
     scale_learning_rate: float = option(
         "Peak learning rate of learned scales, relative to a scale.", 1e-3, bounds=(0, HIGHEST_RATE), group=QUANTIZATION
@@ -224,6 +226,22 @@ class FinetuneOptions:
 
     save_every: int = option("Steps between checkpoints for --resume.", 50, bounds=(1, MOST_STEPS))
     track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
+
+    @property
+    def first_qat_step(self) -> float:
+        """Start of QAT as `qat_start` gives it, or the default for the bits; docs/frontier.md compares them."""
+        if self.qat_start is not None:
+            return self.qat_start
+        return SCALES_START if self.weight_bits == FEWEST_BITS else QAT_START
+
+    @property
+    def has_fixed_codes(self) -> bool:
+        """QAT trains scales alone: as `codes` says, or by default at 2 bits where nothing excludes it."""
+        if self.codes is not None:
+            return self.codes == "fixed"
+        trains_scales = self.scales == "learned" and self.scale_learning_rate > 0
+        trains_weights = self.method != "lora" or self.qat_learning_rate is not None
+        return self.weight_bits == FEWEST_BITS and trains_scales and not trains_weights
 
 
 @dataclass(frozen=True)

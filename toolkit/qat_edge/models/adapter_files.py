@@ -197,7 +197,7 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         # A file of bits may set the levels.
         "weight_levels": options.weight_levels or (MISSING if options.bits else SEQ),
         "learned_scales": is_end and options.scales == "learned",
-        "fixed_codes": is_end and options.codes == "fixed",
+        "fixed_codes": is_end and options.has_fixed_codes,
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
     }
 

@@ -82,7 +82,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         """Return the gradients of x and of those of weight, bias, lora_a, lora_b and scales that are trained."""
         rounded_x, weight, lora_a, lora_b, scales = ctx.saved_tensors
         weight = weight if ctx.quantized is None else ctx.quantized
-        needs_x, needs_weight, needs_bias, *_, needs_scales = ctx.needs_input_grad[:6]
+        needs_x, needs_weight, needs_bias, needs_adapter, _, needs_scales = ctx.needs_input_grad[:6]
         grad = grads[0].to(ctx.compute_dtype)
         grad_x = grad_weight = grad_bias = grad_a = grad_b = grad_scales = None
 
@@ -107,10 +107,10 @@ class MergedFakeQuantLinear(torch.autograd.Function):
                         merged, rounded_scales, codes, grad_merged, ctx.spec.codebook.step
                     )
                 grad_weight = grad_merged if needs_weight else None
-                if lora_a is not None:
+                if needs_adapter:
                     grad_a = (lora_b.T @ grad_merged) * ctx.scaling
                     grad_b = (grad_merged @ lora_a.T) * ctx.scaling
-            elif lora_a is not None:
+            elif needs_adapter:
                 # Only the adapter is trained: its gradients without dWq, in the memory of LoRA.
                 grad_a, grad_b = _adapter_gradients(rows, rounded_x.flatten(0, -2), lora_a, lora_b, ctx.scaling)
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_scales, None, None

@@ -40,7 +40,7 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
 
     weights, targets = choose(), options.target_modules
     names = weights.linears if list(targets) == [ALL_LINEAR] else [n for n in weights.weights if _is_named(n, targets)]
-    if options.codes == "fixed" and not any(weights.weights[name].has_groups for name in names):
+    if options.has_fixed_codes and not any(weights.weights[name].has_groups for name in names):
         raise UsageError(NOTHING_TO_TRAIN)
     obstacle = rotation.obstacle(model, weights) if options.rotate == "on" else ""
     if obstacle:

@@ -99,17 +99,17 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of PTQ initialization, scales and teacher."""
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
     changes_base, fixed = options.ptq_init in CALIBRATED, options.codes == "fixed"
+    start = options.first_qat_step
     return (
         # The start of phase 2: a fraction of the steps, or a step.
         _Check(
-            options.qat_start > options.steps,
-            f"--qat-start {options.qat_start:g} and --steps {options.steps}: training ends before QAT starts. Give a "
+            start > options.steps,
+            f"--qat-start {start:g} and --steps {options.steps}: training ends before QAT starts. Give a "
             f"fraction below 1 or a step up to {options.steps}; --qat-start {options.steps} trains without QAT.",
         ),
         _Check(
-            options.qat_start >= 1 and options.qat_start % 1 != 0,
-            f"--qat-start {options.qat_start:g}: from 1 on it is a step, which is a whole number. Give one, or a "
-            "fraction below 1.",
+            start >= 1 and start % 1 != 0,
+            f"--qat-start {start:g}: from 1 on it is a step, which is a whole number. Give one, or a fraction below 1.",
         ),
         # PTQ initialization and scales.
         _Check(
@@ -150,7 +150,7 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             "Give it a weight.",
         ),
         _Check(
-            options.distill_weight > 0 and options.qat_start == 0,
+            options.distill_weight > 0 and start == 0,
             "--distill-weight and --qat-start 0: the teacher is the model at the end of plain LoRA, which this skips. "
             "Start later.",
         ),

@@ -148,7 +148,7 @@ class PhaseTransition:
 
     def _fix_codes(self) -> None:
         """Let phase 2 train scales alone, if the options say so."""
-        if self.options.codes == "fixed":
+        if self.options.has_fixed_codes:
             fake.fix_codes(self.model)
 
     @property
@@ -163,7 +163,7 @@ class PhaseTransition:
                 "rotation_seed": self.rotation_seed,
             }
         learned = self.options.scales == "learned" and start is not None
-        return {"learned_scales": learned, "fixed_codes": learned and self.options.codes == "fixed", "start": start}
+        return {"learned_scales": learned, "fixed_codes": learned and self.options.has_fixed_codes, "start": start}
 
     def _initialize(self, made_of: str) -> str:
         """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start.

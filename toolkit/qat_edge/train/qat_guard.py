@@ -415,7 +415,7 @@ def _step_of(path: Path) -> int:
 
 def _peak_rates(options: FinetuneOptions) -> dict[str, float]:
     """Return the peak learning rates of phase 2 by their flags."""
-    rates = {} if options.codes == "fixed" else {"--qat-learning-rate": qat_learning_rate(options)}
+    rates = {} if options.has_fixed_codes else {"--qat-learning-rate": qat_learning_rate(options)}
     return rates | ({"--scale-learning-rate": options.scale_learning_rate} if options.scales == "learned" else {})
 
 

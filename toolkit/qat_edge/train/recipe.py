@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import FEWEST_BITS, FinetuneOptions
 from qat_edge.train.trainer import qat_learning_rate
 
-PAGE = "docs/accuracy.md"  # compares recipes at equal steps
+PAGE, TWO_BITS_PAGE = "docs/accuracy.md", "docs/frontier.md"  # compare recipes at equal steps
 
 
 def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: bool) -> str:
@@ -22,9 +22,10 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     phases.append(("rotation and " if rotated else "") + _initialization(options))
     steps = options.steps - start
     if steps:
-        trained = "QAT of scales alone" if options.codes == "fixed" else "QAT"
+        trained = "QAT of scales alone" if options.has_fixed_codes else "QAT"
         phases.append(f"{steps} steps of {trained} ({steps / options.steps:.0%}) at {_rates(options)}")
-    return f"Recipe: {layers}; {', then '.join(phases)}. {PAGE} compares recipes"
+    page = TWO_BITS_PAGE if options.weight_bits == FEWEST_BITS else PAGE
+    return f"Recipe: {layers}; {', then '.join(phases)}. {page} compares recipes"
 
 
 def _initialization(options: FinetuneOptions) -> str:
@@ -38,7 +39,6 @@ def _rates(options: FinetuneOptions) -> str:
         "absmax": "scales by the largest weights",
     }
     teacher = f", {options.distill_weight:.0%} of the loss from the teacher" if options.distill_weight else ""
-    rates = [scales[options.scales]]
-    if options.codes == "trained":
-        rates.insert(0, f"{qat_learning_rate(options):g}")
-    return f"{', '.join(rates)}{teacher}"
+    if options.has_fixed_codes:
+        return f"{options.scale_learning_rate:g}{teacher}"
+    return f"{qat_learning_rate(options):g}, {scales[options.scales]}{teacher}"

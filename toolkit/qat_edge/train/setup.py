@@ -179,7 +179,7 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         )
         return fake.train_weights(job.model), switch
     adapted = fake.add_adapters(job.model, _lora_config(options, job))
-    if options.codes == "fixed" and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
+    if options.has_fixed_codes and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
         raise UsageError(model_options.NOTHING_TO_TRAIN)
     return adapted, switch
 

@@ -360,8 +360,9 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
 
 
 def qat_start_step(options: FinetuneOptions) -> int:
-    """Return the last step of phase 1: below 1, `qat_start` is a fraction of the steps; from 1 on, a step."""
-    start = options.qat_start * options.steps if options.qat_start < 1 else options.qat_start
+    """Return the last step of phase 1: below 1, `--qat-start` is a fraction of the steps; from 1 on, a step."""
+    given = options.first_qat_step
+    start = given * options.steps if given < 1 else given
     return min(round(start), options.steps)
 
 
