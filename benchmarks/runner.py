@@ -74,7 +74,7 @@ class Training:
     """One training of the benchmark.
 
     Attributes:
-        task: key of settings.TASKS.
+        task: name of a task in settings.
         seed: of data order and initial adapters.
         steps: optimizer steps in all.
         recipe: "fp32", "qat" or a row of settings.ABLATION; where `formulation` is set, the name of a formulation.
@@ -140,7 +140,7 @@ class BenchmarkRunner:
         folder = self.work / "data" / task
         paths = TaskData(folder / "train.jsonl", folder / "eval.jsonl", folder / "guard.jsonl")
         if not all(path.is_file() for path in paths):
-            load(settings.TASKS[task].write)(folder)
+            load(settings.task_named(task).write)(folder)
             rows = paths.eval.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(paths.guard, "".join(rows[len(rows) // 2 :]))
         return paths
@@ -149,7 +149,7 @@ class BenchmarkRunner:
 
     def options(self, training: Training) -> FinetuneOptions:
         """Return the complete options of a training."""
-        task = settings.TASKS[training.task]
+        task = settings.task_named(training.task)
         overrides = settings.FORMULATION if training.formulation else settings.recipe(training.recipe, training.steps)
         given = {
             "model": self.model, "data": str(self.data(task.name).train), "steps": training.steps,
@@ -221,7 +221,7 @@ class BenchmarkRunner:
         """Return a run of the QAT model whose FP32 reference is the plain LoRA run of as many steps.
 
         Args:
-            task: key of settings.TASKS.
+            task: name of a task in settings.
             seed: of both trainings.
             steps: optimizer steps of each.
             methods: PTQ methods whose checkpoints of the FP32 reference belong to the run as well.

@@ -141,6 +141,16 @@ TASKS: Mapping[str, Task] = {
         ),
     )
 }  # fmt: skip
+# Of benchmarks/function_calling.py alone.
+CALLS = Task(
+    "function-calls", "benchmarks.function_calling:write_rows",
+    {"batch_size": 4, "max_length": 1024}, window=1024, has_answers=True, step_tokens=1300,
+)  # fmt: skip
+
+
+def task_named(name: str) -> Task:
+    """Return one of TASKS, or CALLS."""
+    return CALLS if name == CALLS.name else TASKS[name]
 
 
 @dataclass(frozen=True)
