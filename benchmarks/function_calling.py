@@ -148,8 +148,8 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         "`python -m benchmarks.function_calling` writes this page from the JSON files of its measurements. "
         f"SmolLM2-135M-Instruct trains for {STEPS} steps of {CALLS.training['batch_size']} rows on the training half "
         f"of BFCL's functions ({', '.join(TRAINED)}), and answers the questions of {' and '.join(ASKED)} about the "
-        f"other half, functions as text in the system message ({counted}). No function of a question is in a training row. "
-        "QAT is the default recipe; the other models are the FP32 fine-tune, quantized after as many steps. "
+        f"other half, functions as text in the system message ({counted}). No function of a question is in a training "
+        "row. QAT is the default recipe; the other models are the FP32 fine-tune, quantized after as many steps. "
         "*Recovered* is the share of what round-to-nearest loses that a model wins back. Brackets are 95% intervals, "
         f'paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]
