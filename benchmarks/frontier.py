@@ -16,14 +16,13 @@ from pathlib import Path
 
 from benchmarks import chart, page, settings
 from benchmarks.cells import Cell, publish
-from benchmarks.page import MISSING
+from benchmarks.page import MISSING, NONE_SHOWN
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
-from benchmarks.settings import FINISHES, FP32, PTQ, SCHEMES, SETTINGS
+from benchmarks.settings import FINISHES, FP32, PTQ, SCHEMES
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
-from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.public_tasks import answer_records, own_rows, paired
 from qat_edge.public_tasks.answer_records import Answered
 from qat_edge.report.formatting import megabytes, number
@@ -31,7 +30,6 @@ from qat_edge.storage import write_text
 
 TASK = "assistant"
 STEPS, QUESTIONS = 120, 200
-NONE_SHOWN = "no difference shown"
 # Held-out rows as `eval` names its tasks: right answers, and nats per token.
 SCORES = own_rows.TASKS
 MARKS = {PTQ: "square", "QAT": "diamond", "QAT of scales": "circle"}
@@ -57,11 +55,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries(verbose=False)
     try:
-        settings.check_recipes()
-        model = str(Path(fetch_demo_model(ROOT / ".cache" / "qat-edge")).resolve())
-        runner = BenchmarkRunner(
-            given.work, model, "cpu", SETTINGS["reduced"], published=given.out.with_suffix(".json")
-        )
+        runner = BenchmarkRunner.of_page(given.work, given.out)
         names = [FP32, *(model_name(scheme, finish) for scheme in given.schemes for finish in given.finishes)]
         for seed in [] if given.page_only else given.seeds:
             for name in names:
@@ -149,8 +143,8 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         "of PTQ with LoRA alone, the models of QAT with LoRA for half of them. PTQ is rotation and coordinate descent "
         f"on {settings.FRONTIER_TOKENS} tokens, and QAT begins from its result; its guard keeps the best state on "
         f"held-out rows of its own. Models then answer {QUESTIONS} other held-out requests in "
-        f"onnxruntime, FP32 in torch ({_counted(len(seeds))}). Brackets are 95% intervals, of differences paired by "
-        f'request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+        f"onnxruntime, FP32 in torch ({page.counted_seeds(seeds)}). Brackets are 95% intervals, of differences paired "
+        f'by request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]
     picture = _plot(runner, seeds, models, sizes)
     if picture:
@@ -194,10 +188,6 @@ def _row(runner: BenchmarkRunner, name: str, baseline: str, title: str, size: st
         row.append(f"{_figure(task, mean.value)} ({_figure(task, mean.low)} to {_figure(task, mean.high)})")
         row.append("" if name == baseline or not base else _difference(task, paired.difference(found, base)))
     return row
-
-
-def _counted(seeds: int) -> str:
-    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _difference(task: str, found: paired.PairedDifference) -> str:

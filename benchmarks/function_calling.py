@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import page, settings
+from benchmarks import page
 from benchmarks.cells import Cell, publish
-from benchmarks.page import MISSING
+from benchmarks.page import MISSING, NONE_SHOWN
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
-from benchmarks.settings import CALLS, FP32, RECOMMENDED, SETTINGS
+from benchmarks.settings import CALLS, FP32, RECOMMENDED
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
-from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.options import FORMATS
 from qat_edge.public_tasks import answer_records, paired
 from qat_edge.public_tasks.answer_records import Answered
@@ -37,7 +36,6 @@ TRAINED = (*ASKED, "bfcl_multiple", "bfcl_parallel")
 REFERENCE, RTN, BEST = "reference", "rtn", "coordinate-descent"
 NAMES = {RTN: "round-to-nearest", BEST: "PTQ: rotation and coordinate descent", "": "QAT"}
 RUNTIMES = {"executorch": "`.pte`", "onnx": "ONNX"}
-NONE_SHOWN = "no difference shown"
 
 
 def main() -> None:
@@ -50,11 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     quiet_libraries(verbose=False)
     try:
-        settings.check_recipes()
-        model = str(Path(fetch_demo_model(ROOT / ".cache" / "qat-edge")).resolve())
-        runner = BenchmarkRunner(
-            given.work, model, "cpu", SETTINGS["reduced"], published=given.out.with_suffix(".json")
-        )
+        runner = BenchmarkRunner.of_page(given.work, given.out)
         for seed in [] if given.page_only else given.seeds:
             progress.info(f"seed {seed}")
             runner.measure_once(cell(runner, seed), partial(measure, runner, seed))
@@ -142,16 +136,15 @@ def recovered(fp32: Sequence[Answered], rtn: Sequence[Answered], other: Sequence
 def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
     """Write the page, and the cells behind it next to it."""
     records = [record for seed in seeds if (record := runner.store.record(cell(runner, seed))) is not None]
-    counted = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     text = [
         "# Function calls",
         "`python -m benchmarks.function_calling` writes this page from the JSON files of its measurements. "
         f"SmolLM2-135M-Instruct trains for {STEPS} steps of {CALLS.training['batch_size']} rows on the training half "
-        f"of BFCL's functions ({', '.join(TRAINED)}), and answers the questions of {' and '.join(ASKED)} about the "
-        f"other half, functions as text in the system message ({counted}). No function of a question is in a training "
-        "row. QAT is the default recipe; the other models are the FP32 fine-tune, quantized after as many steps. "
-        "*Recovered* is the share of what round-to-nearest loses that a model wins back. Brackets are 95% intervals, "
-        f'paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+        f"of BFCL's functions ({', '.join(TRAINED)}). It answers the questions of {' and '.join(ASKED)} about the "
+        f"other half, with functions as text in the system message ({page.counted_seeds(seeds)}); no training row has "
+        "a function of these questions. QAT is the default recipe; the other models are the FP32 fine-tune, quantized "
+        "after as many steps. *Recovered* is the share of what round-to-nearest loses that a model wins back. Brackets "
+        f'are 95% intervals, paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]
     text += [page.table(("", ""), page.provenance(records))] if records else []
     text.append(page.table(("model", "runtime", "right calls", "less FP32", "recovered"), _rows(runner, seeds)))

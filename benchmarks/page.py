@@ -10,12 +10,18 @@ from qat_edge.manifest import LIBRARIES
 from qat_edge.report.formatting import duration, number
 
 MISSING = "not measured"
+NONE_SHOWN = "no difference shown"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; `|` within a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def counted_seeds(seeds: Sequence[int]) -> str:
+    """Return the number of seeds for a sentence."""
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def median_of(values: Sequence[float], write: Callable[[float], str] = number) -> str:

@@ -44,6 +44,7 @@ from qat_edge.evaluate.results import Measurement
 from qat_edge.lazy import load
 from qat_edge.manifest import sha256
 from qat_edge.models import merge
+from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.options import FORMATS, FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run
@@ -120,6 +121,17 @@ class BenchmarkRunner:
 
     def __post_init__(self) -> None:
         self.work = self.work.resolve()
+
+    @classmethod
+    def of_page(cls, work: Path, page: Path) -> BenchmarkRunner:
+        """Return a runner of the demo's model on the CPU that finds the cells behind a page again.
+
+        Raises:
+            QatEdgeError: A recipe of the settings is not possible, or the model cannot be downloaded.
+        """
+        settings.check_recipes()
+        model = str(Path(fetch_demo_model(ROOT / ".cache" / "qat-edge")).resolve())
+        return cls(work, model, "cpu", settings.SETTINGS["reduced"], published=page.with_suffix(".json"))
 
     @property
     def store(self) -> CellStore:
