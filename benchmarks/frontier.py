@@ -174,7 +174,7 @@ def _plot(
     level = paired.mean(float_answers).value * 100 if float_answers else None
     return chart.scatter(
         "frontier", "Right answers; dashed: FP32", ("MB of weights", "%"),
-        {MARKS[finish]: (finish, found) for finish, found in points.items()}, level,
+        {MARKS[finish]: (finish, found) for finish, found in points.items() if found}, level,
     )  # fmt: skip
 
 
