@@ -123,9 +123,9 @@ def gather(run: Run, work: Path) -> tuple[list[Engine], dict[str, str]]:
     makers: dict[str, Callable[[], Engine]] = {
         PTE: lambda: _pte(PTE, run.exports / PTE_TARGET),
         PTE_INT4: lambda: _pte(PTE_INT4, builder.int4_tables()),
-        ONNX: lambda: _onnx(ONNX, run.exports / "onnx"),
+        ONNX: lambda: onnx_engine(ONNX, run.exports / "onnx"),
         LLAMA_CPP: lambda: _llama_cpp(builder),
-        GENAI: lambda: _onnx(GENAI, builder.genai_int4()),
+        GENAI: lambda: onnx_engine(GENAI, builder.genai_int4()),
     }
     engines, reasons = [], {}
     for name, make in makers.items():
@@ -171,7 +171,7 @@ def _pte(name: str, folder: Path) -> Engine:
     return Engine(name, found, lambda threads, amounts: _by_runtime(PTE_TARGET, folder, threads, amounts))
 
 
-def _onnx(name: str, folder: Path) -> Engine:
+def onnx_engine(name: str, folder: Path) -> Engine:
     """Engine of an ONNX folder, ours or onnxruntime-genai's own."""
     model = graph_file.load_graph(folder / names.MODEL_FILE)
     version = f"onnxruntime-genai {library_version('onnxruntime-genai')}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import chart, page, settings
+from benchmarks import chart, page, scheme_speed, settings
 from benchmarks.cells import Cell, publish
 from benchmarks.page import MISSING, NONE_SHOWN
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
@@ -51,6 +51,7 @@ def main() -> None:
         help=f"how each scheme is reached: {'; '.join(FINISHES)}",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "frontier.md", help="page to write")
+    parser.add_argument("--speed", action="store_true", help="measure decoding speed as well")
     parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
     given = parser.parse_args()
     quiet_libraries(verbose=False)
@@ -61,6 +62,8 @@ def main() -> None:
             for name in names:
                 progress.info(f"{name}, seed {seed}")
                 runner.measure_once(cell(runner, name, seed), partial(measure, runner, name, seed))
+        if given.speed:
+            runner.measure_once(scheme_speed.cell(runner), partial(scheme_speed.measure, runner))
         # A seed counts once its FP32 fine-tune is measured.
         measured = [seed for seed in given.seeds if runner.store.get(cell(runner, FP32, seed)) is not None]
         write(runner, measured, given.out)
@@ -153,8 +156,10 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
     text += [page.table(("", ""), page.provenance(records))] if records else []
     text.append(page.table(heads, rows))
     text += [f"Not measured yet: {'; '.join(missing)}."] if missing else []
+    timed = runner.store.record(scheme_speed.cell(runner))
+    text += scheme_speed.section(timed["figures"]) if timed is not None else []
     write_text(path, "\n\n".join(text) + "\n")
-    publish(records, path.with_suffix(".json"))
+    publish([*records, *([timed] if timed is not None else [])], path.with_suffix(".json"))
     progress.info(f"Wrote {path}")
 
 

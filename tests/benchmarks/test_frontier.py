@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import frontier, settings
+from benchmarks import frontier, scheme_speed, settings
 from benchmarks.runner import BenchmarkRunner, Figures
 from benchmarks.settings import FP32, SETTINGS
 
@@ -44,6 +44,19 @@ def test_qat_is_compared_with_ptq_of_its_scheme_row_by_row(tiny_model_folder: Pa
     assert path.with_suffix(".json").is_file()
     drawn = path.with_suffix(".svg").read_text()
     assert drawn.count("<title>2 bits, ") == 3 and "4 bits, PTQ: 90, 72.5" in drawn
+
+
+def test_speed_is_compared_within_each_round(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path / "work", str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    rates = {name: [100.0, 50.0] for name in settings.SCHEMES} | {"2 bits": [120.0, 75.0]}
+    runner.store.put(scheme_speed.cell(runner), {"decode": rates}, 1.0)
+    frontier.write(runner, [], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert (
+        "| 4 bits | 75 (50 to 100) | 1 (1 to 1) |" in page
+        and "| 2 bits | 97.5 (75 to 120) | 1.35 (1.2 to 1.5) |" in page
+    )
+    assert "decode" in (tmp_path / "page.json").read_text()
 
 
 def test_every_scheme_has_each_finish() -> None:
