@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="folder of runs and finished cells")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, one training of each model each"
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds, one training of each model each"
     )
     parser.add_argument(
         "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), metavar="SCHEME",

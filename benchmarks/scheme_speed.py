@@ -54,7 +54,7 @@ def _exported(runner: BenchmarkRunner, scheme: str) -> Path:
     if not (folder / "manifest.json").is_file():
         changes = [word for name, value in SCHEMES[scheme].items() for word in (flag_name(name), str(value))]
         data = ["--data", str(runner.data(TASK).train), "--max-length", "128"]
-        steps = ["--steps", "1", "--qat-start", "1", "--ptq-init", "hqq", "--rotate", "on"]
+        steps = ["--steps", "1", "--qat-start", "1", "--ptq-init", "gptq", "--calibration-tokens", "1024"]
         log = f"speed-{slug(scheme)}"
         train = ["qat_edge", "finetune", "--model", runner.model, *data, *steps, *changes, "--out", str(out), "--force"]
         runner.command([*train, "--track", "none"], log)

@@ -52,10 +52,8 @@ def test_speed_is_compared_within_each_round(tiny_model_folder: Path, tmp_path: 
     runner.store.put(scheme_speed.cell(runner), {"decode": rates}, 1.0)
     frontier.write(runner, [], tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert (
-        "| 4 bits | 75 (50 to 100) | 1 (1 to 1) |" in page
-        and "| 2 bits | 97.5 (75 to 120) | 1.35 (1.2 to 1.5) |" in page
-    )
+    assert "| 4 bits | 75.0 (50.0 to 100) | 1.00 (1.00 to 1.00) |" in page
+    assert "| 2 bits | 97.5 (75.0 to 120) | 1.35 (1.20 to 1.50) |" in page
     assert "decode" in (tmp_path / "page.json").read_text()
 
 
