@@ -102,12 +102,14 @@ class PromptedAnswer(NamedTuple):
         expected: Text of the answer, for exact match.
         answer_ids: Token ids with a loss, the end of the answer included.
         where: File and line of the row.
+        is_rewritten: The chat template changes more than white space in the text of the answer.
     """
 
     ids: list[int]
     expected: str
     answer_ids: list[int]
     where: str
+    is_rewritten: bool = False
 
 
 def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[PromptedAnswer]:
@@ -121,7 +123,8 @@ def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
             turns = chat_format.turns(row)
             calls_tools = any("tool_calls" in message for message in row.messages)
             for turn in turns if calls_tools else turns[-1:]:
-                yield PromptedAnswer(turn.prompt_ids, turn.expected, turn.ids[: turn.trained], row.where)
+                answer_ids = turn.ids[: turn.trained]
+                yield PromptedAnswer(turn.prompt_ids, turn.expected, answer_ids, row.where, turn.is_rewritten)
         elif isinstance(row, Completion):
             ids, answer = _completion_ids(row, tokenizer)
             yield PromptedAnswer(ids, row.completion, answer, row.where)

@@ -16,6 +16,7 @@ from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.rows import Row
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.metrics import outputs_match
+from qat_edge.readers import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,17 +51,30 @@ class Context(NamedTuple):
 
 
 def eval_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[EvalPrompt]:
-    """Yield the prompts of `tokenization.prompts` with what has to be generated for each; report those without a token.
+    """Yield the prompts of `tokenization.prompts` with what has to be generated for each.
 
-    An empty prompt has no token where the tokenizer puts none before a text, and no model can predict from nothing.
+    Report the first prompt without a token, and the first answer that the chat template changes. An empty prompt has no
+    token where the tokenizer puts none before a text, and no model can predict from nothing.
     """
-    reader, is_reported = AnswerReader(tokenizer), False
+    reader = AnswerReader(tokenizer)
+    reported: set[str] = set()
+
+    def report_once(where: str, finding: str, example: str = "") -> None:
+        if finding not in reported:
+            progress.warn(f"{where}: {finding}{example}")
+        reported.add(finding)
+
     for each in tokenization.prompts(rows, tokenizer):
         if not each.ids:
-            if not is_reported:
-                progress.warn(f"{each.where}: the prompt is empty. Such rows are left out of the prompts")
-            is_reported = True
+            report_once(each.where, "the prompt is empty. Such rows are left out of the prompts")
             continue
+        if each.is_rewritten:
+            report_once(
+                each.where,
+                "the chat template changes the text of the answer, and training does as well. Such answers are "
+                "expected as the template writes them",
+                f", here {show(each.expected)}",
+            )
         needed = _tokens_needed(each.answer_ids, each.expected, reader)
         yield EvalPrompt(each.ids, each.expected, needed, each.where)
 
