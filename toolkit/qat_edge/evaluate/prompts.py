@@ -6,13 +6,14 @@ never equals its expected answer, so both are reported before any model runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
+from qat_edge.data.early_ends import EarlyEnds
 from qat_edge.data.rows import Row
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.metrics import outputs_match
@@ -30,12 +31,14 @@ class EvalPrompt(NamedTuple):
         expected: Text of the answer.
         answer_tokens: Least number of tokens to generate for that answer, reasoning before it included.
         where: File and line of the row.
+        answer_ids: Token ids of these tokens, as trained.
     """
 
     ids: list[int]
     expected: str
     answer_tokens: int
     where: str
+    answer_ids: Sequence[int] = ()
 
 
 class Context(NamedTuple):
@@ -76,7 +79,7 @@ def eval_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Ite
                 f", here {show(each.expected)}",
             )
         needed = _tokens_needed(each.answer_ids, each.expected, reader)
-        yield EvalPrompt(each.ids, each.expected, needed, each.where)
+        yield EvalPrompt(each.ids, each.expected, needed, each.where, each.answer_ids[:needed])
 
 
 def _tokens_needed(answer_ids: Sequence[int], expected: str, reader: AnswerReader) -> int:
@@ -140,6 +143,22 @@ def describe_cut_answers(answer_tokens: Sequence[int], max_new_tokens: int) -> s
         f"{len(longer)} of {len(answer_tokens)} expected answers are longer than --max-new-tokens {max_new_tokens} and "
         f"cannot match: give --max-new-tokens {max(longer)}"
     )
+
+
+def describe_early_ends(
+    prompts: Iterable[EvalPrompt], origins: Mapping[int, str], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return how many expected answers have an end token inside, as a sentence; empty if none has.
+
+    Args:
+        prompts: Prompts with their answers.
+        origins: The end tokens, each with the file that names it.
+        tokenizer: The model's tokenizer.
+    """
+    early = EarlyEnds()
+    for prompt in prompts:
+        early.add(next((token for token in prompt.answer_ids if token in origins), None))
+    return early.describe(origins, tokenizer)
 
 
 def describe_lack_of_room(prompts: Sequence[EvalPrompt], context: Context | None) -> str:
