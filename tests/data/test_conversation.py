@@ -338,6 +338,101 @@ def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused() -> None:
     assert "changes the text of 1 messages of the assistant" in notes(changed, tokenizer_for(lower))
 
 
+CONTENT = "message['content']"  # as CHATML writes it
+WITHOUT_REPETITIONS = CHATML.replace(
+    "{{ '<|im_start|>'",
+    "{% set seen = messages[:loop.index0] | selectattr('role', 'equalto', 'user') | map(attribute='content') | list %}"
+    "{{ '<|im_start|>'",
+).replace(CONTENT, f"('' if {CONTENT} in seen else {CONTENT})")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (CHATML.replace(CONTENT, f"{CONTENT}[:2]"),
+         [{"role": "user", "content": "abcdef"}, {**ANSWER, "content": "no"}], "1.*'abcdef'"),
+        # The answer has the word as well.
+        (CHATML.replace(CONTENT, f"{CONTENT}[:4]"), [{"role": "user", "content": "say Oslo"}, ANSWER], "1.*'Oslo'"),
+        (CHATML.replace(CONTENT, f"{CONTENT}.replace('!', '')"), [{"role": "user", "content": "!"}, ANSWER], "1.*'!'"),
+        (WITHOUT_REPETITIONS, [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "Rome"}], "[13].*'Where'"),
+        (CHATML.replace(CONTENT, f"{CONTENT}.split('and')[0]"), [{"role": "user", "content": "sun and moon"}, ANSWER],
+         "1.*'and', 'moon'"),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_users_text_that_the_template_leaves_out_is_refused(
+    template: str, messages: list[Message], lost: str
+) -> None:
+    chat_format = ChatFormat(tokenizer_for(template))
+    for use in (
+        lambda: chat_format.turns(Chat(messages, "f:1")),
+        lambda: chat_format.prompt(messages[:-1], where="f:1"),
+    ):
+        with pytest.raises(DataError, match=rf"f:1: the chat template leaves out a part of message {lost}"):
+            use()
+
+
+def test_a_result_of_a_tool_that_the_template_shortens_is_refused() -> None:
+    result = "'<|im_start|>user\n<tool_response>\n' + m.content"
+    template = THINKING.replace(result, f"{result}[:5]")
+    with pytest.raises(DataError, match=r"leaves out a part of message 3 \(role 'tool'\), such as 'rain', 'true'"):
+        ChatFormat(tokenizer_for(template)).turns(Chat(CALLING, "f:1", tools=[TOOL]))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (TRIMMING, [{"role": "user", "content": "  a  b \n"}, ANSWER]),
+        (CHATML.replace(CONTENT, f"{CONTENT}.replace('\n\n', '\n')"), [{"role": "user", "content": "a\n\nb"}, ANSWER]),
+        # A message of the system in the user's turn, after the first question.
+        ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+         "{% if loop.first and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|im_end|>\n"
+         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+         [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER, QUESTION, ANSWER]),
+        # A result of a tool as JSON text, as Llama 3.1 has.
+        (THINKING.replace("<tool_response>\n' + m.content +", "<tool_response>\n' ~ m.content | tojson ~"),
+         [*CALLING[:2], {"role": "tool", "content": '{"rain": "yes, \\"heavy\\""}\n\nuntil'}, CALLING[3]]),
+        # Reasoning of earlier answers.
+        (THINKING, [QUESTION, {**ANSWER, "content": "<think>\nUp north.\n</think>\n\nOslo"}, QUESTION, ANSWER]),
+        (CHATML, [{"role": "user", "content": "qat-edge probe 2."}, ANSWER, QUESTION, ANSWER]),
+        (CHATML, [{"role": "system", "content": ""}, QUESTION, ANSWER]),
+    ],
+)  # fmt: skip
+def test_a_template_that_only_moves_trims_or_quotes_texts_is_not_reported(
+    template: str, messages: list[Message]
+) -> None:
+    tokenizer = tokenizer_for(template)
+    assert not notes(Chat(messages, "row"), tokenizer)
+    ChatFormat(tokenizer).prompt(messages[:-1])
+
+
+def test_other_changes_of_texts_without_loss_are_counted() -> None:
+    upper = tokenizer_for(CHATML.replace(CONTENT, f"({CONTENT} | upper if message.role == 'user' else {CONTENT})"))
+    found = notes(Chat([QUESTION, ANSWER, QUESTION, ANSWER], "f:1"), upper)
+    assert "shortens the text of 2 messages without loss (the first: f:1, message 1, role 'user')" in found
+    # Switches that a template takes out of a text, as SmolLM3's does.
+    switched = tokenizer_for(CHATML.replace(CONTENT, f"{CONTENT}.replace('/no_think', '')"))
+    for role in ("system", "user"):
+        chat = Chat([{"role": role, "content": "Briefly. /no_think"}, QUESTION, ANSWER], "f:1")
+        assert f"1 messages without loss (the first: f:1, message 1, role '{role}')" in notes(chat, switched)
+    # Earlier answers.
+    cut = tokenizer_for(CHATML.replace(CONTENT, f"({CONTENT} if loop.last or message.role == 'user' else 'Os')"))
+    chat = Chat([QUESTION, ANSWER, QUESTION, ANSWER], "f:1")
+    assert "the first: f:1, message 2, role 'assistant'" in notes(chat, cut)
+
+
+def test_a_repeated_answer_that_the_template_leaves_out_is_refused() -> None:
+    template = WITHOUT_REPETITIONS.replace("'user'", "'assistant'")
+    with pytest.raises(DataError, match=r"leaves out a part of message 4 \(role 'assistant'\), such as 'Oslo'"):
+        ChatFormat(tokenizer_for(template)).turns(Chat([QUESTION, ANSWER, QUESTION, ANSWER], "f:1"))
+
+
+def test_a_changed_answer_is_expected_as_it_is_trained() -> None:
+    tokenizer = tokenizer_for(CHATML.replace(CONTENT, f"{CONTENT} | upper"))
+    (turn,) = ChatFormat(tokenizer).turns(Chat([QUESTION, {"role": "assistant", "content": "i"}], "f:1"))
+    assert turn.is_rewritten
+    assert turn.expected == "I" == AnswerReader(tokenizer).from_ids(turn.ids).strip()
+
+
 def test_reasoning_that_the_template_leaves_out_is_refused() -> None:
     row = Chat([QUESTION, {**ANSWER, "reasoning": "Up north."}], "f:3")
     with pytest.raises(DataError, match=r"f:3: message 2: 'reasoning' has no effect"):

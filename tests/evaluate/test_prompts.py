@@ -71,6 +71,18 @@ def test_an_empty_prompt_is_left_out_and_named(messages: list[str]) -> None:
     assert len(list(eval_prompts(rows, tokenizer_for(None, adds_bos=True)))) == 3
 
 
+def test_an_answer_that_the_template_changes_is_expected_as_trained_and_named_once(messages: list[str]) -> None:
+    tokenizer = tokenizer_for(CHATML.replace("message['content']", "message['content'] | upper"))
+    rows = [Chat([QUESTION, {"role": "assistant", "content": text}], f"rows:{text}") for text in ("yo man", "yes")]
+    found = list(eval_prompts(rows, tokenizer))
+    assert [each.expected for each in found] == ["YO MAN", "YES"]
+    eval_set = EvalSet([], found, [0], 0, tokenizer)
+    trained = [turn.ids for row in rows for turn in ChatFormat(tokenizer).turns(row)]
+    assert eval_set.exact_match(trained) == 1.0
+    assert len(messages) == 1
+    assert "rows:yo man: the chat template changes the text of the answer" in messages[0] and "'YO MAN'" in messages[0]
+
+
 def test_answers_longer_than_the_limit_are_counted() -> None:
     assert describe_cut_answers([1, 3, 3], 3) == "" == describe_cut_answers([], 3)
     assert describe_cut_answers([1, 4, 6, 5], 3) == (

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from conftest import make_tokenizer
+from conftest import SPECIAL_TOKENS, make_tokenizer
 from qat_edge.data.chat_template import encode
 from qat_edge.data.rows import Chat
 from qat_edge.data.tokenization import tokenize
@@ -171,19 +171,78 @@ def test_tokens_that_files_state_differently_are_reported(model_copy: Path, mess
     configure(model_copy, added_tokens_decoder={"2": {"content": "<|other|>", "special": True}})
     tokenizer = AutoTokenizer.from_pretrained(model_copy)
     check_tokenizer(tokenizer, model_copy)
-    assert len(messages) == 2
+    assert len(messages) == 3
     assert "the token '<|other|>' the id 2" in messages[0] and "eos_token '<|" in messages[1]
+    assert "does not have '<|other|>' (id 267, added_tokens_decoder in tokenizer_config.json)" in messages[2]
 
 
 def test_added_tokens_with_another_id_are_reported(model_copy: Path, messages: list[str]) -> None:
     path = model_copy / "added_tokens.json"
     path.write_text(json.dumps({"<|im_end|>": 2, "say": 267}))
     load_model(str(model_copy))
-    assert messages == []
+    assert len(messages) == 1 and "does not have 'say' (id 267, added_tokens.json). " in messages[0]
     path.write_text(json.dumps({"<|im_end|>": 2, "say": 270}))
     load_model(str(model_copy))
-    assert len(messages) == 1 and "added_tokens.json gives the token 'say' the id 270, and the tok" in messages[0]
-    assert "builds 267, which is used" in messages[0]
+    assert len(messages) == 3 and "added_tokens.json gives the token 'say' the id 270, and the tok" in messages[1]
+    assert "builds 267, which is used" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"additional_special_tokens": ["<new>", "<|im_end|>"]}, "additional_special_tokens in tokenizer_config.json"),
+        ({"extra_special_tokens": {"new_token": "<new>"}}, "extra_special_tokens in tokenizer_config.json"),
+        ({"pad_token": "<new>"}, "pad_token in tokenizer_config.json"),
+        ({"added_tokens_decoder": {"267": {"content": "<new>", "special": True}}},
+         "added_tokens_decoder in tokenizer_config.json"),
+    ],
+)  # fmt: skip
+def test_tokens_that_tokenizer_json_does_not_have_are_named(
+    model_copy: Path, messages: list[str], settings: dict[str, Any], named: str
+) -> None:
+    configure(model_copy, **settings)
+    loaded = load_model(str(model_copy))
+    assert loaded.tokenizer.convert_tokens_to_ids("<new>") == 267 < loaded.model.config.vocab_size
+    assert len(messages) == 1 and "LoRA does not train them" in messages[0]
+    assert f"tokenizer.json does not have '<new>' (id 267, {named}). transformers" in messages[0]
+
+
+def test_many_new_tokens_are_counted(model_copy: Path, messages: list[str]) -> None:
+    configure(model_copy, additional_special_tokens=[f"<{i}>" for i in range(10)])
+    load_model(str(model_copy))
+    assert len(messages) == 1 and "'<7>' (id 274, " in messages[0] and "'<8>'" not in messages[0]
+    assert " and 2 more. " in messages[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_end_token_that_tokenizer_json_does_not_have_is_refused(model_copy: Path, name: str) -> None:
+    if name == "tokenizer_config.json":
+        configure(model_copy, eos_token="</s>", added_tokens_decoder={"267": {"content": "</s>", "special": True}})
+    else:
+        edit(model_copy, "tokenizer_config.json", lambda config: config.pop("eos_token"))
+        (model_copy / name).write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    with pytest.raises(
+        ModelError,
+        match=rf"does not have the end token '</s>', eos_token in {name}: .* the new id 267, .* Set eos_token",
+    ):
+        load_model(str(model_copy))
+    # An encoder ends no text with it.
+    check_tokenizer(AutoTokenizer.from_pretrained(model_copy), model_copy, is_encoder=True)
+
+
+def test_tokens_that_both_files_have_and_tokenizers_without_the_file_are_left_alone(
+    model_copy: Path, messages: list[str]
+) -> None:
+    decoder = {str(i): {"content": token, "special": True} for i, token in enumerate(SPECIAL_TOKENS)}
+    configure(model_copy, added_tokens_decoder=decoder, additional_special_tokens=["<|im_start|>"])
+    load_model(str(model_copy))
+    assert messages == []
+
+    tokenizer = AutoTokenizer.from_pretrained(model_copy)
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    (model_copy / "tokenizer.json").unlink()
+    check_tokenizer(tokenizer, model_copy)
+    assert messages == []
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])

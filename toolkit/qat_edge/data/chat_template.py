@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,8 +187,8 @@ class ChatTemplate:
         try:
             prompt = self.render(plain, 1, add_generation_prompt=True)
             through = self.render(plain, 2)
-            lead, _, tail = through.removeprefix(prompt).rpartition(PROBE)
-            reasoning = self.render(reasoned, 2).removeprefix(prompt).rpartition(PROBE)[0]
+            lead, tail = _around_probe(through.removeprefix(prompt))
+            reasoning, _ = _around_probe(self.render(reasoned, 2).removeprefix(prompt))
         except (DataError, ModelError):
             return AroundAnswer("", "", "")
         if not through.startswith(prompt):
@@ -229,6 +230,12 @@ def _unreadable(error: Exception) -> str:
     return (
         f"The chat template of the model cannot be read ({shorten(str(error), MAX_REASON)}). Correct it in its folder."
     )
+
+
+def _around_probe(text: str) -> tuple[str, str]:
+    """Return the texts before and after the last probe, which a template may have in capitals."""
+    starts = [found.start() for found in re.finditer(re.escape(PROBE), text, flags=re.IGNORECASE)]
+    return (text[: starts[-1]], text[starts[-1] + len(PROBE) :]) if starts else ("", text)
 
 
 def _common_start(one: str, other: str) -> str:

@@ -54,7 +54,8 @@ class Turn:
         ids: Token ids of the message: its text, its end, and white space that the template writes after that.
         trained: Number of `ids` with a loss; the others follow the end.
         continues: The prompt begins with all ids of the turn before.
-        expected: Text of the answer, for exact match.
+        expected: Text of the answer as it is trained, for exact match.
+        is_rewritten: The template changes more than white space in the text of the row.
     """
 
     prompt_ids: list[int]
@@ -62,6 +63,7 @@ class Turn:
     trained: int
     continues: bool
     expected: str
+    is_rewritten: bool
 
 
 class Lead(NamedTuple):
@@ -193,7 +195,7 @@ class ChatFormat:
                     f"{chat.where}: the chat template does not render message {i + 1} after its own generation prompt, "
                     "so training would differ from generation. Give 'prompt' and 'completion' rows instead."
                 )
-            self._use.check_message(chat, i, through)
+            is_rewritten = self._use.check_message(chat, i, prompt, through)
 
             # Continue the example of the turn before, unless that turn was rendered differently or ended with a token
             # that the template does not write.
@@ -202,7 +204,7 @@ class ChatFormat:
                 ids, text = [], ""
             prompt_ids = extend_ids(ids, text, prompt, self.tokenizer)
             whole = extend_ids(prompt_ids, prompt, through, self.tokenizer)
-            turn = self._turn(message, prompt_ids, whole[len(prompt_ids) :], continues)
+            turn = self._turn(message, prompt_ids, whole[len(prompt_ids) :], continues, is_rewritten)
             found.append(turn)
             ids, text = (whole, through) if len(whole) == len(prompt_ids) + len(turn.ids) else ([], "")
 
@@ -258,7 +260,12 @@ class ChatFormat:
         if self._use.rewritten:
             lines.append(
                 f"The chat template changes the text of {self._use.rewritten} messages of the assistant: they are "
-                "trained as it writes them"
+                "trained as it writes them, and evaluation expects them so"
+            )
+        if self._use.changed_context:
+            lines.append(
+                f"The chat template changes or shortens the text of {self._use.changed_context} messages without loss "
+                f"(the first: {self._use.first_change}): the model reads them as it writes them"
             )
         lines += self._turn_tokens.note()
         if self._unanswered:
@@ -281,11 +288,13 @@ class ChatFormat:
             )
         return lines
 
-    def _turn(self, message: Message, prompt_ids: list[int], ids: list[int], continues: bool) -> Turn:
+    def _turn(
+        self, message: Message, prompt_ids: list[int], ids: list[int], continues: bool, is_rewritten: bool
+    ) -> Turn:
         """Return the turn of a message, which ends with the tokenizer's end token where the template writes none."""
         trained, end = self._turn_length(ids), self._template.end_token(ids)
         expected = message.get("content", "")
-        if "tool_calls" in message:
+        if is_rewritten or "tool_calls" in message:
             expected = str(self.tokenizer.decode(ids[:trained], skip_special_tokens=True)).strip()
 
         if end is None and self.tokenizer.eos_token_id is not None:
@@ -297,7 +306,7 @@ class ChatFormat:
             self._open += 1
         if end is not None:
             self.ends[end] = None
-        return Turn(prompt_ids, ids, trained, continues, expected)
+        return Turn(prompt_ids, ids, trained, continues, expected, is_rewritten)
 
     def _turn_length(self, ids: list[int]) -> int:
         """Return the number of tokens of an assistant message up to its end-of-turn token.

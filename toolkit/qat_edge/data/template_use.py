@@ -2,6 +2,11 @@
 
 A field is used if the template writes something else with it than without it. Messages, tools, calls, reasoning and
 arguments of the template that have no effect are refused; other fields are counted.
+
+Texts have to be written whole. Each conversation is rendered a second time with probes in place of its texts; with the
+texts put back, both renderings are equal up to white space, unless the template changes a text. A template may trim
+texts, move them, quote them as JSON and write more around them. A text of a user, a tool or an answer that loses words
+is refused; other changes are counted.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -24,6 +29,10 @@ from qat_edge.readers import shorten, show
 NEEDED = ("role", "content", "tool_calls", WEIGHT)
 USED = (*NEEDED, *REASONING)
 SHOWN_WORDS = 5  # of a text that is left out, in a message
+# Roles whose texts have to be written whole. Templates take switches such as /no_think out of messages of the system,
+# and reasoning out of earlier answers.
+WHOLE_ROLES = ("user", "tool")
+REASONING_END = "</think>"  # of nearly all models that reason; others have it in their template
 USUAL_ROLES = ("user", "assistant")  # that no template ignores
 
 
@@ -33,12 +42,15 @@ class TemplateUse:
     Attributes:
         unused: Number of messages with each field that the template does not use.
         rewritten: Number of messages that are trained on and whose text the template changes.
+        changed_context: Number of other messages whose text the template changes.
+        first_change: Name of the first of these, for messages.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self.unused: Counter[str] = Counter()
-        self.rewritten = 0
+        self.rewritten = self.changed_context = 0
+        self.first_change = ""
 
     def as_read(self, chat: Chat, last: int) -> Chat:
         """Return the conversation in the form that the template reads.
@@ -84,8 +96,18 @@ class TemplateUse:
                     "Remove it from 'chat_template_kwargs'."
                 )
 
-    def check_message(self, chat: Chat, index: int, text: str) -> None:
-        """Check that the template writes calls, reasoning and the whole text of a message that is trained on."""
+    def check_message(self, chat: Chat, index: int, prompt: str, text: str) -> bool:
+        """Check that the template writes calls, reasoning and the whole text of a message that is trained on.
+
+        Args:
+            chat: The conversation.
+            index: Index of the message.
+            prompt: The conversation rendered as the prompt of this message.
+            text: The conversation rendered through this message.
+
+        Returns:
+            Whether the template changes more than white space in the text of the message.
+        """
         message = chat.messages[index]
         reasoning = [key for key in REASONING if message.get(key)]
         if "tool_calls" in message and self._has_no_effect(chat, index, text, ["tool_calls"]):
@@ -96,20 +118,24 @@ class TemplateUse:
                 "Write the reasoning into 'content', as the model should answer, or remove it."
             )
         content = message.get("content", "")
-        if content.strip() and content.strip() not in text and self._has_no_effect(chat, index, text, ["content"]):
+        if self._is_in_answer(content, prompt, text):
+            return False
+
+        changed = self._render_changed(chat, index, {index: PROBE})
+        if changed == text:
             raise DataError(
                 f"{chat.where}: the chat template leaves out the text of message {index + 1} (role 'assistant')."
             )
-        # White space may change anywhere: templates trim texts, and reasoning inside of them.
-        if "".join(content.split()) not in "".join(text.split()):
-            lost = _lost_words(content, text)
-            if lost:
-                raise DataError(
-                    f"{chat.where}: the chat template leaves out a part of message {index + 1} (role 'assistant'), "
-                    f"such as {', '.join(map(show, lost[:SHOWN_WORDS]))}. If that is reasoning, give it as "
-                    "'reasoning_content' to a model whose template writes it; otherwise remove it from 'content'."
-                )
-            self.rewritten += 1
+        # A text without words may be trimmed to nothing: its row trains an end alone, which is counted.
+        lost = _lost_words(content, text, changed or "")
+        if lost and _words(content):
+            raise DataError(
+                f"{chat.where}: the chat template leaves out a part of message {index + 1} (role 'assistant'), "
+                f"such as {', '.join(map(show, lost[:SHOWN_WORDS]))}. If that is reasoning, give it as "
+                "'reasoning_content' to a model whose template writes it; otherwise remove it from 'content'."
+            )
+        self.rewritten += 1
+        return True
 
     def check_context(self, chat: Chat, last: int, text: str) -> None:
         """Check that the template writes the messages, tools and documents before the last turn, and count fields.
@@ -119,22 +145,18 @@ class TemplateUse:
             last: Index of the last message that is trained on.
             text: The conversation rendered through that message.
         """
-        position = 0
-        for i, message in enumerate(chat.messages[: last + 1]):
-            # A search is enough for nearly all; templates may also rewrite a text, or move it.
-            content = message.get("content", "").strip()
-            found = text.find(content, position)
-            position = found + len(content) if found >= 0 else position
-            if not is_trained(message):
-                # Short results of tools and messages of the system may be found by accident.
-                unsure = message["role"] not in USUAL_ROLES or (content and found < 0)
-                if unsure and self._has_no_effect(chat, last, text, ["content"], at=i):
-                    raise DataError(
-                        f"{chat.where}: the chat template leaves out message {i + 1} (role '{message['role']}'). "
-                        "Remove it, or use a model whose template has this role."
-                    )
-                if "tool_calls" in message and self._has_no_effect(chat, last, text, ["tool_calls"], at=i):
-                    raise DataError(_calls_left_out(chat, i))
+        messages = list(enumerate(chat.messages[: last + 1]))
+        context = [i for i, message in messages if i < last or not is_trained(message)]
+        # An empty text has nothing to lose, but the template may ignore the role of its message.
+        texts = [i for i in context if _text(chat, i) or chat.messages[i]["role"] not in USUAL_ROLES]
+        is_whole = self._is_whole(chat, last, text, texts)
+        for i in context:
+            if i in texts and not is_whole:
+                self._check_text(chat, last, text, i)
+            is_call = "tool_calls" in chat.messages[i] and not is_trained(chat.messages[i])
+            if is_call and self._has_no_effect(chat, last, text, ["tool_calls"], at=i):
+                raise DataError(_calls_left_out(chat, i))
+        for i, _ in messages:
             self._count_fields(chat, last, text, i)
 
         lost = [tool["function"]["name"] for tool in chat.tools or () if tool["function"]["name"] not in text]
@@ -150,6 +172,54 @@ class TemplateUse:
                 "a message."
             )
 
+    def _is_in_answer(self, content: str, prompt: str, text: str) -> bool:
+        """Return whether the part of a rendered conversation that follows a prompt has a text, white space aside."""
+        # The text may begin in the prompt: some templates write an empty block of reasoning there.
+        written, end = _squeezed(text), _squeezed(self._template.around.tail)
+        before, content = len(_squeezed(prompt)), _squeezed(content)
+        position = written.removesuffix(end).rfind(content)
+        return not content or (position >= 0 and position + len(content) > before)
+
+    def _is_whole(self, chat: Chat, last: int, text: str, indices: Sequence[int]) -> bool:
+        """Return whether the template writes the texts of some messages as they are, white space aside."""
+        probes = {i: f"{PROBE} {i}." for i in indices}
+        probed = self._render_changed(chat, last, probes)
+        if probed is None or any(probe not in probed for probe in probes.values()):
+            return False
+        # The probes are replaced in one pass: a text may have one of them in it.
+        parts = re.split("(" + "|".join(map(re.escape, probes.values())) + ")", probed) if probes else [probed]
+        contents = {probe: _text(chat, i) for i, probe in probes.items()}
+        return _squeezed("".join(contents.get(part, part) for part in parts)) == _squeezed(text)
+
+    def _check_text(self, chat: Chat, last: int, text: str, index: int) -> None:
+        """Refuse the text of a message of the context that the template leaves out or shortens; count other changes."""
+        message = chat.messages[index]
+        role, content = message["role"], _text(chat, index)
+        changed = self._render_changed(chat, last, {index: PROBE})
+        if changed is None:
+            return
+        if changed == text and not is_trained(message):
+            raise DataError(
+                f"{chat.where}: the chat template leaves out message {index + 1} (role '{role}'). "
+                "Remove it, or use a model whose template has this role."
+            )
+        # Templates leave out past reasoning, and it had a loss where it was the last.
+        if role == "assistant":
+            for end in filter(None, (REASONING_END, self._template.answer_start)):
+                content = content.rpartition(end)[2]
+        lost = _lost_words(content, text, changed)
+        named = set(_words(self._template.facts(chat).source.casefold()))
+        if role in WHOLE_ROLES and any(word.casefold() not in named for word in lost):
+            raise DataError(
+                f"{chat.where}: the chat template leaves out a part of message {index + 1} (role '{role}'), such as "
+                f"{', '.join(map(show, lost[:SHOWN_WORDS]))}, so that the model would read another text. Correct the "
+                "template of the model, or use another model."
+            )
+        forms = (content, _json(_text(chat, index))[1:-1])  # as it is, and as JSON has it
+        if lost or not any(_squeezed(form) in _squeezed(text) for form in forms):
+            self.changed_context += 1
+            self.first_change = self.first_change or f"{chat.where}, message {index + 1}, role '{shorten(role)}'"
+
     def _count_fields(self, chat: Chat, last: int, text: str, index: int) -> None:
         """Count the further fields of a message that the template does not use."""
         source = self._template.facts(chat).source
@@ -160,20 +230,28 @@ class TemplateUse:
                 self.unused[key] += 1
 
     def _has_no_effect(self, chat: Chat, last: int, text: str, keys: Sequence[str], at: int | None = None) -> bool:
-        """Return whether the template writes the same without some fields of a message, and with another content.
+        """Return whether the template writes the same without some fields of a message.
 
         Args:
             chat: The conversation.
             last: Index of the last message that is rendered.
             text: The conversation rendered through that message.
-            keys: The fields.
+            keys: The fields; 'content' is none of them.
             at: Index of the message; `last` by default.
         """
         index = last if at is None else at
-        changed = {key: value for key, value in chat.messages[index].items() if key not in keys or key == "content"}
-        changed["content"] = PROBE if "content" in keys else changed.get("content", "")
+        changed = {key: value for key, value in chat.messages[index].items() if key not in keys}
+        changed.setdefault("content", "")
         messages = [*chat.messages[:index], changed, *chat.messages[index + 1 :]]
         return self._is_same(dataclasses.replace(chat, messages=messages), last, text)
+
+    def _render_changed(self, chat: Chat, last: int, contents: Mapping[int, str]) -> str | None:
+        """Return a conversation rendered with other contents of some messages; None where the template refuses it."""
+        messages = [{**m, "content": contents[i]} if i in contents else m for i, m in enumerate(chat.messages)]
+        try:
+            return self._template.render(dataclasses.replace(chat, messages=messages), last + 1)
+        except (DataError, ModelError):
+            return None
 
     def _is_same(self, changed: Chat, last: int, text: str) -> bool:
         """Return whether a changed conversation is rendered as `text`, not refused for what it lacks."""
@@ -183,11 +261,32 @@ class TemplateUse:
             return False
 
 
-def _lost_words(content: str, text: str) -> list[str]:
-    """Return the words of a message that a rendered text does not have, in any case."""
-    written = text.casefold()
-    words = dict.fromkeys(re.findall(r"[^\W_]+", content))
-    return [word for word in words if word.casefold() not in written]
+def _lost_words(content: str, text: str, changed: str) -> list[str]:
+    """Return the words of a message that a rendered text has less often than it should, in any case.
+
+    Args:
+        content: Text of the message.
+        text: The conversation as it is rendered.
+        changed: The same with a probe in place of this text.
+    """
+    whole, written, others = content.casefold(), text.casefold(), changed.casefold().replace(PROBE.casefold(), "")
+    words = dict.fromkeys(_words(content) or content.split())
+    expected = {word: others.count(word.casefold()) + whole.count(word.casefold()) for word in words}
+    return [word for word, count in expected.items() if written.count(word.casefold()) < count]
+
+
+def _text(chat: Chat, index: int) -> str:
+    """Return the text of a message, empty where it only calls tools."""
+    return str(chat.messages[index].get("content", "")).strip()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text)
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without white space, which templates trim and insert anywhere."""
+    return "".join(text.split())
 
 
 def _calls_left_out(chat: Chat, index: int) -> str:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge import progress
 from qat_edge.data.chat_template import encode
 from qat_edge.data.conversation import ChatFormat, end_ids, ended_ids, extend_ids, lead_of, text_prompt
+from qat_edge.data.early_ends import EarlyEnds, early_end
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
@@ -46,6 +48,7 @@ class TokenizedRows:
         notes: What was left out of the rows, and what else the user should know about them, one sentence each.
         end_of_turn: Ids of the tokens that end the assistant's messages; empty without conversations.
         template_arguments: Arguments of the chat template that all conversations have in common.
+        early_ends: Answers with an end token inside.
     """
 
     rows: TokenTable
@@ -57,6 +60,7 @@ class TokenizedRows:
     notes: tuple[str, ...] = ()
     end_of_turn: tuple[int, ...] = ()
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    early_ends: EarlyEnds = field(default_factory=EarlyEnds)
 
     def summary(self) -> str:
         """Return the counts as one line of a message."""
@@ -68,15 +72,23 @@ class TokenizedRows:
         return line
 
 
-def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenizedRows:
+def tokenize(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: Iterable[int] = ()
+) -> TokenizedRows:
     """Tokenize rows into training examples of at most `max_length` tokens. Consecutive texts are packed together.
+
+    Args:
+        rows: Training rows.
+        tokenizer: The model's tokenizer.
+        max_length: Maximum number of tokens of an example.
+        ends: Ids of the model's end tokens, which are looked for inside of answers.
 
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
         ModelError: The chat template cannot be used at all.
     """
     # One pass: neither rows nor examples are kept in memory.
-    facts, counts, chat_format = _RowFacts(tokenizer), _Counts(), ChatFormat(tokenizer)
+    facts, counts, chat_format = _RowFacts(tokenizer), _Counts(ends=frozenset(ends)), ChatFormat(tokenizer)
     examples = _examples(facts.watch(rows), chat_format, max_length)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
     if not done and facts.empty_texts == facts.rows:
@@ -91,6 +103,7 @@ def tokenize(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length
         notes=(*chat_format.notes(), *facts.notes(), *counts.notes()),
         end_of_turn=tuple(chat_format.ends),
         template_arguments=facts.common_arguments,
+        early_ends=counts.early_ends,
     )  # fmt: skip
 
 
@@ -102,12 +115,14 @@ class PromptedAnswer(NamedTuple):
         expected: Text of the answer, for exact match.
         answer_ids: Token ids with a loss, the end of the answer included.
         where: File and line of the row.
+        is_rewritten: The chat template changes more than white space in the text of the answer.
     """
 
     ids: list[int]
     expected: str
     answer_ids: list[int]
     where: str
+    is_rewritten: bool = False
 
 
 def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[PromptedAnswer]:
@@ -121,7 +136,8 @@ def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
             turns = chat_format.turns(row)
             calls_tools = any("tool_calls" in message for message in row.messages)
             for turn in turns if calls_tools else turns[-1:]:
-                yield PromptedAnswer(turn.prompt_ids, turn.expected, turn.ids[: turn.trained], row.where)
+                answer_ids = turn.ids[: turn.trained]
+                yield PromptedAnswer(turn.prompt_ids, turn.expected, answer_ids, row.where, turn.is_rewritten)
         elif isinstance(row, Completion):
             ids, answer = _completion_ids(row, tokenizer)
             yield PromptedAnswer(ids, row.completion, answer, row.where)
@@ -244,6 +260,14 @@ class _Counts:
     trained: int = 0
     ends_alone: int = 0  # rows with no other trained token than one that ends an answer
     unknown: int = 0  # trained tokens that stand for a text that the tokenizer has no token for
+    ends: frozenset[int] = frozenset()  # the model's end tokens
+    early_ends: EarlyEnds = field(default_factory=EarlyEnds)
+
+    def add_answers(self, labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Look for end tokens inside of the answers of an example, which prompts without loss separate."""
+        for is_answer, answer in groupby(labels, lambda label: label != IGNORED):
+            if is_answer:
+                self.early_ends.add(early_end(list(answer), self.ends, tokenizer))
 
     def notes(self) -> list[str]:
         """Return sentences about rows that teach no more than to end, and about text that is lost."""
@@ -371,6 +395,7 @@ def _kept_examples(
         counts.unknown += 0 if unknown is None else trained.count(unknown)
         # The end of a window of texts is no answer: all of it has a loss.
         if IGNORED in labels:
+            counts.add_answers(labels, chat_format.tokenizer)
             counts.ends_alone += {*trained} <= completion_ends | {*chat_format.ends}
         yield {"input_ids": ids, "labels": labels}
 

@@ -31,6 +31,7 @@ from qat_edge.models.tasks import (
     task_of_config,
     token_types,
 )
+from qat_edge.models.tokenizer import end_token_origins
 from qat_edge.models.tokenizer_check import encoding_errors
 
 MULTIPLE = 8  # of tokens, to which batches are padded
@@ -186,7 +187,7 @@ def tokenize_for_task(
     """
     # Text generation has packing and loss masks of its own.
     if not task.is_encoder:
-        return tokenization.tokenize(rows, tokenizer, max_length)
+        return tokenization.tokenize(rows, tokenizer, max_length, end_token_origins(model, tokenizer))
 
     length = min(max_length, max_text_tokens(model, tokenizer)) // MULTIPLE * MULTIPLE
     has_token_types = getattr(model.config, "type_vocab_size", 1) > 1

@@ -27,13 +27,14 @@ from qat_edge.evaluate.prompts import (
     Context,
     EvalPrompt,
     describe_cut_answers,
+    describe_early_ends,
     describe_lack_of_room,
     eval_prompts,
     fitting_prompts,
 )
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import Agreement, Measurement, Speed
-from qat_edge.models.tokenizer import end_tokens, load_tokenizer
+from qat_edge.models.tokenizer import load_tokenizer, stored_end_token_origins
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
 from qat_edge.storage import disk_errors, work_folder
@@ -379,10 +380,12 @@ def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = 
             rows = load_rows(prompt_source, "eval")
         prompts = fitting_prompts(eval_prompts(rows, tokenizer), options.prompts, context)
 
-    eos_ids = end_tokens(run.quantized)
+    origins = stored_end_token_origins(run.quantized)
+    eos_ids = list(origins)
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     cut = describe_cut_answers([prompt.answer_tokens for prompt in prompts], options.max_new_tokens)
-    notes = tuple(filter(None, [cut, describe_lack_of_room(prompts, context)]))
+    early = describe_early_ends(prompts, origins, tokenizer)
+    notes = tuple(filter(None, [early, cut, describe_lack_of_room(prompts, context)]))
     eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer, notes)
     progress.info(
         f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "

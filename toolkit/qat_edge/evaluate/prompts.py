@@ -6,16 +6,18 @@ never equals its expected answer, so both are reported before any model runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat_edge import progress
 from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader
+from qat_edge.data.early_ends import EarlyEnds
 from qat_edge.data.rows import Row
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.metrics import outputs_match
+from qat_edge.readers import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +31,14 @@ class EvalPrompt(NamedTuple):
         expected: Text of the answer.
         answer_tokens: Least number of tokens to generate for that answer, reasoning before it included.
         where: File and line of the row.
+        answer_ids: Token ids of these tokens, as trained.
     """
 
     ids: list[int]
     expected: str
     answer_tokens: int
     where: str
+    answer_ids: Sequence[int] = ()
 
 
 class Context(NamedTuple):
@@ -50,19 +54,32 @@ class Context(NamedTuple):
 
 
 def eval_prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[EvalPrompt]:
-    """Yield the prompts of `tokenization.prompts` with what has to be generated for each; report those without a token.
+    """Yield the prompts of `tokenization.prompts` with what has to be generated for each.
 
-    An empty prompt has no token where the tokenizer puts none before a text, and no model can predict from nothing.
+    Report the first prompt without a token, and the first answer that the chat template changes. An empty prompt has no
+    token where the tokenizer puts none before a text, and no model can predict from nothing.
     """
-    reader, is_reported = AnswerReader(tokenizer), False
+    reader = AnswerReader(tokenizer)
+    reported: set[str] = set()
+
+    def report_once(where: str, finding: str, example: str = "") -> None:
+        if finding not in reported:
+            progress.warn(f"{where}: {finding}{example}")
+        reported.add(finding)
+
     for each in tokenization.prompts(rows, tokenizer):
         if not each.ids:
-            if not is_reported:
-                progress.warn(f"{each.where}: the prompt is empty. Such rows are left out of the prompts")
-            is_reported = True
+            report_once(each.where, "the prompt is empty. Such rows are left out of the prompts")
             continue
+        if each.is_rewritten:
+            report_once(
+                each.where,
+                "the chat template changes the text of the answer, and training does as well. Such answers are "
+                "expected as the template writes them",
+                f", here {show(each.expected)}",
+            )
         needed = _tokens_needed(each.answer_ids, each.expected, reader)
-        yield EvalPrompt(each.ids, each.expected, needed, each.where)
+        yield EvalPrompt(each.ids, each.expected, needed, each.where, each.answer_ids[:needed])
 
 
 def _tokens_needed(answer_ids: Sequence[int], expected: str, reader: AnswerReader) -> int:
@@ -126,6 +143,22 @@ def describe_cut_answers(answer_tokens: Sequence[int], max_new_tokens: int) -> s
         f"{len(longer)} of {len(answer_tokens)} expected answers are longer than --max-new-tokens {max_new_tokens} and "
         f"cannot match: give --max-new-tokens {max(longer)}"
     )
+
+
+def describe_early_ends(
+    prompts: Iterable[EvalPrompt], origins: Mapping[int, str], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return how many expected answers have an end token inside, as a sentence; empty if none has.
+
+    Args:
+        prompts: Prompts with their answers.
+        origins: The end tokens, each with the file that names it.
+        tokenizer: The model's tokenizer.
+    """
+    early = EarlyEnds()
+    for prompt in prompts:
+        early.add(next((token for token in prompt.answer_ids if token in origins), None))
+    return early.describe(origins, tokenizer)
 
 
 def describe_lack_of_room(prompts: Sequence[EvalPrompt], context: Context | None) -> str:

@@ -385,7 +385,7 @@ def _load_tokenizer(
 
     if is_empty:
         raise ModelError(f"{failure} (its vocabulary is empty). {advice}")
-    tokenizer_check.check_tokenizer(tokenizer, folder)
+    tokenizer_check.check_tokenizer(tokenizer, folder, is_encoder=task.is_encoder)
     if not task.is_encoder:
         tokenizer_check.warn_of_losses(tokenizer, source)
     return tokenizer

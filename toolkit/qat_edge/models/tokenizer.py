@@ -100,6 +100,27 @@ def model_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return list(dict.fromkeys(found))
 
 
+def end_token_origins(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return which file of a loaded model names each of its end tokens."""
+    # transformers copies the end tokens of config.json where there is no generation_config.json.
+    owners = {
+        "config.json": model.config,
+        GENERATION_CONFIG: getattr(model, "generation_config", None),
+        "the tokenizer": tokenizer,
+    }
+    ids = [(token, name) for name, owner in owners.items() for token in _as_ids(getattr(owner, EOS, None), name)]
+    return dict(reversed(ids))
+
+
+def stored_end_token_origins(folder: Path) -> dict[int, str]:
+    """Return which file of a checkpoint names each of the tokens of `end_tokens`, in their order."""
+    known = dict.fromkeys(end_tokens(folder), "the tokenizer")
+    for name in (GENERATION_CONFIG, "config.json"):
+        if (folder / name).is_file():
+            known |= dict.fromkeys(_as_ids(_read_object(folder / name).get(EOS), name), name)
+    return known
+
+
 def trained_end_tokens(manifest: Mapping[str, Any]) -> list[int] | None:
     """Return the ids that ended the assistant's messages in training; None where a manifest has no record of them.
 

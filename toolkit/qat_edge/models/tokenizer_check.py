@@ -143,15 +143,17 @@ def check_settings(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_encoder: bool = False) -> None:
     """Compare a loaded tokenizer with its files, and make its ids fixed; report what is not as in the files.
 
     Args:
         tokenizer: As loaded.
         folder: Its files.
+        is_encoder: The model generates no text, and needs no end token.
 
     Raises:
-        ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have.
+        ModelError: The loaded tokenizer is another one than that of tokenizer.json, or not one that runtimes can have,
+            or its end token is not in tokenizer.json.
     """
     require_spelled(tokenizer, folder)
     check_settings(tokenizer, folder)
@@ -178,6 +180,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         with native_errors(f"{path}: cannot be read as a tokenizer", "Restore the file."):
             stored = Tokenizer.from_file(str(path))
             _require_same(tokenizer, stored, folder)
+        _check_new_tokens(tokenizer, stored, config, folder, is_encoder)
 
 
 def check_copy(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -349,6 +352,49 @@ def _warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, config: dict[str, 
                     f"{folder}: {name} has the {use} {show(token)}, and another file of the tokenizer {show(used)}, "
                     "which is used. Correct the file that is wrong."
                 )
+
+
+def _check_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, stored: Tokenizer, config: dict[str, Any], folder: Path, is_encoder: bool
+) -> None:
+    """Report tokens that tokenizer.json does not have, and refuse an end token among them.
+
+    transformers gives them the next free ids. Tables of embeddings are padded upward, so that these ids mostly have
+    rows, which no training ever changed.
+    """
+    known = stored.get_vocab()
+    new = sorted((i, token) for token, i in tokenizer.get_vocab().items() if token not in known)
+    if not new:
+        return
+    named = [f"{show(token)} (id {i}{_origin(token, config, folder)})" for i, token in new[:SHOWN_TOKENS]]
+    more = f" and {len(new) - SHOWN_TOKENS} more" if len(new) > SHOWN_TOKENS else ""
+    end = tokenizer.eos_token
+    if end is not None and end not in known and not is_encoder:
+        raise ModelError(
+            f"{folder}: tokenizer.json does not have the end token {show(end)}{_origin(end, config, folder)}: "
+            f"transformers gives it the new id {tokenizer.eos_token_id}, whose embedding the model never learned, and "
+            "every answer would be trained to end with it. Set eos_token to a token of tokenizer.json, or restore the "
+            "tokenizer.json that has it."
+        )
+    progress.warn(
+        f"{folder}: tokenizer.json does not have {', '.join(named)}{more}. transformers gives such tokens new ids, "
+        "whose embeddings the model may never have learned, and LoRA does not train them. Leave the tokens out of the "
+        "rows, or restore the tokenizer.json that has them."
+    )
+
+
+def _origin(token: str, config: dict[str, Any], folder: Path) -> str:
+    """Return which key of which file adds a token, as a part of a sentence; empty where no file does."""
+    for name, settings in ((TOKENIZER_CONFIG, config), (TOKENS_MAP, _settings(folder / TOKENS_MAP))):
+        # The use of a token says more than the list of all.
+        for key in sorted(settings, key="added_tokens_decoder".__eq__):
+            value = settings[key]
+            # One token, or several in a list or by name.
+            if isinstance(value, dict) and "content" not in value:
+                value = list(value.values())
+            if any(_content(each) == token for each in (value if isinstance(value, list) else [value])):
+                return f", {key} in {name}"
+    return f", {ADDED_TOKENS}" if token in _settings(folder / ADDED_TOKENS) else ""
 
 
 def _content(value: Any) -> str | None:

@@ -17,7 +17,8 @@ from qat_edge.data.formats import load_rows
 from qat_edge.data.rows import Text
 from qat_edge.errors import DataError
 from qat_edge.evaluate.metrics import outputs_match
-from qat_edge.evaluate.prompts import eval_prompts
+from qat_edge.evaluate.prompts import describe_early_ends, eval_prompts
+from qat_edge.models.tokenizer import stored_end_token_origins
 from qat_edge.options import MOST_DATA_TOKENS, EvalOptions, ValidateOptions
 from qat_edge.public_tasks.questions import GENERATE, PREDICT, Question, Task
 from qat_edge.run import Run
@@ -55,7 +56,7 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
         questions = [Question(f"row-{i}", ids=s.ids, positions=s.positions) for i, s in enumerate(sequences)]
         return Task(LOSS, "held-out rows", source, PREDICT, questions)
 
-    reader = AnswerReader(tokenizer)
+    reader, prompts = AnswerReader(tokenizer), list(eval_prompts(rows, tokenizer))
     questions = [
         Question(
             f"prompt-{index}",
@@ -63,12 +64,15 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
             ids=prompt.ids,
             answer_tokens=prompt.answer_tokens,
         )
-        for index, prompt in enumerate(eval_prompts(rows, tokenizer))
+        for index, prompt in enumerate(prompts)
     ]
     if not questions:
         raise DataError(
             f"{source}: no row has a prompt and an answer, so --task {ANSWERS} has nothing to ask. Give --task {LOSS}."
         )
+    early = describe_early_ends(prompts, stored_end_token_origins(run.quantized), tokenizer)
+    if early:
+        progress.warn(f"{source}: {early}")
     texts = sum(isinstance(row, Text) for row in rows)
     if texts:
         progress.warn(

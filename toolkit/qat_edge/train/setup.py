@@ -26,7 +26,7 @@ from qat_edge.models import load, sentence_modules, weights_check
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
-from qat_edge.models.tokenizer import model_end_tokens
+from qat_edge.models.tokenizer import end_token_origins, model_end_tokens
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
@@ -121,6 +121,7 @@ def prepare_training(
         _report_shared_rows(rows, eval_rows)
 
     _report_new_end_tokens(rows, model, tokenizer)
+    _report_early_ends(rows, model, tokenizer, identity)
 
     if options.keep_layers is not None:
         if not kept_layers:
@@ -393,6 +394,18 @@ def _report_new_end_tokens(rows: TokenizedRows, model: PreTrainedModel, tokenize
                 f"Answers end with {tokenizer.convert_ids_to_tokens(token)!r} (token {token}), which is not among the "
                 f"model's end tokens {known}. It becomes one in every artifact."
             )
+
+
+def _report_early_ends(
+    rows: TokenizedRows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: load.ModelIdentity
+) -> None:
+    """Report answers with an end token inside, at which every runtime would stop."""
+    origins = end_token_origins(model, tokenizer)
+    if identity.kind == "gguf":
+        origins = dict.fromkeys(origins, f"tokenizer.ggml of {identity.name}")
+    early = rows.early_ends.describe(origins, tokenizer)
+    if early:
+        progress.warn(f"train: {early}.")
 
 
 def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOptions) -> int | None:
