@@ -130,7 +130,7 @@ def prepare_training(
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
-    weights = choose_scheme()
+    weights = _untie_trained_head(choose_scheme(), options)
     _report_scheme(model, weights)
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
@@ -139,6 +139,17 @@ def prepare_training(
     metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
+
+
+def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
+    """Return the scheme with a head of its own, and report it, where an adapter changes the head of a shared table."""
+    is_trained = options.method == "lora" and model_options.is_named(weights.head, options.target_modules)
+    if not weights.tied or not is_trained:
+        return weights
+    progress.info(
+        f"{weights.head} becomes a table of its own: --target-modules trains it, and not the embedding that shares it"
+    )
+    return dataclasses.replace(weights, tied=False)
 
 
 def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
