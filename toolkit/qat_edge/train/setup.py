@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qat_edge import progress, readers
+from qat_edge import environment, progress, readers
 from qat_edge.data import training_examples
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
@@ -37,9 +36,6 @@ from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
 from qat_edge_exporters.targets import FORMATS, target_named
 
-# Numbers of processes as accelerate reads them, and its precision, which would override that of the Trainer.
-_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
     "comet_ml": "comet-ml",
@@ -203,32 +199,11 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     device = choose_device(options.device)
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
-    _refuse_launcher(precision)
+    environment.require_plain_training(device, precision)
     progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision
-
-
-def _refuse_launcher(precision: str) -> None:
-    """Refuse what launchers such as torchrun set in the environment, which the Trainer would follow in silence.
-
-    Raises:
-        UsageError: The training would wait for other processes, or multiply in another precision than `precision`.
-    """
-    for name in _PROCESS_COUNTS:
-        if os.environ.get(name, "1") not in ("", "1"):
-            raise UsageError(
-                f"{name} is {readers.shorten(os.environ[name])} in the environment, and qat-edge trains in one "
-                "process: the training would wait for the others. Start it without torchrun, accelerate or mpirun, or "
-                f"unset {name}."
-            )
-    found, own = os.environ.get(_MIXED_PRECISION, ""), "bf16" if precision == "bf16" else "no"
-    if found not in ("", own):
-        raise UsageError(
-            f"{_MIXED_PRECISION} is {readers.shorten(found)} in the environment, and the training has --precision "
-            f"{precision}. Unset {_MIXED_PRECISION}, or give another --precision."
-        )
 
 
 def choose_device(requested: str) -> str:
