@@ -17,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qat_edge import environment, progress, readers
-from qat_edge.data import training_examples
+from qat_edge.data import changed_rows, training_examples
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
@@ -111,8 +111,10 @@ def prepare_training(
 
     # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
     read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
-    rows = read(options.data, "train")
-    eval_rows = read(options.eval_data, "eval") if options.eval_data else None
+    stream = RowStream(options.data, "train")
+    rows = read(stream)
+    eval_stream = RowStream(options.eval_data, "eval") if options.eval_data else None
+    eval_rows = read(eval_stream) if eval_stream else None
     if eval_rows is not None:
         _report_shared_rows(rows, eval_rows)
 
@@ -130,6 +132,9 @@ def prepare_training(
     _report_scheme(model, weights)
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
+    for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
+        if read_from is not None:
+            metadata[entry][changed_rows.ROWS] = read_from.sha256
     metadata |= {"device": device, "precision": precision}
     metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
@@ -341,8 +346,7 @@ def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
 
 
 def _read_rows(
-    source: str,
-    split: str,
+    stream: RowStream,
     options: FinetuneOptions,
     task: ModelTask,
     model: PreTrainedModel,
@@ -351,12 +355,12 @@ def _read_rows(
     """Read and tokenize the rows of a file or data set, and report their counts."""
     # An encoder's rows are cut to its positions below.
     length = options.max_length if task.is_encoder else row_length(options, model.config)
-    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, length)
+    rows = training_examples.tokenize_for_task(task, stream, model, tokenizer, length)
     if not task.is_encoder:
-        weights_check.check_ids(model, tokenizer, rows.rows, source)
-    progress.info(f"{split}: {rows.summary()}")
+        weights_check.check_ids(model, tokenizer, rows.rows, stream.source)
+    progress.info(f"{stream.split}: {rows.summary()}")
     for note in rows.notes:
-        progress.info(f"{split}: {note}.")
+        progress.info(f"{stream.split}: {note}.")
     return rows
 
 
