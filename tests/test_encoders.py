@@ -35,7 +35,7 @@ from qat_edge.cli.commands import main
 from qat_edge.data import training_examples
 from qat_edge.data.formats import load_rows
 from qat_edge.errors import DataError, ModelError, UsageError
-from qat_edge.evaluate import encoder_results, gates
+from qat_edge.evaluate import encoder_results, encoders, gates
 from qat_edge.evaluate.encoders import cosines, quality
 from qat_edge.models import tasks
 from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
@@ -239,6 +239,18 @@ def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, mess
     # A second call does not overwrite the first one's results.
     again = CliRunner().invoke(main, ["validate", str(classifier.path)])
     assert again.exit_code == 1 and "answers.json exists already" in again.output
+
+
+def test_evaluation_rows_that_changed_since_the_training_are_named(classifier: Run, messages: list[str]) -> None:
+    path, task = classifier.path.parent / "eval.jsonl", tasks.task_of_run(classifier)
+    before, tuned = path.read_text(), merged_model(classifier.reference)
+    try:
+        for text, changed in ((before, False), (before.replace("light 1", "light one"), True)):
+            path.write_text(text)
+            encoders._evaluation_rows(classifier, ValidateOptions(), task, tuned)
+            assert any(f"{path} has other rows than when finetune read it" in line for line in messages) is changed
+    finally:
+        path.write_text(before)
 
 
 @pytest.mark.parametrize(

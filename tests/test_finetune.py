@@ -23,8 +23,10 @@ from qat_edge.data import training_examples
 from qat_edge.errors import DataError, ExportError, RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import FinetuneOptions, QuantizeOptions
+from qat_edge.run import Run
 from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
+from qat_edge.verbs.quantize import quantize
 
 
 @pytest.fixture
@@ -283,10 +285,16 @@ def test_options_that_the_model_rules_out_are_refused_before_rows_are_tokenized(
         finetune(replace(options, **given), tmp_path / "run", context_length=length)
 
 
-def test_adapters_on_some_target_modules_alone(options: FinetuneOptions, tmp_path: Path) -> None:
+def test_adapters_on_some_target_modules_alone(options: FinetuneOptions, tmp_path: Path, messages: list[str]) -> None:
     finetune(replace(options, target_modules=("q_proj", "lm_head")), tmp_path / "run")
     names = {key.split(".lora_")[0].rpartition(".")[2] for key in adapter_tensors(tmp_path / "run", "adapter")}
     assert names == {"q_proj", "lm_head"}
+
+    # The frozen checkpoint has a head that the embedding does not share, and so it was announced.
+    assert any(line.startswith("lm_head becomes a table of its own: --target-modules trains it") for line in messages)
+    assert not any("share a table" in line for line in messages)
+    quantize(Run(tmp_path / "run"), QuantizeOptions())
+    assert read_manifest(tmp_path / "run" / "quantized")["scheme"]["tied"] is False
 
 
 def test_an_unknown_tracker_is_refused(options: FinetuneOptions, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FLOORS = (
     {
         "errors",
         "python_process",
+        "environment",
         "run",
         "run_lock",
         "previous_run",

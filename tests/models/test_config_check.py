@@ -98,6 +98,11 @@ def test_a_size_is_a_whole_number_of_1_or_more(model_copy: Path, key: str, value
         ({"rope_parameters": None, "rope_scaling": {"type": "typo"}}, "rope_scaling has rope_type 'typo'.*Known: "),
         ({"rope_parameters": {**ROPE, "factr": 2.0}}, "rope_parameters has factr 2.0, which .* does not read"),
         ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5, which .* not"),
+        ({"rope_parameters": None, "rope_scaling": {**LLAMA3, "type": "linear"}},
+         "rope_scaling has type 'linear' and rope_type 'llama3', which contradict each other"),
+        ({"rope_parameters": {**ROPE, "type": "yarn"}}, "rope_parameters has type 'yarn' and rope_type 'default'"),
+        ({"rope_parameters": None, "rope_scaling": LLAMA3, "rope_theta": 5.0}, "rope_theta 5.0, .* in rope_scaling"),
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 32}, "embeddings 32, and 64 in rope_para"),
         ({"rope_scaling": [1]}, "has rope_scaling list of 1, expected an object"),
         ({"hidden_act": "sillu"}, "has hidden_act 'sillu', which transformers does not know. Known: .*silu"),
         ({"quantization_config": [1]}, "has quantization_config list of 1, expected an object"),
@@ -122,7 +127,7 @@ def test_a_size_is_a_whole_number_of_1_or_more(model_copy: Path, key: str, value
         ({"rope_parameters": {**LONGROPE, "long_factor": [0.0] * 8}}, "has long_factor list of 8, expected 8 numbers"),
         ({"model_type": "gemma"}, "model_type 'gemma', .*GemmaForCausalLM, .* LlamaForCausalLM"),
     ],
-)
+)  # fmt: skip
 def test_a_value_that_no_model_can_have_is_refused(model_copy: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(model_copy, **changes)
     with pytest.raises(ModelError, match=message):
@@ -183,7 +188,13 @@ def test_a_key_without_an_effect_is_not_mentioned(model_copy: Path, messages: li
     assert not any("does not read" in line for line in messages)
 
 
-@pytest.mark.parametrize("rope", [LLAMA3, LONGROPE, {**ROPE, "rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3, LONGROPE, {**ROPE, "rope_type": "linear", "factor": 2.0}, {**LLAMA3, "type": "llama3"},
+        {**LONGROPE, "type": "su"}, {**ROPE, "type": "mrope"},
+    ],
+)  # fmt: skip
 def test_scalings_of_the_rotary_embedding_are_read(model_copy: Path, rope: dict[str, Any]) -> None:
     edit_config(model_copy, rope_parameters=rope)
     assert load_model(str(model_copy)).model.config.rope_parameters["rope_type"] == rope["rope_type"]

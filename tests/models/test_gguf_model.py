@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from conftest import make_model, make_tokenizer
 from qat_edge.errors import ModelError
-from qat_edge.models import gguf_metadata, gguf_model, gguf_rotary, gguf_tokenizer
+from qat_edge.models import gguf_keys, gguf_metadata, gguf_model, gguf_rotary, gguf_tokenizer
 from qat_edge.models.load import load_model
 from qat_edge.models.tokenizer import model_end_tokens
 
@@ -228,6 +228,22 @@ REFUSED: dict[str, tuple[Add, str]] = {
     ),
     "part": (lambda w: w.add_uint16("split.count", 2), r"part 1 of 2 of a model"),
     "adapter": (lambda w: w.add_type("adapter"), r"general\.type is 'adapter'"),
+    "adapter by its keys": (lambda w: w.add_string("adapter.type", "lora"), r"adapter\.type = lora is not used by"),
+    "images": (lambda w: w.add_bool("clip.has_vision_encoder", True), r"clip\.has_vision_encoder = True is not used"),
+    "diffusion": (lambda w: w.add_bool("diffusion.shift_logits", True), r"diffusion\.shift_logits = True is not used"),
+    "spaces": (lambda w: w.add_remove_extra_whitespaces(True), r"remove_extra_whitespaces = True is not used"),
+    "unknown key of the tokenizer": (
+        lambda w: w.add_bool("tokenizer.ggml.lowercase", True),
+        r"lowercase = True is not",
+    ),
+    "end tokens": (
+        lambda w: w.add_array("tokenizer.ggml.eog_token_ids", ["a"]),
+        r"eog_token_ids is 1, expected ids of",
+    ),
+    "end token": (
+        lambda w: w.add_array("tokenizer.ggml.eog_token_ids", [9999]),
+        r"end token 9999 is none of the model's",
+    ),
 }
 
 
@@ -261,6 +277,9 @@ def test_values_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
         writer.add_rope_scaling_finetuned(True)
         writer.add_string("general.url", "somewhere")
+        writer.add_remove_extra_whitespaces(False)
+        writer.add_uint32("tokenizer.ggml.fim_pad_token_id", 0)
+        writer.add_array("tokenizer.ggml.eog_token_ids", [2])
         writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
 
     path, expected = make(tmp_path, add)
@@ -342,6 +361,49 @@ def test_named_chat_templates_are_reported_as_not_used(tmp_path: Path, messages:
     path, _ = make(tmp_path, lambda writer: writer.add_string("tokenizer.chat_template.tool_use", "{{ tools }}"))
     load_model(str(path))
     assert any("tokenizer.chat_template.tool_use" in line for line in messages)
+
+
+def test_settings_without_a_use_here_are_named_in_one_line(tmp_path: Path, messages: list[str]) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32("general.sampling.temp", 0.7)
+        writer.add_array("tokenizer.ggml.suppress_tokens", [7])
+        writer.add_string("somebody.remark", "x")
+        writer.add_string("general.license", "mit")
+
+    path, _ = make(tmp_path, add)
+    load_model(str(path))
+    assert [line for line in messages if "not used" in line] == [
+        f"{path}: not used: general.sampling.temp, somebody.remark, tokenizer.ggml.suppress_tokens"
+    ]
+
+
+def test_every_key_of_the_format_has_a_kind() -> None:
+    def keys(owner: type) -> Iterator[str]:
+        for value in vars(owner).values():
+            if isinstance(value, str) and "." in value and not value.startswith("{arch}"):
+                yield re.sub(r"\{\w+\}", "0", value)
+            elif isinstance(value, type):
+                yield from keys(value)
+
+    found = [key for key in keys(gguf.constants.Keys) if key != gguf.constants.Keys.__module__]
+    assert len(found) > 100
+    assert [key for key in found if not any(re.fullmatch(pattern, key) for pattern, _ in gguf_keys.KINDS)] == []
+
+
+@pytest.mark.parametrize("key", ["eog_token_ids", "eos_token_ids"])
+def test_all_listed_end_tokens_are_end_tokens(tmp_path: Path, key: str) -> None:
+    path, _ = make(tmp_path, lambda writer: writer.add_array(f"tokenizer.ggml.{key}", [2, 5, 0]))
+    assert load_model(str(path)).model.generation_config.eos_token_id == [2, 5, 0]
+
+
+def test_the_space_before_a_text_is_what_the_file_says(tmp_path: Path) -> None:
+    path, _ = make(tmp_path)
+    tokenizer, metadata = load_model(str(path)).tokenizer, gguf_metadata.read_metadata(path)
+    values = {**metadata.values, "tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
+    gguf_tokenizer.check_tokenizer(tokenizer, dataclasses.replace(metadata, values=values), path)
+    other = dataclasses.replace(metadata, values={**values, "tokenizer.ggml.add_space_prefix": True})
+    with pytest.raises(ModelError, match=r"add_space_prefix is 'True', but the tokenizer made from the file has False"):
+        gguf_tokenizer.check_tokenizer(tokenizer, other, path)
 
 
 def test_tokens_at_which_a_turn_ends_are_end_tokens(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qat_edge.errors import UsageError
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.train import setup
@@ -48,22 +47,3 @@ def test_emulated_bfloat16_is_warned_of(cpu_with: Machine, fast: bool, warned: b
     cpu_with(avx512_bw=fast)
     setup._choose_machine(FinetuneOptions(model="m", data="d", device="cpu", precision="bf16"))
     assert any("emulates bfloat16" in line for line in messages) == warned
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "refused"),
-    [
-        ("WORLD_SIZE", "2", True), ("WORLD_SIZE", "1", False), ("OMPI_COMM_WORLD_SIZE", "4", True),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", True), ("ACCELERATE_MIXED_PRECISION", "no", False),
-    ],
-)  # fmt: skip
-def test_what_a_launcher_sets_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, refused: bool
-) -> None:
-    monkeypatch.setenv(name, value)
-    options = FinetuneOptions(model="m", data="d", device="cpu", precision="fp32")
-    if not refused:
-        assert setup._choose_machine(options) == ("cpu", "fp32")
-        return
-    with pytest.raises(UsageError, match=f"^{name} is {value} in the environment"):
-        setup._choose_machine(options)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from qat_edge import config, progress, remote_code
+from qat_edge.environment import require_importable
 from qat_edge.options import DATA, GROUPS, MOST_PROMPT, OUTPUT, RENAMED_VALUES
 
 Command = Callable[..., Any]
@@ -95,6 +96,11 @@ class GroupedCommand(click.Command):
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.example = example
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless what it imports cannot be imported here."""
+        require_importable()
+        return super().invoke(ctx)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example after the description."""

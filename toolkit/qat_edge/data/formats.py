@@ -76,11 +76,19 @@ def load_rows(source: str, split: str = "train", report: bool = True) -> list[Ro
 
 
 class RowStream:
-    """The rows of a source, read again from the beginning in every loop: memory does not grow with the source."""
+    """The rows of a source, read again from the beginning in every loop: memory does not grow with the source.
+
+    Attributes:
+        source: Path or Hub id.
+        split: Part of a folder or Hub data set.
+        report: Report keys that are not used.
+        sha256: Identity of the rows, wherever they are; empty until a loop has read all of them.
+    """
 
     def __init__(self, source: str, split: str = "train", report: bool = True) -> None:
         """Remember the source; see `load_rows` for the arguments. The first loop that ends reports unused keys."""
         self.source, self.split, self.report = source, split, report
+        self.sha256 = ""
 
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows.
@@ -90,16 +98,25 @@ class RowStream:
         """
         found = False
         unused: Counter[str] = Counter()
+        digest = hashlib.sha256()
         for record, where in _records(self.source, self.split):
             row = parse_row(record, where)
             unused.update(unused_keys(record, row))
             found = True
+            digest.update(_identity(row))
             yield row
         if not found:
             raise DataError(f"{self.source}: contains no rows. Expected rows with {EXPECTED}.")
         if self.report and unused:
             progress.info(f"{self.source}: not used: {_listed(unused)}")
         self.report = False
+        self.sha256 = digest.hexdigest()
+
+
+def _identity(row: Row) -> bytes:
+    """Return a row as bytes, without its place. Fields that are empty are left out: later versions may have more."""
+    fields = [(name, value) for name, value in vars(row).items() if name != "where" and value not in (None, [], {})]
+    return f"{type(row).__name__} {fields}\n".encode(errors="surrogateescape")
 
 
 def _records(source: str, split: str) -> Records:

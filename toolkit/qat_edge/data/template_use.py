@@ -28,6 +28,7 @@ from qat_edge.readers import shorten, show
 # Keys of messages that are refused, not counted, where they have no effect. Templates leave out past reasoning.
 NEEDED = ("role", "content", "tool_calls", WEIGHT)
 USED = (*NEEDED, *REASONING)
+SURE_LENGTH = 24  # characters of a text that is not found by accident
 SHOWN_WORDS = 5  # of a text that is left out, in a message
 # Roles whose texts have to be written whole. Templates take switches such as /no_think out of messages of the system,
 # and reasoning out of earlier answers.
@@ -149,7 +150,7 @@ class TemplateUse:
         context = [i for i, message in messages if i < last or not is_trained(message)]
         # An empty text has nothing to lose, but the template may ignore the role of its message.
         texts = [i for i in context if _text(chat, i) or chat.messages[i]["role"] not in USUAL_ROLES]
-        is_whole = self._is_whole(chat, last, text, texts)
+        is_whole = _are_found(chat, text, texts) or self._is_whole(chat, last, text, texts)
         for i in context:
             if i in texts and not is_whole:
                 self._check_text(chat, last, text, i)
@@ -259,6 +260,18 @@ class TemplateUse:
             return self._template.render(changed, last + 1) == text
         except (DataError, ModelError):
             return False
+
+
+def _are_found(chat: Chat, text: str, indices: Sequence[int]) -> bool:
+    """Return whether a rendered conversation has the texts of some messages in order, none short enough for chance."""
+    position = 0
+    for i in indices:
+        content = _text(chat, i)
+        found = text.find(content, position)
+        if found < 0 or len(content) < SURE_LENGTH:
+            return False
+        position = found + len(content)
+    return True
 
 
 def _lost_words(content: str, text: str, changed: str) -> list[str]:

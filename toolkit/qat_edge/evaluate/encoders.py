@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import training_examples
-from qat_edge.data.formats import load_rows
+from qat_edge.data.changed_rows import EVAL_DATA, describe_change
+from qat_edge.data.formats import RowStream
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult, save
@@ -237,8 +238,12 @@ def _evaluation_rows(
         raise DataError("No evaluation rows: the run was trained without --eval-data. Give --eval-data.")
     if source == trained.eval_data:
         option_paths.require_data(source, "validate --eval-data")
-    rows = load_rows(source, "eval")
-    return training_examples.tokenize_for_task(task, rows, tuned.model, tuned.tokenizer, trained.max_length).rows
+    stream = RowStream(source, "eval")
+    rows = training_examples.tokenize_for_task(task, stream, tuned.model, tuned.tokenizer, trained.max_length).rows
+    changed = "" if options.eval_data else describe_change(run, EVAL_DATA, stream, "validate --eval-data")
+    if changed:
+        progress.warn(changed)
+    return rows
 
 
 def _torch_outputs(task: ModelTask, model: PreTrainedModel, texts: Sequence[list[int]]) -> Outputs:

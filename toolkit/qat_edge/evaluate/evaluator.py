@@ -17,8 +17,9 @@ import torch
 
 from qat_edge import config, option_paths, progress, readers
 from qat_edge.data import tokenization
+from qat_edge.data.changed_rows import EVAL_DATA, describe_change
 from qat_edge.data.conversation import AnswerReader
-from qat_edge.data.formats import load_rows
+from qat_edge.data.formats import RowStream
 from qat_edge.errors import DataError, DeviceError, ModelError, RunError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import file_name
@@ -371,13 +372,15 @@ def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = 
         raise DataError("No evaluation rows: finetune had no --eval-data. Give validate --eval-data FILE.")
     if source == trained.eval_data:
         option_paths.require_data(source, "validate --eval-data")
-    rows = load_rows(source, "eval")
+    stream = RowStream(source, "eval")
+    rows = list(stream)
     sequences = tokenization.scored_ids(rows, tokenizer, options.window, options.tokens)
 
     prompts: list[EvalPrompt] = []
     if prompt_source:
         if prompt_source != source:
-            rows = load_rows(prompt_source, "eval")
+            stream = RowStream(prompt_source, "eval")
+            rows = list(stream)
         prompts = fitting_prompts(eval_prompts(rows, tokenizer), options.prompts, context)
 
     origins = stored_end_token_origins(run.quantized)
@@ -385,7 +388,9 @@ def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = 
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     cut = describe_cut_answers([prompt.answer_tokens for prompt in prompts], options.max_new_tokens)
     early = describe_early_ends(prompts, origins, tokenizer)
-    notes = tuple(filter(None, [early, cut, describe_lack_of_room(prompts, context)]))
+    is_own = prompt_source is not None and options.eval_data is None
+    changed = describe_change(run, EVAL_DATA, stream, "validate --eval-data") if is_own else ""
+    notes = tuple(filter(None, [early, cut, describe_lack_of_room(prompts, context), changed]))
     eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer, notes)
     progress.info(
         f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "

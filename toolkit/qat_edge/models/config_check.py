@@ -30,6 +30,8 @@ OTHER_FILES = (
 # What forward returns, not what it computes: whatever the file has, results have names, and no others are returned.
 PLAIN_OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+# Older names of the type of a rotary embedding. Sections of images ("mrope") change nothing for text.
+ROPE_ALIASES = {"su": "longrope", "mrope": "default"}
 OBJECTS = (
     *ROPE_OBJECTS,
     "quantization_config",
@@ -206,15 +208,31 @@ def _check_rope_values(document: Mapping[str, Any], where: str) -> None:
         for label, parameters in _rope_parts(document.get(name)):
             for key, value in parameters.items():
                 _check_range(key, value, f"{where}: {name}{label}")
+            _check_rope_type(parameters, f"{where}: {name}{label}")
+            if label in ("", ".full_attention"):
+                _compare_rope(document, parameters, where, name + label)
     both = [document.get(name) for name in ROPE_OBJECTS]
     if all(both) and both[0] != both[1]:
         raise ModelError(f"{where} has rope_parameters and rope_scaling, which differ. Remove one of them.")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        inner = (document.get("rope_parameters") or {}).get(key)
-        outer = document.get(key)
+
+
+def _check_rope_type(parameters: Mapping[str, Any], where: str) -> None:
+    """Refuse two names of the type of a rotary embedding that differ: transformers reads one of them."""
+    old, new = parameters.get("type"), parameters.get("rope_type")
+    if None not in (old, new) and ROPE_ALIASES.get(str(old), old) != ROPE_ALIASES.get(str(new), new):
+        raise ModelError(
+            f"{where} has type {readers.show(old)} and rope_type {readers.show(new)}, which contradict each other. "
+            "Remove the one that the model was not made with."
+        )
+
+
+def _compare_rope(document: Mapping[str, Any], parameters: Mapping[str, Any], where: str, name: str) -> None:
+    """Refuse numbers of the rotary embedding that differ inside and outside of its object: one would be left out."""
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        inner, outer = parameters.get(key), document.get(key)
         if None not in (inner, outer) and inner != outer:
             raise ModelError(
-                f"{where} has {key} {readers.show(outer)}, and {readers.show(inner)} in rope_parameters. Remove one."
+                f"{where} has {key} {readers.show(outer)}, and {readers.show(inner)} in {name}. Remove one."
             )
 
 

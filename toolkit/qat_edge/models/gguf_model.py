@@ -7,8 +7,8 @@ has no name for as well. Here each key of the architecture is one of
     applied     to the rotary embedding (`gguf_rotary`)
     neutral     it has no influence on the function, or its value has none (a factor of 1, a soft cap of 0)
 
-and any other one is refused: it may change the function. The rotary frequencies of the loaded model are compared with
-those that the file describes at the end.
+and any other one is refused: it may change the function. `gguf_keys` has the keys outside of the architecture. The
+rotary frequencies of the loaded model are compared with those that the file describes at the end.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's reader of the same keys.
 """
@@ -30,7 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
-from qat_edge.models import text_model
+from qat_edge.models import gguf_keys, text_model
 from qat_edge.models.config_check import range_of
 from qat_edge.models.gguf_metadata import USE_FOLDER, GgufMetadata, brief, refuse
 from qat_edge.models.gguf_rotary import (
@@ -140,6 +140,7 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     """
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     check_ranges(metadata, path)
+    gguf_keys.check_other_keys(metadata, path)
     config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.values.items()}
     text_model.remove_unstated_ids(config, stated)
@@ -154,7 +155,7 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     )  # fmt: skip
     report = LoadReport.from_transformers(info)
     check_rotary(model, metadata, path)
-    _add_end_tokens(model, metadata)
+    _add_end_tokens(model, metadata, path)
     return model, LoadReport(report.missing, [*report.unexpected, *_dropped(model, metadata)], report.mismatched)
 
 
@@ -257,12 +258,13 @@ def _check_pattern(config: PretrainedConfig, value: Any, path: Path) -> None:
         )
 
 
-def _add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata) -> None:
+def _add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata, path: Path) -> None:
     """Add the tokens that end a turn or a message, which llama.cpp stops at, to the model's end tokens."""
-    names = ("eos", "eot", "eom")
-    ids = [metadata.values.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-    ends = list(dict.fromkeys(i for i in ids if i is not None))
-    if ends and ends != ids[:1] and model.generation_config is not None:
+    ends = gguf_keys.end_tokens(metadata, path)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ends and max(ends) >= rows:
+        raise ModelError(f"{path}: the end token {max(ends)} is none of the model's {rows} tokens. {USE_FOLDER}")
+    if ends and ends != [metadata.values.get("tokenizer.ggml.eos_token_id")] and model.generation_config is not None:
         model.generation_config.eos_token_id = ends
 
 

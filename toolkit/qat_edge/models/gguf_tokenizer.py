@@ -14,6 +14,7 @@ from qat_edge.readers import shorten
 
 PRE_TOKENIZER = "tokenizer.ggml.pre"  # the rule by which byte-level BPE splits a text first, and what else goes with it
 ADD_BOS = "tokenizer.ggml.add_bos_token"
+SPACE = "\u2581"  # a space, as SentencePiece writes it
 
 # Values of the key by what llama.cpp does with them, from src/llama-vocab.cpp at commit 00ad355e:
 # https://github.com/ggml-org/llama.cpp/blob/00ad355e009e83abf98f96a6ded7193b95763681/src/llama-vocab.cpp
@@ -63,6 +64,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, 
         "tokenizer.ggml.add_eos_token": bool(ids) and ids[-1] == tokenizer.eos_token_id,
         "tokenizer.chat_template": tokenizer.chat_template,
     }
+    # llama.cpp puts a space before a text for this model of tokenizers alone.
+    if values.get("tokenizer.ggml.model") == "llama":
+        wanted["tokenizer.ggml.add_space_prefix"] = "".join(tokenizer.tokenize("a")).startswith(SPACE)
     for key, found in wanted.items():
         if key in values and values[key] != found:
             shown = "another template" if key.endswith("template") else repr(found)

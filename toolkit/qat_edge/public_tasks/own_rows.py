@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
+from qat_edge.data.changed_rows import EVAL_DATA, describe_change
 from qat_edge.data.conversation import AnswerReader
-from qat_edge.data.formats import load_rows
+from qat_edge.data.formats import RowStream
 from qat_edge.data.rows import Text
 from qat_edge.errors import DataError
 from qat_edge.evaluate.metrics import outputs_match
@@ -47,7 +48,11 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
         raise DataError(f"No rows for --task {options.task}: finetune had no --eval-data. Give --data FILE.")
     if source == trained:
         option_paths.require_data(source, "eval --data")
-    rows = load_rows(source, "eval")
+    stream = RowStream(source, "eval")
+    rows = list(stream)
+    changed = "" if options.data else describe_change(run, EVAL_DATA, stream, "eval --data")
+    if changed:
+        progress.warn(changed)
 
     if options.task == LOSS:
         sequences = tokenization.scored_ids(

@@ -39,7 +39,7 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
         _require_linears(model, options.target_modules)
 
     weights, targets = choose(), options.target_modules
-    names = weights.linears if list(targets) == [ALL_LINEAR] else [n for n in weights.weights if _is_named(n, targets)]
+    names = weights.linears if list(targets) == [ALL_LINEAR] else [n for n in weights.weights if is_named(n, targets)]
     if options.has_fixed_codes and not any(weights.weights[name].has_groups for name in names):
         raise UsageError(NOTHING_TO_TRAIN)
     obstacle = rotation.obstacle(model, weights) if options.rotate == "on" else ""
@@ -47,7 +47,7 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
         raise UsageError(f"--rotate on: {obstacle} Use --rotate auto.")
 
 
-def _is_named(name: str, targets: Sequence[str]) -> bool:
+def is_named(name: str, targets: Sequence[str]) -> bool:
     """Return whether one of the target modules names a module, as peft decides it."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
@@ -71,7 +71,7 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     if list(targets) == [ALL_LINEAR]:
         return
     names = [name for name, _ in model.named_modules()]
-    unknown = [target for target in targets if not any(_is_named(name, [target]) for name in names)]
+    unknown = [target for target in targets if not any(is_named(name, [target]) for name in names)]
     if not unknown:
         return
 
@@ -94,7 +94,7 @@ def _require_linears(model: nn.Module, targets: Sequence[str]) -> None:
         UsageError: Names the first one.
     """
     for name, module in _leaves(model):
-        if _is_named(name, targets) and not isinstance(module, nn.Linear):
+        if is_named(name, targets) and not isinstance(module, nn.Linear):
             raise UsageError(
                 f"--target-modules: {name.rpartition('.')[2]} is a {type(module).__name__}; only "
                 "adapters of linear layers are merged before they are rounded. Leave it out."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge import config, option_paths, previous_run, progress, remote_code, run_lock
+from qat_edge.data import changed_rows
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
@@ -191,7 +192,8 @@ def _without_place(recorded: Any) -> Any:
     """Return the identity of an input without where it is: a run and its inputs may be moved."""
     if not isinstance(recorded, dict):
         return recorded
-    found = {key: value for key, value in recorded.items() if key != "source"}
+    # The tokens identify the data; earlier versions did not record the rows.
+    found = {key: value for key, value in recorded.items() if key not in ("source", changed_rows.ROWS)}
     if isinstance(found.get("identity"), dict):
         found["identity"] = {key: value for key, value in found["identity"].items() if key != "name"}
     return found

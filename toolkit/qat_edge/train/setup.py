@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qat_edge import progress, readers
-from qat_edge.data import training_examples
+from qat_edge import environment, progress, readers
+from qat_edge.data import changed_rows, training_examples
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
@@ -37,9 +36,6 @@ from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
 from qat_edge_exporters.targets import FORMATS, target_named
 
-# Numbers of processes as accelerate reads them, and its precision, which would override that of the Trainer.
-_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
     "comet_ml": "comet-ml",
@@ -115,8 +111,10 @@ def prepare_training(
 
     # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
     read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
-    rows = read(options.data, "train")
-    eval_rows = read(options.eval_data, "eval") if options.eval_data else None
+    stream = RowStream(options.data, "train")
+    rows = read(stream)
+    eval_stream = RowStream(options.eval_data, "eval") if options.eval_data else None
+    eval_rows = read(eval_stream) if eval_stream else None
     if eval_rows is not None:
         _report_shared_rows(rows, eval_rows)
 
@@ -131,15 +129,29 @@ def prepare_training(
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
-    weights = choose_scheme()
+    weights = _untie_trained_head(choose_scheme(), options)
     _report_scheme(model, weights)
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
+    for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
+        if read_from is not None:
+            metadata[entry][changed_rows.ROWS] = read_from.sha256
     metadata |= {"device": device, "precision": precision}
     metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
     return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
+
+
+def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
+    """Return the scheme with a head of its own, and report it, where an adapter changes the head of a shared table."""
+    is_trained = options.method == "lora" and model_options.is_named(weights.head, options.target_modules)
+    if not weights.tied or not is_trained:
+        return weights
+    progress.info(
+        f"{weights.head} becomes a table of its own: --target-modules trains it, and not the embedding that shares it"
+    )
+    return dataclasses.replace(weights, tied=False)
 
 
 def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
@@ -193,32 +205,11 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     device = choose_device(options.device)
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
-    _refuse_launcher(precision)
+    environment.require_plain_training(device, precision)
     progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision
-
-
-def _refuse_launcher(precision: str) -> None:
-    """Refuse what launchers such as torchrun set in the environment, which the Trainer would follow in silence.
-
-    Raises:
-        UsageError: The training would wait for other processes, or multiply in another precision than `precision`.
-    """
-    for name in _PROCESS_COUNTS:
-        if os.environ.get(name, "1") not in ("", "1"):
-            raise UsageError(
-                f"{name} is {readers.shorten(os.environ[name])} in the environment, and qat-edge trains in one "
-                "process: the training would wait for the others. Start it without torchrun, accelerate or mpirun, or "
-                f"unset {name}."
-            )
-    found, own = os.environ.get(_MIXED_PRECISION, ""), "bf16" if precision == "bf16" else "no"
-    if found not in ("", own):
-        raise UsageError(
-            f"{_MIXED_PRECISION} is {readers.shorten(found)} in the environment, and the training has --precision "
-            f"{precision}. Unset {_MIXED_PRECISION}, or give another --precision."
-        )
 
 
 def choose_device(requested: str) -> str:
@@ -356,8 +347,7 @@ def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
 
 
 def _read_rows(
-    source: str,
-    split: str,
+    stream: RowStream,
     options: FinetuneOptions,
     task: ModelTask,
     model: PreTrainedModel,
@@ -366,12 +356,12 @@ def _read_rows(
     """Read and tokenize the rows of a file or data set, and report their counts."""
     # An encoder's rows are cut to its positions below.
     length = options.max_length if task.is_encoder else row_length(options, model.config)
-    rows = training_examples.tokenize_for_task(task, RowStream(source, split), model, tokenizer, length)
+    rows = training_examples.tokenize_for_task(task, stream, model, tokenizer, length)
     if not task.is_encoder:
-        weights_check.check_ids(model, tokenizer, rows.rows, source)
-    progress.info(f"{split}: {rows.summary()}")
+        weights_check.check_ids(model, tokenizer, rows.rows, stream.source)
+    progress.info(f"{stream.split}: {rows.summary()}")
     for note in rows.notes:
-        progress.info(f"{split}: {note}.")
+        progress.info(f"{stream.split}: {note}.")
     return rows
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
+from qat_edge.data.changed_rows import DATA, describe_change
 from qat_edge.data.formats import RowStream
 from qat_edge.errors import UsageError
 from qat_edge.manifest import write_manifest
@@ -145,6 +146,9 @@ def _calibration(
     option_paths.require_data(source, "--calibration-data")
     task, loaded = tasks.task_of_run(run), RowStream(source, "train")
     rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    changed = "" if options.calibration_data else describe_change(run, DATA, loaded, "--calibration-data")
+    if changed:
+        progress.warn(changed)
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")

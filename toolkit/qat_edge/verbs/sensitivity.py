@@ -19,6 +19,7 @@ import torch
 from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
+from qat_edge.data.changed_rows import DATA, describe_change
 from qat_edge.data.formats import RowStream
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
@@ -126,7 +127,11 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     merged = merged_model(run.reference, force)
 
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
-    tokenized = tokenization.tokenize(RowStream(source, "train"), merged.tokenizer, trained.max_length)
+    stream = RowStream(source, "train")
+    tokenized = tokenization.tokenize(stream, merged.tokenizer, trained.max_length)
+    changed = "" if options.data else describe_change(run, DATA, stream, "--data")
+    if changed:
+        progress.warn(changed)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
     metadata = adapter_metadata(run.reference)
     codes = LinearCodes.of_training(metadata)
