@@ -29,7 +29,7 @@ from qat_edge.report.formatting import megabytes, number
 from qat_edge.storage import write_text
 
 TASK = "assistant"
-STEPS, QUESTIONS = 120, 200
+STEPS, QUESTIONS, SEEDS = 120, 200, (0, 1, 2)
 # Held-out rows as `eval` names its tasks: right answers, and nats per token.
 SCORES = own_rows.TASKS
 MARKS = {PTQ: "square", "QAT": "diamond", "QAT of scales": "circle"}
@@ -39,9 +39,7 @@ def main() -> None:
     """Measure the missing cells and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="folder of runs and finished cells")
-    parser.add_argument(
-        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds, one training of each model each"
-    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="seeds, one training of each model each")
     parser.add_argument(
         "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), metavar="SCHEME",
         help=f"schemes to measure: {'; '.join(SCHEMES)}",
@@ -64,8 +62,9 @@ def main() -> None:
                 runner.measure_once(cell(runner, name, seed), partial(measure, runner, name, seed))
         if given.speed:
             runner.measure_once(scheme_speed.cell(runner), partial(scheme_speed.measure, runner))
-        # A seed counts once its FP32 fine-tune is measured.
-        measured = [seed for seed in given.seeds if runner.store.get(cell(runner, FP32, seed)) is not None]
+        # The page has every seed whose FP32 fine-tune is measured, in this run or before.
+        seeds = sorted({*SEEDS, *given.seeds})
+        measured = [seed for seed in seeds if runner.store.get(cell(runner, FP32, seed)) is not None]
         write(runner, measured, given.out)
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error

@@ -30,7 +30,7 @@ from qat_edge.public_tasks.paired import Interval
 from qat_edge.storage import write_text
 from qat_edge.verbs.task_rows import write_task_rows
 
-STEPS, CONTEXT = 120, 1024
+STEPS, CONTEXT, SEEDS = 120, 1024, (0, 1, 2)
 ASKED = ("bfcl_simple", "bfcl_live_simple")  # one function to call
 TRAINED = (*ASKED, "bfcl_multiple", "bfcl_parallel")
 REFERENCE, RTN, BEST = "reference", "rtn", "coordinate-descent"
@@ -42,7 +42,7 @@ def main() -> None:
     """Measure the missing cells and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.function_calling", description=main.__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/calls"), help="folder of runs and finished cells")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, one training each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds, one training each")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "function-calling.md", help="page to write")
     parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
     given = parser.parse_args()
@@ -52,7 +52,9 @@ def main() -> None:
         for seed in [] if given.page_only else given.seeds:
             progress.info(f"seed {seed}")
             runner.measure_once(cell(runner, seed), partial(measure, runner, seed))
-        write(runner, [seed for seed in given.seeds if runner.store.get(cell(runner, seed)) is not None], given.out)
+        # The page has every seed that is measured, in this run or before.
+        seeds = sorted({*SEEDS, *given.seeds})
+        write(runner, [seed for seed in seeds if runner.store.get(cell(runner, seed)) is not None], given.out)
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
 
