@@ -23,6 +23,7 @@ from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions
 from qat_edge.quant import frozen, numerics
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import Run
+from qat_edge.verbs import freezing
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize, quantize_if_missing
@@ -294,3 +295,23 @@ def test_force_replaces_a_checkpoint_whose_manifest_cannot_be_read(run: Run, tmp
         quantize_if_missing(opened, "qat")
     quantize_if_missing(opened, "qat", force=True)
     assert read_manifest(run.quantized)["kind"] == "quantized" and (other / MANIFEST).read_text() == text
+
+
+def test_calibration_rows_are_as_long_as_those_of_the_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default no row is longer than the model's positions, for finetune and for calibration."""
+    lengths = []
+    tokenize = freezing.training_examples.tokenize_for_task
+
+    def short(*given: Any) -> Any:
+        merged = merged_model(*given)
+        merged.model.config.max_position_embeddings = 32
+        return merged
+
+    def record(*given: Any) -> Any:
+        lengths.append(given[-1])
+        return tokenize(*given)
+
+    monkeypatch.setattr(freezing, "merged_model", short)
+    monkeypatch.setattr(freezing.training_examples, "tokenize_for_task", record)
+    quantize(run, options("gptq"))
+    assert lengths == [32]

@@ -31,6 +31,7 @@ from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant
 from qat_edge.storage import replace_folder
+from qat_edge.train.option_checks import row_length
 
 CARRIED = ("model", "data", "conversation", "seed", "device")  # entries of the adapter's manifest
 
@@ -145,7 +146,8 @@ def _calibration(
     source = options.calibration_data or trained.data
     option_paths.require_data(source, "--calibration-data")
     task, loaded = tasks.task_of_run(run), RowStream(source, "train")
-    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, trained.max_length).rows
+    length = row_length(trained, merged.model.config)
+    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, length).rows
     changed = "" if options.calibration_data else describe_change(run, DATA, loaded, "--calibration-data")
     if changed:
         progress.warn(changed)

@@ -45,6 +45,7 @@ from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import Run
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder, write_text
+from qat_edge.train.option_checks import row_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +129,7 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
 
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
     stream = RowStream(source, "train")
-    tokenized = tokenization.tokenize(stream, merged.tokenizer, trained.max_length)
+    tokenized = tokenization.tokenize(stream, merged.tokenizer, row_length(trained, merged.model.config))
     changed = "" if options.data else describe_change(run, DATA, stream, "--data")
     if changed:
         progress.warn(changed)
