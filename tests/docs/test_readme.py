@@ -39,7 +39,9 @@ def _results() -> str:
     "figure", sorted(set(re.findall(r"\d[\d,]*\.\d+|\d,\d{3}|\d{2,}(?=%| MB| tokens)", _results())))
 )
 def test_every_figure_of_the_results_is_on_a_benchmark_page(figure: str) -> None:
-    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("accuracy.md", "frontier.md", "speed.md", "export.md")]
+    pages = [
+        (DOCS / name).read_text(encoding="utf-8") for name in ("accuracy.md", "frontier.md", "speed.md", "export.md")
+    ]
     assert any(re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d])", page) for page in pages)
 
 
