@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qat_edge import progress
 from qat_edge.data.formats import RowStream
 from qat_edge.manifest import read_manifest
 from qat_edge.run import Run
@@ -28,3 +29,10 @@ def describe_change(run: Run, entry: str, rows: RowStream, flag: str) -> str:
         f"{rows.source} has other rows than when finetune read it, and these other rows are used. Restore the file, or "
         f"name the rows to use with {flag} FILE"
     )
+
+
+def warn_of_change(run: Run, entry: str, rows: RowStream, flag: str, given: str | None) -> None:
+    """Warn with `describe_change`, unless the rows were named for the present command. given: Value of the flag."""
+    changed = "" if given else describe_change(run, entry, rows, flag)
+    if changed:
+        progress.warn(changed)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import training_examples
-from qat_edge.data.changed_rows import EVAL_DATA, describe_change
+from qat_edge.data.changed_rows import EVAL_DATA, warn_of_change
 from qat_edge.data.formats import RowStream
 from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.evaluate.devices import LOCAL
@@ -240,9 +240,7 @@ def _evaluation_rows(
         option_paths.require_data(source, "validate --eval-data")
     stream = RowStream(source, "eval")
     rows = training_examples.tokenize_for_task(task, stream, tuned.model, tuned.tokenizer, trained.max_length).rows
-    changed = "" if options.eval_data else describe_change(run, EVAL_DATA, stream, "validate --eval-data")
-    if changed:
-        progress.warn(changed)
+    warn_of_change(run, EVAL_DATA, stream, "validate --eval-data", options.eval_data)
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
-from qat_edge.data.changed_rows import EVAL_DATA, describe_change
+from qat_edge.data.changed_rows import EVAL_DATA, warn_of_change
 from qat_edge.data.conversation import AnswerReader
 from qat_edge.data.formats import RowStream
 from qat_edge.data.rows import Text
@@ -50,9 +50,7 @@ def load(run: Run, options: EvalOptions, tokenizer: PreTrainedTokenizerBase) -> 
         option_paths.require_data(source, "eval --data")
     stream = RowStream(source, "eval")
     rows = list(stream)
-    changed = "" if options.data else describe_change(run, EVAL_DATA, stream, "eval --data")
-    if changed:
-        progress.warn(changed)
+    warn_of_change(run, EVAL_DATA, stream, "eval --data", options.data)
 
     if options.task == LOSS:
         sequences = tokenization.scored_ids(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
-from qat_edge.data.changed_rows import DATA, describe_change
+from qat_edge.data.changed_rows import DATA, warn_of_change
 from qat_edge.data.formats import RowStream
 from qat_edge.errors import UsageError
 from qat_edge.manifest import write_manifest
@@ -146,11 +146,10 @@ def _calibration(
     source = options.calibration_data or trained.data
     option_paths.require_data(source, "--calibration-data")
     task, loaded = tasks.task_of_run(run), RowStream(source, "train")
-    length = row_length(trained, merged.model.config)
+    # As in training, where an encoder's rows are cut to its positions by `tokenize_for_task`.
+    length = trained.max_length if task.is_encoder else row_length(trained, merged.model.config)
     rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, length).rows
-    changed = "" if options.calibration_data else describe_change(run, DATA, loaded, "--calibration-data")
-    if changed:
-        progress.warn(changed)
+    warn_of_change(run, DATA, loaded, "--calibration-data", options.calibration_data)
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
     progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")

@@ -19,7 +19,7 @@ import torch
 from qat_edge import config, option_paths, progress
 from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
-from qat_edge.data.changed_rows import DATA, describe_change
+from qat_edge.data.changed_rows import DATA, warn_of_change
 from qat_edge.data.formats import RowStream
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
@@ -130,9 +130,7 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
     stream = RowStream(source, "train")
     tokenized = tokenization.tokenize(stream, merged.tokenizer, row_length(trained, merged.model.config))
-    changed = "" if options.data else describe_change(run, DATA, stream, "--data")
-    if changed:
-        progress.warn(changed)
+    warn_of_change(run, DATA, stream, "--data", options.data)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
     metadata = adapter_metadata(run.reference)
     codes = LinearCodes.of_training(metadata)
