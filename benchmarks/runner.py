@@ -178,7 +178,7 @@ class BenchmarkRunner:
         resolved = replace(
             resolved,
             qat_learning_rate=qat_learning_rate(resolved),
-            qat_start=resolved.first_qat_step,
+            qat_start=resolved.start_of_qat,
             codes="fixed" if resolved.has_fixed_codes else "trained",
         )
         options = {

@@ -397,7 +397,7 @@ def _training_s(runner: BenchmarkRunner, training: Training) -> float:
     options, lora_share, prepare_s = runner.options(training), 1.0, 0.0
     if training.recipe != FP32:
         # --qat-start is a share of the steps below 1, and a step from there on.
-        start = options.first_qat_step
+        start = options.start_of_qat
         lora_share = start if start < 1 else min(start / training.steps, 1.0)
         prepare_s = _method_s(runner, options.ptq_init)
     setting = runner.setting

@@ -150,10 +150,10 @@ def test_combinations_without_effect_are_refused(
 
 def test_two_bits_train_scales_alone_for_half_of_the_steps_by_default() -> None:
     four = FinetuneOptions(model="m", data="d", steps=10)
-    assert (four.first_qat_step, four.has_fixed_codes) == (0.9, False)
+    assert (four.start_of_qat, four.has_fixed_codes) == (0.9, False)
     two = dataclasses.replace(four, weight_bits=2)
-    assert (two.first_qat_step, two.has_fixed_codes) == (0.5, True)
-    assert dataclasses.replace(two, qat_start=4.0).first_qat_step == 4
+    assert (two.start_of_qat, two.has_fixed_codes) == (0.5, True)
+    assert dataclasses.replace(two, qat_start=4.0).start_of_qat == 4
     assert (
         dataclasses.replace(four, codes="fixed").has_fixed_codes
         and not dataclasses.replace(two, codes="trained").has_fixed_codes

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from qat_edge import remote_code
-from qat_edge.quant.codebook import LEVELS
+from qat_edge.quant.codebook import FEWEST, LEVELS
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge_exporters import targets
 
@@ -19,9 +19,8 @@ EXPORT_BACKENDS = targets.EXPORT_BACKENDS
 ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered to one of its backends
 GROUP_SIZES = (32, 64, 128)
 WIDTHS = (4, 8)  # bits of a table: int4 in groups, int8 per channel
-LAYER_WIDTHS = (2, *WIDTHS)  # bits that a bits file can give a linear layer; int2 has groups, too
-FEWEST_BITS = 2
-WEIGHT_BITS = (FEWEST_BITS, 4)  # bits of all linear layers without such a file
+LAYER_WIDTHS = (FEWEST, *WIDTHS)  # bits that a bits file can give a linear layer; int2 has groups, too
+WEIGHT_BITS = (FEWEST, 4)  # bits of all linear layers without such a file
 # Share of the steps before QAT; of scales alone, which needs more steps.
 QAT_START, SCALES_START = 0.9, 0.5
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
@@ -228,11 +227,11 @@ class FinetuneOptions:
     track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
 
     @property
-    def first_qat_step(self) -> float:
+    def start_of_qat(self) -> float:
         """Start of QAT as `qat_start` gives it, or the default for the bits; docs/frontier.md compares them."""
         if self.qat_start is not None:
             return self.qat_start
-        return SCALES_START if self.weight_bits == FEWEST_BITS else QAT_START
+        return SCALES_START if self.weight_bits == FEWEST else QAT_START
 
     @property
     def has_fixed_codes(self) -> bool:
@@ -241,7 +240,7 @@ class FinetuneOptions:
             return self.codes == "fixed"
         trains_scales = self.scales == "learned" and self.scale_learning_rate > 0
         trains_weights = self.method != "lora" or self.qat_learning_rate is not None
-        return self.weight_bits == FEWEST_BITS and trains_scales and not trains_weights
+        return self.weight_bits == FEWEST and trains_scales and not trains_weights
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of PTQ initialization, scales and teacher."""
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
     changes_base, fixed = options.ptq_init in CALIBRATED, options.codes == "fixed"
-    start = options.first_qat_step
+    start = options.start_of_qat
     return (
         # The start of phase 2: a fraction of the steps, or a step.
         _Check(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qat_edge.options import FEWEST_BITS, FinetuneOptions
+from qat_edge.options import FinetuneOptions
+from qat_edge.quant.codebook import FEWEST
 from qat_edge.train.trainer import qat_learning_rate
 
 PAGE, TWO_BITS_PAGE = "docs/accuracy.md", "docs/frontier.md"  # compare recipes at equal steps
@@ -24,7 +25,7 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     if steps:
         trained = "QAT of scales alone" if options.has_fixed_codes else "QAT"
         phases.append(f"{steps} steps of {trained} ({steps / options.steps:.0%}) at {_rates(options)}")
-    page = TWO_BITS_PAGE if options.weight_bits == FEWEST_BITS else PAGE
+    page = TWO_BITS_PAGE if options.weight_bits == FEWEST else PAGE
     return f"Recipe: {layers}; {', then '.join(phases)}. {page} compares recipes"
 
 

@@ -361,7 +361,7 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
 
 def qat_start_step(options: FinetuneOptions) -> int:
     """Return the last step of phase 1: below 1, `--qat-start` is a fraction of the steps; from 1 on, a step."""
-    given = options.first_qat_step
+    given = options.start_of_qat
     start = given * options.steps if given < 1 else given
     return min(round(start), options.steps)
 
