@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig
 
 from conftest import plain_rows, short_training
 from qat_edge import config
@@ -130,8 +130,9 @@ def test_a_training_without_phase_2_ends_with_the_initialization(options: Finetu
     assert not torch.equal(merged.model.get_submodule(name).weight, reference.model.get_submodule(name).weight)
 
 
-def test_a_model_that_cannot_be_rotated_is_trained_without_rotation(
-    options: FinetuneOptions, tmp_path: Path, tokenizer: Any, messages: list[str]
+@pytest.mark.parametrize("rotate", ["auto", "on"])
+def test_values_of_attention_are_rotated_alone_after_a_norm_that_keeps_the_hidden_states(
+    rotate: str, options: FinetuneOptions, tmp_path: Path, tokenizer: Any, messages: list[str]
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = Gemma3TextConfig(**sizes, vocab_size=288, num_key_value_heads=1, head_dim=32, eos_token_id=2)
@@ -140,12 +141,33 @@ def test_a_model_that_cannot_be_rotated_is_trained_without_rotation(
         torch.nn.init.normal_(parameter, std=0.1)  # equal weights of a norm would commute with the rotation
     model.save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
-    gemma = replace(options, model=str(tmp_path / "gemma"))
-    with pytest.raises(UsageError, match=r"--rotate on: Gemma3ForCausalLM\b.* Use --rotate auto"):
-        finetune(replace(gemma, rotate="on"), tmp_path / "run")
+    finetune(replace(options, model=str(tmp_path / "gemma"), rotate=rotate), tmp_path / "run")
+    assert any(line.startswith("Rotation is on for the values of attention alone. Gemma3") for line in messages)
+    assert read_manifest(tmp_path / "run" / "adapter")["start"]["rotation_seed"] == options.seed
+    run = Run(tmp_path / "run")
+    quantize(run, QuantizeOptions())
+    assert read_manifest(run.quantized)["rotation_seed"] == options.seed
+
+
+def test_a_model_that_cannot_be_rotated_is_trained_without_rotation(
+    options: FinetuneOptions, tmp_path: Path, tokenizer: Any, messages: list[str]
+) -> None:
+    shape = GPTNeoXConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=288,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "neox")
+    tokenizer.save_pretrained(tmp_path / "neox")
+    neox = replace(options, model=str(tmp_path / "neox"))
+    with pytest.raises(UsageError, match=r"--rotate on: .* Use --rotate auto"):
+        finetune(replace(neox, rotate="on"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    finetune(gemma, tmp_path / "run")
-    assert any(line.startswith("Rotation is off: Gemma3") for line in messages)
+    finetune(neox, tmp_path / "run")
+    assert any(line.startswith("Rotation is off: ") for line in messages)
     assert read_manifest(tmp_path / "run" / "adapter")["start"]["rotation_seed"] is None
     finetune(options, tmp_path / "rotated")
     assert read_manifest(tmp_path / "rotated" / "adapter")["start"]["rotation_seed"] == options.seed

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from conftest import fill_adapters
@@ -37,6 +40,13 @@ ROTATABLE: dict[str, Callable[[], PretrainedConfig]] = {
     "biases of layers that write": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "norms of queries and keys": lambda: Qwen3Config(**SIZES, head_dim=24),
     "fused projections": lambda: Phi3Config(**SIZES),
+}
+# A rotation of the hidden states cannot be folded into their weights, that of the values of attention can.
+HEADS_ALONE: dict[str, Callable[[], PretrainedConfig]] = {
+    "norms around the layers": lambda: Gemma3TextConfig(**SIZES, head_dim=24),
+    "norms after the layers": lambda: Olmo2Config(**SIZES),
+    "biases of the values": lambda: Glm4Config(**SIZES, head_dim=24, attention_bias=True),
+    "norms that subtract the mean": lambda: StableLmConfig(**SIZES),
 }
 IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -116,7 +126,7 @@ def test_a_rotated_norm_stays_float32_under_autocast() -> None:
 @pytest.mark.parametrize("family", ROTATABLE)
 def test_heads_are_found_where_a_layer_makes_values_alone(family: str) -> None:
     model = make_model(ROTATABLE[family]())
-    heads = rotation.find_heads(model, rotation.find_stream(model, choose_scheme(model, 32)))
+    heads = rotation.find_heads(model, choose_scheme(model, 32))
     if family == "fused projections":
         assert heads is None
     else:
@@ -147,19 +157,29 @@ def test_an_outlier_channel_of_the_values_is_spread_over_its_head() -> None:
     assert min(before) > 20 and max(prominence()) < 5
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (Gemma3TextConfig(**SIZES, head_dim=24), "a norm after a layer"),
-        (GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "no root-mean-square norm"),
-    ],
-)
-def test_a_model_that_cannot_be_rotated_is_reported_and_left_unchanged(config: PretrainedConfig, reason: str) -> None:
-    model = make_model(config)
+@pytest.mark.parametrize("family", HEADS_ALONE)
+def test_values_of_attention_are_rotated_alone_where_the_hidden_states_cannot_be(family: str) -> None:
+    model = make_model(HEADS_ALONE[family]())
+    scheme = choose_scheme(model, 32)
+    fake.insert(model, scheme)
+    adapted = fake.add_adapters(model, LORA).eval()
+    fill_adapters(adapted, 0.1)
+    before, expected = {name: p.clone() for name, p in adapted.named_parameters()}, logits(adapted)
+    found = rotation.rotate(adapted, scheme, 0)
+    assert found.stream is None and found.obstacle and found.obstacle in found.describe()
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+
+    changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(".v_proj." in name or ".o_proj." in name for name in changed)
+    assert any(name.endswith("v_proj.base_layer.bias") for name in changed) == (family == "biases of the values")
+    assert shares_table(model) == scheme.tied
+
+
+def test_a_model_that_cannot_be_rotated_is_reported_and_left_unchanged() -> None:
+    model = make_model(GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}))
     scheme = choose_scheme(model, 32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert reason in rotation.obstacle(model, scheme)
-    with pytest.raises(ModelError, match=reason):
+    with pytest.raises(ModelError, match="no root-mean-square norm"):
         rotation.rotate(model, scheme, 0)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
@@ -185,9 +205,13 @@ def test_rotation_lowers_the_cost_of_an_outlier_channel_in_int8_inputs() -> None
     assert error() < before / 10
 
 
-def test_a_rotated_initialization_is_restored_bit_for_bit(tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["hidden states", *HEADS_ALONE])
+def test_a_rotated_initialization_is_restored_bit_for_bit(family: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     def prepared() -> tuple[Any, fake.Switch, Scheme]:
-        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        if family in HEADS_ALONE:
+            model = make_model(HEADS_ALONE[family]())
+        else:
+            model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
         scheme = choose_scheme(model, 32)
         switch = fake.insert(model, scheme, learned_scales=True)
         torch.manual_seed(0)
@@ -198,7 +222,9 @@ def test_a_rotated_initialization_is_restored_bit_for_bit(tiny_model_folder: Pat
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     made = qat_init.prepare(model, scheme, "gptq", [batch], rotation_seed=0)
     digest = made.save(tmp_path / "start", method="gptq")
-    assert 0 < (logits(model) - float_logits).abs().mean() < 0.1 * float_logits.std()  # only the change by GPTQ
+    assert (f"{scheme.embedding}.weight" in made.changed) == (family == "hidden states")
+    # Only the change by GPTQ; a wrong rotation changes the logits by more than their standard deviation.
+    assert 0 < (logits(model) - float_logits).abs().mean() < 0.3 * float_logits.std()
     other, other_switch, _ = prepared()
     qat_init.QatInit.load(tmp_path / "start", digest).apply(other.get_base_model())
     other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)

@@ -153,10 +153,10 @@ def prepare(
         scheme: Bits and group size by module name.
         method: One of `PTQ_METHODS`.
         calibration: Batches as `methods.apply` takes them.
-        rotation_seed: Rotate the hidden states first, adapters included; only for methods that change the base.
+        rotation_seed: Rotate what the model allows first, adapters included; only for methods that change the base.
 
     Raises:
-        ModelError: The hidden states cannot be rotated.
+        ModelError: Nothing can be rotated.
     """
     model = fake.base_of(trained)
     if method not in CALIBRATED:
@@ -167,15 +167,16 @@ def prepare(
 
     # Norms and biases as they were, to find out later which of them changed.
     vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1}
+    tables_rotated = False
     if rotation_seed is not None:
-        rotation.rotate(trained, scheme, rotation_seed)
+        tables_rotated = rotation.rotate(trained, scheme, rotation_seed).stream is not None
 
     # The method sees merged weights; the adapters are subtracted from its result again.
     layers = [model.get_submodule(name) for name in scheme.linears]
     with torch.no_grad(), _folded(layers):
         scales = methods.apply(model, scheme, method, calibration)
 
-    changed = _changed_parameters(model, scheme, scales, vectors, rotation_seed is not None)
+    changed = _changed_parameters(model, scheme, scales, vectors, tables_rotated)
     # An adapter is part of a parameter's name; `apply` also has to work before there is one.
     init = QatInit(scales, {name.replace(".base_layer", ""): tensor for name, tensor in changed.items()})
     # Train on the bfloat16 weights that `save` writes, not on the float32 ones.
@@ -200,7 +201,11 @@ def repeat(trained: nn.Module, scheme: Scheme, method: str, saved: QatInit, rota
 
 
 def _changed_parameters(
-    model: PreTrainedModel, scheme: Scheme, scales: Mapping[str, Tensor], vectors: Mapping[str, Tensor], rotated: bool
+    model: PreTrainedModel,
+    scheme: Scheme,
+    scales: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+    tables_rotated: bool,
 ) -> dict[str, Tensor]:
     """Collect what a method and a rotation changed: norms and biases, weights in bfloat16, and rotations of norms.
 
@@ -209,11 +214,11 @@ def _changed_parameters(
         scheme: Names the layers.
         scales: What the method returned.
         vectors: Its one-dimensional parameters before.
-        rotated: The hidden states were rotated.
+        tables_rotated: The hidden states were rotated, and the tables with them.
     """
     rotations = rotated_norm.output_rotations(model)
     # Those whose codes a method chose have scales of their own; a rotation changes both.
-    tables = [n for n in (scheme.embedding, scheme.head) if n and (rotated or n in scales)]
+    tables = [n for n in (scheme.embedding, scheme.head) if n and (tables_rotated or n in scales)]
     if len(tables) == 2 and shares_table(model):
         tables = tables[:1]
 

@@ -11,7 +11,8 @@ SpinQuant [2]). With x Q in place of x,
 Q is a random Hadamard matrix, which spreads each channel over all others. h is 1, so that exporters may leave it out,
 except in the first norm, where each channel has its own h close to 1: otherwise the first layers would be given the
 embedding's integers times one number, and many of those are ties of their int8 form, where runtimes round differently.
-The weighted sums of values inside attention are rotated as well, head by head (SpinQuant's R2): H^T W_v, W_o H.
+The weighted sums of values inside attention are rotated as well, head by head (SpinQuant's R2): H^T W_v, W_o H. This is
+possible, and done alone, where a norm after a layer keeps Q out of the weights, as in Gemma.
 
 Nothing is added that has to run, with one exception: where embedding and head share a table, g applies to the head
 alone, so the last norm's output is rotated once more for it (`rotated_norm`). A head with adapters gets a table of its
@@ -92,37 +93,75 @@ class Stream:
     writers: list[str]
 
 
-def obstacle(model: PreTrainedModel, scheme: Scheme) -> str:
-    """Return why a model's hidden states cannot be rotated, empty where they can.
+@dataclass(frozen=True)
+class Rotatable:
+    """Parts of a model that can be rotated.
 
-    Runs the model on a few tokens and leaves it unchanged.
+    Attributes:
+        stream: Its hidden states; None where they cannot be.
+        heads: Values of attention; None where no layer makes them alone.
+        obstacle: Why the hidden states cannot be rotated; empty where they can.
+    """
+
+    stream: Stream | None
+    heads: Heads | None
+    obstacle: str
+
+    def describe(self) -> str:
+        """Return a line for people."""
+        if self.obstacle:
+            return f"Rotation is on for the values of attention alone. {self.obstacle}"
+        return "Rotation is on: the hidden states are rotated"
+
+
+def find_rotatable(model: PreTrainedModel, scheme: Scheme) -> Rotatable:
+    """Find what can be rotated in a model. Runs it on a few tokens and leaves it unchanged.
+
+    Raises:
+        ModelError: Nothing can be; the message says why.
     """
     try:
-        find_stream(model, scheme)
+        stream, obstacle = find_stream(model, scheme), ""
     except ModelError as error:
-        return str(error)
-    return ""
+        stream, obstacle = None, str(error)
+    heads = find_heads(model, scheme)
+    if stream is None and heads is None:
+        raise ModelError(obstacle)
+    return Rotatable(stream, heads, obstacle)
 
 
-def rotate(trained: nn.Module, scheme: Scheme, seed: int) -> None:
-    """Rotate the hidden states of a float32 model by a random Hadamard matrix: weights, norms and adapters, in place.
+def rotate(trained: nn.Module, scheme: Scheme, seed: int) -> Rotatable:
+    """Rotate a float32 model by random Hadamard matrices: weights, norms and adapters, in place.
 
-    The heads of attention are rotated by another one, where a layer makes their values alone. A table that embedding
-    and head share stays one where `scheme` has it so and the head has no adapter; otherwise it becomes two.
+    The hidden states are rotated where the model allows it, and the heads of attention where a layer makes their values
+    alone. A table that embedding and head share stays one where `scheme` has it so and the head has no adapter;
+    otherwise a rotation of the hidden states makes it two.
 
     Args:
         trained: The model, with or without adapters around its layers.
         scheme: Names the layers.
         seed: Of the random matrices.
 
+    Returns:
+        What was rotated.
+
     Raises:
-        ModelError: The hidden states cannot be rotated.
+        ModelError: Neither is possible.
     """
     model = fake.base_of(trained)
-    stream = find_stream(model, scheme)
-    heads = find_heads(model, stream)
-    device = stream.embedding.weight.device
-    rotation = random_hadamard(stream.width, seed).to(device)
+    found = find_rotatable(model, scheme)
+    with torch.no_grad():
+        if found.stream is not None:
+            _rotate_stream(model, scheme, found.stream, seed)
+        if found.heads is not None:
+            device = model.get_input_embeddings().weight.device
+            _rotate_heads(model, found.heads, random_hadamard(found.heads.width, seed).to(device))
+    return found
+
+
+def _rotate_stream(model: PreTrainedModel, scheme: Scheme, stream: Stream, seed: int) -> None:
+    """Rotate the hidden states: tables, norms, and the layers that read and write."""
+    rotation = random_hadamard(stream.width, seed).to(stream.embedding.weight.device)
 
     # The weights h of the first norm; those of all others are 1.
     draws = torch.rand(stream.width, generator=torch.Generator().manual_seed(seed))
@@ -132,16 +171,13 @@ def rotate(trained: nn.Module, scheme: Scheme, seed: int) -> None:
     last = _norm_of_shared_table(model, scheme, stream)
     if last is None:
         untie(model)
-    with torch.no_grad():
-        _multiply_right(stream.embedding.weight, rotation)
-        for norm in stream.norms:
-            gains = first_gains if norm is stream.norms[0] else torch.ones_like(first_gains)
-            _rotate_norm(model, norm, rotation, gains, keep_readers=norm is last)
-        for name in stream.writers:
-            for matrix in _output_side(model.get_submodule(name)):
-                matrix.copy_(rotation.T @ matrix.double())
-        if heads is not None:
-            _rotate_heads(model, heads, random_hadamard(heads.width, seed).to(device))
+    _multiply_right(stream.embedding.weight, rotation)
+    for norm in stream.norms:
+        gains = first_gains if norm is stream.norms[0] else torch.ones_like(first_gains)
+        _rotate_norm(model, norm, rotation, gains, keep_readers=norm is last)
+    for name in stream.writers:
+        for matrix in _output_side(model.get_submodule(name)):
+            matrix.copy_(rotation.T @ matrix.double())
 
 
 def _rotate_norm(model: PreTrainedModel, norm: Norm, rotation: Tensor, gains: Tensor, keep_readers: bool) -> None:
@@ -262,35 +298,52 @@ def _connect_norms(model: PreTrainedModel, width: int, linears: dict[str, Any]) 
     return found
 
 
-def find_heads(model: PreTrainedModel, stream: Stream) -> Heads | None:
+def find_heads(model: PreTrainedModel, scheme: Scheme) -> Heads | None:
     """Find the layers that make the values of attention and those that read their weighted sums, by trial.
 
-    Returns None where no layer makes values alone, as with fused projections.
+    Returns None where no layer makes values alone, as with fused projections, and where there are no logits to compare.
     """
-    # Candidates for the output projection: a layer of an attention module that writes to the stream.
-    outputs: dict[str, str] = {}
-    for name in stream.writers:
-        attention = name.rpartition(".")[0]
-        width = _head_width(model, attention)
-        if width and _weight(model, name).shape[1] % width == 0:
-            outputs[attention] = name
-
-    # Candidates for the value projection: layers of the same modules that read a norm, by their own names.
-    candidates: dict[str, dict[str, str]] = {}
-    for name in (name for norm in stream.norms for name in norm.readers):
-        attention, _, own_name = name.rpartition(".")
-        if attention in outputs and _weight(model, name).shape[0] % _head_width(model, attention) == 0:
-            candidates.setdefault(own_name, {})[attention] = name
-
-    # Queries and keys are candidates too: only a rotation of the values leaves the logits as they are.
+    if not scheme.head:
+        return None
+    # Only a rotation of the values, undone where their sums are read, leaves the logits as they are.
     expected = _logits(model)
-    for values in candidates.values():
-        width = _head_width(model, next(iter(values)))
-        heads = Heads(width, values, {attention: outputs[attention] for attention in values})
+    for output_name, value_name in _pairs_of_attention(model, scheme):
+        attentions = _attentions_with(scheme, output_name, value_name)
+        widths = {_head_width(model, attention) for attention in attentions}
+        if len(widths) != 1:
+            continue
+        heads = Heads(
+            widths.pop(),
+            {attention: f"{attention}.{value_name}" for attention in attentions},
+            {attention: f"{attention}.{output_name}" for attention in attentions},
+        )
         half_rotated = (_logits_with_heads(model, replace(heads, values={})) - expected).abs().max()
         if (_logits_with_heads(model, heads) - expected).abs().max() < SAME_HEADS * half_rotated:
             return heads
     return None
+
+
+def _pairs_of_attention(model: PreTrainedModel, scheme: Scheme) -> list[tuple[str, str]]:
+    """Return candidates for output and value projection: own names of two layers of an attention module."""
+    hidden = model.get_input_embeddings().weight.shape[1]
+    found: dict[tuple[str, str], None] = {}
+    by_module: dict[str, list[str]] = {}
+    for name in scheme.linears:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    for attention, own_names in by_module.items():
+        width = _head_width(model, attention)
+        shapes = {name: _weight(model, f"{attention}.{name}").shape for name in own_names} if width else {}
+        outputs = [name for name, (out, width_in) in shapes.items() if out == hidden and width_in % width == 0]
+        values = [name for name, (out, width_in) in shapes.items() if width_in == hidden and out % width == 0]
+        # Models list their output projection last.
+        found |= dict.fromkeys((o, v) for o in reversed(outputs) for v in values if o != v)
+    return list(found)
+
+
+def _attentions_with(scheme: Scheme, *own_names: str) -> list[str]:
+    """Return the modules that have layers of all these names."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in scheme.linears)
+    return [module for module in modules if all(f"{module}.{name}" in scheme.linears for name in own_names)]
 
 
 def _head_width(model: PreTrainedModel, attention: str) -> int:

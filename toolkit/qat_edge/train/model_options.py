@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from qat_edge.errors import UsageError
+from qat_edge.errors import ModelError, UsageError
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import rotation
 from qat_edge.quant.scheme import Scheme
@@ -42,9 +42,11 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
     names = weights.linears if list(targets) == [ALL_LINEAR] else [n for n in weights.weights if is_named(n, targets)]
     if options.has_fixed_codes and not any(weights.weights[name].has_groups for name in names):
         raise UsageError(NOTHING_TO_TRAIN)
-    obstacle = rotation.obstacle(model, weights) if options.rotate == "on" else ""
-    if obstacle:
-        raise UsageError(f"--rotate on: {obstacle} Use --rotate auto.")
+    if options.rotate == "on":
+        try:
+            rotation.find_rotatable(model, weights)
+        except ModelError as error:
+            raise UsageError(f"--rotate on: {error} Use --rotate auto.") from error
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

@@ -64,7 +64,7 @@ class PhaseTransition:
         run: The run folder.
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
-        rotation_seed: Seed of the rotation of the hidden states; None without a rotation.
+        rotation_seed: Seed of the rotation; None without one.
         save_reference: Saves the trained weights as RUN/reference.
         set_teacher: Passes the teacher to the trainer.
         reset_optimizer: Drops the optimizer's averages of gradients.

@@ -16,7 +16,7 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
         options: All options of finetune.
         start: Last step of phase 1.
         layers: Bits and group sizes: "210 int4 (group 32), 2 int8 (per channel)".
-        rotated: The hidden states are rotated at the start of QAT.
+        rotated: Hidden states or values of attention are rotated at the start of QAT.
     """
     trained = "LoRA" if options.method == "lora" else "full fine-tuning"
     phases = [f"{start} steps of {trained} at a learning rate of {options.learning_rate:g}"] if start else []

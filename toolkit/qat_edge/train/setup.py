@@ -56,7 +56,7 @@ class TrainingJob:
         eval_rows: Rows of --eval-data; None without.
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
-        rotation_seed: Seed of the rotation of the hidden states; None without a rotation.
+        rotation_seed: Seed of the rotation; None without one.
         metadata: Entries of the manifests of RUN/reference and RUN/adapter.
     """
 
@@ -399,23 +399,24 @@ def _report_early_ends(
 
 
 def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOptions) -> int | None:
-    """Return the seed if the PTQ initialization is to rotate the hidden states, None otherwise.
+    """Return the seed if the PTQ initialization is to rotate what the model allows, None otherwise.
 
     Raises:
-        UsageError: The rotation is requested, and the model does not allow it.
+        UsageError: The rotation is requested, and the model allows none.
     """
     # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
     useful = options.method == "lora" and options.ptq_init in COMPENSATED
     if options.rotate == "off" or (options.rotate == "auto" and not useful):
         return None
 
-    obstacle = rotation.obstacle(model, weights)
-    if obstacle and options.rotate == "on":
-        raise UsageError(f"--rotate on: {obstacle} Use --rotate auto.")
-    if obstacle:
-        progress.warn(f"Rotation is off: {obstacle}")
+    try:
+        found = rotation.find_rotatable(model, weights)
+    except ModelError as error:
+        if options.rotate == "on":
+            raise UsageError(f"--rotate on: {error} Use --rotate auto.") from error
+        progress.warn(f"Rotation is off: {error}")
         return None
-    progress.info("Rotation is on: the hidden states are rotated at the start of QAT")
+    progress.info(found.describe())
     return options.seed
 
 

@@ -55,7 +55,7 @@ def freeze(
     Raises:
         UsageError: a file of bits that does not fit the model; levels without a weight of 2 bits.
         DataError: too little calibration data.
-        ModelError: a model that the method cannot process, or whose hidden states cannot be rotated.
+        ModelError: a model that the method cannot process, or cannot rotate.
     """
     if options.bits is not None:
         metadata = adapter_metadata(adapter)
@@ -68,7 +68,7 @@ def freeze(
     if (options.bits, options.weight_bits, options.weight_levels) != (None, None, None):
         merged = replace(merged, scheme=_requested_scheme(merged, adapter, options))
     if options.rotate:
-        rotation.rotate(merged.model, merged.scheme, options.seed)
+        progress.info(rotation.rotate(merged.model, merged.scheme, options.seed).describe())
 
     # Scales come first: codes are what rounding by them gives.
     scales, calibration_record = _scales(run, merged, options)
