@@ -29,7 +29,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from conftest import make_tokenizer, train_run
+from conftest import make_tokenizer, short_training, train_run
 from qat_edge import config
 from qat_edge.cli.commands import main
 from qat_edge.data import training_examples
@@ -201,6 +201,15 @@ def test_every_ptq_method_supports_encoders(run: Run, method: str) -> None:
     reference = predict(task, merged_model(run.reference).model, given)
     found = predict(task, frozen.load(quantized.folder), given)
     assert torch.nn.functional.cosine_similarity(reference, found, dim=-1).mean() > 0.9
+
+
+def test_an_encoder_with_a_longer_max_length_than_its_positions_is_calibrated(tmp_path: Path) -> None:
+    model = save(lambda: BertModel(BertConfig(**SIZES)), tmp_path / "model")
+    options = short_training(model, tmp_path, MATCHING, steps=2, learning_rate=3e-3)
+    beyond = SIZES["max_position_embeddings"] + 36
+    finetune(replace(options, max_length=beyond), tmp_path / "run")
+    quantized = quantize(Run(tmp_path / "run"), QuantizeOptions(method="gptq", calibration_tokens=100))
+    assert quantized.folder.is_dir()
 
 
 def test_export_verify_validate_and_report(classifier: Run, tmp_path: Path, messages: list[str]) -> None:
