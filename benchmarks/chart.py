@@ -30,6 +30,7 @@ STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#222}.name,.tick{fill:#555}.head{font-weight:600}"
     ".paper{fill:#fff}.axis{stroke:#888}.row{stroke:#e4e4e4}"
     ".circle{fill:none;stroke:#1b5e9b;stroke-width:1.6}.square{fill:#c4501b}.diamond{fill:#2d8a4e}"
+    ".triangle{fill:#8a8a8a}"
 )
 
 

@@ -225,7 +225,7 @@ def _by_runtime(target: str, folder: Path, threads: int, amounts: Amounts) -> Ma
 
 def _llama_cpp(builder: PeerBuilder) -> Engine:
     """Engine of llama.cpp with the model in Q4_0."""
-    program, model = builder.llama_bench(), builder.q4_0()
+    program, model = builder.llama_bench(), builder.gguf("Q4_0")
     package, version = LLAMA_CPP_PACKAGE
     types = {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in GGUFReader(model).tensors}
     embedding = types["token_embd.weight"]

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import chart, page, scheme_speed, settings
+from benchmarks import chart, frontier_peers, page, scheme_speed, settings
 from benchmarks.cells import Cell, publish
+from benchmarks.frontier_peers import PEERS
 from benchmarks.page import MISSING, NONE_SHOWN
+from benchmarks.peers import PeerError
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
 from benchmarks.settings import FINISHES, FP32, PTQ, SCHEMES
 from qat_edge import progress
@@ -32,7 +34,7 @@ TASK = "assistant"
 STEPS, QUESTIONS, SEEDS = 120, 200, (0, 1, 2)
 # Held-out rows as `eval` names its tasks: right answers, and nats per token.
 SCORES = own_rows.TASKS
-MARKS = {PTQ: "square", "QAT": "diamond", "QAT of scales": "circle"}
+MARKS = {PTQ: "square", "QAT": "diamond", "QAT of scales": "circle", "other tools": "triangle"}
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
         help=f"how each scheme is reached: {'; '.join(FINISHES)}",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "frontier.md", help="page to write")
+    parser.add_argument("--peers", action="store_true", help="measure models of other tools as well")
     parser.add_argument("--speed", action="store_true", help="measure decoding speed as well")
     parser.add_argument("--page-only", action="store_true", help="write the page from finished cells")
     given = parser.parse_args()
@@ -60,6 +63,8 @@ def main() -> None:
             for name in names:
                 progress.info(f"{name}, seed {seed}")
                 runner.measure_once(cell(runner, name, seed), partial(measure, runner, name, seed))
+        for seed in given.seeds if given.peers else []:
+            measure_peers(runner, seed)
         if given.speed:
             runner.measure_once(scheme_speed.cell(runner), partial(scheme_speed.measure, runner))
         # The page has every seed whose FP32 fine-tune is measured, in this run or before.
@@ -81,7 +86,9 @@ def training_of(name: str, seed: int) -> Training:
 
 
 def cell(runner: BenchmarkRunner, name: str, seed: int) -> Cell:
-    """Return the identity of a model's figures."""
+    """Return the identity of a model's figures. name: FP32, a model of settings.FRONTIER, or one of PEERS."""
+    if name in PEERS:
+        return frontier_peers.cell(runner, name, training_of(FP32, seed), QUESTIONS)
     trained = runner.identity(training_of(name, seed))
     return Cell("rows", TASK, seed, name, {"steps": STEPS, "questions": QUESTIONS, "trained": trained})
 
@@ -111,6 +118,17 @@ def measure(runner: BenchmarkRunner, name: str, seed: int) -> Figures:
     return figures
 
 
+def measure_peers(runner: BenchmarkRunner, seed: int) -> None:
+    """Measure the missing models of other tools; one that cannot be made is named and left out."""
+    for name in PEERS:
+        progress.info(f"{name}, seed {seed}")
+        made = partial(frontier_peers.measure, runner, name, training_of(FP32, seed), QUESTIONS)
+        try:
+            runner.measure_once(cell(runner, name, seed), made)
+        except PeerError as error:
+            progress.warn(f"{name}: {error}")
+
+
 def scores(runner: BenchmarkRunner, name: str, seeds: Sequence[int], task: str) -> list[Answered]:
     """Return the score of every row with every seed; empty where a seed is not measured."""
     found = []
@@ -128,7 +146,7 @@ def scores(runner: BenchmarkRunner, name: str, seeds: Sequence[int], task: str) 
 def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
     """Write the page, its plot, and the cells behind it next to it."""
     models = {model_name(scheme, finish): (scheme, finish) for scheme in SCHEMES for finish in FINISHES}
-    cells = [cell(runner, name, seed) for seed in seeds for name in (FP32, *models)]
+    cells = [cell(runner, name, seed) for seed in seeds for name in (FP32, *models, *PEERS)]
     records = [record for each in cells if (record := runner.store.record(each)) is not None]
     sizes = {record["cell"]["name"]: record["figures"]["size_bytes"] for record in records}
     rows = [_row(runner, FP32, FP32, "FP32 fine-tune", "float32", seeds)]
@@ -148,13 +166,17 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         f"onnxruntime, FP32 in torch ({page.counted_seeds(seeds)}). Brackets are 95% intervals, of differences paired "
         f'by request and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]
-    picture = _plot(runner, seeds, models, sizes)
+    finishes = {name: finish for name, (_, finish) in models.items()} | dict.fromkeys(PEERS, "other tools")
+    picture = _plot(runner, seeds, finishes, sizes)
     if picture:
         write_text(path.with_suffix(".svg"), picture)
         text.append(f"![Right answers against the size of the weights]({path.with_suffix('.svg').name})")
     text += [page.table(("", ""), page.provenance(records))] if records else []
     text.append(page.table(heads, rows))
     text += [f"Not measured yet: {'; '.join(missing)}."] if missing else []
+    peers = [_row(runner, name, name, name, megabytes(sizes[name]) + " MB", seeds) for name in PEERS if sizes.get(name)]
+    # Their row has no comparisons, which are of QAT.
+    text += frontier_peers.section([[*row[:3], row[4]] for row in peers]) if peers else []
     timed = runner.store.record(scheme_speed.cell(runner))
     text += scheme_speed.section(timed["figures"]) if timed is not None else []
     write_text(path, "\n\n".join(text) + "\n")
@@ -165,12 +187,15 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
 def _plot(
     runner: BenchmarkRunner,
     seeds: Sequence[int],
-    models: Mapping[str, tuple[str, str]],
+    finishes: Mapping[str, str],
     sizes: Mapping[str, int | None],
 ) -> str:
-    """Return a plot of right answers against size as SVG; empty where no model is measured."""
-    points: dict[str, list[chart.Point]] = {finish: [] for finish in FINISHES}
-    for name, (_, finish) in models.items():
+    """Return a plot of right answers against size as SVG; empty where no model is measured.
+
+    finishes: how each model is reached, a key of MARKS.
+    """
+    points: dict[str, list[chart.Point]] = {finish: [] for finish in MARKS}
+    for name, finish in finishes.items():
         found, size = scores(runner, name, seeds, own_rows.ANSWERS), sizes.get(name)
         if found and size:
             points[finish].append(chart.Point(size / 1e6, paired.mean(found).value * 100, name))

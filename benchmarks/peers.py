@@ -1,7 +1,8 @@
 """Build the engines and models that our files are compared with, as a user would, in a folder of their own.
 
 llama.cpp: the source is part of llama-cpp-python on PyPI. It is built with cmake and ninja from PyPI and this machine's
-    compiler, about 10 minutes on two cores. Its own scripts convert the model and quantize it to Q4_0.
+    compiler, about 10 minutes on two cores. Its own programs convert the model and quantize it.
+AutoRound: installed from PyPI into a folder of its own.
 onnxruntime-genai: already a dependency. Its own model builder quantizes the model to int4, embedding and head included.
 .pte with int4 tables: for a fair comparison with the int4 embedding and head of onnxruntime-genai, the same model is
     exported once more with an int4 embedding and head.
@@ -40,7 +41,9 @@ X86 = ("x86_64", "AMD64")
 # GCC optimizes the tile configuration of llama.cpp's AMX kernels away, so that the first prompt crashes:
 # https://github.com/ggml-org/llama.cpp/pull/26954
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-TOOLS = ("llama-bench", "llama-quantize")
+TOOLS = ("llama-bench", "llama-quantize", "llama-imatrix")
+AUTO_ROUND_PACKAGES = ("auto-round==0.16.1", "py-cpuinfo==9.0.0")
+AUTO_ROUND_SCRIPT = Path(__file__).with_name("auto_round_script.py")
 PTE_TARGET = "executorch"
 GENAI_OPTIONS = ("accuracy_level=4", "block_size=32")  # int8 activations; the group size of Q4_0 and of our files
 LOG_LINES = 6
@@ -70,18 +73,50 @@ class PeerBuilder:
         """
         return self._llama_tools() / "llama-bench"
 
-    def q4_0(self) -> Path:
-        """Return the fine-tune as a GGUF file in Q4_0; make it where it is missing."""
-        made = self._models / "Q4_0.gguf"
+    def gguf(self, kind: str, calibration: Path | None = None) -> Path:
+        """Return the fine-tune as a GGUF file of one of llama.cpp's types; make it where it is missing.
+
+        Args:
+            kind: type as llama-quantize has it, such as "Q4_K_M".
+            calibration: text for the importance matrix; None for none.
+
+        Raises:
+            PeerError: llama.cpp cannot be built, or one of its programs failed.
+        """
+        made = self._models / (f"{kind}.gguf" if calibration is None else f"{kind}-imatrix.gguf")
         if not made.is_file():
-            tools, source = self._llama_tools(), self._llama / "source"
-            full, part = self._models / "F32.gguf", made.with_suffix(".part")
-            progress.info("Converting the model for llama.cpp")
-            convert = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(self._float()), "--outtype", "f32"]
-            self._run([*convert, "--outfile", str(full)], "convert")
-            self._run([str(tools / "llama-quantize"), str(full), str(part), "Q4_0"], "quantize")
-            full.unlink()
+            tools, part = self._llama_tools(), made.with_suffix(".part")
+            matrix = [] if calibration is None else ["--imatrix", str(self._importance_matrix(calibration))]
+            self._run([str(tools / "llama-quantize"), *matrix, str(self._full()), str(part), kind], "quantize")
             part.rename(made)
+        return made
+
+    def auto_round(self, bits: int, calibration: Path) -> Path:
+        """Return a folder with AutoRound's result for the fine-tune; make it where it is missing.
+
+        Args:
+            bits: of the weights, in symmetric groups of 32.
+            calibration: token ids, one JSON list of equal length a line.
+
+        Returns:
+            float/: a Hugging Face folder of the rounded weights; size.json: bytes of AutoRound's own files.
+
+        Raises:
+            PeerError: AutoRound cannot be installed, or failed.
+        """
+        made = self._models / f"auto-round-{bits}"
+        if not made.is_dir():
+            packages = self.work / "peers" / "auto-round"
+            if not packages.is_dir():
+                progress.info(f"Installing {' '.join(AUTO_ROUND_PACKAGES)}")
+                with replace_folder(packages, force=False) as folder:
+                    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+                    self._run([*install, *AUTO_ROUND_PACKAGES], "auto-round-install")
+            progress.info(f"Quantizing with AutoRound to {bits} bits: an hour on two cores")
+            with replace_folder(made, force=False) as folder:
+                path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+                command = [sys.executable, str(AUTO_ROUND_SCRIPT), str(self._float()), str(calibration)]
+                self._run([*command, str(bits), str(folder)], f"auto-round-{bits}", {"PYTHONPATH": path})
         return made
 
     def genai_int4(self) -> Path:
@@ -131,6 +166,28 @@ class PeerBuilder:
     @property
     def _llama(self) -> Path:
         return self.work / "peers" / "llama.cpp"
+
+    def _full(self) -> Path:
+        """Return the fine-tune as a GGUF file in float32."""
+        made = self._models / "F32.gguf"
+        if not made.is_file():
+            progress.info("Converting the model for llama.cpp")
+            script, part = self._llama_source() / "convert_hf_to_gguf.py", made.with_suffix(".part")
+            command = [sys.executable, str(script), str(self._float()), "--outtype", "f32", "--outfile", str(part)]
+            self._run(command, "convert")
+            part.rename(made)
+        return made
+
+    def _importance_matrix(self, calibration: Path) -> Path:
+        """Return llama.cpp's importance matrix of the fine-tune on a text."""
+        made = self._models / "imatrix.gguf"
+        if not made.is_file():
+            progress.info("Measuring llama.cpp's importance matrix")
+            program, part = str(self._llama_tools() / "llama-imatrix"), made.with_suffix(".part.gguf")
+            flags = ["-m", str(self._full()), "-f", str(calibration), "-o", str(part), "--parse-special"]
+            self._run([program, *flags], "imatrix")
+            part.rename(made)
+        return made
 
     def _float(self) -> Path:
         """Return the FP32 fine-tune as a Hugging Face folder."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import frontier, scheme_speed, settings
+import pytest
+
+from benchmarks import frontier, frontier_peers, scheme_speed, settings
+from benchmarks.peers import PeerError
 from benchmarks.runner import BenchmarkRunner, Figures
 from benchmarks.settings import FP32, SETTINGS
 
@@ -44,6 +47,34 @@ def test_qat_is_compared_with_ptq_of_its_scheme_row_by_row(tiny_model_folder: Pa
     assert path.with_suffix(".json").is_file()
     drawn = path.with_suffix(".svg").read_text()
     assert drawn.count("<title>2 bits, ") == 3 and "4 bits, PTQ: 90, 72.5" in drawn
+
+
+def test_models_of_other_tools_have_a_table_and_marks_of_their_own(tiny_model_folder: Path, tmp_path: Path) -> None:
+    runner = BenchmarkRunner(tmp_path / "work", str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    path = tmp_path / "page.md"
+    for name, found in {FP32: figures(30, 0.1, None), "llama.cpp Q4_0": figures(28, 0.1, 80_000_000)}.items():
+        runner.store.put(frontier.cell(runner, name, 0), found, 1.0)
+    frontier.write(runner, [0], path)
+    assert "| llama.cpp Q4_0 | 80.0 MB | 70.0% (" in path.read_text() and "AutoRound, 2 bits" not in path.read_text()
+    drawn = path.with_suffix(".svg").read_text()
+    assert 'class="triangle"' in drawn and "llama.cpp Q4_0: 80, 70" in drawn
+    assert frontier.cell(runner, "llama.cpp Q4_0", 0) != frontier.cell(runner, "llama.cpp Q2_K", 0)
+
+
+def test_a_peer_that_cannot_be_made_is_left_out(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    def fail(runner: BenchmarkRunner, name: str, *given: object) -> Figures:
+        if name.startswith("llama.cpp"):
+            raise PeerError("no compiler")
+        return figures(20, 0.2, 60_000_000)
+
+    monkeypatch.setattr(frontier_peers, "measure", fail)
+    runner = BenchmarkRunner(tmp_path / "work", str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    frontier.measure_peers(runner, 0)
+    measured = [name for name in frontier_peers.PEERS if runner.store.get(frontier.cell(runner, name, 0))]
+    assert measured == ["AutoRound, 4 bits", "AutoRound, 2 bits"]
+    assert "llama.cpp Q2_K: no compiler" in messages
 
 
 def test_speed_is_compared_within_each_round(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def open_model(source: ModelSource, eos_ids: Sequence[int], pad_id: int, threads
         ModelError, RunError, DeviceError: It cannot be loaded.
     """
     if source.kind not in TARGETS:
-        yield _TorchModel(source.name, _load_in_torch(source), eos_ids, pad_id)
+        yield TorchModel(source.name, _load_in_torch(source), eos_ids, pad_id)
         return
     with device_errors(), closing(open_transport("local")) as transport:
         yield _ArtifactModel(source, transport, eos_ids, threads)
@@ -172,8 +172,15 @@ def _load_in_torch(source: ModelSource) -> PreTrainedModel:
 
 
 @dataclass(frozen=True)
-class _TorchModel:
-    """A model in torch, on this machine's CPU."""
+class TorchModel:
+    """A model in torch, on this machine's CPU.
+
+    Attributes:
+        name: For progress and messages.
+        model: In evaluation mode.
+        eos_ids: Tokens that end an answer.
+        pad_id: Token that pads prompts of a batch.
+    """
 
     name: str
     model: PreTrainedModel

@@ -169,14 +169,18 @@ def text(parent: ET.Element, x: float, y: float, words: str, css: str = "", anch
 
 
 def marker(parent: ET.Element, x: float, y: float, shape: str, css: str, tip: str = "") -> None:
-    """Draw a point. shape: "circle", "square" or "diamond"; `tip` is its tooltip."""
+    """Draw a point. shape: "circle", "square", "diamond" or "triangle"; `tip` is its tooltip."""
     if shape == "circle":
         element = ET.SubElement(parent, "circle", {"cx": f"{x:g}", "cy": f"{y:g}", "r": "5.5", "class": css})
     else:
         # A diamond is drawn larger, so that all shapes look equally large.
         r = 5 if shape == "square" else 7
-        corners = [(-r, -r), (r, -r), (r, r), (-r, r)] if shape == "square" else [(0, -r), (r, 0), (0, r), (-r, 0)]
-        points = " ".join(f"{x + dx:g},{y + dy:g}" for dx, dy in corners)
+        corners = {
+            "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
+            "diamond": [(0, -r), (r, 0), (0, r), (-r, 0)],
+            "triangle": [(0, -r), (r, r - 1), (-r, r - 1)],
+        }
+        points = " ".join(f"{x + dx:g},{y + dy:g}" for dx, dy in corners[shape])
         element = ET.SubElement(parent, "polygon", {"points": points, "class": css})
     _tooltip(element, tip)
 

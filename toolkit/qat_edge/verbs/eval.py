@@ -218,17 +218,30 @@ def _answer(
     eos_ids = end_tokens(run.quantized)
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with open_model(source, eos_ids, pad_id, options.threads) as model:
-        if task.form == GENERATE:
-            answers = _generated(model, task, prepared, settings["max_new_tokens"], AnswerReader(tokenizer))
-        else:
-            answers = list(_scored(model, task, prepared))
+        answers = answers_of(model, task, prepared, settings["max_new_tokens"], tokenizer)
     return _measurement(source, settings, answers, time.monotonic() - began)
 
 
-def _generated(
-    model: AnsweringModel, task: Task, prepared: Sequence[Prepared], max_new_tokens: int, reader: AnswerReader
+def answers_of(
+    model: AnsweringModel,
+    task: Task,
+    prepared: Sequence[Prepared],
+    max_new_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Answered]:
+    """Return the graded answers of a loaded model to the questions of a task.
+
+    Args:
+        model: The model.
+        task: The task.
+        prepared: Its questions as token ids.
+        max_new_tokens: Longest answer, for a task that is answered in text.
+        tokenizer: Of the model.
+    """
+    if task.form != GENERATE:
+        return list(_scored(model, task, prepared))
     assert task.grade is not None
+    reader = AnswerReader(tokenizer)
     outputs = model.generate([each.prompt_ids for each in prepared], max_new_tokens)
     answers = []
     for each, ids in zip(prepared, outputs, strict=True):
