@@ -112,7 +112,7 @@ class PeerBuilder:
                 with replace_folder(packages, force=False) as folder:
                     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
                     self._run([*install, *AUTO_ROUND_PACKAGES], "auto-round-install")
-            progress.info(f"Quantizing with AutoRound to {bits} bits: an hour on two cores")
+            progress.info(f"Quantizing with AutoRound to {bits} bits")
             with replace_folder(made, force=False) as folder:
                 path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
                 command = [sys.executable, str(AUTO_ROUND_SCRIPT), str(self._float()), str(calibration)]
