@@ -86,7 +86,7 @@ def measure(runner: BenchmarkRunner, seed: int) -> Figures:
 
     Keys: "answers": model -> list of [question, score].
     """
-    run = runner.joined(CALLS.name, seed, STEPS, ())
+    run = runner.joined(CALLS.name, seed, STEPS, (), keep=True)
     log = f"{run.path.name}-eval"
     runner.command(["qat_edge", "quantize", str(run.path), "--method", BEST, "--rotate"], log)
     methods = [word for method in (RTN, BEST) for word in ("--ptq", method)]

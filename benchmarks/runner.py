@@ -229,7 +229,7 @@ class BenchmarkRunner:
         self.command([*command, *flags], run.path.name)
         return run
 
-    def joined(self, task: str, seed: int, steps: int, methods: Sequence[str]) -> Run:
+    def joined(self, task: str, seed: int, steps: int, methods: Sequence[str], keep: bool = False) -> Run:
         """Return a run of the QAT model whose FP32 reference is the plain LoRA run of as many steps.
 
         Args:
@@ -237,9 +237,12 @@ class BenchmarkRunner:
             seed: of both trainings.
             steps: optimizer steps of each.
             methods: PTQ methods whose checkpoints of the FP32 reference belong to the run as well.
+            keep: return the folder that is there, with the exports and answers of an interrupted measurement.
         """
         qat = Training(task, seed, steps, RECOMMENDED)
         run = Run(self.folder(qat, "-joined"))
+        if keep and run.path.is_dir():
+            return run
         fp32_run, qat_run = self.train(Training(task, seed, steps, FP32)), self.train(qat)
 
         # The model from the QAT run; reference and PTQ checkpoints from the plain LoRA run.

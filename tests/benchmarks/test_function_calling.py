@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import function_calling
 from benchmarks.function_calling import REFERENCE, RUNTIMES, recovered, source_name, write
-from benchmarks.runner import BenchmarkRunner, Figures
-from benchmarks.settings import CALLS, SETTINGS
+from benchmarks.runner import BenchmarkRunner, Figures, Training
+from benchmarks.settings import CALLS, RECOMMENDED, SETTINGS
 from qat_edge.errors import QatEdgeError
 from qat_edge.public_tasks.answer_records import Answered
 
@@ -60,3 +60,12 @@ def test_models_are_compared_on_the_same_questions() -> None:
     answers = [Answered(str(i), "", float(i < 3), 1, "") for i in range(4)]
     with pytest.raises(QatEdgeError, match="not asked the same questions"):
         recovered(answers, answers[:3], answers)
+
+
+def test_an_interrupted_measurement_goes_on_in_the_same_folder(
+    runner: BenchmarkRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "train", lambda training: pytest.fail("trained again"))
+    folder = runner.folder(Training(CALLS.name, 0, function_calling.STEPS, RECOMMENDED), "-joined")
+    folder.mkdir(parents=True)
+    assert runner.joined(CALLS.name, 0, function_calling.STEPS, (), keep=True).path == folder
