@@ -26,9 +26,9 @@ from qat_edge.models import load
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import verify_folder
-from qat_edge_devices import RUNTIMES, open_runtime, open_transport
+from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.transport import Access
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 from tests.devices.device_fixtures import device_under_test
 
 pytestmark = pytest.mark.model
@@ -85,7 +85,7 @@ def conversations(tokenizer: Any, count: int) -> list[Row]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("real")
     tokenizer = freeze(folder / "quantized")
-    folders = {target: export(folder / "quantized", folder / target, target) for target in FORMATS}
+    folders = {target: export(folder / "quantized", folder / target, target) for target in DEFAULT_FORMATS}
     rows = conversations(tokenizer, PROMPTS)
     return Exported(
         quantized=folder / "quantized",
@@ -120,7 +120,7 @@ def compared(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], s
     return comparison.result()
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 def test_every_layer_is_equal(exported: Exported, target: str) -> None:
     found = verify_folder(exported.folders[target], target, exported.quantized)
     assert (found.linears_equal, found.linears, found.faults) == (210, 210, [])
@@ -195,7 +195,7 @@ def asked_there(
     return logits, [answer.ids for answer in answers]
 
 
-@pytest.mark.parametrize("target", list(RUNTIMES))
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 @pytest.mark.parametrize("way", ["ssh", "adbd"])
 def test_a_device_that_is_reached_answers_as_this_machine_does_and_is_sent_the_artifact_once(
     exported: Exported, way: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
