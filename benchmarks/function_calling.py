@@ -23,7 +23,7 @@ from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
-from qat_edge.options import FORMATS
+from qat_edge.options import DEFAULT_FORMATS
 from qat_edge.public_tasks import answer_records, paired
 from qat_edge.public_tasks.answer_records import Answered
 from qat_edge.public_tasks.paired import Interval
@@ -90,7 +90,7 @@ def measure(runner: BenchmarkRunner, seed: int) -> Figures:
     log = f"{run.path.name}-eval"
     runner.command(["qat_edge", "quantize", str(run.path), "--method", BEST, "--rotate"], log)
     methods = [word for method in (RTN, BEST) for word in ("--ptq", method)]
-    targets = [word for target in FORMATS for word in ("--target", target)]
+    targets = [word for target in DEFAULT_FORMATS for word in ("--target", target)]
     context = ["--context-length", str(CONTEXT)]
     runner.command(["qat_edge", "export", str(run.path), *targets, *methods, *context], log)
 

@@ -45,7 +45,7 @@ from qat_edge.lazy import load
 from qat_edge.manifest import sha256
 from qat_edge.models import merge
 from qat_edge.models.demo_model import fetch_demo_model
-from qat_edge.options import FORMATS, FinetuneOptions
+from qat_edge.options import DEFAULT_FORMATS, FinetuneOptions
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, write_text
@@ -302,7 +302,7 @@ class BenchmarkRunner:
         # Speed is not reported here, so validate times as little as it can.
         path, setting = str(run.path), self.setting
         ptq = [word for method in methods or ("none",) for word in ("--ptq", method)]
-        targets = [word for target in FORMATS for word in ("--target", target)]
+        targets = [word for target in DEFAULT_FORMATS for word in ("--target", target)]
         self.command(
             ["qat_edge", "export", path, *targets, *ptq, "--context-length", "512"],
             f"{run.path.name}-export",

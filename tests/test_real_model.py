@@ -28,7 +28,7 @@ from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_devices import RUNTIMES, open_runtime, open_transport
 from qat_edge_devices.transport import Access
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 from tests.devices.device_fixtures import device_under_test
 
 pytestmark = pytest.mark.model
@@ -85,7 +85,7 @@ def conversations(tokenizer: Any, count: int) -> list[Row]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("real")
     tokenizer = freeze(folder / "quantized")
-    folders = {target: export(folder / "quantized", folder / target, target) for target in FORMATS}
+    folders = {target: export(folder / "quantized", folder / target, target) for target in DEFAULT_FORMATS}
     rows = conversations(tokenizer, PROMPTS)
     return Exported(
         quantized=folder / "quantized",
@@ -120,7 +120,7 @@ def compared(reference: Sequence[np.ndarray], candidate: Sequence[np.ndarray], s
     return comparison.result()
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 def test_every_layer_is_equal(exported: Exported, target: str) -> None:
     found = verify_folder(exported.folders[target], target, exported.quantized)
     assert (found.linears_equal, found.linears, found.faults) == (210, 210, [])

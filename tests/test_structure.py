@@ -196,6 +196,7 @@ OTHER_PARSERS = {
     "qat_edge_exporters.executorch.encoder_runtime": "the request of its own process",
     "qat_edge_exporters.executorch.llm_runner": "the prompt from its own process",
     "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
+    "qat_edge_exporters.gguf.llama_runner": "the prompt from its own process",
     "qat_edge_exporters.onnx.genai_runner": "the prompt from its own process",
     "qat_edge_exporters.onnx.genai_text": "output of its own process",
     "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",

@@ -24,7 +24,7 @@ The modules in the order in which `validate --device ssh:...` goes through them:
 
 Importing this package imports no implementation, and nothing here imports torch, numpy or `qat_edge`. Only the agent
 needs more than the standard library, on the device: numpy and a runtime (executorch with torch,
-executorch-numpy-runtime, onnxruntime or onnxruntime-genai).
+executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ TRANSPORTS = {
 RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",
     "onnx": "qat_edge_devices.runtimes.agent_runtime:OnnxRuntime",
+    "gguf": "qat_edge_devices.runtimes.agent_runtime:GgufRuntime",
 }
 
 NOT_IN_ADDRESSES = frozenset("'\"`$\\;&|<>(){}*?!#")  # characters of shells

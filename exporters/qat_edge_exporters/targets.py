@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.lazy import load
 from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend, require_package
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
-EXECUTORCH, ONNX = "executorch", "onnx"
+EXECUTORCH, ONNX, GGUF = "executorch", "onnx", "gguf"
 KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
 KV_CACHE_INT8 = "int8"
 
@@ -60,6 +60,7 @@ class Target:
         options: names of `export` options that it takes beyond the context length.
         widths: bits of weights that it has operators for.
         backend: compiler other than the format's usual one; None for the usual one.
+        other_rounding: how a runtime rounds otherwise than training did, a sentence each.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Target:
     options: tuple[str, ...] = ()
     widths: tuple[int, ...] = (4, 8)
     backend: Backend | None = None
+    other_rounding: tuple[str, ...] = ()
     # Sentences that say why two options exclude each other, by the names of both.
     exclusions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
@@ -97,7 +99,7 @@ class Target:
     @property
     def differences(self) -> tuple[str, ...]:
         """Return how what it computes may differ from what was trained, a sentence each."""
-        return self.backend.differences if self.backend else ()
+        return self.backend.differences if self.backend else self.other_rounding
 
     def require_compiler(self) -> None:
         """Check that the backend's compiler is installed.
@@ -158,7 +160,13 @@ class Target:
         return str(load(self.support)(config))
 
     def expose_outputs(self, folder: Path, out: Path) -> Exposed:
-        """Write a copy of the artifact that also returns the inputs and outputs of its matrices."""
+        """Write a copy of the artifact that also returns the inputs and outputs of its matrices.
+
+        Raises:
+            ArtifactError: no runtime of the target returns them.
+        """
+        if not self.expose:
+            raise ArtifactError(f"{self.title} has no outputs besides the logits.")
         self.check(folder)
         exposed: Exposed = load(self.expose)(folder, out)
         return exposed
@@ -201,6 +209,7 @@ class Target:
 _PTE = "qat_edge_exporters.executorch"
 COPIED = ("config.json", "generation_config.json")  # into the folder of a .pte
 _ONNX = "qat_edge_exporters.onnx"
+_GGUF = "qat_edge_exporters.gguf"
 
 
 def _other_backend(name: str, reader: str) -> Target:
@@ -260,11 +269,34 @@ _ALL = (
         settings=f"{_ONNX}.expected_config:setting_faults",
         widths=(2, 4, 8),
     ),
+    Target(
+        name=GGUF,
+        format=GGUF,
+        title="GGUF",
+        file="model.gguf",
+        marker="triangle",
+        exporter=f"{_GGUF}.export_gguf:export",
+        reader=f"{_GGUF}.gguf_reader:read",
+        options_reader=f"{_GGUF}.gguf_reader:held_options",
+        constants=f"{_GGUF}.gguf_settings:computed_constants",
+        support=f"{_GGUF}.gguf_support:missing",
+        generator=f"{_GGUF}.llama_text:generate",
+        checker=f"{_GGUF}.gguf_reader:check_folder",
+        settings=f"{_GGUF}.gguf_settings:setting_faults",
+        # https://github.com/ggml-org/llama.cpp/tree/master/ggml/src/ggml-cpu
+        other_rounding=(
+            "llama.cpp rounds the inputs of linear layers to int8 per block of 32 (Q8_0), where training rounds them "
+            "per token",
+            "llama.cpp keeps keys and values in float16, unless it is started with --cache-type-k f32 and "
+            "--cache-type-v f32",
+        ),
+    ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 FORMATS = tuple(dict.fromkeys(target.format for target in _ALL))
+DEFAULT_FORMATS = (EXECUTORCH, ONNX)  # what `export` writes where no format is named, and what `compare` compares
 USUAL_BACKEND = XNNPACK  # of a .pte
 EXPORT_BACKENDS = (USUAL_BACKEND, *BACKENDS)  # values of `export --backend`
 

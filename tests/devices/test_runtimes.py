@@ -35,7 +35,14 @@ from qat_edge_devices.runtimes import agent_runtime as runtime_side
 from qat_edge_devices.runtimes.agent_runtime import ExecuTorchRuntime
 from qat_edge_devices.transport import CompletedProgram
 
-AGENT = ["agent/__init__.py", "agent/agent.py", "agent/loaded_models.py", "agent/machine.py"]
+AGENT = [
+    "agent/__init__.py",
+    "agent/agent.py",
+    "agent/llama_model.py",
+    "agent/loaded_models.py",
+    "agent/machine.py",
+    "agent/model_errors.py",
+]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,
     "load_ms": 1.0, "baseline_rss_bytes": 10, "peak_rss_bytes": 30, "peak_includes_import": False,

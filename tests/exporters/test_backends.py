@@ -17,7 +17,15 @@ from conftest import make_tokenizer
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.lazy import load
 from qat_edge.manifest import read_manifest, write_manifest
-from qat_edge.options import ARTIFACTS, EXPORT_BACKENDS, FORMATS, RUNTIMES, ExportOptions, ValidateOptions
+from qat_edge.options import (
+    ARTIFACTS,
+    DEFAULT_FORMATS,
+    EXPORT_BACKENDS,
+    FORMATS,
+    RUNTIMES,
+    ExportOptions,
+    ValidateOptions,
+)
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge.verbs import export as exporting
@@ -259,7 +267,7 @@ def test_each_backend_has_its_folder_and_reports_its_differences(
     write_manifest(variant.quantized, "quantized")
     monkeypatch.setattr(targets, "load", lambda entry: exporter)
     options = ExportOptions(backend=name)
-    for format in FORMATS:
+    for format in DEFAULT_FORMATS:
         exporting.export_one(variant, targets.target_for(format, name), options)
     folder = f"executorch-{name}"
     assert variant.targets() == [folder, "onnx"]

@@ -26,7 +26,7 @@ from qat_edge.evaluate.reference import load_exact
 from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.quant import frozen, scheme
 from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
 CONTEXT = 32
 RANK = 4
@@ -148,7 +148,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
         return torch.as_tensor(model(tokens).logits[0])
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 @pytest.mark.parametrize("kind", ["float", "adapted"])
 def test_float_artifacts_compute_the_float_function(
     kind: str, target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
@@ -157,7 +157,7 @@ def test_float_artifacts_compute_the_float_function(
     torch.testing.assert_close(found, logits(made[kind].reference, text()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 def test_unmerged_adapters_compute_the_merged_model(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
@@ -181,7 +181,7 @@ def test_adapters_with_quantized_weights_compute_the_emulation(
     assert sqnr(logits(made["adapted"].reference, text()), wanted) < 25  # quantization is not a small change
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 def test_quantized_weights_are_read_back_with_adapters(
     target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path]
 ) -> None:
@@ -192,7 +192,7 @@ def test_quantized_weights_are_read_back_with_adapters(
         np.testing.assert_array_equal(found[name].codes, weight.codes.numpy())
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], Path]) -> None:
     folder = artifacts(kind, target)
@@ -208,7 +208,7 @@ def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], P
     }
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 def test_unsupported_adapters_are_rejected(target: str, made: Mapping[str, Made], tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(made["adapted"].checkpoint, checkpoint)

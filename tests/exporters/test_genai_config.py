@@ -190,9 +190,12 @@ def test_no_runtime_gets_an_unchecked_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("qat_edge_exporters.targets.load", lambda entry: lambda *_: calls.append(entry))
     for target in TARGETS.values():
         calls.clear()
-        target.expose_outputs(tmp_path, tmp_path)
+        if target.expose:
+            target.expose_outputs(tmp_path, tmp_path)
         target.generate(tmp_path, None, "", print, 1)  # type: ignore[arg-type]
         assert calls == [
-            e for use in (target.expose, target.generator) for e in ([target.checker] if target.checker else []) + [use]
+            entry
+            for use in ([target.expose] if target.expose else []) + [target.generator]
+            for entry in ([target.checker] if target.checker else []) + [use]
         ]
     assert TARGETS["onnx"].checker

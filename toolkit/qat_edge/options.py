@@ -14,7 +14,8 @@ from qat_edge.quant.codebook import FEWEST, LEVELS
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
 from qat_edge_exporters import targets
 
-FORMATS = targets.FORMATS  # what `export --target` writes
+FORMATS = targets.FORMATS  # what `export --target` can write
+DEFAULT_FORMATS = targets.DEFAULT_FORMATS
 EXPORT_BACKENDS = targets.EXPORT_BACKENDS
 ARTIFACTS = tuple(targets.TARGETS)  # every kind of artifact: a format lowered to one of its backends
 GROUP_SIZES = (32, 64, 128)
@@ -283,7 +284,7 @@ class QuantizeOptions:
 class ExportOptions:
     """Options of `export`: the artifacts to write, and their context length."""
 
-    target: tuple[str, ...] = option("Format to write.", FORMATS, FORMATS, may_be_empty=False)
+    target: tuple[str, ...] = option("Format to write.", DEFAULT_FORMATS, FORMATS, may_be_empty=False)
     context_length: int | None = option(
         f"Tokens in the KV cache, prompt and answer together; by default {DEFAULT_CONTEXT}, or the model's positions "
         "if it has fewer.",
@@ -414,7 +415,9 @@ class CompareOptions:
     model: str | None = option("Train first, with --out: the base model, as for finetune.", None, group=DATA)
     data: str | None = option("Train first: training rows, as for finetune.", None, group=DATA)
     eval_data: str | None = option("Train first: held-out rows, as for finetune.", None, group=DATA)
-    target: tuple[str, ...] = option("Formats to compare in.", FORMATS, FORMATS, group=MEASURING, may_be_empty=False)
+    target: tuple[str, ...] = option(
+        "Formats to compare in.", DEFAULT_FORMATS, DEFAULT_FORMATS, group=MEASURING, may_be_empty=False
+    )
     deployment: tuple[str, ...] = option(
         "Rows of the table.", DEPLOYMENTS, DEPLOYMENTS, group=MEASURING, may_be_empty=False
     )

@@ -1,8 +1,8 @@
 """Run one artifact on this machine: `python -m agent.agent REQUEST.json RESULTS_FOLDER`.
 
 This folder is copied to devices without the rest of its package, so it imports only the standard library, numpy and the
-runtime (executorch with torch, executorch-numpy-runtime, onnxruntime or onnxruntime-genai). A request names the
-backend, the artifact, the threads and one task:
+runtime (executorch with torch, executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp). A request names
+the backend, the artifact, the threads and one task:
 
   score     logits of given token ids, row t predicting token t + 1: float32 (tokens, vocabulary); from position
             `decode_from` on, unless it is null, tokens are fed one at a time, as in generation
@@ -31,7 +31,8 @@ from typing import Any, BinaryIO
 
 # Relative, because the folder is sent under a shorter name.
 from . import machine  # noqa: TID252
-from .loaded_models import PIP_NAMES, DeviceModel, RequestRejected, choose_backend  # noqa: TID252
+from .loaded_models import PIP_NAMES, DeviceModel, choose_backend  # noqa: TID252
+from .model_errors import RequestRejected  # noqa: TID252
 
 FORMAT = 2  # of request and result
 EXIT_REJECTED = 65

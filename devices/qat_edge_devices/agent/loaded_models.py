@@ -4,6 +4,7 @@
     NumpyModel        a .pte in executorch-numpy-runtime, which does not
     OnnxModel         an ONNX folder in plain onnxruntime: gives logits
     GenaiModel        an ONNX folder in onnxruntime-genai: generates as a phone app would
+    LlamaModel        a GGUF file in llama.cpp (`llama_model`)
 
 Each constructor imports its runtime, and nothing else does, so a device needs only the one it uses. Runtimes and their
 objects are typed `Any`: most of these libraries ship no type information.
@@ -19,9 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-CHUNK_TOKENS = 256  # tokens whose logits are in memory at once
+# Relative, because the folder is sent under a shorter name.
+from .llama_model import LlamaModel  # noqa: TID252
+from .model_errors import RequestRejected, token_chunks  # noqa: TID252
+
 # Module -> name on PyPI, if they differ.
-PIP_NAMES = {"onnxruntime_genai": "onnxruntime-genai", "executorch_numpy_runtime": "executorch-numpy-runtime"}
+PIP_NAMES = {
+    "onnxruntime_genai": "onnxruntime-genai",
+    "executorch_numpy_runtime": "executorch-numpy-runtime",
+    "xllamacpp": "xllamacpp==2026.10.11549",  # the version whose interface `llama_model` was read in
+}
 # Greedy decoding, whatever genai_config.json keeps of the model's own settings for apps.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -34,10 +42,6 @@ OPERATOR_LIBRARIES = (
 LLM_OPERATOR = re.compile(rb"llama::\w+")  # name of an operator of ExecuTorch's LLM runner, in a .pte
 CACHE_PREFIX, NEW_CACHE_PREFIX = "past_key_values", "present"  # of the KV cache among inputs and outputs in ONNX
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-class RequestRejected(Exception):
-    """The artifact cannot do what the request asks for; the message has the reason."""
 
 
 class DeviceModel(Protocol):
@@ -392,13 +396,17 @@ def choose_backend(request: dict[str, Any]) -> DeviceModel:
     """Import the runtime for a request and return its model, not yet loaded.
 
     A .pte runs in the torch-free runtime if that is installed and the one with torch is not. An ONNX folder is
-    generated with and timed in onnxruntime-genai if that is installed, and scored in plain onnxruntime.
+    generated with and timed in onnxruntime-genai if that is installed, and scored in plain onnxruntime. A GGUF file
+    runs in llama.cpp.
     """
     if request["backend"] == "executorch":
         # If neither is installed, ExecuTorch's import fails with the name of the missing package.
         if is_installed("torch", "executorch") or not is_installed("executorch_numpy_runtime"):
             return ExecuTorchModel()
         return NumpyModel()
+
+    if request["backend"] == "gguf":
+        return LlamaModel()
 
     # onnxruntime-genai gives no logits, and cannot generate without any end token.
     is_generation = request["task"] == "generate" and request["eos_ids"]
@@ -410,15 +418,6 @@ def choose_backend(request: dict[str, Any]) -> DeviceModel:
 def is_installed(*modules: str) -> bool:
     """Return whether all of these modules are installed, without importing them."""
     return all(importlib.util.find_spec(name) for name in modules)
-
-
-def token_chunks(ids: list[int], decode_from: int | None) -> Iterator[list[int]]:
-    """Yield the ids of a sequence as a model processes them: many at once, from `decode_from` on one at a time."""
-    end = len(ids) if decode_from is None else decode_from
-    for begin in range(0, len(ids[:end]), CHUNK_TOKENS):
-        yield ids[begin : min(begin + CHUNK_TOKENS, end)]
-    for token in ids[end:]:
-        yield [token]
 
 
 def read_genai_config(folder: Path) -> dict[str, Any]:

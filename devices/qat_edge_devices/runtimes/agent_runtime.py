@@ -298,6 +298,22 @@ class OnnxRuntime(AgentRuntime):
         return "artifact"
 
 
+class GgufRuntime(AgentRuntime):
+    """Runs the GGUF file of an export folder in llama.cpp."""
+
+    backend = "gguf"
+
+    def files(self, artifact: Path) -> dict[str, Path]:
+        """Return the file. The tokenizer stays here: only token ids are sent."""
+        if not (artifact / "model.gguf").is_file():
+            raise TransportError(f"{artifact}: no model.gguf there. Export it again.")
+        return {self.entry(): artifact / "model.gguf"}
+
+    def entry(self) -> str:
+        """Return the path of the file on the device."""
+        return "artifact/model.gguf"
+
+
 def _require_processor(device: str, info: DeviceInfo) -> None:
     if info.machine.lower() not in MACHINES or info.bits == 32:
         system = f"{info.machine}, {info.bits}-bit programs" if info.bits else info.machine

@@ -4,6 +4,9 @@ ONNX Runtime on x86 rounds the input of a layer symmetrically per token and bloc
 per token, as training does. Of 2-bit weights with `seq` levels it multiplies the integer part by the rounded input and
 the half step that is left by the input in float (`qat_edge_exporters.onnx.half_steps`). A .pte exported with --kv-cache
 int8 rounds queries, keys and values per token and head.
+
+llama.cpp rounds the input of a layer symmetrically per token and block of 32, and its scale to float16 afterwards, on
+all processors. GELU is a table of float16 numbers there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators that round keys and values
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.activations import GELUTanh
 
 from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import numerics
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 X86 = ("x86_64", "amd64")
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
+Q8_0 = "inputs rounded per block with float16 scales, as llama.cpp does"
 CACHE = "keys and values in int8"
 SDPA = "sdpa"  # transformers' default attention
 
@@ -47,6 +52,7 @@ class Rounding:
         machines: processor architectures on which the runtime rounds inputs and cache so; empty for all.
         half_steps: by module, half the distance between its levels, float32 (out, blocks), which multiplies sums of the
             input in float; on all machines.
+        float16_scales: True if the scales of blocks are rounded to float16, and GELU is computed in float16.
     """
 
     name: str = "as trained"
@@ -54,6 +60,7 @@ class Rounding:
     int8_cache: bool = False
     machines: tuple[str, ...] = ()
     half_steps: Mapping[str, Tensor] = field(default_factory=dict)
+    float16_scales: bool = False
 
     def applies(self, machine: str) -> bool:
         """Return True if the runtime rounds so on a machine of that architecture."""
@@ -78,9 +85,11 @@ def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
         int8_cache: the artifact keeps keys and values in int8.
     """
     # MatMulNBits has a block size of its own, whatever groups the weights were trained with.
-    if target == "onnx":
+    if target in ("onnx", "gguf"):
         artifact = target_named(target).read(folder)
         blocks = {name: weight.block for name, weight in artifact.weights.items() if weight.block}
+        if target == "gguf":
+            return Rounding(Q8_0, blocks, float16_scales=True)
         seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
         half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
         return Rounding(BLOCKS, blocks, machines=X86, half_steps=half_steps)
@@ -103,8 +112,10 @@ def emulate_rounding(
             block, module = rounding.blocks.get(name), model.get_submodule(name)
             if name in rounding.half_steps:
                 stack.enter_context(_half_steps_in_float(module, rounding.half_steps[name]))
-            hook = numerics.round_input if block is None else _block_rounder(block)
+            hook = numerics.round_input if block is None else _block_rounder(block, rounding.float16_scales)
             stack.callback(module.register_forward_pre_hook(hook).remove)
+        if rounding.float16_scales:
+            stack.enter_context(_gelu_in_float16(model))
         if rounding.int8_cache:
             stack.enter_context(_round_attention_inputs())
         yield model
@@ -131,10 +142,27 @@ def _half_steps_in_float(module: nn.Module, half_steps: Tensor) -> Iterator[None
             handle.remove()
 
 
-def _block_rounder(block: int) -> Hook:
+@contextmanager
+def _gelu_in_float16(model: nn.Module) -> Iterator[None]:
+    """Round input and output of GELU to float16, as ggml's table of its values does.
+
+    https://github.com/ggml-org/llama.cpp/blob/b4882/ggml/src/ggml-cpu/ggml-cpu.c (GGML_GELU_FP16)
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GELUTanh):
+                before = module.register_forward_pre_hook(lambda _, args: (args[0].half().float(), *args[1:]))
+                after = module.register_forward_hook(lambda _, args, output: output.half().float())
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        yield
+
+
+def _block_rounder(block: int, float16_scales: bool) -> Hook:
     """Return a forward pre-hook that rounds a module's input to int8, s = max|x| / 127 per token and block.
 
-    ONNX Runtime's MLAS does this in SQNBitGemm with CompInt8.
+    ONNX Runtime's MLAS does this in SQNBitGemm with CompInt8, and ggml in quantize_row_q8_0, where the codes are
+    chosen before their scale is rounded to float16.
     """
 
     def round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +172,9 @@ def _block_rounder(block: int) -> Hook:
         largest = blocks.abs().amax(dim=-1, keepdim=True)
         # A block of zeros has no scale: 127 / 0 is infinite, and its codes must be 0.
         codes = (blocks * (127 / largest).nan_to_num(posinf=0.0)).round()
-        return ((codes * (largest / 127)).flatten(-2)[..., : x.shape[-1]], *args[1:])
+        scales = largest / 127
+        scales = scales.half().float() if float16_scales else scales
+        return ((codes * scales).flatten(-2)[..., : x.shape[-1]], *args[1:])
 
     return round_input
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from qat_edge import progress
 from qat_edge.errors import ModelError
@@ -39,6 +42,34 @@ IGNORE_MERGES = frozenset(
     }
 )  # fmt: skip
 BEGIN_BY_DEFAULT = IGNORE_MERGES  # a text begins with the begin token, unless ADD_BOS says otherwise
+# Rules to write, the usual name of each: whatever else has the same split is read only.
+WRITTEN_RULES = ("llama-bpe", "smaug-bpe", "tekken", "qwen2", "qwen35", "gpt-4o")
+
+
+def splitting_rule(backend: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the rule by which a byte-level BPE tokenizer splits texts; empty where it has none.
+
+    Args:
+        backend: The tokenizer as tokenizer.json has it.
+    """
+    split = backend["pre_tokenizer"] or {}
+    steps = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
+    *others, bytes_step = steps
+    if bytes_step.get("type") != "ByteLevel" or bytes_step.get("add_prefix_space"):
+        return ""
+    ignores_merges = bool(backend["model"].get("ignore_merges"))
+    if bytes_step.get("use_regex", True):
+        # GPT-2's split, which is a part of this step, alone or after a split at digits.
+        at_digits = [step.get("type") == "Digits" and step.get("individual_digits") for step in others]
+        name = {(): "gpt-2", (True,): "smollm"}.get(tuple(at_digits), "")
+        return "" if ignores_merges else name
+    if len(others) != 1 or others[0].get("type") != "Split":
+        return ""
+    if others[0].get("behavior") != "Isolated" or others[0].get("invert"):
+        return ""
+    pattern = others[0]["pattern"].get("Regex")
+    names = [name for name in WRITTEN_RULES if GGUF_PRE_TOKENIZER_SPLITS[name] == pattern]
+    return next((name for name in names if (name in IGNORE_MERGES) == ignores_merges), "")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: GgufMetadata, path: Path) -> None:

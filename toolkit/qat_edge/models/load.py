@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ from qat_edge.models.load_config import (
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
 PARSE_ERRORS = (*WRONG_VALUES, struct.error, OSError, SafetensorError)
@@ -137,9 +137,9 @@ def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | N
     return config if tasks.is_encoder_config(config) else None
 
 
-def export_gaps(config: PretrainedConfig) -> dict[str, str]:
-    """Return the formats to which a model of this configuration cannot be exported: format -> reason, a sentence."""
-    reasons = {name: target_named(name).missing_for(config) for name in FORMATS}
+def export_gaps(config: PretrainedConfig, formats: Sequence[str] = DEFAULT_FORMATS) -> dict[str, str]:
+    """Return those of `formats` to which a model of this configuration cannot be exported, with a sentence why."""
+    reasons = {name: target_named(name).missing_for(config) for name in formats}
     return {target: reason for target, reason in reasons.items() if reason}
 
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge import option_paths, progress, readers, remote_code
 from qat_edge.errors import ModelError, RunError, UsageError
@@ -23,6 +23,7 @@ from qat_edge.manifest import LIBRARIES, MANIFEST, check_files, library_version,
 from qat_edge.models import adapter_files
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
+from qat_edge.models.load_config import load_config
 from qat_edge.models.tasks import task_from_metadata
 from qat_edge.quant import fake, frozen, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.fake import SCALE_FACTOR
@@ -198,6 +199,23 @@ def base_model(adapter: Path) -> PreTrainedModel:
 
 
 # --- steps they share --------------------------------------------------------------------------------------
+
+
+def base_config(adapter: Path) -> PretrainedConfig | None:
+    """Read the configuration of the base model of a run's adapters, without its weights.
+
+    None where the model is in no local folder, or is a part of a larger one: then it is known once it is merged.
+
+    Raises:
+        RunError: There is no adapter, or the model has code of its own that may not run.
+        ModelError: The configuration cannot be read.
+    """
+    source = adapter_metadata(adapter)["model"]
+    if not (Path(source["source"]) / "config.json").is_file():
+        return None
+    trusted = remote_code.require_for(source["trust_remote_code"], adapter)
+    config = load_config(source["source"], trusted, source["source"])
+    return config if config.get_text_config() is config else None
 
 
 def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:

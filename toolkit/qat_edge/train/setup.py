@@ -34,7 +34,7 @@ from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, target_named
 
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
@@ -317,7 +317,7 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
         for difference in sentence_modules.differences(options.model, options.max_length, loaded.identity.revision):
             progress.warn(difference)
     gaps = load.export_gaps(loaded.model.config)
-    if len(gaps) == len(FORMATS):
+    if len(gaps) == len(DEFAULT_FORMATS) and len(load.export_gaps(loaded.model.config, FORMATS)) == len(FORMATS):
         reasons = " ".join(f"To {target}: {reason}" for target, reason in gaps.items())
         raise ModelError(
             f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "

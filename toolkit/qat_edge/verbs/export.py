@@ -20,7 +20,7 @@ from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256, write_manifest
-from qat_edge.models import positions, tasks
+from qat_edge.models import merge, positions, tasks
 from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.models.generation_settings import describe_left_out
 from qat_edge.options import DEFAULT_CONTEXT, ExportOptions
@@ -31,6 +31,7 @@ from qat_edge.run_lock import writes_run
 from qat_edge.storage import replace_folder
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing, widths_of
 from qat_edge_exporters.targets import (
+    DEFAULT_FORMATS,
     EXECUTORCH,
     FORMATS,
     KV_CACHE_FLOAT,
@@ -82,6 +83,7 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     options = with_context_length(run, options)
     methods = [QAT, *_ptq_methods(options)]
     _check_widths(run, targets, methods)
+    _check_models(run, targets)
 
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
     pending = list(folders) if force else _pending(folders, options)
@@ -297,7 +299,7 @@ def _check_kv_cache(targets: list[Target], options: ExportOptions) -> None:
     others = [target.format for target in targets if "kv_cache" not in target.options]
     if options.kv_cache != KV_CACHE_FLOAT and others:
         flag = _flag("kv_cache", options)
-        raise UsageError(f"{flag} is for --target {EXECUTORCH} alone; {others[0]} keeps keys and values in float32.")
+        raise UsageError(f"{flag} is for --target {EXECUTORCH} alone; {others[0]} has no such cache.")
 
 
 def _check_encoder(run: Run, targets: list[Target], options: ExportOptions) -> None:
@@ -329,6 +331,25 @@ def _check_widths(run: Run, targets: list[Target], methods: list[str]) -> None:
                     f"--target {target.format}: {missing.removesuffix('.')}, which {run.path} was {_origin(method)}. "
                     f"Run `qat-edge export {run.path} --target {able}`."
                 )
+
+
+def _check_models(run: Run, targets: list[Target]) -> None:
+    """Refuse a format that cannot express the model, before anything is merged.
+
+    `finetune` has warned of the default formats only, and the other exporters check again.
+
+    Raises:
+        ExportError: names the format and the reason.
+    """
+    others = [target for target in targets if target.format not in DEFAULT_FORMATS]
+    model = next((f for f in (run.quantized, run.adapter, run.reference) if (f / "config.json").is_file()), None)
+    if not others:
+        return
+    config = frozen_config.read(model) if model is not None else merge.base_config(run.adapter)
+    for target in others:
+        reason = "" if config is None else target.missing_for(config)
+        if reason:
+            raise ExportError(f"{target.format}: {reason} Leave it out with --target {DEFAULT_FORMATS[0]}.")
 
 
 def _origin(method: str) -> str:

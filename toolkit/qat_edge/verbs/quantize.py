@@ -25,7 +25,7 @@ from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
-from qat_edge_exporters.targets import FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
 NEEDED = ("adapter_sha256", "options", "calibration")  # entries of a checkpoint's manifest that are read here
 
@@ -143,10 +143,10 @@ def widths_of(run: Run, method: str) -> set[int]:
 
 
 def target_flag(run: Run, method: str) -> str:
-    """Return the flag that `export` needs for a variant whose bits not every format can hold; empty where all can."""
+    """Return the flag that `export` needs for a variant whose bits not every default format can hold; else empty."""
     widths = widths_of(run, method)
-    able = [name for name in FORMATS if not target_named(name).missing_widths(widths)]
-    return "" if len(able) == len(FORMATS) else "".join(f" --target {name}" for name in able)
+    able = [name for name in DEFAULT_FORMATS if not target_named(name).missing_widths(widths)]
+    return "" if len(able) == len(DEFAULT_FORMATS) else "".join(f" --target {name}" for name in able)
 
 
 def _existing(variant: Variant, adapter: Path, options: QuantizeOptions) -> Quantized:

@@ -1,0 +1,165 @@
+"""Export a checkpoint to a GGUF file, which llama.cpp and what is built on it load. Nothing is rounded here.
+
+int4 codes in groups become blocks of Q4_0, int8 codes per channel blocks of Q8_0 (`gguf_blocks`), and everything else
+stays in float32. What such a file cannot hold exactly is refused before the first byte is written: 2-bit codes, scales
+that float16 does not hold, a rotated head that shares the embedding's table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qat_edge import progress
+from qat_edge.errors import ExportError
+from qat_edge.models import tokenizer
+from qat_edge.quant.frozen import FrozenWeight, read_floats, read_scheme, read_weights
+from qat_edge.quant.rotated_norm import ROTATION
+from qat_edge_exporters.checkpoint import is_frozen, read_adapters
+from qat_edge_exporters.gguf import gguf_blocks, gguf_file, gguf_support
+from qat_edge_exporters.gguf.gguf_blocks import BY_BITS, BlockType
+from qat_edge_exporters.gguf.gguf_families import EMBEDDING, HEAD, Family, family_of, is_norm, module_names, row_order
+from qat_edge_exporters.gguf.gguf_file import MODEL_FILE
+from qat_edge_exporters.gguf.gguf_rope import rotary_settings
+from qat_edge_exporters.gguf.gguf_settings import file_metadata, read_config
+
+Stored = dict[str, tuple[NDArray[Any], BlockType | None]]  # values or blocks of each tensor, and the type of the blocks
+ELSEWHERE = "Export to another --target."
+
+
+def export(checkpoint: Path, out: Path, context_length: int) -> None:
+    """Write model.gguf and the tokenizer's files into the empty folder `out`.
+
+    Args:
+        checkpoint: a frozen checkpoint, or a float one, which stays in float32.
+        out: empty folder.
+        context_length: tokens of prompt and completion together, which llama.cpp takes as the model's.
+
+    Raises:
+        ExportError: llama.cpp does not compute this model, or a GGUF file cannot hold it exactly.
+    """
+    config = read_config(checkpoint)
+    reason = gguf_support.missing(config)
+    if reason:
+        raise ExportError(f"gguf: {reason} {ELSEWHERE}")
+    family = family_of(config)
+    window = gguf_support.window_gap(config, family, context_length)
+    if window:
+        raise ExportError(f"gguf: {window}")
+
+    # Everything is checked before the file is begun.
+    weights = read_weights(checkpoint) if is_frozen(checkpoint) else {}
+    floats = read_floats(checkpoint)
+    names = module_names(family, config.num_hidden_layers)
+    _require_tensors(checkpoint, weights, floats, names)
+    is_shared = _shares_table(checkpoint, weights, floats, family)
+    for module, weight in weights.items():
+        _require_blocks(module, weight)
+    metadata = file_metadata(checkpoint, context_length)
+
+    progress.info(f"Packing {len(weights)} matrices")
+    skipped = {HEAD} if is_shared else set()
+    tensors: Stored = {
+        f"{names[module]}.weight": _packed(module, weight, metadata, family)
+        for module, weight in weights.items()
+        if module not in skipped
+    }
+    tensors |= {
+        f"{names[module]}.{kind}": (_as_stored(module, values.numpy(), metadata, family), None)
+        for name, values in floats.items()
+        for module, _, kind in [name.rpartition(".")]
+        if module not in skipped
+    }
+    factors = rotary_settings(config, family.architecture).factors
+    tensors |= {name: (values, None) for name, values in factors.items()}
+    gguf_file.write(out / MODEL_FILE, family.architecture, metadata, tensors)
+    tokenizer.copy_tokenizer_files(checkpoint, out)
+
+
+def _require_tensors(
+    checkpoint: Path, weights: dict[str, FrozenWeight], floats: dict[str, Tensor], names: dict[str, str]
+) -> None:
+    """Refuse a checkpoint with a tensor that llama.cpp's graph has no place for.
+
+    Raises:
+        ExportError: names the tensor, and what to do.
+    """
+    if read_adapters(checkpoint):
+        raise ExportError(
+            "gguf: the checkpoint has unmerged adapters, and a GGUF file holds a whole model. Merge them first, as the "
+            "export of a run does."
+        )
+    if any(name.endswith(f".{ROTATION}") for name in floats):
+        raise ExportError(
+            "gguf: embedding and head share a rotated table, so the head's input is multiplied by one more matrix, "
+            "which no graph of llama.cpp has. Train for this target with `finetune --rotate off`; or keep the rotation "
+            "and give the two ends tables of their own: `finetune --embedding-bits 8 --head-bits 4`. "
+            f"{ELSEWHERE[:-1]} otherwise."
+        )
+    modules = [*weights, *(name.rpartition(".")[0] for name in floats)]
+    unknown = [module for module in modules if module not in names and module != HEAD]
+    if unknown:
+        raise ExportError(f"gguf: {unknown[0]} has no counterpart in llama.cpp's graph of this model. {ELSEWHERE}")
+
+
+def _shares_table(
+    checkpoint: Path, weights: dict[str, FrozenWeight], floats: dict[str, Tensor], family: Family
+) -> bool:
+    """Return whether the head has the embedding's table.
+
+    Raises:
+        ExportError: llama.cpp's graph has one table, and the model two.
+    """
+    is_shared = read_scheme(checkpoint).tied if weights else f"{HEAD}.weight" not in floats
+    if family.shares_table and not is_shared:
+        raise ExportError(
+            f"gguf: llama.cpp's graph for {family.architecture} has one table for {EMBEDDING} and {HEAD}, and this "
+            "model has two. Train with the same --embedding-bits and --head-bits, and with --rotate off. "
+            f"{ELSEWHERE[:-1]} otherwise."
+        )
+    return is_shared
+
+
+def _require_blocks(module: str, weight: FrozenWeight) -> None:
+    """Refuse a matrix that blocks cannot hold exactly.
+
+    Raises:
+        ExportError: names the matrix, and what to do.
+    """
+    width, groups = weight.codes.shape[1], weight.scales.shape[1]
+    if weight.bits not in BY_BITS:
+        raise ExportError(
+            f"gguf: {module} has {weight.bits}-bit codes, and Q4_0 and Q8_0, which GGUF holds exactly, have 4 and 8. "
+            f"{ELSEWHERE}"
+        )
+    if width % gguf_blocks.WIDTH or width // groups % gguf_blocks.WIDTH:
+        raise ExportError(
+            f"gguf: {module} has {width} input features in groups of {width // groups}, and a GGUF file has blocks of "
+            f"{gguf_blocks.WIDTH}. {ELSEWHERE}"
+        )
+    gguf_blocks.require_float16(module, weight.scales.float().numpy())
+
+
+def _packed(
+    module: str, weight: FrozenWeight, metadata: dict[str, Any], family: Family
+) -> tuple[NDArray[np.uint8], BlockType]:
+    """Return a matrix in blocks, its rows in llama.cpp's order."""
+    codes, scales, block = weight.codes.numpy(), weight.scales.float().numpy(), BY_BITS[weight.bits]
+    order = row_order(module, len(codes), metadata, family)
+    if order is not None:
+        codes, scales = codes[order], scales[order]
+    return gguf_blocks.pack(codes, scales, block), block
+
+
+def _as_stored(
+    module: str, values: NDArray[np.float32], metadata: dict[str, Any], family: Family
+) -> NDArray[np.float32]:
+    """Return a float tensor as llama.cpp has it."""
+    if is_norm(module) and family.norm_offset:
+        return values + np.float32(family.norm_offset)
+    order = row_order(module, len(values), metadata, family)
+    return values if order is None else values[order]

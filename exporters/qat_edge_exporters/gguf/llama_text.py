@@ -1,0 +1,51 @@
+"""Generate text with a GGUF file in llama.cpp. Prompt and answer are token ids: the tokenizer is the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qat_edge.data.conversation import Prompt
+from qat_edge.errors import ArtifactError, RunError
+from qat_edge_exporters.gguf import gguf_reader, llama_runner
+from qat_edge_exporters.runner_process import start_runner
+
+PACKAGE = "xllamacpp"
+EXTRA = "gguf"  # of qat-edge, which installs it
+INCOMPLETE = "\ufffd"  # at the end of a text whose last character has further bytes
+
+
+def generate(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    emit: Callable[[str], None],
+    max_new_tokens: int,
+) -> None:
+    """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
+
+    Raises:
+        RunError: llama.cpp is not installed.
+        ArtifactError: llama.cpp refused the file, or crashed.
+    """
+    if find_spec(PACKAGE) is None:
+        raise RunError(
+            f"{folder}: llama.cpp's package {PACKAGE} is not installed. Install it: `pip install 'qat-edge[{EXTRA}]'`."
+        )
+    ends = gguf_reader.read(folder).end_tokens or []
+    ids: list[int] = []
+    shown = ""
+    with start_runner(llama_runner, folder, max_new_tokens, {"ids": prompt.ids, "ends": ends}, {}) as runner:
+        for line in runner.output:
+            ids.append(int(line))
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            if not text.endswith(INCOMPLETE):
+                emit(text[len(shown) :])
+                shown = text
+        code, reason = runner.finish()
+    emit(str(tokenizer.decode(ids, skip_special_tokens=True))[len(shown) :])
+    if code != 0:
+        raise ArtifactError(f"{folder}: llama.cpp refused it: {reason}. Export it again.")
