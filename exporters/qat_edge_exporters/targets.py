@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
-EXECUTORCH, ONNX, GGUF = "executorch", "onnx", "gguf"
+EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
 KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
 KV_CACHE_INT8 = "int8"
 
@@ -210,6 +210,7 @@ _PTE = "qat_edge_exporters.executorch"
 COPIED = ("config.json", "generation_config.json")  # into the folder of a .pte
 _ONNX = "qat_edge_exporters.onnx"
 _GGUF = "qat_edge_exporters.gguf"
+_HF = "qat_edge_exporters.huggingface"
 
 
 def _other_backend(name: str, reader: str) -> Target:
@@ -290,6 +291,21 @@ _ALL = (
             "llama.cpp keeps keys and values in float16, unless it is started with --cache-type-k f32 and "
             "--cache-type-v f32",
         ),
+    ),
+    Target(
+        name=HF,
+        format=HF,
+        title="Hugging Face",
+        file="model.safetensors",
+        marker="star",
+        exporter=f"{_HF}.export_hf:export",
+        reader=f"{_HF}.hf_reader:read",
+        options_reader=f"{_HF}.hf_settings:held_options",
+        constants=f"{_HF}.float_tables:computed_constants",
+        support=f"{_HF}.hf_support:missing",
+        generator=f"{_HF}.hf_text:generate",
+        checker=f"{_HF}.hf_settings:check_folder",
+        settings=f"{_HF}.hf_settings:setting_faults",
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),
