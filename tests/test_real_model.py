@@ -26,7 +26,7 @@ from qat_edge.models import load
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import verify_folder
-from qat_edge_devices import RUNTIMES, open_runtime, open_transport
+from qat_edge_devices import open_runtime, open_transport
 from qat_edge_devices.transport import Access
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 from tests.devices.device_fixtures import device_under_test
@@ -195,7 +195,7 @@ def asked_there(
     return logits, [answer.ids for answer in answers]
 
 
-@pytest.mark.parametrize("target", list(RUNTIMES))
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 @pytest.mark.parametrize("way", ["ssh", "adbd"])
 def test_a_device_that_is_reached_answers_as_this_machine_does_and_is_sent_the_artifact_once(
     exported: Exported, way: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ class Target:
         widths: bits of weights that it has operators for.
         backend: compiler other than the format's usual one; None for the usual one.
         other_rounding: how a runtime rounds otherwise than training did, a sentence each.
+        package: Python package that runs it; empty where qat-edge depends on it.
+        extra: the extra of qat-edge that installs `package`.
     """
 
     name: str
@@ -85,12 +88,17 @@ class Target:
     widths: tuple[int, ...] = (4, 8)
     backend: Backend | None = None
     other_rounding: tuple[str, ...] = ()
+    package: str = ""
+    extra: str = ""
     # Sentences that say why two options exclude each other, by the names of both.
     exclusions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def runs_elsewhere(self) -> str:
         """Return why the artifact cannot run on this machine, as a sentence; empty where it can."""
+        if self.package and find_spec(self.package) is None:
+            install = f"`pip install 'qat-edge[{self.extra}]'` installs it."
+            return f"{self.name} cannot run here: the package {self.package} is not installed. {install}"
         if self.backend is None:
             return ""
         lacking = f"{self.backend.delegate} is not in ExecuTorch's Python package"
@@ -288,9 +296,11 @@ _ALL = (
         other_rounding=(
             "llama.cpp rounds the inputs of linear layers to int8 per block of 32 (Q8_0), where training rounds them "
             "per token",
-            "llama.cpp keeps keys and values in float16, unless it is started with --cache-type-k f32 and "
-            "--cache-type-v f32",
+            "llama.cpp keeps keys and values in float16, and its fused attention reads them so, unless it is started "
+            "with --flash-attn off --cache-type-k f32 --cache-type-v f32",
         ),
+        package="xllamacpp",
+        extra="gguf",
     ),
     Target(
         name=HF,
@@ -306,6 +316,8 @@ _ALL = (
         generator=f"{_HF}.hf_text:generate",
         checker=f"{_HF}.hf_settings:check_folder",
         settings=f"{_HF}.hf_settings:setting_faults",
+        package="compressed_tensors",
+        extra="hf",
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),

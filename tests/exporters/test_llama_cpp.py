@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -21,13 +22,13 @@ from conftest import make_tokenizer
 from qat_edge.data.conversation import text_prompt
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
-from qat_edge.errors import ArtifactError, RunError
+from qat_edge.errors import ArtifactError
 from qat_edge.options import ExportOptions
 from qat_edge.run import Variant
 from qat_edge.verbs.export import export_one
 from qat_edge_devices.agent import loaded_models
 from qat_edge_devices.agent.llama_model import LlamaModel
-from qat_edge_exporters.gguf import llama_text
+from qat_edge_exporters import targets
 from qat_edge_exporters.gguf.gguf_file import MODEL_FILE
 from qat_edge_exporters.targets import target_named
 
@@ -176,24 +177,25 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
         target_named("gguf").generate(folder, make_tokenizer(), text_prompt("a", make_tokenizer()), print, 1)
 
 
-def test_without_the_package_generate_names_it_and_parity_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_it_is_named_and_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     freeze(llama(), 32, tmp_path / "frozen")
     folder = export(tmp_path / "frozen", tmp_path / "run/exports/gguf")
-    monkeypatch.setattr(llama_text, "find_spec", lambda name: None)
-    with pytest.raises(RunError, match=r"pip install 'qat-edge\[gguf\]'"):
-        target_named("gguf").generate(folder, make_tokenizer(), text_prompt("a", make_tokenizer()), print, 1)
-
     # The agent runs in another process, from whose path the package is taken.
     shadow = tmp_path / "shadow"
     shadow.mkdir()
     (shadow / "xllamacpp.py").write_text("raise ModuleNotFoundError('gone', name='xllamacpp')")
     monkeypatch.setenv("PYTHONPATH", f"{shadow}:{':'.join(sys.path)}")
+    monkeypatch.setattr(targets, "find_spec", lambda name: name)
     found = parity.measure(folder, "gguf", FrozenReference(tmp_path / "frozen"), CONTEXT)
     assert "xllamacpp==" in found.not_measured and found.fault == ""
+
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    assert re.search(r"xllamacpp is not installed.*'qat-edge\[gguf\]'", target_named("gguf").runs_elsewhere)
+    found = parity.measure(folder, "gguf", FrozenReference(tmp_path / "frozen"), CONTEXT)
+    assert found.not_measured == target_named("gguf").runs_elsewhere
 
 
 def test_the_extra_installs_the_version_whose_interface_is_known() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["optional-dependencies"][llama_text.EXTRA] == [loaded_models.PIP_NAMES[llama_text.PACKAGE]]
+    target = target_named("gguf")
+    assert project["optional-dependencies"][target.extra] == [loaded_models.PIP_NAMES[target.package]]

@@ -87,6 +87,20 @@ def test_onnx_folders(run: Run, tmp_path: Path, file: str, data: st.DataObject) 
     require_value_or_error(lambda: target_named("onnx").held_options(folder))
 
 
+@given(st.data())
+def test_gguf_folders(run: Run, tmp_path: Path, data: st.DataObject) -> None:
+    exported = run.path.parent / "gguf"
+    if not exported.is_dir():
+        exported.mkdir()
+        target_named("gguf").export(run.path.parent / "model", exported, 64)
+    folder = copy_of(exported, tmp_path / "copy")
+    path = folder / "model.gguf"
+    path.write_bytes(data.draw(mutated_bytes(path.read_bytes(), 2 * HEADER)))
+    require_value_or_error(lambda: target_named("gguf").check(folder))
+    require_value_or_error(lambda: target_named("gguf").read(folder))
+    require_value_or_error(lambda: target_named("gguf").held_options(folder))
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "config.json"])
 @given(st.data())
 def test_frozen_checkpoints(run: Run, tmp_path: Path, file: str, data: st.DataObject) -> None:

@@ -45,7 +45,7 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
     config = read_config(checkpoint)
     reason = gguf_support.missing(config)
     if reason:
-        raise ExportError(f"gguf: {reason} {ELSEWHERE}")
+        raise ExportError(f"gguf: {reason} Export to another --target.")
     family = family_of(config)
     window = gguf_support.window_gap(config, family, context_length)
     if window:

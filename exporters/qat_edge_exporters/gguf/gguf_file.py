@@ -120,7 +120,7 @@ class _Cursor:
     """Position in a file, from which values are taken one after another."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
-        self.data = memoryview(data)  # slices of it are made faster than those of an array
+        self.data = memoryview(data.data)  # slices of it are made faster than those of an array
         self.position = 0
 
     def take(self, count: int) -> bytes:

@@ -118,12 +118,13 @@ def _layout(path: Path, contents: GgufContents) -> _Layout:
         ArtifactError: its metadata lacks a number that the structure needs.
     """
     family, metadata = _family(path, contents), contents.metadata
-    numbers = {}
+    numbers: dict[str, int] = {}
     for name in ("block_count", "attention.head_count", "attention.head_count_kv"):
         key = f"{family.architecture}.{name}"
-        numbers[name] = metadata.get(key)
-        if type(numbers[name]) is not int or not 0 < numbers[name] <= MOST_LAYERS:
-            raise ArtifactError(f"{path}: {key} is {readers.show(numbers[name])}. {AGAIN}")
+        value = metadata.get(key)
+        if type(value) is not int or not 0 < value <= MOST_LAYERS:
+            raise ArtifactError(f"{path}: {key} is {readers.show(value)}. {AGAIN}")
+        numbers[name] = value
     names = module_names(family, numbers["block_count"])
     return _Layout(family, {name: module for module, name in names.items()}, metadata)
 

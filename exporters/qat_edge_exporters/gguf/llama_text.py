@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.conversation import Prompt
-from qat_edge.errors import ArtifactError, RunError
+from qat_edge.errors import ArtifactError
 from qat_edge_exporters.gguf import gguf_reader, llama_runner
 from qat_edge_exporters.runner_process import start_runner
 
-PACKAGE = "xllamacpp"
-EXTRA = "gguf"  # of qat-edge, which installs it
 INCOMPLETE = "\ufffd"  # at the end of a text whose last character has further bytes
 
 
@@ -28,13 +25,8 @@ def generate(
     """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
 
     Raises:
-        RunError: llama.cpp is not installed.
         ArtifactError: llama.cpp refused the file, or crashed.
     """
-    if find_spec(PACKAGE) is None:
-        raise RunError(
-            f"{folder}: llama.cpp's package {PACKAGE} is not installed. Install it: `pip install 'qat-edge[{EXTRA}]'`."
-        )
     ends = gguf_reader.read(folder).end_tokens or []
     ids: list[int] = []
     shown = ""

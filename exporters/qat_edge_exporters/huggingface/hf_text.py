@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.conversation import Prompt
-from qat_edge.errors import ArtifactError, RunError
+from qat_edge.errors import ArtifactError
 from qat_edge_exporters.huggingface import hf_reader, hf_runner
 from qat_edge_exporters.runner_process import start_runner
 
-MODULE = "compressed_tensors"
 INCOMPLETE = "\ufffd"  # at the end of a text whose last character has further bytes
 
 
@@ -27,14 +25,8 @@ def generate(
     """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
 
     Raises:
-        RunError: compressed-tensors is not installed.
         ArtifactError: transformers cannot load the folder.
     """
-    if find_spec(MODULE) is None:
-        raise RunError(
-            f"{folder}: compressed-tensors is not installed, which runs such a folder. Install it: "
-            "`pip install compressed-tensors`."
-        )
     ends = hf_reader.read(folder).end_tokens or []
     ids: list[int] = []
     shown = ""

@@ -60,7 +60,7 @@ def splitting_rule(backend: Mapping[str, Any]) -> str:
     ignores_merges = bool(backend["model"].get("ignore_merges"))
     if bytes_step.get("use_regex", True):
         # GPT-2's split, which is a part of this step, alone or after a split at digits.
-        at_digits = [step.get("type") == "Digits" and step.get("individual_digits") for step in others]
+        at_digits = [step.get("type") == "Digits" and bool(step.get("individual_digits")) for step in others]
         name = {(): "gpt-2", (True,): "smollm"}.get(tuple(at_digits), "")
         return "" if ignores_merges else name
     if len(others) != 1 or others[0].get("type") != "Split":
