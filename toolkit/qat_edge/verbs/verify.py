@@ -265,7 +265,7 @@ def _compare_replacements(computed: Sequence[FloatConstant], artifact: Artifact)
         How each of these tensors differs, as a sentence, by name; empty where it is equal.
     """
     stored = {constant.name: constant.values for constant in artifact.floats or ()}
-    found = {}
+    found: dict[str, str] = {}
     for constant in computed:
         fault = _difference_in_float(constant, stored.get(constant.name)) if constant.replaces else ""
         found |= {name: f"{name}: {fault}" if fault else "" for name in constant.replaces}
