@@ -292,6 +292,7 @@ _ALL = (
         generator=f"{_GGUF}.llama_text:generate",
         checker=f"{_GGUF}.gguf_reader:check_folder",
         settings=f"{_GGUF}.gguf_settings:setting_faults",
+        tokenizer_check=f"{_GGUF}.vocabulary:tokenizer_faults",
         # https://github.com/ggml-org/llama.cpp/tree/master/ggml/src/ggml-cpu
         other_rounding=(
             "llama.cpp rounds the inputs of linear layers to int8 per block of 32 (Q8_0), where training rounds them "

@@ -293,17 +293,46 @@ def test_more_end_tokens_than_the_file_can_name_are_refused(made: tuple[Path, Pa
         export(checkpoint, tmp_path / "export")
 
 
-def test_an_unknown_split_of_texts_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+OTHER_TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
+    "split": (
+        {"pre_tokenizer": {"type": "Punctuation", "behavior": "Isolated"}},
+        r"splits texts is not known",
+    ),
+    "capitals": ({"normalizer": {"type": "Lowercase"}}, r"changes texts before it splits them"),
+    "parts around a text": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                ],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+            }
+        },
+        r"puts other tokens around a text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
+    name: str, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes, words = OTHER_TOKENIZERS[name]
     checkpoint = Path(shutil.copytree(made[0], tmp_path / "frozen"))
     path = checkpoint / "tokenizer.json"
-    document = json.loads(path.read_text())
-    document["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, document["pre_tokenizer"]],
-    }
-    path.write_text(json.dumps(document))
-    with pytest.raises(ExportError, match=r"splits texts is not known"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ExportError, match=words):
         export(checkpoint, tmp_path / "export")
+
+
+def test_a_normalization_that_llama_cpp_leaves_out_is_named(made: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(made[0], tmp_path / "frozen"))
+    path = checkpoint / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    assert "NFC" in TARGET.tokenizer_faults(export(checkpoint, tmp_path / "export"))[0]
+    assert TARGET.tokenizer_faults(made[1]) == []
 
 
 # --- planted faults -----------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ TEMPLATE = "tokenizer.chat_template"
 ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 LOWEST_SCORE = -1e9  # of a token that no merge makes
 ELSEWHERE = "Export to another --target."
+NFC = "NFC"  # normalization that llama.cpp leaves out: only texts with decomposed characters differ
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # settings of BPE
 # Steps of tokenizers made from SentencePiece that llama.cpp's model "llama" does as well.
 SENTENCEPIECE_STEPS = {"Prepend", "Replace", "Sequence"}
 
@@ -54,6 +56,17 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, Any]:
     return {**model, **_special_tokens(tokenizer, ends), **_templates(tokenizer)}
 
 
+def tokenizer_faults(folder: Path) -> list[str]:
+    """Return what apps on llama.cpp read otherwise than training did, a sentence each."""
+    backend = tokenizer_files.load_tokenizer(folder).backend_tokenizer
+    document = readers.parse_json(backend.to_str(), f"{folder}: tokenizer.json", ExportError)
+    if (document["normalizer"] or {}).get("type") != NFC:
+        return []
+    return [
+        "llama.cpp does not normalize texts to NFC, as training did: texts with decomposed characters get other tokens"
+    ]
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     """Return the text of every row of the embedding; rows without a token get a text that no tokenizer has."""
     names = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -81,6 +94,11 @@ def _byte_level(document: Mapping[str, Any], tokens: list[str], types: list[int]
     """Return the metadata of byte-level BPE."""
     model = document["model"]
     rule = splitting_rule(document) if model["type"] == "BPE" else ""
+    if (document["normalizer"] or {}).get("type", NFC) != NFC or any(model.get(key) for key in AFFIXES):
+        raise ExportError(
+            "gguf: this tokenizer changes texts before it splits them, or marks parts of words, and llama.cpp's does "
+            f"not: an app would give the model other tokens than training did. {ELSEWHERE}"
+        )
     if not rule:
         raise ExportError(
             f"gguf: llama.cpp's rule by which this tokenizer ({model['type']}) splits texts is not known: an app would "
@@ -152,13 +170,18 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> 
             f"{len(END_KEYS)}: a generation would not end at the others. Take some out of generation_config.json, or "
             f"{ELSEWHERE[0].lower()}{ELSEWHERE[1:]}"
         )
-    ids = tokenizer("a").input_ids
+    ids, plain = tokenizer("a").input_ids, tokenizer.encode("a", add_special_tokens=False)
+    begins = bool(ids) and ids[0] == tokenizer.bos_token_id
+    finishes = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    if ids[begins : len(ids) - finishes] != plain:
+        raise ExportError(
+            f"gguf: this tokenizer puts other tokens around a text than its begin and end token, and llama.cpp's does "
+            f"not. {ELSEWHERE}"
+        )
     found: dict[str, Any] = dict(zip(END_KEYS, ends, strict=False))
     named = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     found |= {f"tokenizer.ggml.{name}_token_id": index for name, index in named.items() if index is not None}
-    found[ADD_BOS] = bool(ids) and ids[0] == tokenizer.bos_token_id
-    # llama.cpp would add the first end token.
-    found["tokenizer.ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    found[ADD_BOS], found["tokenizer.ggml.add_eos_token"] = begins, finishes
     return found
 
 
