@@ -197,11 +197,13 @@ OTHER_PARSERS = {
     "qat_edge_exporters.executorch.llm_runner": "the prompt from its own process",
     "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
     "qat_edge_exporters.gguf.llama_runner": "the prompt from its own process",
+    "qat_edge_exporters.huggingface.hf_runner": "the prompt from its own process",
     "qat_edge_exporters.onnx.genai_runner": "the prompt from its own process",
     "qat_edge_exporters.onnx.genai_text": "output of its own process",
     "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",
     "qat_edge_devices.agent.agent": "the request of this program",
     "qat_edge_devices.agent.loaded_models": "genai_config.json, checked before it was sent",
+    "qat_edge_devices.agent.transformers_model": "generation_config.json, checked before it was sent",
 }
 PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.full_load", "tomllib.load", "tomllib.loads"}
 WITHOUT_CODE = ("LoraConfig", "PeftModel", "GenerationConfig")  # their from_pretrained runs no code of a model

@@ -50,6 +50,7 @@ RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",
     "onnx": "qat_edge_devices.runtimes.agent_runtime:OnnxRuntime",
     "gguf": "qat_edge_devices.runtimes.agent_runtime:GgufRuntime",
+    "hf": "qat_edge_devices.runtimes.agent_runtime:HuggingFaceRuntime",
 }
 
 NOT_IN_ADDRESSES = frozenset("'\"`$\\;&|<>(){}*?!#")  # characters of shells

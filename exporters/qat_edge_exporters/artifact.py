@@ -38,11 +38,16 @@ class FloatConstant:
         values: of any shape; a rotation as the checkpoint stores it.
         tensor: name of the checkpoint's tensor that it should be ("model.norm.weight"); empty where the file's names do
             not tell.
+        replaces: names of matrices and float tensors of the checkpoint that a computed constant stands for, where the
+            file has no codes of them.
+        is_product: True for sums of products, whose last bit depends on the machine that computes them.
     """
 
     name: str
     values: NDArray[np.float32]
     tensor: str = ""
+    replaces: tuple[str, ...] = ()
+    is_product: bool = False
 
 
 @dataclass(frozen=True)

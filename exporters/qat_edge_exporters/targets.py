@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
-EXECUTORCH, ONNX, GGUF = "executorch", "onnx", "gguf"
+EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
 KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
 KV_CACHE_INT8 = "int8"
 
@@ -218,6 +218,7 @@ _PTE = "qat_edge_exporters.executorch"
 COPIED = ("config.json", "generation_config.json")  # into the folder of a .pte
 _ONNX = "qat_edge_exporters.onnx"
 _GGUF = "qat_edge_exporters.gguf"
+_HF = "qat_edge_exporters.huggingface"
 
 
 def _other_backend(name: str, reader: str) -> Target:
@@ -301,6 +302,23 @@ _ALL = (
         ),
         package="xllamacpp",
         extra="gguf",
+    ),
+    Target(
+        name=HF,
+        format=HF,
+        title="Hugging Face",
+        file="model.safetensors",
+        marker="star",
+        exporter=f"{_HF}.export_hf:export",
+        reader=f"{_HF}.hf_reader:read",
+        options_reader=f"{_HF}.hf_settings:held_options",
+        constants=f"{_HF}.float_tables:computed_constants",
+        support=f"{_HF}.hf_support:missing",
+        generator=f"{_HF}.hf_text:generate",
+        checker=f"{_HF}.hf_settings:check_folder",
+        settings=f"{_HF}.hf_settings:setting_faults",
+        package="compressed_tensors",
+        extra="hf",
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),

@@ -42,6 +42,7 @@ AGENT = [
     "agent/loaded_models.py",
     "agent/machine.py",
     "agent/model_errors.py",
+    "agent/transformers_model.py",
 ]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,

@@ -174,7 +174,7 @@ def test_names_are_resolved_and_unknown_ones_listed() -> None:
         open_runtime(target, transport, threads=1)
     with pytest.raises(UnknownNameError, match=r"'lokal' is not a known transport\. Known: adb, local, ssh"):
         open_transport("lokal")
-    with pytest.raises(UnknownNameError, match=r"'tflite' is not a known runtime\. Known: executorch, gguf, onnx"):
+    with pytest.raises(UnknownNameError, match=r"'tflite' is not a known runtime\. Known: executorch, gguf, hf, onnx"):
         open_runtime("tflite", transport, threads=1)
     with pytest.raises(UnknownNameError, match="takes no address"):
         open_transport("local:kitchen")

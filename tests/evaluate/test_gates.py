@@ -246,7 +246,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_profile(tmp_path: Path) -
         ("max_kl = 'low'", r"board\.toml: max_kl: expected float, found 'low'"),
         ("threads = 2.5", r"board\.toml: threads: expected int, found 2\.5"),
         ("threads = 0", r"board\.toml: threads: 0 is below the least permitted value, 1"),
-        ("target = ['gguf']", r"board\.toml: target: 'gguf' is not one of executorch, onnx"),
+        ("target = ['tflite']", r"board\.toml: target: 'tflite' is not one of executorch, onnx"),
         ("target = 3", r"board\.toml: target: expected a list, found 3"),
         ("[limits]\nmax_kl = 1", r"board\.toml: unknown key 'limits'"),
         ("max_kl = ", r"board\.toml: cannot be read as TOML"),

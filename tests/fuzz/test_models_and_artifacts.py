@@ -110,3 +110,21 @@ def test_frozen_checkpoints(run: Run, tmp_path: Path, file: str, data: st.DataOb
     calls: tuple[Callable[[Path], Any], ...] = (frozen.read_scheme, frozen.read_weights)
     for call in calls:
         require_value_or_error(lambda call=call: call(folder))
+
+
+@given(st.data())
+def test_hugging_face_folders(run: Run, tmp_path: Path, data: st.DataObject) -> None:
+    exported = run.path.parent / "hf"
+    if not exported.is_dir():
+        exported.mkdir()
+        target_named("hf").export(run.quantized, exported, 64)
+    folder = copy_of(exported, tmp_path / "copy")
+    name = data.draw(st.sampled_from(("config.json", "generation_config.json", "model.safetensors")))
+    path = folder / name
+    if name.endswith(".json"):
+        path.write_bytes(as_json(data.draw(mutated_document(json.loads(path.read_text())))))
+    else:
+        path.write_bytes(data.draw(mutated_bytes(path.read_bytes(), HEADER)))
+    require_value_or_error(lambda: target_named("hf").check(folder))
+    require_value_or_error(lambda: target_named("hf").read(folder))
+    require_value_or_error(lambda: target_named("hf").held_options(folder))

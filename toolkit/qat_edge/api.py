@@ -346,7 +346,7 @@ def export(
 
     Args:
         run: a finished run, or its folder.
-        target: Format to write. One of executorch, onnx, gguf.
+        target: Format to write. One of executorch, onnx, gguf, hf.
         context_length: Tokens in the KV cache, prompt and answer together; by default 1024, or the model's
             positions if it has fewer.
         ptq: PTQ methods to export next to QAT, for comparison; none for no comparison. One of rtn, hqq, gptq,
@@ -427,7 +427,7 @@ def validate(
 
     Args:
         run: a run with exports, or its folder.
-        target: Artifacts to measure; by default all that run here. One of executorch, onnx, gguf, executorch-
+        target: Artifacts to measure; by default all that run here. One of executorch, onnx, gguf, hf, executorch-
             vulkan, executorch-coreml.
         eval_data: Evaluation rows, instead of finetune's --eval-data.
         text: Rows or a .txt file for perplexity, instead of the evaluation rows.

@@ -5,6 +5,7 @@
     OnnxModel         an ONNX folder in plain onnxruntime: gives logits
     GenaiModel        an ONNX folder in onnxruntime-genai: generates as a phone app would
     LlamaModel        a GGUF file in llama.cpp (`llama_model`)
+    TransformersModel a Hugging Face folder in transformers with compressed-tensors (`transformers_model`)
 
 Each constructor imports its runtime, and nothing else does, so a device needs only the one it uses. Runtimes and their
 objects are typed `Any`: most of these libraries ship no type information.
@@ -23,12 +24,14 @@ from typing import Any, Protocol
 # Relative, because the folder is sent under a shorter name.
 from .llama_model import LlamaModel  # noqa: TID252
 from .model_errors import RequestRejected, token_chunks  # noqa: TID252
+from .transformers_model import TransformersModel  # noqa: TID252
 
 # Module -> name on PyPI, if they differ.
 PIP_NAMES = {
     "onnxruntime_genai": "onnxruntime-genai",
     "executorch_numpy_runtime": "executorch-numpy-runtime",
     "xllamacpp": "xllamacpp==2026.10.11549",  # the version whose interface `llama_model` was read in
+    "compressed_tensors": "compressed-tensors",
 }
 # Greedy decoding, whatever genai_config.json keeps of the model's own settings for apps.
 GREEDY = {
@@ -407,6 +410,9 @@ def choose_backend(request: dict[str, Any]) -> DeviceModel:
 
     if request["backend"] == "gguf":
         return LlamaModel()
+
+    if request["backend"] == "hf":
+        return TransformersModel()
 
     # onnxruntime-genai gives no logits, and cannot generate without any end token.
     is_generation = request["task"] == "generate" and request["eos_ids"]

@@ -314,6 +314,24 @@ class GgufRuntime(AgentRuntime):
         return "artifact/model.gguf"
 
 
+class HuggingFaceRuntime(AgentRuntime):
+    """Runs a Hugging Face folder in transformers with compressed-tensors."""
+
+    backend = "hf"
+
+    def files(self, artifact: Path) -> dict[str, Path]:
+        """Return weights and configurations. The tokenizer stays here: only token ids are sent."""
+        names = ("model.safetensors", "config.json", "generation_config.json")
+        missing = next((name for name in names if not (artifact / name).is_file()), "")
+        if missing:
+            raise TransportError(f"{artifact}: no {missing} there. Export it again.")
+        return {f"{self.entry()}/{name}": artifact / name for name in names}
+
+    def entry(self) -> str:
+        """Return the path of the folder on the device."""
+        return "artifact"
+
+
 def _require_processor(device: str, info: DeviceInfo) -> None:
     if info.machine.lower() not in MACHINES or info.bits == 32:
         system = f"{info.machine}, {info.bits}-bit programs" if info.bits else info.machine

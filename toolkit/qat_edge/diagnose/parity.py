@@ -313,7 +313,7 @@ def _measure_decoder(
         return result
 
     fault = suspect.text
-    if not suspect.is_certain:
+    if not suspect.is_certain and target_named(target).expose:
         with closing(open_transport(LOCAL)) as transport:
             where = locate_on_prompts(
                 folder, target, frozen.quantized, suspect.ids, rounding or Rounding(), transport, _threads()

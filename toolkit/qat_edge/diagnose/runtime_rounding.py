@@ -7,6 +7,8 @@ int8 rounds queries, keys and values per token and head.
 
 llama.cpp rounds the input of a layer symmetrically per token and block of 32, and its scale to float16 afterwards, on
 all processors. GELU is a table of float16 numbers there.
+
+A Hugging Face folder holds a head that shares a rotated table in float, and does not round its input.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ X86 = ("x86_64", "amd64")
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
 Q8_0 = "inputs rounded per block with float16 scales, as llama.cpp does"
 CACHE = "keys and values in int8"
+HEAD = "the head's input not rounded"
 SDPA = "sdpa"  # transformers' default attention
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]
@@ -53,6 +56,7 @@ class Rounding:
         half_steps: by module, half the distance between its levels, float32 (out, blocks), which multiplies sums of the
             input in float; on all machines.
         float16_scales: True if the scales of blocks are rounded to float16, and GELU is computed in float16.
+        unrounded: modules whose input stays as it is.
     """
 
     name: str = "as trained"
@@ -61,6 +65,7 @@ class Rounding:
     machines: tuple[str, ...] = ()
     half_steps: Mapping[str, Tensor] = field(default_factory=dict)
     float16_scales: bool = False
+    unrounded: tuple[str, ...] = ()
 
     def applies(self, machine: str) -> bool:
         """Return True if the runtime rounds so on a machine of that architecture."""
@@ -93,6 +98,10 @@ def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
         seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
         half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
         return Rounding(BLOCKS, blocks, machines=X86, half_steps=half_steps)
+    if target == "hf":
+        # The embedding is the first; a head follows where it shares a rotated table.
+        _, *in_float = target_named(target).read(folder).metadata["in_float"]
+        return Rounding(HEAD, unrounded=tuple(in_float)) if in_float else None
     return Rounding(CACHE, int8_cache=True) if int8_cache else None
 
 
@@ -109,6 +118,8 @@ def emulate_rounding(
     """
     with ExitStack() as stack:
         for name in names:
+            if name in rounding.unrounded:
+                continue
             block, module = rounding.blocks.get(name), model.get_submodule(name)
             if name in rounding.half_steps:
                 stack.enter_context(_half_steps_in_float(module, rounding.half_steps[name]))

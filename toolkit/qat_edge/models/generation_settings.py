@@ -126,7 +126,7 @@ def describe_left_out(folder: Path, targets: Sequence[str]) -> str:
 
     Args:
         folder: the checkpoint.
-        targets: formats that are exported, "executorch" or "onnx".
+        targets: formats that are exported, such as "executorch".
     """
     found = settings_left_out(folder)
     if not found:
@@ -134,9 +134,11 @@ def describe_left_out(folder: Path, targets: Sequence[str]) -> str:
     asked = ", ".join(f"{key} {readers.show(value)}" for key, value in found.items())
     kept = ", ".join(kept_by_onnx(folder)) if "onnx" in targets else ""
     where = f" The ONNX folder keeps {kept} in genai_config.json for its app." if kept else ""
+    where += f" transformers applies those in the {GENERATION_CONFIG} of the hf folder." if "hf" in targets else ""
+    others = "no other artifact" if "hf" in targets else "no artifact"
     return (
         f"The model's {GENERATION_CONFIG} sets {asked}. generate and validate decode greedily without them in every "
-        f"runtime, and no artifact applies them by itself: an app has to.{where}"
+        f"runtime, and {others} applies them by itself: an app has to.{where}"
     )
 
 

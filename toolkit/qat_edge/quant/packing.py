@@ -1,4 +1,4 @@
-"""Two int4 codes or four int2 codes in one byte: pack and unpack.
+"""Two int4 codes or four int2 codes in one byte, four bytes in one word: pack and unpack.
 
     byte k of a row = (q[2k] + 8) | (q[2k + 1] + 8) << 4
 
@@ -11,6 +11,9 @@ takes the high nibble first (`high_first`), and two's complement nibbles are `pa
 holds the positions u of 2-bit codes among their levels, 0 for the least, as MatMulNBits stores them. `codebook` has the
 codes that the positions stand for.
 
+compressed-tensors stores codes of 4 and 8 bits in words of 32, as code + 8 and code + 128, the first in the lowest
+bits: the bytes above, four to a word. A row is filled up with zero bits.
+
 All functions take numpy arrays. For a CPU tensor pass `tensor.numpy()`, which copies nothing.
 """
 
@@ -21,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+WORD_BYTES = 4  # of an int32
+SIGN_BIT = 0x80  # of an int8; flipping it adds 128
 OFFSET = 8  # added to a code, -8 to 7, so that it is stored as 0 to 15
 LOW_NIBBLE = 0x0F
 
@@ -83,3 +88,28 @@ def unpack_int2(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     for index in range(4):
         positions[..., index::4] = packed >> np.uint8(2 * index) & np.uint8(3)
     return positions
+
+
+def pack_int32(codes: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
+    """Pack codes of 4 or 8 bits into words of 32.
+
+    Args:
+        codes: int8, shape (rows, width).
+        bits: Of a code.
+
+    Returns:
+        int32, shape (rows, words).
+
+    Raises:
+        ValueError: The width is odd, at 4 bits.
+    """
+    octets = pack_int4(codes) if bits == 4 else codes.view(np.uint8) ^ np.uint8(SIGN_BIT)
+    octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % WORD_BYTES)))
+    return np.ascontiguousarray(octets).view("<i4").astype(np.int32, copy=False)
+
+
+def unpack_int32(packed: NDArray[np.int32], bits: int, width: int) -> NDArray[np.int8]:
+    """Undo `pack_int32`: int32 (rows, words) to int8 codes (rows, width)."""
+    octets = np.ascontiguousarray(packed, "<i4").view(np.uint8)
+    codes = unpack_int4(octets) if bits == 4 else (octets ^ np.uint8(SIGN_BIT)).view(np.int8)
+    return np.ascontiguousarray(codes[:, :width])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight
+from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
 from qat_edge_exporters.targets import Target, require_known, target_named
 
 NOT_RUN = Parity(not_measured="The artifact was only read.")
@@ -163,10 +163,13 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     scheme, expected = frozen.read_scheme(quantized), frozen.read_weights(quantized)
     record = target_named(target)
     artifact = record.read(folder)
+    computed = list(record.computed_constants(quantized, artifact))
 
-    # Every matrix of the scheme has to be in the artifact, equal in bits, codes and scales.
+    # Every matrix of the scheme has to be in the artifact, equal in bits, codes and scales, or as floats in its place.
     differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in scheme.weights}
-    floats = _compare_floats(quantized, record, artifact)
+    in_place = _compare_replacements(computed, artifact)
+    differing |= {name: text for name, text in in_place.items() if name in differing}
+    floats = _compare_floats(quantized, record, artifact, computed, in_place)
 
     # Beyond the tensors: what the reader itself found wrong, extra matrices, other files.
     faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
@@ -255,6 +258,39 @@ def _unexpected(scheme: Scheme, artifact: Artifact) -> list[str]:
     return [f"{name}: in the artifact, but not in the checkpoint" for name in extra]
 
 
+def _compare_replacements(computed: Sequence[FloatConstant], artifact: Artifact) -> dict[str, str]:
+    """Compare float constants that stand for tensors of the checkpoint.
+
+    Returns:
+        How each of these tensors differs, as a sentence, by name; empty where it is equal.
+    """
+    stored = {constant.name: constant.values for constant in artifact.floats or ()}
+    found: dict[str, str] = {}
+    for constant in computed:
+        fault = _difference_in_float(constant, stored.get(constant.name)) if constant.replaces else ""
+        found |= {name: f"{name}: {fault}" if fault else "" for name in constant.replaces}
+    return found
+
+
+def _difference_in_float(expected: FloatConstant, values: NDArray[np.float32] | None) -> str:
+    """Return how a stored constant differs from the computed one, as a phrase; empty where it is equal."""
+    if values is None or values.shape != expected.values.shape:
+        shape = "not there" if values is None else f"{values.shape}, expected {expected.values.shape}"
+        return f"its constant {expected.name} is {shape}"
+    if expected.is_product:
+        differs = ~(np.abs(values - expected.values) <= np.spacing(np.abs(expected.values)))
+    else:
+        differs = values.view(np.int32) != expected.values.view(np.int32)
+    positions = np.argwhere(differs)
+    if not len(positions):
+        return ""
+    place = tuple(positions[0])
+    return (
+        f"{len(positions)} of {values.size} numbers of its constant {expected.name} differ, first at row {place[0]}, "
+        f"column {place[1]}: {values[place]:g} in the artifact, {expected.values[place]:g} from the checkpoint"
+    )
+
+
 class _FloatComparison(NamedTuple):
     """Number of float tensors of the checkpoint, how many are equal, and a sentence for each difference."""
 
@@ -263,13 +299,31 @@ class _FloatComparison(NamedTuple):
     faults: list[str]
 
 
-def _compare_floats(quantized: Path, target: Target, artifact: Artifact) -> _FloatComparison:
-    """Compare norms, biases and every other float constant, bit for bit."""
+def _compare_floats(
+    quantized: Path,
+    target: Target,
+    artifact: Artifact,
+    constants: Sequence[FloatConstant],
+    in_place: Mapping[str, str],
+) -> _FloatComparison:
+    """Compare norms, biases and every other float constant, bit for bit.
+
+    Args:
+        quantized: the checkpoint.
+        target: of the artifact.
+        artifact: as it was read.
+        constants: that the exporter computes.
+        in_place: tensors of the checkpoint that a constant stands for, as from `_compare_replacements`.
+    """
     if artifact.floats is None:
         return _FloatComparison(None, 0, [])
-    expected = {name: _forms(tensor.numpy()) for name, tensor in frozen.read_floats(quantized).items()}
-    by_tensor = {constant.tensor: constant.values for constant in artifact.floats if constant.tensor}
-    stored = {constant.values.tobytes() for constant in artifact.floats}
+    # What stands for other tensors has been compared with them.
+    replacing = {constant.name for constant in constants if constant.replaces}
+    in_file = [constant for constant in artifact.floats if constant.name not in replacing]
+    tensors = frozen.read_floats(quantized)
+    expected = {name: _forms(tensor.numpy()) for name, tensor in tensors.items() if name not in in_place}
+    by_tensor = {constant.tensor: constant.values for constant in in_file if constant.tensor}
+    stored = {constant.values.tobytes() for constant in in_file}
 
     # A constant under the tensor's name has to equal it. Without names, the file has to hold the values somewhere.
     missing = []
@@ -285,10 +339,10 @@ def _compare_floats(quantized: Path, target: Target, artifact: Artifact) -> _Flo
 
     # What is in the file and not in the checkpoint: computed by the exporter, or a constant that holds no information.
     known = {form for forms in expected.values() for form in forms}
-    computed = {constant.name: constant.values for constant in target.computed_constants(quantized, artifact)}
+    computed = {constant.name: constant.values for constant in constants}
     known |= {values.astype(np.float32).tobytes() for values in computed.values()}
     sizes = [len(expected[name][0]) for name in missing]
-    for constant in artifact.floats:
+    for constant in in_file:
         values, data = constant.values, constant.values.tobytes()
         if constant.name in computed:
             if not np.array_equal(values, computed[constant.name]):
@@ -300,7 +354,8 @@ def _compare_floats(quantized: Path, target: Target, artifact: Artifact) -> _Flo
             faults.append(
                 f"{target.file}: its constant {constant.name}, {values.size} numbers, is not in the checkpoint"
             )
-    return _FloatComparison(len(expected), len(expected) - len(missing), faults)
+    differing = len(missing) + sum(bool(in_place[name]) for name in tensors.keys() & in_place.keys())
+    return _FloatComparison(len(tensors), len(tensors) - differing, faults)
 
 
 def _forms(values: NDArray[np.float32]) -> tuple[bytes, bytes]:
