@@ -43,10 +43,10 @@ from qat_edge.manifest import MANIFEST, sha256, write_manifest
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
 from qat_edge.report import comparison_page
-from qat_edge.report.charts import LINE, linear_ticks, log_ticks, text_width, thin
+from qat_edge.report.charts import LINE, linear_ticks, log_ticks, marker, text_width, thin
 from qat_edge.report.formatting import number, percent, whole_percent
 from qat_edge.report.glossary import PTQ_TERMS, RUN_TERMS
-from qat_edge.report.plots import loss_curve
+from qat_edge.report.plots import SHAPES, loss_curve
 from qat_edge.report.tables import COLUMNS, parts
 from qat_edge.report.verdict import verdict
 from qat_edge.verbs.report import report
@@ -541,3 +541,11 @@ def test_damaged_results_of_verify_are_left_out_with_the_reason(
     run.verified.write_text(json.dumps(change(row)))
     assert "14 of 14 linear layers" not in write(run)
     assert any("verified" in line and message in line for line in messages), messages
+
+
+def test_the_marker_of_every_target_can_be_drawn() -> None:
+    root = ET.Element("svg")
+    for shape in SHAPES.values():
+        marker(root, 10, 10, shape, "point", shape)
+    drawn = {shape: element.get("points") for shape, element in zip(SHAPES.values(), root, strict=True)}
+    assert len(set(drawn.values())) == len(drawn)

@@ -169,7 +169,7 @@ def text(parent: ET.Element, x: float, y: float, words: str, css: str = "", anch
 
 
 def marker(parent: ET.Element, x: float, y: float, shape: str, css: str, tip: str = "") -> None:
-    """Draw a point. shape: "circle", "square", "diamond" or "triangle"; `tip` is its tooltip."""
+    """Draw a point. shape: "circle", "square", "diamond", "triangle" or "star"; `tip` is its tooltip."""
     if shape == "circle":
         element = ET.SubElement(parent, "circle", {"cx": f"{x:g}", "cy": f"{y:g}", "r": "5.5", "class": css})
     else:
@@ -179,6 +179,7 @@ def marker(parent: ET.Element, x: float, y: float, shape: str, css: str, tip: st
             "square": [(-r, -r), (r, -r), (r, r), (-r, r)],
             "diamond": [(0, -r), (r, 0), (0, r), (-r, 0)],
             "triangle": [(0, -r), (r, r - 1), (-r, r - 1)],
+            "star": [(0, -r), (2, -2), (r, 0), (2, 2), (0, r), (-2, 2), (-r, 0), (-2, -2)],
         }
         points = " ".join(f"{x + dx:g},{y + dy:g}" for dx, dy in corners[shape])
         element = ET.SubElement(parent, "polygon", {"points": points, "class": css})
