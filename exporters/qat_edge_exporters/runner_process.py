@@ -8,13 +8,19 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from qat_edge.errors import ArtifactError
 from qat_edge.python_process import python_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INCOMPLETE = "\ufffd"  # at the end of a text whose last character has further bytes
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,41 @@ def start_runner(
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(json.dumps(prompt).encode())
         yield RunnerProcess(process.stdout, process, log)
+
+
+def emit_generated_ids(
+    module: ModuleType,
+    folder: Path,
+    tokens: int,
+    prompt: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    emit: Callable[[str], None],
+    failure: str,
+) -> None:
+    """Run a runner that prints the id of each token as a line; each piece of their text goes to `emit` as it comes.
+
+    Args:
+        module: as in `start_runner`, like `folder`, `tokens` and `prompt`.
+        folder: of the artifact.
+        tokens: longest continuation.
+        prompt: what the module reads.
+        tokenizer: of the ids.
+        emit: takes text.
+        failure: what the message of a failure says before the reason.
+
+    Raises:
+        ArtifactError: the runner failed.
+    """
+    ids: list[int] = []
+    shown = ""
+    with start_runner(module, folder, tokens, prompt, {}) as runner:
+        for line in runner.output:
+            ids.append(int(line))
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            if not text.endswith(INCOMPLETE):
+                emit(text[len(shown) :])
+                shown = text
+        code, reason = runner.finish()
+    emit(str(tokenizer.decode(ids, skip_special_tokens=True))[len(shown) :])
+    if code != 0:
+        raise ArtifactError(f"{folder}: {failure}: {reason}. Export it again.")

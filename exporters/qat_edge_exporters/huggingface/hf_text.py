@@ -8,11 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.conversation import Prompt
-from qat_edge.errors import ArtifactError
 from qat_edge_exporters.huggingface import hf_reader, hf_runner
-from qat_edge_exporters.runner_process import start_runner
-
-INCOMPLETE = "\ufffd"  # at the end of a text whose last character has further bytes
+from qat_edge_exporters.runner_process import emit_generated_ids
 
 
 def generate(
@@ -28,16 +25,5 @@ def generate(
         ArtifactError: transformers cannot load the folder.
     """
     ends = hf_reader.read(folder).end_tokens or []
-    ids: list[int] = []
-    shown = ""
-    with start_runner(hf_runner, folder, max_new_tokens, {"ids": prompt.ids, "ends": ends}, {}) as runner:
-        for line in runner.output:
-            ids.append(int(line))
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            if not text.endswith(INCOMPLETE):
-                emit(text[len(shown) :])
-                shown = text
-        code, reason = runner.finish()
-    emit(str(tokenizer.decode(ids, skip_special_tokens=True))[len(shown) :])
-    if code != 0:
-        raise ArtifactError(f"{folder}: transformers cannot run it: {reason}. Export it again.")
+    request = {"ids": prompt.ids, "ends": ends}
+    emit_generated_ids(hf_runner, folder, max_new_tokens, request, tokenizer, emit, "transformers cannot run it")
