@@ -97,7 +97,7 @@ class LlamaModel:
 
     def __init__(self) -> None:
         import numpy
-        import xllamacpp  # type: ignore[import-not-found]
+        import xllamacpp
 
         self.numpy = numpy
         self.runtime, self.version = PACKAGE, str(xllamacpp.__version__)
