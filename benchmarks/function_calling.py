@@ -8,6 +8,7 @@ are kept as in `benchmarks.accuracy`, and docs/function-calling.json has those o
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from qat_edge.logs import quiet_libraries
 from qat_edge.options import DEFAULT_FORMATS
 from qat_edge.public_tasks import answer_records, paired
 from qat_edge.public_tasks.answer_records import Answered
+from qat_edge.public_tasks.function_calls import INSTRUCTION
 from qat_edge.public_tasks.paired import Interval
 from qat_edge.storage import write_text
 from qat_edge.verbs.task_rows import write_task_rows
@@ -60,14 +62,29 @@ def main() -> None:
 
 
 def write_rows(folder: Path) -> None:
-    """Write train.jsonl and eval.jsonl: BFCL's rows of the training half and of the test half of its functions."""
-    for part in ("train", "test"):
-        files = []
-        for task in TRAINED:
-            rows = write_task_rows(task, folder / task, as_text=True, force=True)
-            files.append(rows.train if part == "train" else rows.test)
-        text = "".join(path.read_text(encoding="utf-8") for path in files)
-        write_text(folder / ("train.jsonl" if part == "train" else "eval.jsonl"), text)
+    """Write BFCL's rows: train.jsonl, eval.jsonl and guard.jsonl.
+
+    The rows to train on are those of the training half of its functions, and eval.jsonl has those of the other half.
+    guard.jsonl has the latter's rows without a function that a question of this benchmark has.
+    """
+    train, test = "", ""
+    asked: set[str] = set()
+    for task in TRAINED:
+        rows = write_task_rows(task, folder / task, as_text=True, force=True)
+        train += rows.train.read_text(encoding="utf-8")
+        test += rows.test.read_text(encoding="utf-8")
+        if task in ASKED:
+            asked |= {name for line in rows.test.read_text(encoding="utf-8").splitlines() for name in _functions(line)}
+    guard = [line for line in test.splitlines(keepends=True) if not asked & _functions(line)]
+    for name, text in {"train": train, "eval": test, "guard": "".join(guard)}.items():
+        write_text(folder / f"{name}.jsonl", text)
+
+
+def _functions(line: str) -> set[str]:
+    """Return the names of the functions that a row describes in its system message."""
+    text = json.loads(line)["messages"][0]["content"].removeprefix(INSTRUCTION)
+    described, _, _ = text.partition("\n\n")  # a system message of the question itself follows
+    return {json.loads(function)["name"] for function in described.split("\n")}
 
 
 def source_name(method: str, runtime: str) -> str:

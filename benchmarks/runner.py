@@ -90,7 +90,7 @@ class Training:
 
 
 class TaskData(NamedTuple):
-    """Files of a task's rows: for training, for measuring, and the second half of the latter, for the guard of QAT."""
+    """Files of a task's rows: for training, for measuring, and for the guard of QAT."""
 
     train: Path
     eval: Path
@@ -153,8 +153,9 @@ class BenchmarkRunner:
         paths = TaskData(folder / "train.jsonl", folder / "eval.jsonl", folder / "guard.jsonl")
         if not all(path.is_file() for path in paths):
             load(settings.task_named(task).write)(folder)
-            rows = paths.eval.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(paths.guard, "".join(rows[len(rows) // 2 :]))
+            if not paths.guard.is_file():
+                rows = paths.eval.read_text(encoding="utf-8").splitlines(keepends=True)
+                write_text(paths.guard, "".join(rows[len(rows) // 2 :]))
         return paths
 
     # --- training ------------------------------------------------------------------------------------------

@@ -87,9 +87,14 @@ def _frontier() -> Iterator[tuple[str, Overrides]]:
 FRONTIER: Mapping[str, Overrides] = dict(_frontier())
 
 
+# Of benchmarks/function_calling.py, next to the defaults.
+LONG_QAT = "QAT for half of the steps"
+CALLS_QAT: Mapping[str, Overrides] = {LONG_QAT: {"qat_start": 0.5}}
+
+
 def is_guarded(recipe: str) -> bool:
     """Return whether QAT of a recipe is guarded, on rows that are neither trained nor asked."""
-    return recipe in FRONTIER and FRONTIER[recipe]["qat_start"] != AFTER_ALL
+    return recipe in CALLS_QAT or (recipe in FRONTIER and FRONTIER[recipe]["qat_start"] != AFTER_ALL)
 
 
 # Step time and peak memory are measured for these schemes, one after the other; the first is the unit of the others.
@@ -218,6 +223,7 @@ def check_recipes() -> None:
     tables = {
         "ABLATION": ABLATION,
         "FRONTIER": FRONTIER,
+        "CALLS_QAT": CALLS_QAT,
         "COSTS": COSTS,
         "PLAIN_LORA": {FP32: PLAIN_LORA},
         "FORMULATION": {"": FORMULATION},
@@ -247,10 +253,10 @@ def check_overrides(where: str, overrides: Overrides) -> None:
 
 
 def recipe(name: str, steps: int) -> dict[str, Any]:
-    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION or FRONTIER."""
+    """Return the overrides of a recipe: "fp32", "qat", or a row of ABLATION, FRONTIER or CALLS_QAT."""
     if name == FP32:
         return {**PLAIN_LORA, "qat_start": float(steps)}
-    return {} if name == RECOMMENDED else _at_the_end({**ABLATION, **FRONTIER}[name], steps)
+    return {} if name == RECOMMENDED else _at_the_end({**ABLATION, **FRONTIER, **CALLS_QAT}[name], steps)
 
 
 def _at_the_end(overrides: Overrides, steps: int) -> dict[str, Any]:
