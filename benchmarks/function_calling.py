@@ -1,17 +1,19 @@
 """Function calls of BFCL: `python -m benchmarks.function_calling` writes docs/function-calling.md.
 
 A model trains on the training half of BFCL's functions and is asked the questions of the other half, in both runtimes:
-the FP32 fine-tune, round-to-nearest and the best PTQ of it, and QAT at equal steps. A cell is one seed; finished cells
-are kept as in `benchmarks.accuracy`, and docs/function-calling.json has those of the page.
+the FP32 fine-tune, round-to-nearest and the best PTQ of it, and QAT at equal steps: the default recipe, and QAT for
+half of the steps. A cell is one training of QAT with one seed, and the default's has the models without QAT too;
+finished cells are kept as in `benchmarks.accuracy`, and docs/function-calling.json has those of the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,25 +21,42 @@ from benchmarks import page
 from benchmarks.cells import Cell, publish
 from benchmarks.page import MISSING, NONE_SHOWN
 from benchmarks.runner import ROOT, BenchmarkRunner, Figures, Training
-from benchmarks.settings import CALLS, FP32, RECOMMENDED
+from benchmarks.settings import CALLS, FP32, LONG_QAT, RECOMMENDED
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
-from qat_edge.options import DEFAULT_FORMATS
 from qat_edge.public_tasks import answer_records, paired
 from qat_edge.public_tasks.answer_records import Answered
 from qat_edge.public_tasks.function_calls import INSTRUCTION
 from qat_edge.public_tasks.paired import Interval
+from qat_edge.run import Run
 from qat_edge.storage import write_text
 from qat_edge.verbs.task_rows import write_task_rows
 
-STEPS, CONTEXT, SEEDS = 120, 1024, (0, 1, 2)
+STEPS, SEEDS = 120, (0, 1, 2)
+CONTEXT_FLAGS = ("--context-length", "1024")
 ASKED = ("bfcl_simple", "bfcl_live_simple")  # one function to call
 TRAINED = (*ASKED, "bfcl_multiple", "bfcl_parallel")
 REFERENCE, RTN, BEST = "reference", "rtn", "coordinate-descent"
-NAMES = {RTN: "round-to-nearest", BEST: "PTQ: rotation and coordinate descent", "": "QAT"}
+METHODS = (RTN, BEST, "")  # "" for QAT
 RUNTIMES = {"executorch": "`.pte`", "onnx": "ONNX"}
+
+
+class Model(NamedTuple):
+    """A quantized model of the page. method: as in METHODS; recipe: of the QAT whose cell has it."""
+
+    name: str
+    method: str
+    recipe: str = RECOMMENDED
+
+
+MODELS = (
+    Model("round-to-nearest", RTN),
+    Model("best PTQ: rotation and coordinate descent", BEST),
+    Model("QAT, default recipe", ""),
+    Model(LONG_QAT, "", LONG_QAT),
+)
 
 
 def main() -> None:
@@ -52,11 +71,10 @@ def main() -> None:
     try:
         runner = BenchmarkRunner.of_page(given.work, given.out)
         for seed in [] if given.page_only else given.seeds:
-            progress.info(f"seed {seed}")
-            runner.measure_once(cell(runner, seed), partial(measure, runner, seed))
-        # The page has every seed that is measured, in this run or before.
-        seeds = sorted({*SEEDS, *given.seeds})
-        write(runner, [seed for seed in seeds if runner.store.get(cell(runner, seed)) is not None], given.out)
+            for recipe, measure in MEASURES.items():
+                progress.info(f"seed {seed}, {recipe}")
+                runner.measure_once(cell(runner, seed, recipe), partial(measure, runner, seed))
+        write(runner, sorted({*SEEDS, *given.seeds}), given.out)
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error
 
@@ -92,14 +110,15 @@ def source_name(method: str, runtime: str) -> str:
     return f"{method}/{runtime}" if method else runtime
 
 
-def cell(runner: BenchmarkRunner, seed: int) -> Cell:
-    """Return the identity of one seed's figures."""
-    trained = [runner.identity(Training(CALLS.name, seed, STEPS, recipe)) for recipe in (FP32, RECOMMENDED)]
-    return Cell("calls", CALLS.name, seed, "all", {"steps": STEPS, "asked": ASKED, "trained": trained})
+def cell(runner: BenchmarkRunner, seed: int, recipe: str) -> Cell:
+    """Return the identity of the figures of one seed and recipe of QAT."""
+    recipes, part = ((FP32, recipe), "all") if recipe == RECOMMENDED else ((recipe,), recipe)
+    trained = [runner.identity(Training(CALLS.name, seed, STEPS, each)) for each in recipes]
+    return Cell("calls", CALLS.name, seed, part, {"steps": STEPS, "asked": ASKED, "trained": trained})
 
 
-def measure(runner: BenchmarkRunner, seed: int) -> Figures:
-    """Train, quantize and export where needed; return the scores of each question by model.
+def measure_default(runner: BenchmarkRunner, seed: int) -> Figures:
+    """Train, quantize and export the default recipe and the models without QAT; return the scores of each question.
 
     Keys: "answers": model -> list of [question, score].
     """
@@ -107,15 +126,28 @@ def measure(runner: BenchmarkRunner, seed: int) -> Figures:
     log = f"{run.path.name}-eval"
     runner.command(["qat_edge", "quantize", str(run.path), "--method", BEST, "--rotate"], log)
     methods = [word for method in (RTN, BEST) for word in ("--ptq", method)]
-    targets = [word for target in DEFAULT_FORMATS for word in ("--target", target)]
-    context = ["--context-length", str(CONTEXT)]
-    runner.command(["qat_edge", "export", str(run.path), *targets, *methods, *context], log)
+    runner.command(["qat_edge", "export", str(run.path), *methods, *CONTEXT_FLAGS], log)
+    sources = [REFERENCE, *(source_name(method, runtime) for runtime in RUNTIMES for method in METHODS)]
+    return _ask(runner, run, sources, log)
 
-    sources = [REFERENCE, *(source_name(method, runtime) for runtime in RUNTIMES for method in NAMES)]
+
+def measure_long(runner: BenchmarkRunner, seed: int) -> Figures:
+    """Train and export QAT for half of the steps; return the scores of each question, as `measure_default` does."""
+    run = runner.train(Training(CALLS.name, seed, STEPS, LONG_QAT))
+    log = f"{run.path.name}-eval"
+    runner.command(["qat_edge", "export", str(run.path), "--ptq", "none", *CONTEXT_FLAGS], log)
+    return _ask(runner, run, list(RUNTIMES), log)
+
+
+MEASURES = {RECOMMENDED: measure_default, LONG_QAT: measure_long}
+
+
+def _ask(runner: BenchmarkRunner, run: Run, sources: Sequence[str], log: str) -> Figures:
+    """Ask models of a run the questions. Answers that are there already are kept."""
     models = [word for source in sources for word in ("--from", source)]
     answers: dict[str, list[list[object]]] = {source: [] for source in sources}
     for task in ASKED:
-        flags = ["--task", task, *models, "--calls", "text", *context]
+        flags = ["--task", task, *models, "--calls", "text", *CONTEXT_FLAGS]
         runner.command(["qat_edge", "eval", str(run.path), *flags], log)
         found = answer_records.read(run.evaluations / f"{task}.json").sources
         for source in sources:
@@ -123,11 +155,11 @@ def measure(runner: BenchmarkRunner, seed: int) -> Figures:
     return {"answers": answers}
 
 
-def scores(runner: BenchmarkRunner, source: str, seeds: Sequence[int]) -> list[Answered]:
+def scores(runner: BenchmarkRunner, source: str, seeds: Sequence[int], recipe: str = RECOMMENDED) -> list[Answered]:
     """Return the score of every question with every seed."""
     found = []
     for seed in seeds:
-        figures = runner.store.get(cell(runner, seed)) or {"answers": {source: []}}
+        figures = runner.store.get(cell(runner, seed, recipe)) or {"answers": {source: []}}
         found += [Answered(f"{seed}: {name}", "", score, 1, "") for name, score in figures["answers"][source]]
     return found
 
@@ -153,47 +185,62 @@ def recovered(fp32: Sequence[Answered], rtn: Sequence[Answered], other: Sequence
 
 
 def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
-    """Write the page, and the cells behind it next to it."""
-    records = [record for seed in seeds if (record := runner.store.record(cell(runner, seed))) is not None]
+    """Write the page of the seeds that are measured, and the cells behind it next to it."""
+    seeds = [seed for seed in seeds if _is_measured(runner, seed, RECOMMENDED)]
+    cells = [cell(runner, seed, recipe) for seed in seeds for recipe in MEASURES]
+    records = [record for each in cells if (record := runner.store.record(each)) is not None]
     text = [
         "# Function calls",
         "`python -m benchmarks.function_calling` writes this page from the JSON files of its measurements. "
         f"SmolLM2-135M-Instruct trains for {STEPS} steps of {CALLS.training['batch_size']} rows on the training half "
         f"of BFCL's functions ({', '.join(TRAINED)}). It answers the questions of {' and '.join(ASKED)} about the "
         f"other half, with functions as text in the system message ({page.counted_seeds(seeds)}); no training row has "
-        "a function of these questions. QAT is the default recipe; the other models are the FP32 fine-tune, quantized "
-        "after as many steps. *Recovered* is the share of what round-to-nearest loses that a model wins back. Brackets "
-        f'are 95% intervals, paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+        "a function of these questions. The FP32 fine-tune and both models of PTQ trained for as many steps as QAT. "
+        f"*{LONG_QAT}* is guarded on rows with neither a trained function nor one of these questions. *Recovered* is "
+        "the share of what round-to-nearest loses that a model wins back. Brackets are 95% intervals, of differences "
+        f'paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
     ]
     text += [page.table(("", ""), page.provenance(records))] if records else []
-    text.append(page.table(("model", "runtime", "right calls", "less FP32", "recovered"), _rows(runner, seeds)))
+    text.append(
+        page.table(
+            ("model", "runtime", "right calls", "less FP32", "less best PTQ", "recovered"), [*_rows(runner, seeds)]
+        )
+    )
     write_text(path, "\n\n".join(text) + "\n")
     publish(records, path.with_suffix(".json"))
     progress.info(f"Wrote {path}")
 
 
-def _rows(runner: BenchmarkRunner, seeds: Sequence[int]) -> list[list[str]]:
+def _is_measured(runner: BenchmarkRunner, seed: int, recipe: str) -> bool:
+    return runner.store.get(cell(runner, seed, recipe)) is not None
+
+
+def _rows(runner: BenchmarkRunner, seeds: Sequence[int]) -> Iterator[list[str]]:
     fp32 = scores(runner, REFERENCE, seeds)
-    if not fp32:
-        return [["FP32 fine-tune", "torch", *[MISSING] * 3]]
-    rows = [["FP32 fine-tune", "torch", _share(paired.mean(fp32)), "", ""]]
+    yield ["FP32 fine-tune", "torch", _share(paired.mean(fp32)) if fp32 else MISSING, "", "", ""]
     for runtime, title in RUNTIMES.items():
-        rtn = scores(runner, source_name(RTN, runtime), seeds)
-        loses = paired.difference(rtn, fp32)
-        for method, name in NAMES.items():
-            found = scores(runner, source_name(method, runtime), seeds)
-            less = paired.difference(found, fp32)
-            won = ""
-            if method != RTN:
-                won = (
-                    _share(recovered(fp32, rtn, found))
-                    if loses.is_shown
-                    else "round-to-nearest loses too little to tell"
-                )
-            rows.append(
-                [name, title, _share(paired.mean(found)), _share(less.interval) if less.is_shown else NONE_SHOWN, won]
-            )
-    return rows
+        for model in MODELS:
+            measured = [seed for seed in seeds if _is_measured(runner, seed, model.recipe)]
+            figures = _figures(runner, model, runtime, measured) if measured else [MISSING] * 4
+            yield [model.name, title, *figures]
+
+
+def _figures(runner: BenchmarkRunner, model: Model, runtime: str, seeds: Sequence[int]) -> list[str]:
+    """Return right calls, differences and the recovered share of a model; empty where one says nothing."""
+    fp32 = scores(runner, REFERENCE, seeds)
+    rtn, best = (scores(runner, source_name(method, runtime), seeds) for method in (RTN, BEST))
+    found = scores(runner, source_name(model.method, runtime), seeds, model.recipe)
+    if not paired.difference(rtn, fp32).is_shown:
+        won = "round-to-nearest loses too little to tell"
+    else:
+        won = _share(recovered(fp32, rtn, found))
+    less_ptq = "" if model.method else _less(found, best)
+    return [_share(paired.mean(found)), _less(found, fp32), less_ptq, "" if model.method == RTN else won]
+
+
+def _less(found: Sequence[Answered], other: Sequence[Answered]) -> str:
+    difference = paired.difference(found, other)
+    return _share(difference.interval) if difference.is_shown else NONE_SHOWN
 
 
 def _share(interval: Interval) -> str:
