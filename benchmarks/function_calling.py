@@ -36,8 +36,9 @@ from qat_edge.verbs.task_rows import write_task_rows
 
 STEPS, SEEDS = 120, (0, 1, 2)
 CONTEXT_FLAGS = ("--context-length", "1024")
-ASKED = ("bfcl_simple", "bfcl_live_simple")  # one function to call
-TRAINED = (*ASKED, "bfcl_multiple", "bfcl_parallel")
+TRAINED = ("bfcl_simple", "bfcl_live_simple", "bfcl_multiple", "bfcl_parallel")
+ASKED = "bfcl_simple"  # one function to call
+UNSEEN = (ASKED, "bfcl_live_simple")  # the guard has no function of their questions
 REFERENCE, RTN, BEST = "reference", "rtn", "coordinate-descent"
 METHODS = (RTN, BEST, "")  # "" for QAT
 RUNTIMES = {"executorch": "`.pte`", "onnx": "ONNX"}
@@ -83,17 +84,17 @@ def write_rows(folder: Path) -> None:
     """Write BFCL's rows: train.jsonl, eval.jsonl and guard.jsonl.
 
     The rows to train on are those of the training half of its functions, and eval.jsonl has those of the other half.
-    guard.jsonl has the latter's rows without a function that a question of this benchmark has.
+    guard.jsonl has the latter's rows without a function that a question of UNSEEN has.
     """
     train, test = "", ""
-    asked: set[str] = set()
+    unseen: set[str] = set()
     for task in TRAINED:
         rows = write_task_rows(task, folder / task, as_text=True, force=True)
         train += rows.train.read_text(encoding="utf-8")
         test += rows.test.read_text(encoding="utf-8")
-        if task in ASKED:
-            asked |= {name for line in rows.test.read_text(encoding="utf-8").splitlines() for name in _functions(line)}
-    guard = [line for line in test.splitlines(keepends=True) if not asked & _functions(line)]
+        if task in UNSEEN:
+            unseen |= {name for line in rows.test.read_text(encoding="utf-8").splitlines() for name in _functions(line)}
+    guard = [line for line in test.splitlines(keepends=True) if not unseen & _functions(line)]
     for name, text in {"train": train, "eval": test, "guard": "".join(guard)}.items():
         write_text(folder / f"{name}.jsonl", text)
 
@@ -145,14 +146,10 @@ MEASURES = {RECOMMENDED: measure_default, LONG_QAT: measure_long}
 def _ask(runner: BenchmarkRunner, run: Run, sources: Sequence[str], log: str) -> Figures:
     """Ask models of a run the questions. Answers that are there already are kept."""
     models = [word for source in sources for word in ("--from", source)]
-    answers: dict[str, list[list[object]]] = {source: [] for source in sources}
-    for task in ASKED:
-        flags = ["--task", task, *models, "--calls", "text", *CONTEXT_FLAGS]
-        runner.command(["qat_edge", "eval", str(run.path), *flags], log)
-        found = answer_records.read(run.evaluations / f"{task}.json").sources
-        for source in sources:
-            answers[source] += [[f"{task}: {each.id}", each.score] for each in found[source].answers]
-    return {"answers": answers}
+    flags = ["--task", ASKED, *models, "--calls", "text", *CONTEXT_FLAGS]
+    runner.command(["qat_edge", "eval", str(run.path), *flags], log)
+    found = answer_records.read(run.evaluations / f"{ASKED}.json").sources
+    return {"answers": {source: [[each.id, each.score] for each in found[source].answers] for source in sources}}
 
 
 def scores(runner: BenchmarkRunner, source: str, seeds: Sequence[int], recipe: str = RECOMMENDED) -> list[Answered]:
@@ -193,7 +190,7 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         "# Function calls",
         "`python -m benchmarks.function_calling` writes this page from the JSON files of its measurements. "
         f"SmolLM2-135M-Instruct trains for {STEPS} steps of {CALLS.training['batch_size']} rows on the training half "
-        f"of BFCL's functions ({', '.join(TRAINED)}). It answers the questions of {' and '.join(ASKED)} about the "
+        f"of BFCL's functions ({', '.join(TRAINED)}). It answers the questions of {ASKED} about the "
         f"other half, with functions as text in the system message ({page.counted_seeds(seeds)}); no training row has "
         "a function of these questions. The FP32 fine-tune and both models of PTQ trained for as many steps as QAT. "
         f"*{LONG_QAT}* is guarded on rows with neither a trained function nor one of these questions. *Recovered* is "

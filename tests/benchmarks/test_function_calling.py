@@ -31,7 +31,7 @@ def runner(tiny_model_folder: Path, tmp_path: Path) -> BenchmarkRunner:
 def figures(right: Callable[[str], int]) -> Figures:
     """Return the figures of models that answer the first `right` of 50 questions."""
     names = [REFERENCE, *(source_name(method, runtime) for runtime in RUNTIMES for method in function_calling.METHODS)]
-    return {"answers": {name: [[f"bfcl_simple: {i}", float(i < right(name))] for i in range(50)] for name in names}}
+    return {"answers": {name: [[f"{i}", float(i < right(name))] for i in range(50)] for name in names}}
 
 
 def page_of(runner: BenchmarkRunner, path: Path, right: Callable[[str], int]) -> dict[str, str]:
