@@ -195,7 +195,8 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
         "a function of these questions. The FP32 fine-tune and both models of PTQ trained for as many steps as QAT. "
         f"*{LONG_QAT}* is guarded on rows with neither a trained function nor one of these questions. *Recovered* is "
         "the share of what round-to-nearest loses that a model wins back. Brackets are 95% intervals, of differences "
-        f'paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero.',
+        f'paired by question and seed; "{NONE_SHOWN}" stands where the interval contains zero. A cell that went on '
+        "after an interruption has the time of its last part.",
     ]
     text += [page.table(("", ""), page.provenance(records))] if records else []
     text.append(
