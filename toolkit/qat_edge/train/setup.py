@@ -34,7 +34,7 @@ from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
-from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, GGUF, target_named
 
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
@@ -417,6 +417,12 @@ def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOpt
         progress.warn(f"Rotation is off: {error}")
         return None
     progress.info(found.describe())
+    shares_table = weights.tied and options.embedding_bits == options.head_bits
+    if found.stream is not None and shares_table and not load.export_gaps(model.config, (GGUF,)):
+        progress.info(
+            "To export it to gguf as well, train with --embedding-bits 8 --head-bits 4 or --rotate off: llama.cpp has "
+            "no place for the rotation of a table that embedding and head share"
+        )
     return options.seed
 
 
