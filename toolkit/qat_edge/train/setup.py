@@ -206,7 +206,8 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
     environment.require_plain_training(device, precision)
-    progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    verb = "Training" if options.steps else "Quantizing"
+    progress.info(f"{verb} on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision

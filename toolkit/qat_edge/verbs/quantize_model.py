@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qat_edge import config, progress
+from qat_edge import config
 from qat_edge.errors import UsageError
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.quant.ptq.method_names import PTQ_METHODS, QAT
@@ -47,9 +47,7 @@ def quantize_model(model: str, out: Path, options: QuantizeOptions, force: bool 
         )
     training = config.load(FinetuneOptions, "finetune", None, _as_training(model, options), config.flag_name)
     finetune(training, out, force=force)
-    frozen = quantize(Run.open(out), QuantizeOptions())
-    progress.info(f"{out} is a run of an untrained model: export, verify, validate and generate take it as any other")
-    return dataclasses.replace(frozen, method=options.method)
+    return dataclasses.replace(quantize(Run.open(out), QuantizeOptions()), method=options.method)
 
 
 def _as_training(model: str, options: QuantizeOptions) -> dict[str, Any]:
