@@ -25,7 +25,7 @@ from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.run import Run
-from qat_edge.verbs.finetune import Finetuned, finetune, qat_start_step
+from qat_edge.verbs.finetune import Finetuned, finetune
 from qat_edge.verbs.quantize import quantize
 
 
@@ -206,7 +206,7 @@ def test_force_replaces_a_run_and_no_other_folder(options: FinetuneOptions, tmp_
 
 @pytest.mark.parametrize(("qat_start", "step"), [(0.0, 0), (0.25, 50), (0.5, 100), (1, 1), (30, 30), (500, 200)])
 def test_qat_start_is_a_fraction_or_a_step(options: FinetuneOptions, qat_start: float, step: int) -> None:
-    assert qat_start_step(replace(options, steps=200, qat_start=float(qat_start))) == step
+    assert replace(options, steps=200, qat_start=float(qat_start)).qat_start_step == step
 
 
 def test_a_changed_base_model_is_refused(options: FinetuneOptions, tmp_path: Path, tokenizer: Any) -> None:

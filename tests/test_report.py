@@ -90,7 +90,7 @@ def test_summary_has_every_metric_of_every_model(page: str) -> None:
 
 
 def test_tiles_show_the_metrics_they_name(page: str) -> None:
-    tiles = re.findall(r'tile-name">(.*?)</span><span class="tile-figure">(.*?)</span>', page)
+    tiles = re.findall(r'tile-name"><b>QAT</b> (.*?)</span><span class="tile-figure">(.*?)</span>', page)
     assert tiles == [
         ("Exact match", "82.8–84.4%"), ("Perplexity", "18.7"), ("Size", "88.7–117 <small>MB</small>"),
         ("Decode", "120–165 <small>tokens/s</small>"),
@@ -252,7 +252,7 @@ def test_missing_parts_are_listed_with_their_reasons(tmp_path: Path, messages: l
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_few_models_do_not_crash(tmp_path: Path, kept: int) -> None:
     html = write(make_run(tmp_path, replace(example(), measured=example().measured[:kept]), whole=False))
-    assert "No QAT artifact was measured" in html
+    assert "No artifact of the run&#39;s own model was measured" in html
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"curve": 3}', '{"curve": []}', '{"curve": [{"step": 1}, 7]}'])

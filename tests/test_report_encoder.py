@@ -116,7 +116,7 @@ def test_the_verdict_compares_qat_with_the_fine_tune_and_the_best_ptq_method() -
     assert encoder_verdict(worse).headline.startswith("QAT is no better than post-training quantization here: it has ")
     mixed = replace(found, results=[tuned, replace(qat, cosine=0.9), best])
     assert encoder_verdict(mixed).headline.endswith("so which is better depends on the metric.")
-    assert encoder_verdict(replace(found, results=[tuned, best])).headline.startswith("No QAT artifact")
+    assert encoder_verdict(replace(found, results=[tuned, best])).headline.startswith("No artifact of the run's own")
     (note,) = encoder_verdict(replace(example(RETRIEVAL), rows=100)).notes
     assert note.startswith(
         "With 100 rows, the difference in retrieval accuracy between QAT and GPTQ is not significant (95% confidence)"

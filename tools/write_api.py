@@ -92,6 +92,26 @@ VERBS = (
         """,
     ),
     Verb(
+        name="quantize_model",
+        options=QuantizeOptions,
+        first={"model": "Hub id, local folder or .gguf file of a model.", "out": "run folder to write."},
+        summary="Quantize a model that was not trained here by a PTQ method; the result is a run like any other.",
+        returns=("Quantized", "The frozen checkpoint and how it was made."),
+        raises=(
+            "UsageError: no method or rows; an impossible value or combination of options.",
+            "RunError: `out` exists, and `force` is not set.",
+            "ModelError: the model cannot be loaded, or the method cannot process it.",
+            "DataError: the rows cannot be used, or are too few.",
+        ),
+        body="""
+            from qat_edge.verbs.quantize_model import quantize_model as verb
+
+            config.require_output(Path(out), "out")
+            with remote_code.permit({permission}):
+                return verb(str(model), Path(out), options, force=force)
+        """,
+    ),
+    Verb(
         name="export",
         options=ExportOptions,
         first=RUN,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qat_edge.verbs.quantize import Quantized
     from qat_edge.verbs.verify import Verified
 
-__all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "validate", "verify"]
+__all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "quantize_model", "validate", "verify"]
 
 
 # --- steps they share --------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def finetune(
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
         method: Train LoRA adapters, or all weights. One of lora, full.
-        steps: Optimizer steps of both phases together.
+        steps: Optimizer steps of both phases together; 0 quantizes the model as it is.
         batch_size: Rows per device and batch.
         gradient_accumulation: Batches per optimizer step.
         learning_rate: Peak learning rate of AdamW; with --method full, try about a twentieth of the default.
@@ -276,6 +276,9 @@ def quantize(
     weight_bits: int | None = None,
     weight_levels: str | None = None,
     rotate: bool = False,
+    group_size: int | None = None,
+    embedding_bits: int | None = None,
+    head_bits: int | None = None,
     calibration_data: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -293,6 +296,10 @@ def quantize(
         weight_levels: Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with
             --method qat. One of seq, integer.
         rotate: Rotate the hidden states first, as finetune --rotate does; not with --method qat.
+        group_size: With --out: weights in groups, of fewer than 8 bits, that share one scale; 32 by default. One of
+            32, 64, 128.
+        embedding_bits: With --out: bits of the token embedding, 8 by default. One of 4, 8.
+        head_bits: With --out: bits of the output head, 8 by default. One of 4, 8.
         calibration_data: Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training
             rows.
         calibration_tokens: Tokens of those rows; by default 49152, or all if there are fewer.
@@ -317,6 +324,9 @@ def quantize(
             "weight_bits": weight_bits,
             "weight_levels": weight_levels,
             "rotate": rotate,
+            "group_size": group_size,
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
             "calibration_data": calibration_data,
             "calibration_tokens": calibration_tokens,
             "seed": seed,
@@ -327,6 +337,81 @@ def quantize(
 
     with remote_code.permit(trust_remote_code):
         return verb(_opened(run), options, force=force)
+
+
+@_notes_arguments
+def quantize_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str = "qat",
+    bits: str | Path | None = None,
+    weight_bits: int | None = None,
+    weight_levels: str | None = None,
+    rotate: bool = False,
+    group_size: int | None = None,
+    embedding_bits: int | None = None,
+    head_bits: int | None = None,
+    calibration_data: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Quantized:
+    """Quantize a model that was not trained here by a PTQ method; the result is a run like any other.
+
+    Args:
+        model: Hub id, local folder or .gguf file of a model.
+        out: run folder to write.
+        method: qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ). One
+            of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
+        bits: Bits by layer, instead of those of finetune; not with --method qat.
+        weight_bits: Bits of linear layers, instead of those of finetune; not with --method qat. One of 2, 4.
+        weight_levels: Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with
+            --method qat. One of seq, integer.
+        rotate: Rotate the hidden states first, as finetune --rotate does; not with --method qat.
+        group_size: With --out: weights in groups, of fewer than 8 bits, that share one scale; 32 by default. One of
+            32, 64, 128.
+        embedding_bits: With --out: bits of the token embedding, 8 by default. One of 4, 8.
+        head_bits: With --out: bits of the output head, 8 by default. One of 4, 8.
+        calibration_data: Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training
+            rows.
+        calibration_tokens: Tokens of those rows; by default 49152, or all if there are fewer.
+        seed: Seed for choosing the rows.
+        force: replace what exists already.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
+
+    Returns:
+        The frozen checkpoint and how it was made.
+
+    Raises:
+        UsageError: no method or rows; an impossible value or combination of options.
+        RunError: `out` exists, and `force` is not set.
+        ModelError: the model cannot be loaded, or the method cannot process it.
+        DataError: the rows cannot be used, or are too few.
+    """
+    given = _named(
+        {
+            "method": method,
+            "bits": bits,
+            "weight_bits": weight_bits,
+            "weight_levels": weight_levels,
+            "rotate": rotate,
+            "group_size": group_size,
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
+            "calibration_data": calibration_data,
+            "calibration_tokens": calibration_tokens,
+            "seed": seed,
+        }
+    )
+    options = config.load(QuantizeOptions, "quantize_model", None, given)
+    from qat_edge.verbs.quantize_model import quantize_model as verb
+
+    config.require_output(Path(out), "out")
+    with remote_code.permit(trust_remote_code):
+        return verb(str(model), Path(out), options, force=force)
 
 
 @_notes_arguments

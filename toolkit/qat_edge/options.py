@@ -106,7 +106,10 @@ class FinetuneOptions:
     trust_remote_code: bool = option(remote_code.HELP, False, group=DATA)
 
     method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
-    steps: int = option("Optimizer steps of both phases together.", 200, bounds=(1, MOST_STEPS), group=TRAINING)
+    steps: int = option(
+        "Optimizer steps of both phases together; 0 quantizes the model as it is.",
+        200, bounds=(0, MOST_STEPS), group=TRAINING,
+    )  # fmt: skip
     batch_size: int = option("Rows per device and batch.", 8, bounds=(1, MOST_BATCH), group=TRAINING)
     gradient_accumulation: int = option("Batches per optimizer step.", 1, bounds=(1, MOST_BATCH), group=TRAINING)
     learning_rate: float = option(
@@ -235,6 +238,17 @@ class FinetuneOptions:
         return SCALES_START if self.weight_bits == FEWEST else QAT_START
 
     @property
+    def qat_start_step(self) -> int:
+        """Last step of phase 1: below 1, `qat_start` is a fraction of the steps; from 1 on, a step."""
+        start = self.start_of_qat
+        return min(round(start * self.steps if start < 1 else start), self.steps)
+
+    @property
+    def has_qat(self) -> bool:
+        """Steps are left for phase 2."""
+        return self.qat_start_step < self.steps
+
+    @property
     def has_fixed_codes(self) -> bool:
         """QAT trains scales alone: as `codes` says, or by default at 2 bits where nothing excludes it."""
         if self.codes is not None:
@@ -267,6 +281,16 @@ class QuantizeOptions:
         "Rotate the hidden states first, as finetune --rotate does; not with --method qat.",
         False, group=QUANTIZATION,
     )  # fmt: skip
+    group_size: int | None = option(
+        "With --out: weights in groups, of fewer than 8 bits, that share one scale; 32 by default.",
+        None, GROUP_SIZES, group=QUANTIZATION,
+    )  # fmt: skip
+    embedding_bits: int | None = option(
+        "With --out: bits of the token embedding, 8 by default.", None, WIDTHS, group=QUANTIZATION
+    )
+    head_bits: int | None = option(
+        "With --out: bits of the output head, 8 by default.", None, WIDTHS, group=QUANTIZATION
+    )
     calibration_data: str | None = option(
         "Calibration rows for gptq, gptaq, coordinate-descent and awq, instead of the training rows.",
         None, group=DATA,

@@ -29,10 +29,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat_edge import previous_run, run_lock, storage
+from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
-from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,21 @@ class Run(Variant):
 
     @property
     def name(self) -> str:
-        """Return its name in reports."""
-        return "qat"
+        """Return its name in reports: "qat", or without a step of QAT "quantized (coordinate descent)".
+
+        Raises:
+            RunError: config.yaml cannot be read.
+        """
+        trained = config.load_trained(self.config)
+        if trained.has_qat:
+            return QAT
+        method = METHOD_OF.get(trained.ptq_init, trained.ptq_init)
+        return f"{OWN_PTQ} ({PTQ_METHODS[method]})"
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether anything was trained, so that the model differs from its base before it is rounded."""
+        return config.load_trained(self.config).steps > 0
 
     @property
     def ptq_folder(self) -> Path:

@@ -187,26 +187,41 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
 @main.command(
     short_help="Freeze the weights, or quantize without training.", example="qat-edge quantize runs/mine --method gptq"
 )
-@RUN
+@click.argument("run", metavar="RUN|MODEL")
 @options_of(QuantizeOptions)
 @CONFIG
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=output_path,
+    help="Run folder to write, with a model (Hub id, folder or .gguf file) in place of RUN.",
+)
 @TRUST_REMOTE_CODE
 @FORCE
 @JSON
-def quantize(run: Path, config_path: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
-    """Freeze the trained weights (export does it too), or quantize the FP32 fine-tune without training."""
+def quantize(run: str, config_path: Path | None, out: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
+    """Freeze the trained weights (export does it too), or quantize without training: a fine-tune, or any model."""
     options = load_options(QuantizeOptions, "quantize", config_path, flags)
-    opened = _open(run)
+    opened = _open(Path(run)) if out is None else None
+    from qat_edge.quant.ptq.method_names import QAT
+    from qat_edge.run import Run
     from qat_edge.verbs.quantize import quantize as verb
     from qat_edge.verbs.quantize import target_flag
 
-    result = verb(opened, options, force=force)
+    if opened is not None:
+        result, method = verb(opened, options, force=force), options.method
+    else:
+        assert out is not None
+        from qat_edge.verbs.quantize_model import quantize_model
+
+        result, method = quantize_model(run, out, options, force=force), QAT
+        opened = Run(out)
     if as_json:
         _print_json(result)
-    flags_of_export = "" if options.method == "qat" else f" --ptq {options.method}"
-    flags_of_export += target_flag(opened, options.method)
+    flags_of_export = "" if method == QAT else f" --ptq {method}"
+    flags_of_export += target_flag(opened, method)
     done = "Wrote" if result.wall_s else "Kept"
-    progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {run}{flags_of_export}")
+    progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {opened.path}{flags_of_export}")
 
 
 @main.command(

@@ -11,7 +11,7 @@ from qat_edge.evaluate.metrics import perplexity
 from qat_edge.evaluate.results import Measurement, Report, Spread
 from qat_edge.quant.bit_allocation import Choice, LayerCost, Sensitivity
 from qat_edge.quant.ptq.method_names import PTQ_METHODS
-from qat_edge.report.formatting import megabytes, number
+from qat_edge.report.formatting import megabytes, number, reference_title
 from qat_edge.verbs.demo import Stage
 from qat_edge.verbs.eval import Evaluated, SourceScore
 
@@ -26,7 +26,7 @@ ABBREVIATIONS = {"coordinate-descent": "cd"}
 def summary_table(report: Report) -> Table:
     """Return the results of validate: one row per model, speeds in tokens per second."""
     table = Table(
-        title=f"{report.tokens} tokens, compared with the FP32 fine-tune",
+        title=f"{report.tokens} tokens, compared with the {reference_title(report.measured)}",
         title_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     _add_columns(table, SUMMARY_COLUMNS, fixed=True)

@@ -103,7 +103,7 @@ def compute_torch_budget(
     Args:
         run: whose checkpoint and artifacts are explained.
         evaluator: has the logits of the FP32 fine-tune and of the frozen checkpoint.
-        measured: the FP32 base and the FP32 fine-tune.
+        measured: the FP32 base and the FP32 fine-tune, or one model where nothing was trained.
         targets: of the run's own artifacts.
 
     Raises:
@@ -114,7 +114,7 @@ def compute_torch_budget(
         f"noise floor of {SEEDS} seeds"
     )
     # Measured already, before the error budget: their logits are in the evaluator's stores.
-    base, tuned = measured
+    base, tuned = measured[0], measured[-1]
     steps = [
         Step("FP32 base", base.perplexity, base.agreement, None),
         Step("FP32 fine-tuned", tuned.perplexity, None, base.agreement),

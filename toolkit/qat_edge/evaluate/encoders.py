@@ -28,6 +28,7 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, EncoderReport, EncoderResult, save
 from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.evaluate.metrics import first_not_finite
+from qat_edge.evaluate.results import FINE_TUNED, REFERENCES, UNTRAINED
 from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.artifact_options import options_of_artifact
@@ -63,7 +64,8 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
     variants = _exported(run)
 
     # The reference: outputs of the FP32 fine-tune for every text.
-    progress.info("FP32 fine-tune: computing outputs in torch, which the artifacts are compared with")
+    name = FINE_TUNED if run.is_trained else UNTRAINED
+    progress.info(f"{REFERENCES[name]}: computing outputs in torch, which the artifacts are compared with")
     tuned = merge.merged_model(run.reference)
     rows = _evaluation_rows(run, options, task, tuned)
     # Of pairs, all first texts come before all second ones, as `quality` expects.
@@ -72,11 +74,11 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
     reference = _torch_outputs(task, tuned.model, texts)
     if _not_finite(reference):
         raise ModelError(
-            f"The FP32 fine-tune: {_not_finite(reference)}. Nothing can be compared with it. Train again, with a lower "
-            "--learning-rate if the loss was not finite."
+            f"The {REFERENCES[name]}: {_not_finite(reference)}. Nothing can be compared with it. Train again, with a "
+            "lower --learning-rate if the loss was not finite."
         )
 
-    results = [EncoderResult("fp32 fine-tuned", "torch", _size_by_part(tuned.model), quality(task, reference, labels))]
+    results = [EncoderResult(name, "torch", _size_by_part(tuned.model), quality(task, reference, labels))]
     for variant in variants:
         results.append(_measure(task, variant, texts, reference, labels))
 

@@ -34,7 +34,7 @@ from qat_edge.evaluate.prompts import (
     fitting_prompts,
 )
 from qat_edge.evaluate.reference import Logits, LogitStore
-from qat_edge.evaluate.results import Agreement, Measurement, Speed
+from qat_edge.evaluate.results import REFERENCES, Agreement, Measurement, Speed
 from qat_edge.models.tokenizer import load_tokenizer, stored_end_token_origins
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
@@ -148,23 +148,28 @@ class Evaluator:
         """Return the logits of the run's own artifact on a device; filled only with --error-budget."""
         return LogitStore(self.scratch / f"{target}-{file_name(device)}")
 
-    def measure_fine_tuned(self, model: PreTrainedModel) -> Measurement:
-        """Measure the FP32 fine-tune in torch; its logits and outputs stay in `fp32_logits` and `fp32_outputs`."""
-        eval_set, options = self.eval_set, self.options
+    def measure_reference(self, model: PreTrainedModel, name: str) -> Measurement:
+        """Measure the FP32 reference in torch; its logits and outputs stay in `fp32_logits` and `fp32_outputs`.
+
+        Args:
+            model: the fine-tune, or a model that was not trained.
+            name: one of REFERENCES.
+        """
+        eval_set, options, title = self.eval_set, self.options, REFERENCES[name]
 
         # Both are kept on disk: every artifact is compared with them later.
-        self._score_in_torch("FP32 fine-tune, logits in torch", model, self.fp32_logits)
-        self._require_finite(self.fp32_logits, "the FP32 fine-tune")
+        self._score_in_torch(f"{title}, logits in torch", model, self.fp32_logits)
+        self._require_finite(self.fp32_logits, f"the {title}")
 
         if eval_set.prompts:
-            progress.info(f"FP32 fine-tune: generating outputs for {len(eval_set.prompts)} prompts in torch")
+            progress.info(f"{title}: generating outputs for {len(eval_set.prompts)} prompts in torch")
         outputs = reference.generate(
             model, eval_set.prompt_ids, eval_set.eos_ids, options.max_new_tokens, eval_set.pad_id
         )
         self.fp32_outputs.write_text(json.dumps(outputs), encoding="utf-8")
 
         return Measurement(
-            name="fp32 fine-tuned",
+            name=name,
             target="torch",
             runtime=_torch_runtime(),
             size_bytes=reference.size_by_part(model),

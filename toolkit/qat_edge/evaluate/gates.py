@@ -9,9 +9,10 @@ from typing import Protocol
 from qat_edge.config import flag_name
 from qat_edge.errors import GateError, UsageError
 from qat_edge.evaluate.encoder_results import EncoderResult
-from qat_edge.evaluate.results import Budget, FaultTest, Gate, Measurement
+from qat_edge.evaluate.results import REFERENCES, Budget, FaultTest, Gate, Measurement
 from qat_edge.options import ValidateOptions
 from qat_edge.profiles import is_gate
+from qat_edge.quant.ptq.method_names import is_own
 
 ENCODER_GATES = ("min_quality", "min_cosine", "min_top1", "max_size_mb")  # options
 ENCODER_ONLY_GATES = ENCODER_GATES[:2]
@@ -40,20 +41,20 @@ def check_gates(
     budgets: Sequence[Budget] = (),
     exact_match_notes: Sequence[str] = (),
 ) -> list[Gate]:
-    """Check every gate that is set against every QAT artifact.
+    """Check every gate that is set against every artifact of the run's own model.
 
     Args:
         options: whose gates are checked.
-        measured: the FP32 fine-tune, which the perplexity ratio refers to, and artifacts.
+        measured: the FP32 reference, which the perplexity ratio refers to, and artifacts.
         budgets: error budgets of the artifacts, for --max-fault-chance.
         exact_match_notes: sentences that explain misses of --min-exact-match.
     """
-    reference_perplexity = next(m.perplexity for m in measured if m.name == "fp32 fine-tuned")
+    reference_perplexity = next(m.perplexity for m in measured if m.name in REFERENCES)
     fault_tests = {budget.target: budget.fault_test for budget in budgets}
 
     gates = []
     for artifact in measured:
-        if artifact.name != "qat":
+        if not is_own(artifact.name):
             continue  # FP32 and PTQ models are there for comparison
         fault_test = fault_tests.get(artifact.target)  # None without --error-budget
         figures = _figures(artifact, reference_perplexity, fault_test)
@@ -66,10 +67,10 @@ def check_gates(
 
 
 def check_encoder_gates(options: ValidateOptions, results: Sequence[EncoderResult]) -> list[Gate]:
-    """Check every gate that is set, each one of ENCODER_GATES, against an encoder's QAT artifact."""
+    """Check every gate that is set, each one of ENCODER_GATES, against an encoder's own artifact."""
     gates = []
     for result in results:
-        if result.name != "qat":
+        if not is_own(result.name):
             continue
         figures = {
             "min_quality": result.quality,

@@ -16,6 +16,9 @@ from qat_edge.field_types import check_types
 from qat_edge.storage import write_text
 
 FORMAT = 1
+# Names of the float model that all others are compared with: a fine-tune, or a model that was not trained here.
+FINE_TUNED, UNTRAINED = "fp32 fine-tuned", "fp32 model"
+REFERENCES = {FINE_TUNED: "FP32 fine-tune", UNTRAINED: "FP32 model"}  # with what sentences call them
 KEY = "key"  # metadata of a field whose key in the JSON files differs from its name
 # Least and greatest value of figures, by the name of their field at any depth. Those of logits may be nan, for "not
 # measured" and for logits that are not finite; those in FINITE are measured, or None.
@@ -144,7 +147,7 @@ class Measurement:
     """All figures of one model in one runtime.
 
     Attributes:
-        name: "fp32 base", "fp32 fine-tuned", "qat" or a PTQ variant such as "ptq (round-to-nearest)".
+        name: "fp32 base", one of REFERENCES, the name of the run or of a PTQ variant such as "ptq (round-to-nearest)".
         target: "torch", "executorch", "onnx", ...
         runtime: name and version of the runtime.
         size_bytes: by part (linears, scales, embedding, head, graph, tokenizer; float for a torch model's weights).

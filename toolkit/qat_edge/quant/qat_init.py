@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qat_edge import readers
 from qat_edge.errors import RunError
 from qat_edge.manifest import read_manifest, sha256, write_manifest
-from qat_edge.quant import fake, rotated_norm, rotation
+from qat_edge.quant import fake, numerics, rotated_norm, rotation
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.scheme import Scheme, shares_table
@@ -142,6 +142,7 @@ def prepare(
     method: str,
     calibration: Sequence[Mapping[str, Tensor]],
     rotation_seed: int | None = None,
+    on_grid: bool = False,
 ) -> QatInit:
     """Quantize the merged weights of a training model by `method`, and start QAT from the result.
 
@@ -154,6 +155,8 @@ def prepare(
         method: One of `PTQ_METHODS`.
         calibration: Batches as `methods.apply` takes them.
         rotation_seed: Rotate what the model allows first, adapters included; only for methods that change the base.
+        on_grid: Round the weights that the method changed, for a model without a step of QAT: then bfloat16 changes no
+            code. Training begins from what the method would round, which it may still move across a border.
 
     Raises:
         ModelError: Nothing can be rotated.
@@ -172,9 +175,12 @@ def prepare(
         tables_rotated = rotation.rotate(trained, scheme, rotation_seed).stream is not None
 
     # The method sees merged weights; the adapters are subtracted from its result again.
-    layers = [model.get_submodule(name) for name in scheme.linears]
+    layers: list[Any] = [model.get_submodule(name) for name in scheme.linears]
     with torch.no_grad(), _folded(layers):
         scales = methods.apply(model, scheme, method, calibration)
+        for name, layer in zip(scheme.linears, layers, strict=True) if on_grid else ():
+            weight, spec = layer.weight.data, scheme.weights[name]
+            weight.copy_(numerics.fake_quantize_weight(weight, spec.codebook, spec.group_size, scales[name]))
 
     changed = _changed_parameters(model, scheme, scales, vectors, tables_rotated)
     # An adapter is part of a parameter's name; `apply` also has to work before there is one.

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
 from qat_edge.report import run_details, tables
 from qat_edge.report.collect import RunResults
-from qat_edge.report.formatting import ROLES, cosine, label, megabytes, number, percent, quantized, role, span
+from qat_edge.report.formatting import (
+    ROLES,
+    cosine,
+    label,
+    megabytes,
+    model_label,
+    number,
+    own_title,
+    percent,
+    quantized,
+    reference_title,
+    role,
+    span,
+)
 from qat_edge.report.glossary import encoder_terms
 from qat_edge.report.run_page import Tile, environment, parts_plot, style, subtitle, training_plot
 from qat_edge.report.tables import Column, Table, TableCell, TableRow, best_rows, known_values
@@ -62,8 +75,9 @@ def _columns(found: EncoderReport) -> list[Column[EncoderResult]]:
 
 
 def _tiles(found: EncoderReport) -> list[Tile]:
-    """Return QAT's main metrics, each with the FP32 fine-tune's and the range of PTQ's."""
+    """Return the own model's main metrics, each with the FP32 reference's and the range of PTQ's."""
     tiles = []
+    reference = next((model_label(row) for row in found.results if role(row) == "tuned"), "")
     for column in _columns(found):
         values = {
             key: known_values(column, [row for row in found.results if role(row) == key])
@@ -71,8 +85,10 @@ def _tiles(found: EncoderReport) -> list[Tile]:
         }
         if not values["qat"]:
             continue
-        compared = [(ROLES[key], span(values[key], column.bare, "–")) for key in ("tuned", "ptq") if values[key]]
-        tiles.append(Tile(column.name, span(values["qat"], column.bare, "–"), column.unit, compared))
+        names = {"tuned": reference, "ptq": ROLES["ptq"]}
+        compared = [(names[key], span(values[key], column.bare, "–")) for key in names if values[key]]
+        own = span(values["qat"], column.bare, "–")
+        tiles.append(Tile(own_title(found.results), column.name, own, column.unit, compared))
     # One row of tiles on a wide page.
     return tiles[:MOST_TILES]
 
@@ -87,7 +103,7 @@ def _summary(found: EncoderReport) -> Table:
     ]
     caption = (
         f"{found.rows:,} evaluation rows with {found.texts:,} texts, run one at a time in ExecuTorch's Python runtime. "
-        "Cosine similarity is relative to the outputs of the FP32 fine-tune."
+        f"Cosine similarity is relative to the outputs of the {reference_title(found.results)}."
     )
     return Table(caption, [(column.name, column.unit) for column in columns], rows)
 

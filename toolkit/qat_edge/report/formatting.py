@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from qat_edge.quant.ptq.method_names import PTQ_METHODS
+from qat_edge.evaluate.results import FINE_TUNED, REFERENCES, UNTRAINED
+from qat_edge.quant.ptq.method_names import OWN_PTQ, PTQ_METHODS, is_own
 from qat_edge_exporters.targets import TARGETS
 
+# Roles of models with their names in most runs. "tuned" is the float model that others are compared with, and "qat" the
+# run's own model: without a training, or without a step of QAT, `model_label` has other names for them.
 ROLES = {
     "base": "FP32 base",
     "tuned": "FP32 fine-tuned",
@@ -28,7 +31,6 @@ PARTS = {
     "float": "float weights",
 }
 
-_ROLE_BY_NAME = {"fp32 base": "base", "fp32 fine-tuned": "tuned", "qat": "qat"}
 # Acronyms in capitals, names in sentence case: "RTN", "GPTQ", "Coordinate descent".
 _PTQ_LABELS = {
     f"ptq ({title})": title.capitalize() if "-" in method else method.upper() for method, title in PTQ_METHODS.items()
@@ -52,8 +54,12 @@ class ReportedModel(Protocol):
 
 
 def role(row: ReportedModel) -> str:
-    """Return "base", "tuned", "ptq" or "qat", and "other" for an unknown name."""
-    return "ptq" if row.name.startswith("ptq") else _ROLE_BY_NAME.get(row.name, "other")
+    """Return the row's role, a key of ROLES, and "other" for an unknown name."""
+    if row.name.startswith("ptq"):
+        return "ptq"
+    if is_own(row.name):
+        return "qat"
+    return "base" if row.name == "fp32 base" else "tuned" if row.name in REFERENCES else "other"
 
 
 def quantized(row: ReportedModel) -> bool:
@@ -70,10 +76,30 @@ def label(row: ReportedModel) -> str:
 
 
 def model_label(row: ReportedModel) -> str:
-    """Return the display name without the target: `QAT`, `RTN`, `FP32 base`."""
+    """Return the display name without the target: `QAT`, `RTN`, `RTN (this run)`, `FP32 base`."""
     if role(row) == "ptq":
         return _PTQ_LABELS.get(row.name, plain(row.name))
-    return ROLES.get(role(row), plain(row.name))
+    if row.name.startswith(OWN_PTQ):
+        method = row.name.removeprefix(OWN_PTQ)
+        return f"{_PTQ_LABELS.get(f'ptq{method}', plain(method.strip(' ()')))} (this run)"
+    return "FP32 model" if row.name == UNTRAINED else ROLES.get(role(row), plain(row.name))
+
+
+def reference_title(rows: Iterable[ReportedModel]) -> str:
+    """Return what sentences call the float model that others are compared with."""
+    return next((REFERENCES[row.name] for row in rows if row.name in REFERENCES), REFERENCES[FINE_TUNED])
+
+
+def role_legend(rows: Sequence[ReportedModel]) -> list[tuple[str, str]]:
+    """Return the color of each role, as a CSS class, with its name."""
+    shared = {"ptq": ROLES["ptq"], "other": "other"}  # by several models
+    names = {role(row): model_label(row) for row in reversed(rows)} | shared
+    return [(f"l-bar c-{name}", names[name]) for name in dict.fromkeys(map(role, rows))]
+
+
+def own_title(rows: Iterable[ReportedModel]) -> str:
+    """Return the display name of the run's own model."""
+    return next((model_label(row) for row in rows if role(row) == "qat"), ROLES["qat"])
 
 
 def target_label(row: ReportedModel) -> str:

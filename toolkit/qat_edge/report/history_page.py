@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qat_edge import __version__
 from qat_edge.report import glossary
-from qat_edge.report.formatting import ROLES, TARGET_TITLES, label, number, plain, role
+from qat_edge.report.formatting import TARGET_TITLES, label, number, plain, role, role_legend
 from qat_edge.report.history import METRICS, Change, History, Incomparable, Metric, Point, Series
 from qat_edge.report.plots import SHAPES
 from qat_edge.report.run_details import DetailList
@@ -104,10 +104,10 @@ def _title(metric: Metric) -> str:
 
 def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
     """Return the colors of the models, the shapes of the runtimes and the sign of an interrupted line."""
-    colors = {f"l-bar c-{role(one.model)}": ROLES.get(role(one.model), "other") for one in series}
+    colors = role_legend([one.model for one in series])
     targets = dict.fromkeys(one.model.target for one in series)
     shapes = {f"l-{SHAPES.get(t, 'diamond')}": TARGET_TITLES.get(t, plain(t)) for t in targets}
-    return [*colors.items(), *shapes.items(), ("l-apart", "≠ not comparable")]
+    return [*colors, *shapes.items(), ("l-apart", "≠ not comparable")]
 
 
 def _outdated(history: History, names: Sequence[str], device: str) -> list[str]:

@@ -6,6 +6,7 @@ from qat_edge.errors import RunError
 from qat_edge.evaluate.encoder_results import EncoderReport, EncoderResult
 from qat_edge.evaluate.results import Measurement, Report
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.quant.ptq.method_names import is_own
 from qat_edge.run import Run, Variant
 
 
@@ -14,14 +15,15 @@ def outdated_note(run: Run, measured: Report | EncoderReport) -> str:
 
     Results of earlier versions do not record which artifact they measured, so they are not compared.
     """
-    variants = {variant.name: variant for variant in run.variants()}
+    ptq = {variant.name: variant for variant in run.variants()[1:]}
     rows: list[Measurement | EncoderResult] = [
         *(measured.measured if isinstance(measured, Report) else measured.results)
     ]
     changes = [
         f"{row.name}, {row.target} ({change})"
         for row in rows
-        if row.artifact_sha256 and (change := _change(variants.get(row.name), row.target, row.artifact_sha256))
+        if row.artifact_sha256
+        and (change := _change(run if is_own(row.name) else ptq.get(row.name), row.target, row.artifact_sha256))
     ]
     if not changes:
         return ""

@@ -321,7 +321,7 @@ def _label_roles(root: ET.Element, rows: Sequence[Measurement], positions: Point
         spots = [(*position, row) for row, position in zip(rows, positions, strict=True) if role(row) == name]
         # The rightmost point of the role has the most space at its right.
         left, height, row = max(spots, key=lambda spot: spot[0])
-        title = shorten(ROLES.get(name, row.name), 150)
+        title = shorten(ROLES["ptq"] if name == "ptq" else model_label(row), 150)
         width = text_width(title)
 
         # At the right edge the name is written to the left of the leftmost point instead.

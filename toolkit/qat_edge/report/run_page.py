@@ -20,11 +20,15 @@ from qat_edge.report.formatting import (
     duration,
     label,
     megabytes,
+    model_label,
     number,
+    own_title,
     part_label,
     percent,
     plain,
+    reference_title,
     role,
+    role_legend,
     span,
     whole_percent,
 )
@@ -58,15 +62,17 @@ class Plot:
 
 @dataclass(frozen=True)
 class Tile:
-    """One metric of QAT in large type.
+    """One metric of the run's own model in large type.
 
     Attributes:
+        model: Name of the model.
         name: Name of the metric.
         value: Its value, or its range over the targets.
         unit: Unit of the value.
         compared: Name and value of each model to compare it with.
     """
 
+    model: str
     name: str
     value: str
     unit: str
@@ -153,8 +159,8 @@ def subtitle(results: RunResults) -> list[str]:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    """Return QAT's main metrics, each with those of the FP32 fine-tune and of PTQ."""
-    # Rows by role: those of QAT, and those it is compared with.
+    """Return the own model's main metrics, each with those of the FP32 reference and of PTQ."""
+    # Rows by role: the own model's, and those it is compared with.
     rows = {
         "qat": shipped(report, "qat"),
         "tuned": [row for row in report.measured if role(row) == "tuned"],
@@ -174,11 +180,12 @@ def _tiles(report: Report) -> list[Tile]:
     tiles = []
     for name, unit, write in metrics:
         values = {key: tables.known_values(columns[name], group) for key, group in rows.items()}
-        # A tile without a value of QAT would have nothing to show.
+        # A tile without a value of its own would have nothing to show.
         if not values["qat"]:
             continue
-        compared = [(ROLES[key], span(values[key], write, "–")) for key in ("tuned", "ptq") if values[key]]
-        tiles.append(Tile(name, span(values["qat"], write, "–"), unit, compared))
+        names = {"tuned": model_label(rows["tuned"][0]) if rows["tuned"] else "", "ptq": ROLES["ptq"]}
+        compared = [(names[key], span(values[key], write, "–")) for key in names if values[key]]
+        tiles.append(Tile(own_title(rows["qat"]), name, span(values["qat"], write, "–"), unit, compared))
     return tiles
 
 
@@ -247,13 +254,13 @@ def _quality_plot(rows: Sequence[Measurement], index: int) -> Plot:
     shapes = {plots.SHAPES.get(row.target, "diamond"): TARGET_TITLES.get(row.target, row.target) for row in drawn}
     legend = [(f"l-{shape}", name) for shape, name in shapes.items()]
     if {"ptq", "qat"} <= {role(row) for row in drawn}:
-        legend.append(("l-gain", "from PTQ to QAT"))
+        legend.append(("l-gain", f"from PTQ to {own_title(drawn)}"))
     caption = f"{'Up' if plots.draws_exact_match(rows) else 'Down'} and to the left is better."
     return Plot(title, Markup(svg), caption, legend, tables.quality(rows))
 
 
 def parts_plot(rows: Sequence[ReportedModel], index: int) -> Plot:
-    """Return the chart of each artifact's size by part, with its share of the FP32 fine-tune's size as caption."""
+    """Return the chart of each artifact's size by part, with its share of the FP32 reference's size as caption."""
     title = "Size by part"
     svg = plots.size_by_part(f"parts-{index}", rows)
     if not svg:
@@ -269,7 +276,7 @@ def parts_plot(rows: Sequence[ReportedModel], index: int) -> Plot:
     if tuned:
         shares = [row.total_bytes / tuned.total_bytes for row in drawn]
         caption = (
-            f"{span(shares, whole_percent)} of the size of the FP32 fine-tune, whose weights take "
+            f"{span(shares, whole_percent)} of the size of the {reference_title(rows)}, whose weights take "
             f"{megabytes(tuned.total_bytes)} MB (not drawn)."
         )
     return Plot(title, Markup(svg), caption, legend, tables.parts([*drawn, *([tuned] if tuned else [])]))
@@ -286,8 +293,7 @@ def _speed_plot(rows: Sequence[Measurement], index: int) -> Plot:
     untimed = [label(row) for row in rows if row.speed is None]
     if untimed:
         caption += f" Not measured: {', '.join(untimed)}."
-    roles = dict.fromkeys(role(row) for row in rows if row.speed is not None)
-    legend = [(f"l-bar c-{name}", ROLES.get(name, "other")) for name in roles]
+    legend = role_legend([row for row in rows if row.speed is not None])
     return Plot(title, Markup(svg), caption, legend, tables.speeds(rows))
 
 
@@ -301,7 +307,7 @@ def _budget_plots(report: Report, index: int) -> list[Plot]:
     ]
     found = []
     for position, budget in enumerate(report.budgets):
-        title = f"Error budget, QAT · {TARGET_TITLES.get(budget.target, budget.target)}"
+        title = f"Error budget, {own_title(report.measured)} · {TARGET_TITLES.get(budget.target, budget.target)}"
         # Element ids have to be unique on the page: a chart per device and artifact.
         svg = waterfall.waterfall(f"budget-{index}-{position}", budget)
         if svg:

@@ -17,6 +17,7 @@ from qat_edge.report.formatting import (
     part_label,
     percent,
     quantized,
+    reference_title,
     role,
 )
 from qat_edge.report.plots import ordered_parts
@@ -173,7 +174,8 @@ def summary(report: Report) -> Table:
         for table_row, row in zip(rows, report.measured, strict=True):
             table_row.cells.append(_metric_cell(column, row, row in best))
 
-    compared = f"Compared on {report.tokens:,} tokens; KL and top-1 are relative to the FP32 fine-tune."
+    reference = reference_title(report.measured)
+    compared = f"Compared on {report.tokens:,} tokens; KL and top-1 are relative to the {reference}."
     return Table(
         caption=" ".join([compared, *_conditions(report.measured)]),
         heads=[(column.name, column.unit) for column in COLUMNS],

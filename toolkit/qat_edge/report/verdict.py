@@ -1,6 +1,7 @@
-"""Sentences computed from the metrics: QAT compared with the FP32 fine-tune and with the best PTQ method.
+"""Sentences computed from the metrics: a run's own model compared with the FP32 reference and with the best PTQ method.
 
-The sentences follow from the numbers alone. Where QAT is no better than PTQ, the headline begins with that.
+The own model is that of QAT, or in a run without QAT what the model was quantized to. The sentences follow from the
+numbers alone. Where QAT is no better than PTQ, the headline begins with that.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ from dataclasses import dataclass, replace
 
 from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
 from qat_edge.evaluate.results import Measurement, Report
-from qat_edge.report.formatting import cosine, number, percent, role, span, whole_percent
+from qat_edge.report.formatting import (
+    ROLES,
+    cosine,
+    model_label,
+    number,
+    own_title,
+    percent,
+    reference_title,
+    role,
+    span,
+    whole_percent,
+)
 
 Z_95 = 1.96  # two-sided 95% quantile of the normal distribution
-NO_QAT = "No QAT artifact was measured, so there is no result yet."
+NO_OWN = "No artifact of the run's own model was measured, so there is no result yet."
 NO_PTQ = "No PTQ method was measured for comparison."
 
 
@@ -40,8 +52,8 @@ class _ComparedModels:
     """Rows of one report that the sentences are about.
 
     Attributes:
-        tuned: The FP32 fine-tune.
-        qat: QAT artifacts.
+        tuned: The FP32 reference.
+        qat: Artifacts of the run's own model.
         ptq: Artifacts of the best PTQ method, only on targets that `qat` has too.
         ptq_name: Name of that method in the sentences.
     """
@@ -51,15 +63,25 @@ class _ComparedModels:
     ptq: list[Measurement]
     ptq_name: str
 
+    @property
+    def reference(self) -> str:
+        """The FP32 reference in sentences."""
+        return reference_title([self.tuned])
+
+    @property
+    def own(self) -> str:
+        """The run's own model in sentences."""
+        return own_title(self.qat)
+
 
 def verdict(report: Report) -> Verdict:
-    """Compare QAT with the FP32 fine-tune and with the best PTQ method, by the metrics of this report."""
+    """Compare the own model with the FP32 reference and with the best PTQ method, by the metrics of this report."""
     tuned = next((row for row in report.measured if role(row) == "tuned"), None)
     qat, ptq = shipped(report, "qat"), shipped(report, "ptq")
     if not qat:
-        return Verdict(NO_QAT, [], {})
+        return Verdict(NO_OWN, [], {})
     if tuned is None:
-        return Verdict("The FP32 fine-tune was not measured, so there is no reference to compare QAT with.", [], {})
+        return Verdict("The FP32 model was not measured, so there is no reference to compare with.", [], {})
 
     if ptq:
         # Both are compared on the same targets.
@@ -67,13 +89,13 @@ def verdict(report: Report) -> Verdict:
         ptq = [row for row in ptq if row.target in targets]
     compared = _ComparedModels(tuned, qat, *_best_method(ptq))
 
-    # Exact match is what users see, so it decides where it is known and the fine-tune solves any prompt at all.
+    # Exact match is what users see, so it decides where it is known and the reference solves any prompt at all.
     has_exact_match = all(row.exact_match is not None for row in (tuned, *qat))
     by_exact_match = has_exact_match and bool(tuned.exact_match)
     if not by_exact_match and not all(row.scored for row in (*compared.qat, *compared.ptq)):
         return Verdict(
-            "QAT cannot be compared: the runner returned no logits, so there is no perplexity, and exact match is "
-            "missing or 0 for the FP32 fine-tune.",
+            f"{compared.own} cannot be compared: the runner returned no logits, so there is no perplexity, and exact "
+            f"match is missing or 0 for the {compared.reference}.",
             [],
             {},
         )
@@ -82,24 +104,25 @@ def verdict(report: Report) -> Verdict:
 
 
 def encoder_verdict(comparison: EncoderReport) -> Verdict:
-    """Compare a QAT encoder with the FP32 fine-tune and with the best PTQ method, by task quality and cosine."""
+    """Compare an encoder with the FP32 reference and with the best PTQ method, by task quality and cosine."""
     rows = comparison.results
     tuned, qat = rows[0], next((row for row in rows if role(row) == "qat"), None)
     if qat is None:
-        return Verdict(NO_QAT, [], {})
+        return Verdict(NO_OWN, [], {})
 
-    # QAT against the FP32 fine-tune.
+    # The own model against the FP32 reference.
+    own, reference = own_title(rows), reference_title(rows)
     write = number if comparison.measure == CORRELATION else percent
     size = qat.total_bytes / max(tuned.total_bytes, 1)
     article = "an" if comparison.measure[0] in "aeiou" else "a"
     text = (
-        f"QAT has {article} {comparison.measure} of {write(qat.quality)} (FP32 fine-tune: {write(tuned.quality)}) and "
-        f"a mean cosine of {cosine(qat.cosine or 0.0)} with the outputs of the FP32 fine-tune, at "
+        f"{own} has {article} {comparison.measure} of {write(qat.quality)} ({reference}: {write(tuned.quality)}) and "
+        f"a mean cosine of {cosine(qat.cosine or 0.0)} with the outputs of the {reference}, at "
         f"{whole_percent(size)} of its size"
     )
     figures = {"qat_quality": [qat.quality], "qat_cosine": [qat.cosine or 0.0], "qat_size_share": [size]}
 
-    # QAT against the best PTQ method.
+    # The own model against the best PTQ method.
     ptq = [row for row in rows if role(row) == "ptq"]
     if not ptq:
         return Verdict(f"{text}. {NO_PTQ}", [], figures)
@@ -109,7 +132,7 @@ def encoder_verdict(comparison: EncoderReport) -> Verdict:
     text = f"{text}; {ptq_name} has {write(best.quality)} and {cosine(best.cosine or 0.0)}"
     gains = [qat.quality - best.quality, (qat.cosine or 0.0) - (best.cosine or 0.0)]
     if max(gains) <= 0:
-        text = _no_gain(text)
+        text = _no_gain(text, own)
     elif min(gains) < 0:
         text = f"{text}, so which is better depends on the metric"
     return Verdict(f"{text}.", _rows_note(comparison, qat, best, ptq_name), figures)
@@ -121,7 +144,7 @@ def _rows_note(comparison: EncoderReport, qat: EncoderResult, best: EncoderResul
     if comparison.measure == CORRELATION or not _within_chance(qat.quality, best.quality, comparison.rows):
         return []
     return [
-        f"With {comparison.rows} rows, the difference in {comparison.measure} between QAT and "
+        f"With {comparison.rows} rows, the difference in {comparison.measure} between {model_label(qat)} and "
         f"{ptq_name.partition(',')[0]} is not significant (95% confidence); give more rows with --eval-data."
     ]
 
@@ -162,18 +185,19 @@ def shipped(report: Report, wanted: str) -> list[Measurement]:
 
 def _by_exact_match(compared: _ComparedModels) -> Verdict:
     tuned = compared.tuned.exact_match or 0.0
-    # QAT against the FP32 fine-tune.
+    # The own model against the FP32 reference.
     kept = _ratios(compared.qat, lambda row: _exact_match(row) / tuned)
     sizes = _size_shares(compared)
     figures = {"qat_exact_match_kept": kept, "qat_size_share": sizes}
     verb = "reaches" if min(kept) >= 1 else "keeps"
-    text = f"QAT {verb} {_shares(kept)} of the exact match of the FP32 fine-tune at {_shares(sizes)} of its size"
+    share = f"{_shares(kept)} of the exact match of the {compared.reference}"
+    text = f"{compared.own} {verb} {share} at {_shares(sizes)} of its size"
 
     ptq = [row for row in compared.ptq if row.exact_match is not None]
     if not ptq:
         return Verdict(f"{text}. {NO_PTQ}", _notes(compared), figures)
 
-    # Each PTQ artifact is compared with the QAT artifact of the same target.
+    # Each PTQ artifact is compared with the own artifact of the same target.
     figures["ptq_exact_match_kept"] = [_exact_match(row) / tuned for row in ptq]
     gains = [_exact_match(_same_target(row, compared.qat)) - _exact_match(row) for row in ptq]
     figures["qat_gain_exact_match"] = gains
@@ -182,19 +206,20 @@ def _by_exact_match(compared: _ComparedModels) -> Verdict:
     if min(gains) > 0:
         text = f"{text}; {compared.ptq_name} keeps {ptq_kept}."
     elif max(gains) <= 0:
-        text = f"{_no_gain(text)}, while {compared.ptq_name} keeps {ptq_kept}."
+        text = f"{_no_gain(text, compared.own)}, while {compared.ptq_name} keeps {ptq_kept}."
     else:
         text = f"{text}; {compared.ptq_name} keeps {ptq_kept}, so which is better depends on the target."
     return Verdict(text, [*_prompts_note(ptq, compared), *_notes(compared)], figures)
 
 
 def _by_perplexity(compared: _ComparedModels, has_exact_match: bool) -> Verdict:
-    """Compare by perplexity: exact match was not measured, or is 0 for the fine-tune itself."""
+    """Compare by perplexity: exact match was not measured, or is 0 for the reference itself."""
     ratios = _ratios(compared.qat, lambda row: row.perplexity / compared.tuned.perplexity)
     sizes = _size_shares(compared)
-    # QAT against the FP32 fine-tune: 1 is as good.
+    # The own model against the FP32 reference: 1 is as good.
     figures = {"qat_perplexity_ratio": ratios, "qat_size_share": sizes}
-    text = f"QAT has {span(ratios, number)} times the perplexity of the FP32 fine-tune at {_shares(sizes)} of its size"
+    times = f"{span(ratios, number)} times the perplexity of the {compared.reference}"
+    text = f"{compared.own} has {times} at {_shares(sizes)} of its size"
 
     if compared.ptq:
         # The same ratio of the best PTQ method.
@@ -203,20 +228,21 @@ def _by_perplexity(compared: _ComparedModels, has_exact_match: bool) -> Verdict:
         gains = [row.perplexity - _same_target(row, compared.qat).perplexity for row in compared.ptq]
         text = f"{text}; {compared.ptq_name} has {span(ptq_ratios, number)} times"
         if max(gains) <= 0:
-            text = _no_gain(text)
+            text = _no_gain(text, compared.own)
 
     # The usual metric is exact match, so the reason for another one is given.
     reason = (
-        "The FP32 fine-tune solves none of the prompts exactly, so perplexity is compared instead."
+        f"The {compared.reference} solves none of the prompts exactly, so perplexity is compared instead."
         if has_exact_match
         else "Exact match was not measured for every model, so perplexity is compared instead."
     )
     return Verdict(f"{text}.", [reason, *_notes(compared)], figures)
 
 
-def _no_gain(text: str) -> str:
-    """Return a sentence that begins with "QAT" with the conclusion that QAT is no better in front."""
-    return f"QAT is no better than post-training quantization here: it{text.removeprefix('QAT')}"
+def _no_gain(text: str, own: str) -> str:
+    """Return a sentence that begins with the own model's name with the conclusion that it is no better in front."""
+    others = "post-training quantization" if own == ROLES["qat"] else "another PTQ method"
+    return f"{own} is no better than {others} here: it{text.removeprefix(own)}"
 
 
 def _fine_tuning(report: Report, tuned: Measurement) -> str:
@@ -248,7 +274,7 @@ def _prompts_note(ptq: list[Measurement], compared: _ComparedModels) -> list[str
         prompts = min(row.prompts, qat.prompts)
         if prompts and within_chance(qat, row):
             return [
-                f"With {prompts} prompts, the difference in exact match between QAT and "
+                f"With {prompts} prompts, the difference in exact match between {compared.own} and "
                 f"{compared.ptq_name.partition(',')[0]} is not significant (95% confidence); give more with --prompts."
             ]
     return []

@@ -63,8 +63,8 @@ def waterfall(name: str, budget: Budget) -> str:
     description = "; ".join(f"{bar.name}: {_signed(bar.end - bar.start)}" for bar in steps)
     height = 26 + ROW * len(steps) + 48
     root = canvas(name, "Error budget", f"Nats per token. {description}", height + 26 + ROW * len(parts) + 24)
-    _panel(root, steps, 0, "log perplexity relative to the FP32 fine-tune, nats per token", signed=True)
-    _panel(root, parts, height, "KL to the FP32 fine-tune with one part in floats, nats per token", signed=False)
+    _panel(root, steps, 0, "log perplexity relative to the FP32 model, nats per token", signed=True)
+    _panel(root, parts, height, "KL to the FP32 model with one part in floats, nats per token", signed=False)
     return to_svg(root)
 
 
@@ -79,7 +79,7 @@ def table(budget: Budget) -> Table:
     rows += [TableRow("noise floor", "floor", _cells(None, None, found)) for found in budget.floor]
     heads = [
         ("Perplexity", ""),
-        ("KL to the fine-tune", "nats"),
+        ("KL to the FP32 model", "nats"),
         ("KL to the step before", "nats"),
         ("Top-1 with the step before", "%"),
         ("SQNR to the step before", "dB"),
@@ -90,11 +90,11 @@ def table(budget: Budget) -> Table:
 def caption(budget: Budget) -> str:
     """Return an explanation of the bars, and of what they leave out."""
     base, tuned = (step.perplexity for step in budget.steps[:2])
-    sentences = ["The bars add up from the FP32 fine-tune to the artifact."]
-    if base > 0 and tuned > 0:
+    sentences = ["The bars add up from the FP32 model to the artifact."]
+    if base > 0 and tuned > 0 and tuned != base:
         sentences.append(f"Fine-tuning itself changed log perplexity by {_signed(math.log(tuned / base))}.")
     sentences.append(
-        "A part in floats has the values of the FP32 fine-tune, so “weights” includes what QAT learned after it; keys "
+        "A part in floats has the values of the FP32 model, so “weights” includes what QAT learned after it; keys "
         "and values are floats in the checkpoint."
     )
     if budget.frozen_divergence:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat_edge.config import flag_name
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
-from qat_edge.options import WIDTHS, ExportOptions, FinetuneOptions
+from qat_edge.options import TRAINING, WIDTHS, ExportOptions, FinetuneOptions
 from qat_edge.quant.bits_file import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq.method_names import CALIBRATED
@@ -17,6 +18,13 @@ from qat_edge_exporters.targets import target_for
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Options that a model is quantized by even if nothing is trained, among those of training.
+WITHOUT_STEPS = ("steps", "keep_layers", "prune", "seed")
+# Options of QAT among those of quantization, and of the trainer among the others.
+OF_STEPS = (
+    "qat_start", "scale_learning_rate", "codes", "qat_learning_rate", "lr_restart", "clip_gradients", "base",
+    "gradient_checkpointing", "save_every",
+)  # fmt: skip
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
 
@@ -34,7 +42,7 @@ def check_combination(options: FinetuneOptions) -> None:
         UsageError: Names the options and what to change.
     """
     requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
-    for checks in (_phase_2_checks, _base_checks, _width_checks, _effect_checks):
+    for checks in (_step_checks, _phase_2_checks, _base_checks, _width_checks, _effect_checks):
         for check in checks(options):
             if check.found:
                 raise UsageError(check.message)
@@ -95,6 +103,19 @@ def check_export_section(options: FinetuneOptions, export: ExportOptions, path: 
         )
 
 
+def _step_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
+    """Return the check of options that have no effect where nothing is trained."""
+    of_training = [field.name for field in fields(options) if field.metadata["group"] == TRAINING]
+    names = [*(name for name in of_training if name not in WITHOUT_STEPS), *OF_STEPS]
+    given = [flag_name(name) for name in names if _is_given(options, name)]
+    return (
+        _Check(
+            options.steps == 0 and bool(given),
+            f"{', '.join(given)} and --steps 0: nothing is trained. Leave it out, or give steps.",
+        ),
+    )
+
+
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of PTQ initialization, scales and teacher."""
     # Calibrated methods write weights whose rounding is compensated into the base; the others choose scales alone.
@@ -103,7 +124,7 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     return (
         # The start of phase 2: a fraction of the steps, or a step.
         _Check(
-            start > options.steps,
+            0 < options.steps < start,
             f"--qat-start {start:g} and --steps {options.steps}: training ends before QAT starts. Give a "
             f"fraction below 1 or a step up to {options.steps}; --qat-start {options.steps} trains without QAT.",
         ),

@@ -34,14 +34,13 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import LIBRARIES, library_version, read_manifest
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake, numerics, qat_init
-from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge.quant.ptq.method_names import CALIBRATED, METHOD_OF
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
 from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, cache_made_of, write_cache
 from qat_edge.train.divergence import require_finite
 
-METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights; learned scales then begin at round-to-nearest's
 TEACHER_FILE = "teacher.safetensors"  # next to the checkpoints
 
 
@@ -175,9 +174,10 @@ class PhaseTransition:
             sha256 of the tensors in RUN/start.
         """
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
+        moment = "Start of QAT" if self.options.has_qat else "Without QAT"
         saved = self._saved_initialization(made_of)
         if saved is not None:
-            progress.info(f"Start of QAT: taking the initialization in {self.run.start}, made of the same weights")
+            progress.info(f"{moment}: taking the initialization in {self.run.start}, made of the same weights")
             with torch.no_grad():
                 qat_init.repeat(self.model, self.scheme, method, saved, self.rotation_seed)
             return qat_init.recorded_sha256(self.run.start)
@@ -189,13 +189,14 @@ class PhaseTransition:
             rows = self.rows.rows
             tokens = calibration.choose_token_count(self.options.calibration_tokens, rows)
             metadata["calibration_tokens"] = tokens
-            progress.info(f"Start of QAT: initializing weights by {method} on {tokens} tokens of the training rows")
+            progress.info(f"{moment}: initializing weights by {method} on {tokens} tokens of the training rows")
             chosen = calibration.choose_rows(rows, tokens, self.options.seed, self.options.data, "--calibration-tokens")
             batches = calibration.make_batches(chosen, self.tokenizer)
 
         # Calibration runs the model in the precision of the training.
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
-            start = qat_init.prepare(self.model, self.scheme, method, batches, self.rotation_seed)
+            on_grid = not self.options.has_qat
+            start = qat_init.prepare(self.model, self.scheme, method, batches, self.rotation_seed, on_grid)
         require_finite((start.changed | start.scales).items(), "in the PTQ initialization")
         return start.save(self.run.start, **metadata)
 

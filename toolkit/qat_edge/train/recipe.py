@@ -20,6 +20,8 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     """
     trained = "LoRA" if options.method == "lora" else "full fine-tuning"
     phases = [f"{start} steps of {trained} at a learning rate of {options.learning_rate:g}"] if start else []
+    if not options.steps:
+        phases.append("no training")
     phases.append(("rotation and " if rotated else "") + _initialization(options))
     steps = options.steps - start
     if steps:

@@ -34,7 +34,7 @@ from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
 from qat_edge.train.option_checks import requested_widths, row_length
-from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, target_named
+from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, GGUF, target_named
 
 # Name on PyPI of the trackers that are one package.
 TRACKER_PACKAGES = {
@@ -206,7 +206,8 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     _check_trackers(options.track)
     precision = choose_precision(options.precision, device)
     environment.require_plain_training(device, precision)
-    progress.info(f"Training on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    verb = "Training" if options.steps else "Quantizing"
+    progress.info(f"{verb} on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision
@@ -417,6 +418,12 @@ def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOpt
         progress.warn(f"Rotation is off: {error}")
         return None
     progress.info(found.describe())
+    shares_table = weights.tied and options.embedding_bits == options.head_bits
+    if found.stream is not None and shares_table and not load.export_gaps(model.config, (GGUF,)):
+        progress.info(
+            "To export it to gguf as well, train with --embedding-bits 8 --head-bits 4 or --rotate off: llama.cpp has "
+            "no place for the rotation of a table that embedding and head share"
+        )
     return options.seed
 
 

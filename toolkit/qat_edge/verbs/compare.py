@@ -21,13 +21,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qat_edge import config, progress, readers, remote_code, stop_signals
-from qat_edge.errors import ArtifactError, DataError, DeviceError, ExportError, ModelError, QatEdgeError, RunError
+from qat_edge.errors import (
+    ArtifactError,
+    DataError,
+    DeviceError,
+    ExportError,
+    ModelError,
+    QatEdgeError,
+    RunError,
+    UsageError,
+)
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.deployments import PTQ, TITLES, Deployment, DeploymentTable, row_names, save
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.prompts import Context
-from qat_edge.evaluate.results import Measurement, read_measurement, to_json
+from qat_edge.evaluate.results import FINE_TUNED, Measurement, read_measurement, to_json
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.models.artifact_options import context_of_artifact
@@ -140,6 +149,24 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
     return Run.open(out)
 
 
+def _require_trained(run: Run, options: CompareOptions) -> None:
+    """Refuse a run without what the rows are named after.
+
+    Raises:
+        RunError: nothing was trained.
+        UsageError: the row of QAT, for a run without a step of it.
+    """
+    trained = config.load_trained(run.config)
+    if not trained.steps:
+        raise RunError(
+            f"{run.path}: nothing was trained, so there is no fine-tune to deploy. `qat-edge validate {run.path}` "
+            "compares its artifacts."
+        )
+    if QAT in options.deployment and not trained.has_qat:
+        others = " ".join(f"--deployment {name}" for name in options.deployment if name != QAT)
+        raise UsageError(f"--deployment qat: no step of {run.path} was QAT. Leave it out: {others or 'name another'}.")
+
+
 @writes_run("compare")
 def compare(run: Run, options: CompareOptions, config_path: Path | None, force: bool = False) -> DeploymentTable:
     """Export, run and measure every deployment; write RUN/compare/compare.json and compare.html.
@@ -154,6 +181,7 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})
     merge.adapter_metadata(run.reference)  # every row is compared with it
+    _require_trained(run, options)
     # Artifacts of other backends than the first cannot run on this machine.
     exporting = config.load(ExportOptions, "export", source, {"backend": EXPORT_BACKENDS[0]})
     job = CompareJob(run, with_context_length(run, exporting), force)
@@ -383,7 +411,7 @@ def _measure_reference(
     # `frozen.load` reads float checkpoints as well. A full measurement leaves its logits in the evaluator's store.
     model = frozen.load(checkpoint)
     if known is None:
-        measured = evaluator.measure_fine_tuned(model)
+        measured = evaluator.measure_reference(model, FINE_TUNED)
         _write_measurement(path, key, measured)
         return measured
 

@@ -53,7 +53,7 @@ class Finetuned:
         run: the run folder.
         steps: optimizer steps of both phases.
         qat_start_step: last step of phase 1.
-        loss: of the last step, nats per token.
+        loss: of the last step, nats per token; None without steps.
         wall_s: time of this process.
         peak_memory_bytes: of this process, or of the GPU.
     """
@@ -61,7 +61,7 @@ class Finetuned:
     run: Path
     steps: int
     qat_start_step: int
-    loss: float
+    loss: float | None
     wall_s: float
     peak_memory_bytes: int
 
@@ -109,7 +109,7 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     kept_layers = run_inputs.recorded_inputs(run).get("kept_layers") if resume else None
     job = prepare_training(options, kept_layers, context_length)
     adapted, switch = make_trainable(job, options)
-    start = qat_start_step(options)
+    start = options.qat_start_step
     progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
@@ -148,7 +148,7 @@ def _train(
         progress.info(f"--resume: {run.path} has no checkpoint yet, so training starts from the beginning")
 
     # The Trainer calls back at the end of phase 1, where the transition into QAT happens.
-    start = qat_start_step(options)
+    start = options.qat_start_step
     trainer = _trainer(adapted, job, options, run)
     trainer.configure_optimizer(options, start)
     if checkpoint is not None:
@@ -160,7 +160,7 @@ def _train(
         guard = _guard(trainer, phases, options, job, run)
         if checkpoint is not None and _is_done(checkpoint, options):
             _load_finished(trainer, phases, guard, options, checkpoint)
-        else:
+        elif options.steps:
             _run_steps(trainer, phases, guard, options, checkpoint, request)
 
         # With no step of QAT, the start of QAT comes after the last step.
@@ -243,9 +243,9 @@ def _log(
     steps = curve(trainer.state.log_history, start)
     result = Finetuned(
         run=run.path,
-        steps=trainer.state.max_steps,
+        steps=trainer.args.max_steps,
         qat_start_step=start,
-        loss=[row["loss"] for row in steps if row.get("loss") is not None][-1],
+        loss=next((row["loss"] for row in reversed(steps) if row.get("loss") is not None), None),
         wall_s=wall_s,
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -357,13 +357,6 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
     trainer.remove_callback(PrinterCallback)
     trainer.set_objective(objectives.objective_for_task(job.task))
     return trainer
-
-
-def qat_start_step(options: FinetuneOptions) -> int:
-    """Return the last step of phase 1: below 1, `--qat-start` is a fraction of the steps; from 1 on, a step."""
-    given = options.start_of_qat
-    start = given * options.steps if given < 1 else given
-    return min(round(start), options.steps)
 
 
 def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> TrainingArguments:

@@ -27,6 +27,7 @@ from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
+OF_MODELS = ("group_size", "embedding_bits", "head_bits")  # options that a run's training has decided
 NEEDED = ("adapter_sha256", "options", "calibration")  # entries of a checkpoint's manifest that are read here
 
 
@@ -91,6 +92,13 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
             flag = config.flag_name(name)
             raise UsageError(
                 f"{flag} and --method qat: the trained weights have the bits of finetune {flag}. Leave it out."
+            )
+    for name in OF_MODELS:
+        if getattr(options, name) is not None:
+            flag = config.flag_name(name)
+            raise UsageError(
+                f"{flag} {getattr(options, name)}: finetune {flag} has decided that for {run.path}. Leave it out; "
+                "--out gives it an effect, with a model in place of the run."
             )
     if options.method == QAT and options.rotate:
         raise UsageError("--rotate and --method qat: finetune --rotate has decided that. Leave it out.")

@@ -28,7 +28,7 @@ from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devic
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.prompts import Context
-from qat_edge.evaluate.results import Agreement, Measurement, Report, save
+from qat_edge.evaluate.results import FINE_TUNED, UNTRAINED, Agreement, Measurement, Report, save
 from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.artifact_options import context_of_artifact, options_of_artifact
@@ -69,7 +69,7 @@ class TorchResults:
 
     Attributes:
         identities: digests of what two reports must share to be compared; see `Report`.
-        models: the FP32 base model and the FP32 fine-tune.
+        models: the FP32 base model and the FP32 fine-tune, or one model where nothing was trained.
         noise_floor: the frozen checkpoint against itself, disturbed.
         budget: torch side of the error budget; None without --error-budget.
     """
@@ -313,8 +313,9 @@ def _run_torch(run: Run, evaluator: Evaluator, artifacts: Iterable[Artifacts], i
         artifacts: those of each device.
         is_reported: whether this machine has a report of its own, and so measures the artifacts anyway.
     """
-    tuned = evaluator.measure_fine_tuned(merge.merged_model(run.reference).model)
-    models = [evaluator.measure_base(merge.base_model(run.reference)), tuned]
+    name = FINE_TUNED if run.is_trained else UNTRAINED
+    reference = evaluator.measure_reference(merge.merged_model(run.reference).model, name)
+    models = [evaluator.measure_base(merge.base_model(run.reference)), reference] if run.is_trained else [reference]
     floor = evaluator.measure_noise_floor(run.quantized)
 
     # The error budget needs the trained forward pass, and the artifacts' logits on this machine as a step of their own.

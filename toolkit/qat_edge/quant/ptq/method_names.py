@@ -2,6 +2,8 @@
 
 QAT = "qat"  # the method of a trained model, which is none of PTQ
 
+OWN_PTQ = "quantized"  # in reports, a run's own model without a step of QAT: "quantized (coordinate descent)"
+
 # Name in commands, run folders and manifests -> name in reports.
 PTQ_METHODS = {
     "rtn": "round-to-nearest",
@@ -11,7 +13,13 @@ PTQ_METHODS = {
     "coordinate-descent": "coordinate descent",
     "awq": "AWQ",
 }
+METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights; learned scales then begin at round-to-nearest's
 RENAMED_METHODS = {"cd": "coordinate-descent"}  # names of 0.1.0 -> today's
 # Methods whose weights compensate for each other's rounding errors.
 COMPENSATED = ("gptq", "gptaq", "coordinate-descent")
 CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weights as well as scales
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name in reports is that of a run's own model, which is no variant of PTQ and no float model."""
+    return name == QAT or name.startswith(f"{OWN_PTQ} (")
