@@ -106,6 +106,22 @@ def test_text_is_generated_and_ends_at_every_end_token(tmp_path: Path) -> None:
     assert "".join(ended) == ""
 
 
+@runs
+def test_a_prompt_continues_what_the_cache_holds(tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "frozen")
+    path = export(tmp_path / "frozen", tmp_path / "export") / MODEL_FILE
+    kept, fresh = LlamaModel(), LlamaModel()
+    for model in (kept, fresh):
+        model.load(path, {}, 1)
+    first = list(range(10, 40))
+    kept.start(first, CONTEXT)
+    # All of it, a part, and the same prompt again.
+    for prompt, length in (([*first, 50, 51], 30), ([*first[:12], 60], 12), ([*first[:12], 60], 12)):
+        token, expected = kept.resume(prompt, length), fresh.start(prompt, CONTEXT)
+        assert (token, kept.position) == (expected, len(prompt))
+        assert kept.next(token) == fresh.next(expected)
+
+
 def continued(model: Any, ids: list[int], count: int) -> list[int]:
     """Return the greedy continuation in torch."""
     found = list(ids)

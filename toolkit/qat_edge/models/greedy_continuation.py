@@ -79,7 +79,8 @@ class _NewIds(BaseStreamer):
         self._begun = False
 
     def put(self, value: torch.Tensor) -> None:
-        for token in value.flatten().tolist() if self._begun else []:
+        # transformers may compute one more token before it reads `wanted`.
+        for token in value.flatten().tolist() if self._begun and self.wanted else []:
             self.wanted = token not in self._ends and self._take(token)
         self._begun = True
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +131,14 @@ class FoundModel:
         target: kind of artifact; None for the frozen checkpoint in torch.
         tokenizer: its own.
         template_arguments: further arguments of the chat template, as in training.
+        length: tokens of prompt and answer together that it holds; None where it has no limit.
     """
 
     folder: Path
     target: Target | None
     tokenizer: PreTrainedTokenizerBase
     template_arguments: Mapping[str, Any]
-
-    @cached_property
-    def length(self) -> int | None:
-        """Tokens of prompt and answer together that it holds; None where it has no limit."""
-        return positions_of_folder(self.folder) if self.target is None else context_of_artifact(self.folder)
+    length: int | None
 
     @contextmanager
     def open_generator(self) -> Iterator[TextGenerator]:
@@ -169,6 +165,7 @@ def find_model(run: Run, source: str, verb: str) -> FoundModel:
     Raises:
         RunError: it is missing, was exported from another checkpoint, or runs on other machines only.
         UsageError: no such source, or an encoder.
+        ArtifactError: its manifest records another context than its files have.
     """
     tasks.require_causal_lm(run, verb)
     if source != TORCH and source not in TARGETS:
@@ -187,7 +184,8 @@ def find_model(run: Run, source: str, verb: str) -> FoundModel:
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
     tokenizer_check.check_copy(tokenizer, folder)
-    return FoundModel(folder, target, tokenizer, trained_template_arguments(folder))
+    length = positions_of_folder(folder) if target is None else context_of_artifact(folder)
+    return FoundModel(folder, target, tokenizer, trained_template_arguments(folder), length)
 
 
 def chat_prompt(
