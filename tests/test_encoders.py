@@ -52,6 +52,7 @@ from qat_edge.quant import frozen
 from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS
 from qat_edge.run import Run
 from qat_edge.train import objectives
+from qat_edge.verbs.chat import chat
 from qat_edge.verbs.compare import compare
 from qat_edge.verbs.export import export
 from qat_edge.verbs.finetune import finetune
@@ -326,6 +327,7 @@ def test_a_run_resumed_in_phase_2_ends_the_same(classifier: Run, tmp_path: Path)
             "generate",
             lambda run: generate(run, "hello", "torch", ignore, raw=True, system=None, max_new_tokens=4),
         ),
+        ("chat", lambda run: chat(run, ["hello"], "torch", ignore)),
     ],
 )
 def test_features_for_text_generation_are_refused_before_any_work(

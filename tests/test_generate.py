@@ -26,7 +26,7 @@ from qat_edge.options import DoctorOptions, ExportOptions, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.verbs.doctor import doctor
 from qat_edge.verbs.export import export
-from qat_edge.verbs.generate import WithoutPrefix, chat_prompt, generate
+from qat_edge.verbs.generate import WithoutPrefix, answer, chat_prompt, generate
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch import generate_text, llm_runner
 from qat_edge_exporters.targets import target_named
@@ -114,8 +114,11 @@ def test_a_runtime_that_refuses_or_crashes_is_an_error(run: Run, target: str, tm
     weights = folder / {"onnx": "model.onnx.data", "executorch": "model.pte"}[target]
     weights.write_bytes(weights.read_bytes()[:1000])
     prompt = text_prompt("say 3", load_tokenizer(run.quantized))
-    with pytest.raises(ArtifactError, match=r"refused it: .* Export it again"):
-        target_named(target).generate(folder, load_tokenizer(folder), prompt, lambda text: None, 2)
+    with (
+        pytest.raises(ArtifactError, match=r"refused it: .* Export it again"),
+        target_named(target).open_generator(folder, load_tokenizer(folder)) as generator,
+    ):
+        generator.generate(prompt, lambda text: None, 2)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +129,13 @@ def test_every_runtime_continues_the_ids_of_training(
 ) -> None:
     tokenizer = load_tokenizer(run.quantized)
     seen: list[list[int]] = []
-    if source == "torch":
-        monkeypatch.setattr(
-            "qat_edge.verbs.generate._generate_in_torch", lambda folder, words, ids, emit, count: seen.append(ids)
-        )
-    else:
-        # ExecuTorch's runner compares its own ids with these, and refuses others.
-        real = type(target_named(source)).generate
 
-        def recorded(self: Any, folder: Path, words: Any, prompt: Prompt, emit: Any, count: int) -> None:
-            seen.append(prompt.ids)
-            real(self, folder, words, prompt, emit, count)
+    # ExecuTorch's runner compares its own ids with these, and refuses others.
+    def recorded(generator: Any, prompt: Prompt, *rest: Any) -> bool:
+        seen.append(prompt.ids)
+        return answer(generator, prompt, *rest)
 
-        monkeypatch.setattr(type(target_named(source)), "generate", recorded)
+    monkeypatch.setattr("qat_edge.verbs.generate.answer", recorded)
     generate(run, "say 3", source, lambda text: None, raw=raw, max_new_tokens=2)
 
     (trained,) = tokenization.tokenize([Completion("say 3", " and on", "row")], tokenizer, 64).rows
@@ -211,12 +208,15 @@ def test_a_prompt_that_the_runner_splits_otherwise_is_refused(run: Run) -> None:
     folder = run.exports / "executorch"
     tokenizer = load_tokenizer(folder)
     prompt = text_prompt("say 3", tokenizer)
-    assert llm_runner.first_difference(llm_runner._split(folder / "tokenizer.json", prompt.text), prompt.ids) == ""
+    splitter = llm_runner._load_tokenizer(folder / "tokenizer.json")
+    assert llm_runner.first_difference(llm_runner._split(splitter, prompt.text), prompt.ids) == ""
     other = Prompt(prompt.text, [*prompt.ids, 5])
-    with pytest.raises(
-        ArtifactError, match=r"splits this prompt differently than training did .*first difference at token"
+    message = r"splits this prompt differently than training did .*first difference at token"
+    with (
+        pytest.raises(ArtifactError, match=message),
+        generate_text.open_generator(folder, tokenizer) as generator,
     ):
-        generate_text.generate(folder, tokenizer, other, lambda text: None, 2)
+        generator.generate(other, lambda text: None, 2)
 
 
 def test_generate_takes_no_system_message_without_a_template(run: Run) -> None:

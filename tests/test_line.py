@@ -34,6 +34,7 @@ from qat_edge.models.merge import float_model, merged_model
 from qat_edge.options import EvalOptions, ExportOptions, ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
+from qat_edge.verbs.chat import chat
 from qat_edge.verbs.eval import evaluate
 from qat_edge.verbs.export import export
 from qat_edge.verbs.generate import generate
@@ -215,6 +216,7 @@ def test_options_that_only_the_manifest_has_are_refused(run: Run, target: str, n
         "verify": lambda: verify(copy, (target,)),
         "validate": lambda: validate(copy, dataclasses.replace(OPTIONS, target=(target,))),
         "generate": lambda: generate(copy, "hello", target, lambda text: None, max_new_tokens=1),
+        "chat": lambda: chat(copy, [], target, lambda text: None),
         "eval": lambda: evaluate(copy, EvalOptions(task="gsm8k", context_length=32), (target,)),
     }
     for verb, use in uses.items():

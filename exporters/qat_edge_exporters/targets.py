@@ -6,11 +6,12 @@ are called. A new kind of artifact is one more record in `TARGETS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.lazy import load
@@ -33,6 +34,23 @@ KV_CACHE_INT8 = "int8"
 NEUTRAL = {"portable": False, "kv_cache": KV_CACHE_FLOAT}
 
 
+class TextGenerator(Protocol):
+    """A loaded model that answers one prompt after another."""
+
+    def generate(self, prompt: Prompt, emit: Callable[[str], None], max_new_tokens: int) -> bool:
+        """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
+
+        Returns:
+            Whether the text ended by itself; False where `max_new_tokens` cut it.
+
+        Raises:
+            ArtifactError: the runtime refused the artifact, or crashed.
+        """
+
+    def stop(self) -> None:
+        """End the text in progress, of which the tokens so far are kept; callable from a signal handler."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One kind of artifact.
@@ -50,7 +68,7 @@ class Target:
             constants. Empty: float constants are not read.
         support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
         expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
-        generator: generates text on this machine: (folder, tokenizer, `Prompt`, emit, max_new_tokens).
+        generator: loads it on this machine to generate text: (folder, tokenizer) -> context of a `TextGenerator`.
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
         checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
         settings: names what differs in a runtime's settings: (folder, checkpoint) -> sentences. Empty: it has none.
@@ -186,17 +204,17 @@ class Target:
             return ""
         return f"{self.title} has no operator for {' or '.join(map(str, missing))}-bit weights."
 
-    def generate(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: Prompt,
-        emit: Callable[[str], None],
-        max_new_tokens: int,
-    ) -> None:
-        """Continue `prompt` greedily in the artifact's own runtime; each piece of text goes to `emit`."""
+    @contextmanager
+    def open_generator(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[TextGenerator]:
+        """Load the artifact in its own runtime, until the end of the block.
+
+        Raises:
+            ArtifactError: the runtime refused the folder.
+        """
         self.check(folder)
-        load(self.generator)(folder, tokenizer, prompt, emit, max_new_tokens)
+        opened: AbstractContextManager[TextGenerator] = load(self.generator)(folder, tokenizer)
+        with opened as generator:
+            yield generator
 
     def run_encoder(self, folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]:
         """Return an encoder's output for each text's token ids, shape (texts, width)."""
@@ -252,7 +270,7 @@ _ALL = (
         options_reader=f"{_PTE}.pte.pte_options:held_options",
         constants=f"{_PTE}.pte.rotary_constants:rotary_frequencies",
         support=f"{_PTE}.pte_support:missing",
-        generator=f"{_PTE}.generate_text:generate",
+        generator=f"{_PTE}.generate_text:open_generator",
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
         encoder=f"{_PTE}.encoder_runtime:run_encoder",
         doctor=f"{_PTE}.diagnosis:diagnose_pte",
@@ -272,7 +290,7 @@ _ALL = (
         options_reader=f"{_ONNX}.onnx_options:held_options",
         constants=f"{_ONNX}.architecture:computed_constants",
         support=f"{_ONNX}.onnx_support:missing",
-        generator=f"{_ONNX}.genai_text:generate",
+        generator=f"{_ONNX}.genai_text:open_generator",
         expose=f"{_ONNX}.matrix_outputs:expose",
         checker=f"{_ONNX}.folder_check:check_folder",
         settings=f"{_ONNX}.expected_config:setting_faults",
@@ -289,7 +307,7 @@ _ALL = (
         options_reader=f"{_GGUF}.gguf_reader:held_options",
         constants=f"{_GGUF}.gguf_settings:computed_constants",
         support=f"{_GGUF}.gguf_support:missing",
-        generator=f"{_GGUF}.llama_text:generate",
+        generator=f"{_GGUF}.llama_text:open_generator",
         checker=f"{_GGUF}.gguf_reader:check_folder",
         settings=f"{_GGUF}.gguf_settings:setting_faults",
         tokenizer_check=f"{_GGUF}.vocabulary:tokenizer_faults",
@@ -314,7 +332,7 @@ _ALL = (
         options_reader=f"{_HF}.hf_settings:held_options",
         constants=f"{_HF}.float_tables:computed_constants",
         support=f"{_HF}.hf_support:missing",
-        generator=f"{_HF}.hf_text:generate",
+        generator=f"{_HF}.hf_text:open_generator",
         checker=f"{_HF}.hf_settings:check_folder",
         settings=f"{_HF}.hf_settings:setting_faults",
         package="compressed_tensors",

@@ -400,7 +400,8 @@ def test_text_is_that_of_the_model(made: tuple[Path, Path]) -> None:
     folder = made[1]
     tokenizer, pieces = load_tokenizer(folder), []
     ids = tokenizer.encode("The committee will meet", add_special_tokens=False)
-    TARGET.generate(folder, tokenizer, Prompt("", ids), pieces.append, 8)
+    with TARGET.open_generator(folder, tokenizer) as generator:
+        generator.generate(Prompt("", ids), pieces.append, 8)
     model = load(folder)
     with torch.no_grad(), greedy_decoding(model, [2], 2, 8):
         expected = model.generate(torch.tensor([ids]))[0, len(ids) :]

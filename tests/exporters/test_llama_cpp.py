@@ -90,7 +90,8 @@ def test_text_is_generated_and_ends_at_every_end_token(tmp_path: Path) -> None:
     folder = export(tmp_path / "frozen", tmp_path / "export")
     expected = continued(model, prompt.ids, 6)
     pieces: list[str] = []
-    target_named("gguf").generate(folder, tokenizer, prompt, pieces.append, 6)
+    with target_named("gguf").open_generator(folder, tokenizer) as generator:
+        assert not generator.generate(prompt, pieces.append, 6)
     # Inputs are rounded otherwise than in torch, so a close second may win later on.
     text = "".join(pieces)
     assert tokenizer.decode(expected[:1]) and text.startswith(tokenizer.decode(expected[:1]))
@@ -100,8 +101,25 @@ def test_text_is_generated_and_ends_at_every_end_token(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, expected[0]]}))
     ended: list[str] = []
     again = export(tmp_path / "frozen", tmp_path / "again")
-    target_named("gguf").generate(again, tokenizer, prompt, ended.append, 6)
+    with target_named("gguf").open_generator(again, tokenizer) as generator:
+        assert generator.generate(prompt, ended.append, 6)
     assert "".join(ended) == ""
+
+
+@runs
+def test_a_prompt_continues_what_the_cache_holds(tmp_path: Path) -> None:
+    freeze(llama(), 32, tmp_path / "frozen")
+    path = export(tmp_path / "frozen", tmp_path / "export") / MODEL_FILE
+    kept, fresh = LlamaModel(), LlamaModel()
+    for model in (kept, fresh):
+        model.load(path, {}, 1)
+    first = list(range(10, 40))
+    kept.start(first, CONTEXT)
+    # All of it, a part, and the same prompt again.
+    for prompt, length in (([*first, 50, 51], 30), ([*first[:12], 60], 12), ([*first[:12], 60], 12)):
+        token, expected = kept.resume(prompt, length), fresh.start(prompt, CONTEXT)
+        assert (token, kept.position) == (expected, len(prompt))
+        assert kept.next(token) == fresh.next(expected)
 
 
 def continued(model: Any, ids: list[int], count: int) -> list[int]:
@@ -172,7 +190,7 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     folder = export(tmp_path / "frozen", tmp_path / "export")
     (folder / MODEL_FILE).write_bytes((folder / MODEL_FILE).read_bytes()[:-64])
     with pytest.raises(ArtifactError, match=r"model\.gguf: cannot be read"):
-        target_named("gguf").generate(folder, make_tokenizer(), text_prompt("a", make_tokenizer()), print, 1)
+        target_named("gguf").open_generator(folder, make_tokenizer()).__enter__()
 
 
 def test_without_the_package_it_is_named_and_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

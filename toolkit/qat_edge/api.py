@@ -16,13 +16,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from qat_edge import config, remote_code
-from qat_edge.options import MOST_PROMPT, MOST_TOKENS, ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge.options import (
+    CHAT_TOKENS,
+    MOST_PROMPT,
+    MOST_TOKENS,
+    ExportOptions,
+    FinetuneOptions,
+    QuantizeOptions,
+    ValidateOptions,
+)
 from qat_edge.run import Run
 
 if TYPE_CHECKING:
@@ -30,12 +39,13 @@ if TYPE_CHECKING:
 
     from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
+    from qat_edge.verbs.chat import Conversation
     from qat_edge.verbs.export import Exported
     from qat_edge.verbs.finetune import Finetuned
     from qat_edge.verbs.quantize import Quantized
     from qat_edge.verbs.verify import Verified
 
-__all__ = ["export", "finetune", "generate", "load_frozen", "quantize", "quantize_model", "validate", "verify"]
+__all__ = ["chat", "export", "finetune", "generate", "load_frozen", "quantize", "quantize_model", "validate", "verify"]
 
 
 # --- steps they share --------------------------------------------------------------------------------------
@@ -678,6 +688,48 @@ def generate(
     with remote_code.permit(trust_remote_code):
         verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
     return "".join(pieces)
+
+
+@contextmanager
+def chat(
+    run: Run | str | Path,
+    *,
+    source: str = "torch",
+    system: str | None = None,
+    max_new_tokens: int = CHAT_TOKENS,
+    trust_remote_code: bool = False,
+) -> Iterator[Conversation]:
+    """Load a model for a conversation, until the end of the `with` block.
+
+        with chat("runs/mine", source="executorch") as conversation:
+            print(conversation.send("Set an alarm for seven"))
+            print(conversation.send("Make it eight"))
+
+    Args:
+        run: a finished run, or its folder.
+        source: "torch" for the frozen checkpoint, or an exported target such as "executorch" or "onnx".
+        system: system message before the conversation.
+        max_new_tokens: longest answer, in tokens.
+        trust_remote_code: run Python code that comes with the model.
+
+    Yields:
+        The conversation, whose `send` answers a message.
+
+    Raises:
+        RunError: there is no such model.
+        UsageError: the tokenizer has no chat template, the template refuses the system message, or a value is
+            impossible.
+        ArtifactError: the runtime refused the artifact.
+    """
+    config.require_between(max_new_tokens, 1, MOST_TOKENS, "max_new_tokens")
+    config.require_text(system or "", "system", MOST_PROMPT)
+    from qat_edge.verbs.chat import open_conversation
+
+    with (
+        remote_code.permit(trust_remote_code),
+        open_conversation(_opened(run), source, system=system, max_new_tokens=max_new_tokens) as conversation,
+    ):
+        yield conversation
 
 
 def load_frozen(run: Run | str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

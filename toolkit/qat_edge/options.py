@@ -40,6 +40,8 @@ PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 # Values renamed since 0.1.0; the old ones still work.
 RENAMED_VALUES = RENAMED_METHODS
 
+CHAT_TOKENS = 512  # of the longest answer in `chat`, unless --max-new-tokens gives another
+
 # Greatest permitted values. They refuse mistyped figures before anything is loaded; no real use reaches them.
 DEFAULT_CONTEXT = 1024  # tokens of an artifact, if the model has as many positions
 MOST_TOKENS = 1_048_576  # of one sequence: prompt, answer, window, KV cache

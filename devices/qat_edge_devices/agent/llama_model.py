@@ -82,6 +82,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_init_from_model": (_POINTER, (_POINTER, _Parameters)),
     "llama_get_memory": (_POINTER, (_POINTER,)),
     "llama_memory_clear": (None, (_POINTER, ctypes.c_bool)),
+    "llama_memory_seq_rm": (ctypes.c_bool, (_POINTER, _INT, _INT, _INT)),
     "llama_batch_init": (_Batch, (_INT, _INT, _INT)),
     "llama_decode": (_INT, (_POINTER, _Batch)),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (_POINTER, _INT)),
@@ -143,8 +144,17 @@ class LlamaModel:
 
     def start(self, prompt: list[int], length: int) -> int:
         """Empty the cache, process the prompt, return the most likely next id."""
-        self._empty()
-        for chunk in token_chunks(prompt, None):
+        return self.resume(prompt, 0)
+
+    def resume(self, prompt: list[int], kept: int) -> int:
+        """Keep the first `kept` ids of the cache, process the others of the prompt, return the most likely next id."""
+        memory = self._call("llama_get_memory", self.context)
+        # A cache of another form than keys and values by position cannot be cut, and says so.
+        if kept and self._call("llama_memory_seq_rm", memory, 0, kept, -1):
+            self.position = kept
+        else:
+            self._empty()
+        for chunk in token_chunks(prompt[self.position :], None):
             rows = self._forward(chunk, last_only=True)
         return int(rows[-1].argmax())
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -12,65 +15,115 @@ from transformers import PreTrainedTokenizerBase
 from qat_edge.data.conversation import Prompt
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.executorch import llm_runner, runner_tokenizer
-from qat_edge_exporters.runner_process import start_runner
+from qat_edge_exporters.runner_process import RunnerProcess, runner_error, start_runner
 
 
-def generate(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    emit: Callable[[str], None],
-    max_new_tokens: int,
-) -> None:
-    """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
+@dataclass(frozen=True)
+class PteGenerator:
+    """A .pte in ExecuTorch's runner, which starts each prompt with an empty KV cache."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    _runner: RunnerProcess
+
+    def generate(self, prompt: Prompt, emit: Callable[[str], None], max_new_tokens: int) -> bool:
+        """Continue `prompt` greedily; see `TextGenerator`.
+
+        Raises:
+            ArtifactError: the runner refused the program, or its tokenizer splits the prompt otherwise than training.
+        """
+        mark = secrets.token_hex(8)  # that no answer has
+        printed = PrintedAnswer(self._runner.output, self.tokenizer.all_special_tokens, mark)
+        request = {"text": prompt.text, "ids": prompt.ids, "tokens": max_new_tokens, "mark": mark}
+        with self._runner.turn(request):
+            for piece in printed.pieces():
+                self._runner.has_answered = True
+                emit(piece)
+            if printed.tokens is None:
+                raise self.error()
+        return printed.has_end or printed.tokens < max_new_tokens
+
+    def stop(self) -> None:
+        """End the answer in progress."""
+        self._runner.stop()
+
+    def error(self) -> ArtifactError:
+        """Return the error of a runner that ended."""
+        code, reason = self._runner.finish()
+        if code != llm_runner.OTHER_IDS:
+            return runner_error(self.folder / "model.pte", "ExecuTorch's runner", self._runner, reason)
+        fault = runner_tokenizer.describe_split(self.folder / runner_tokenizer.TOKENIZER, "this prompt", reason)
+        return ArtifactError(
+            f"{self.folder}: {fault} --from torch or onnx takes it; `qat-edge doctor {self.folder}` compares other "
+            "texts."
+        )
+
+
+@contextlib.contextmanager
+def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[PteGenerator]:
+    """Start the runner until the end of the block.
 
     Raises:
-        ArtifactError: the runner refused the program, or its tokenizer splits the prompt otherwise than training.
+        ArtifactError: the runner refused the program.
     """
-    request = {"text": prompt.text, "ids": prompt.ids}
-    with start_runner(llm_runner, folder, max_new_tokens, request, llm_runner.ENVIRONMENT) as runner:
-        for piece in without_last_newlines(generated_text(runner.output, tokenizer.all_special_tokens)):
-            emit(piece)
-        code, reason = runner.finish()
-    if code == llm_runner.OTHER_IDS:
-        fault = runner_tokenizer.describe_split(folder / runner_tokenizer.TOKENIZER, "this prompt", reason)
-        raise ArtifactError(
-            f"{folder}: {fault} `generate` takes --from torch or onnx; `qat-edge doctor {folder}` compares other texts."
-        )
-    if code != 0:
-        raise ArtifactError(
-            f"{folder / 'model.pte'}: ExecuTorch's runner refused it: {reason}. Export it again, with the installed "
-            "versions."
-        )
+    with start_runner(llm_runner, folder, llm_runner.ENVIRONMENT) as process:
+        generator = PteGenerator(folder, tokenizer, process)
+        if not process.wait_until_loaded():
+            raise generator.error()
+        yield generator
 
 
-def generated_text(stream: IO[bytes], special_tokens: Sequence[str]) -> Iterator[str]:
-    """Yield the text that the runner prints, without special tokens and without the statistics at its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    marks = (llm_runner.STATISTICS, *special_tokens)
-    pending = ""
-    for byte in iter(lambda: stream.read(1), b""):
-        pending += decoder.decode(byte)
-        for token in special_tokens:
-            pending = pending.replace(token, "")
+class PrintedAnswer:
+    """The text in what the runner prints, without special tokens and without what follows the text.
 
-        if pending.startswith(llm_runner.STATISTICS):
-            stream.read()
-            return
+    Attributes:
+        tokens: number of generated tokens; None until the mark came.
+        has_end: the last thing printed was a special token.
+    """
 
-        # Text that may still become a special token or the statistics waits for the next bytes.
-        while pending and not any(mark.startswith(pending) for mark in marks):
-            yield pending[0]
-            pending = pending[1:]
-    yield pending
+    def __init__(self, stream: IO[bytes], special_tokens: Sequence[str], mark: str) -> None:
+        self.tokens: int | None = None
+        self.has_end = False
+        self._stream = stream
+        self._special_tokens = special_tokens
+        self._mark = mark
 
-
-def without_last_newlines(pieces: Iterable[str]) -> Iterator[str]:
-    """Drop the newlines at the end: the runner prints one of its own. Others appear once text follows them."""
-    newlines = ""
-    for piece in pieces:
-        if piece == "\n":
-            newlines += piece
-            continue
-        yield newlines + piece
+    def pieces(self) -> Iterator[str]:
+        """Yield the text as it comes. Newlines wait for further text: the runner prints one of its own at the end."""
         newlines = ""
+        for piece in self._text():
+            if piece == "\n":
+                newlines += piece
+                continue
+            yield newlines + piece
+            newlines = ""
+
+    def _text(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        marks = (llm_runner.STATISTICS, self._mark, *self._special_tokens)
+        pending = ""
+        for byte in iter(lambda: self._stream.read(1), b""):
+            pending += decoder.decode(byte)
+            for token in self._special_tokens:
+                self.has_end |= token in pending
+                pending = pending.replace(token, "")
+
+            if pending in (llm_runner.STATISTICS, self._mark):
+                self._read_count(is_mark=pending == self._mark)
+                return
+
+            # Text that may still become a special token or the statistics waits for the next bytes.
+            while pending and not any(mark.startswith(pending) for mark in marks):
+                self.has_end = False
+                yield pending[0]
+                pending = pending[1:]
+        if pending:
+            yield pending
+
+    def _read_count(self, is_mark: bool) -> None:
+        """Read up to the line with the mark, which has the number of tokens."""
+        for line in iter(self._stream.readline, b""):
+            words = line.decode(errors="replace").split()
+            if is_mark or words[:1] == [self._mark]:
+                self.tokens = int(words[-1])
+                return

@@ -1,36 +1,43 @@
 """Run llama.cpp in a separate process, which a damaged file may crash.
 
-Usage: `python -m qat_edge_exporters.gguf.llama_runner FOLDER TOKENS < PROMPT`, the prompt as JSON with "ids", and with
-"ends", the ids that end a generation. It prints each id that was generated as a line.
+Usage: `python -m qat_edge_exporters.gguf.llama_runner FOLDER`, with requests on stdin (see `runner_turns`) that have
+"ids", the prompt, and "ends", the ids that end an answer. The part of a prompt that is in the KV cache already, with
+the same ids before it, is not processed again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from qat_edge.models.token_ids import reusable_length
 from qat_edge_exporters.gguf.gguf_file import MODEL_FILE
+from qat_edge_exporters.runner_turns import Take, serve
 
 
 def main() -> None:
-    """Generate greedily from the prompt on stdin."""
+    """Answer the requests on stdin greedily."""
     from qat_edge_devices.agent.llama_model import LlamaModel
     from qat_edge_devices.agent.model_errors import RequestRejected
 
-    path, tokens = Path(sys.argv[1]) / MODEL_FILE, int(sys.argv[2])
-    prompt = json.load(sys.stdin)
-    ends = set(prompt["ends"])
+    cached: list[int] = []
     try:
         model = LlamaModel()
-        model.load(path, {}, os.cpu_count() or 1)
-        token = model.start(prompt["ids"], len(prompt["ids"]) + tokens)
-        for count in range(1, tokens + 1):
-            if token in ends:
-                return
-            print(token, flush=True)
-            token = model.next(token) if count < tokens else token
+        model.load(Path(sys.argv[1]) / MODEL_FILE, {}, os.cpu_count() or 1)
+
+        def run(request: dict[str, Any], take: Take) -> None:
+            ids, most = request["ids"], request["tokens"]
+            token = model.resume(ids, reusable_length(cached, ids))
+            cached[:] = ids
+            for count in range(1, most + 1):
+                if token in request["ends"] or not take(token) or count == most:
+                    return
+                cached.append(token)
+                token = model.next(token)
+
+        serve(run)
     except (RequestRejected, ModuleNotFoundError) as error:
         sys.exit(" ".join(str(error).split()))
 

@@ -1,46 +1,33 @@
 """Run a Hugging Face folder in transformers, in a process that imports compressed-tensors.
 
-Usage: `python -m qat_edge_exporters.huggingface.hf_runner FOLDER TOKENS < PROMPT`, the prompt as JSON with "ids", and
-with "ends", the ids that end the text. It prints the id of each generated token as a line.
+Usage: `python -m qat_edge_exporters.huggingface.hf_runner FOLDER`, with requests on stdin (see `runner_turns`) that
+have "ids", the prompt, and "ends", the ids that end an answer.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from qat_edge_exporters.runner_turns import Take, serve
+
 
 def main() -> None:
-    """Generate greedily from the prompt on stdin."""
-    import torch
+    """Answer the requests on stdin greedily."""
     from transformers import AutoModelForCausalLM
-    from transformers.generation.streamers import BaseStreamer
 
-    from qat_edge.models.generation_settings import greedy_decoding
+    from qat_edge.models.greedy_continuation import GreedyContinuation
 
-    class Ids(BaseStreamer):
-        """Prints ids; the first call has those of the prompt."""
-
-        begun = False
-
-        def put(self, value: Any) -> None:
-            for token in value.flatten().tolist() if self.begun else []:
-                print(token, flush=True)
-            self.begun = True
-
-        def end(self) -> None:
-            """Do nothing: every id has been printed."""
-
-    folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
-    request = json.load(sys.stdin)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        Path(sys.argv[1]), local_files_only=True, use_safetensors=True, trust_remote_code=False
     ).eval()
-    ids, ends = torch.tensor([request["ids"]]), request["ends"]
-    with torch.no_grad(), greedy_decoding(model, ends, ends[0], tokens):
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Ids())
+    continuation = GreedyContinuation(model)
+
+    def run(request: dict[str, Any], take: Take) -> None:
+        continuation.run(request["ids"], request["ends"], request["tokens"], take)
+
+    serve(run)
 
 
 if __name__ == "__main__":

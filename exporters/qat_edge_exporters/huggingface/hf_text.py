@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qat_edge.data.conversation import Prompt
 from qat_edge_exporters.huggingface import hf_reader, hf_runner
-from qat_edge_exporters.runner_process import emit_generated_ids
+from qat_edge_exporters.runner_process import IdRunner, run_ids
 
 
-def generate(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    emit: Callable[[str], None],
-    max_new_tokens: int,
-) -> None:
-    """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
-
-    Raises:
-        ArtifactError: transformers cannot load the folder.
-    """
-    ends = hf_reader.read(folder).end_tokens or []
-    request = {"ids": prompt.ids, "ends": ends}
-    emit_generated_ids(hf_runner, folder, max_new_tokens, request, tokenizer, emit, "transformers cannot run it")
+def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[IdRunner]:
+    """Load the folder until the end of the block; see `IdRunner`."""
+    settings = {"ends": hf_reader.read(folder).end_tokens or []}
+    return run_ids(hf_runner, folder, tokenizer, settings, "transformers")

@@ -1,39 +1,68 @@
 """Run onnxruntime-genai in a separate process, which a damaged folder may crash.
 
-Usage: `python -m qat_edge_exporters.onnx.genai_runner FOLDER TOKENS < PROMPT`, the prompt as JSON with "ids", and with
-"special", the ids that have no text. It prints each piece of generated text as a line of JSON.
+Usage: `python -m qat_edge_exporters.onnx.genai_runner FOLDER`, with requests on stdin (see `runner_turns`) that have
+
+    ids      the prompt
+    ends     ids that end an answer
+    context  tokens that the KV cache may hold at most
+    keep     whether the part of the cache that the prompt begins with may be kept
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
+from qat_edge.models.token_ids import reusable_length
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
+from qat_edge_exporters.runner_turns import Take, serve
+
+ROOM = 2  # size of the KV cache as a multiple of the first prompt and answer: the next turns fit without another one
+
+
+class GenaiRunner:
+    """A folder in onnxruntime-genai, with the KV cache of the turn before."""
+
+    def __init__(self, folder: str) -> None:
+        import onnxruntime_genai as genai
+
+        self._genai = genai
+        self._model = genai.Model(folder)
+        self._generator: Any = None
+        self._room = 0  # tokens that the generator's cache holds
+
+    def run(self, request: dict[str, Any], take: Take) -> None:
+        """Pass each id of an answer to `take`."""
+        ids, most = request["ids"], request["tokens"]
+        generator = self._prepared(ids, most, request)
+        for _ in range(most):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in request["ends"] or not take(token):
+                return
+
+    def _prepared(self, ids: Sequence[int], most: int, request: dict[str, Any]) -> Any:
+        """Return a generator that has processed the prompt."""
+        needed = len(ids) + most
+        if self._generator is None or not request["keep"] or needed > self._room:
+            self._room = max(needed, min(request["context"], ROOM * needed))
+            params = self._genai.GeneratorParams(self._model)
+            # Whatever genai_config.json keeps of the model's own settings for apps.
+            params.set_search_options(**NEUTRAL_SEARCH, max_length=self._room)
+            self._generator = self._genai.Generator(self._model, params)
+            kept = 0
+        else:
+            kept = reusable_length(self._generator.get_sequence(0).tolist(), ids)
+            self._generator.rewind_to(kept)
+        self._generator.append_tokens(ids[kept:])
+        return self._generator
 
 
 def main() -> None:
-    """Generate greedily from the prompt on stdin."""
-    import onnxruntime_genai as genai
-
-    folder, tokens = Path(sys.argv[1]), int(sys.argv[2])
-    prompt = json.load(sys.stdin)
-    special = set(prompt["special"])
+    """Answer the requests on stdin greedily."""
     try:
-        model = genai.Model(str(folder))
-        stream = genai.Tokenizer(model).create_stream()
-        params = genai.GeneratorParams(model)
-        # Whatever genai_config.json keeps of the model's own settings for apps.
-        params.set_search_options(**NEUTRAL_SEARCH, max_length=len(prompt["ids"]) + tokens)
-        generator = genai.Generator(model, params)
-        generator.append_tokens(prompt["ids"])
-
-        while not generator.is_done():
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token not in special:
-                print(json.dumps(stream.decode(token)), flush=True)
+        serve(GenaiRunner(sys.argv[1]).run)
     except RuntimeError as error:
         sys.exit(" ".join(str(error).split()))
 

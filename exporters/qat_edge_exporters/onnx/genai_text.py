@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qat_edge.data.conversation import Prompt
-from qat_edge.errors import ArtifactError
 from qat_edge_exporters.onnx import genai_runner
-from qat_edge_exporters.runner_process import start_runner
+from qat_edge_exporters.onnx.genai_config import check_config
+from qat_edge_exporters.runner_process import IdRunner, run_ids
 
 
-def generate(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    emit: Callable[[str], None],
-    max_new_tokens: int,
-) -> None:
-    """Continue `prompt` greedily; each piece of text goes to `emit` as it comes.
-
-    Raises:
-        ArtifactError: the runtime refused the folder, or crashed.
-    """
-    request = {"ids": prompt.ids, "special": tokenizer.all_special_ids}
-    with start_runner(genai_runner, folder, max_new_tokens, request, {}) as runner:
-        for line in runner.output:
-            emit(json.loads(line))
-        code, reason = runner.finish()
-    if code != 0:
-        raise ArtifactError(f"{folder}: onnxruntime-genai refused it: {reason}. Export it again.")
+def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[IdRunner]:
+    """Load the folder until the end of the block; see `IdRunner`."""
+    config = check_config(folder)
+    model, ends = config.get("model", {}), config.get("model", {}).get("eos_token_id", [])
+    settings = {
+        "ends": ends if isinstance(ends, list) else [ends],
+        "context": config.get("search", {}).get("max_length", 0),
+        # A cache that slides has lost what is before its window.
+        "keep": "sliding_window" not in model.get("decoder", {}),
+    }
+    return run_ids(genai_runner, folder, tokenizer, settings, "onnxruntime-genai")

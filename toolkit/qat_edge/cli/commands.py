@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qat_edge import __version__, config, progress, remote_code, stop_signals
-from qat_edge.cli.console import ConsoleReporter, console, echo, echo_generated, escape_unencodable, visible
+from qat_edge.cli.console import (
+    ConsoleReporter,
+    console,
+    echo,
+    echo_generated,
+    escape_unencodable,
+    piped_lines,
+    typed_lines,
+    visible,
+)
 from qat_edge.cli.flags import (
     TRUST_REMOTE_CODE,
     GroupedCommand,
@@ -28,6 +37,7 @@ from qat_edge.cli.flags import (
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import (
     ARTIFACTS,
+    CHAT_TOKENS,
     MOST_TOKENS,
     PUBLIC_TASKS,
     CompareOptions,
@@ -52,6 +62,14 @@ CONFIG = click.option(
     "config_path",
     type=click.Path(path_type=Path),
     help="YAML file with these options; flags override it.",
+)
+FROM = click.option(
+    "--from",
+    "source",
+    default="torch",
+    type=click.Choice(["torch", *ARTIFACTS]),
+    show_default=True,
+    help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
 )
 
 
@@ -460,14 +478,7 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
 )
 @RUN
 @click.argument("prompt", callback=text_value)
-@click.option(
-    "--from",
-    "source",
-    default="torch",
-    type=click.Choice(["torch", *ARTIFACTS]),
-    show_default=True,
-    help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
-)
+@FROM
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("--system", callback=text_value, help="System message before the prompt.")
 @click.option(
@@ -485,6 +496,38 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
 
     verb(opened, prompt, source, echo_generated, raw=raw, system=system, max_new_tokens=max_new_tokens)
     click.echo()
+
+
+@main.command(short_help="Chat with the model.", example="qat-edge chat runs/mine --from executorch")
+@RUN
+@FROM
+@click.option("--system", callback=text_value, help="System message before the conversation.")
+@click.option(
+    "--max-new-tokens",
+    default=CHAT_TOKENS,
+    show_default=True,
+    type=click.IntRange(1, MOST_TOKENS),
+    help="Longest answer.",
+)
+@TRUST_REMOTE_CODE
+def chat(run: Path, source: str, system: str | None, max_new_tokens: int) -> None:
+    """Answer messages greedily, a line each, in one conversation; the model stays loaded.
+
+    /reset forgets the conversation (not --system), /exit or the end of the input ends the chat, and /help lists these
+    commands.
+
+    Ctrl-C stops an answer; its text so far stays in the conversation. A second Ctrl-C, or one at the prompt, ends the
+    chat.
+
+    Messages may come from a pipe or a file: each answer ends with a new line, and a message that cannot be answered is
+    an error.
+    """
+    opened = _open(run)
+    from qat_edge.verbs.chat import chat as verb
+
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    lines = typed_lines() if is_terminal else piped_lines()
+    verb(opened, lines, source, echo_generated, system=system, max_new_tokens=max_new_tokens, goes_on=is_terminal)
 
 
 @main.command(short_help="Run every step on a real model.", example="qat-edge demo")

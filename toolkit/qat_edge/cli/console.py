@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import click
 
+from qat_edge.errors import UsageError
+from qat_edge.options import MOST_PROMPT
 from qat_edge.progress import Bar, LineBar
+from qat_edge.stop_signals import Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +52,41 @@ def echo(text: str, err: bool = False, fg: str | None = None) -> None:
 def echo_generated(piece: str) -> None:
     """Print a piece of generated text, without a new line; a file or pipe gets it as it is."""
     click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield lines typed at a prompt; the end of the input, or Ctrl-C at the prompt, ends them.
+
+    Raises:
+        Stopped: another signal.
+    """
+    with suppress(ImportError):  # there is none for Windows, whose console edits lines itself
+        import readline  # noqa: F401  (arrow keys edit a line and bring back earlier ones)
+    echo("Type a message, or /help.", err=True)
+    while True:
+        try:
+            yield click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+        except click.Abort as abort:
+            # click raises it instead of EOFError and KeyboardInterrupt, whatever the signal was.
+            if isinstance(abort.__context__, Stopped) and abort.__context__.signum != signal.SIGINT:
+                raise abort.__context__ from None
+            echo("")
+            return
+
+
+def piped_lines() -> Iterator[str]:
+    """Yield the lines of stdin.
+
+    Raises:
+        UsageError: they are not in the encoding of this environment.
+    """
+    try:
+        while line := sys.stdin.readline(MOST_PROMPT + 2):
+            yield line
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin: this is not text in {sys.stdin.encoding} ({error.reason}). Give a message on each line."
+        ) from error
 
 
 @cache

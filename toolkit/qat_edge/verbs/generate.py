@@ -1,13 +1,17 @@
-"""Generate text with the run's frozen model in torch, or with an artifact in its own runtime."""
+"""Generate text with the run's frozen model in torch, or with an artifact in its own runtime.
+
+`chat` answers a whole conversation in the same way; `generate` is its first turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
 from qat_edge.data.chat_template import ChatTemplate
@@ -16,12 +20,13 @@ from qat_edge.errors import DataError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files
 from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.artifact_options import context_of_artifact
-from qat_edge.models.generation_settings import greedy_decoding
+from qat_edge.models.greedy_continuation import GreedyContinuation
 from qat_edge.models.positions import positions_of_folder
+from qat_edge.models.token_ids import TextStream
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
 from qat_edge.quant import frozen
 from qat_edge.run import Run
-from qat_edge_exporters.targets import TARGETS, target_named
+from qat_edge_exporters.targets import TARGETS, Target, TextGenerator, target_named
 
 TORCH = "torch"  # the source that is no artifact
 
@@ -55,8 +60,114 @@ def generate(
         UsageError: the tokenizer has no chat template, the template refuses the messages, or the prompt fills the
             context of the artifact or the model.
     """
-    # Find the model: the frozen checkpoint, or the folder of an artifact that runs here.
-    tasks.require_causal_lm(run, "generate")
+    model = find_model(run, source, "generate")
+    if raw:
+        if system is not None:
+            raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
+        ready, block = text_prompt(prompt, model.tokenizer), ""
+    else:
+        ready = chat_prompt(model.tokenizer, prompt, system, model.template_arguments)
+        block = ChatTemplate(model.tokenizer).empty_reasoning
+    if not ready.ids:
+        raise UsageError("The prompt is empty: it has no token to continue.")
+
+    count = _tokens_that_fit(model, len(ready.ids), max_new_tokens)
+    with model.open_generator() as generator:
+        answer(generator, ready, block, emit, count)
+
+
+def _tokens_that_fit(model: FoundModel, prompt_tokens: int, max_new_tokens: int) -> int:
+    """Return how many new tokens fit after the prompt, `max_new_tokens` at most.
+
+    Raises:
+        UsageError: the prompt leaves no room.
+    """
+    if model.length is None:
+        return max_new_tokens
+    free = model.length - prompt_tokens
+    if free <= 0:
+        advice = "Shorten it, or export with a longer --context-length."
+        if model.target is None:
+            advice = "Shorten it: the model has no more positions."
+        raise UsageError(
+            f"The prompt is {prompt_tokens} tokens long and {model.folder} holds {model.length} with its answer. "
+            f"{advice}"
+        )
+    if free < max_new_tokens:
+        progress.info(
+            f"The answer ends after {free} tokens at most: the prompt has {prompt_tokens}, and {model.folder} holds "
+            f"{model.length} together."
+        )
+    return min(free, max_new_tokens)
+
+
+def answer(generator: TextGenerator, prompt: Prompt, block: str, emit: Emit, max_new_tokens: int) -> bool:
+    """Pass the text of an answer to `emit`, without an empty block of reasoning before it.
+
+    Args:
+        generator: a loaded model.
+        prompt: of the answer.
+        block: the empty block, as the chat template writes it.
+        emit: takes each piece of text as it comes.
+        max_new_tokens: longest answer, in tokens.
+
+    Returns:
+        Whether the answer ended by itself.
+    """
+    shown = WithoutPrefix(emit, block)
+    has_ended = generator.generate(prompt, shown, max_new_tokens)
+    shown.finish()
+    return has_ended
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """The frozen checkpoint or an artifact, checked, not loaded yet.
+
+    An artifact has a KV cache of a fixed length, and the torch model as many positions as it was trained for.
+
+    Attributes:
+        folder: its files.
+        target: kind of artifact; None for the frozen checkpoint in torch.
+        tokenizer: its own.
+        template_arguments: further arguments of the chat template, as in training.
+        length: tokens of prompt and answer together that it holds; None where it has no limit.
+    """
+
+    folder: Path
+    target: Target | None
+    tokenizer: PreTrainedTokenizerBase
+    template_arguments: Mapping[str, Any]
+    length: int | None
+
+    @contextmanager
+    def open_generator(self) -> Iterator[TextGenerator]:
+        """Load the model until the end of the block.
+
+        Raises:
+            ArtifactError: the artifact's runtime refused it.
+        """
+        if self.target is None:
+            yield TorchGenerator(self.folder, self.tokenizer)
+            return
+        with self.target.open_generator(self.folder, self.tokenizer) as generator:
+            yield generator
+
+
+def find_model(run: Run, source: str, verb: str) -> FoundModel:
+    """Find the frozen checkpoint, or the folder of an artifact that runs here.
+
+    Args:
+        run: a finished run.
+        source: "torch", or the name of an exported target.
+        verb: that generates text, for messages.
+
+    Raises:
+        RunError: it is missing, was exported from another checkpoint, or runs on other machines only.
+        UsageError: no such source, or an encoder.
+        ArtifactError: its manifest records another context than its files have.
+    """
+    tasks.require_causal_lm(run, verb)
     if source != TORCH and source not in TARGETS:
         raise UsageError(f"--from {source}: not known. Known: {', '.join((TORCH, *TARGETS))}.")
     target = None if source == TORCH else target_named(source)
@@ -73,22 +184,8 @@ def generate(
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
     tokenizer_check.check_copy(tokenizer, folder)
-    if raw:
-        if system is not None:
-            raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
-        ready, block = text_prompt(prompt, tokenizer), ""
-    else:
-        ready = chat_prompt(tokenizer, prompt, system, trained_template_arguments(folder))
-        block = ChatTemplate(tokenizer).empty_reasoning
-    if not ready.ids:
-        raise UsageError("The prompt is empty: it has no token to continue.")
-    shown = WithoutPrefix(emit, block)
-    count = _tokens_that_fit(folder, target is not None, len(ready.ids), max_new_tokens)
-    if target is None:
-        _generate_in_torch(folder, tokenizer, ready.ids, shown, count)
-    else:
-        target.generate(folder, tokenizer, ready, shown, count)
-    shown.finish()
+    length = positions_of_folder(folder) if target is None else context_of_artifact(folder)
+    return FoundModel(folder, target, tokenizer, trained_template_arguments(folder), length)
 
 
 def chat_prompt(
@@ -150,52 +247,34 @@ class WithoutPrefix:
             self._emit(self._held)
 
 
-def _tokens_that_fit(folder: Path, is_artifact: bool, prompt_tokens: int, max_new_tokens: int) -> int:
-    """Return how many new tokens fit after the prompt, `max_new_tokens` at most.
+class TorchGenerator:
+    """The frozen checkpoint in torch."""
 
-    An artifact has a KV cache of a fixed length, and the torch model as many positions as it was trained for.
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = frozen.load(folder)
+        weights_check.check_vocabulary(model, tokenizer, str(folder))
+        self._tokenizer = tokenizer
+        self._ends = end_tokens(folder)
+        self._continuation = GreedyContinuation(model)
+        self._is_stopped = False
 
-    Raises:
-        UsageError: the prompt leaves no room.
-    """
-    if is_artifact:
-        length: int | None = context_of_artifact(folder)
-        advice = "Shorten it, or export with a longer --context-length."
-    else:
-        length, advice = positions_of_folder(folder), "Shorten it: the model has no more positions."
-    if length is None:
-        return max_new_tokens
-    if prompt_tokens >= length:
-        raise UsageError(
-            f"The prompt is {prompt_tokens} tokens long and {folder} holds {length} with its answer. {advice}"
-        )
-    free = length - prompt_tokens
-    if free < max_new_tokens:
-        progress.info(
-            f"The answer ends after {free} tokens at most: the prompt has {prompt_tokens}, and {folder} holds {length} "
-            "together."
-        )
-    return min(free, max_new_tokens)
+    def generate(self, prompt: Prompt, emit: Emit, max_new_tokens: int) -> bool:
+        """Continue `prompt` greedily; see `TextGenerator`."""
+        text, count = TextStream(self._tokenizer, emit), 0
 
+        def take(token: int) -> bool:
+            nonlocal count
+            text.take(token)
+            count += 1
+            return not self._is_stopped
 
-class _Pieces(TextStreamer):
-    """Streamer that passes finished text on instead of printing it."""
+        try:
+            self._continuation.run(prompt.ids, self._ends, max_new_tokens, take)
+        finally:
+            self._is_stopped = False
+        text.finish()
+        return count < max_new_tokens
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Emit) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._emit(text)
-
-
-def _generate_in_torch(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Emit, max_new_tokens: int
-) -> None:
-    """Continue the ids of a prompt with the frozen checkpoint in torch."""
-    model, eos_ids = frozen.load(folder), end_tokens(folder)
-    weights_check.check_vocabulary(model, tokenizer, str(folder))
-    prompt = torch.tensor([ids])
-    # One prompt needs no padding, so any id will do; the mask says that every token counts.
-    with torch.no_grad(), greedy_decoding(model, eos_ids, eos_ids[0], max_new_tokens):
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=_Pieces(tokenizer, emit))
+    def stop(self) -> None:
+        """End the text in progress."""
+        self._is_stopped = True
