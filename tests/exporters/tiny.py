@@ -15,6 +15,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge_exporters.executorch.export_pte import export
+from qat_edge_exporters.targets import target_named
 
 CONTEXT = 64
 SIZES: dict[str, Any] = {
@@ -76,6 +77,7 @@ def freeze(
     table_bits: tuple[int, int] = (8, 8),
     task: ModelTask = CAUSAL_LM,
     rotated: bool = False,
+    codes: scheme.LinearCodes = scheme.INT4,
 ) -> Any:
     """Write a frozen checkpoint of random weights, and return it as it is loaded.
 
@@ -87,6 +89,7 @@ def freeze(
         table_bits: of embedding and head.
         task: of the model.
         rotated: rotate the hidden states.
+        codes: of linear layers.
     """
     torch.manual_seed(0)
     model = task.auto_class.from_config(config).eval()
@@ -96,7 +99,7 @@ def freeze(
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
 
-    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits, codes)
     if rotated:
         rotation.rotate(model, chosen, 0)
     frozen.freeze(model, chosen)
@@ -118,6 +121,15 @@ def export_into(checkpoint: Path, folder: Path, **options: Any) -> TinyExport:
     folder.mkdir()
     with progress.report_to(recorder):
         export(checkpoint, folder, CONTEXT, **options)
+    return TinyExport(checkpoint, folder, recorder.lines)
+
+
+def export_to(target: str, checkpoint: Path, folder: Path) -> TinyExport:
+    """Export a checkpoint to a target into a new folder."""
+    recorder = Recorder()
+    folder.mkdir()
+    with progress.report_to(recorder):
+        target_named(target).export(checkpoint, folder, CONTEXT)
     return TinyExport(checkpoint, folder, recorder.lines)
 
 
