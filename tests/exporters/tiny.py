@@ -77,7 +77,6 @@ def freeze(
     table_bits: tuple[int, int] = (8, 8),
     task: ModelTask = CAUSAL_LM,
     rotated: bool = False,
-    codes: scheme.LinearCodes = scheme.INT4,
 ) -> Any:
     """Write a frozen checkpoint of random weights, and return it as it is loaded.
 
@@ -89,7 +88,6 @@ def freeze(
         table_bits: of embedding and head.
         task: of the model.
         rotated: rotate the hidden states.
-        codes: of linear layers.
     """
     torch.manual_seed(0)
     model = task.auto_class.from_config(config).eval()
@@ -99,7 +97,7 @@ def freeze(
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
 
-    chosen = scheme.choose_scheme(model, group_size, bits, table_bits, codes)
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
     if rotated:
         rotation.rotate(model, chosen, 0)
     frozen.freeze(model, chosen)

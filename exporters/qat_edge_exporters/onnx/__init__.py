@@ -32,7 +32,7 @@ For encoders, which plain onnxruntime runs:
     encoder_settings.py   compare names, sizes and configuration with what the export of a checkpoint writes
     encoder_session.py    run a folder in onnxruntime
 
-Both use olive_checkpoint.py, half_steps.py, graph_file.py, folder_check.py and:
+Both use olive_checkpoint.py, graph_file.py, folder_check.py and:
 
     onnx_matrices.py      read matrices of codes and scales from the nodes of a graph
 """

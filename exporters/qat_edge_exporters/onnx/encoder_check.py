@@ -37,7 +37,7 @@ INTEGERS = frozenset(
 # Operators on numbers: none of them compares two values.
 NUMBERS = frozenset(
     (
-        *STRUCTURE, *ARITHMETIC, LINEAR, "Cos", "Erf", "Exp", "FusedMatMul", "Gelu", "HardSigmoid", "HardSwish",
+        *STRUCTURE, *ARITHMETIC, LINEAR, "Cos", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
         "LayerNormalization", "LeakyRelu", "MatMul", "Mish", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceMean",
         "Relu", "Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt", "Tanh",
     )

@@ -30,7 +30,6 @@ from qat_edge_exporters.full_attention import FullAttention
 from qat_edge_exporters.onnx import encoder_names, graph_file, names
 from qat_edge_exporters.onnx.encoder_names import LINEAR, TABLE
 from qat_edge_exporters.onnx.export_onnx import ACCURACY_LEVEL
-from qat_edge_exporters.onnx.half_steps import add_half_steps
 from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
 from qat_edge_exporters.trace_check import ONNX, check_attention, tracing_errors
 
@@ -140,7 +139,6 @@ def build(model: PreTrainedModel, task: ModelTask, weights: Mapping[str, FrozenW
     _remove_notes(graph)
     tensors = _bind(graph, weights)
     _name_after_checkpoint(graph)
-    add_half_steps(graph, weights, encoder_names.module_of_node)
 
     width = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     settings = {encoder_names.MAX_LENGTH: str(length), encoder_names.OUTPUT_WIDTH: str(width)}
@@ -174,11 +172,13 @@ def _trace(model: PreTrainedModel, task: ModelTask, length: int) -> onnx.ModelPr
     sizes = {0: Dim("batch"), 1: Dim("tokens", min=FEWEST_TOKENS, max=length)}
     progress.info("exporting the graph")
     with replace_attention(ATTENTION_NAME, encoder.attention.attend, model.config), tracing_errors(model, ONNX):
+        # strict=False traces Python as it runs. Before torch.onnx, which would hide the reason of a failure.
+        traced = torch.export.export(encoder, (ids, torch.ones_like(ids)), dynamic_shapes=(sizes, sizes), strict=False)
+        check_attention(model, len(encoder.attention.layers), ONNX)
         program = torch.onnx.export(
-            encoder, (ids, torch.ones_like(ids)), dynamo=True, dynamic_shapes=(sizes, sizes), opset_version=OPSET,
-            input_names=encoder_names.INPUTS, output_names=[encoder_names.output_name(task)], verbose=False,
+            traced, dynamo=True, dynamic_shapes=(sizes, sizes), opset_version=OPSET, verbose=False,
+            input_names=encoder_names.INPUTS, output_names=[encoder_names.output_name(task)],
         )  # fmt: skip
-    check_attention(model, len(encoder.attention.layers), ONNX)
     if program is None or program.model_proto.functions:
         raise ExportError(
             f"{type(model).__name__}: torch.onnx returned no plain graph. `pip show onnxscript` should say 0.7."
