@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +152,13 @@ def test_a_text_of_one_token_is_computed(make: Callable[[str], tuple[TinyExport,
     assert run(exported.folder, one, np.ones_like(one)).norm() == pytest.approx(1, abs=1e-5)
 
 
+def test_the_process_that_runs_a_graph_imports_no_torch() -> None:
+    heavy = ("torch", "transformers", "onnx")
+    code = f"import sys, qat_edge_exporters.onnx.encoder_session; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 # --- the folder ---------------------------------------------------------------------------------------------
 
 
@@ -271,6 +280,32 @@ def decide_on_a_token(model: onnx.ModelProto) -> None:
     )
 
 
+def replace_a_token(model: onnx.ModelProto) -> None:
+    """Read token 5 as 0."""
+    make_node = onnx.helper.make_node
+    table = next(n for n in model.graph.node if "input_ids" in n.input)
+    table.input[1] = "replaced"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5), "five"))
+    for node in (
+        make_node("Mul", ["input_ids", "is_other"], ["replaced"]),
+        make_node("Cast", ["is_not"], ["is_other"], to=onnx.TensorProto.INT64),
+        make_node("Not", ["is_five"], ["is_not"]),
+        make_node("Equal", ["input_ids", "five"], ["is_five"]),
+    ):
+        model.graph.node.insert(0, node)
+
+
+def measure_tokens(model: onnx.ModelProto) -> None:
+    """Make a number of the size of a list as long as the first token's id."""
+    decide_on_a_token(model)
+    make_node = onnx.helper.make_node
+    cast = next(n for n in model.graph.node if n.op_type == "Cast" and "is_five" in n.input)
+    cast.input[0] = "size"
+    index = list(model.graph.node).index(cast)
+    model.graph.node.insert(index, make_node("Shape", ["list"], ["size"]))
+    model.graph.node.insert(index, make_node("Expand", ["five", "first"], ["list"]))
+
+
 def compare_numbers(model: onnx.ModelProto) -> None:
     logits = next(n for n in model.graph.node if "logits" in n.output)
     logits.output[0] = "before"
@@ -321,6 +356,8 @@ FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "unknown table": (rename_table, "reads the table of no layer"),
     "inputs in float": (keep_inputs_in_float, "accuracy_level 0 leaves its input in float"),
     "a decision on a token": (decide_on_a_token, "(Cast) turns tokens into numbers"),
+    "another token": (replace_a_token, "not by the ids of a text"),
+    "a size by tokens": (measure_tokens, "(Cast) turns tokens into numbers"),
     "a comparison": (compare_numbers, "(Greater) is no operator that the exporter writes"),
     "other positions": (change_positions, "has indices that the exporter does not write"),
     "a float matrix": (add_a_float_matrix, "a matrix that is not quantized"),

@@ -7,6 +7,9 @@ pair. So every value is one of three, and tokens reach numbers only by choosing 
     shape     sizes of the inputs, and constants
     content   computed from ids or mask, in integers
     number    float32, computed from rows of tables, matrices and constants; and the mask itself
+
+`encoder_settings` requires that the ids themselves choose the rows of the token table. Which positions and token types
+are computed from them is only known from a run.
 """
 
 from __future__ import annotations
@@ -27,11 +30,10 @@ STRUCTURE = (
     "Unsqueeze",
 )  # fmt: skip
 ARITHMETIC = ("Add", "Clip", "Div", "Max", "Min", "Mul", "ReduceSum", "Sub")
-# Operators on integers: they may compare.
+# Operators on integers: they may find equal ones.
 INTEGERS = frozenset(
     (
-        *STRUCTURE, *ARITHMETIC, "And", "Cast", "CumSum", "Equal", "GatherElements", "Greater", "GreaterOrEqual",
-        "Less", "LessOrEqual", "Not", "Or", "Range", "Shape", "Where",
+        *STRUCTURE, *ARITHMETIC, "Cast", "CumSum", "Equal", "GatherElements", "Not", "Range", "Shape",
     )
 )  # fmt: skip
 # Operators on numbers: none of them compares two values.
@@ -79,16 +81,17 @@ def _fault_of(node: onnx.NodeProto, kinds: set[str]) -> str:
 
 def _class_of_output(node: onnx.NodeProto, kinds: set[str]) -> str:
     if node.op_type == "Shape":
-        return SHAPE
+        # The size of anything else may depend on tokens.
+        return SHAPE if set(node.input) <= {IDS, MASK} else CONTENT
     if node.op_type == TABLE or (node.op_type == "Cast" and _casts_to_float(node)):
         return NUMBER
-    if node.op_type == "Constant":
-        return (
-            NUMBER
-            if any(a.name in ("value_float", "value_floats") or a.t.data_type in FLOAT_TYPES for a in node.attribute)
-            else SHAPE
-        )
+    if node.op_type == "Constant" and any(_is_float(attribute) for attribute in node.attribute):
+        return NUMBER
     return next((kind for kind in (NUMBER, CONTENT) if kind in kinds), SHAPE)
+
+
+def _is_float(attribute: onnx.AttributeProto) -> bool:
+    return attribute.name in ("value_float", "value_floats") or attribute.t.data_type in FLOAT_TYPES
 
 
 def _casts_to_float(node: onnx.NodeProto) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from qat_edge.models.tasks import ModelTask, SentenceEncoder
+if TYPE_CHECKING:
+    from qat_edge.models.tasks import ModelTask
 
 INPUTS = ("input_ids", "attention_mask")  # int64 (batch, tokens)
 LOGITS, EMBEDDING = "logits", "sentence_embedding"  # float32 (batch, width), as optimum names them
@@ -17,6 +19,9 @@ _NODE = re.compile(rf"/([A-Za-z_]\w*(?:\.\w+)*)/(?:{LINEAR}|{TABLE})")
 
 def output_name(task: ModelTask) -> str:
     """Return the name of the graph's output."""
+    # It imports torch, which the process that runs a graph does without.
+    from qat_edge.models.tasks import SentenceEncoder
+
     return EMBEDDING if isinstance(task, SentenceEncoder) else LOGITS
 
 

@@ -11,6 +11,7 @@ from qat_edge.manifest import sha256
 from qat_edge.models import tasks, tokenizer
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.quant import frozen_config
+from qat_edge.quant.frozen import read_scheme
 from qat_edge_exporters.onnx import encoder_names, graph_file, names
 from qat_edge_exporters.onnx.encoder_names import MAX_LENGTH, OUTPUT_WIDTH
 
@@ -37,7 +38,17 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
     found = settings.get(MAX_LENGTH, "")
     if not found.isdecimal() or not 1 <= int(found) <= longest:
         faults.append(f"{names.MODEL_FILE}: {MAX_LENGTH} is {readers.show(found)}, the model has {longest} positions.")
+    faults += _token_faults(model, read_scheme(checkpoint).embedding)
     return faults + _signature_faults(model, encoder_names.output_name(task), settings.get(OUTPUT_WIDTH, ""))
+
+
+def _token_faults(model: onnx.ModelProto, module: str) -> list[str]:
+    """Require that the ids of a text choose the rows of the token table."""
+    table = encoder_names.node_name(module, encoder_names.TABLE)
+    read = [list(node.input[1:2]) for node in model.graph.node if node.name == table]
+    if read == [[encoder_names.INPUTS[0]]]:
+        return []
+    return [f"{names.MODEL_FILE}: the table of tokens is read by {readers.show(read)}, not by the ids of a text."]
 
 
 def _signature_faults(model: onnx.ModelProto, output: str, width: str) -> list[str]:
