@@ -107,8 +107,9 @@ def faults_of(exported: TinyExport) -> list[str]:
 # --- what it computes ---------------------------------------------------------------------------------------
 
 
-# On x86, onnxruntime rounds inputs by block instead of by token.
-LEAST_COSINE = 0.999
+# On x86, onnxruntime rounds inputs by block instead of by token: 0.99995 was the lowest cosine measured, BERT's.
+LEAST_COSINE = 0.9998
+LEAST_DB = 100
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -128,7 +129,8 @@ def test_plain_onnxruntime_needs_the_tokenizer_alone(
         assert found.norm(dim=1).tolist() == pytest.approx([1] * len(TEXTS), abs=1e-5)
 
 
-# Rounding works on one token and block at a time, so padding and other texts change the order of float sums alone.
+# Rounding works on one token and block at a time, so padding and other texts can change the order of float sums alone.
+# On x86 they changed no bit of any output.
 @pytest.mark.parametrize("name", ["mixed_bits", "int4_table", "pairs"])
 def test_outputs_depend_on_no_padding_and_no_other_text(
     make: Callable[[str], tuple[TinyExport, ModelTask]], name: str
@@ -140,10 +142,10 @@ def test_outputs_depend_on_no_padding_and_no_other_text(
     together = run(exported.folder, ids, mask)
     for row, length in enumerate(lengths):
         alone = run(exported.folder, ids[row : row + 1, :length], mask[row : row + 1, :length])
-        assert sqnr(alone, together[row : row + 1]) > 40  # a rounding may flip; above 110 elsewhere
+        assert sqnr(alone, together[row : row + 1]) > LEAST_DB
         other = ids.copy()
         other[mask == 0] = 7
-        assert sqnr(alone, run(exported.folder, other, mask)[row : row + 1]) > 40
+        assert sqnr(alone, run(exported.folder, other, mask)[row : row + 1]) > LEAST_DB
 
 
 def test_a_text_of_one_token_is_computed(make: Callable[[str], tuple[TinyExport, ModelTask]]) -> None:
