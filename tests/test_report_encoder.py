@@ -123,6 +123,29 @@ def test_the_verdict_compares_qat_with_the_fine_tune_and_the_best_ptq_method() -
     )
 
 
+def test_two_targets_are_compared_target_by_target(tmp_path: Path) -> None:
+    found = example()
+    tuned, *rows = found.results
+    onnx = [replace(row, target="onnx", quality=row.quality + 0.01, cosine=(row.cosine or 0) - 0.01) for row in rows]
+    both = replace(found, results=[tuned, *rows, *onnx])
+    conclusion = encoder_verdict(both)
+    assert conclusion.headline == (
+        "QAT has an accuracy of 92.2% to 93.2% (FP32 fine-tune: 93.8%) and a mean cosine of 0.9831 to 0.9931 with the "
+        "outputs of the FP32 fine-tune, at 27% of its size; GPTQ, the best PTQ method measured, has 87.5% to 88.5% and "
+        "0.9775 to 0.9875."
+    )
+    assert conclusion.figures["qat_quality"] == pytest.approx([0.9219, 0.9319])
+
+    # A method is compared on the targets that QAT was measured on, and QAT has to be better on each of them.
+    other = replace(rows[2], target="executorch-vulkan", quality=1.0)
+    assert encoder_verdict(replace(both, results=[*both.results, other])) == conclusion
+    worse = replace(onnx[0], quality=0.5)
+    mixed = encoder_verdict(replace(both, results=[tuned, *rows, worse, *onnx[1:]]))
+    assert mixed.headline.endswith("so which is better depends on the metric.")
+    page = Page(write(run_with(tmp_path, both)))
+    assert "QAT · ExecuTorch" in page.words and "QAT · ONNX" in page.words
+
+
 def test_hostile_text_and_metrics_that_are_not_finite(tmp_path: Path) -> None:
     rows = [
         replace(example().results[1], cosine=math.nan),

@@ -193,7 +193,7 @@ def test_rich_and_click_are_imported_by_the_command_line_only() -> None:
 OTHER_PARSERS = {
     "qat_edge.train.run_inputs": "its own metadata, to compare it as JSON holds it",
     "qat_edge_exporters.executorch.pte.delegates": "output of flatc, with infinities",
-    "qat_edge_exporters.executorch.encoder_runtime": "the request of its own process",
+    "qat_edge_exporters.encoder_process": "the request of its own process",
     "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
     "qat_edge_exporters.runner_turns": "the prompt from its own process",
     "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",

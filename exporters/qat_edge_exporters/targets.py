@@ -218,6 +218,7 @@ class Target:
 
     def run_encoder(self, folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]:
         """Return an encoder's output for each text's token ids, shape (texts, width)."""
+        self.check(folder)
         outputs: NDArray[np.float32] = load(self.encoder)(folder, texts)
         return outputs
 
@@ -285,15 +286,16 @@ _ALL = (
         title="ONNX",
         file="model.onnx",
         marker="square",
-        exporter=f"{_ONNX}.export_onnx:export",
-        reader=f"{_ONNX}.onnx_reader:read",
-        options_reader=f"{_ONNX}.onnx_options:held_options",
-        constants=f"{_ONNX}.architecture:computed_constants",
-        support=f"{_ONNX}.onnx_support:missing",
+        exporter=f"{_ONNX}.onnx_target:export",
+        reader=f"{_ONNX}.onnx_target:read",
+        options_reader=f"{_ONNX}.onnx_target:held_options",
+        constants=f"{_ONNX}.onnx_target:computed_constants",
+        support=f"{_ONNX}.onnx_target:missing",
         generator=f"{_ONNX}.genai_text:open_generator",
         expose=f"{_ONNX}.matrix_outputs:expose",
-        checker=f"{_ONNX}.folder_check:check_folder",
-        settings=f"{_ONNX}.expected_config:setting_faults",
+        encoder=f"{_ONNX}.encoder_session:run_encoder",
+        checker=f"{_ONNX}.onnx_target:check_folder",
+        settings=f"{_ONNX}.onnx_target:setting_faults",
         widths=(2, 4, 8),
     ),
     Target(

@@ -30,10 +30,12 @@ from qat_edge.options import ExportOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
-from qat_edge_exporters.executorch.encoder_runtime import run_encoder
+from qat_edge_exporters.targets import target_named
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
+# Of the effect of token types, by target; onnxruntime rounds inputs by block on x86: 0.13 measured.
+MOST_ERROR = {"executorch": 0.1, "onnx": 0.3}
 ROWS = [
     {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
 ]
@@ -67,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     BertForSequenceClassification(make_config()).save_pretrained(root / "model")
     make_tokenizer().save_pretrained(root / "model")
     made = train_run(root / "model", root, ROWS)
-    export(made, ExportOptions(target=("executorch",), ptq=("none",)))
+    export(made, ExportOptions(target=tuple(MOST_ERROR), ptq=("none",)))
     return made
 
 
@@ -93,14 +95,17 @@ def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -
 
     # The tokenizer's types are the reference; neither our models nor the artifact are given any.
     rows = [make_tokenizer()(row["text"], row["text_pair"], return_token_type_ids=True) for row in ROWS[:8]]
-    artifact = run_encoder(run.exports / "executorch", [row.input_ids for row in rows])
+    artifacts = {
+        target: target_named(target).run_encoder(run.exports / target, [row.input_ids for row in rows])
+        for target in MOST_ERROR
+    }
     # Plain transformers, of the base and of the frozen checkpoint.
     frozen_alone = AutoModelForSequenceClassification.from_pretrained(run.quantized).eval()
     plain = BertForSequenceClassification(make_config()).eval()
     plain.load_state_dict(base_model(run.adapter).state_dict())
 
     for ours, theirs in ((base_model(run.adapter), plain), (frozen.load(run.quantized), frozen_alone)):
-        for row, from_artifact in zip(rows, artifact, strict=True):
+        for index, row in enumerate(rows):
             ids, mask, types = (torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids"))
             with torch.no_grad():
                 found = task.predict(ours, ids, mask)
@@ -108,7 +113,9 @@ def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -
                 type_effect = (found - theirs(ids, mask, types * 0).logits).abs().max()
             assert type_effect > 0
             if theirs is frozen_alone:
-                assert (found - torch.from_numpy(from_artifact)).abs().max() < 0.1 * type_effect
+                for target, share in MOST_ERROR.items():
+                    difference = (found - torch.from_numpy(artifacts[target][index])).abs().max()
+                    assert difference < share * type_effect, target
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ from qat_edge.quant import frozen, numerics, rotation, scheme
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import export_onnx as onnx_export
 from qat_edge_exporters.onnx.expected_config import setting_faults
-from qat_edge_exporters.onnx.onnx_reader import read, unpack
+from qat_edge_exporters.onnx.onnx_matrices import unpack
+from qat_edge_exporters.onnx.onnx_reader import read
 
 CONTEXT = 64
 IDS = np.array([1, 40, 17, 90, 5, 61, 200, 33, 8, 12])

@@ -15,6 +15,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.quant import frozen, rotation, scheme
 from qat_edge_exporters.executorch.export_pte import export
+from qat_edge_exporters.targets import target_named
 
 CONTEXT = 64
 SIZES: dict[str, Any] = {
@@ -118,6 +119,15 @@ def export_into(checkpoint: Path, folder: Path, **options: Any) -> TinyExport:
     folder.mkdir()
     with progress.report_to(recorder):
         export(checkpoint, folder, CONTEXT, **options)
+    return TinyExport(checkpoint, folder, recorder.lines)
+
+
+def export_to(target: str, checkpoint: Path, folder: Path) -> TinyExport:
+    """Export a checkpoint to a target into a new folder."""
+    recorder = Recorder()
+    folder.mkdir()
+    with progress.report_to(recorder):
+        target_named(target).export(checkpoint, folder, CONTEXT)
     return TinyExport(checkpoint, folder, recorder.lines)
 
 

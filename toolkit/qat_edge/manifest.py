@@ -21,7 +21,7 @@ FORMAT = 2  # of the run folder; raised when an older reader could not read a ne
 MANIFEST = "manifest.json"
 LIBRARIES = (
     "torch", "torchao", "executorch", "transformers", "peft", "accelerate",
-    "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "numpy",
+    "datasets", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "numpy",
 )  # fmt: skip
 # Files that nothing reads, and that people or systems add to a folder: notes and logs.
 NOTES = (".md", ".log")

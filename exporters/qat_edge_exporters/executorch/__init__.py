@@ -42,5 +42,5 @@ encoder_runtime.py               runs an encoder's .pte
 
 Private names of the libraries, and functions of theirs that are replaced at run time:
 
-compat.py, compat_runtime.py, compat_transformers.py
+compat.py, compat_runtime.py
 """

@@ -5,7 +5,7 @@ release: review this file and its two neighbours on every upgrade. They are sepa
 
     compat.py                the compiler (executorch.exir), its serializer and XNNPACK's passes
     compat_runtime.py        the runtime's Python binding, for processes that only load a program
-    compat_transformers.py   transformers alone, for checks of a model's configuration before anything is exported
+    ../compat_transformers.py   transformers alone, for checks of a model's configuration before anything is exported
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_edge.models.meta_model import model_without_weights
-from qat_edge_exporters.executorch import compat_transformers
+from qat_edge_exporters import compat_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,70 +18,33 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qat_edge import progress
-from qat_edge.errors import ExportError
 from qat_edge.models.tasks import ModelTask
-from qat_edge_exporters.executorch.graph import lowering, tracing
-from qat_edge_exporters.executorch.graph.attention import MASKED, replace_attention
+from qat_edge_exporters.executorch.graph import lowering
+from qat_edge_exporters.executorch.graph.attention import replace_attention
 from qat_edge_exporters.executorch.graph.portable_attention import contiguous, rows_of
 from qat_edge_exporters.executorch.graph.quantized_modules import quantize_modules
 from qat_edge_exporters.executorch.graph.rewrites import XnnpackRewrites
 from qat_edge_exporters.executorch.pte import runner_contract
+from qat_edge_exporters.full_attention import FullAttention
+from qat_edge_exporters.trace_check import EXECUTORCH, check_attention, tracing_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEWEST_TOKENS = 2  # of a text: its first and last are special ones
-# Arguments of transformers' attention call that change nothing here.
-IGNORED = ("dropout", "is_causal", "use_cache", "output_attentions")
 
 
-class FullAttention:
-    """Attention of every token to all that are not padding: softmax(q k^T / sqrt(d) + mask) v.
+class SingleTextAttention(FullAttention):
+    """Attention as batched products over the heads of one text, with one unknown dimension each."""
 
-    Attributes:
-        layers: ids of the modules that have called it.
-        mask: added to the scores, (1, 1, S).
-    """
-
-    def __init__(self) -> None:
-        self.layers: set[int] = set()
-        self.mask: Tensor
-
-    def begin(self, attention_mask: Tensor) -> None:
-        """Prepare for a text by its mask (1, S), 1 for a token and 0 for padding."""
-        self.mask = ((1 - attention_mask.to(torch.float32)) * MASKED).unsqueeze(0)
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **extras: Any,  # transformers passes what the architecture has
-    ) -> tuple[Tensor, None]:
-        """Return outputs (1, S, heads, D) for queries, keys and values (1, heads, S, D).
-
-        Raises:
-            ExportError: the layer passes an argument that this attention does not compute.
-        """
-        # Anything else would change the result, such as positions added to the scores.
-        other = sorted(name for name, given in extras.items() if name not in IGNORED and given is not None)
-        if other or attention_mask is not None:
-            raise ExportError(
-                f"{type(module).__name__} attends with {', '.join(other) or 'its own mask'}, and executorch "
-                "export computes plain attention of encoders only."
-            )
-        self.layers.add(id(module))
-
-        # Batched products over heads, with one unknown dimension each.
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Return outputs (1, S, heads, D) for queries, keys and values (1, heads, S, D)."""
         heads, width = query.shape[1], query.shape[3]
-        rows = rows_of(query) * (width**-0.5 if scaling is None else scaling)
+        rows = rows_of(query) * scaling
         columns = contiguous(key.transpose(2, 3)).view(heads, width, -1)
         weights = torch.softmax(torch.bmm(rows, columns) + self.mask, dim=-1)
         outputs = torch.bmm(weights, rows_of(value))
-        return contiguous(outputs.permute(1, 0, 2)).view(1, -1, heads, width), None
+        return contiguous(outputs.permute(1, 0, 2)).view(1, -1, heads, width)
 
 
 class Encoder(nn.Module):
@@ -89,7 +52,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, task: ModelTask) -> None:
         super().__init__()
-        self.model, self.task, self.attention = model, task, FullAttention()
+        self.model, self.task, self.attention = model, task, SingleTextAttention(EXECUTORCH)
         self.constants = nn.ParameterDict()  # of the rewritten calls, filled by the first run
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -133,10 +96,10 @@ def lower(model: PreTrainedModel, task: ModelTask, length: int, portable: bool) 
     progress.info("exporting the graph")
     encoder = Encoder(model, task).eval()
     example = torch.zeros(1, FEWEST_TOKENS + 1, dtype=torch.int64), torch.ones(1, FEWEST_TOKENS + 1, dtype=torch.int64)
-    with replace_attention(encoder.attention, model.config), tracing.tracing_errors(model):
+    with replace_attention(encoder.attention, model.config), tracing_errors(model, EXECUTORCH):
         # The first run creates the constants, so that tracing finds them, and gives the output's width.
         output = encoder(*example)
-        tracing.check_attention(model, len(encoder.attention.layers))
+        check_attention(model, len(encoder.attention.layers), EXECUTORCH)
         tokens = {1: Dim("tokens", min=FEWEST_TOKENS, max=length)}
         program = torch.export.export(encoder, example, dynamic_shapes=(tokens, tokens), strict=False)
 

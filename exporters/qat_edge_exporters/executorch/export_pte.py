@@ -22,6 +22,7 @@ from qat_edge.models.tasks import ModelTask
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.storage import disk_errors, write_text
+from qat_edge_exporters import encoder_support
 from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
 from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry
@@ -185,8 +186,7 @@ def _lower_encoder(source: _Source, task: ModelTask, settings: _Settings) -> _Lo
     flags = [flag for flag, is_given in given.items() if is_given]
     if flags:
         raise ExportError(f"{flags[0]} is for models that generate text; {model.config.model_type} is {task.title}.")
-    if source.adapters or not is_frozen(folder):
-        raise ExportError(f"{folder} holds float weights or adapters; of {task.title} only frozen checkpoints export.")
+    encoder_support.require_frozen(folder, task)
 
     scheme = checkpoint.read_scheme(folder)
     longest = min(settings.context_length, tasks.max_text_tokens(model, tokenizer.load_tokenizer(folder)))

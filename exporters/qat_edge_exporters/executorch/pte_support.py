@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qat_edge.models import tasks
-from qat_edge_exporters.executorch import compat_transformers, decoder_probe
+from qat_edge_exporters import encoder_support
+from qat_edge_exporters.executorch import decoder_probe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -16,7 +17,7 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 def missing(config: PretrainedConfig) -> str:
     """Return why the model cannot become a .pte, as a sentence; empty if no reason is known."""
     if tasks.is_encoder_config(config):
-        return _missing_for_encoder(config)
+        return encoder_support.missing(config)
 
     unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
     if unknown:
@@ -24,12 +25,3 @@ def missing(config: PretrainedConfig) -> str:
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal."
     return decoder_probe.obstacle(config)
-
-
-def _missing_for_encoder(config: PretrainedConfig) -> str:
-    windows = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if windows:
-        return f"{config.model_type} has layers that see only a part of the text ({', '.join(sorted(windows))})."
-    if not compat_transformers.has_replaceable_attention(config):
-        return f"{config.model_type} has attention of its own, which cannot be replaced."
-    return ""

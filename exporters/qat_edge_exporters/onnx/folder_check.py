@@ -27,7 +27,19 @@ def check_folder(folder: Path) -> None:
         ArtifactError: The folder asks a runtime to load something that is not part of an export.
     """
     genai_config.check_config(folder)
-    path = folder / names.MODEL_FILE
+    _check_graph(folder / names.MODEL_FILE)
+
+
+def check_encoder_folder(folder: Path) -> None:
+    """Check the graph of an encoder, which no configuration of a runtime goes with.
+
+    Raises:
+        ArtifactError: The folder asks a runtime to load something that is not part of an export.
+    """
+    _check_graph(folder / names.MODEL_FILE)
+
+
+def _check_graph(path: Path) -> None:
     model = graph_file.load_graph(path)
 
     found = {opset.domain for opset in model.opset_import} | {function.domain for function in model.functions}

@@ -6,7 +6,7 @@ Format of external data: https://onnx.ai/onnx/repo-docs/ExternalData.html
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,18 @@ def tensor(initializer: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     return np.memmap(path, dtype, "r", offset, shape) if size else np.zeros(shape, dtype)
 
 
-def save(model: onnx.ModelProto, tensors: Mapping[str, NDArray[Any]], source: Path, folder: Path) -> None:
+def size(initializer: onnx.TensorProto) -> int:
+    """Return the number of elements of a tensor."""
+    return math.prod(initializer.dims)
+
+
+def save(
+    model: onnx.ModelProto,
+    tensors: Mapping[str, NDArray[Any]],
+    source: Path,
+    folder: Path,
+    inline: Collection[str] = (),
+) -> None:
     """Write the graph and its data file into `folder`.
 
     Args:
@@ -122,9 +133,13 @@ def save(model: onnx.ModelProto, tensors: Mapping[str, NDArray[Any]], source: Pa
         tensors: new values by initializer name.
         source: folder with the values of all other initializers.
         folder: existing folder to write into.
+        inline: names of initializers that stay in the graph. Shape inference reads those of shapes, and onnxruntime
+            refuses them in a data file.
     """
     with (folder / names.DATA_FILE).open("wb") as file:
         for initializer in model.graph.initializer:
+            if initializer.name in inline:
+                continue
             values = tensors.get(initializer.name)
             if values is None:
                 values = tensor(initializer, source)

@@ -1,124 +1,27 @@
 """Read codes and scales back from the bytes of an ONNX folder, without ONNX Runtime.
 
-MatMulNBits B: uint8 (out, blocks, block * bits // 8), lowest bits first, code + 2^(bits-1). Where the graph adds half a
-step (`half_steps`), the odd codes of `seq` levels are returned, under half the scale. A table that embedding and head
-share is returned under both names; its bytes count once, as the embedding's, as in a Hugging Face or GGUF file.
+`onnx_matrices` reads single matrices. A table that embedding and head share is returned under both names; its bytes
+count once, as the embedding's, as in a Hugging Face or GGUF file.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
-from qat_edge.manifest import MANIFEST
-from qat_edge.models import tokenizer
-from qat_edge.quant.codebook import FEWEST, SEQ, codebook_of
-from qat_edge.quant.packing import unpack_int2, unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.onnx import graph_check, graph_file, names, onnx_options
-from qat_edge_exporters.onnx.half_steps import has_half_step
+from qat_edge_exporters.onnx import graph_check, graph_file, names, onnx_matrices, onnx_options
+from qat_edge_exporters.onnx.onnx_matrices import FLOAT_OPERATORS, TOKENIZER_FILES, FoundMatrices, OnnxGraph
 
-BITS = (2, 4, 8)  # of codes
-INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
 _FINAL_NORM = re.compile(r"model\.layers\.\d+\.final_norm_layernorm\.weight")
 _FLOAT_TENSOR = re.compile(r"(model\.layers\.\d+\.\w+(\.\w+)?|lm_head)\.(weight|bias)")
-FLOAT_OPERATORS = ("MatMul", "Gemm", "Gather", "Transpose")  # that can read a matrix in float
-
-
-class PartSize(NamedTuple):
-    """The part of the artifact that an initializer belongs to, and its bytes."""
-
-    name: str
-    size_bytes: int
-
-
-@dataclass
-class _Found:
-    """Everything that the nodes have shown so far.
-
-    Attributes:
-        weights: matrices by module name.
-        faults: one sentence each.
-        parts: part of each initializer, by its name.
-    """
-
-    weights: dict[str, ArtifactWeight] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    parts: dict[str, PartSize] = field(default_factory=dict)
-
-
-class _NamedTensor(NamedTuple):
-    """An initializer: its name and its values."""
-
-    name: str
-    values: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class _MatrixLocation:
-    """Location of a quantized matrix in the graph.
-
-    Attributes:
-        module: module it belongs to.
-        shape: (out, in), without padding.
-        part: part of the artifact that its codes count in.
-        codes_input: input of the node with the codes.
-        scales_input: input of the node with the scales.
-        first_optional_input: input of the node from which on only zero points, orders and biases follow.
-    """
-
-    module: str
-    shape: tuple[int, int]
-    part: str
-    codes_input: int
-    scales_input: int
-    first_optional_input: int
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A graph with its initializers, and the producers of its values, by name."""
-
-    path: Path
-    model: onnx.ModelProto
-    initializers: dict[str, onnx.TensorProto]
-    producers: dict[str, onnx.NodeProto]
-
-    @classmethod
-    def load(cls, path: Path) -> _Graph:
-        model = graph_file.load_graph(path)
-        return cls(
-            path,
-            model,
-            {initializer.name: initializer for initializer in model.graph.initializer},
-            {output: node for node in model.graph.node for output in node.output},
-        )
-
-    def constant(self, node: onnx.NodeProto, index: int) -> _NamedTensor:
-        """Return a node's constant input, or the one behind a Reshape of it.
-
-        Raises:
-            ArtifactError: the input is not a stored tensor.
-        """
-        name = node.input[index] if index < len(node.input) else ""
-        if name not in self.initializers and name in self.producers:
-            producer = self.producers[name]
-            name = producer.input[0] if producer.op_type == "Reshape" else name
-        if name not in self.initializers:
-            raise self.damaged(node, f"input {index} ('{name}') is not a stored tensor")
-        return _NamedTensor(name, graph_file.tensor(self.initializers[name], self.path.parent))
-
-    def damaged(self, node: onnx.NodeProto, problem: str) -> ArtifactError:
-        return ArtifactError(f"{self.path}: node '{node.name}': {problem}. {graph_file.AGAIN}")
 
 
 def read(folder: Path) -> Artifact:
@@ -128,15 +31,18 @@ def read(folder: Path) -> Artifact:
         ArtifactError: a file is missing, truncated or garbled.
     """
     genai = _genai_config(folder / names.GENAI_CONFIG)
-    graph = _Graph.load(folder / names.MODEL_FILE)
-    found = _Found()
+    graph = OnnxGraph.load(folder / names.MODEL_FILE)
+    found = FoundMatrices()
     for node in graph.model.graph.node:
         if node.op_type == "MatMulNBits":
-            _read_linear(graph, node, found)
+            module = names.module_of_node(node.name)
+            part = names.HEAD if module == names.HEAD else "linears"
+            onnx_matrices.read_linear(graph, node, module, part, found)
         elif node.op_type == "GatherBlockQuantized":
-            _read_embedding(graph, node, genai["model"]["decoder"]["hidden_size"], found)
+            width = genai["model"]["decoder"]["hidden_size"]
+            onnx_matrices.read_table(graph, node, names.EMBEDDING, width, found)
         elif node.op_type in FLOAT_OPERATORS and node.name != names.ROTATION_NODE:
-            _record_float_matrix(graph, node, found)
+            onnx_matrices.record_float_matrix(graph, node, _part_of_float_matrix(node), found)
 
     # Before fused projections are joined: the configuration of the graph counts them separately.
     found.faults += _missing_matrices(found.weights, genai) + _config_faults(folder, graph, genai)
@@ -145,100 +51,10 @@ def read(folder: Path) -> Artifact:
     return Artifact(
         weights=found.weights,
         metadata=_metadata(graph, genai),
-        size_bytes=_sizes(folder, found),
+        size_bytes=onnx_matrices.sizes(folder, found),
         faults=found.faults,
         floats=_float_constants(graph, found),
     )
-
-
-def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Unpack rows of codes: uint8 (out, in * bits // 8) to int8 (out, in)."""
-    if bits == FEWEST:
-        return unpack_int2(packed).view(np.int8) + np.int8(codebook_of(bits).low)
-    return unpack_int4(packed) if bits == 4 else _unpack_int8(packed)
-
-
-def _unpack_int8(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Convert unsigned codes, code + 128, to int8: flipping the sign bit of two's complement does that."""
-    return (packed ^ 0x80).view(np.int8)
-
-
-def _read_linear(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
-    module = names.module_of_node(node.name)
-    if module is None or module in found.weights:
-        found.faults.append(f"node '{node.name}' multiplies by the matrix of no layer, or of one that has a node.")
-        return
-
-    # Names of initializers say which layer's codes a node should read.
-    stem, attributes = names.initializer_stem(node.name), _integers(node)
-    expected = (f"{stem}.qweight", f"{stem}.scales")
-    if tuple(node.input[1:3]) != expected:
-        found.faults.append(f"{module}: node '{node.name}' reads {list(node.input[1:3])} in place of {list(expected)}.")
-    if attributes.get("accuracy_level") != INT8_ACTIVATIONS:
-        found.faults.append(
-            f"{module}: accuracy_level {attributes.get('accuracy_level')} leaves its input in float; it was trained "
-            f"with an int8 input, which is level {INT8_ACTIVATIONS}."
-        )
-
-    shape = (attributes.get("N", 0), attributes.get("K", 0))
-    part = names.HEAD if module == names.HEAD else "linears"
-    _read_matrix(graph, node, _MatrixLocation(module, shape, part, 1, 2, 3), found)
-    if attributes.get("bits") == FEWEST and has_half_step(node, graph.producers):
-        weight = found.weights[module]
-        # (n + 1/2) s = (2 n + 1) s / 2, exactly.
-        codes, scales = 2 * weight.codes + np.int8(1), weight.scales * np.float32(0.5)
-        found.weights[module] = replace(weight, codes=codes, scales=scales, levels=SEQ)
-
-
-def _read_embedding(graph: _Graph, node: onnx.NodeProto, width: int, found: _Found) -> None:
-    axes = (_integers(node).get("gather_axis", 0), _integers(node).get("quantize_axis", 1))
-    if axes != (0, 1):
-        raise graph.damaged(node, f"gathers and quantizes along axes {axes}, not (0, 1)")
-    rows = graph.constant(node, 2).values.shape[0]
-    _read_matrix(graph, node, _MatrixLocation(names.EMBEDDING, (rows, width), "embedding", 0, 2, 3), found)
-
-
-def _read_matrix(graph: _Graph, node: onnx.NodeProto, matrix: _MatrixLocation, found: _Found) -> None:
-    """Check the sizes of a matrix, unpack it and record it."""
-    attributes = _integers(node)
-    bits, block = attributes.get("bits", 4), attributes.get("block_size", 0)
-    codes, scales = graph.constant(node, matrix.codes_input), graph.constant(node, matrix.scales_input)
-    rows, width = matrix.shape
-
-    # The last block of a row may be padded in MatMulNBits, and is not in GatherBlockQuantized.
-    blocks = -(-width // block) if block > 0 else 0
-    sizes = (rows * blocks * block * bits // 8, rows * width * bits // 8)
-    packed = codes.values
-    if bits not in BITS or not blocks or packed.size not in sizes or packed.dtype != np.uint8:
-        problem = f"{packed.dtype} {packed.shape} cannot hold {bits}-bit codes of a {matrix.shape} matrix"
-        raise graph.damaged(node, problem)
-    if scales.values.size != rows * blocks or scales.values.dtype != np.float32:
-        problem = f"scales {scales.values.dtype} {scales.values.shape}, expected float32 {(rows, blocks)}"
-        raise graph.damaged(node, problem)
-    optional = list(node.input[matrix.first_optional_input :])
-    if any(optional):
-        found.faults.append(f"{matrix.module}: zero points, a group order or a bias ({optional}) were added.")
-
-    unpacked = unpack(np.asarray(packed).reshape(rows, -1), bits)[:, :width]
-    by_block = np.array(scales.values).reshape(rows, blocks)
-    if bits == 8 and (by_block == by_block[:, :1]).all():  # per channel, repeated for every block
-        by_block = by_block[:, :1].copy()
-    found.weights[matrix.module] = ArtifactWeight(unpacked, by_block, bits, block)
-
-    # The gather comes first in the graph, so a shared table counts as the embedding's.
-    found.parts.setdefault(codes.name, PartSize(matrix.part, packed.nbytes))
-    scales_part = "scales" if matrix.part == "linears" else matrix.part
-    found.parts.setdefault(scales.name, PartSize(scales_part, scales.values.nbytes))
-
-
-def _record_float_matrix(graph: _Graph, node: onnx.NodeProto, found: _Found) -> None:
-    """Record the size of a matrix in float as a fault: it would work, but it is not what was frozen."""
-    for name in node.input:
-        if name not in graph.initializers or len(graph.initializers[name].dims) != 2:
-            continue
-        size_bytes = graph_file.tensor(graph.initializers[name], graph.path.parent).nbytes
-        found.parts.setdefault(name, PartSize(_part_of_float_matrix(node), size_bytes))
-        found.faults.append(f"node '{node.name}' ({node.op_type}) reads '{name}', a matrix that is not quantized.")
 
 
 def _part_of_float_matrix(node: onnx.NodeProto) -> str:
@@ -249,7 +65,7 @@ def _part_of_float_matrix(node: onnx.NodeProto) -> str:
     return names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
 
 
-def _float_constants(graph: _Graph, found: _Found) -> list[FloatConstant]:
+def _float_constants(graph: OnnxGraph, found: FoundMatrices) -> list[FloatConstant]:
     """Return every float32 initializer that is no scale of a matrix, under the checkpoint's name where it has one."""
     rotations = {node.input[1] for node in graph.model.graph.node if node.name == names.ROTATION_NODE}
     constants = []
@@ -301,7 +117,7 @@ def _fused_parts(model: onnx.ModelProto) -> dict[str, list[str]]:
     return fused
 
 
-def _join_fused(model: onnx.ModelProto, found: _Found) -> None:
+def _join_fused(model: onnx.ModelProto, found: FoundMatrices) -> None:
     """Join the parts of fused projections by rows, according to the graph's metadata."""
     for name, part_names in _fused_parts(model).items():
         parts = [found.weights.pop(part) for part in part_names if part in found.weights]
@@ -328,7 +144,7 @@ def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any])
     return absent or [f"{name}: no layer that the configuration knows." for name in linears if name not in expected]
 
 
-def _config_faults(folder: Path, graph: _Graph, genai: dict[str, Any]) -> list[str]:
+def _config_faults(folder: Path, graph: OnnxGraph, genai: dict[str, Any]) -> list[str]:
     """Return faults of genai_config.json, of the length of rotary tables and of missing tokenizer files."""
     faults = []
     model, longest = genai["model"], genai.get("search", {}).get("max_length")
@@ -348,7 +164,7 @@ def _config_faults(folder: Path, graph: _Graph, genai: dict[str, Any]) -> list[s
     return faults
 
 
-def _metadata(graph: _Graph, genai: dict[str, Any]) -> dict[str, Any]:
+def _metadata(graph: OnnxGraph, genai: dict[str, Any]) -> dict[str, Any]:
     """Return what a runtime reads besides tensors."""
     model = graph.model
     return {
@@ -359,24 +175,6 @@ def _metadata(graph: _Graph, genai: dict[str, Any]) -> dict[str, Any]:
         "context_length": genai["model"].get("context_length"),
         "end_tokens": genai["model"].get("eos_token_id"),
     }
-
-
-def _sizes(folder: Path, found: _Found) -> dict[str, int]:
-    """Return bytes by part. "graph": nodes, norms, biases, rotary tables, padding and configuration."""
-    sizes = dict.fromkeys(("linears", "scales", "embedding", "head", "graph", "tokenizer"), 0)
-    for part in found.parts.values():
-        name = "head" if part.name == names.HEAD else part.name
-        sizes[name] = sizes.get(name, 0) + part.size_bytes
-    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
-    sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.TOKENIZER_FILES)
-    # Everything that belongs to no other part.
-    sizes["graph"] = sum(files.values()) - sum(sizes.values())
-    return sizes
-
-
-def _integers(node: onnx.NodeProto) -> dict[str, int]:
-    """Return the integer attributes of a node."""
-    return {attribute.name: attribute.i for attribute in node.attribute if attribute.type == onnx.AttributeProto.INT}
 
 
 def _genai_config(path: Path) -> dict[str, Any]:

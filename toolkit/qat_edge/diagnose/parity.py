@@ -165,7 +165,7 @@ class FrozenReference:
 
     def expected(self, rounding: Rounding, context_length: int, seed: int, count: int) -> list[ExpectedLogits]:
         """Return the checkpoint's logits for each of `prompt_sets`, with the rounding of a runtime."""
-        key = (f"{rounding.name} {sorted(rounding.blocks.items())} {context_length}", seed, count)
+        key = (f"{_rounding_key(rounding)} {context_length}", seed, count)
         if key not in self._expected:
             model, names = reference.load_dequantized(self.quantized)
             weights_check.check_vocabulary(model, load_tokenizer(self.quantized), str(self.quantized))
@@ -174,17 +174,18 @@ class FrozenReference:
                 self._expected[key] = [self._expected_of_set(model, prompts) for prompts in sets]
         return self._expected[key]
 
-    def expected_outputs(self, seed: int, count: int) -> ExpectedLogits:
-        """Return an encoder's outputs for each of `texts`."""
-        key = ("texts", seed, count)
+    def expected_outputs(self, rounding: Rounding, seed: int, count: int) -> ExpectedLogits:
+        """Return an encoder's outputs for each of `texts`, with the rounding of a runtime."""
+        key = (f"texts {_rounding_key(rounding)}", seed, count)
         if key not in self._expected:
-            model, texts = reference.load_exact(self.quantized), self.texts(seed, count)
-            outputs = self._outputs(model, texts)
-            self._require_finite(outputs, texts)
-            draws = []
-            for draw in range(SEEDS):
-                with fault_test.layers_disturbed(model, draw):
-                    draws.append(self._outputs(model, texts))
+            model, names = reference.load_dequantized(self.quantized)
+            texts, draws = self.texts(seed, count), []
+            with emulate_rounding(model, names, rounding):
+                outputs = self._outputs(model, texts)
+                self._require_finite(outputs, texts)
+                for draw in range(SEEDS):
+                    with fault_test.layers_disturbed(model, draw):
+                        draws.append(self._outputs(model, texts))
             noise = np.concatenate([_errors(outputs, found) for found in draws])
             floor = min(_sqnr_db(outputs, found) for found in draws)
             self._expected[key] = [ExpectedLogits(outputs, noise, [], floor)]
@@ -249,6 +250,10 @@ class FrozenReference:
         return window if types is None or any("sliding" in str(each) for each in types) else None
 
 
+def _rounding_key(rounding: Rounding) -> str:
+    return f"{rounding.name} {sorted(rounding.blocks.items())}"
+
+
 def not_comparable(quantized: Path) -> str:
     """Return why an artifact of this checkpoint cannot be compared with it, as a sentence; empty where it can."""
     config = frozen_config.read(quantized)
@@ -302,7 +307,7 @@ def _measure_decoder(
     folder: Path, target: str, frozen: FrozenReference, context_length: int, int8_cache: bool
 ) -> Parity:
     rounding = rounding_of(folder, target, int8_cache)
-    applied = Rounding() if rounding is None else rounding.on(platform.machine())
+    applied = _rounding_here(rounding)
 
     result, suspect = _run_prompts(folder, target, frozen, applied, context_length, seed=0, count=PROMPTS)
     if suspect is not None and not suspect.is_certain:
@@ -320,6 +325,11 @@ def _measure_decoder(
             )
         fault += f" {where.describe('On this machine')}."
     return replace(result, fault=fault)
+
+
+def _rounding_here(rounding: Rounding | None) -> Rounding:
+    """Return how a runtime rounds on this machine."""
+    return Rounding() if rounding is None else rounding.on(platform.machine())
 
 
 @dataclass(frozen=True)
@@ -414,8 +424,9 @@ def _describe_excess(parity: Parity, at: int, errors: Errors, noise: Errors, pro
 
 
 def _measure_encoder(folder: Path, target: str, frozen: FrozenReference) -> Parity:
+    applied = _rounding_here(rounding_of(folder, target, int8_cache=False))
     for seed, count in ((0, PROMPTS), (1, CONFIRMING_PROMPTS)):
-        texts, expected = frozen.texts(seed, count), frozen.expected_outputs(seed, count)
+        texts, expected = frozen.texts(seed, count), frozen.expected_outputs(applied, seed, count)
         found = [output[None] for output in target_named(target).run_encoder(folder, texts)]
         broken = next((text for text, output in zip(texts, found, strict=True) if not np.isfinite(output).all()), None)
         if broken is not None:

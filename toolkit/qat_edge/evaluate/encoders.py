@@ -1,4 +1,4 @@
-"""Validate an encoder: run every text through each artifact, in ExecuTorch's Python runtime on this machine.
+"""Validate an encoder: run every text through each artifact, one at a time in its own runtime on this machine.
 
 cosine    cosine similarity of an artifact's outputs (embedding or logits) and the FP32 fine-tune's, over all texts
 parity    the same with the frozen checkpoint in torch, whose outputs an exact runtime reproduces
@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,19 +37,18 @@ from qat_edge.options import ValidateOptions
 from qat_edge.quant import frozen
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import TARGETS, target_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TARGET = "executorch"
 BATCH = 16  # texts that torch computes at once
-OPTIONS = ("eval_data", "profile", *ENCODER_GATES)  # the others are for models that generate text
+OPTIONS = ("eval_data", "profile", "target", *ENCODER_GATES)  # the others are for models that generate text
 Outputs = NDArray[np.float32]  # (texts, width); for pairs, the first texts of all, then the second ones
 
 
 def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) -> EncoderReport:
-    """Compare every .pte of the run and of its PTQ variants with the FP32 fine-tune, and write RUN/answers.json.
+    """Compare the artifacts of the run and of its PTQ variants with the FP32 fine-tune, and write RUN/answers.json.
 
     Raises:
         UsageError: an option or a gate that is for other models.
@@ -61,7 +60,7 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
     _check_options(run, options, task)
     if run.answers.exists() and not force:
         raise RunError(f"{run.answers} exists already. Give --force to measure again.")
-    variants = _exported(run)
+    artifacts = _exported(run, options)
 
     # The reference: outputs of the FP32 fine-tune for every text.
     name = FINE_TUNED if run.is_trained else UNTRAINED
@@ -79,8 +78,13 @@ def validate_encoder(run: Run, options: ValidateOptions, force: bool = False) ->
         )
 
     results = [EncoderResult(name, "torch", _size_by_part(tuned.model), quality(task, reference, labels))]
-    for variant in variants:
-        results.append(_measure(task, variant, texts, reference, labels))
+    checkpoints: dict[str, Outputs] = {}  # the torch side is shared by all targets of a variant
+    for variant, target in artifacts:
+        if variant.name not in checkpoints:
+            progress.info(f"{variant.name}: computing outputs of the frozen checkpoint in torch")
+            checkpoints[variant.name] = _torch_outputs(task, frozen.load(variant.quantized), texts)
+        measured = _Measured(texts, reference, checkpoints[variant.name], labels)
+        results.append(_measure(task, variant, target, measured))
 
     report = EncoderReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -131,21 +135,35 @@ def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     return ranks
 
 
-def _measure(
-    task: ModelTask, variant: Variant, texts: Sequence[list[int]], reference: Outputs, labels: NDArray[Any]
-) -> EncoderResult:
+class _Measured(NamedTuple):
+    """Evaluation texts, and the outputs in torch that those of an artifact are compared with.
+
+    Attributes:
+        texts: token ids of each text.
+        reference: outputs of the FP32 fine-tune.
+        checkpoint: outputs of the frozen checkpoint.
+        labels: (rows,) labels, or scores of pairs.
+    """
+
+    texts: Sequence[list[int]]
+    reference: Outputs
+    checkpoint: Outputs
+    labels: NDArray[Any]
+
+
+def _measure(task: ModelTask, variant: Variant, target: str, measured: _Measured) -> EncoderResult:
     """Run all texts through a variant's artifact and compare its outputs with FP32's and the checkpoint's."""
-    folder = variant.exports / TARGET
+    texts, reference, checkpoint, labels = measured
+    folder = variant.exports / target
     artifact_sha256 = sha256(folder / MANIFEST)
-    progress.info(f"{variant.name}: running {len(texts)} texts through {folder} and the frozen checkpoint in torch")
-    checkpoint = _torch_outputs(task, frozen.load(variant.quantized), texts)
-    outputs = target_named(TARGET).run_encoder(folder, texts)
-    artifact = target_named(TARGET).read(folder)
+    progress.info(f"{variant.name}: running {len(texts)} texts through {folder}")
+    outputs = target_named(target).run_encoder(folder, texts)
+    artifact = target_named(target).read(folder)
 
     # Figures of numbers that are not finite have no meaning: nan fails every gate.
     not_finite = _not_finite(outputs)
     if not_finite:
-        progress.warn(f"{variant.name}, {TARGET}: {not_finite}")
+        progress.warn(f"{variant.name}, {target}: {not_finite}")
         outputs = np.full_like(outputs, np.nan)
 
     # A classifier is also judged by its labels; an embedding has none.
@@ -156,7 +174,7 @@ def _measure(
 
     return EncoderResult(
         name=variant.name,
-        target=TARGET,
+        target=target,
         size_bytes=artifact.size_bytes,
         quality=np.nan if not_finite else quality(task, outputs, labels),
         cosine=float(similarity.mean()),
@@ -200,11 +218,12 @@ def _check_options(run: Run, options: ValidateOptions, task: ModelTask) -> None:
         value = getattr(options, field.name)
         if value == field.default or field.name in OPTIONS:
             continue
-        if (field.name, value) == ("target", (TARGET,)):
-            continue  # the only target that encoders have
         flag = config.flag_name(field.name) + (f" {value[0]}" if isinstance(value, tuple) else "")
         tasks.require_causal_lm(run, f"validate {flag}{by_profile}")
 
+    for target in options.target:
+        if not target_named(target).encoder:
+            tasks.require_causal_lm(run, f"validate --target {target}{by_profile}")
     if options.min_top1 is not None and isinstance(task, SentenceEncoder):
         raise UsageError(
             f"--min-top1{by_profile} is for models that choose tokens or labels; {run.path} holds {task.title}. "
@@ -212,22 +231,26 @@ def _check_options(run: Run, options: ValidateOptions, task: ModelTask) -> None:
         )
 
 
-def _exported(run: Run) -> list[Variant]:
-    """Return the variants that have a .pte of their current checkpoint; the run itself must, as gates check it.
+def _exported(run: Run, options: ValidateOptions) -> list[tuple[Variant, str]]:
+    """Return the artifacts to measure: those of --target, or all. The run itself must have them, as gates check it.
 
     Raises:
         RunError: the run has none, or one was exported from an earlier checkpoint.
         ArtifactError: one was exported with other options than its manifest says.
     """
-    if TARGET not in run.targets():
-        raise RunError(f"{run.exports}: nothing exported. Run `qat-edge export {run.path} --target {TARGET}`.")
-    variants = [variant for variant in run.variants() if TARGET in variant.targets()]
-    for variant in variants:
+    exported = [target for target in run.targets() if target in TARGETS and target_named(target).encoder]
+    wanted = options.target or exported
+    missing = [target for target in wanted if target not in exported]
+    if missing or not wanted:
+        raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Run `qat-edge export {run.path}`.")
+
+    found = [(variant, target) for variant in run.variants() for target in wanted if target in variant.targets()]
+    for variant, target in found:
         check_files(variant.quantized)
-        check_files(variant.exports / TARGET)
-        options_of_artifact(variant.exports / TARGET)
-        variant.require_current(TARGET, f"qat-edge export {run.path} --target {TARGET} --force")
-    return variants
+        check_files(variant.exports / target)
+        options_of_artifact(variant.exports / target)
+        variant.require_current(target, f"qat-edge export {run.path} --target {target} --force")
+    return found
 
 
 def _evaluation_rows(

@@ -262,8 +262,8 @@ def require_causal_lm(run: Run, feature: str) -> None:
     if task.is_encoder:
         raise UsageError(
             f"{feature} is for models that generate text; {run.path} holds {task.title}. Encoders support "
-            f"`qat-edge export {run.path} --target executorch`, then verify, validate (with the gates --min-quality, "
-            "--min-cosine, --max-size-mb and, for a classifier, --min-top1) and report."
+            f"`qat-edge export {run.path}` with --target executorch and onnx, then verify, validate (with the gates "
+            "--min-quality, --min-cosine, --max-size-mb and, for a classifier, --min-top1) and report."
         )
 
 

@@ -102,7 +102,7 @@ def _summary(found: EncoderReport) -> Table:
         for row in found.results
     ]
     caption = (
-        f"{found.rows:,} evaluation rows with {found.texts:,} texts, run one at a time in ExecuTorch's Python runtime. "
+        f"{found.rows:,} evaluation rows with {found.texts:,} texts, run one at a time in each artifact's runtime. "
         f"Cosine similarity is relative to the outputs of the {reference_title(found.results)}."
     )
     return Table(caption, [(column.name, column.unit) for column in columns], rows)

@@ -7,13 +7,15 @@ numbers alone. Where QAT is no better than PTQ, the headline begins with that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
 from qat_edge.evaluate.results import Measurement, Report
 from qat_edge.report.formatting import (
     ROLES,
+    ReportedModel,
     cosine,
     model_label,
     number,
@@ -28,6 +30,8 @@ from qat_edge.report.formatting import (
 Z_95 = 1.96  # two-sided 95% quantile of the normal distribution
 NO_OWN = "No artifact of the run's own model was measured, so there is no result yet."
 NO_PTQ = "No PTQ method was measured for comparison."
+
+Reported = TypeVar("Reported", bound=ReportedModel)
 
 
 @dataclass(frozen=True)
@@ -106,36 +110,54 @@ def verdict(report: Report) -> Verdict:
 def encoder_verdict(comparison: EncoderReport) -> Verdict:
     """Compare an encoder with the FP32 reference and with the best PTQ method, by task quality and cosine."""
     rows = comparison.results
-    tuned, qat = rows[0], next((row for row in rows if role(row) == "qat"), None)
-    if qat is None:
+    tuned, qat = rows[0], [row for row in rows if role(row) == "qat"]
+    if not qat:
         return Verdict(NO_OWN, [], {})
 
     # The own model against the FP32 reference.
     own, reference = own_title(rows), reference_title(rows)
     write = number if comparison.measure == CORRELATION else percent
-    size = qat.total_bytes / max(tuned.total_bytes, 1)
+    sizes = [row.total_bytes / max(tuned.total_bytes, 1) for row in qat]
     article = "an" if comparison.measure[0] in "aeiou" else "a"
+    qualities, similarities = [row.quality for row in qat], [row.cosine or 0.0 for row in qat]
     text = (
-        f"{own} has {article} {comparison.measure} of {write(qat.quality)} ({reference}: {write(tuned.quality)}) and "
-        f"a mean cosine of {cosine(qat.cosine or 0.0)} with the outputs of the {reference}, at "
-        f"{whole_percent(size)} of its size"
+        f"{own} has {article} {comparison.measure} of {span(qualities, write)} ({reference}: {write(tuned.quality)}) "
+        f"and a mean cosine of {span(similarities, cosine)} with the outputs of the {reference}, at "
+        f"{_shares(sizes)} of its size"
     )
-    figures = {"qat_quality": [qat.quality], "qat_cosine": [qat.cosine or 0.0], "qat_size_share": [size]}
+    figures = {"qat_quality": qualities, "qat_cosine": similarities, "qat_size_share": sizes}
 
-    # The own model against the best PTQ method.
-    ptq = [row for row in rows if role(row) == "ptq"]
-    if not ptq:
+    # The own model against the best PTQ method, on the same targets.
+    best, several = _best_encoder_method(rows, {row.target for row in qat})
+    if not best:
         return Verdict(f"{text}. {NO_PTQ}", [], figures)
-    best = max(ptq, key=lambda row: (row.quality, row.cosine or 0.0))
-    figures |= {"ptq_quality": [best.quality], "ptq_cosine": [best.cosine or 0.0]}
-    ptq_name = _method_name(best.name, is_best=len(ptq) > 1)
-    text = f"{text}; {ptq_name} has {write(best.quality)} and {cosine(best.cosine or 0.0)}"
-    gains = [qat.quality - best.quality, (qat.cosine or 0.0) - (best.cosine or 0.0)]
+    ptq_qualities, ptq_similarities = [row.quality for row in best], [row.cosine or 0.0 for row in best]
+    figures |= {"ptq_quality": ptq_qualities, "ptq_cosine": ptq_similarities}
+    ptq_name = _method_name(best[0].name, is_best=several)
+    text = f"{text}; {ptq_name} has {span(ptq_qualities, write)} and {span(ptq_similarities, cosine)}"
+    pairs = [(_same_target(row, qat), row) for row in best]
+    gains = [one.quality - other.quality for one, other in pairs]
+    gains += [(one.cosine or 0.0) - (other.cosine or 0.0) for one, other in pairs]
     if max(gains) <= 0:
         text = _no_gain(text, own)
     elif min(gains) < 0:
         text = f"{text}, so which is better depends on the metric"
-    return Verdict(f"{text}.", _rows_note(comparison, qat, best, ptq_name), figures)
+    return Verdict(f"{text}.", _rows_note(comparison, *pairs[0], ptq_name), figures)
+
+
+def _best_encoder_method(rows: list[EncoderResult], targets: set[str]) -> tuple[list[EncoderResult], bool]:
+    """Return the rows of the best PTQ method on these targets, and whether it is the best of several."""
+    methods: dict[str, list[EncoderResult]] = {}
+    for row in rows:
+        if role(row) == "ptq" and row.target in targets:
+            methods.setdefault(row.name, []).append(row)
+
+    def merit(name: str) -> tuple[float, float]:
+        found = methods[name]
+        return sum(r.quality for r in found) / len(found), sum(r.cosine or 0.0 for r in found) / len(found)
+
+    best = max(methods, key=merit, default="")
+    return methods.get(best, []), len(methods) > 1
 
 
 def _rows_note(comparison: EncoderReport, qat: EncoderResult, best: EncoderResult, ptq_name: str) -> list[str]:
@@ -296,7 +318,7 @@ def _exact_match(row: Measurement) -> float:
     return row.exact_match or 0.0
 
 
-def _same_target(row: Measurement, rows: list[Measurement]) -> Measurement:
+def _same_target(row: ReportedModel, rows: Sequence[Reported]) -> Reported:
     return next(other for other in rows if other.target == row.target)
 
 

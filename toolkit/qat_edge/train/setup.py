@@ -280,10 +280,10 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
     if config is None:
         return CAUSAL_LM
 
-    # Only one target exports encoders, so an encoder it does not support has no use here.
-    gap = load.export_gaps(config).get("executorch")
-    if gap:
-        raise ModelError(f"{options.model}: an encoder that could not be exported: {gap}")
+    # An encoder that no target supports has no use here.
+    gaps = load.export_gaps(config)
+    if len(gaps) == len(DEFAULT_FORMATS):
+        raise ModelError(f"{options.model}: an encoder that could not be exported: {gaps[DEFAULT_FORMATS[0]]}")
 
     # These work on decoder layers, next-token logits and the residual stream of a decoder.
     refused = {

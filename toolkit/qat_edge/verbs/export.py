@@ -308,7 +308,7 @@ def _check_encoder(run: Run, targets: list[Target], options: ExportOptions) -> N
     Raises:
         UsageError: names the option.
     """
-    flags = [f"--target {target.format}" for target in targets if target.format != EXECUTORCH]
+    flags = [f"--target {target.format}" for target in targets if target.backend is None and not target.encoder]
     flags += [_flag("kv_cache", options)] if options.kv_cache != KV_CACHE_FLOAT else []
     flags += [f"--backend {options.backend}"] if options.backend != USUAL_BACKEND else []
     for flag in flags:

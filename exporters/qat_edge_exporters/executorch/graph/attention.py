@@ -19,15 +19,13 @@ from torch import SymInt, Tensor, nn
 
 from qat_edge.errors import ExportError
 from qat_edge.models import positions
-from qat_edge_exporters.executorch import (
-    compat,  # noqa: F401  registers torch.ops.quantized_decomposed
-    compat_transformers,
-)
+from qat_edge_exporters import compat_transformers
+from qat_edge_exporters.executorch import compat  # noqa: F401  registers torch.ops.quantized_decomposed
+from qat_edge_exporters.full_attention import MASKED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MASKED = -1e9  # added to a score: its exp() is 0, and a block of keys that are all masked gives no NaN
 ATTENTION_NAME = "qat_edge_executorch"  # in AttentionInterface; transformers builds no mask for a name it does not know
 INT8 = (-128, 127)
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_edge_exporters.executorch.graph.attention import MASKED, KeyValueCache, Position, QueryKeyValue
+from qat_edge_exporters.executorch.graph.attention import KeyValueCache, Position, QueryKeyValue
+from qat_edge_exporters.full_attention import MASKED
 
 
 class PortableCache(KeyValueCache):

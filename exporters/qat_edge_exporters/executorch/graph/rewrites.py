@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qat_edge_exporters.executorch import compat_transformers
+from qat_edge_exporters import compat_transformers
 
 
 class XnnpackRewrites(TorchFunctionMode):

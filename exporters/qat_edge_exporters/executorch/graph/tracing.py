@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from qat_edge_exporters.executorch.graph.attention import Int8Cache, KeyValueCac
 from qat_edge_exporters.executorch.graph.portable_attention import PortableCache
 from qat_edge_exporters.executorch.graph.quantized_modules import QuantizedEmbedding
 from qat_edge_exporters.executorch.graph.rewrites import XnnpackRewrites, rotate_half_as_product
+from qat_edge_exporters.trace_check import EXECUTORCH, check_attention, tracing_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -83,45 +83,15 @@ def trace(decoder: Decoder) -> ExportedProgram:
     model, cache = decoder.eval().model, decoder.cache
     # Three tokens: torch.export takes lengths of 0 and 1 for constants.
     tokens, start = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with replace_attention(cache, model.config), tracing_errors(model):
+    with replace_attention(cache, model.config), tracing_errors(model, EXECUTORCH):
         # The first run creates the cache's buffers and the constants, so that tracing finds them.
         with _without_tables(model):
             decoder(tokens[:, :1], start)
-        check_attention(model, len(cache.layers))
+        check_attention(model, len(cache.layers), EXECUTORCH)
 
         # strict=False traces Python as it runs, which the rewritten calls need.
         lengths = {1: Dim("length", min=1, max=cache.length)}
         return torch.export.export(decoder, (tokens, start), dynamic_shapes=(lengths, None), strict=False)
-
-
-def check_attention(model: PreTrainedModel, replaced: int) -> None:
-    """Refuse a model of which only `replaced` layers compute attention in a replaceable way.
-
-    Raises:
-        ExportError: not all do.
-    """
-    if replaced != model.config.num_hidden_layers:
-        raise ExportError(
-            f"{type(model).__name__}: {replaced} of {model.config.num_hidden_layers} layers attend "
-            "through transformers' AttentionInterface; executorch export needs all of them to."
-        )
-
-
-@contextmanager
-def tracing_errors(model: nn.Module) -> Iterator[None]:
-    """Inside the block, compute no gradients, ignore warnings, and report failures as those of tracing `model`.
-
-    Raises:
-        ExportError: code in the block failed.
-    """
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the operators themselves use deprecated calls of torch
-        try:
-            yield
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ExportError(
-                f"{type(model).__name__} cannot be traced for executorch: {str(error).splitlines()[0]}"
-            ) from error
 
 
 @contextmanager
