@@ -99,8 +99,8 @@ def test_paths_runs_and_text_name_the_same_run(run: Run) -> None:
 
 
 def test_a_bad_value_names_its_option(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"finetune.steps: 0 is below the least permitted value, 1"):
-        qat_edge.finetune("model", "data.jsonl", tmp_path / "run", steps=0)
+    with pytest.raises(UsageError, match=r"finetune.steps: -1 is below the least permitted value, 0"):
+        qat_edge.finetune("model", "data.jsonl", tmp_path / "run", steps=-1)
     with pytest.raises(UsageError, match=r"export.target: 'gguff' is not one of"):
         qat_edge.export(tmp_path, target=["gguff"])
     with pytest.raises(RunError, match="no such run folder"):

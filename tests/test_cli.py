@@ -139,7 +139,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
             r"'target' is outside .* of 'compare', or of another .*\(export, validate\)",
         ),
         ("finetune: {steps: many}", r"finetune.steps: expected int, found 'many'"),
-        ("finetune: {steps: 0}", r"finetune.steps: 0 is below the least permitted value, 1"),
+        ("finetune: {steps: -1}", r"finetune.steps: -1 is below the least permitted value, 0"),
         ("finetune: {group_size: 48}", r"finetune.group_size: 48 is not one of 32, 64, 128"),
         ("finetune: {gradient_checkpointing: 1}", r"expected bool, found 1"),
         ("finetune: 3", r"section 'finetune' must hold"),

@@ -21,7 +21,7 @@ READING = [block for block in RUNNABLE if "finetune(" not in block.code]
 # The real sizes, and what stands for them in a test of a few seconds: the tiny model has fewer positions than the
 # default context, and two exports are enough.
 SMALLER = {
-    "steps=200": "steps=4, batch_size=4, max_length=64, track=('none',)",
+    "steps=200": "steps=5, batch_size=4, max_length=64, track=('none',)",
     "export(trained.run": "export(trained.run, context_length=128, ptq=['none']",
     "tokens=2048, prompts=64": "tokens=64, window=32, prompts=2, max_new_tokens=4, prefill=4, decode=2, repeats=1",
     'source="executorch"': 'source="executorch", max_new_tokens=4',

@@ -27,6 +27,8 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     if steps:
         trained = "QAT of scales alone" if options.has_fixed_codes else "QAT"
         phases.append(f"{steps} steps of {trained} ({steps / options.steps:.0%}) at {_rates(options)}")
+    elif options.steps:
+        phases.append("no step of QAT")
     page = TWO_BITS_PAGE if options.weight_bits == FEWEST else PAGE
     return f"Recipe: {layers}; {', then '.join(phases)}. {page} compares recipes"
 
