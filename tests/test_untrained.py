@@ -130,6 +130,7 @@ def test_every_verb_takes_the_run(quantized: Run, rows: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     page = (run.path / "report.html").read_text()
     assert "Coordinate descent (this run)" in page and "relative to the FP32 model" in page
+    assert "not trained here" in page and "LoRA of rank" not in page
     body = page.split("<main")[1].split("glossary")[0]
     assert "QAT" not in body.split("<h2>Charts</h2>")[0] and "fine-tune" not in body.split("<h2>Charts</h2>")[0]
 

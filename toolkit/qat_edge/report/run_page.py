@@ -150,12 +150,17 @@ def subtitle(results: RunResults) -> list[str]:
     rank, group, bits = options.get("lora_rank"), options.get("group_size"), options.get("weight_bits", 4)
     devices = ", ".join(measured.device for measured in results.measurements)
     phrases = [
-        f"LoRA of rank {rank}" if rank is not None else "",
+        "not trained here" if is_untrained(results) else f"LoRA of rank {rank}" if rank is not None else "",
         f"int{bits} weights in groups of {group}, int8 activations" if group is not None else "",
         f"measured on {devices}",
         str(results.measurements[0].created),
     ]
     return [phrase for phrase in phrases if phrase]
+
+
+def is_untrained(results: RunResults) -> bool:
+    """Return whether the model was quantized without any training."""
+    return results.options("finetune").get("steps") == 0
 
 
 def _tiles(report: Report) -> list[Tile]:
@@ -194,6 +199,9 @@ def training_plot(results: RunResults, unit: str = "nats per token") -> Plot:
     title = "Training"
     if results.training is None:
         return _not_measured(title, results.missing["training"])
+
+    if is_untrained(results):
+        return Plot(title, Markup(""), "The model was not trained here.", [])
 
     log = results.training
     # The file may be damaged by hand: anything but an object is skipped.
