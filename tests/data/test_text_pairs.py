@@ -34,8 +34,10 @@ from qat_edge_exporters.targets import target_named
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
-# Of the effect of token types, by target; onnxruntime rounds inputs by block on x86: 0.13 measured.
-MOST_ERROR = {"executorch": 0.1, "onnx": 0.3}
+TARGETS = ("executorch", "onnx")
+MOST_ERROR = (
+    0.3  # of the effect of token types, which wrong ones change by all of it; onnxruntime on x86: 0.11 measured
+)
 ROWS = [
     {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
 ]
@@ -66,10 +68,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run trained on pairs, frozen and exported."""
     root = tmp_path_factory.mktemp("pairs")
     torch.manual_seed(0)
-    BertForSequenceClassification(make_config()).save_pretrained(root / "model")
+    model = BertForSequenceClassification(make_config())
+    # Ten times as large as other embeddings, so that their effect is far above that of rounding.
+    torch.nn.init.normal_(model.bert.embeddings.token_type_embeddings.weight, std=0.2)
+    model.save_pretrained(root / "model")
     make_tokenizer().save_pretrained(root / "model")
     made = train_run(root / "model", root, ROWS)
-    export(made, ExportOptions(target=tuple(MOST_ERROR), ptq=("none",)))
+    export(made, ExportOptions(target=TARGETS, ptq=("none",)))
     return made
 
 
@@ -97,7 +102,7 @@ def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -
     rows = [make_tokenizer()(row["text"], row["text_pair"], return_token_type_ids=True) for row in ROWS[:8]]
     artifacts = {
         target: target_named(target).run_encoder(run.exports / target, [row.input_ids for row in rows])
-        for target in MOST_ERROR
+        for target in TARGETS
     }
     # Plain transformers, of the base and of the frozen checkpoint.
     frozen_alone = AutoModelForSequenceClassification.from_pretrained(run.quantized).eval()
@@ -113,9 +118,9 @@ def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -
                 type_effect = (found - theirs(ids, mask, types * 0).logits).abs().max()
             assert type_effect > 0
             if theirs is frozen_alone:
-                for target, share in MOST_ERROR.items():
+                for target in TARGETS:
                     difference = (found - torch.from_numpy(artifacts[target][index])).abs().max()
-                    assert difference < share * type_effect, target
+                    assert difference < MOST_ERROR * type_effect, target
 
 
 @pytest.mark.parametrize(
