@@ -35,9 +35,7 @@ from qat_edge_exporters.targets import target_named
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
 TARGETS = ("executorch", "onnx")
-MOST_ERROR = (
-    0.3  # of the effect of token types, which wrong ones change by all of it; onnxruntime on x86: 0.11 measured
-)
+MOST_ERROR = 0.3  # of the effect of token types, all of which wrong ones change; onnxruntime on x86: 0.11 measured
 ROWS = [
     {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
 ]
