@@ -50,6 +50,7 @@ COMMANDS = [
     "compare",
     "report",
     "generate",
+    "chat",
     "demo",
 ]
 HEAVY = ("torch", "transformers", "torchao", "executorch", "onnx", "onnxruntime", "peft", "datasets", "numpy", "rich")
