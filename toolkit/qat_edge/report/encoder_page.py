@@ -8,17 +8,15 @@ from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, Encode
 from qat_edge.report import run_details, tables
 from qat_edge.report.collect import RunResults
 from qat_edge.report.formatting import (
-    ROLES,
     cosine,
     label,
     megabytes,
-    model_label,
     number,
-    own_title,
     percent,
     quantized,
     reference_title,
     role,
+    role_names,
     span,
 )
 from qat_edge.report.glossary import encoder_terms
@@ -76,8 +74,7 @@ def _columns(found: EncoderReport) -> list[Column[EncoderResult]]:
 
 def _tiles(found: EncoderReport) -> list[Tile]:
     """Return the own model's main metrics, each with the FP32 reference's and the range of PTQ's."""
-    tiles = []
-    reference = next((model_label(row) for row in found.results if role(row) == "tuned"), "")
+    tiles, names = [], role_names(found.results)
     for column in _columns(found):
         values = {
             key: known_values(column, [row for row in found.results if role(row) == key])
@@ -85,10 +82,9 @@ def _tiles(found: EncoderReport) -> list[Tile]:
         }
         if not values["qat"]:
             continue
-        names = {"tuned": reference, "ptq": ROLES["ptq"]}
-        compared = [(names[key], span(values[key], column.bare, "–")) for key in names if values[key]]
+        compared = [(names[key], span(values[key], column.bare, "–")) for key in ("tuned", "ptq") if values[key]]
         own = span(values["qat"], column.bare, "–")
-        tiles.append(Tile(own_title(found.results), column.name, own, column.unit, compared))
+        tiles.append(Tile(names["qat"], column.name, own, column.unit, compared))
     # One row of tiles on a wide page.
     return tiles[:MOST_TILES]
 

@@ -90,16 +90,21 @@ def reference_title(rows: Iterable[ReportedModel]) -> str:
     return next((REFERENCES[row.name] for row in rows if row.name in REFERENCES), REFERENCES[FINE_TUNED])
 
 
+def role_names(rows: Sequence[ReportedModel]) -> dict[str, str]:
+    """Return the display name of each role that the rows have, in their order."""
+    shared = {"ptq": ROLES["ptq"], "other": "other"}  # by several models
+    labels = {role(row): model_label(row) for row in reversed(rows)} | shared
+    return {name: labels[name] for name in dict.fromkeys(map(role, rows))}
+
+
 def role_legend(rows: Sequence[ReportedModel]) -> list[tuple[str, str]]:
     """Return the color of each role, as a CSS class, with its name."""
-    shared = {"ptq": ROLES["ptq"], "other": "other"}  # by several models
-    names = {role(row): model_label(row) for row in reversed(rows)} | shared
-    return [(f"l-bar c-{name}", names[name]) for name in dict.fromkeys(map(role, rows))]
+    return [(f"l-bar c-{role}", name) for role, name in role_names(rows).items()]
 
 
-def own_title(rows: Iterable[ReportedModel]) -> str:
+def own_title(rows: Sequence[ReportedModel]) -> str:
     """Return the display name of the run's own model."""
-    return next((model_label(row) for row in rows if role(row) == "qat"), ROLES["qat"])
+    return role_names(rows).get("qat", ROLES["qat"])
 
 
 def target_label(row: ReportedModel) -> str:

@@ -14,13 +14,11 @@ from qat_edge.evaluate.results import Measurement, Report
 from qat_edge.report import glossary, plots, run_details, tables, waterfall
 from qat_edge.report.collect import RunResults
 from qat_edge.report.formatting import (
-    ROLES,
     TARGET_TITLES,
     ReportedModel,
     duration,
     label,
     megabytes,
-    model_label,
     number,
     own_title,
     part_label,
@@ -29,6 +27,7 @@ from qat_edge.report.formatting import (
     reference_title,
     role,
     role_legend,
+    role_names,
     span,
     whole_percent,
 )
@@ -182,15 +181,14 @@ def _tiles(report: Report) -> list[Tile]:
         ("Decode", "tokens/s", number),
     )
 
-    tiles = []
+    tiles, names = [], role_names(report.measured)
     for name, unit, write in metrics:
         values = {key: tables.known_values(columns[name], group) for key, group in rows.items()}
         # A tile without a value of its own would have nothing to show.
         if not values["qat"]:
             continue
-        names = {"tuned": model_label(rows["tuned"][0]) if rows["tuned"] else "", "ptq": ROLES["ptq"]}
-        compared = [(names[key], span(values[key], write, "–")) for key in names if values[key]]
-        tiles.append(Tile(own_title(rows["qat"]), name, span(values["qat"], write, "–"), unit, compared))
+        compared = [(names[key], span(values[key], write, "–")) for key in ("tuned", "ptq") if values[key]]
+        tiles.append(Tile(names["qat"], name, span(values["qat"], write, "–"), unit, compared))
     return tiles
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
@@ -91,7 +92,8 @@ def verdict(report: Report) -> Verdict:
         # Both are compared on the same targets.
         targets = {row.target for row in qat} & {row.target for row in ptq}
         ptq = [row for row in ptq if row.target in targets]
-    compared = _ComparedModels(tuned, qat, *_best_method(ptq))
+    merit = partial(_mean_accuracy, has_exact_match=all(row.exact_match is not None for row in ptq))
+    compared = _ComparedModels(tuned, qat, *_best_method(ptq, merit))
 
     # Exact match is what users see, so it decides where it is known and the reference solves any prompt at all.
     has_exact_match = all(row.exact_match is not None for row in (tuned, *qat))
@@ -128,12 +130,12 @@ def encoder_verdict(comparison: EncoderReport) -> Verdict:
     figures = {"qat_quality": qualities, "qat_cosine": similarities, "qat_size_share": sizes}
 
     # The own model against the best PTQ method, on the same targets.
-    best, several = _best_encoder_method(rows, {row.target for row in qat})
+    targets = {row.target for row in qat}
+    best, ptq_name = _best_method([row for row in rows if role(row) == "ptq" and row.target in targets], _mean_quality)
     if not best:
         return Verdict(f"{text}. {NO_PTQ}", [], figures)
     ptq_qualities, ptq_similarities = [row.quality for row in best], [row.cosine or 0.0 for row in best]
     figures |= {"ptq_quality": ptq_qualities, "ptq_cosine": ptq_similarities}
-    ptq_name = _method_name(best[0].name, is_best=several)
     text = f"{text}; {ptq_name} has {span(ptq_qualities, write)} and {span(ptq_similarities, cosine)}"
     pairs = [(_same_target(row, qat), row) for row in best]
     gains = [one.quality - other.quality for one, other in pairs]
@@ -143,21 +145,6 @@ def encoder_verdict(comparison: EncoderReport) -> Verdict:
     elif min(gains) < 0:
         text = f"{text}, so which is better depends on the metric"
     return Verdict(f"{text}.", _rows_note(comparison, *pairs[0], ptq_name), figures)
-
-
-def _best_encoder_method(rows: list[EncoderResult], targets: set[str]) -> tuple[list[EncoderResult], bool]:
-    """Return the rows of the best PTQ method on these targets, and whether it is the best of several."""
-    methods: dict[str, list[EncoderResult]] = {}
-    for row in rows:
-        if role(row) == "ptq" and row.target in targets:
-            methods.setdefault(row.name, []).append(row)
-
-    def merit(name: str) -> tuple[float, float]:
-        found = methods[name]
-        return sum(r.quality for r in found) / len(found), sum(r.cosine or 0.0 for r in found) / len(found)
-
-    best = max(methods, key=merit, default="")
-    return methods.get(best, []), len(methods) > 1
 
 
 def _rows_note(comparison: EncoderReport, qat: EncoderResult, best: EncoderResult, ptq_name: str) -> list[str]:
@@ -177,9 +164,11 @@ def _method_name(name: str, is_best: bool) -> str:
     return f"{title}, the best PTQ method measured," if is_best else title
 
 
-def _best_method(rows: list[Measurement]) -> tuple[list[Measurement], str]:
-    """Return the rows and the name of the PTQ method with the highest mean exact match, or the lowest perplexity."""
-    methods: dict[str, list[Measurement]] = {}
+def _best_method(
+    rows: Sequence[Reported], merit: Callable[[Sequence[Reported]], tuple[float, float]]
+) -> tuple[list[Reported], str]:
+    """Return the rows and the name of the PTQ method with the highest merit of its rows."""
+    methods: dict[str, list[Reported]] = {}
     for row in rows:
         methods.setdefault(row.name, []).append(row)
     several = len(methods) > 1
@@ -187,16 +176,19 @@ def _best_method(rows: list[Measurement]) -> tuple[list[Measurement], str]:
     # A method that was not measured on every target could win by the missing target alone, so it is left out.
     most = max((len(found) for found in methods.values()), default=0)
     methods = {name: found for name, found in methods.items() if len(found) == most}
-    has_exact_match = all(row.exact_match is not None for row in rows)
-
-    def merit(name: str) -> tuple[float, float]:
-        found = methods[name]
-        exact = sum(_exact_match(row) for row in found) / len(found) if has_exact_match else 0.0
-        return exact, -sum(row.perplexity for row in found) / len(found)
-
-    # Ties in exact match are decided by perplexity.
-    best = max(methods, key=merit, default="")
+    best = max(methods, key=lambda name: merit(methods[name]), default="")
     return methods.get(best, []), _method_name(best, several)
+
+
+def _mean_accuracy(rows: Sequence[Measurement], has_exact_match: bool) -> tuple[float, float]:
+    """Return the mean exact match, if there is one; ties are decided by perplexity."""
+    exact = sum(map(_exact_match, rows)) / len(rows) if has_exact_match else 0.0
+    return exact, -sum(row.perplexity for row in rows) / len(rows)
+
+
+def _mean_quality(rows: Sequence[EncoderResult]) -> tuple[float, float]:
+    """Return the mean quality; ties are decided by the mean cosine."""
+    return sum(row.quality for row in rows) / len(rows), sum(row.cosine or 0.0 for row in rows) / len(rows)
 
 
 def shipped(report: Report, wanted: str) -> list[Measurement]:
