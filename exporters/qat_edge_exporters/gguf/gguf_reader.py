@@ -159,14 +159,26 @@ def _in_order(path: Path, layout: _Layout, module: str, rows: Any) -> Any:
     return found
 
 
+def end_tokens(folder: Path) -> list[int]:
+    """Return the ids that end a generation, without unpacking a matrix.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or garbled.
+    """
+    return _end_tokens(gguf_file.read(folder / MODEL_FILE))
+
+
+def _end_tokens(contents: GgufContents) -> list[int]:
+    return [contents.metadata[key] for key in END_KEYS if type(contents.metadata.get(key)) is int]
+
+
 def _metadata(contents: GgufContents, family: Family) -> dict[str, Any]:
     """Return what a runtime reads besides tensors; long lists are given as their length."""
     shown = {key: len(value) if isinstance(value, list) else value for key, value in contents.metadata.items()}
-    ends = [contents.metadata[key] for key in END_KEYS if type(contents.metadata.get(key)) is int]
     return {
         "gguf": shown,
         "context_length": contents.metadata.get(f"{family.architecture}.context_length"),
-        "end_tokens": ends,
+        "end_tokens": _end_tokens(contents),
     }
 
 

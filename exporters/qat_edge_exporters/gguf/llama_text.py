@@ -13,5 +13,5 @@ from qat_edge_exporters.runner_process import IdRunner, run_ids
 
 def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[IdRunner]:
     """Load the file until the end of the block; see `IdRunner`."""
-    settings = {"ends": gguf_reader.read(folder).end_tokens or []}
+    settings = {"ends": gguf_reader.end_tokens(folder)}
     return run_ids(llama_runner, folder, tokenizer, settings, "llama.cpp")

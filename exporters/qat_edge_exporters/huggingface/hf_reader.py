@@ -132,6 +132,16 @@ def _constants(tensors: dict[str, Tensor]) -> list[FloatConstant]:
     ]
 
 
+def end_tokens(folder: Path) -> list[int]:
+    """Return the ids that end a generation, without reading a tensor.
+
+    Raises:
+        ArtifactError: they are no ids.
+    """
+    ends: list[int] = _metadata(folder)["end_tokens"]
+    return ends
+
+
 def _metadata(folder: Path) -> dict[str, Any]:
     """Return what transformers reads besides tensors.
 

@@ -13,5 +13,5 @@ from qat_edge_exporters.runner_process import IdRunner, run_ids
 
 def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[IdRunner]:
     """Load the folder until the end of the block; see `IdRunner`."""
-    settings = {"ends": hf_reader.read(folder).end_tokens or []}
+    settings = {"ends": hf_reader.end_tokens(folder)}
     return run_ids(hf_runner, folder, tokenizer, settings, "transformers")
