@@ -91,9 +91,10 @@ def write_rows(folder: Path) -> None:
     for task in TRAINED:
         rows = write_task_rows(task, folder / task, as_text=True, force=True)
         train += rows.train.read_text(encoding="utf-8")
-        test += rows.test.read_text(encoding="utf-8")
+        questions = rows.test.read_text(encoding="utf-8")
+        test += questions
         if task in UNSEEN:
-            unseen |= {name for line in rows.test.read_text(encoding="utf-8").splitlines() for name in _functions(line)}
+            unseen |= {name for line in questions.splitlines() for name in _functions(line)}
     guard = [line for line in test.splitlines(keepends=True) if not unseen & _functions(line)]
     for name, text in {"train": train, "eval": test, "guard": "".join(guard)}.items():
         write_text(folder / f"{name}.jsonl", text)

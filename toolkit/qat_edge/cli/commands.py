@@ -220,23 +220,22 @@ def sensitivity(run: Path, config_path: Path | None, force: bool, as_json: bool,
 def quantize(run: str, config_path: Path | None, out: Path | None, force: bool, as_json: bool, **flags: Any) -> None:
     """Freeze the trained weights (export does it too), or quantize without training: a fine-tune, or any model."""
     options = load_options(QuantizeOptions, "quantize", config_path, flags)
-    opened = _open(Path(run)) if out is None else None
-    from qat_edge.quant.ptq.method_names import QAT
-    from qat_edge.run import Run
-    from qat_edge.verbs.quantize import quantize as verb
-    from qat_edge.verbs.quantize import target_flag
+    if out is None:
+        opened, method = _open(Path(run)), options.method
+        from qat_edge.verbs.quantize import quantize as verb
 
-    if opened is not None:
-        result, method = verb(opened, options, force=force), options.method
+        result = verb(opened, options, force=force)
     else:
-        assert out is not None
+        from qat_edge.run import Run
         from qat_edge.verbs.quantize_model import quantize_model
 
-        result, method = quantize_model(run, out, options, force=force), QAT
-        opened = Run(out)
+        result = quantize_model(run, out, options, force=force)
+        opened, method = Run(out), "qat"
+    from qat_edge.verbs.quantize import target_flag
+
     if as_json:
         _print_json(result)
-    flags_of_export = "" if method == QAT else f" --ptq {method}"
+    flags_of_export = "" if method == "qat" else f" --ptq {method}"
     flags_of_export += target_flag(opened, method)
     done = "Wrote" if result.wall_s else "Kept"
     progress.info(f"{done} {result.folder}: {result.weights}. Next: qat-edge export {opened.path}{flags_of_export}")

@@ -418,8 +418,7 @@ def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOpt
         progress.warn(f"Rotation is off: {error}")
         return None
     progress.info(found.describe())
-    shares_table = weights.tied and options.embedding_bits == options.head_bits
-    if found.stream is not None and shares_table and not load.export_gaps(model.config, (GGUF,)):
+    if found.stream is not None and weights.tied and not load.export_gaps(model.config, (GGUF,)):
         progress.info(
             "To export it to gguf as well, train with --embedding-bits 8 --head-bits 4 or --rotate off: llama.cpp has "
             "no place for the rotation of a table that embedding and head share"
