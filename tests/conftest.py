@@ -87,6 +87,13 @@ def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def parts_of_a_run() -> set[str]:
+    """Names of the files and folders that a run folder has a property for."""
+    properties = {name: found for name in dir(Run) if isinstance(found := getattr(Run, name), property)}
+    paths = [name for name, found in properties.items() if found.fget.__annotations__["return"] == "Path"]
+    return {getattr(Run(Path("RUN")), name).name for name in paths}
+
+
 def train_run(
     model: Path, folder: Path, rows: Sequence[dict[str, Any]] = (), steps: int = 4, learning_rate: float = 1e-2
 ) -> Run:

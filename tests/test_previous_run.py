@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import parts_of_a_run
 from qat_edge import previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.run import Run
@@ -38,9 +39,7 @@ def test_a_run_is_set_aside_whole_and_brought_back(tmp_path: Path) -> None:
 
 
 def test_every_part_of_a_run_is_set_aside() -> None:
-    run = Run(Path("RUN"))
-    properties = [name for name in dir(Run) if isinstance(getattr(Run, name), property)]
-    parts = {part.name for name in properties if isinstance(part := getattr(run, name), Path)}
+    parts = parts_of_a_run()
     assert len(parts) > 8 and parts <= set(previous_run.RUN_PARTS)
 
 

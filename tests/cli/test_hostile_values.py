@@ -31,7 +31,7 @@ FINETUNE = ["finetune", "--model", "m", "--data", "d", "--out", "x"]
     ("arguments", "message"),
     [
         ([*FINETUNE, "--steps", str(2**70)], "--steps: 1180591620717411303424 is above the greatest permitted value"),
-        ([*FINETUNE, "--steps", "0"], "--steps: 0 is below the least permitted value, 1"),
+        ([*FINETUNE, "--steps", "-1"], "--steps: -1 is below the least permitted value, 0"),
         ([*FINETUNE, "--learning-rate", "nan"], "--learning-rate: expected a number, found nan"),
         ([*FINETUNE, "--learning-rate", "inf"], "--learning-rate: expected a number, found inf"),
         ([*FINETUNE, "--lora-dropout", "1"], "--lora-dropout: 1.0 is above the greatest permitted value, 0.99"),

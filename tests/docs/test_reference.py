@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import parts_of_a_run
 from qat_edge import config
 from qat_edge.cli.commands import main
-from qat_edge.run import Run
 from tools import write_reference
 
 RENEW = "run `python tools/write_reference.py`"
@@ -45,10 +45,6 @@ def test_writes_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_run_folder_page_has_every_part_of_a_run() -> None:
     page = (write_reference.REFERENCE / "run-folder.md").read_text(encoding="utf-8")
-    run = Run(Path("RUN"))
-    properties = {name: found for name in dir(Run) if isinstance(found := getattr(Run, name), property)}
-    parts = [
-        getattr(run, name).name for name, found in properties.items() if found.fget.__annotations__["return"] == "Path"
-    ]
+    parts = parts_of_a_run()
     assert len(parts) > 8
     assert [part for part in parts if part not in page] == []

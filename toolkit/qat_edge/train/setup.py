@@ -418,7 +418,7 @@ def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOpt
         progress.warn(f"Rotation is off: {error}")
         return None
     progress.info(found.describe())
-    if found.stream is not None and weights.tied and not load.export_gaps(model.config, (GGUF,)):
+    if found.stream is not None and weights.tied and not target_named(GGUF).missing_for(model.config):
         progress.info(
             "To export it to gguf as well, train with --embedding-bits 8 --head-bits 4 or --rotate off: llama.cpp has "
             "no place for the rotation of a table that embedding and head share"
