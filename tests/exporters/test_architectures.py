@@ -12,6 +12,7 @@ from qat_edge.errors import ModelError
 from qat_edge.models import load
 from qat_edge.options import FinetuneOptions
 from qat_edge.verbs.finetune import finetune
+from qat_edge_exporters.huggingface import hf_support
 from tools.sweep_architectures import (
     ARCHITECTURES,
     TARGETS,
@@ -59,7 +60,9 @@ def test_the_refusals_of_the_table_are_those_of_the_code(name: str) -> None:
     assert {target: outcome(name, target).refusal for target in TARGETS} == expected
 
 
-def test_a_model_that_no_target_can_express_is_not_trained(tmp_path: Path) -> None:
+def test_a_model_that_no_target_can_express_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers runs any model, so a Hugging Face folder could hold this one.
+    monkeypatch.setattr(hf_support, "missing", lambda config: "not here either.")
     save_model(make_config("bloom"), tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "say 1", "completion": "1!"}\n' * 4)
     options = FinetuneOptions(model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), steps=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +188,20 @@ def test_tensors_in_other_files_are_refused(tmp_path: Path, location: str) -> No
 
 def test_no_runtime_gets_an_unchecked_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("qat_edge_exporters.targets.load", lambda entry: lambda *_: calls.append(entry))
+    monkeypatch.setattr(
+        "qat_edge_exporters.targets.load", lambda entry: lambda *_: calls.append(entry) or nullcontext()
+    )
     for target in TARGETS.values():
         calls.clear()
         if target.expose:
             target.expose_outputs(tmp_path, tmp_path)
-        target.generate(tmp_path, None, "", print, 1)  # type: ignore[arg-type]
+        if target.encoder:
+            target.run_encoder(tmp_path, [])
+        with target.open_generator(tmp_path, None):  # type: ignore[arg-type]
+            pass
         assert calls == [
             entry
-            for use in ([target.expose] if target.expose else []) + [target.generator]
+            for use in (*filter(None, (target.expose, target.encoder)), target.generator)
             for entry in ([target.checker] if target.checker else []) + [use]
         ]
     assert TARGETS["onnx"].checker

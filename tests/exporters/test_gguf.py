@@ -190,7 +190,7 @@ def test_scaled_frequencies_have_factors_that_transformers_reads_as_the_same_sca
 
 
 def test_the_formats_of_a_plain_export_are_as_before() -> None:
-    assert DEFAULT_FORMATS == ("executorch", "onnx") and {*FORMATS} == {*DEFAULT_FORMATS, "gguf"}
+    assert DEFAULT_FORMATS == ("executorch", "onnx") and {*FORMATS} == {*DEFAULT_FORMATS, "gguf", "hf"}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def test_a_runtime_that_computes_differently_is_distinguished_from_a_fault_of_th
 
 
 def test_a_copy_that_does_not_run_is_reported(
-    made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch
+    made: Made, phone: LocalTransport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = LocalTransport.run
 
@@ -375,4 +375,4 @@ def test_a_copy_that_does_not_run_is_reported(
     text = first_words(made, phone)
     assert "On ssh:phone, the layers cannot be compared: ssh:phone: " in text and "ended by SIGSEGV" in text
     assert text.endswith("On this machine, no layer diverges given equal inputs: the cause is the runtime on ssh:phone")
-    assert f"{made.frozen}/genai_config.json: no such file" in first_words(made, phone, made.frozen)
+    assert f"{tmp_path}/genai_config.json: no such file" in first_words(made, phone, tmp_path)

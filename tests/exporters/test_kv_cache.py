@@ -145,7 +145,7 @@ def test_a_model_that_caps_its_scores_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ExportOptions(kv_cache="int8"), "--kv-cache int8 is for --target executorch alone; onnx keeps"),
+        (ExportOptions(kv_cache="int8"), "--kv-cache int8 is for --target executorch alone; onnx has no such cache"),
         (ExportOptions(target=("executorch",), portable=True, kv_cache="int8"), "--kv-cache int8 and --portable"),
     ],
 )
