@@ -65,7 +65,9 @@ QAT_ONLY_OPTIONS = (
     "distill_temperature", "distill_top_k", "qat_learning_rate", "lr_restart",
 )  # fmt: skip
 # Options that came after the first published cells, with the values by which a training is what it was without them.
-LATER_OPTIONS = {"weight_bits": 4, "weight_levels": None, "clip_gradients": "together", "codes": "trained"}
+LATER_OPTIONS = {
+    "weight_bits": 4, "weight_levels": None, "clip_gradients": "together", "codes": "trained", "frozen_base": None,
+}  # fmt: skip
 PATH_OPTIONS = ("model", "data", "eval_data")
 Figures = dict[str, Any]
 

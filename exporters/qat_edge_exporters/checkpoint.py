@@ -1,88 +1,20 @@
 """Checkpoint that an exporter reads: a Hugging Face folder, frozen or float, with or without LoRA adapters.
 
-Adapters are in its folder `adapter/`, as peft saves them, and stay unmerged: the artifact computes W x + s B (A x),
-with W rounded or in float, and A, B in float.
+Adapters stay unmerged (`qat_edge.quant.frozen_adapters`).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
-from torch import Tensor
 
 from qat_edge import readers
 from qat_edge.errors import ExportError
+from qat_edge.quant.frozen_adapters import ADAPTER, PREFIX, Adapter, read_adapters
 
-ADAPTER = "adapter"
-PREFIX = "base_model.model."  # of every tensor that peft saves
-# Settings of peft with which a layer computes something other than W x + s B (A x).
-OTHER_FORMS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Adapter of one layer, in float32.
-
-    Attributes:
-        down: A, shape (rank, in).
-        up: s B, shape (out, rank).
-    """
-
-    down: Tensor
-    up: Tensor
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of both matrices."""
-        return self.down.nbytes + self.up.nbytes
+__all__ = ["ADAPTER", "PREFIX", "Adapter", "is_frozen", "read_adapters"]
 
 
 def is_frozen(checkpoint: Path) -> bool:
     """Return whether the folder's weights are codes and scales."""
     document = readers.read_object(checkpoint / "config.json", ExportError)
     return document.get("quantization_config") is not None
-
-
-def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
-    """Read the adapters by module name; empty where the folder has none.
-
-    Raises:
-        ExportError: adapters that do not compute W x + s B (A x).
-    """
-    folder = checkpoint / ADAPTER
-    if not folder.is_dir():
-        return {}
-    settings = readers.read_object(folder / "adapter_config.json", ExportError)
-    scaling = _scaling(folder, settings)
-
-    # Every tensor must belong to a pair of matrices A and B.
-    tensors = load_file(folder / "adapter_model.safetensors")
-    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-    found = {}
-    for module in sorted(modules):
-        down = tensors.pop(f"{PREFIX}{module}.lora_A.weight", None)
-        up = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
-        if down is None or up is None:
-            raise ExportError(f"{folder}: {module or 'a tensor'} has no pair of matrices A and B of a linear layer.")
-        found[module] = Adapter(down.float(), up.float() * scaling)
-    if tensors:
-        raise ExportError(
-            f"{folder}: {next(iter(tensors))} does not belong to an adapter that can be exported unmerged."
-        )
-    return found
-
-
-def _scaling(folder: Path, settings: dict[str, Any]) -> float:
-    """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling (https://arxiv.org/abs/2312.03732)."""
-    other = [name for name in OTHER_FORMS if settings.get(name)]
-    if settings.get("peft_type") != "LORA" or other:
-        raise ExportError(
-            f"{folder}: adapters with {', '.join(other) or settings.get('peft_type')} cannot be exported unmerged; "
-            "merge them first."
-        )
-    rank = settings["r"]
-    return float(settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank))

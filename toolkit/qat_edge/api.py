@@ -125,6 +125,7 @@ def finetune(
     head_bits: int = 8,
     ptq_init: str = "coordinate-descent",
     rotate: str = "auto",
+    frozen_base: str | None = None,
     calibration_tokens: int | None = None,
     scales: str = "learned",
     codes: str | None = None,
@@ -174,7 +175,7 @@ def finetune(
         eval_rows: Rows of --eval-data in each of those evaluations.
         seed: Seed of initialization, shuffling and dropout.
         qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with
-            --weight-bits 2.
+            --weight-bits 2 or --frozen-base.
         weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
         weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
             default those of the file of --bits, or seq. One of seq, integer.
@@ -186,6 +187,8 @@ def finetune(
             coordinate-descent, awq.
         rotate: Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates
             where the model and the method allow it. One of auto, on, off.
+        frozen_base: Run of `quantize MODEL --out` whose quantized weights stay as they are: adapters are trained
+            next to them and stay unmerged. It decides model, bits and rotation.
         calibration_tokens: Tokens of the training rows for PTQ initialization; by default 49152, or all if there
             are fewer.
         scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
@@ -254,6 +257,7 @@ def finetune(
             "head_bits": head_bits,
             "ptq_init": ptq_init,
             "rotate": rotate,
+            "frozen_base": frozen_base,
             "calibration_tokens": calibration_tokens,
             "scales": scales,
             "codes": codes,

@@ -21,6 +21,7 @@ import yaml
 from qat_edge import option_paths, profiles, readers, remote_code, storage
 from qat_edge.errors import RunError, UsageError
 from qat_edge.options import (
+    OF_FROZEN_BASE,
     RENAMED_VALUES,
     CompareOptions,
     EvalOptions,
@@ -71,6 +72,10 @@ def load(
     checked |= _checked(cls, given, write_flag or (lambda k: f"{section}.{k}"))
     if remote_code.OPTION in fields:
         checked[remote_code.OPTION] = bool(given.get(remote_code.OPTION, remote_code.permitted()))
+
+    # A frozen base decides what its weights are; a run's config.yaml has it already.
+    if checked.get("frozen_base") is not None and not {*OF_FROZEN_BASE, "scales"} <= checked.keys():
+        checked = _of_frozen_base(checked["frozen_base"]) | checked
 
     # A profile fills in what neither flag nor file gave; a run's config.yaml has everything resolved already.
     resolved = all(n in checked for n in fields if profiles.permitted(n))
@@ -259,6 +264,21 @@ def _current_names(fields: Mapping[str, dataclasses.Field[Any]], values: Mapping
 def _is_renamed(value: Any, spec: dataclasses.Field[Any]) -> bool:
     """Return whether `value` is one of 0.1.0 that the field knows under another name today."""
     return isinstance(value, str) and RENAMED_VALUES.get(value) in (spec.metadata["choices"] or ())
+
+
+def _of_frozen_base(folder: str) -> dict[str, Any]:
+    """Return the options that the run of a frozen base decides.
+
+    Raises:
+        UsageError: there is no run, or its options cannot be read.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"--frozen-base {folder}: no run folder. `qat-edge quantize MODEL --out {folder}` makes one.")
+    try:
+        return load_trained(path).on_frozen_base
+    except RunError as error:
+        raise UsageError(f"--frozen-base {folder}: {error}") from error
 
 
 def _of_profile(cls: type, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ PATH_OPTIONS = (
     "data",
     "eval_data",
     "bits",
+    "frozen_base",
     "calibration_data",
     "text",
     "profile",
@@ -25,6 +26,7 @@ PATH_OPTIONS = (
 # Those that name neither a model nor rows, with what they name.
 NO_DATA = {
     "bits": "a file",
+    "frozen_base": "a run folder",
     "profile": "a profile or a .toml file",
     "ssh_config": "a file",
     "runner_binary": "a file",

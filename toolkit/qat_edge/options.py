@@ -22,8 +22,13 @@ GROUP_SIZES = (32, 64, 128)
 WIDTHS = (4, 8)  # bits of a table: int4 in groups, int8 per channel
 LAYER_WIDTHS = (FEWEST, *WIDTHS)  # bits that a bits file can give a linear layer; int2 has groups, too
 WEIGHT_BITS = (FEWEST, 4)  # bits of all linear layers without such a file
-# Share of the steps before QAT; of scales alone, which needs more steps.
-QAT_START, SCALES_START = 0.9, 0.5
+# Options of finetune that a frozen base decides, besides `scales`.
+OF_FROZEN_BASE = (
+    "model", "keep_layers", "prune", "weight_bits", "weight_levels", "group_size", "bits", "embedding_bits",
+    "head_bits", "ptq_init", "rotate",
+)  # fmt: skip
+# Share of the steps before QAT; of scales alone, which needs more steps; of adapters on a frozen base.
+QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5
 RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
@@ -157,7 +162,8 @@ class FinetuneOptions:
     seed: int = option("Seed of initialization, shuffling and dropout.", 0, bounds=(0, LARGEST_SEED), group=TRAINING)
 
     qat_start: float | None = option(
-        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with --weight-bits 2.",
+        "Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with --weight-bits 2 or "
+        "--frozen-base.",
         None, bounds=(0, MOST_STEPS), group=QUANTIZATION,
     )  # fmt: skip
     weight_bits: int = option(
@@ -186,6 +192,11 @@ class FinetuneOptions:
         "Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates where the "
         "model and the method allow it.",
         "auto", ("auto", "on", "off"), group=QUANTIZATION,
+    )  # fmt: skip
+    frozen_base: str | None = option(
+        "Run of `quantize MODEL --out` whose quantized weights stay as they are: adapters are trained next to them and "
+        "stay unmerged. It decides model, bits and rotation.",
+        None, group=QUANTIZATION,
     )  # fmt: skip
     calibration_tokens: int | None = option(
         "Tokens of the training rows for PTQ initialization; by default 49152, or all if there are fewer.",
@@ -233,10 +244,18 @@ class FinetuneOptions:
     track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
 
     @property
+    def on_frozen_base(self) -> dict[str, Any]:
+        """Return the options that adapters on a frozen base need, if these are the options of that base."""
+        decided = {name: getattr(self, name) for name in OF_FROZEN_BASE}
+        return {**decided, "scales": "absmax" if self.scales == "absmax" else "fixed"}
+
+    @property
     def start_of_qat(self) -> float:
         """Start of QAT as `qat_start` gives it, or the default for the bits; docs/frontier.md compares them."""
         if self.qat_start is not None:
             return self.qat_start
+        if self.frozen_base is not None:
+            return ADAPTERS_START
         return SCALES_START if self.weight_bits == FEWEST else QAT_START
 
     @property
@@ -255,6 +274,8 @@ class FinetuneOptions:
         """QAT trains scales alone: as `codes` says, or by default at 2 bits where nothing excludes it."""
         if self.codes is not None:
             return self.codes == "fixed"
+        if self.frozen_base is not None:
+            return False
         trains_scales = self.scales == "learned" and self.scale_learning_rate > 0
         trains_weights = self.method != "lora" or self.qat_learning_rate is not None
         return self.weight_bits == FEWEST and trains_scales and not trains_weights

@@ -32,7 +32,7 @@ from pathlib import Path
 from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
-from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,21 @@ class Run(Variant):
 
     @property
     def name(self) -> str:
-        """Return its name in reports: "qat", or without a step of QAT "quantized (coordinate descent)".
+        """Return its name in reports: "qat", or with other weights than those of QAT "quantized (coordinate descent)".
 
         Raises:
             RunError: config.yaml cannot be read.
         """
         trained = config.load_trained(self.config)
-        if trained.has_qat:
-            return QAT
-        method = METHOD_OF.get(trained.ptq_init, trained.ptq_init)
-        return f"{OWN_PTQ} ({PTQ_METHODS[method]})"
+        method = PTQ_METHODS[METHOD_OF.get(trained.ptq_init, trained.ptq_init)]
+        if trained.frozen_base is not None:
+            return f"{OWN_ADAPTERS} ({method})"
+        return QAT if trained.has_qat else f"{OWN_PTQ} ({method})"
+
+    @property
+    def frozen_base(self) -> str | None:
+        """Return the run whose weights its adapters were trained next to; None where they are merged."""
+        return config.load_trained(self.config).frozen_base
 
     @property
     def is_trained(self) -> bool:

@@ -258,7 +258,7 @@ def _load(folder: Path) -> _Source:
             "executorch: ExecuTorch has no operator for the 2-bit weights of this checkpoint. Leave this target out "
             "with --target onnx."
         )
-    source = _Source(folder, checkpoint.load(folder), read_adapters(folder))
+    source = _Source(folder, checkpoint.load(folder, with_adapters=False), read_adapters(folder))
     _require_expressible(source)
     return source
 

@@ -259,8 +259,6 @@ def not_comparable(quantized: Path) -> str:
     config = frozen_config.read(quantized)
     if getattr(config, "quantization_config", None) is None:
         return "The checkpoint holds float weights, and nothing was frozen."
-    if (quantized / "adapter").is_dir():
-        return "The checkpoint has unmerged adapters, which torch would have to merge."
     return ""
 
 

@@ -37,9 +37,9 @@ DESCRIPTIVE = ("base_model_name_or_path", "auto_mapping", "inference_mode", "pef
 SET_BY_US = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type")
 # The record of a run's inputs, which `finetune --resume` compares too, and the entries of it that decide codes.
 INPUTS = Path("checkpoints", "inputs.json")
-COMPARED_INPUTS = ("model.identity.files", "model.identity.revision", "kept_layers", "bits")
+COMPARED_INPUTS = ("model.identity.files", "model.identity.revision", "kept_layers", "bits", "frozen_base.sha256")
 # What entries of a manifest that were added later are where they are missing.
-BEFORE = {"weight_bits": 4, "weight_levels": SEQ, "fixed_codes": False}
+BEFORE = {"weight_bits": 4, "weight_levels": SEQ, "fixed_codes": False, "unmerged": False}
 TRAIN_AGAIN = "Restore the file, or train again."
 
 
@@ -171,7 +171,7 @@ def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
     if trained is not None:
         path = folder.parent / "config.yaml"
         entries = _entries_of(trained, kind == "adapter")
-        if kind == "adapter":
+        if kind == "adapter" and trained.frozen_base is None:
             entries["start.rotation_seed"] = _rotation_seed(trained, metadata)
         _compare(folder, metadata, entries, path)
     start = folder.parent / "start" / MANIFEST
@@ -198,6 +198,7 @@ def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
         "weight_levels": options.weight_levels or (MISSING if options.bits else SEQ),
         "learned_scales": is_end and options.scales == "learned",
         "fixed_codes": is_end and options.has_fixed_codes,
+        "unmerged": is_end and options.frozen_base is not None,
         "start.method" if initialized else "start": options.ptq_init if initialized else None,
     }
 

@@ -138,6 +138,8 @@ def _why_missing(folder: Path) -> str:
 def merged_model(adapter: Path, force: bool = False) -> MergedModel:
     """Load a base model and merge the adapters of a folder into it, in float32.
 
+    Adapters that were trained unmerged are left out: the weights under them are those of the base.
+
     Args:
         adapter: RUN/adapter or RUN/reference.
         force: Merge although the quantizer or a library has another version than in training.
@@ -283,7 +285,8 @@ def _check_settings(source: str, found: dict[str, str], trained: Any) -> None:
 def _load_trained(adapter: Path, metadata: dict[str, Any]) -> _TrainedModel:
     """Load a base model and add the contents of one folder of trained weights, without merging."""
     base = _load_base(adapter, metadata)
-    switch = fake.insert(base.model, base.scheme, metadata["learned_scales"])
+    unmerged = metadata.get("unmerged", False)  # earlier versions had none
+    switch = fake.insert(base.model, base.scheme, metadata["learned_scales"], unmerged)
 
     # The PTQ initialization changed base weights before the adapters of phase 2 were trained on them. It may have
     # changed embedding and head differently, which separates them.

@@ -9,6 +9,9 @@ factor for each (`lora_scale_factor`, `scale_factor`).
 Codes may be fixed (`fix_codes`): layers with learned scales then keep the codes that they have, and their factors
 alone are trained, as in the second stage of EfficientQAT (https://arxiv.org/abs/2407.11062).
 
+Adapters may stay unmerged (`Switch.unmerged`): the forward pass is then fq(x) fq(W)^T + s x A^T B^T, over a base that
+nothing changes (`fix_base`).
+
 A frozen W may be quantized (`qlora_base`); it is then dequantized first.
 """
 
@@ -48,10 +51,12 @@ class Switch:
     Attributes:
         enabled: The layers round. Off, they compute what the layers they replaced did.
         learned_scales: The adapters, or the layers themselves, are made with factors for the scales.
+        unmerged: Adapters are added to the outputs of rounded layers, in float, instead of to their weights.
     """
 
     enabled: bool = False
     learned_scales: bool = False
+    unmerged: bool = False
 
     def __deepcopy__(self, memo: Any) -> Switch:
         return self  # peft trains a copy of a head, which has to round when the others do
@@ -97,7 +102,10 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.switch.enabled:
             return super().forward(input)
-        weight, scales = qlora_base.base_weight(self), self.trained_scales
+        scales = self.trained_scales
+        if self.codes is not None and scales is not None:
+            return FixedCodesLinear.apply(input, self.codes, scales, self.bias)
+        weight = qlora_base.base_weight(self)
         return MergedFakeQuantLinear.apply(input, weight, self.bias, None, None, scales, 1.0, self.spec)
 
 
@@ -136,7 +144,8 @@ class FakeQuantEmbedding(nn.Embedding):
 class LoraFakeQuantLinear(lora.Linear):
     """peft's LoRA layer around a FakeQuantLinear; while the switch is on, the adapter is merged before rounding.
 
-    Dropout then falls on columns of A, one mask per step: a merged weight has no per-token input to drop.
+    Dropout then falls on columns of A, one mask per step: a merged weight has no per-token input to drop. An unmerged
+    adapter is peft's own.
 
     Attributes:
         lora_scale_factor: Learned factors of the layer's scales, shape (out, in // group), by adapter name; missing
@@ -158,7 +167,7 @@ class LoraFakeQuantLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if not base.switch.enabled or self.disable_adapters:
+        if not base.switch.enabled or base.switch.unmerged or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         if base.codes is not None:
             return FixedCodesLinear.apply(x, base.codes, self.trained_scales, base.bias)
@@ -171,12 +180,12 @@ class LoraFakeQuantLinear(lora.Linear):
         )
 
 
-def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False) -> Switch:
+def insert(model: nn.Module, scheme: Scheme, learned_scales: bool = False, unmerged: bool = False) -> Switch:
     """Make every layer of `scheme` round while the returned switch is on.
 
     Layers change their class in place, so that shared parameters stay shared.
     """
-    switch = Switch(learned_scales=learned_scales)
+    switch = Switch(learned_scales=learned_scales, unmerged=unmerged)
     for name, spec in scheme.weights.items():
         module: Any = model.get_submodule(name)
         if isinstance(module, QloraLinear):
@@ -297,6 +306,18 @@ def fix_codes(model: nn.Module) -> None:
             module.lora_scale_factor[ADAPTER].requires_grad_(True)
 
 
+def fix_base(model: nn.Module) -> None:
+    """Keep codes and scales that the layers under unmerged adapters have, so that no pass rounds them again."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FakeQuantLinear):
+                weight, spec = merged_weight(qlora_base.base_weight(module), None, None, 1.0), module.spec
+                own = module.scales
+                scales = numerics.choose_scales(weight, spec.codebook, spec.group_size) if own is None else own
+                module.scales = numerics.representable(scales)
+                module.codes = numerics.quantize(weight, module.scales, spec.codebook)
+
+
 def scale_gradient_shares(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     """Return each factor of learned scales with 1 / sqrt(n q), by which LSQ multiplies its gradient.
 
@@ -343,7 +364,7 @@ def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     """Merge every adapter into a float32 weight, without rounding, in place.
 
     Adapters and scale factors are removed, and quantized base weights become dense. A model without adapters is
-    returned itself.
+    returned itself. Unmerged adapters are removed and change nothing.
 
     Returns:
         The base model, and the scales of the layers that have their own, bfloat16-representable, by module name.
@@ -367,9 +388,14 @@ def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """Return W + s B A of an adapted layer, S Q of one with fixed codes, W of any other: (out, in) in float32."""
+    """Return W + s B A of an adapted layer, S Q of one with fixed codes, W of any other: (out, in) in float32.
+
+    W is also that of a layer with an unmerged adapter.
+    """
     if not isinstance(layer, LoraFakeQuantLinear):
         return merged_weight(qlora_base.base_weight(layer), None, None, 1.0)
+    if layer.get_base_layer().switch.unmerged:
+        return merged_weight(qlora_base.base_weight(layer.get_base_layer()), None, None, 1.0)
     codes, scales = layer.get_base_layer().codes, layer.trained_scales
     if codes is not None and scales is not None:
         # Rounded under the same scales again, it has these codes.

@@ -38,7 +38,7 @@ from qat_edge import readers, remote_code
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, how_to_restore, read_manifest
 from qat_edge.models import config_check, tasks
-from qat_edge.quant import frozen_check, frozen_config, numerics, rotated_norm
+from qat_edge.quant import frozen_adapters, frozen_check, frozen_config, numerics, rotated_norm
 from qat_edge.quant.codebook import FEWEST, INTEGER, LEVELS, SEQ, SEQ_TYPE_BITS
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
@@ -118,11 +118,16 @@ def as_torchao(codes: Tensor, scales: Tensor, spec: WeightScheme) -> IntxUnpacke
     )
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, with_adapters: bool = True) -> PreTrainedModel:
     """Load the frozen model in evaluation mode, on the CPU in float32.
+
+    Args:
+        folder: The checkpoint.
+        with_adapters: Compute its unmerged adapters, if it has some.
 
     Raises:
         RunError: The folder holds no frozen checkpoint.
+        ExportError: Its unmerged adapters are damaged.
         ModelError: It needs code of its own, which the command does not permit, or config.json has a value that no
             model can have.
     """
@@ -141,6 +146,8 @@ def load(folder: Path) -> PreTrainedModel:
     if hasattr(embedding, "scalar_embed_scale"):
         # transformers regards a module with a torchao weight as initialized and leaves this buffer uninitialized.
         embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+    if with_adapters:
+        frozen_adapters.add_adapters(model, folder)
     return model
 
 

@@ -8,6 +8,7 @@ before training sees them, so the stored weights are those trained on.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class QatInit:
         tensors |= {name: tensor.cpu().contiguous() for name, tensor in self.changed.items()}
         with replace_folder(folder, force=True) as work:
             save_file(tensors, work / FILE)
+            write_manifest(work, "start", **metadata)
+        return sha256(folder / FILE)
+
+    def copy(self, folder: Path, **metadata: Any) -> str:
+        """Write the file that it was read from into another folder, and return the sha256 of its tensors."""
+        with replace_folder(folder, force=True) as work:
+            shutil.copyfile(self.path, work / FILE)
             write_manifest(work, "start", **metadata)
         return sha256(folder / FILE)
 

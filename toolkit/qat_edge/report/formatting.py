@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from qat_edge.evaluate.results import FINE_TUNED, REFERENCES, UNTRAINED
-from qat_edge.quant.ptq.method_names import OWN_PTQ, PTQ_METHODS, is_own
+from qat_edge.quant.ptq.method_names import OWN_ADAPTERS, PTQ_METHODS, QAT, is_own
 from qat_edge_exporters.targets import TARGETS
 
 # Roles of models with their names in most runs. "tuned" is the float model that others are compared with, and "qat" the
@@ -79,9 +79,10 @@ def model_label(row: ReportedModel) -> str:
     """Return the display name without the target: `QAT`, `RTN`, `RTN (this run)`, `FP32 base`."""
     if role(row) == "ptq":
         return _PTQ_LABELS.get(row.name, plain(row.name))
-    if row.name.startswith(OWN_PTQ):
-        method = row.name.removeprefix(OWN_PTQ)
-        return f"{_PTQ_LABELS.get(f'ptq{method}', plain(method.strip(' ()')))} (this run)"
+    if is_own(row.name) and row.name != QAT:
+        prefix, _, method = row.name.partition(" ")
+        base = _PTQ_LABELS.get(f"ptq {method}", plain(method.strip("()")))
+        return f"Adapters on {base}" if prefix == OWN_ADAPTERS else f"{base} (this run)"
     return "FP32 model" if row.name == UNTRAINED else ROLES.get(role(row), plain(row.name))
 
 

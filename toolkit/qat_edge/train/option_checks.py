@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qat_edge.config import flag_name
+from qat_edge import option_paths
+from qat_edge.config import flag_name, load_trained
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
 from qat_edge.options import TRAINING, WIDTHS, ExportOptions, FinetuneOptions
@@ -25,6 +26,8 @@ OF_STEPS = (
     "qat_start", "scale_learning_rate", "codes", "qat_learning_rate", "lr_restart", "clip_gradients", "base",
     "gradient_checkpointing", "save_every",
 )  # fmt: skip
+# Options that change or calibrate weights.
+WITHOUT_FROZEN_BASE = ("method", "base", "codes", "scale_learning_rate", "clip_gradients", "calibration_tokens")
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
 
@@ -42,6 +45,7 @@ def check_combination(options: FinetuneOptions) -> None:
         UsageError: Names the options and what to change.
     """
     requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
+    _check_frozen_base(options)
     for checks in (_step_checks, _phase_2_checks, _base_checks, _width_checks, _effect_checks):
         for check in checks(options):
             if check.found:
@@ -114,6 +118,38 @@ def _step_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"{', '.join(given)} and --steps 0: nothing is trained. Leave it out, or give steps.",
         ),
     )
+
+
+def _check_frozen_base(options: FinetuneOptions) -> None:
+    """Refuse options that a frozen base decides otherwise, and those that would change it.
+
+    Raises:
+        UsageError: Names the option.
+    """
+    if options.frozen_base is None:
+        return
+    base = load_trained(Path(options.frozen_base) / "config.yaml")
+    if base.steps:
+        raise UsageError(
+            f"--frozen-base {options.frozen_base}: this run was trained, and its weights have its adapters merged in. "
+            "Give a run of `qat-edge quantize MODEL --out RUN`."
+        )
+    decided = base.on_frozen_base
+    for name, value in decided.items():
+        given = getattr(options, name)
+        if not option_paths.same(given, value):
+            raise UsageError(
+                f"{flag_name(name)} {given} and --frozen-base {options.frozen_base}: its weights were quantized with "
+                f"{value}, and stay as they are. Leave it out."
+            )
+    if not options.steps:
+        raise UsageError("--frozen-base and --steps 0: no adapter would be trained. Give steps.")
+    for name in WITHOUT_FROZEN_BASE:
+        if _is_given(options, name):
+            raise UsageError(
+                f"{flag_name(name)} {getattr(options, name)} and --frozen-base: adapters alone are trained, next to "
+                "weights that stay as they are. Leave it out."
+            )
 
 
 def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:

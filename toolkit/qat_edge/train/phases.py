@@ -64,6 +64,7 @@ class PhaseTransition:
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
         rotation_seed: Seed of the rotation; None without one.
+        frozen_start: Weights and scales of the frozen base; None without one, and for one that has only its weights.
         save_reference: Saves the trained weights as RUN/reference.
         set_teacher: Passes the teacher to the trainer.
         reset_optimizer: Drops the optimizer's averages of gradients.
@@ -80,6 +81,7 @@ class PhaseTransition:
     device: str
     precision: str
     rotation_seed: int | None
+    frozen_start: QatInit | None
     save_reference: Callable[[], None]
     set_teacher: Callable[[Teacher], None]
     reset_optimizer: Callable[[], None]
@@ -146,8 +148,10 @@ class PhaseTransition:
             ) from error
 
     def _fix_codes(self) -> None:
-        """Let phase 2 train scales alone, if the options say so."""
-        if self.options.has_fixed_codes:
+        """Let phase 2 train scales alone, or adapters next to a base that stays as it is, if the options say so."""
+        if self.options.frozen_base is not None:
+            fake.fix_base(self.model)
+        elif self.options.has_fixed_codes:
             fake.fix_codes(self.model)
 
     @property
@@ -162,7 +166,9 @@ class PhaseTransition:
                 "rotation_seed": self.rotation_seed,
             }
         learned = self.options.scales == "learned" and start is not None
-        return {"learned_scales": learned, "fixed_codes": learned and self.options.has_fixed_codes, "start": start}
+        fixed = learned and self.options.has_fixed_codes
+        unmerged = self.options.frozen_base is not None
+        return {"learned_scales": learned, "fixed_codes": fixed, "unmerged": unmerged, "start": start}
 
     def _initialize(self, made_of: str) -> str:
         """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start.
@@ -175,6 +181,12 @@ class PhaseTransition:
         """
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
         moment = "Start of QAT" if self.options.has_qat else "Without QAT"
+        if self.frozen_start is not None:
+            progress.info(f"{moment}: weights and scales become those of {self.options.frozen_base}")
+            with torch.no_grad():
+                qat_init.repeat(self.model, self.scheme, method, self.frozen_start, self.rotation_seed)
+            return self.frozen_start.copy(self.run.start, method=method, rotation_seed=self.rotation_seed)
+
         saved = self._saved_initialization(made_of)
         if saved is not None:
             progress.info(f"{moment}: taking the initialization in {self.run.start}, made of the same weights")

@@ -310,6 +310,8 @@ class QatGuard(TrainerCallback, ExportableState):
     def _measure_movement(self) -> None:
         """Measure and report how far phase 2 moved the weights."""
         assert self.trainer.model is not None
+        if self.options.frozen_base is not None:
+            return  # nothing moves
         with self._timed():
             start = self._read(self.record.start["step"])
             self.moved = movement.measure(self.trainer.model, self.scheme.linears, start)

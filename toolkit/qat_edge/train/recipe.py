@@ -22,15 +22,24 @@ def describe_recipe(options: FinetuneOptions, start: int, layers: str, rotated: 
     phases = [f"{start} steps of {trained} at a learning rate of {options.learning_rate:g}"] if start else []
     if not options.steps:
         phases.append("no training")
-    phases.append(("rotation and " if rotated else "") + _initialization(options))
+    if options.frozen_base is not None:
+        phases.append(f"the frozen weights of {options.frozen_base} ({_initialization(options)})")
+    else:
+        phases.append(("rotation and " if rotated else "") + _initialization(options))
     steps = options.steps - start
     if steps:
-        trained = "QAT of scales alone" if options.has_fixed_codes else "QAT"
+        trained = _qat_phase(options)
         phases.append(f"{steps} steps of {trained} ({steps / options.steps:.0%}) at {_rates(options)}")
     elif options.steps:
         phases.append("no step of QAT")
     page = TWO_BITS_PAGE if options.weight_bits == FEWEST else PAGE
     return f"Recipe: {layers}; {', then '.join(phases)}. {page} compares recipes"
+
+
+def _qat_phase(options: FinetuneOptions) -> str:
+    if options.frozen_base is not None:
+        return "unmerged adapters next to them"
+    return "QAT of scales alone" if options.has_fixed_codes else "QAT"
 
 
 def _initialization(options: FinetuneOptions) -> str:
@@ -44,6 +53,8 @@ def _rates(options: FinetuneOptions) -> str:
         "absmax": "scales by the largest weights",
     }
     teacher = f", {options.distill_weight:.0%} of the loss from the teacher" if options.distill_weight else ""
+    if options.frozen_base is not None:
+        return f"{qat_learning_rate(options):g}{teacher}"
     if options.has_fixed_codes:
         return f"{options.scale_learning_rate:g}{teacher}"
     return f"{qat_learning_rate(options):g}, {scales[options.scales]}{teacher}"

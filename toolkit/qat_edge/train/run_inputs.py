@@ -23,7 +23,7 @@ from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
 # What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
-INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels")
+INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels", "frozen_base")
 OPTIONS = "options"  # entry with the options of the training
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
 FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, "save_every", "track")
@@ -48,7 +48,7 @@ def check_folder(options: FinetuneOptions, run: Run, resume: bool, force: bool) 
     if not force:
         raise RunError(f"{out} exists already. Give --force to replace it, or --resume to continue it.")
     _require_own(run)
-    for name in ("model", "data", "eval_data", "bits"):
+    for name in ("model", "data", "eval_data", "bits", "frozen_base"):
         if Path(str(getattr(options, name))).resolve().is_relative_to(out.resolve()):
             raise UsageError(
                 f"{config.flag_name(name)} {getattr(options, name)} is inside {out}, which --force would "

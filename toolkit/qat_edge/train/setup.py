@@ -33,6 +33,7 @@ from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
+from qat_edge.train.frozen_base import FrozenBase, read_frozen_base
 from qat_edge.train.option_checks import requested_widths, row_length
 from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, GGUF, target_named
 
@@ -57,6 +58,7 @@ class TrainingJob:
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
         rotation_seed: Seed of the rotation; None without one.
+        frozen_base: Quantized model that adapters are trained next to; None for adapters that are merged.
         metadata: Entries of the manifests of RUN/reference and RUN/adapter.
     """
 
@@ -69,6 +71,7 @@ class TrainingJob:
     device: str
     precision: str
     rotation_seed: int | None
+    frozen_base: FrozenBase | None
     metadata: dict[str, Any]
 
 
@@ -94,6 +97,8 @@ def prepare_training(
     task = _choose_task(options)
     model, tokenizer, identity = _load_model(options, task)
     base = dataclasses.asdict(identity)
+    frozen_base = None if options.frozen_base is None else read_frozen_base(options.frozen_base, base)
+    kept_layers = frozen_base.kept_layers if frozen_base else kept_layers
     bits_file.require_model(options.bits, base, kept_layers or options.keep_layers)
     bits = bits_file.load_bits(Path(options.bits)) if options.bits else {}
     levels = bits_file.requested_levels(options.bits, options.weight_levels) or SEQ
@@ -139,8 +144,11 @@ def prepare_training(
     metadata |= {"device": device, "precision": precision}
     metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
-    rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options)
-    return TrainingJob(task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, metadata)
+    metadata["frozen_base"] = frozen_base and {"source": options.frozen_base, "sha256": frozen_base.sha256}
+    rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options, frozen_base)
+    return TrainingJob(
+        task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, metadata
+    )
 
 
 def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
@@ -183,7 +191,7 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
 
     if options.method == "lora":
         model_options.check_targets(job.model, options.target_modules)
-    switch = fake.insert(job.model, job.scheme, options.scales == "learned")
+    switch = fake.insert(job.model, job.scheme, options.scales == "learned", job.frozen_base is not None)
     torch.manual_seed(options.seed)  # adapters begin at random values
     if options.method == "full":
         progress.info(
@@ -291,6 +299,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         "--distill-weight": options.distill_weight > 0,
         "--rotate on": options.rotate == "on",
         "--weight-bits 2": options.weight_bits == FEWEST,
+        "--frozen-base": options.frozen_base is not None,
     }
     for flag, given in refused.items():
         if given:
@@ -399,12 +408,16 @@ def _report_early_ends(
         progress.warn(f"train: {early}.")
 
 
-def _rotation_seed(model: PreTrainedModel, weights: Scheme, options: FinetuneOptions) -> int | None:
+def _rotation_seed(
+    model: PreTrainedModel, weights: Scheme, options: FinetuneOptions, frozen_base: FrozenBase | None
+) -> int | None:
     """Return the seed if the PTQ initialization is to rotate what the model allows, None otherwise.
 
     Raises:
         UsageError: The rotation is requested, and the model allows none.
     """
+    if frozen_base is not None:
+        return frozen_base.rotation_seed
     # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
     useful = options.method == "lora" and options.ptq_init in COMPENSATED
     if options.rotate == "off" or (options.rotate == "auto" and not useful):
@@ -454,6 +467,7 @@ def _metadata(
         # These change at the start of QAT, see `PhaseTransition.metadata`.
         "learned_scales": False,
         "fixed_codes": False,
+        "unmerged": False,
         "start": None,
     }
 

@@ -398,8 +398,8 @@ def qat_learning_rate(options: FinetuneOptions) -> float:
     """Return the peak learning rate of phase 2: as given, or the default for the initialization and the schedule."""
     if options.qat_learning_rate is not None:
         return options.qat_learning_rate
-    if not options.lr_restart:
-        return options.learning_rate
+    if not options.lr_restart or options.frozen_base is not None:
+        return options.learning_rate  # unmerged adapters move no code
     compensated = options.ptq_init in COMPENSATED
     return options.learning_rate * (COMPENSATED_RATIO if compensated else QAT_RATIO)
 

@@ -162,6 +162,11 @@ def _require_trained(run: Run, options: CompareOptions) -> None:
             f"{run.path}: nothing was trained, so there is no fine-tune to deploy. `qat-edge validate {run.path}` "
             "compares its artifacts."
         )
+    if trained.frozen_base is not None:
+        raise RunError(
+            f"{run.path}: its adapters belong to the frozen weights of {trained.frozen_base}, and compare deploys "
+            f"adapters that can be merged. `qat-edge validate {run.path}` compares its artifacts."
+        )
     if QAT in options.deployment and not trained.has_qat:
         others = " ".join(f"--deployment {name}" for name in options.deployment if name != QAT)
         raise UsageError(f"--deployment qat: no step of {run.path} was QAT. Leave it out: {others or 'name another'}.")

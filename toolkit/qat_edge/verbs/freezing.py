@@ -6,6 +6,7 @@ merges the adapters, `quant.ptq.methods` has the PTQ methods. Exporters pack wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from qat_edge.options import QuantizeOptions
 from qat_edge.quant import bits_file, frozen, frozen_config, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST
+from qat_edge.quant.frozen_adapters import ADAPTER, CONFIG, WEIGHTS
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant
@@ -81,6 +83,10 @@ def freeze(
         merged.model.save_pretrained(work, save_original_format=False)
         merged.tokenizer.save_pretrained(work)
         add_end_tokens(work, ends)
+        if adapter_metadata(adapter).get("unmerged"):
+            (work / ADAPTER).mkdir()
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(adapter / name, work / ADAPTER / name)
         write_manifest(
             work,
             "quantized",

@@ -166,6 +166,11 @@ def validate_devices(
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
     _require_possible(options_of.values(), paths.values(), force)
+    if run.frozen_base is not None and any(each.error_budget for each in options_of.values()):
+        raise UsageError(
+            f"--error-budget: the adapters of {run.path} are not merged, so it has no weights between its FP32 "
+            f"fine-tune and its codes. Leave it out, or measure the base: `qat-edge validate {run.frozen_base}`."
+        )
     artifacts = _artifacts_by_target(run, options_of.values())
     for each in options_of.values():
         _require_timing_fits(artifacts[each.target], each)

@@ -2,7 +2,9 @@
 
 QAT = "qat"  # the method of a trained model, which is none of PTQ
 
-OWN_PTQ = "quantized"  # in reports, a run's own model without a step of QAT: "quantized (coordinate descent)"
+# In reports, a run's own model without a step of QAT, "quantized (coordinate descent)", and one whose adapters stay
+# unmerged next to weights of a method, "adapters (coordinate descent)".
+OWN_PTQ, OWN_ADAPTERS = "quantized", "adapters"
 
 # Name in commands, run folders and manifests -> name in reports.
 PTQ_METHODS = {
@@ -22,4 +24,4 @@ CALIBRATED = (*COMPENSATED, "awq")  # methods that look at data, and change weig
 
 def is_own(name: str) -> bool:
     """Return whether a name in reports is that of a run's own model, which is no variant of PTQ and no float model."""
-    return name == QAT or name.startswith(f"{OWN_PTQ} (")
+    return name == QAT or name.startswith((f"{OWN_PTQ} (", f"{OWN_ADAPTERS} ("))
