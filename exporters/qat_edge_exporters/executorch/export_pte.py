@@ -28,6 +28,7 @@ from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.graph import attention, lowering, quantized_modules, tracing
 from qat_edge_exporters.executorch.pte import runner_contract, shared_table
+from qat_edge_exporters.rotary_frequencies import fix_rotary_frequencies
 from qat_edge_exporters.targets import COPIED
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _runner_methods(source: _Source, settings: _Settings) -> dict[str, Any]:
     """
     config = source.model.config
     attention.check_length(config, settings.context_length)
-    attention.fix_rotary_frequencies(source.model, settings.context_length)
+    fix_rotary_frequencies(source.model, settings.context_length)
 
     end_tokens, bos = tokenizer.end_tokens(source.folder), tokenizer.load_tokenizer(source.folder).bos_token_id
     methods = runner_contract.constant_methods(config, settings.context_length, end_tokens, bos)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qat_edge.models import tasks
-from qat_edge_exporters import encoder_support
-from qat_edge_exporters.executorch import decoder_probe
+from qat_edge_exporters import decoder_probe, encoder_support
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,7 +1,8 @@
 """ONNX export: the trained codes in MatMulNBits nodes, for onnxruntime-genai and for plain onnxruntime.
 
-`onnx_target.py` has the functions of the target, and chooses between those of decoders and of encoders. The modules for
-decoders in the order in which an export goes through them, then those that read the result:
+`onnx_target.py` has the functions of the target, and chooses between those of decoders that onnxruntime-genai's builder
+knows, of other decoders, and of encoders. The modules for the first in the order in which an export goes through them,
+then those that read the result:
 
     onnx_support.py       tell from a model's configuration whether it can be exported
     export_onnx.py        the export: prepare the checkpoint, run the builder, repair the graph, write the configuration
@@ -22,17 +23,29 @@ decoders in the order in which an export goes through them, then those that read
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
     onnx_compat.py        every use of internals of onnxruntime-genai and transformers
 
+For decoders that the builder does not know:
+
+    decoder_support.py    tell from a model's configuration whether it can be traced
+    export_decoder.py     the export: load the checkpoint, trace it, write the folder
+    decoder_graph.py      trace the model of transformers, with attention as onnxruntime's operator over a cache
+    decoder_names.py      names of inputs, outputs and metadata
+    decoder_signature.py  tell such a graph from one of the builder
+    decoder_reader.py     read codes, scales and sizes back from a folder, for `verify`
+    decoder_check.py      find nodes that the exporter does not make
+
 For encoders, which plain onnxruntime runs:
 
     export_encoder.py     the export: load the checkpoint, trace it, write the folder
-    encoder_graph.py      trace the model of transformers, with its frozen layers as nodes of onnxruntime
-    encoder_names.py      names of inputs, outputs, metadata and nodes
+    encoder_graph.py      trace the model of transformers
+    encoder_names.py      names of inputs, outputs and metadata
     encoder_reader.py     read codes, scales, sizes and options back from a folder, for `verify`
     encoder_check.py      find nodes that the exporter does not make
     encoder_settings.py   compare names, sizes and configuration with what the export of a checkpoint writes
     encoder_session.py    run a folder in onnxruntime
 
-Both use olive_checkpoint.py, graph_file.py, folder_check.py and:
+All use olive_checkpoint.py, graph_file.py, folder_check.py and:
 
+    traced_graph.py       frozen layers as single nodes of a traced graph
+    traced_names.py       names of these nodes
     onnx_matrices.py      read matrices of codes and scales from the nodes of a graph
 """

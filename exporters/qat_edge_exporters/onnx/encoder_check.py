@@ -20,7 +20,7 @@ import onnx
 
 from qat_edge import readers
 from qat_edge_exporters.onnx import encoder_names, names
-from qat_edge_exporters.onnx.encoder_names import LINEAR, TABLE
+from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE
 
 SHAPE, CONTENT, NUMBER = "shape", "content", "number"
 IDS, MASK = encoder_names.INPUTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import onnx
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Artifact, FloatConstant, HeldOption
-from qat_edge_exporters.onnx import encoder_check, encoder_names, graph_file, names, onnx_matrices
-from qat_edge_exporters.onnx.encoder_names import LINEAR, MAX_LENGTH, OUTPUT_WIDTH, TABLE
+from qat_edge_exporters.onnx import encoder_check, graph_file, names, onnx_matrices, traced_names
+from qat_edge_exporters.onnx.encoder_names import MAX_LENGTH, OUTPUT_WIDTH
 from qat_edge_exporters.onnx.onnx_matrices import FLOAT_OPERATORS, TOKENIZER_FILES, FoundMatrices, OnnxGraph
+from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE
 from qat_edge_exporters.targets import KV_CACHE_FLOAT
 
 FEW = 8  # elements of integer constants that are shapes or axes; longer ones are indices
@@ -30,15 +32,15 @@ def read(folder: Path) -> Artifact:
     found = FoundMatrices()
     for node in graph.model.graph.node:
         if node.op_type == LINEAR:
-            module = encoder_names.module_of_node(node.name)
+            module = traced_names.module_of_node(node.name)
             onnx_matrices.read_linear(graph, node, module, "linears", found)
         elif node.op_type == TABLE:
-            _read_table(graph, node, found)
+            read_table(graph, node, found)
         elif node.op_type in FLOAT_OPERATORS:
             onnx_matrices.record_float_matrix(graph, node, "linears", found)
 
     found.faults += [f"{name}: missing." for name in TOKENIZER_FILES if not (folder / name).is_file()]
-    found.faults += _index_faults(graph)
+    found.faults += index_faults(graph)
     found.faults += encoder_check.graph_faults(graph.model)
     return Artifact(
         weights=found.weights,
@@ -65,18 +67,19 @@ def held_options(folder: Path) -> list[HeldOption]:
     ]
 
 
-def _read_table(graph: OnnxGraph, node: onnx.NodeProto, found: FoundMatrices) -> None:
-    module = encoder_names.module_of_node(node.name)
+def read_table(graph: OnnxGraph, node: onnx.NodeProto, found: FoundMatrices) -> None:
+    """Check and record the table of a traced graph's GatherBlockQuantized node."""
+    module = traced_names.module_of_node(node.name)
     if module is None or module in found.weights:
         found.faults.append(
             f"node '{readers.shorten(node.name)}' reads the table of no layer, or of one that has a node."
         )
         return
     codes = graph.constant(node, 0).values
-    if codes.ndim != 2:
+    if codes.ndim not in (2, 3):  # three are those of a head whose table it shares: (rows, blocks, bytes)
         raise graph.damaged(node, f"a table of {codes.ndim} dimensions")
-    bits = onnx_matrices.integers(node).get("bits", 0)
-    width = codes.shape[1] * BITS_OF_A_BYTE // bits if bits in onnx_matrices.BITS else codes.shape[1]
+    bits, row_bytes = onnx_matrices.integers(node).get("bits", 0), math.prod(codes.shape[1:])
+    width = row_bytes * BITS_OF_A_BYTE // bits if bits in onnx_matrices.BITS else row_bytes
     onnx_matrices.read_table(graph, node, module, width, found)
 
 
@@ -105,7 +108,7 @@ def _setting(graph: OnnxGraph, name: str) -> int:
     return int(value)
 
 
-def _index_faults(graph: OnnxGraph) -> list[str]:
+def index_faults(graph: OnnxGraph) -> list[str]:
     """Return a fault for each list of indices other than zeros, or 0, 1, 2, ...: positions, and types of tokens."""
     faults = []
     for name, initializer in graph.initializers.items():

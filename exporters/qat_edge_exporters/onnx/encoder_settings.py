@@ -12,7 +12,7 @@ from qat_edge.models import tasks, tokenizer
 from qat_edge.models.meta_model import model_without_weights
 from qat_edge.quant import frozen_config
 from qat_edge.quant.frozen import read_scheme
-from qat_edge_exporters.onnx import encoder_names, graph_file, names
+from qat_edge_exporters.onnx import encoder_names, graph_file, names, traced_names
 from qat_edge_exporters.onnx.encoder_names import MAX_LENGTH, OUTPUT_WIDTH
 
 SIZES = ("batch", "tokens")  # names of the inputs' sizes, which are free
@@ -44,7 +44,7 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
 
 def _token_faults(model: onnx.ModelProto, module: str) -> list[str]:
     """Require that the ids of a text choose the rows of the token table."""
-    table = encoder_names.node_name(module, encoder_names.TABLE)
+    table = traced_names.node_name(module, traced_names.TABLE)
     read = [list(node.input[1:2]) for node in model.graph.node if node.name == table]
     if read == [[encoder_names.INPUTS[0]]]:
         return []

@@ -15,7 +15,8 @@ from qat_edge import readers, remote_code
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
-from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx import decoder_signature, names
+from qat_edge_exporters.onnx.decoder_names import MODEL_TYPE
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 
 EARLY_STOPPING = {"early_stopping": True}  # the builder's; beam search alone has it
@@ -43,6 +44,9 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
     """
     found = dict(_flat(readers.read_object(folder / names.GENAI_CONFIG, ArtifactError)))
     expected = _expected(checkpoint, found.get("model.context_length"))
+    cache = decoder_signature.cache_shape(folder)
+    if cache is not None:
+        expected |= _traced(*cache)
     tensors = {f"model.decoder.{key}": name for key, name in TENSORS.items()}
     expected |= {key: name for key, name in tensors.items() if key in found}
     return [
@@ -51,6 +55,32 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
         for key in sorted(expected.keys() | found.keys())
         if not key.startswith(FREE) and found.get(key) != expected.get(key)
     ]
+
+
+def written(checkpoint: Path, context_length: int, heads: int, width: int) -> dict[str, Any]:
+    """Return genai_config.json of a decoder that was traced from its own code, without options of speed.
+
+    Args:
+        checkpoint: the frozen checkpoint.
+        context_length: of prompt and completion.
+        heads: of keys and values.
+        width: channels of a head.
+    """
+    flat = _expected(checkpoint, context_length) | {f"model.decoder.{key}": name for key, name in TENSORS.items()}
+    flat |= _traced(heads, width)
+    document: dict[str, Any] = {}
+    for key, value in flat.items():
+        *owners, last = key.split(".")
+        place = document
+        for owner in owners:
+            place = place.setdefault(owner, {})
+        place[last] = value
+    return document
+
+
+def _traced(heads: int, width: int) -> dict[str, Any]:
+    """Return the values of a traced decoder that are not those of the builder."""
+    return {"model.type": MODEL_TYPE, "model.decoder.head_size": width, "model.decoder.num_key_value_heads": heads}
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

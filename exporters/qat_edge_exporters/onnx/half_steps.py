@@ -14,7 +14,7 @@ The sums are of the float input, which MatMulNBits rounds to int8: the second pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx
 from onnx import helper
@@ -26,12 +26,22 @@ from qat_edge_exporters.onnx import names
 HALF = 0.5
 
 
-def add_half_steps(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight]) -> None:
-    """Add the nodes behind every MatMulNBits node of a weight with `seq` levels, in place."""
+def add_half_steps(
+    model: onnx.ModelProto,
+    weights: Mapping[str, FrozenWeight],
+    module_of: Callable[[str], str | None] = names.module_of_node,
+) -> None:
+    """Add the nodes behind every MatMulNBits node of a weight with `seq` levels, in place.
+
+    Args:
+        model: The graph.
+        weights: Matrices by module name.
+        module_of: Returns the module whose matrix a node of that name reads.
+    """
     sums: dict[tuple[str, int], str] = {}  # layers that share an input and a block size share its sums
     added: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
-        module = names.module_of_node(node.name) if node.op_type == "MatMulNBits" else None
+        module = module_of(node.name) if node.op_type == "MatMulNBits" else None
         if module is None or weights[module].levels != SEQ:
             continue
         block = int(_attributes(node)["block_size"])

@@ -30,7 +30,7 @@ def read(folder: Path) -> Artifact:
     Raises:
         ArtifactError: a file is missing, truncated or garbled.
     """
-    genai = _genai_config(folder / names.GENAI_CONFIG)
+    genai = genai_config(folder / names.GENAI_CONFIG)
     graph = OnnxGraph.load(folder / names.MODEL_FILE)
     found = FoundMatrices()
     for node in graph.model.graph.node:
@@ -45,12 +45,12 @@ def read(folder: Path) -> Artifact:
             onnx_matrices.record_float_matrix(graph, node, _part_of_float_matrix(node), found)
 
     # Before fused projections are joined: the configuration of the graph counts them separately.
-    found.faults += _missing_matrices(found.weights, genai) + _config_faults(folder, graph, genai)
+    found.faults += _missing_matrices(found.weights, genai) + config_faults(folder, graph, genai)
     found.faults += graph_check.graph_faults(graph.model)
     _join_fused(graph.model, found)
     return Artifact(
         weights=found.weights,
-        metadata=_metadata(graph, genai),
+        metadata=metadata(graph, genai),
         size_bytes=onnx_matrices.sizes(folder, found),
         faults=found.faults,
         floats=_float_constants(graph, found),
@@ -144,7 +144,7 @@ def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any])
     return absent or [f"{name}: no layer that the configuration knows." for name in linears if name not in expected]
 
 
-def _config_faults(folder: Path, graph: OnnxGraph, genai: dict[str, Any]) -> list[str]:
+def config_faults(folder: Path, graph: OnnxGraph, genai: dict[str, Any]) -> list[str]:
     """Return faults of genai_config.json, of the length of rotary tables and of missing tokenizer files."""
     faults = []
     model, longest = genai["model"], genai.get("search", {}).get("max_length")
@@ -164,7 +164,7 @@ def _config_faults(folder: Path, graph: OnnxGraph, genai: dict[str, Any]) -> lis
     return faults
 
 
-def _metadata(graph: OnnxGraph, genai: dict[str, Any]) -> dict[str, Any]:
+def metadata(graph: OnnxGraph, genai: dict[str, Any]) -> dict[str, Any]:
     """Return what a runtime reads besides tensors."""
     model = graph.model
     return {
@@ -177,7 +177,7 @@ def _metadata(graph: OnnxGraph, genai: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _genai_config(path: Path) -> dict[str, Any]:
+def genai_config(path: Path) -> dict[str, Any]:
     """Read genai_config.json and check the values that the reader needs."""
     if not path.is_file():
         raise ArtifactError(f"{path}: missing. {graph_file.AGAIN}")

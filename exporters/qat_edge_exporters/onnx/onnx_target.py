@@ -1,7 +1,8 @@
-"""The functions of the ONNX target, each of which chooses between the folder of a decoder and that of an encoder.
+"""The functions of the ONNX target, each of which chooses between three kinds of folders.
 
-A decoder's folder is for onnxruntime-genai and has a genai_config.json; an encoder's has the config.json of its
-checkpoint in its place. Nothing heavy is imported here: functions are named as "module:function".
+A decoder's folder is for onnxruntime-genai and has a genai_config.json. Its graph is that of the runtime's model
+builder, or traced from the model's own code where the builder has none for it. An encoder's folder has the config.json
+of its checkpoint instead. Nothing heavy is imported here: functions are named as "module:function".
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ DECODER = _Functions(
     checker=f"{_HERE}.folder_check:check_folder",
     settings=f"{_HERE}.expected_config:setting_faults",
 )
+TRACED_DECODER = _Functions(
+    exporter=f"{_HERE}.export_decoder:export",
+    reader=f"{_HERE}.decoder_reader:read",
+    options_reader=f"{_HERE}.onnx_options:held_options",
+    constants="qat_edge_exporters.executorch.pte.rotary_constants:rotary_frequencies",
+    support=f"{_HERE}.decoder_support:missing",
+    checker=f"{_HERE}.folder_check:check_folder",
+    settings=f"{_HERE}.expected_config:setting_faults",
+)
 ENCODER = _Functions(
     exporter=f"{_HERE}.export_encoder:export",
     reader=f"{_HERE}.encoder_reader:read",
@@ -53,6 +63,12 @@ ENCODER = _Functions(
     checker=f"{_HERE}.folder_check:check_encoder_folder",
     settings=f"{_HERE}.encoder_settings:setting_faults",
 )
+# What a folder is, by the function that writes it.
+_KINDS = {
+    DECODER.exporter: "a decoder of onnxruntime-genai's builder",
+    TRACED_DECODER.exporter: "a decoder traced from its own code",
+    ENCODER.exporter: "an encoder",
+}
 
 
 def export(frozen: Path, out: Path, context_length: int) -> None:
@@ -82,7 +98,10 @@ def missing(config: PretrainedConfig) -> str:
     """Return why a model of this configuration cannot become ONNX, as a sentence; empty if nothing prevents it."""
     from qat_edge.models import tasks  # imports torch
 
-    return str(load((ENCODER if tasks.is_encoder_config(config) else DECODER).support)(config))
+    if tasks.is_encoder_config(config):
+        return str(load(ENCODER.support)(config))
+    # The model's own code can become a graph where the builder has none for it.
+    return str(load(DECODER.support)(config) and load(TRACED_DECODER.support)(config))
 
 
 def check_folder(folder: Path) -> None:
@@ -94,17 +113,24 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
     """Return how the settings of a folder differ from what the export of a checkpoint writes, a sentence each."""
     expected, found = _of_checkpoint(checkpoint), _of_folder(folder)
     if expected is not found:
-        other = ("decoders", "an encoder") if found is DECODER else ("encoders", "a decoder")
-        return [f"{folder}: the files of {other[0]}, but the checkpoint is of {other[1]}."]
+        own, other = _KINDS[expected.exporter], _KINDS[found.exporter]
+        return [f"{folder}: the files of {other}, but the export of this checkpoint writes those of {own}."]
     return list(load(found.settings)(folder, checkpoint))
 
 
 def _of_checkpoint(checkpoint: Path) -> _Functions:
     from qat_edge.models import tasks  # imports torch
+    from qat_edge.quant import frozen_config
 
-    return ENCODER if tasks.task_of_folder(checkpoint).is_encoder else DECODER
+    if tasks.task_of_folder(checkpoint).is_encoder:
+        return ENCODER
+    return TRACED_DECODER if load(DECODER.support)(frozen_config.read(checkpoint)) else DECODER
 
 
 def _of_folder(folder: Path) -> _Functions:
     is_encoder = (folder / names.CONFIG).is_file() and not (folder / names.GENAI_CONFIG).exists()
-    return ENCODER if is_encoder else DECODER
+    if is_encoder:
+        return ENCODER
+    from qat_edge_exporters.onnx import decoder_signature  # imports onnx
+
+    return TRACED_DECODER if decoder_signature.is_traced_folder(folder) else DECODER

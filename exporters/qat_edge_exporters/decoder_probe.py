@@ -1,7 +1,7 @@
-"""Find out from a configuration alone whether ExecuTorch's operators can take the place of a decoder's own.
+"""Find out from a configuration alone whether a runtime's operators can take the place of a decoder's own.
 
 The model is built without weights, on the meta device, and run once with an attention function that only records how it
-is called. The same calls are what `graph.attention` gets when a model with weights is traced.
+is called. The same calls are what an exporter's attention gets when a model with weights is traced.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ class _Calls:
     """Calls of the attention function.
 
     Attributes:
+        operator: What computes attention instead, for messages.
         layers: How often each layer called it.
-        faults: Why ExecuTorch's operator cannot compute a call, as sentences.
+        faults: Why the operator cannot compute a call, as sentences.
     """
+
+    operator: str
 
     layers: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -50,21 +53,24 @@ class _Calls:
         name = type(module).__name__
         self.layers[int(getattr(module, "layer_idx", -1))] += 1
         if extras.get(SINKS) is not None:
-            self.faults.append(f"{name} has attention sinks ({SINKS}), which ExecuTorch's operator cannot compute.")
+            self.faults.append(f"{name} has attention sinks ({SINKS}), which {self.operator} cannot compute.")
         if attention_mask is not None:
             self.faults.append(f"{name} builds a mask of its own, and only causal ones export.")
         if key.shape[2] != query.shape[2] or value.shape[2] != query.shape[2]:
             self.faults.append(f"{name} attends to other tokens than its own.")
         if value.shape[3] != key.shape[3]:
             self.faults.append(
-                f"{name} has keys of {key.shape[3]} channels and values of {value.shape[3]}; ExecuTorch's operator "
+                f"{name} has keys of {key.shape[3]} channels and values of {value.shape[3]}; {self.operator} "
                 "needs as many of both."
             )
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def obstacle(config: PretrainedConfig) -> str:
-    """Return why ExecuTorch's operators cannot take the place of a decoder's own, a sentence; empty if they can."""
+def obstacle(config: PretrainedConfig, operator: str = "ExecuTorch's operator") -> str:
+    """Return why an attention operator cannot take the place of a decoder's own, a sentence; empty if it can.
+
+    operator: what computes attention instead, for messages.
+    """
     try:
         model = model_without_weights(config)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -75,7 +81,7 @@ def obstacle(config: PretrainedConfig) -> str:
     if type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "scalar_embed_scale"):
         return f"{type(embedding).__name__} of {type(model).__name__} does more than look up rows."
 
-    calls, failure = _run(model)
+    calls, failure = _run(model, operator)
     if calls.faults:
         return calls.faults[0]
     layers, name = config.num_hidden_layers, type(model).__name__
@@ -93,9 +99,9 @@ def obstacle(config: PretrainedConfig) -> str:
     return ""
 
 
-def _run(model: Any) -> tuple[_Calls, str]:
+def _run(model: Any, operator: str) -> tuple[_Calls, str]:
     """Run a model once on the meta device; return its calls of attention, and why it failed."""
-    calls = _Calls()
+    calls = _Calls(operator)
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     positions = torch.arange(TOKENS, device="meta").unsqueeze(0)
     modules: list[Any] = list(model.modules())

@@ -1,0 +1,134 @@
+"""Find nodes of a traced decoder's graph that the exporter does not make: equal matrices say nothing about the others.
+
+As in `graph_check`, a graph that computes another function for rare inputs alone has to decide on tokens, and a run on
+a few prompts does not find it. So every value is one of these, and each input reaches only what its class may:
+
+    ids        choose rows of the embedding, and nothing else
+    mask       its counts and sizes go into the attention
+    position   becomes the angles of rotary embeddings
+    cache      keys and values, which the attention alone reads and appends to
+    shape      sizes of the inputs, and whole numbers
+    number     float32, computed from rows of the embedding, matrices, constants and angles
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from qat_edge import readers
+from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.decoder_names import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
+from qat_edge_exporters.onnx.encoder_check import FLOAT_TYPES, INTEGERS, NUMBERS
+from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE
+
+ATTENTION = "GroupQueryAttention"
+IDS_CLASS, MASK_CLASS, POSITION, CACHE, SHAPE, NUMBER = "ids", "mask", "position", "cache", "shape", "number"
+INPUTS = {IDS: IDS_CLASS, MASK: MASK_CLASS, POSITIONS: POSITION}
+# Classes of the operator's inputs: queries, keys, values, cache of keys and of values, last tokens, size of the mask.
+ATTENTION_INPUTS = (NUMBER, NUMBER, NUMBER, CACHE, CACHE, MASK_CLASS, SHAPE)
+COUNTS = INTEGERS - {"CumSum", "Equal", "GatherElements", "Not", "Range"}  # none of them compares or lists values
+PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum"}  # the last two are those of `half_steps`
+SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
+
+
+def graph_faults(model: onnx.ModelProto) -> list[str]:
+    """Return a fault for each node that an export does not have, a sentence each."""
+    classes = {each.name: NUMBER if each.data_type in FLOAT_TYPES else SHAPE for each in model.graph.initializer}
+    faults = []
+    for each in model.graph.input:
+        if each.name not in classes:
+            classes[each.name] = CACHE if each.name.startswith(f"{PAST}.") else INPUTS.get(each.name, "")
+            if not classes[each.name]:
+                faults.append(f"the input '{readers.shorten(each.name)}' is not one that the exporter writes.")
+    for node in model.graph.node:  # in the order of computation
+        kinds = [classes.get(name, "") for name in node.input]
+        fault = _fault_of(node, kinds)
+        if fault:
+            faults.append(f"the node '{readers.shorten(node.name)}' ({readers.shorten(node.op_type)}) {fault}.")
+        classes.update(_classes_of_outputs(node, kinds))
+    faults += _output_faults(model, classes)
+    return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
+
+
+def head_of(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """Return the node whose product the logits are, scaled or capped at most; None where there is none."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    constants = {each.name for each in model.graph.initializer}
+    constants |= {output for output, node in producers.items() if node.op_type == "Constant"}
+    value = LOGITS
+    for _ in range(len(producers) + 1):  # a graph of anyone may have a cycle
+        node = producers.get(value)
+        if node is None or node.op_type == LINEAR:
+            return node
+        others = [name for name in node.input if name not in constants]
+        is_half_step = node.op_type == "Add" and node.name.endswith("/half_step/Add")
+        is_single = len(others) == 1 and node.op_type in (*SCALING, "Add")
+        if not (is_single or is_half_step) or not others:
+            return None
+        value = others[0]
+    return None
+
+
+def _fault_of(node: onnx.NodeProto, kinds: list[str]) -> str:
+    """Return what a node does that the exporter does not write, as a phrase; empty where nothing."""
+    if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+        return "holds a graph of its own"
+    if node.op_type == TABLE:
+        return "" if list(node.input[1:2]) == [IDS] else "does not look up the prompt's ids"
+    if node.op_type == ATTENTION:
+        return "" if tuple(kinds) == ATTENTION_INPUTS else "attends to something other than its layer's values"
+    if node.op_type == "Shape":
+        return ""
+    given = {kind for kind in kinds if kind}
+    for kind, name in ((IDS_CLASS, IDS), (CACHE, "the cache"), (MASK_CLASS, MASK), (POSITION, POSITIONS)):
+        if kind in given:
+            return "" if _may_count(node, given, kind) else f"reads {name}"
+    return _other_operator(node, NUMBER in given)
+
+
+def _may_count(node: onnx.NodeProto, given: set[str], kind: str) -> bool:
+    """Return whether a node only counts the tokens of a mask, or makes angles of positions."""
+    if kind not in (MASK_CLASS, POSITION) or not given <= {kind, SHAPE} or node.op_type not in COUNTS:
+        return False
+    return kind == POSITION or not _casts_to_float(node)
+
+
+def _other_operator(node: onnx.NodeProto, has_numbers: bool) -> str:
+    if node.op_type == "Cast" and has_numbers:
+        return "" if _casts_to_float(node) else "turns numbers into integers"
+    permitted = PRODUCTS if has_numbers else COUNTS | {"Range"}
+    return "" if node.op_type in permitted else "is no operator that the exporter writes"
+
+
+def _classes_of_outputs(node: onnx.NodeProto, kinds: list[str]) -> dict[str, str]:
+    """Return the classes of a node's outputs."""
+    if node.op_type == ATTENTION:
+        return {name: CACHE if index else NUMBER for index, name in enumerate(node.output)}
+    if node.op_type == "Shape":
+        return dict.fromkeys(node.output, SHAPE)
+    is_float = node.op_type == "Constant" and any(map(_is_float, node.attribute))
+    is_angle = node.op_type == "Cast" and _casts_to_float(node) and MASK_CLASS not in kinds
+    if node.op_type == TABLE or is_float or is_angle:
+        return dict.fromkeys(node.output, NUMBER)
+    kind = next((each for each in (NUMBER, IDS_CLASS, CACHE, MASK_CLASS, POSITION) if each in kinds), SHAPE)
+    return dict.fromkeys(node.output, kind)
+
+
+def _output_faults(model: onnx.ModelProto, classes: Mapping[str, str]) -> list[str]:
+    """Name outputs that the exporter does not write, and logits that are not those of the head."""
+    faults = []
+    for each in model.graph.output:
+        is_cache = each.name.startswith(f"{PRESENT}.") and classes.get(each.name) == CACHE
+        if each.name != LOGITS and not is_cache:
+            faults.append(f"the output '{readers.shorten(each.name)}' is not one that the exporter writes.")
+    return faults if head_of(model) is not None else [*faults, "its logits are not those of the head."]
+
+
+def _is_float(attribute: onnx.AttributeProto) -> bool:
+    return attribute.name in ("value_float", "value_floats") or attribute.t.data_type in FLOAT_TYPES
+
+
+def _casts_to_float(node: onnx.NodeProto) -> bool:
+    return any(attribute.name == "to" and attribute.i in FLOAT_TYPES for attribute in node.attribute)
