@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qat_edge import readers
 from qat_edge.errors import ExportError
+from qat_edge_exporters.artifact import ArtifactAdapter
 
 ADAPTER = "adapter"
 PREFIX = "base_model.model."  # of every tensor that peft saves
@@ -60,7 +63,14 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
     scaling = _scaling(folder, settings)
 
     # Every tensor must belong to a pair of matrices A and B.
-    tensors = load_file(folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{path}: cannot be read ({readers.shorten(error)}). Write the checkpoint's adapter again, or remove the "
+            "folder to export the base alone."
+        ) from error
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
     found = {}
     for module in sorted(modules):
@@ -68,12 +78,25 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
         up = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
         if down is None or up is None:
             raise ExportError(f"{folder}: {module or 'a tensor'} has no pair of matrices A and B of a linear layer.")
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ExportError(
+                f"{folder}: the adapter of {module} has numbers that are not finite. Train it again, with a lower "
+                "--learning-rate if the loss was not finite."
+            )
         found[module] = Adapter(down.float(), up.float() * scaling)
     if tensors:
         raise ExportError(
             f"{folder}: {next(iter(tensors))} does not belong to an adapter that can be exported unmerged."
         )
     return found
+
+
+def adapter_arrays(checkpoint: Path) -> dict[str, ArtifactAdapter]:
+    """Read the adapters by module name, as an artifact holds them; see `read_adapters`."""
+    return {
+        name: ArtifactAdapter(adapter.down.contiguous().numpy(), adapter.up.contiguous().numpy())
+        for name, adapter in read_adapters(checkpoint).items()
+    }
 
 
 def _scaling(folder: Path, settings: dict[str, Any]) -> float:

@@ -274,7 +274,7 @@ def _float_bytes(model: PreTrainedModel, adapters: dict[str, Adapter]) -> dict[s
         # The head is a linear layer as well.
         sizes["linears"] = sum(module.weight.nbytes for module in linears) - sizes["head"]
     if adapters:
-        sizes["adapters"] = sum(adapter.size_bytes for adapter in adapters.values())
+        sizes["adapter"] = sum(adapter.size_bytes for adapter in adapters.values())
     return sizes
 
 
