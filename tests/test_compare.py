@@ -93,7 +93,7 @@ def test_float_rows_equal_the_fine_tune_and_the_base(table: DeploymentTable) -> 
     assert merged.agreement.kl_nats < 1e-8 and lora.agreement.kl_nats < 1e-8
     assert base.agreement.kl_nats > 1e-3
     assert merged.perplexity == pytest.approx(table.reference.perplexity, rel=1e-5)
-    assert lora.size_bytes["adapters"] > 0 and "adapters" not in merged.size_bytes
+    assert lora.size_bytes["adapter"] > 0 and "adapter" not in merged.size_bytes
 
 
 def test_quantized_rows_are_smaller_and_differ(table: DeploymentTable) -> None:
@@ -102,7 +102,7 @@ def test_quantized_rows_are_smaller_and_differ(table: DeploymentTable) -> None:
         assert by_name[name].size_bytes["linears"] * 8 == by_name["merged"].size_bytes["linears"]
         agreement = by_name[name].agreement
         assert agreement is not None and agreement.kl_nats > 1e-6
-    assert by_name["naive"].size_bytes["adapters"] == by_name["lora"].size_bytes["adapters"]
+    assert by_name["naive"].size_bytes["adapter"] == by_name["lora"].size_bytes["adapter"]
 
 
 def test_each_rows_checkpoint_has_the_right_weights(run: Run, table: DeploymentTable) -> None:

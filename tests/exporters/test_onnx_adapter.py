@@ -60,16 +60,17 @@ class Pair:
     folder: Path
 
 
-def save_adapter(config: PretrainedConfig, folder: Path, rank: int, seed: int) -> None:
-    """Save random adapters on every linear layer, large enough to change the output."""
+def save_adapter(
+    config: PretrainedConfig, folder: Path, rank: int, seed: int, layers: str | list[str] = "all-linear"
+) -> None:
+    """Save random adapters on linear layers, large enough to change the output; "all-linear" excludes the head."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_config(config), LoraConfig(r=rank, lora_alpha=6, target_modules="all-linear")
-    )
+    settings = LoraConfig(r=rank, lora_alpha=6, target_modules=layers)
+    adapted = get_peft_model(AutoModelForCausalLM.from_config(config), settings)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def freeze(config: PretrainedConfig, folder: Path, codes: scheme.LinearCodes = scheme.INT4) -> None:
@@ -484,19 +485,20 @@ def test_graphs_that_use_such_inputs_otherwise_are_faults(change: str, pair: Pai
 # --- other layers, and what is refused ---------------------------------------------------------------------------
 
 
-def test_fused_projections_and_two_bits_have_adapters(tmp_path: Path) -> None:
+def test_fused_projections_two_bits_and_the_head_have_adapters(tmp_path: Path) -> None:
     """The builder separates the parts of a fused projection: each gets all of A, and its rows of B."""
     sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = Phi3Config(**sizes, tie_word_embeddings=False)
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "onnx"
     freeze(deepcopy(config), checkpoint, scheme.LinearCodes(2, "seq"))
-    save_adapter(config, checkpoint / ADAPTER, 4, seed=1)
+    layers = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    save_adapter(config, checkpoint / ADAPTER, 4, 1, layers)
     folder.mkdir()
     target_named("onnx").export(checkpoint, folder, CONTEXT)
 
     result = verify_folder(folder, "onnx", checkpoint)
     require_equal([result])
-    assert (result.linears, result.adapter, result.adapter_equal) == (8, 16, 16)
+    assert (result.linears, result.adapter, result.adapter_equal) == (8, 18, 18)
     assert sqnr(emulated(checkpoint, 6 / 4), run(folder)) > 25
     (tmp_path / "exposed").mkdir()
     inputs, outputs = expose(folder, tmp_path / "exposed").places["model.layers.0.self_attn.qkv_proj"]

@@ -72,7 +72,8 @@ def find_inputs(model: onnx.ModelProto) -> FoundInputs:
     nodes = {node.name: node for node in graph.node}
     others = {}
     for name in declared:
-        if name not in INPUTS and not name.startswith(PAST):
+        # A name that is not UTF-8 is read as bytes.
+        if not isinstance(name, str) or not (name in INPUTS or name.startswith(PAST)):
             others[name] = f"the input '{readers.shorten(name)}' is not one that the exporter writes."
         elif name in defaults:
             found.faults.append(f"the input '{readers.shorten(name)}' has a default, which only adapters have.")
@@ -141,9 +142,9 @@ def _reaches_products_alone(
 
     # Nothing else may read what is inside, and it may not leave the graph.
     inside = {named.down, named.up, down.output[0], up.output[0], product.output[0]}
-    readers_inside = [each.name for each in graph.node if not inside.isdisjoint(each.input)]
+    reading = [each.name for each in graph.node if not inside.isdisjoint(each.input)]
     returned = inside & {output.name for output in graph.output}
-    return sorted(readers_inside) == sorted(each.name for each in chain) and not returned
+    return len(reading) == len(chain) and set(reading) == {each.name for each in chain} and not returned
 
 
 def read_adapter(folder: Path, found: FoundInputs) -> tuple[dict[str, ArtifactAdapter] | None, list[str]]:
