@@ -30,6 +30,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import require_equal, verify_folder
 from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices.agent import active_adapter
 from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
 from qat_edge_exporters.onnx import adapter_format, names
 from qat_edge_exporters.onnx.matrix_outputs import expose
@@ -155,6 +156,10 @@ def emulated(checkpoint: Path, scaling: float) -> NDArray[np.float32]:
 def sqnr(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
     """Return the signal-to-noise ratio in dB."""
     return float(10 * np.log10(np.square(wanted).sum() / max(np.square(wanted - found).sum(), 1e-30)))
+
+
+def test_the_agent_has_the_same_name_of_the_file() -> None:
+    assert active_adapter.ADAPTER_FILE == names.ADAPTER_FILE
 
 
 # --- the two parts ---------------------------------------------------------------------------------------------
