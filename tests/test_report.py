@@ -482,6 +482,10 @@ def test_results_of_verify_are_shown_until_the_artifact_changes(tmp_path: Path) 
         "5 of 5 norms and biases equal; parity -52 dB (noise floor -50 dB), fault chance 50% (equal: 50%), "
         "192 tokens in 3 s" in shown
     )
+    run.verified.write_text(json.dumps([row | {"adapter": 28, "adapter_equal": 27}]))
+    assert "5 of 5 norms and biases equal, adapter: 27 of 28 matrices equal; parity" in write(run)
+    run.verified.write_text(json.dumps([row | {"adapter": 0, "adapter_equal": 0}]))
+    assert "adapter: " not in write(run)
 
     # Exported again, with another context length: the results of verify no longer apply.
     (run.exports / "onnx" / MANIFEST).unlink()

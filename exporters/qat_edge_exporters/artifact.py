@@ -30,6 +30,19 @@ class ArtifactWeight:
 
 
 @dataclass(frozen=True)
+class ArtifactAdapter:
+    """LoRA adapter of one layer as a file holds it.
+
+    Attributes:
+        down: A, float32 (rank, in).
+        up: s B, float32 (out, rank).
+    """
+
+    down: NDArray[np.float32]
+    up: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class FloatConstant:
     """One float32 constant of the file that is no matrix of codes and no scales: a norm, a bias, a rotary table.
 
@@ -109,11 +122,13 @@ class Artifact:
     Attributes:
         weights: by module name of the frozen checkpoint ("model.layers.0.self_attn.q_proj", "lm_head", ...).
         metadata: what a runtime reads: constant methods of a .pte, genai_config.json of an ONNX folder.
-        size_bytes: by part (linears, scales, embedding, head, graph, tokenizer); the sum is that of the folder's files,
-            without manifest and logs. A table shared by embedding and head counts as the embedding's.
+        size_bytes: by part (linears, scales, embedding, head, graph, tokenizer, adapter); the sum is that of the
+            folder's files, without manifest and logs. A table shared by embedding and head counts as the embedding's.
         faults: one sentence for each fault of the file itself (a constant whose bytes do not match their hash, a
             missing method), naming the layer and the position where known.
         floats: every other float32 constant; None where the backend stores them in a layout of its own.
+        adapter: LoRA adapter by module name, where the format has a place of its own for it; empty where that place
+            is empty, None where there is none.
     """
 
     weights: dict[str, ArtifactWeight]
@@ -121,6 +136,7 @@ class Artifact:
     size_bytes: dict[str, int]
     faults: list[str] = field(default_factory=list)
     floats: Sequence[FloatConstant] | None = None
+    adapter: Mapping[str, ArtifactAdapter] | None = None
 
     @property
     def end_tokens(self) -> list[int] | None:

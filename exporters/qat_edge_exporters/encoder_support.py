@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from qat_edge.errors import ExportError
 from qat_edge.models.tasks import ModelTask
+from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge_exporters import compat_transformers
-from qat_edge_exporters.checkpoint import is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from qat_edge.data.conversation import Prompt
-    from qat_edge_exporters.artifact import Artifact, Exposed, FloatConstant, HeldOption
+    from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
 
 EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
@@ -359,6 +359,16 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
     return TARGETS[name]
+
+
+def unmerged_adapter(checkpoint: Path) -> dict[str, ArtifactAdapter]:
+    """Return the adapter of a checkpoint that exporters leave unmerged, by module name; empty where it has none.
+
+    Raises:
+        ExportError: it does not compute W x + s B (A x), or cannot be read.
+    """
+    found: dict[str, ArtifactAdapter] = load("qat_edge_exporters.checkpoint:adapter_arrays")(checkpoint)
+    return found
 
 
 def require_known(folder: Path) -> None:

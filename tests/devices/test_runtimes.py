@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from summing_model import CONTEXT, PEAK, VOCABULARY, greedy, sums, write_onnx, w
 
 from qat_edge_devices import open_runtime
 from qat_edge_devices.agent import agent, loaded_models, machine
+from qat_edge_devices.agent.active_adapter import ADAPTER_FILE
 from qat_edge_devices.device_errors import (
     CapacityError,
     ConnectionLostError,
@@ -37,6 +39,7 @@ from qat_edge_devices.transport import CompletedProgram
 
 AGENT = [
     "agent/__init__.py",
+    "agent/active_adapter.py",
     "agent/agent.py",
     "agent/llama_model.py",
     "agent/loaded_models.py",
@@ -254,10 +257,15 @@ def test_without_genai_plain_onnxruntime_generates_the_same(
     assert [a["ids"] for a in completions] == [[3, 6, 12], greedy([1], 6)]
 
 
-def test_only_files_that_the_runtime_reads_are_sent(onnx_folder: Path, pte_folder: Path) -> None:
+def test_only_files_that_the_runtime_reads_are_sent(onnx_folder: Path, pte_folder: Path, tmp_path: Path) -> None:
     mock = MockTransport(lambda argv, files: CompletedProgram(0, "", ""))
     open_runtime("onnx", mock, threads=1).prepare(onnx_folder)
     assert sorted(mock.files) == [*AGENT, "artifact/genai_config.json", "artifact/model.onnx"]
+    mock.close()
+    adapted = Path(shutil.copytree(onnx_folder, tmp_path / "onnx"))
+    (adapted / ADAPTER_FILE).touch()
+    open_runtime("onnx", mock, threads=1).prepare(adapted)
+    assert f"artifact/{ADAPTER_FILE}" in mock.files
     mock.close()
     open_runtime("executorch", mock, threads=1).prepare(pte_folder)
     assert sorted(mock.files) == [*AGENT, "artifact/model.pte"]

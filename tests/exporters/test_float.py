@@ -25,7 +25,9 @@ from qat_edge.errors import ExportError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.models.tokenizer import TOKENIZER_FILES
 from qat_edge.quant import frozen, scheme
-from qat_edge_exporters.checkpoint import ADAPTER, read_adapters
+from qat_edge.quant.frozen_adapters import ADAPTER, read_adapters
+from qat_edge.verbs.verify import require_equal, verify_folder
+from qat_edge_exporters.onnx.names import ADAPTER_FILE
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
 CONTEXT = 32
@@ -121,13 +123,18 @@ def run_pte(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def run_onnx(folder: Path, tokens: Tensor) -> Tensor:
-    """Return the logits (S, V) of the whole text at once."""
+    """Return the logits (S, V) of the whole text at once, with the folder's adapter if it has one."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     feeds = {"input_ids": tokens.numpy(), "attention_mask": np.ones_like(tokens.numpy())}
     for value in session.get_inputs():
         if value.name.startswith("past_"):
             feeds[value.name] = np.zeros((1, 2, 0, 16), np.float32)
-    (logits,) = session.run(["logits"], feeds)
+    options = onnxruntime.RunOptions()
+    adapter = onnxruntime.LoraAdapter()
+    if (folder / ADAPTER_FILE).is_file():
+        adapter.Load(str(folder / ADAPTER_FILE))
+        options.add_active_adapter(adapter)
+    (logits,) = session.run(["logits"], feeds, options)
     return torch.from_numpy(logits)[0]
 
 
@@ -193,12 +200,34 @@ def test_quantized_weights_are_read_back_with_adapters(
 
 
 @pytest.mark.parametrize("target", DEFAULT_FORMATS)
+def test_verify_compares_the_adapter_with_the_checkpoint(
+    target: str, made: Mapping[str, Made], artifacts: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    folder, checkpoint = artifacts("quantized_adapted", target), made["quantized_adapted"].checkpoint
+    result = verify_folder(folder, target, checkpoint)
+    require_equal([result])
+    assert "adapter: 28 of 28 matrices equal" in result.describe()
+
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    path = other / ADAPTER / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"][3, 1] += 1
+    save_file(tensors, path)
+    changed = verify_folder(folder, target, other)
+    assert (changed.adapter_equal, changed.linears_equal) == (27, 14)
+    (fault,) = changed.faults
+    assert fault.startswith("model.layers.0.mlp.up_proj, adapter s B: ")
+
+
+@pytest.mark.parametrize("target", DEFAULT_FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_by_part(kind: str, target: str, artifacts: Callable[[str, str], Path]) -> None:
     folder = artifacts(kind, target)
     sizes = target_named(target).read(folder).size_bytes
     assert sum(sizes.values()) == sum(p.stat().st_size for p in folder.iterdir())
-    assert sizes.get("adapters", 0) == (0 if kind == "float" else 4 * ADAPTERS)
+    own_file = folder / ADAPTER_FILE  # of an ONNX folder
+    expected = own_file.stat().st_size if own_file.is_file() else 4 * ADAPTERS
+    assert sizes.get("adapter", 0) == (0 if kind == "float" else expected)
     assert sizes["linears"] == (LINEARS // 2 if kind == "quantized_adapted" else 4 * LINEARS)
     if kind != "quantized_adapted":
         assert (sizes["embedding"], sizes["head"]) == (4 * TABLE, 0)  # the model is tied

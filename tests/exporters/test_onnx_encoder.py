@@ -352,6 +352,10 @@ def set_metadata(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def give_ids_a_default(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([[1, 2]]), "input_ids"))
+
+
 FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "swapped matrices": (swap_matrices, "in place of"),
     "unknown node": (rename_node, "multiplies by the matrix of no layer"),
@@ -363,6 +367,7 @@ FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "a comparison": (compare_numbers, "(Greater) is no operator that the exporter writes"),
     "other positions": (change_positions, "has indices that the exporter does not write"),
     "a float matrix": (add_a_float_matrix, "a matrix that is not quantized"),
+    "a default": (give_ids_a_default, "the input 'input_ids' has a default"),
     "another output": (rename_output, "its outputs are"),
     "another norm": (change_a_norm, "LayerNorm.weight: not in the artifact as it was frozen"),
     "longer texts": (set_metadata("max_length", "49"), f"max_length is '49', the model has {POSITIONS} positions"),

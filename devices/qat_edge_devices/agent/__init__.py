@@ -2,6 +2,7 @@
 
     agent.py           entry point: read a request, run its task, write the results
     loaded_models.py   an artifact in each of the runtimes, behind one interface
+    active_adapter.py  the LoRA adapter of an ONNX folder
     machine.py         pin CPUs; read memory, clocks, heat and battery
 
 It needs Python with numpy and one runtime on the device, and nothing else of this package.

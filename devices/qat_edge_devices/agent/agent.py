@@ -2,7 +2,7 @@
 
 This folder is copied to devices without the rest of its package, so it imports only the standard library, numpy and the
 runtime (executorch with torch, executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp). A request names
-the backend, the artifact, the threads and one task:
+the backend, the artifact, its LoRA adapter or null, the threads and one task:
 
   score     logits of given token ids, row t predicting token t + 1: float32 (tokens, vocabulary); from position
             `decode_from` on, unless it is null, tokens are fed one at a time, as in generation

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # Relative, because the folder is sent under a shorter name.
+from .active_adapter import ADAPTER_FILE, GenaiAdapter, OnnxAdapter  # noqa: TID252
 from .llama_model import LlamaModel  # noqa: TID252
 from .model_errors import RequestRejected, token_chunks  # noqa: TID252
 from .transformers_model import TransformersModel  # noqa: TID252
@@ -272,6 +273,10 @@ class OnnxModel:
             self.session = self.library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except self.errors as error:
             raise RequestRejected(f"{path.name} cannot be loaded: {one_line(error)}") from error
+        try:
+            self.adapter = OnnxAdapter(self.library, request.get("adapter"))
+        except RuntimeError as error:
+            raise RequestRejected(f"{ADAPTER_FILE} cannot be loaded: {one_line(error)}") from error
 
         config = read_genai_config(artifact)
         self.context_length = context_length(config)
@@ -339,7 +344,8 @@ class OnnxModel:
 
     def _forward(self, ids: list[int]) -> dict[str, Any]:
         """Run the graph on `ids`; return its outputs by name, the logits as (1, rows, vocabulary)."""
-        outputs = self.session.run_with_ort_values(self.outputs, self.feed(ids, self.position) | self.cache)
+        feed, options = self.feed(ids, self.position) | self.cache, self.adapter.run_options
+        outputs = self.session.run_with_ort_values(self.outputs, feed, options)
         values = dict(zip(self.outputs, outputs, strict=True))
         self.cache = {name: values[name.replace(CACHE_PREFIX, NEW_CACHE_PREFIX)] for name in self.cache}
         self.position += len(ids)
@@ -373,6 +379,7 @@ class GenaiModel:
             for overlay in overlays:
                 config.overlay(json.dumps({"model": overlay}))
             self.model = self.library.Model(config)
+            self.adapter = GenaiAdapter(self.library, self.model, request.get("adapter"))
         except RuntimeError as error:
             raise RequestRejected(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
         self.pool_threads = threads
@@ -384,6 +391,7 @@ class GenaiModel:
         min_length = length if self.ignores_end else 0
         params.set_search_options(**GREEDY, min_length=min_length, max_length=length)
         self.generator = self.library.Generator(self.model, params)
+        self.adapter.activate(self.generator)
         self.generator.append_tokens(self.numpy.array(prompt, self.numpy.int32))
         return self.next(0)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge_devices import device_data
+from qat_edge_devices.agent.active_adapter import ADAPTER_FILE
 from qat_edge_devices.device_errors import (
     MissingPackageError,
     RequestRejectedError,
@@ -58,6 +59,7 @@ class AgentRuntime(ABC):
 
     Attributes:
         backend: name of the artifact's format in requests.
+        adapter: path on the device of the artifact's LoRA adapter; None for an artifact without one.
 
     Args:
         transport: connection to the device.
@@ -67,6 +69,7 @@ class AgentRuntime(ABC):
     """
 
     backend: str
+    adapter: str | None = None
 
     def __init__(
         self,
@@ -106,6 +109,9 @@ class AgentRuntime(ABC):
             self._max_score_bytes = info.free_disk_bytes // DISK_SHARE
 
         self.transport.push(files)
+        # The device keeps the files of earlier artifacts, so that an adapter there may be another one's.
+        adapter = f"{self.entry()}/{ADAPTER_FILE}"
+        self.adapter = adapter if adapter in files else None
 
     def score(
         self, sequences: Sequence[Sequence[int]], decode_from: int | None = None, max_bytes: int = SCORE_BYTES
@@ -210,7 +216,10 @@ class AgentRuntime(ABC):
             folder: must not exist yet.
             done_before: items that earlier processes finished, for the progress shown.
         """
-        shared = {"format": FORMAT, "backend": self.backend, "artifact": self.entry(), "threads": self.threads}
+        shared = {
+            "format": FORMAT, "backend": self.backend, "artifact": self.entry(), "adapter": self.adapter,
+            "threads": self.threads,
+        }  # fmt: skip
         # The agent empties its results folder first, so a request can be repeated.
         retry(lambda: self._round_trip(shared | request, folder, done_before))
         with self._reading_results():
@@ -287,10 +296,10 @@ class OnnxRuntime(AgentRuntime):
     backend = "onnx"
 
     def files(self, artifact: Path) -> dict[str, Path]:
-        """Return graph, external weights and configuration under their own names, since they refer to each other."""
+        """Return graph, external weights, adapter and configuration under their own names."""
         if not (artifact / "model.onnx").is_file():
             raise TransportError(f"{artifact}: no model.onnx there. Export it again.")
-        names = [*sorted(path.name for path in artifact.glob("model.onnx*")), "genai_config.json"]
+        names = [*sorted(path.name for path in artifact.glob("model.onnx*")), ADAPTER_FILE, "genai_config.json"]
         return {f"{self.entry()}/{name}": artifact / name for name in names if (artifact / name).is_file()}
 
     def entry(self) -> str:

@@ -21,9 +21,10 @@ from qat_edge.models import tasks, tokenizer
 from qat_edge.models.tasks import ModelTask
 from qat_edge.quant import frozen as checkpoint
 from qat_edge.quant.codebook import FEWEST
+from qat_edge.quant.frozen_adapters import Adapter, read_adapters
 from qat_edge.storage import disk_errors, write_text
 from qat_edge_exporters import encoder_support
-from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.graph import attention, lowering, quantized_modules, tracing
@@ -275,7 +276,7 @@ def _float_bytes(model: PreTrainedModel, adapters: dict[str, Adapter]) -> dict[s
         # The head is a linear layer as well.
         sizes["linears"] = sum(module.weight.nbytes for module in linears) - sizes["head"]
     if adapters:
-        sizes["adapters"] = sum(adapter.size_bytes for adapter in adapters.values())
+        sizes["adapter"] = sum(adapter.size_bytes for adapter in adapters.values())
     return sizes
 
 

@@ -18,8 +18,9 @@ from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.quant.frozen import FrozenWeight, read_floats, read_scheme, read_weights
+from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.quant.rotated_norm import ROTATION
-from qat_edge_exporters.checkpoint import is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.gguf import gguf_blocks, gguf_file, gguf_support
 from qat_edge_exporters.gguf.gguf_blocks import BY_BITS, BlockType
 from qat_edge_exporters.gguf.gguf_families import EMBEDDING, HEAD, Family, family_of, is_norm, module_names, row_order

@@ -24,9 +24,10 @@ from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.quant import frozen, frozen_config
 from qat_edge.quant.frozen import FrozenWeight
+from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.quant.packing import pack_int32
 from qat_edge.quant.rotated_norm import ROTATION
-from qat_edge_exporters.checkpoint import is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.huggingface import hf_settings, hf_support
 from qat_edge_exporters.huggingface.compressed_config import BITS
 from qat_edge_exporters.huggingface.float_tables import FloatTable, float_tables

@@ -11,7 +11,8 @@ then those that read the result:
     builder.py            run onnxruntime-genai's model builder in a process of its own
     repair.py             correct the builder's graph until it computes the frozen model
     half_steps.py         add the nodes that 2-bit levels -1.5 -0.5 0.5 1.5 need
-    unmerged_adapters.py  add LoRA adapters to the graph as nodes of their own
+    unmerged_adapters.py  add inputs for LoRA adapters to the graph, and the nodes that read them
+    adapter_format.py     read and write the file with the matrices of an adapter
     graph_file.py         read and write a graph whose tensors are in a separate data file
     names.py              convert between names of modules and names of nodes
     onnx_reader.py        read codes, scales and sizes back from a folder, for `verify`
@@ -19,6 +20,7 @@ then those that read the result:
     genai_config.py       check the keys of genai_config.json against those that an export has
     expected_config.py    compare genai_config.json with what the export of a checkpoint writes
     graph_check.py        find nodes that the exporter does not make
+    adapter_check.py      check the graph's inputs for an adapter, and read the file with its matrices
     folder_check.py       check a folder before a runtime loads it
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
     onnx_compat.py        every use of internals of onnxruntime-genai and transformers

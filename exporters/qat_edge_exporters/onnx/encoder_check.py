@@ -49,8 +49,9 @@ NUMBERS = frozenset(
 def graph_faults(model: onnx.ModelProto) -> list[str]:
     """Return a fault for each node that an export does not have, a sentence each."""
     classes = {each.name: NUMBER if each.data_type in FLOAT_TYPES else SHAPE for each in model.graph.initializer}
-    classes |= {each.name: CONTENT for each in model.graph.input if each.name not in classes}
-    faults = []
+    inputs = [each.name for each in model.graph.input]
+    faults = [f"the input '{readers.shorten(name)}' has a default." for name in inputs if name in classes]
+    classes |= dict.fromkeys(inputs, CONTENT)
     for node in model.graph.node:  # in the order of computation
         kinds = {classes.get(name, CONTENT) for name in node.input if name}
         fault = _fault_of(node, kinds)

@@ -15,8 +15,9 @@ from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.quant import frozen as checkpoint
+from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.storage import disk_errors
-from qat_edge_exporters.checkpoint import is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.onnx import decoder_graph, decoder_support, expected_config, graph_file, names
 from qat_edge_exporters.rotary_frequencies import fix_rotary_frequencies
 

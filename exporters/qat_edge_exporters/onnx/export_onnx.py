@@ -25,13 +25,15 @@ from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge.python_process import python_command
 from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
+from qat_edge.quant.frozen_adapters import Adapter, read_adapters
 from qat_edge.quant.rotated_norm import stored_rotations
-from qat_edge_exporters.checkpoint import Adapter, is_frozen, read_adapters
+from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.onnx import names, onnx_support
 from qat_edge_exporters.onnx.architecture import Architecture, read_architecture, split_fused
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 from qat_edge_exporters.onnx.olive_checkpoint import write_checkpoint
 from qat_edge_exporters.onnx.repair import FrozenModel, repair
+from qat_edge_exporters.onnx.unmerged_adapters import split_fused_adapters
 
 ACCURACY_LEVEL = 4  # int8 activations, as trained; 8-bit nodes at any other level run about 100 times slower
 BUILDER_OPTIONS = (
@@ -42,11 +44,15 @@ BUILDER_OPTIONS = (
     # A cache of the window alone would need buffers that only onnxruntime-genai makes; plain onnxruntime grows its own.
     "windowed_kv_cache=false",
 )
+ERRORS_ONLY = 3  # for a graph with inputs for an adapter: onnxruntime warns about every input that has a default
 LOG_LINES = 5  # of a failed builder, quoted by the error
 
 
 def export(frozen: Path, out: Path, context_length: int) -> None:
     """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer into the empty folder `out`.
+
+    Where the checkpoint has an adapter, model.onnx has inputs for it and computes the base without them, and
+    adapter.onnx_adapter holds its matrices: other adapters of the same layers fit the same base.
 
     Args:
         frozen: a frozen checkpoint, or a float one, which stays in float32; its adapters are exported unmerged.
@@ -77,6 +83,8 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
     genai["search"] = _search(genai["search"], frozen, context_length)
     genai["model"]["context_length"] = context_length
     genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)
+    if adapters:
+        genai["model"]["decoder"]["session_options"]["log_severity_level"] = ERRORS_ONLY
     (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
     tokenizer.copy_tokenizer_files(frozen, out)
 
@@ -118,7 +126,7 @@ def _build_float(
     source: Path, built: Path, config: dict[str, Any], adapters: dict[str, Adapter], architecture: Architecture
 ) -> FrozenModel:
     """Build the graph of a float checkpoint into the folder `built`."""
-    _check_names(config, adapters)
+    _check_names(config, split_fused_adapters(adapters, architecture.fused))
     progress.info("Building the graph with onnxruntime-genai's builder")
     run_builder(source, built, "fp32", built.with_name("cache"))
     rotation = next((rotation.numpy() for rotation in stored_rotations(source).values()), None)

@@ -13,7 +13,7 @@ import onnx
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.onnx import genai_config, graph_file, names
+from qat_edge_exporters.onnx import adapter_check, genai_config, graph_file, names
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # of the operators in an export; both are built into ONNX Runtime
 # Operators of these domains that run a compiled graph from a file, or Python code.
@@ -21,13 +21,15 @@ OTHER_CODE = ("EPContext", "PythonOp", "PythonOpGrad")
 
 
 def check_folder(folder: Path) -> None:
-    """Check genai_config.json and the graph's operators; `graph_file.load_graph` refuses tensors in other files.
+    """Check genai_config.json, the graph's operators and the adapter; `load_graph` refuses tensors in other files.
 
     Raises:
-        ArtifactError: The folder asks a runtime to load something that is not part of an export.
+        ArtifactError: The folder asks a runtime to load something that is not part of an export, or its adapter does
+            not fit its graph.
     """
     genai_config.check_config(folder)
-    _check_graph(folder / names.MODEL_FILE)
+    model = _check_graph(folder / names.MODEL_FILE)
+    adapter_check.check_adapter(folder, model)
 
 
 def check_encoder_folder(folder: Path) -> None:
@@ -39,7 +41,7 @@ def check_encoder_folder(folder: Path) -> None:
     _check_graph(folder / names.MODEL_FILE)
 
 
-def _check_graph(path: Path) -> None:
+def _check_graph(path: Path) -> onnx.ModelProto:
     model = graph_file.load_graph(path)
 
     found = {opset.domain for opset in model.opset_import} | {function.domain for function in model.functions}
@@ -53,6 +55,7 @@ def _check_graph(path: Path) -> None:
             f"{path}: operators of '{readers.shorten(other[0])}' need a native library that an export does not have. "
             f"Export again; the domains of an export are {' and '.join(filter(None, DOMAINS))}."
         )
+    return model
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -12,23 +12,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qat_edge.models.token_ids import reusable_length
+from qat_edge_exporters.onnx import names
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 from qat_edge_exporters.runner_turns import Take, serve
 
 ROOM = 2  # size of the KV cache as a multiple of the first prompt and answer: the next turns fit without another one
 
 
+ADAPTER = "adapter"  # name of the folder's adapter while it is loaded
+
+
 class GenaiRunner:
-    """A folder in onnxruntime-genai, with the KV cache of the turn before."""
+    """A folder in onnxruntime-genai, with the KV cache of the turn before.
+
+    The folder's adapter, where it has one, is active in every answer.
+    """
 
     def __init__(self, folder: str) -> None:
         import onnxruntime_genai as genai
 
         self._genai = genai
         self._model = genai.Model(folder)
+        adapter = Path(folder) / names.ADAPTER_FILE
+        self._adapters = genai.Adapters(self._model) if adapter.is_file() else None
+        if self._adapters is not None:
+            self._adapters.load(str(adapter), ADAPTER)
         self._generator: Any = None
         self._room = 0  # tokens that the generator's cache holds
 
@@ -51,6 +63,8 @@ class GenaiRunner:
             # Whatever genai_config.json keeps of the model's own settings for apps.
             params.set_search_options(**NEUTRAL_SEARCH, max_length=self._room)
             self._generator = self._genai.Generator(self._model, params)
+            if self._adapters is not None:
+                self._generator.set_active_adapter(self._adapters, ADAPTER)
             kept = 0
         else:
             kept = reusable_length(self._generator.get_sequence(0).tolist(), ids)

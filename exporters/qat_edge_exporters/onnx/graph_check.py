@@ -13,6 +13,7 @@ import onnx
 
 from qat_edge import readers
 from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.adapter_check import FoundInputs
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
 ATTENTION = "GroupQueryAttention"
@@ -33,15 +34,21 @@ OPERATORS = frozenset(
 SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
 
 
-def graph_faults(model: onnx.ModelProto) -> list[str]:
-    """Return a fault for each kind of node that an export does not have, a sentence each."""
+def graph_faults(model: onnx.ModelProto, adapter: FoundInputs) -> list[str]:
+    """Return a fault for each kind of node or input that an export does not have, a sentence each.
+
+    Args:
+        model: the graph.
+        adapter: its inputs for an adapter.
+    """
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name for tensor in model.graph.initializer}
     constants |= {output for output, node in producers.items() if node.op_type == "Constant"}
     unknown = sorted({node.op_type for node in model.graph.node} - OPERATORS)
     faults = [f"the operator {readers.shorten(kind)} is not one that the exporter writes." for kind in unknown]
-    faults += _input_faults(model)
-    return [f"{names.MODEL_FILE}: {fault}" for fault in faults + _logit_faults(producers, constants)]
+    faults += adapter.faults + _input_faults(model)
+    faults += _logit_faults(producers, constants | adapter.input_names, adapter.sums)
+    return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
 
 
 def _input_faults(model: onnx.ModelProto) -> list[str]:
@@ -67,8 +74,14 @@ def _input_faults(model: onnx.ModelProto) -> list[str]:
     return faults
 
 
-def _logit_faults(producers: Mapping[str, onnx.NodeProto], constants: set[str]) -> list[str]:
-    """Name the node that makes logits of something other than the product of the head."""
+def _logit_faults(producers: Mapping[str, onnx.NodeProto], constants: set[str], adapted: set[str]) -> list[str]:
+    """Name the node that makes logits of something other than the product of the head.
+
+    Args:
+        producers: nodes by their outputs.
+        constants: values that are no tensors of the run.
+        adapted: sums of a layer's product and its adapter's.
+    """
     value = "logits"
     for _ in range(len(producers) + 1):  # a graph of anyone may have a cycle
         node = producers.get(value)
@@ -78,7 +91,8 @@ def _logit_faults(producers: Mapping[str, onnx.NodeProto], constants: set[str]) 
             return []
         others = [name for name in node.input if name not in constants]
         is_scaled = node.op_type in SCALING and len(others) == 1
-        is_sum = node.op_type == "Add" and (len(others) == 1 or _is_part_of_product(node, producers))
+        is_part = value in adapted or _has_half_step(node, producers)
+        is_sum = node.op_type == "Add" and (len(others) == 1 or is_part)
         if is_scaled or is_sum:
             value = others[0]
         else:
@@ -86,13 +100,12 @@ def _logit_faults(producers: Mapping[str, onnx.NodeProto], constants: set[str]) 
     return ["the logits depend on themselves."]
 
 
-def _is_part_of_product(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
-    """Return whether a sum adds half steps, or an unmerged adapter with matrices that were read."""
-    product, other = (producers.get(name) for name in node.input)
-    if product is None or other is None:
+def _has_half_step(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Return whether a node is the sum that adds half steps."""
+    product = producers.get(node.input[0]) if node.input else None
+    if product is None or product.op_type != "MatMulNBits":
         return False
-    is_adapter = node.name.endswith("/lora/Add") and other.op_type == "MatMul" and "/lora_" in other.name
-    return is_adapter or (product.op_type == "MatMulNBits" and has_half_step(product, producers))
+    return node.name == f"{names.half_step_stem(product.name)}/Add" and has_half_step(product, producers)
 
 
 def _reads(node: onnx.NodeProto, what: str) -> str:

@@ -52,7 +52,7 @@ def add_half_steps(
             added[node.name] = _sum_nodes(node.input[0], block, sums[key])
         added[node.name] += _product_nodes(node, sums[key])
 
-    _insert_behind(model, added)
+    insert_behind(model, added)
 
 
 def has_half_step(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> bool:
@@ -74,7 +74,7 @@ def has_half_step(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto])
     operators = [each.op_type for each in (add, product, total, blocks)]
     return (
         operators == ["Add", "FusedMatMul", "ReduceSum", "Reshape"]
-        and _reads(_input(add, 0), node.output[0], producers)
+        and _input(add, 0) in node.output
         and _input(add, 1) in product.output
         and _input(product, 1) == _input(node, 2)
         and _input(blocks, 0) == _input(node, 0)
@@ -85,15 +85,14 @@ def has_half_step(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto])
     )
 
 
-def output_of(node: onnx.NodeProto, nodes: Mapping[str, onnx.NodeProto]) -> str:
-    """Return the value that holds the whole product of a MatMulNBits node, half steps included.
+def last_of_product(node: onnx.NodeProto, nodes: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto:
+    """Return the node whose output is the whole product of a MatMulNBits node, half steps included.
 
     Args:
         node: The MatMulNBits node.
         nodes: The nodes of the graph by name.
     """
-    add = nodes.get(f"{names.half_step_stem(node.name)}/Add")
-    return node.output[0] if add is None else add.output[0]
+    return nodes.get(f"{names.half_step_stem(node.name)}/Add", node)
 
 
 def _sum_nodes(source: str, block: int, output: str) -> list[onnx.NodeProto]:
@@ -121,21 +120,13 @@ def _product_nodes(node: onnx.NodeProto, sums: str) -> list[onnx.NodeProto]:
     ]  # fmt: skip
 
 
-def _insert_behind(model: onnx.ModelProto, added: Mapping[str, list[onnx.NodeProto]]) -> None:
+def insert_behind(model: onnx.ModelProto, added: Mapping[str, list[onnx.NodeProto]]) -> None:
     """Insert nodes behind those of the given names: nodes must be in the order of computation."""
     in_order = [part for node in model.graph.node for part in (node, *added.get(node.name, []))]
     # Copied before the list is cleared, because that frees the originals.
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in in_order]
     del model.graph.node[:]
     model.graph.node.extend(copies)
-
-
-def _reads(value: str, wanted: str, producers: Mapping[str, onnx.NodeProto]) -> bool:
-    """Return whether a value is the wanted one, or its sum with an unmerged adapter."""
-    if value == wanted:
-        return True
-    producer = producers.get(value)
-    return producer is not None and producer.name.endswith("/lora/Add") and _input(producer, 0) == wanted
 
 
 def _input(node: onnx.NodeProto, index: int) -> str:

@@ -11,7 +11,7 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Exposed
 from qat_edge_exporters.onnx import decoder_signature, graph_file, names, traced_names
-from qat_edge_exporters.onnx.half_steps import output_of
+from qat_edge_exporters.onnx.half_steps import last_of_product
 
 
 class MatrixValues(NamedTuple):
@@ -34,7 +34,8 @@ def expose(folder: Path, out: Path) -> Exposed:
     for node in graph.graph.node:
         module = module_of(node.name) if node.op_type in ("MatMulNBits", "MatMul") else None
         if module is not None:
-            matrices[module] = MatrixValues(node.input[0], [output_of(node, nodes)])
+            last = nodes.get(names.adapter_names(node.name).sum_node, last_of_product(node, nodes))
+            matrices[module] = MatrixValues(node.input[0], [last.output[0]])
 
     # Layers share inputs, and an output may be exposed already: each name is added once, in order.
     existing = {output.name for output in graph.graph.output}

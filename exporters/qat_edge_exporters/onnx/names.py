@@ -9,6 +9,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+ADAPTER_FILE = "adapter.onnx_adapter"  # matrices of an unmerged LoRA adapter, in onnxruntime's format
 ROTATION_NODE = f"/{HEAD}/turn/MatMul"  # multiplies the head's input by a rotation; the name is part of the format
 GENAI_CONFIG = "genai_config.json"  # of a decoder
 CONFIG = "config.json"  # of an encoder, copied from its checkpoint
@@ -24,6 +25,26 @@ class RotaryTable(NamedTuple):
 
     layer_type: str
     is_sine: bool
+
+
+class AdapterNames(NamedTuple):
+    """Names of the nodes and inputs that add a LoRA adapter to the product of one layer.
+
+    Attributes:
+        down: input of the graph with A transposed, (in, rank).
+        up: input of the graph with s B transposed, (rank, out).
+        down_node: node that multiplies the layer's input by A.
+        up_node: node that multiplies the result by s B.
+        sum_node: node that adds this to the layer's own product.
+        base: value that holds the layer's own product.
+    """
+
+    down: str
+    up: str
+    down_node: str
+    up_node: str
+    sum_node: str
+    base: str
 
 
 # Initializers of shape (positions, rotated width / 2).
@@ -60,6 +81,20 @@ def module_of_node(node: str | bytes) -> str | None:
 def half_step_stem(node: str) -> str:
     """Return the prefix of the names of the nodes that add half a step to a MatMulNBits node's levels."""
     return f"{node.rpartition('/')[0]}/half_step"
+
+
+def adapter_names(node: str) -> AdapterNames:
+    """Return the names that belong to the adapter of the layer whose MatMulNBits or MatMul node has this name."""
+    stem = node.rpartition("/")[0]
+    down, up = f"{stem}/lora_A/MatMul", f"{stem}/lora_B/MatMul"
+    return AdapterNames(
+        down=f"{initializer_stem(down)}.weight",
+        up=f"{initializer_stem(up)}.weight",
+        down_node=down,
+        up_node=up,
+        sum_node=f"{stem}/lora/Add",
+        base=f"{stem}/lora/base",
+    )
 
 
 def initializer_stem(node: str) -> str:

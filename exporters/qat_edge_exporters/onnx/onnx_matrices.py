@@ -7,6 +7,7 @@ codes without padding.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,10 +198,20 @@ def _read_matrix(graph: OnnxGraph, node: onnx.NodeProto, matrix: MatrixLocation,
     found.parts.setdefault(scales.name, PartSize(scales_part, scales.values.nbytes))
 
 
-def record_float_matrix(graph: OnnxGraph, node: onnx.NodeProto, part: str, found: FoundMatrices) -> None:
-    """Record the size of a matrix in float as a fault: it would work, but it is not what was frozen."""
+def record_float_matrix(
+    graph: OnnxGraph, node: onnx.NodeProto, part: str, found: FoundMatrices, permitted: Collection[str] = ()
+) -> None:
+    """Record the size of a matrix in float as a fault: it would work, but it is not what was frozen.
+
+    Args:
+        graph: the graph.
+        node: that may read such a matrix.
+        part: of the artifact, which the matrix counts in.
+        found: gets the size and the fault.
+        permitted: names of matrices that have to be in float.
+    """
     for name in node.input:
-        if name not in graph.initializers or len(graph.initializers[name].dims) != 2:
+        if name in permitted or name not in graph.initializers or len(graph.initializers[name].dims) != 2:
             continue
         size_bytes = graph_file.tensor(graph.initializers[name], graph.path.parent).nbytes
         found.parts.setdefault(name, PartSize(part, size_bytes))
@@ -208,12 +219,17 @@ def record_float_matrix(graph: OnnxGraph, node: onnx.NodeProto, part: str, found
 
 
 def sizes(folder: Path, found: FoundMatrices) -> dict[str, int]:
-    """Return bytes by part. "graph": nodes, norms, biases, rotary tables, padding and configuration."""
+    """Return bytes by part. "graph": nodes, norms, biases, rotary tables, padding and configuration.
+
+    An adapter is the file of its own, where the folder has one.
+    """
     sizes = dict.fromkeys(("linears", "scales", "embedding", "head", "graph", "tokenizer"), 0)
     for part in found.parts.values():
         name = "head" if part.name == names.HEAD else part.name
         sizes[name] = sizes.get(name, 0) + part.size_bytes
     files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
+    if names.ADAPTER_FILE in files:
+        sizes["adapter"] = files[names.ADAPTER_FILE]
     sizes["tokenizer"] = sum(size for name, size in files.items() if name in tokenizer.TOKENIZER_FILES)
     # Everything that belongs to no other part.
     sizes["graph"] = sum(files.values()) - sum(sizes.values())

@@ -16,8 +16,8 @@ import onnx
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.onnx import graph_check, graph_file, names, onnx_matrices, onnx_options
+from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, ArtifactWeight, FloatConstant
+from qat_edge_exporters.onnx import adapter_check, graph_check, graph_file, names, onnx_matrices, onnx_options
 from qat_edge_exporters.onnx.onnx_matrices import FLOAT_OPERATORS, TOKENIZER_FILES, FoundMatrices, OnnxGraph
 
 _FINAL_NORM = re.compile(r"model\.layers\.\d+\.final_norm_layernorm\.weight")
@@ -33,6 +33,8 @@ def read(folder: Path) -> Artifact:
     genai = genai_config(folder / names.GENAI_CONFIG)
     graph = OnnxGraph.load(folder / names.MODEL_FILE)
     found = FoundMatrices()
+    adapter_inputs = adapter_check.find_inputs(graph.model)
+    adapter, adapter_faults = adapter_check.read_adapter(folder, adapter_inputs)
     for node in graph.model.graph.node:
         if node.op_type == "MatMulNBits":
             module = names.module_of_node(node.name)
@@ -42,35 +44,43 @@ def read(folder: Path) -> Artifact:
             width = genai["model"]["decoder"]["hidden_size"]
             onnx_matrices.read_table(graph, node, names.EMBEDDING, width, found)
         elif node.op_type in FLOAT_OPERATORS and node.name != names.ROTATION_NODE:
-            onnx_matrices.record_float_matrix(graph, node, _part_of_float_matrix(node), found)
+            part = _part_of_float_matrix(node)
+            onnx_matrices.record_float_matrix(graph, node, part, found, adapter_inputs.input_names)
 
     # Before fused projections are joined: the configuration of the graph counts them separately.
     found.faults += _missing_matrices(found.weights, genai) + config_faults(folder, graph, genai)
-    found.faults += graph_check.graph_faults(graph.model)
+    found.faults += graph_check.graph_faults(graph.model, adapter_inputs) + adapter_faults
     _join_fused(graph.model, found)
+    if adapter is not None:
+        _join_fused_adapters(graph.model, adapter, found.faults)
     return Artifact(
         weights=found.weights,
         metadata=metadata(graph, genai),
         size_bytes=onnx_matrices.sizes(folder, found),
         faults=found.faults,
-        floats=_float_constants(graph, found),
+        floats=_float_constants(graph, found, adapter_inputs.input_names),
+        adapter=adapter,
     )
 
 
 def _part_of_float_matrix(node: onnx.NodeProto) -> str:
-    if "/lora_" in node.name:
-        return "adapters"
     if node.op_type in ("Gather", "Transpose"):  # a head that shares the embedding's table reads it transposed
         return "embedding"
     return names.HEAD if names.module_of_node(node.name) == names.HEAD else "linears"
 
 
-def _float_constants(graph: OnnxGraph, found: FoundMatrices) -> list[FloatConstant]:
-    """Return every float32 initializer that is no scale of a matrix, under the checkpoint's name where it has one."""
+def _float_constants(graph: OnnxGraph, found: FoundMatrices, adapter_inputs: set[str]) -> list[FloatConstant]:
+    """Return every float32 initializer that is no scale of a matrix, under the checkpoint's name where it has one.
+
+    Args:
+        graph: the graph.
+        found: its matrices.
+        adapter_inputs: names of inputs for an adapter, whose defaults are empty.
+    """
     rotations = {node.input[1] for node in graph.model.graph.node if node.name == names.ROTATION_NODE}
     constants = []
     for name, initializer in graph.initializers.items():
-        if name in found.parts or initializer.data_type != onnx.TensorProto.FLOAT:
+        if name in found.parts or name in adapter_inputs or initializer.data_type != onnx.TensorProto.FLOAT:
             continue
         values = graph_file.tensor(initializer, graph.path.parent)
         # The graph multiplies by the transposed rotation.
@@ -131,6 +141,18 @@ def _join_fused(model: onnx.ModelProto, found: FoundMatrices) -> None:
             codes = np.concatenate([part.codes for part in parts])
             scales = np.concatenate([part.scales for part in parts])
             found.weights[name] = replace(parts[0], codes=codes, scales=scales)
+
+
+def _join_fused_adapters(model: onnx.ModelProto, adapter: dict[str, ArtifactAdapter], faults: list[str]) -> None:
+    """Join the adapters of the parts of fused projections: one A, and the rows of B."""
+    for name, part_names in _fused_parts(model).items():
+        parts = [adapter.pop(part) for part in part_names if part in adapter]
+        if not parts:
+            continue
+        if len(parts) < len(part_names) or any(not np.array_equal(part.down, parts[0].down) for part in parts):
+            faults.append(f"{names.ADAPTER_FILE}: the parts of {readers.shorten(name)} do not share a matrix A.")
+        else:
+            adapter[name] = ArtifactAdapter(parts[0].down, np.concatenate([part.up for part in parts]))
 
 
 def _missing_matrices(weights: dict[str, ArtifactWeight], genai: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ The builder leaves these differences:
 - An embedding with its own table is stored in float; it becomes GatherBlockQuantized over the frozen codes.
 - For a row whose width no block size divides, K includes the padding.
 - A head whose input is rotated (`quant.rotated_norm`) is built without the rotation.
-- Unmerged adapters are missing.
+- Inputs for unmerged adapters are missing.
 - Two bits have levels -2 -1 0 1 only (`half_steps`).
 - Rotary tables are of the default type, for the longest context that the model supports. The model's own tables, up to
   the context length, replace them.
@@ -30,13 +30,13 @@ from onnx import helper
 
 from qat_edge.errors import ExportError
 from qat_edge.quant.frozen import FrozenWeight
-from qat_edge_exporters.checkpoint import Adapter
-from qat_edge_exporters.onnx import graph_file, names
+from qat_edge.quant.frozen_adapters import Adapter
+from qat_edge_exporters.onnx import adapter_format, graph_file, names
 from qat_edge_exporters.onnx.architecture import EMBEDDING_SCALE as SCALE_INITIALIZER
 from qat_edge_exporters.onnx.architecture import Architecture, fused_metadata
 from qat_edge_exporters.onnx.half_steps import add_half_steps
 from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
-from qat_edge_exporters.onnx.unmerged_adapters import add_adapters
+from qat_edge_exporters.onnx.unmerged_adapters import add_adapter_inputs, split_fused_adapters
 
 EMBEDDING_GATHER = "/model/embed_tokens/Gather"
 EMBEDDING_SCALE = "/model/embed_tokens/Mul"
@@ -67,8 +67,11 @@ class FrozenModel:
 def repair(built: Path, out: Path, frozen: FrozenModel) -> None:
     """Read the graph of the builder's folder `built`, and write the repaired graph and its data file into `out`.
 
+    The matrices of an adapter become a file next to them.
+
     Raises:
-        ExportError: the builder left a frozen matrix out, or stored it differently than requested.
+        ExportError: the builder left a frozen matrix out, or stored it differently than requested; an adapter fits no
+            layer.
     """
     model = graph_file.load_graph(built / names.MODEL_FILE)
     architecture = frozen.architecture
@@ -85,9 +88,11 @@ def repair(built: Path, out: Path, frozen: FrozenModel) -> None:
     if frozen.rotation is not None:
         tensors |= _rotate_head_input(model, frozen.rotation)
     add_half_steps(model, frozen.weights)
-    tensors |= add_adapters(model, frozen.adapters)
+    parameters = add_adapter_inputs(model, split_fused_adapters(frozen.adapters, architecture.fused))
 
-    graph_file.save(model, tensors, built, out)
+    graph_file.save(model, tensors, built, out, inline=parameters.keys())
+    if parameters:
+        adapter_format.write(out / names.ADAPTER_FILE, parameters)
 
 
 def _check_matrices(model: onnx.ModelProto, weights: Mapping[str, FrozenWeight]) -> None:

@@ -1,9 +1,20 @@
-"""Add LoRA adapters to the graph without merging them: y = W x + s B (A x), with two more products per layer."""
+"""Inputs of the graph for LoRA adapters that stay unmerged: y = W x + s B (A x), with two more products per layer.
+
+A transposed (in, rank) and s B transposed (rank, out) of every adapted layer are inputs of the graph with a default, a
+matrix of rank 0 whose product is zero. So the graph alone computes the base, and is the same for every adapter of the
+same layers. `adapter_format` holds the matrices of one adapter, of any rank, by the names of these inputs:
+
+    onnxruntime          RunOptions.add_active_adapter(LoraAdapter)
+    onnxruntime-genai    Generator.set_active_adapter(Adapters, name)
+
+Measured with onnxruntime 1.31.1: products over a rank of 0 are exactly zero, so the base's outputs are those of a graph
+without these inputs, bit for bit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,59 +22,102 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qat_edge.errors import ExportError
-from qat_edge_exporters.checkpoint import Adapter
+from qat_edge.quant.frozen_adapters import Adapter
 from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.half_steps import insert_behind, last_of_product
+from qat_edge_exporters.onnx.names import AdapterNames
+
+LAYERS = ("MatMul", "MatMulNBits")  # operators of the layers that an adapter can be added to
 
 
-def add_adapters(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dict[str, NDArray[Any]]:
-    """Add the nodes of every adapter to the graph.
+def split_fused_adapters(adapters: Mapping[str, Adapter], fused: Mapping[str, Mapping[str, int]]) -> dict[str, Adapter]:
+    """Split the adapters of fused projections: each part has all of A, and its own rows of B.
 
     Args:
-        model: the graph, changed in place.
-        adapters: adapters by module name.
+        adapters: by module name.
+        fused: for each fused projection, the rows of its parts in order, by name of the part.
+    """
+    found: dict[str, Adapter] = {}
+    for module, adapter in adapters.items():
+        start = 0
+        for part, rows in fused.get(module, {module: len(adapter.up)}).items():
+            found[part] = replace(adapter, up=adapter.up[start : start + rows])
+            start += rows
+    return found
+
+
+def add_adapter_inputs(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dict[str, NDArray[np.float32]]:
+    """Add the inputs and nodes of every adapter to the graph, in place.
+
+    Args:
+        model: the graph.
+        adapters: by module name, those of fused projections split.
 
     Returns:
-        Values of the new initializers, by name.
+        The adapter's matrices by name of their input.
 
     Raises:
-        ExportError: an adapter's layer has no node of its own in the graph.
+        ExportError: an adapter's layer has no node of its own in the graph, or another shape.
     """
-    nodes = {names.module_of_node(n.name): n for n in model.graph.node if n.op_type in ("MatMul", "MatMulNBits")}
-    tensors: dict[str, NDArray[Any]] = {}
+    nodes = {node.name: node for node in model.graph.node}
+    layers = {names.module_of_node(name): node for name, node in nodes.items() if node.op_type in LAYERS}
+    parameters: dict[str, NDArray[np.float32]] = {}
     added: dict[str, list[onnx.NodeProto]] = {}
     for module, adapter in adapters.items():
-        node = nodes.get(module)
+        node = layers.get(module)
         if node is None:
             raise ExportError(
                 f"onnx: the builder made no separate node for {module}, so its adapter cannot be added. "
                 "Leave this target out with --target executorch."
             )
-        stem = names.initializer_stem(node.name).rpartition(".")[0]
-        weights = {
-            f"{stem}.lora_A.MatMul.weight": adapter.down.T,  # (in, rank)
-            f"{stem}.lora_B.MatMul.weight": adapter.up.T,  # (rank, out)
-        }
-        for name, weight in weights.items():
-            model.graph.initializer.add(name=name)
-            tensors[name] = np.ascontiguousarray(weight.numpy())
-        added[node.name] = _adapter_nodes(node, list(weights))
+        _check_shape(model, node, module, adapter)
+        found = names.adapter_names(node.name)
+        _add_input(model, found.down, (adapter.down.shape[1], 0))
+        _add_input(model, found.up, (0, adapter.up.shape[0]))
+        parameters |= {found.down: adapter.down.T.numpy(), found.up: adapter.up.T.numpy()}
 
-    # Nodes must be in the order of computation, so each adapter's follow those of its layer. Copied before the list is
-    # cleared, because that frees the originals.
-    in_order = [part for node in model.graph.node for part in (node, *added.get(node.name, []))]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in in_order]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    return tensors
+        last = last_of_product(node, nodes)
+        added[last.name] = _adapter_nodes(node, last, found)
+
+    insert_behind(model, added)
+    return parameters
 
 
-def _adapter_nodes(node: onnx.NodeProto, weights: list[str]) -> list[onnx.NodeProto]:
-    """Return the nodes of an adapter, and rename the output of `node`: its old name goes to the sum of both."""
-    stem, output = node.name.rpartition("/")[0], node.output[0]
-    node.output[0] = f"{stem}/lora/base"
-    down, up = f"{stem}/lora_A/MatMul", f"{stem}/lora_B/MatMul"
+def _check_shape(model: onnx.ModelProto, node: onnx.NodeProto, module: str, adapter: Adapter) -> None:
+    """Require that an adapter is for a matrix of its layer's shape, where the node shows it."""
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    stored = next((tensor for tensor in model.graph.initializer if tensor.name == node.input[1]), None)
+    if node.op_type == "MatMulNBits":
+        expected = (sizes["N"], sizes["K"])
+    elif stored is not None:
+        expected = (stored.dims[1], stored.dims[0])
+    else:
+        return
+    shape = (adapter.up.shape[0], adapter.down.shape[1])
+    if shape != expected:
+        raise ExportError(f"onnx: the adapter of {module} is for a weight of {shape}, not {expected}.")
+
+
+def _add_input(model: onnx.ModelProto, name: str, shape: tuple[int, int]) -> None:
+    """Add an input whose rank is free, and whose default has the given shape, of rank 0."""
+    sizes = [size or f"{name}.rank" for size in shape]
+    model.graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes))
+    # In the graph: a data file has no bytes for it.
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
+
+
+def _adapter_nodes(node: onnx.NodeProto, last: onnx.NodeProto, found: AdapterNames) -> list[onnx.NodeProto]:
+    """Return the nodes of an adapter, and rename the layer's product: its old name goes to the sum of both.
+
+    Args:
+        node: that multiplies by the layer's matrix.
+        last: whose output is the layer's product.
+        found: names of the adapter.
+    """
+    output, last.output[0] = last.output[0], found.base
+    down, up = f"{found.down_node}/output_0", f"{found.up_node}/output_0"
     return [
-        helper.make_node("MatMul", [node.input[0], weights[0]], [f"{down}/output_0"], name=down),
-        helper.make_node("MatMul", [f"{down}/output_0", weights[1]], [f"{up}/output_0"], name=up),
-        helper.make_node("Add", [node.output[0], f"{up}/output_0"], [output], name=f"{stem}/lora/Add"),
+        helper.make_node("MatMul", [node.input[0], found.down], [down], name=found.down_node),
+        helper.make_node("MatMul", [down, found.up], [up], name=found.up_node),
+        helper.make_node("Add", [found.base, up], [output], name=found.sum_node),
     ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -57,12 +58,16 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
         return {}
     settings = readers.read_object(folder / CONFIG, ExportError)
     scaling = _scaling(folder, settings)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(f"{folder / WEIGHTS}: damaged ({readers.shorten(str(error), 200)}). Freeze again.") from error
 
     # Every tensor must belong to a pair of matrices A and B.
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ExportError(
+            f"{path}: cannot be read ({readers.shorten(error)}). Write the checkpoint's adapter again, or remove the "
+            "folder to export the base alone."
+        ) from error
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
     found = {}
     for module in sorted(modules):
@@ -70,6 +75,11 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
         up = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
         if down is None or up is None:
             raise ExportError(f"{folder}: {module or 'a tensor'} has no pair of matrices A and B of a linear layer.")
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ExportError(
+                f"{folder}: the adapter of {module} has numbers that are not finite. Train it again, with a lower "
+                "--learning-rate if the loss was not finite."
+            )
         found[module] = Adapter(down.float(), up.float() * scaling)
     if tensors:
         raise ExportError(

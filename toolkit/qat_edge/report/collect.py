@@ -19,7 +19,7 @@ from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
 from qat_edge.run import Run
 
 FORMAT = 1  # of report.json
-# Types of the entries of verified.json's rows that the page shows; the last three are newer than the others.
+# Types of the entries of verified.json's rows that the page shows; the last five are newer than the others.
 VERIFIED_TYPES: dict[str, tuple[type, ...]] = {
     "folder": (str,),
     "manifest_sha256": (str,),
@@ -31,8 +31,11 @@ VERIFIED_TYPES: dict[str, tuple[type, ...]] = {
     "floats": (int, type(None)),
     "floats_equal": (int,),
     "parity_line": (str,),
+    "adapter": (int,),
+    "adapter_equal": (int, type(None)),
 }
-VERIFIED_OPTIONAL = ("floats", "floats_equal", "parity_line")
+VERIFIED_NEWER = ("parity_line", "adapter", "adapter_equal")
+VERIFIED_OPTIONAL = ("floats", "floats_equal", *VERIFIED_NEWER)
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it when it finishes"
 
 
@@ -251,7 +254,7 @@ def _check_verified(row: Any, index: int) -> None:
     """
     if not isinstance(row, dict):
         raise RunError(f"row {index} is {readers.show(row)}, expected an object")
-    optional = VERIFIED_OPTIONAL if "floats" not in row else ("parity_line",)
+    optional = VERIFIED_OPTIONAL if "floats" not in row else VERIFIED_NEWER
     for key, types in VERIFIED_TYPES.items():
         if key not in row and key in optional:
             continue

@@ -43,6 +43,7 @@ from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
+from qat_edge.quant.frozen_adapters import ADAPTER, CONFIG, WEIGHTS
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
 from qat_edge.run import Run, Variant
@@ -55,8 +56,6 @@ from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
 
 FOLDER = "compare"
-ADAPTER = "adapter"  # folder in a checkpoint that exporters read unmerged adapters from
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WITH_ADAPTERS = ("lora", "naive")  # deployments that ship unmerged adapters
 TRAINING = ("model", "data", "eval_data")  # options that are passed on to finetune
 ROW_FORMAT = 1
@@ -299,7 +298,7 @@ def _checkpoint(job: CompareJob, name: str) -> Variant:
     if name.startswith(PTQ):
         return quantize_if_missing(run, name.removeprefix(PTQ))
 
-    if name in WITH_ADAPTERS and not (run.reference / ADAPTER_FILES[0]).is_file():
+    if name in WITH_ADAPTERS and not (run.reference / CONFIG).is_file():
         raise ExportError("this run trained the weights themselves, so it has no adapters to ship")
     if name == "lora":
         _checkpoint(job, "base")  # whose files it shares
@@ -338,7 +337,7 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
     # peft's own files, which the exporters read.
     if name in WITH_ADAPTERS:
         (work / ADAPTER).mkdir()
-        for file in ADAPTER_FILES:
+        for file in (CONFIG, WEIGHTS):
             shutil.copyfile(run.reference / file, work / ADAPTER / file)
     tokenizer.copy_tokenizer_files(run.quantized, work)
     tokenizer.add_end_tokens(work, tokenizer.trained_end_tokens(merge.adapter_metadata(run.reference)) or [])

@@ -1,7 +1,8 @@
 """Compare every artifact with its frozen checkpoint: what its files hold, and what it computes.
 
-read   codes and scales of every matrix, norms, biases and other float constants, bit for bit. The target's reader
-       unpacks the file (`Target.read`), and this module compares what it found with `quant.frozen`'s tensors.
+read   codes and scales of every matrix, norms, biases and other float constants, and the matrices of an unmerged
+       adapter, bit for bit. The target's reader unpacks the file (`Target.read`), and this module compares what it
+       found with `quant.frozen`'s tensors.
 files  every file with the manifest, the tokenizer with the checkpoint's, end tokens with training and chat template
 run    the artifact in its own runtime on a few prompts, with the frozen checkpoint in torch (`diagnose.parity`)
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +34,8 @@ from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
-from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
-from qat_edge_exporters.targets import Target, require_known, target_named
+from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, ArtifactWeight, FloatConstant
+from qat_edge_exporters.targets import Target, require_known, target_named, unmerged_adapter
 
 NOT_RUN = Parity(not_measured="The artifact was only read.")
 # Rotary tables of the ONNX builder for models that pair neighbouring channels: nothing here computes those.
@@ -57,6 +58,9 @@ class Verified:
             them in a form that cannot be compared.
         floats_equal: how many of them are equal, bit for bit.
         parity: what it computes, compared with the checkpoint.
+        adapter: number of matrices in the checkpoint's unmerged adapter.
+        adapter_equal: how many of them are equal, bit for bit; None where the artifact stores them in a form that
+            cannot be compared.
     """
 
     folder: Path
@@ -69,11 +73,13 @@ class Verified:
     floats: int | None = None
     floats_equal: int = 0
     parity: Parity = NOT_RUN
+    adapter: int = 0
+    adapter_equal: int | None = 0
 
     def describe(self) -> str:
         """Return the line that `qat-edge verify` prints."""
         rest = [f"{name} {'equal' if equal else 'DIFFERS'}" for name, equal in self._tables()]
-        rest.append(self._floats())
+        rest += [self._floats(), *self._adapter()]
         linears = f"{self.linears_equal} of {self.linears} linear layers equal"
         return f"{self.folder}: {', '.join([linears, *rest])}; {self.parity.describe()}"
 
@@ -85,6 +91,13 @@ class Verified:
         if self.floats is None:
             return "norms and biases not compared (stored in a layout of its backend)"
         return f"{self.floats_equal} of {self.floats} norms and biases equal"
+
+    def _adapter(self) -> list[str]:
+        if not self.adapter:
+            return []
+        if self.adapter_equal is None:
+            return ["adapter not compared (stored in a layout of its backend)"]
+        return [f"adapter: {self.adapter_equal} of {self.adapter} matrices equal"]
 
 
 @writes_run("verify")
@@ -169,10 +182,11 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
     differing = {name: _difference(name, expected[name], artifact.weights.get(name)) for name in scheme.weights}
     in_place = _compare_replacements(computed, artifact)
     differing |= {name: text for name, text in in_place.items() if name in differing}
-    floats = _compare_floats(quantized, record, artifact, computed, in_place)
+    adapter = _compare_adapter(quantized, record, artifact)
+    floats = _compare_floats(quantized, record, artifact, computed, in_place, adapter.matrices.values())
 
     # Beyond the tensors: what the reader itself found wrong, extra matrices, other files.
-    faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults]
+    faults = [*artifact.faults, *(text for text in differing.values() if text), *floats.faults, *adapter.faults]
     faults += _unexpected(scheme, artifact)
     # The end tokens mean nothing with another tokenizer.
     copied = [name for name in record.copied if (quantized / name).is_file()]
@@ -195,6 +209,8 @@ def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:
         faults=faults,
         floats=floats.total,
         floats_equal=floats.equal,
+        adapter=len(adapter.matrices),
+        adapter_equal=adapter.equal,
     )
 
 
@@ -299,12 +315,75 @@ class _FloatComparison(NamedTuple):
     faults: list[str]
 
 
+class _AdapterComparison(NamedTuple):
+    """Matrices of the checkpoint's unmerged adapter by name, how many are equal, and a sentence for each difference."""
+
+    matrices: dict[str, NDArray[np.float32]]
+    equal: int | None
+    faults: list[str]
+
+
+def _compare_adapter(quantized: Path, target: Target, artifact: Artifact) -> _AdapterComparison:
+    """Compare the matrices A and s B of every adapted layer, bit for bit.
+
+    Args:
+        quantized: the checkpoint.
+        target: of the artifact.
+        artifact: as it was read.
+    """
+    trained = _matrices(unmerged_adapter(quantized))
+    in_file = _matrices(artifact.adapter or {})
+    faults = [
+        f"{name}: in the artifact's adapter, but not in the checkpoint's" for name in in_file.keys() - trained.keys()
+    ]
+    if artifact.adapter is None and artifact.floats is None:
+        return _AdapterComparison(trained, None, faults)
+
+    # A format without a place for adapters holds their values somewhere among its constants.
+    stored = {constant.values.tobytes() for constant in artifact.floats or ()}
+    equal = 0
+    for name, values in trained.items():
+        if artifact.adapter is None:
+            fault = "" if values.tobytes() in stored else f"not in {target.file} as it was trained"
+        else:
+            fault = _difference_in_matrix(values, in_file.get(name))
+        equal += not fault
+        faults += [f"{name}: {fault}"] if fault else []
+    return _AdapterComparison(trained, equal, faults)
+
+
+def _matrices(adapter: Mapping[str, ArtifactAdapter]) -> dict[str, NDArray[np.float32]]:
+    """Return the matrices of an adapter by name for messages."""
+    found = {}
+    for module, layer in adapter.items():
+        found[f"{module}, adapter A"] = layer.down
+        found[f"{module}, adapter s B"] = layer.up
+    return found
+
+
+def _difference_in_matrix(expected: NDArray[np.float32], values: NDArray[np.float32] | None) -> str:
+    """Return how a matrix of an adapter differs, as a phrase; empty where it is equal."""
+    if values is None:
+        return "not in the artifact"
+    if values.shape != expected.shape:
+        return f"{values.shape} in the artifact, {expected.shape} was trained"
+    positions = np.argwhere(values.view(np.int32) != expected.view(np.int32))
+    if not len(positions):
+        return ""
+    place = tuple(positions[0])
+    return (
+        f"{len(positions)} of {values.size} numbers differ, first at row {place[0]}, column {place[1]}: "
+        f"{values[place]:g} in the artifact, {expected[place]:g} was trained"
+    )
+
+
 def _compare_floats(
     quantized: Path,
     target: Target,
     artifact: Artifact,
     constants: Sequence[FloatConstant],
     in_place: Mapping[str, str],
+    adapter: Collection[NDArray[np.float32]],
 ) -> _FloatComparison:
     """Compare norms, biases and every other float constant, bit for bit.
 
@@ -314,6 +393,7 @@ def _compare_floats(
         artifact: as it was read.
         constants: that the exporter computes.
         in_place: tensors of the checkpoint that a constant stands for, as from `_compare_replacements`.
+        adapter: matrices of the checkpoint's adapter, which have been compared.
     """
     if artifact.floats is None:
         return _FloatComparison(None, 0, [])
@@ -341,7 +421,9 @@ def _compare_floats(
     known = {form for forms in expected.values() for form in forms}
     computed = {constant.name: constant.values for constant in constants}
     known |= {values.astype(np.float32).tobytes() for values in computed.values()}
+    known |= {values.tobytes() for values in adapter}
     sizes = [len(expected[name][0]) for name in missing]
+    sizes += [values.nbytes for values in adapter if values.tobytes() not in stored]
     for constant in in_file:
         values, data = constant.values, constant.values.tobytes()
         if constant.name in computed:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qat_edge.errors import ExportError
+from qat_edge.quant.frozen_adapters import Adapter
 from qat_edge.quant.packing import pack_int4
-from qat_edge_exporters.checkpoint import Adapter
 from qat_edge_exporters.executorch import compat  # noqa: F401  registers torch.ops.quantized_decomposed
 
 if TYPE_CHECKING:
