@@ -22,6 +22,14 @@ decoders in the order in which an export goes through them, then those that read
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault
     onnx_compat.py        every use of internals of onnxruntime-genai and transformers
 
+For `doctor`, which examines graphs of any tool:
+
+    onnx_diagnosis.py     combine the findings
+    foreign_graph.py      read a graph without its tensors
+    data_files.py         find tensors that are missing from data files, or outside of the folder
+    genai_check.py        compare genai_config.json with the graph
+    onnxruntime_probe.py  load a graph in onnxruntime and onnxruntime-genai, in a process of its own
+
 For encoders, which plain onnxruntime runs:
 
     export_encoder.py     the export: load the checkpoint, trace it, write the folder
