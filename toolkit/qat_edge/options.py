@@ -24,7 +24,8 @@ LAYER_WIDTHS = (FEWEST, *WIDTHS)  # bits that a bits file can give a linear laye
 WEIGHT_BITS = (FEWEST, 4)  # bits of all linear layers without such a file
 # Share of the steps before QAT; of scales alone, which needs more steps.
 QAT_START, SCALES_START = 0.9, 0.5
-RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
+RUNTIMES = targets.TARGETS[targets.EXECUTORCH].runtimes  # of a .pte
+DOCTOR_RUNTIMES = tuple(name for target in targets.TARGETS.values() for name in target.runtimes)
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
@@ -334,11 +335,12 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Options of `doctor`: the runtimes that a program has to load in."""
+    """Options of `doctor`: the runtimes that a file has to load in."""
 
     runtime: tuple[str, ...] = option(
-        "Runtimes that must load the program; without this, all are checked and one must load it.", (), RUNTIMES
-    )
+        "Runtimes that must load the file: onnxruntime and onnxruntime-genai an ONNX graph, llama.cpp a GGUF file, the "
+        "others a .pte; without this, all of its format are checked and one must load it.", (), DOCTOR_RUNTIMES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
