@@ -145,6 +145,12 @@ def test_our_own_export_has_no_fault(tmp_path: Path) -> None:
     assert (contents.architecture, contents.context_length, contents.tied) == ("llama", CONTEXT, True)
     assert (contents.vocabulary, contents.rows) == (288, 288)
 
+    write_manifest(folder, "export", options={"context_length": 2 * CONTEXT, "kv_cache": "float32"})
+    (fault,) = examine(folder).faults
+    assert fault.startswith(
+        "manifest.json: 'options.context_length' is 64, but llama.context_length of model.gguf is 32"
+    )
+
 
 def test_a_file_of_another_tool_loads(foreign: Path) -> None:
     result = run(foreign.parent)
@@ -181,6 +187,24 @@ def test_without_llama_cpp_the_file_is_examined_and_not_loaded(foreign: Path, mo
     assert "not tried: pip install 'qat-edge[gguf]'" in result.stdout
     named = run(foreign, "--runtime", LLAMA_CPP)
     assert named.exit_code == 1 and "llama.cpp cannot load it: not tried: pip install" in named.stderr
+
+
+def test_another_interface_of_llama_cpp_is_not_a_fault_of_the_file(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        def __init__(self) -> None:
+            raise ModuleNotFoundError("xllamacpp with another interface", name="xllamacpp")
+
+    reports: list[Any] = []
+    monkeypatch.setattr(llama_probe, "WeightsLoader", Other)
+    monkeypatch.setattr(llama_probe, "print_report", reports.append)
+    monkeypatch.setattr(sys, "argv", ["llama_probe", str(foreign)])
+    llama_probe.main()
+    monkeypatch.setattr(llama_probe, "run_probe", lambda *given: (reports, ""))
+    (check,) = examine(foreign).runtimes
+    assert (check.tried, check.error) == (False, "")
+    assert check.untried == "not tried: pip install 'qat-edge[gguf]'  (found: xllamacpp with another interface)"
 
 
 def test_a_crash_of_llama_cpp_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +263,11 @@ def test_bfloat16_is_checked() -> None:
     raw = np.array([0x3F80, 0x7F80, 0x7FC0, 0xFF80, 0x7F00], np.uint16).view(np.uint8)
     tensor = gguf_scan.ScannedTensor("t", (5,), "BF16", 0, 10)
     assert gguf_scan._count_not_finite(tensor, raw) == 3
+
+
+def test_a_tensor_that_is_there_twice_is_a_fault(foreign: Path, loads: None) -> None:
+    foreign.write_bytes(foreign.read_bytes().replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"))
+    assert [fault for fault in examine(foreign).faults if "the tensor blk.0.attn_q.weight is there twice" in fault]
 
 
 def test_unknown_types_and_shapes_are_faults(foreign: Path, loads: None) -> None:

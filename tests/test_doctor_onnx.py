@@ -153,7 +153,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 # --- runtimes, for real -------------------------------------------------------------------------------------
 
 
-def test_our_own_export_has_no_fault(tmp_path: Path) -> None:
+def test_our_own_export_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
@@ -181,6 +181,13 @@ def test_our_own_export_has_no_fault(tmp_path: Path) -> None:
     assert (found.contents.context_length, found.contents.end_tokens) == (32, [2])
     assert sum(found.contents.size_bytes.values()) == sum(
         (folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
+    )
+
+    write_manifest(folder, "export", options={"context_length": 64, "kv_cache": "float32"})
+    monkeypatch.setattr(onnxruntime_probe, "load_graph", lambda path: Loaded(""))
+    faults = examine(folder, ONNXRUNTIME).faults
+    assert faults[0].startswith(
+        "manifest.json: 'options.context_length' is 64, but model.context_length of genai_config"
     )
 
 
@@ -484,7 +491,23 @@ def test_a_tokenizer_with_more_tokens_than_the_logits_is_a_fault(foreign: Path, 
     tokenizer.add_tokens([f"<extra {i}>" for i in range(VOCABULARY)])
     tokenizer.save_pretrained(foreign)
     (fault,) = examine(foreign).faults
-    assert "the logits of model.onnx are for 288: it belongs to another model" in fault
+    assert "the token 554, and model.onnx has embeddings or logits of 288 tokens: it belongs to another model" in fault
+    model = decoder()
+    model.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "vocabulary"
+    write(foreign, model)
+    assert examine(foreign).faults == [fault]
+
+
+def test_a_decoder_without_a_configuration_ends_as_its_checkpoint_says(foreign: Path, loads: list[Path]) -> None:
+    """The layout of optimum: config.json and generation_config.json next to the graph."""
+    (foreign / "genai_config.json").unlink()
+    assert examine(foreign).faults == []
+    settings = json.loads((foreign / "tokenizer_config.json").read_text())
+    (foreign / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    (fault,) = examine(foreign).faults
+    assert "which is not among the end tokens [0]: generation would not stop there" in fault
+    (foreign / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
+    assert examine(foreign).faults == []
 
 
 def test_a_tokenizer_without_a_chat_template_is_a_note(foreign: Path, loads: list[Path]) -> None:

@@ -19,21 +19,21 @@ from qat_edge import progress, readers
 from qat_edge.data import conversation
 from qat_edge.errors import ModelError
 from qat_edge.manifest import library_version
-from qat_edge.models import gguf_keys, tokenizer
+from qat_edge.models import artifact_options, gguf_keys, tokenizer
 from qat_edge.models.gguf_metadata import GgufMetadata
 from qat_edge.models.gguf_tokenizer import PRE_TOKENIZER
 from qat_edge.models.hub import one_line
 from qat_edge.models.tokenizer_check import native_errors
+from qat_edge_devices.agent.llama_model import PACKAGE
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 from qat_edge_exporters.file_diagnosis import FileDiagnosis, GgufInfo, TypeCount, few
 from qat_edge_exporters.gguf import gguf_scan, llama_probe
-from qat_edge_exporters.gguf.gguf_file import ARCHITECTURE
+from qat_edge_exporters.gguf.gguf_file import ARCHITECTURE, MODEL_FILE
 from qat_edge_exporters.gguf.gguf_scan import DAMAGED, ScannedFile
-from qat_edge_exporters.gguf.llama_probe import LoadedWeights
+from qat_edge_exporters.gguf.llama_probe import INSTALL, LoadedWeights
 from qat_edge_exporters.gguf.vocabulary import TEMPLATE
 from qat_edge_exporters.targets import GGUF, LLAMA_CPP
 
-PACKAGE, EXTRA = "xllamacpp", "gguf"
 TABLE, HEAD = "token_embd.weight", "output.weight"
 TOKENS, TOKENIZER_MODEL = "tokenizer.ggml.tokens", "tokenizer.ggml.model"
 BYTE_LEVEL = "gpt2"  # model of tokenizers whose splitting rule has a key of its own
@@ -45,7 +45,7 @@ PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")  # name of a file of s
 
 
 def diagnose_gguf(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
-    """Examine the file at `path` for each of `runtimes`, which can only be llama.cpp.
+    """Examine the file at `path` for llama.cpp, the one runtime of the format.
 
     Raises:
         ArtifactError: there is no GGUF file, or its metadata cannot be read.
@@ -55,6 +55,8 @@ def diagnose_gguf(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
     faults = [*gguf_scan.tensor_faults(file), *_part_faults(file)]
     faults += [f"{path.name}: {fault}" for fault in (*_metadata_faults(file), *_tokenizer_faults(file))]
     notes = _notes(file)
+    if path.name == MODEL_FILE:
+        faults += artifact_options.recorded_faults(path.parent, GGUF)
 
     progress.info("Looking for scales that are no numbers")
     faults += gguf_scan.value_faults(file)
@@ -63,7 +65,7 @@ def diagnose_gguf(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
     return FileDiagnosis(
         path=path,
         format=GGUF,
-        runtimes=[check for _ in runtimes] or [check],
+        runtimes=[check],
         faults=faults + found,
         notes=notes + unsure,
         contents=_contents(file, loaded),
@@ -74,12 +76,12 @@ def diagnose_gguf(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
 def _check_llama_cpp(file: ScannedFile) -> tuple[RuntimeCheck, LoadedWeights]:
     """Load the file in llama.cpp, if it is installed."""
     if find_spec(PACKAGE) is None:
-        untried = f"not tried: pip install 'qat-edge[{EXTRA}]'"
-        return RuntimeCheck(LLAMA_CPP, f"{PACKAGE} is not installed", "", [], [], untried=untried), LoadedWeights("")
+        return RuntimeCheck(LLAMA_CPP, f"{PACKAGE} is not installed", "", [], [], untried=INSTALL), LoadedWeights("")
     progress.info(f"Loading it with the installed {PACKAGE}")
     loaded = llama_probe.load_file(file.path)
     title = f"{PACKAGE} {library_version(PACKAGE)}"
-    return RuntimeCheck(LLAMA_CPP, title, "loading the file", [], [], tried=True, error=loaded.error), loaded
+    check = RuntimeCheck(LLAMA_CPP, title, "loading the file", [], [], not loaded.untried, loaded.error, loaded.untried)
+    return check, loaded
 
 
 def _contents(file: ScannedFile, loaded: LoadedWeights) -> GgufInfo:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,15 +159,9 @@ def tensor_faults(file: ScannedFile) -> list[str]:
         for tensor in file.tensors
         if tensor.size_bytes is not None and tensor.begin + tensor.size_bytes > size
     ]
-    names = [tensor.name for tensor in file.tensors]
-    twice = [
-        f"{name}: the tensor {each} is there twice. {DAMAGED}" for each in dict.fromkeys(names) if _repeats(each, names)
-    ]
+    counts = Counter(tensor.name for tensor in file.tensors)
+    twice = [f"{name}: the tensor {each} is there twice. {DAMAGED}" for each, count in counts.items() if count > 1]
     return [*file_diagnosis.few(unknown), *file_diagnosis.few(outside), *file_diagnosis.few(twice)]
-
-
-def _repeats(name: str, names: list[str]) -> bool:
-    return names.count(name) > 1
 
 
 def value_faults(file: ScannedFile) -> list[str]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from qat_edge_devices.agent.llama_model import LlamaModel
 from qat_edge_exporters.file_diagnosis import one_line, print_report, run_probe
 
+INSTALL = "not tried: pip install 'qat-edge[gguf]'"
+
 
 @dataclass(frozen=True)
 class LoadedWeights:
@@ -22,10 +24,12 @@ class LoadedWeights:
     Attributes:
         error: why it cannot be loaded; empty if it can.
         end_tokens: ids at which llama.cpp ends a generation; None if the file was not loaded.
+        untried: why the file was not given to llama.cpp; empty if it was.
     """
 
     error: str
     end_tokens: list[int] | None = None
+    untried: str = ""
 
 
 class WeightsLoader(LlamaModel):
@@ -63,7 +67,7 @@ def main() -> None:
     try:
         print_report(WeightsLoader().report(Path(sys.argv[1])))
     except ModuleNotFoundError as error:
-        sys.exit(one_line(error))
+        print_report({"error": "", "untried": f"{INSTALL}  (found: {one_line(error)})"})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from qat_edge import progress
 from qat_edge.data import conversation
 from qat_edge.errors import ModelError
 from qat_edge.manifest import library_version
-from qat_edge.models import tokenizer
+from qat_edge.models import artifact_options, tokenizer
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 from qat_edge_exporters.file_diagnosis import FileDiagnosis, FolderTokenizer, OnnxInfo, QuantizedMatrices
 from qat_edge_exporters.onnx import data_files, foreign_graph, genai_check, names, onnxruntime_probe
@@ -30,6 +30,7 @@ TOKEN_INPUTS = ("input_ids",)  # of a graph that reads tokens
 # How many times as long a product with one token takes with float inputs as with int8 ones, by bits of the codes.
 # onnxruntime 1.31.1 on x86-64 with AVX-512 VNNI, one thread, 1024 x 1024 in blocks of 32.
 SLOWER_IN_FLOAT = {2: 50, 4: 4, 8: 70}
+EMBEDDINGS = ("Gather", "GatherBlockQuantized")  # operators that look up rows of a table
 # Operators that run a compiled graph of another processor, or Python code.
 OTHER_CODE = ("EPContext", "PythonOp", "PythonOpGrad")
 
@@ -64,6 +65,8 @@ def diagnose_onnx(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
     checks = [_check_runtime(name, found) for name in runtimes or usual]
     words = _check_tokenizer(found)
     faults, notes = [*found.data.faults, *words.faults], [*_graph_notes(graph), *words.notes]
+    if path.name == names.MODEL_FILE:
+        faults += artifact_options.recorded_faults(path.parent, ONNX)
     if found.config is not None:
         faults += genai_check.config_faults(found.config, graph)
         notes += genai_check.config_notes(found.config, graph)
@@ -240,16 +243,24 @@ def _check_tokenizer(folder: _Folder) -> _TokenizerFindings:
 
 
 def _tokenizer_faults(folder: _Folder, loaded: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield disagreements between the tokenizer, the logits and the tokens that end a generation."""
-    graph = folder.graph
-    width = genai_check.last_size(graph.outputs, "logits") if _is_decoder(graph) else None
-    largest = max(loaded.get_vocab().values(), default=0)
-    if width is not None and largest >= width:
+    """Yield disagreements between the tokenizer, the tables of tokens and the tokens that end a generation."""
+    graph, path = folder.graph, folder.graph.path.parent
+    largest, rows = max(loaded.get_vocab().values(), default=0), _token_rows(graph)
+    if rows is not None and largest >= rows:
         yield (
-            f"The tokenizer has the token {largest}, and the logits of {graph.path.name} are for {width}: it belongs "
-            "to another model. Copy the tokenizer of this one."
+            f"The tokenizer has the token {largest}, and {graph.path.name} has embeddings or logits of {rows} tokens: "
+            "it belongs to another model. Copy the tokenizer of this one."
         )
-    if folder.config is None:
-        return
-    ends = genai_check.end_tokens(folder.config)
-    yield from conversation.template_faults(loaded, ends, tokenizer.recorded_end_tokens(graph.path.parent))
+    if _is_decoder(graph):
+        ends = tokenizer.end_tokens(path) if folder.config is None else genai_check.end_tokens(folder.config)
+        yield from conversation.template_faults(loaded, ends, tokenizer.recorded_end_tokens(path))
+
+
+def _token_rows(graph: ForeignGraph) -> int | None:
+    """Return how many tokens have both an embedding and a logit in the graph; None where its shapes do not say."""
+    sizes = [genai_check.last_size(graph.outputs, "logits")] if _is_decoder(graph) else []
+    for node in graph.nodes:
+        if node.op_type in EMBEDDINGS and len(node.input) > 1 and text(node.input[1]) in TOKEN_INPUTS:
+            table = graph.initializers.get(text(node.input[0]))
+            sizes.append(table.dims[0] if table is not None and table.dims else None)
+    return min((size for size in sizes if size is not None), default=None)
