@@ -278,6 +278,9 @@ def test_a_crash_of_a_runtime_is_a_result(foreign: Path, monkeypatch: pytest.Mon
     assert [check.error for check in found.runtimes] == ["it ended the process (-6): native trouble"] * 2
     with pytest.raises(ArtifactError, match="2 problems found"):
         doctor.require_loadable(found, ALL)
+    # A process that ends early without an error has not loaded the graph either.
+    monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", ""])
+    assert {check.error for check in examine(foreign).runtimes} == {"it ended the process (0)"}
 
 
 def test_a_runtime_that_does_not_end_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:

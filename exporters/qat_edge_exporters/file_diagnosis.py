@@ -21,6 +21,7 @@ from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 SHOWN = 3  # findings of one kind that are named; the others are counted
 LOADING_S = 600  # until a runtime that does not finish loading is ended
 REASON_CHARACTERS = 400  # of a runtime's message
+REPORT = "qat-edge report: "  # begins a line of a separate process that is for us
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def run_probe(module: str, *arguments: str) -> tuple[list[Any], str]:
         arguments: of the program.
 
     Returns:
-        Reports that it printed, and how it ended too early; the latter is empty if it did not.
+        Reports that it printed, and how it ended, which explains a report that is missing.
     """
     try:
         done = subprocess.run(
@@ -223,13 +224,10 @@ def run_probe(module: str, *arguments: str) -> tuple[list[Any], str]:
         return [], f"it did not load within {LOADING_S} s"
     # A runtime prints lines of its own.
     reports = [json.loads(line.removeprefix(REPORT)) for line in done.stdout.splitlines() if line.startswith(REPORT)]
-    ended = "" if done.returncode == 0 else f"it ended the process ({done.returncode})"
-    if ended and done.stderr.strip():
+    ended = f"it ended the process ({done.returncode})"
+    if done.stderr.strip():
         ended += f": {one_line(done.stderr.strip().splitlines()[-1])}"
     return reports, ended
-
-
-REPORT = "qat-edge report: "  # begins a line of a separate process that is for us
 
 
 def print_report(report: Any) -> None:
