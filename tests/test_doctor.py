@@ -71,7 +71,7 @@ def probed(made: dict[str, Path]) -> dict[str, Probed]:
     found = {}
     for name, folder in made.items():
         tokenizer = folder / runner_tokenizer.TOKENIZER
-        found[name] = runtime_probe.probe(folder / doctor.MODEL, tokenizer, runner_tokenizer.probe_texts(tokenizer))
+        found[name] = runtime_probe.probe(folder / "model.pte", tokenizer, runner_tokenizer.probe_texts(tokenizer))
     return found
 
 
@@ -324,10 +324,19 @@ def test_a_folder_that_no_target_writes_is_named(tmp_path: Path) -> None:
         targets.require_known(tmp_path / "exports" / "foo")
 
 
-def test_a_folder_without_a_program_names_the_verb_for_it(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"no model.pte in it.*qat-edge verify"):
-        doctor.doctor(tmp_path, ALL)
+def test_a_program_is_known_by_its_content(folder: Path) -> None:
+    (folder / "model.pte").rename(folder / "model.bin")
+    assert doctor.doctor(folder / "model.bin", ALL).path == folder / "model.bin"
+    (folder / "model.bin").write_bytes(b"something else")
+    with pytest.raises(ArtifactError, match=r"model.bin: no .pte, .onnx or .gguf file"):
+        doctor.doctor(folder / "model.bin", ALL)
+
+
+def test_a_runtime_of_another_format_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--runtime llama.cpp loads GGUF, and the file is ExecuTorch. Its runtimes: pyth"
+    ):
+        doctor.doctor(folder, DoctorOptions(runtime=("ios-app", "llama.cpp")))
 
 
 def test_why_the_runtime_refuses_a_program_is_reported(made: dict[str, Path], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ DOORS = {
     "qat_edge_exporters.targets",
     "qat_edge_exporters.artifact",
     "qat_edge_exporters.executorch.diagnosis",
+    "qat_edge_exporters.file_diagnosis",
 }
 
 
@@ -195,6 +196,7 @@ OTHER_PARSERS = {
     "qat_edge_exporters.executorch.pte.delegates": "output of flatc, with infinities",
     "qat_edge_exporters.encoder_process": "the request of its own process",
     "qat_edge_exporters.executorch.runtime_probe": "output of its own process",
+    "qat_edge_exporters.file_diagnosis": "output of its own process",
     "qat_edge_exporters.runner_turns": "the prompt from its own process",
     "qat_edge_devices.device_data": "the device layer's own checks: it is installed without the toolkit",
     "qat_edge_devices.agent.agent": "the request of this program",

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from qat_edge.data.conversation import Prompt
     from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
+    from qat_edge_exporters.file_diagnosis import FileDiagnosis
 
 EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
+# Runtimes that `doctor` examines a file for, besides those of apps with ExecuTorch.
+ONNXRUNTIME, GENAI, LLAMA_CPP = "onnxruntime", "onnxruntime-genai", "llama.cpp"
 KV_CACHE_FLOAT = "float32"  # the KV cache that every target has
 KV_CACHE_INT8 = "int8"
 
@@ -73,7 +76,9 @@ class Target:
         checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
         settings: names what differs in a runtime's settings: (folder, checkpoint) -> sentences. Empty: it has none.
         copied: names of files of the checkpoint that an artifact has a copy of, besides the tokenizer's.
-        doctor: finds out where the artifact loads: (folder or file, runtimes) -> Diagnosis. Empty: not known.
+        doctor: finds out where a file of the format loads: (file, runtimes) -> Diagnosis or FileDiagnosis; no runtimes
+            are those that the file is made for. Empty: not known.
+        runtimes: that `doctor` examines such a file for.
         tokenizer_check: names prompts that apps would read differently than training: (folder) -> sentences. Empty:
             its runtime takes token ids.
         options: names of `export` options that it takes beyond the context length.
@@ -101,6 +106,7 @@ class Target:
     settings: str = ""
     copied: tuple[str, ...] = ()
     doctor: str = ""
+    runtimes: tuple[str, ...] = ()
     tokenizer_check: str = ""
     options: tuple[str, ...] = ()
     widths: tuple[int, ...] = (4, 8)
@@ -227,9 +233,13 @@ class Target:
         faults: list[str] = load(self.tokenizer_check)(folder) if self.tokenizer_check else []
         return faults
 
-    def diagnose(self, path: Path, runtimes: Sequence[str]) -> Diagnosis:
-        """Find out in which of the named runtimes the artifact loads."""
-        diagnosis: Diagnosis = load(self.doctor)(path, runtimes)
+    def diagnose(self, path: Path, runtimes: Sequence[str]) -> Diagnosis | FileDiagnosis:
+        """Find out in which of the named runtimes a file of the format loads; without any, in the usual ones.
+
+        Raises:
+            ArtifactError: the file cannot be read at all.
+        """
+        diagnosis: Diagnosis | FileDiagnosis = load(self.doctor)(path, runtimes)
         return diagnosis
 
 
@@ -275,6 +285,7 @@ _ALL = (
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
         encoder=f"{_PTE}.encoder_runtime:run_encoder",
         doctor=f"{_PTE}.diagnosis:diagnose_pte",
+        runtimes=("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal"),
         tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
         copied=COPIED,
         options=("portable", "kv_cache"),
@@ -293,6 +304,8 @@ _ALL = (
         support=f"{_ONNX}.onnx_target:missing",
         generator=f"{_ONNX}.genai_text:open_generator",
         expose=f"{_ONNX}.matrix_outputs:expose",
+        doctor=f"{_ONNX}.onnx_diagnosis:diagnose_onnx",
+        runtimes=(ONNXRUNTIME, GENAI),
         encoder=f"{_ONNX}.encoder_session:run_encoder",
         checker=f"{_ONNX}.onnx_target:check_folder",
         settings=f"{_ONNX}.onnx_target:setting_faults",
@@ -312,6 +325,8 @@ _ALL = (
         generator=f"{_GGUF}.llama_text:open_generator",
         checker=f"{_GGUF}.gguf_reader:check_folder",
         settings=f"{_GGUF}.gguf_settings:setting_faults",
+        doctor=f"{_GGUF}.gguf_diagnosis:diagnose_gguf",
+        runtimes=(LLAMA_CPP,),
         tokenizer_check=f"{_GGUF}.vocabulary:tokenizer_faults",
         # https://github.com/ggml-org/llama.cpp/tree/master/ggml/src/ggml-cpu
         other_rounding=(

@@ -29,7 +29,8 @@ OF_FROZEN_BASE = (
 )  # fmt: skip
 # Share of the steps before QAT; of scales alone, which needs more steps; of adapters on a frozen base.
 QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5
-RUNTIMES = ("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal")
+RUNTIMES = targets.TARGETS[targets.EXECUTORCH].runtimes  # of a .pte
+DOCTOR_RUNTIMES = tuple(name for target in targets.TARGETS.values() for name in target.runtimes)
 BASES = ("fp32", "nf4", "int8")
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
@@ -355,11 +356,12 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Options of `doctor`: the runtimes that a program has to load in."""
+    """Options of `doctor`: the runtimes that a file has to load in."""
 
     runtime: tuple[str, ...] = option(
-        "Runtimes that must load the program; without this, all are checked and one must load it.", (), RUNTIMES
-    )
+        "Runtimes that must load the file: onnxruntime and onnxruntime-genai an ONNX graph, llama.cpp a GGUF file, the "
+        "others a .pte; without this, all of its format are checked and one must load it.", (), DOCTOR_RUNTIMES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from qat_edge import progress, readers
 from qat_edge.data import conversation
-from qat_edge.errors import ArtifactError, ModelError, RunError
+from qat_edge.errors import ArtifactError, RunError
 from qat_edge.manifest import MANIFEST, library_version, read_manifest
 from qat_edge.models import artifact_options, tokenizer
+from qat_edge.options import RUNTIMES
 from qat_edge_exporters.executorch import known_runtimes, runner_tokenizer, runtime_probe
 from qat_edge_exporters.executorch.pte import pte_options, runner_contract
 from qat_edge_exporters.executorch.pte.inspection import inspect
@@ -59,7 +60,7 @@ class Diagnosis:
 
 
 def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
-    """Examine the .pte at `path` for each of `runtimes`.
+    """Examine the .pte at `path` for each of `runtimes`; without any, for all known ones.
 
     Raises:
         ArtifactError: there is no .pte, or it cannot be read at all.
@@ -72,7 +73,7 @@ def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:
     tokenizer_path = path.parent / runner_tokenizer.TOKENIZER
     texts = runner_tokenizer.probe_texts(tokenizer_path)
     probed = runtime_probe.probe(path, tokenizer_path, texts)
-    checks = known_runtimes.check_runtimes(program, runtimes, probed)
+    checks = known_runtimes.check_runtimes(program, runtimes or RUNTIMES, probed)
 
     # The runner's contract, and the tokenizer, are those of a program that generates text.
     entries: list[ContractEntry] = []
@@ -129,15 +130,9 @@ def _template_faults(folder: Path, check: TokenizerCheck | None, program: Progra
         return []
     ends = program.constants.get("get_eos_ids", [check.eos])
     loaded = tokenizer.load_tokenizer(folder)
-    return conversation.template_faults(loaded, ends if isinstance(ends, list) else [ends], _trained_ends(folder))
-
-
-def _trained_ends(folder: Path) -> list[int] | None:
-    """Return the ids that ended answers in training, from the folder's manifest; None where it has no record."""
-    try:
-        return tokenizer.trained_end_tokens(read_manifest(folder))
-    except (RunError, ModelError):
-        return None
+    return conversation.template_faults(
+        loaded, ends if isinstance(ends, list) else [ends], tokenizer.recorded_end_tokens(folder)
+    )
 
 
 def _recorded_faults(folder: Path, program: ProgramInfo) -> list[str]:

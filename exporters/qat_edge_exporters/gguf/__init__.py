@@ -10,4 +10,7 @@ gguf_blocks.py     codes and scales in blocks of 32 weights
 gguf_file.py       read and write the file
 gguf_reader.py     read codes, scales and sizes back, for `verify`
 llama_text.py      generate text in llama.cpp, through llama_runner.py in a process of its own
+gguf_diagnosis.py  examine a file of any tool, for `doctor`
+gguf_scan.py       read the metadata and the table of tensors of such a file, and find damaged tensors
+llama_probe.py     load a file in llama.cpp, in a process of its own
 """

@@ -24,6 +24,7 @@ from qat_edge.errors import ArtifactError
 from qat_edge_exporters.gguf.gguf_blocks import Q4_0, Q8_0, BlockType
 
 MODEL_FILE = "model.gguf"
+ARCHITECTURE = "general.architecture"  # key of the metadata
 AGAIN = "Export again, or copy the folder again if it was copied."
 VERSION = 3
 ALIGNMENT = 32  # bytes, of tensors; the format's default
@@ -116,7 +117,7 @@ def read(path: Path) -> GgufContents:
         raise ArtifactError(f"{path}: cannot be read ({reason}). {AGAIN}") from error
 
 
-class _Cursor:
+class Cursor:
     """Position in a file, from which values are taken one after another."""
 
     def __init__(self, data: NDArray[np.uint8]) -> None:
@@ -162,23 +163,16 @@ class _Cursor:
 
 
 def _read(data: NDArray[np.uint8]) -> GgufContents:
-    cursor = _Cursor(data)
+    cursor = Cursor(data)
     if cursor.take(len(MAGIC)) != MAGIC or cursor.number("I") != VERSION:
         raise ValueError(f"it is no GGUF file of version {VERSION}")
     tensors, keys = cursor.number("Q"), cursor.number("Q")
 
-    metadata: dict[str, Any] = {}
-    tokenizer_bytes = 0
-    for _ in range(keys):
-        begin, key = cursor.position, cursor.text()
-        if key in metadata:
-            raise ValueError(f"the key {readers.shorten(key)} twice")
-        metadata[key] = cursor.value(cursor.number("I"))
-        tokenizer_bytes += cursor.position - begin if key.startswith("tokenizer.") else 0
+    metadata, tokenizer_bytes = read_metadata(cursor, keys)
     if metadata.get("general.alignment", ALIGNMENT) != ALIGNMENT:
         raise ValueError("tensors at another alignment than exports have")
 
-    entries = [_tensor_entry(cursor) for _ in range(tensors)]
+    entries = [tensor_entry(cursor) for _ in range(tensors)]
     start = -(-cursor.position // ALIGNMENT) * ALIGNMENT
     found: dict[str, StoredTensor] = {}
     for name, shape, number, offset in entries:
@@ -188,7 +182,24 @@ def _read(data: NDArray[np.uint8]) -> GgufContents:
     return GgufContents(metadata, found, tokenizer_bytes)
 
 
-def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def read_metadata(cursor: Cursor, keys: int) -> tuple[dict[str, Any], int]:
+    """Return the values of so many keys, and the bytes that those of the tokenizer take.
+
+    Raises:
+        ValueError: the file ends before, a key is there twice, or a value has an unknown type.
+    """
+    metadata: dict[str, Any] = {}
+    tokenizer_bytes = 0
+    for _ in range(keys):
+        begin, key = cursor.position, cursor.text()
+        if key in metadata:
+            raise ValueError(f"the key {readers.shorten(key)} twice")
+        metadata[key] = cursor.value(cursor.number("I"))
+        tokenizer_bytes += cursor.position - begin if key.startswith("tokenizer.") else 0
+    return metadata, tokenizer_bytes
+
+
+def tensor_entry(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """Return name, shape, type number and offset of the next tensor."""
     name, dimensions = cursor.text(), cursor.number("I")
     if dimensions > MAX_DIMENSIONS:

@@ -26,8 +26,7 @@ from qat_edge_exporters.gguf.gguf_families import (
     module_names,
     row_order,
 )
-from qat_edge_exporters.gguf.gguf_file import AGAIN, MODEL_FILE, GgufContents, StoredTensor
-from qat_edge_exporters.gguf.gguf_settings import ARCHITECTURE
+from qat_edge_exporters.gguf.gguf_file import AGAIN, ARCHITECTURE, MODEL_FILE, GgufContents, StoredTensor
 from qat_edge_exporters.gguf.vocabulary import END_KEYS
 
 MOST_LAYERS = 1024  # of a model; the table of names grows with them

@@ -14,14 +14,13 @@ from qat_edge_exporters.artifact import Artifact, FloatConstant
 from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.gguf import gguf_file
 from qat_edge_exporters.gguf.gguf_families import architecture_metadata, family_of
-from qat_edge_exporters.gguf.gguf_file import MODEL_FILE
+from qat_edge_exporters.gguf.gguf_file import ARCHITECTURE, MODEL_FILE
 from qat_edge_exporters.gguf.gguf_rope import rotary_settings
 from qat_edge_exporters.gguf.vocabulary import tokenizer_metadata
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ARCHITECTURE = "general.architecture"
 # llama.cpp's numbers of the kinds of files, which say nothing about single tensors.
 FLOAT_FILE, INT4_FILE = 0, 2
 QUANTIZATION_VERSION = 2  # of ggml's blocks

@@ -35,6 +35,14 @@ For decoders that the builder does not know:
     decoder_reader.py     read codes, scales and sizes back from a folder, for `verify`
     decoder_check.py      find nodes that the exporter does not make
 
+For `doctor`, which examines graphs of any tool:
+
+    onnx_diagnosis.py     combine the findings
+    foreign_graph.py      read a graph without its tensors
+    data_files.py         find tensors that are missing from data files, or outside of the folder
+    genai_check.py        compare genai_config.json with the graph
+    onnxruntime_probe.py  load a graph in onnxruntime and onnxruntime-genai, in a process of its own
+
 For encoders, which plain onnxruntime runs:
 
     export_encoder.py     the export: load the checkpoint, trace it, write the folder

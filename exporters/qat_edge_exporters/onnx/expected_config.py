@@ -17,19 +17,10 @@ from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge_exporters.onnx import decoder_signature, names
 from qat_edge_exporters.onnx.decoder_names import MODEL_TYPE
-from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
+from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH, TENSORS
 
 EARLY_STOPPING = {"early_stopping": True}  # the builder's; beam search alone has it
 BOS = 1  # the builder's id where no file names one
-# Names of inputs and outputs that the builder gives a decoder on the CPU.
-TENSORS = {
-    **{f"inputs.{name}": name for name in ("input_ids", "attention_mask", "position_ids")},
-    "inputs.past_key_names": "past_key_values.%d.key",
-    "inputs.past_value_names": "past_key_values.%d.value",
-    "outputs.logits": "logits",
-    "outputs.present_key_names": "present.%d.key",
-    "outputs.present_value_names": "present.%d.value",
-}
 # Not a matter of the model: speed, and keys that depend on the builder's version.
 FREE = ("model.decoder.session_options", "search.past_present_share_buffer", "search.chunk_size")
 # The builder's names of types that are not the beginning of the class's name.

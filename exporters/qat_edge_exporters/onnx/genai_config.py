@@ -31,6 +31,16 @@ NEUTRAL_SEARCH = {
     "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
 }  # fmt: skip
 
+# Names of inputs and outputs that the builder gives a decoder on the CPU.
+TENSORS = {
+    **{f"inputs.{name}": name for name in ("input_ids", "attention_mask", "position_ids")},
+    "inputs.past_key_names": "past_key_values.%d.key",
+    "inputs.past_value_names": "past_key_values.%d.value",
+    "outputs.logits": "logits",
+    "outputs.present_key_names": "present.%d.key",
+    "outputs.present_value_names": "present.%d.value",
+}
+
 Check = Callable[[Any], bool]  # of one value
 
 
@@ -42,8 +52,17 @@ def check_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / names.GENAI_CONFIG
     config = readers.read_object(path, ArtifactError)
-    _check(config, PERMITTED, "", path)
+    check_keys(config, path)
     return config
+
+
+def check_keys(config: Mapping[str, Any], path: Path) -> None:
+    """Check every key of a configuration.
+
+    Raises:
+        ArtifactError: it has a key or a value that is not among the permitted ones.
+    """
+    _check(config, PERMITTED, "", path)
 
 
 def _check(found: Mapping[str, Any], permitted: Mapping[str, Any], prefix: str, path: Path) -> None:

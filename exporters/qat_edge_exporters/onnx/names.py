@@ -11,6 +11,8 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 ADAPTER_FILE = "adapter.onnx_adapter"  # matrices of an unmerged LoRA adapter, in onnxruntime's format
 ROTATION_NODE = f"/{HEAD}/turn/MatMul"  # multiplies the head's input by a rotation; the name is part of the format
+INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
 GENAI_CONFIG = "genai_config.json"  # of a decoder
 CONFIG = "config.json"  # of an encoder, copied from its checkpoint
 

@@ -26,8 +26,7 @@ from qat_edge_exporters.onnx import graph_file, names
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
 BITS = (2, 4, 8)  # of codes
-INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # without which text cannot be tokenized
+INT8_ACTIVATIONS, TOKENIZER_FILES = names.INT8_ACTIVATIONS, names.TOKENIZER_FILES
 FLOAT_OPERATORS = ("MatMul", "Gemm", "Gather", "Transpose")  # that can read a matrix in float
 
 

@@ -284,22 +284,23 @@ def verify(run: Path, target: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command(
-    short_help="Find out where a .pte loads.",
+    short_help="Find out where a .pte, ONNX or GGUF file loads.",
     example="qat-edge doctor runs/mine/exports/executorch --runtime android-app",
 )
-@click.argument("program", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @options_of(DoctorOptions)
 @JSON
-def doctor(program: Path, as_json: bool, **flags: Any) -> None:
-    """Find out where a .pte loads: operators, runner metadata, tokenizer, sizes. FILE may be its export folder.
+def doctor(file: Path, as_json: bool, **flags: Any) -> None:
+    """Find out where a .pte, an ONNX graph or a GGUF file of any tool loads, and what is wrong with it.
 
-    Exits with 1 where something is wrong, or where a runtime named by --runtime lacks what the program needs.
+    FILE may be its folder. Operators, settings, tokenizer and sizes are read from the files, and each installed runtime
+    loads them. Exits with 1 where something is wrong, or where a runtime named by --runtime lacks what the file needs.
     """
     options = load_options(DoctorOptions, "doctor", None, flags)
     from qat_edge.verbs.doctor import doctor as verb
     from qat_edge.verbs.doctor import lines, require_loadable
 
-    diagnosis = verb(program, options)
+    diagnosis = verb(file, options)
     if as_json:
         _print_json(diagnosis)
     for line in lines(diagnosis):

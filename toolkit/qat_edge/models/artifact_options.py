@@ -81,6 +81,19 @@ def option_faults(recorded: Mapping[str, Any], held: Iterable[HeldOption]) -> li
     return faults
 
 
+def recorded_faults(folder: Path, target: str) -> list[str]:
+    """Return how the manifest of a folder contradicts its files, a sentence each; a folder of another tool has none."""
+    try:
+        recorded = read_manifest(folder).get("options")
+        if not isinstance(recorded, dict):
+            return []
+        return [f"{MANIFEST}: {fault}" for fault in option_faults(recorded, target_named(target).held_options(folder))]
+    except RunError:
+        return []  # the folder may be an app's, with a file of that name
+    except ArtifactError as error:
+        return [str(error)]
+
+
 def _stamp(folder: Path) -> tuple[Any, ...]:
     files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     return folder, sha256(folder / MANIFEST), *((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files)

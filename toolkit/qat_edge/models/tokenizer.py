@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qat_edge import remote_code
 from qat_edge.errors import ModelError, RunError
@@ -25,6 +25,9 @@ from qat_edge.models.tokenizer_check import (
 from qat_edge.readers import read_json, shorten
 from qat_edge.storage import disk_errors, write_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # which imports torch
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
@@ -38,10 +41,18 @@ LOADING_ERRORS = (
 )  # fmt: skip
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder that qat-edge wrote."""
+def load_tokenizer(folder: Path, advice: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder.
+
+    Args:
+        folder: With the tokenizer's files.
+        advice: What to do if it cannot be loaded, a sentence; by default that of a folder that qat-edge wrote.
+
+    Raises:
+        ModelError: It cannot be loaded, or no text could be encoded with it.
+    """
     failure = f"{folder}: the tokenizer cannot be loaded from tokenizer.json, tokenizer_config.json and config.json"
-    advice = how_to_restore(folder)
+    advice = advice or how_to_restore(folder)
     check_templates(folder)
     try:
         with native_errors(failure, advice), remote_code.refusals(folder):
@@ -130,6 +141,14 @@ def trained_end_tokens(manifest: Mapping[str, Any]) -> list[int] | None:
     record = manifest.get("conversation")
     ids = record.get("end_of_turn") if isinstance(record, dict) else None
     return None if ids is None else _as_ids(ids, "manifest.json, end_of_turn")
+
+
+def recorded_end_tokens(folder: Path) -> list[int] | None:
+    """Return the ids that ended answers in training, from the manifest of any folder; None where it has no record."""
+    try:
+        return trained_end_tokens(read_manifest(folder))
+    except (RunError, ModelError):
+        return None
 
 
 def trained_template_arguments(folder: Path) -> dict[str, Any]:

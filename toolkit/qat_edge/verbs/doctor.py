@@ -1,148 +1,68 @@
-"""Report where a .pte loads, and what ExecuTorch's LLM runner would miss in it.
+"""Report where a .pte, an ONNX graph or a GGUF file loads, and what is wrong with it, whichever tool wrote it.
 
-`qat_edge_exporters.executorch.diagnosis` examines the file; this module prints the result and decides the exit code.
+`examined_file` finds the file; the exporters examine it (the function that `Target.doctor` names); `doctor_lines`
+describes the result. This module decides the exit code.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qat_edge.errors import ArtifactError
-from qat_edge.manifest import MANIFEST
-from qat_edge.options import RUNTIMES, DoctorOptions
-from qat_edge_exporters.targets import EXECUTORCH, ONNX, target_named
+from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.options import DoctorOptions
+from qat_edge.verbs.doctor_lines import lines
+from qat_edge.verbs.examined_file import find_file
+from qat_edge_exporters.targets import TARGETS, Target
 
 if TYPE_CHECKING:
-    from qat_edge_exporters.executorch.diagnosis import (
-        CacheInfo,
-        Diagnosis,
-        ProgramInfo,
-        RuntimeCheck,
-        TokenizerCheck,
-    )
+    from qat_edge_exporters.executorch.diagnosis import Diagnosis
+    from qat_edge_exporters.file_diagnosis import FileDiagnosis
 
-MODEL = "model.pte"
-# Backends whose operators are counted inside their delegates.
-COUNTED = {"XnnpackBackend", "VulkanBackend"}
+__all__ = ["doctor", "lines", "require_loadable"]
 
 
-def doctor(path: Path, options: DoctorOptions) -> Diagnosis:
-    """Examine a .pte, or the one in an export folder, for the runtimes named in `options`, or for all known ones.
+def doctor(path: Path, options: DoctorOptions) -> Diagnosis | FileDiagnosis:
+    """Examine a file, or the one in a folder, for the runtimes named in `options`, or for all of its format.
 
     Raises:
-        ArtifactError: there is no .pte, or it cannot be read at all.
+        ArtifactError: there is no such file, or it cannot be read at all.
+        UsageError: a runtime of another format is named.
     """
-    program = path / MODEL if path.is_dir() else path
-    if path.is_dir() and not program.is_file():
-        other = target_named(ONNX).file
-        hint = " `qat-edge verify RUN` reads and runs an ONNX folder." if (path / other).is_file() else ""
-        raise ArtifactError(f"{path}: no {MODEL} in it, and doctor examines .pte files. Give one, or its folder.{hint}")
-    return target_named(EXECUTORCH).diagnose(program, options.runtime or RUNTIMES)
+    found = find_file(path)
+    _require_runtimes(found.target, options.runtime)
+    return found.target.diagnose(found.path, options.runtime)
 
 
-def require_loadable(diagnosis: Diagnosis, options: DoctorOptions) -> None:
-    """Raise an error if the program cannot run where the user wants it to.
+def _require_runtimes(target: Target, names: tuple[str, ...]) -> None:
+    """Require runtimes of the file's format.
 
     Raises:
-        ArtifactError: the program has faults, a runtime named by --runtime cannot load it, or, if none is named, no
+        UsageError: one is for another format.
+    """
+    for name in names:
+        if name not in target.runtimes:
+            formats = [other.title for other in TARGETS.values() if name in other.runtimes]
+            raise UsageError(
+                f"--runtime {name} loads {', '.join(formats)}, and the file is {target.title}. Its runtimes: "
+                f"{', '.join(target.runtimes)}."
+            )
+
+
+def require_loadable(diagnosis: Diagnosis | FileDiagnosis, options: DoctorOptions) -> None:
+    """Raise an error if the file cannot run where the user wants it to.
+
+    Raises:
+        ArtifactError: the file has faults, a runtime named by --runtime cannot load it, or, if none is named, no
             runtime can.
     """
     failing = [check for check in diagnosis.runtimes if not check.loads]
-    # A runtime that the user did not name may lack an operator.
-    if not options.runtime and len(failing) < len(diagnosis.runtimes):
-        failing = []
+    # A runtime that the user did not name may lack an operator, or not be installed.
+    if not options.runtime:
+        failing = [check for check in failing if not check.untried]
+        if any(check.loads for check in diagnosis.runtimes):
+            failing = []
     reasons = [f"{check.runtime} cannot load it: {check.reason}." for check in failing] + diagnosis.faults
     if reasons:
         listed = "\n".join(f"  {text}" for text in reasons)
         raise ArtifactError(f"{diagnosis.path}: {len(reasons)} problems found:\n{listed}")
-
-
-def lines(diagnosis: Diagnosis) -> list[str]:
-    """Return the lines that `qat-edge doctor` prints: the verdict first, then the details."""
-    program = diagnosis.program
-
-    # Where it loads, and what is wrong.
-    rows = [("runtime", _runtime_line(check)) for check in diagnosis.runtimes]
-    rows += [("fault", fault) for fault in diagnosis.faults]
-
-    # What callers see: methods, metadata, tokenizer.
-    rows += [("method", str(method)) for method in program.methods]
-    rows += [("runner", f"{entry.name} = {_shown(entry.value)}  ({entry.use})") for entry in diagnosis.runner]
-    if diagnosis.words is not None:
-        rows.append(("tokenizer", _tokenizer_line(diagnosis.words)))
-
-    # What it consists of, and its needs.
-    rows.append(("delegates", _delegates_line(program)))
-    rows.append(("operators", ", ".join(f"{name} x{count}" for name, count in program.operators.items())))
-    rows.append(("size", _size_line(program)))
-    rows.append(("memory", f"{_size(program.memory_bytes)} planned for cache and activations, in addition to weights"))
-    if program.cache is not None:
-        rows.append(("cache", _cache_line(program.cache, program.constants)))
-    rows.append(("versions", _versions_line(diagnosis)))
-    return [_headline(diagnosis), *(f"{name:<10} {text}" for name, text in rows)]
-
-
-def _headline(diagnosis: Diagnosis) -> str:
-    loading = [check.runtime for check in diagnosis.runtimes if check.loads]
-    failing = [check.runtime for check in diagnosis.runtimes if not check.loads]
-    where = f"loads in {', '.join(loading)}" if loading else "loads in no requested runtime"
-    others = f"; not in {', '.join(failing)}" if loading and failing else ""
-    wrong = f"; faults found: {len(diagnosis.faults)}, see below" if diagnosis.faults else ""
-    return f"{diagnosis.path} {where}{others}{wrong}."
-
-
-def _runtime_line(check: RuntimeCheck) -> str:
-    how = "loaded" if check.tried else "has every operator and backend"
-    return f"{check.runtime}: {how if check.loads else check.reason}  ({check.title})"
-
-
-def _tokenizer_line(check: TokenizerCheck) -> str:
-    if check.error:
-        return "cannot be used, see above"
-    ends = ", ".join(map(str, check.end_tokens))
-    split = "splits the probe texts as in training" if not check.differing else "splits texts differently, see above"
-    return f"{check.size} tokens; generation ends with {ends}; ExecuTorch's tokenizer {split}"
-
-
-def _delegates_line(program: ProgramInfo) -> str:
-    parts = ", ".join(f"{name} x{count}" for name, count in program.delegates.items()) or "none"
-    # With any other backend, the share would leave out what is inside its delegates.
-    if not set(program.delegates) <= COUNTED:
-        return parts
-    outside = sum(program.operators.values())
-    total = program.nodes + outside
-    return f"{parts}; {outside} of {total} operators ({outside / max(total, 1):.0%}) outside"
-
-
-def _size_line(program: ProgramInfo) -> str:
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in program.size_bytes.items())
-    shared = f"; embedding and head share {_size(program.shared_bytes)}" if program.shared_bytes else ""
-    return f"{parts}; {_size(sum(program.size_bytes.values()))} in total{shared}"
-
-
-def _cache_line(cache: CacheInfo, constants: dict[str, Any]) -> str:
-    tokens = constants.get("get_max_context_len")
-    each = ""
-    if isinstance(tokens, int) and tokens > 0:
-        each = f" for {tokens} tokens, {cache.size_bytes // tokens:,} bytes each"
-    return f"keys and values in {cache.dtype}: {_size(cache.size_bytes)}{each}"
-
-
-def _versions_line(diagnosis: Diagnosis) -> str:
-    written = ", ".join(f"{name} {version}" for name, version in diagnosis.written_by.items())
-    installed = ", ".join(f"{name} {version}" for name, version in diagnosis.installed.items())
-    if not written:
-        return f"not recorded in the file, and there is no {MANIFEST} next to it; installed: {installed}"
-    same = all(diagnosis.written_by[name] == version for name, version in diagnosis.installed.items())
-    return f"written by {written}; " + ("the same are installed" if same else f"installed: {installed}")
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "missing"
-    return str(value).lower() if isinstance(value, bool) else str(value)

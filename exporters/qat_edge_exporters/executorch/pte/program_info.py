@@ -112,7 +112,7 @@ class ContractEntry:
 
 @dataclass(frozen=True)
 class RuntimeCheck:
-    """Result of one runtime for one program.
+    """Result of one runtime for one program, graph or GGUF file.
 
     Attributes:
         runtime: its name, as in --runtime.
@@ -122,6 +122,7 @@ class RuntimeCheck:
         missing_backends: backends of the program that it lacks.
         tried: whether the program was loaded, not only looked up.
         error: why loading failed; empty if it did not, or was not tried.
+        untried: why it is not known whether the runtime loads it; empty if it is.
     """
 
     runtime: str
@@ -131,18 +132,19 @@ class RuntimeCheck:
     missing_backends: list[str]
     tried: bool = False
     error: str = ""
+    untried: str = ""
 
     @property
     def loads(self) -> bool:
         """True if nothing is missing and loading did not fail."""
-        return not (self.missing_operators or self.missing_backends or self.error)
+        return not (self.missing_operators or self.missing_backends or self.error or self.untried)
 
     @property
     def reason(self) -> str:
         """Explanation, as one line, of what keeps the runtime from loading the program; empty if nothing does."""
         lacks = [*self.missing_operators, *(f"backend {name}" for name in self.missing_backends)]
         parts = [f"it lacks {', '.join(lacks)}"] if lacks else []
-        parts += [self.error] if self.error else []
+        parts += [text for text in (self.error, self.untried) if text]
 
         # A portable program helps only if custom operators are all that is missing.
         custom = [name for name in self.missing_operators if name.startswith(("llama::", "quantized_decomposed::"))]
