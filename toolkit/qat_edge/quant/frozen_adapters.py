@@ -65,7 +65,7 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise ExportError(
-            f"{path}: cannot be read ({readers.shorten(error)}). Write the checkpoint's adapter again, or remove the "
+            f"{path}: cannot be read ({readers.shorten(str(error), 200)}). Write the checkpoint's adapter again, or remove the "
             "folder to export the base alone."
         ) from error
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}

@@ -81,8 +81,12 @@ def model_label(row: ReportedModel) -> str:
         return _PTQ_LABELS.get(row.name, plain(row.name))
     if is_own(row.name) and row.name != QAT:
         prefix, _, method = row.name.partition(" ")
-        base = _PTQ_LABELS.get(f"ptq {method}", plain(method.strip("()")))
-        return f"Adapters on {base}" if prefix == OWN_ADAPTERS else f"{base} (this run)"
+        title = plain(method.strip("()"))
+        return (
+            f"Adapters on {title}"
+            if prefix == OWN_ADAPTERS
+            else f"{_PTQ_LABELS.get(f'ptq {method}', title)} (this run)"
+        )
     return "FP32 model" if row.name == UNTRAINED else ROLES.get(role(row), plain(row.name))
 
 

@@ -18,7 +18,7 @@ from qat_edge.run import Run
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """What a training takes from its frozen base.
+    """Parts of a frozen base that a training needs.
 
     Attributes:
         start: Weights and scales; None where the base rounds the model's own weights by their largest values.
