@@ -64,9 +64,10 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
+        reason = readers.shorten(str(error), 200)
         raise ExportError(
-            f"{path}: cannot be read ({readers.shorten(str(error), 200)}). Write the checkpoint's adapter again, or remove the "
-            "folder to export the base alone."
+            f"{path}: cannot be read ({reason}). Write the checkpoint's adapter again, or remove the folder to export "
+            "the base alone."
         ) from error
     modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
     found = {}
