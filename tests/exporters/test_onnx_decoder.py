@@ -17,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import helper
+from safetensors.torch import save_file
 from tiny import CONTEXT, SIZES, TinyExport, export_to, freeze, llama, sqnr
 from transformers import AutoModelForCausalLM, Cohere2Config, GPTNeoXConfig, Olmo2Config, PretrainedConfig
 
@@ -289,7 +290,7 @@ def test_a_float_checkpoint_is_refused(tmp_path: Path) -> None:
 
     AutoModelForCausalLM.from_config(Olmo2Config(**SIZES)).save_pretrained(tmp_path / "float")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match="holds float weights, and a graph traced from the model's code"):
+    with pytest.raises(ExportError, match="holds float weights, and a graph traced from the model's code holds codes"):
         export_decoder.export(tmp_path / "float", tmp_path / "out", CONTEXT)
 
 
@@ -325,3 +326,39 @@ def test_inputs_and_outputs_of_matrices_can_be_observed(make: Callable[[str], Ti
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     wanted = {name for before, after in exposed.places.values() for name in (before, *after)}
     assert wanted <= {output.name for output in session.get_outputs()}
+
+
+# --- unmerged adapters --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_ships_next_to_the_traced_base(make: Callable[[str], TinyExport], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(make("olmo2").frozen, tmp_path / "frozen"))
+    write_adapter(checkpoint, ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"], rank=3)
+    exported = export_to("onnx", checkpoint, tmp_path / "export")
+    result = verify_folder(exported.folder, "onnx", checkpoint)
+    assert result.faults == [] and result.adapter == result.adapter_equal == 4
+    measured = parity.measure(exported.folder, "onnx", FrozenReference(checkpoint), CONTEXT)
+    assert not measured.fault and not measured.not_measured
+
+    # Another adapter of the same layers has the same base.
+    write_adapter(checkpoint, ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"], rank=5)
+    other = export_to("onnx", checkpoint, tmp_path / "other")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (exported.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    shutil.copyfile(other.folder / "adapter.onnx_adapter", exported.folder / "adapter.onnx_adapter")
+    assert verify_folder(exported.folder, "onnx", checkpoint).faults == []
+
+
+def write_adapter(checkpoint: Path, modules: list[str], rank: int) -> None:
+    """Write a random adapter of these layers, as peft saves it."""
+    weights, folder = frozen.read_weights(checkpoint), checkpoint / "adapter"
+    generator = torch.Generator().manual_seed(rank)
+    tensors = {}
+    for module in modules:
+        rows, width = weights[module].codes.shape
+        for part, shape in (("lora_A", (rank, width)), ("lora_B", (rows, rank))):
+            tensors[f"base_model.model.{module}.{part}.weight"] = torch.randn(shape, generator=generator) * 0.2
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    document = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps(document))

@@ -101,7 +101,7 @@ def freeze(
     if rotated:
         rotation.rotate(model, chosen, 0)
     frozen.freeze(model, chosen)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)  # as in freezing
     make_tokenizer().save_pretrained(folder)
     write_manifest(folder, "quantized", scheme=frozen.scheme_metadata(chosen))
     return frozen.load(folder)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import ArtifactAdapter
-from qat_edge_exporters.onnx import adapter_format, names
+from qat_edge_exporters.onnx import adapter_format, decoder_signature, names
 from qat_edge_exporters.onnx.half_steps import last_of_product
 from qat_edge_exporters.onnx.names import AdapterNames
 from qat_edge_exporters.onnx.onnx_options import PAST
@@ -70,7 +70,7 @@ def find_inputs(model: onnx.ModelProto) -> FoundInputs:
     defaults = {tensor.name: tensor for tensor in graph.initializer}
     declared = {entry.name: entry for entry in graph.input}
     nodes = {node.name: node for node in graph.node}
-    others = {}
+    others, module_of = {}, decoder_signature.module_of_node(model)
     for name in declared:
         # A name that is not UTF-8 is read as bytes.
         if not isinstance(name, str) or not (name in INPUTS or name.startswith(PAST)):
@@ -79,7 +79,7 @@ def find_inputs(model: onnx.ModelProto) -> FoundInputs:
             found.faults.append(f"the input '{readers.shorten(name)}' has a default, which only adapters have.")
 
     for node in graph.node:
-        module = names.module_of_node(node.name) if node.op_type in LAYERS else None
+        module = module_of(node.name) if node.op_type in LAYERS else None
         named = names.adapter_names(node.name) if module is not None else None
         if module is None or named is None or others.keys().isdisjoint(named[:2]):
             continue

@@ -19,6 +19,7 @@ import onnx
 
 from qat_edge import readers
 from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx.adapter_check import FoundInputs
 from qat_edge_exporters.onnx.decoder_names import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
 from qat_edge_exporters.onnx.encoder_check import FLOAT_TYPES, INTEGERS, NUMBERS
 from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE
@@ -33,27 +34,35 @@ PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum"}  # the last two are those of `
 SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
 
 
-def graph_faults(model: onnx.ModelProto) -> list[str]:
-    """Return a fault for each node that an export does not have, a sentence each."""
+def graph_faults(model: onnx.ModelProto, adapter: FoundInputs) -> list[str]:
+    """Return a fault for each node that an export does not have, a sentence each.
+
+    Args:
+        model: the graph.
+        adapter: its inputs for an adapter; their faults, and those of other inputs, are not repeated.
+    """
     classes = {each.name: NUMBER if each.data_type in FLOAT_TYPES else SHAPE for each in model.graph.initializer}
-    faults = []
     for each in model.graph.input:
-        if each.name not in classes:
+        if each.name not in classes:  # those for adapters have defaults
             classes[each.name] = CACHE if each.name.startswith(f"{PAST}.") else INPUTS.get(each.name, "")
-            if not classes[each.name]:
-                faults.append(f"the input '{readers.shorten(each.name)}' is not one that the exporter writes.")
+    faults = []
     for node in model.graph.node:  # in the order of computation
         kinds = [classes.get(name, "") for name in node.input]
         fault = _fault_of(node, kinds)
         if fault:
             faults.append(f"the node '{readers.shorten(node.name)}' ({readers.shorten(node.op_type)}) {fault}.")
         classes.update(_classes_of_outputs(node, kinds))
-    faults += _output_faults(model, classes)
+    faults += _output_faults(model, classes, adapter)
     return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
 
 
-def head_of(model: onnx.ModelProto) -> onnx.NodeProto | None:
-    """Return the node whose product the logits are, scaled or capped at most; None where there is none."""
+def head_of(model: onnx.ModelProto, adapter: FoundInputs) -> onnx.NodeProto | None:
+    """Return the node whose product the logits are, scaled or capped at most; None where there is none.
+
+    Args:
+        model: the graph.
+        adapter: its inputs for an adapter, which may be added to that product.
+    """
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {each.name for each in model.graph.initializer}
     constants |= {output for output, node in producers.items() if node.op_type == "Constant"}
@@ -63,9 +72,9 @@ def head_of(model: onnx.ModelProto) -> onnx.NodeProto | None:
         if node is None or node.op_type == LINEAR:
             return node
         others = [name for name in node.input if name not in constants]
-        is_half_step = node.op_type == "Add" and node.name.endswith("/half_step/Add")
+        is_part = node.op_type == "Add" and (value in adapter.sums or node.name.endswith("/half_step/Add"))
         is_single = len(others) == 1 and node.op_type in (*SCALING, "Add")
-        if not (is_single or is_half_step) or not others:
+        if not (is_single or is_part) or not others:
             return None
         value = others[0]
     return None
@@ -116,14 +125,14 @@ def _classes_of_outputs(node: onnx.NodeProto, kinds: list[str]) -> dict[str, str
     return dict.fromkeys(node.output, kind)
 
 
-def _output_faults(model: onnx.ModelProto, classes: Mapping[str, str]) -> list[str]:
+def _output_faults(model: onnx.ModelProto, classes: Mapping[str, str], adapter: FoundInputs) -> list[str]:
     """Name outputs that the exporter does not write, and logits that are not those of the head."""
     faults = []
     for each in model.graph.output:
         is_cache = each.name.startswith(f"{PRESENT}.") and classes.get(each.name) == CACHE
         if each.name != LOGITS and not is_cache:
             faults.append(f"the output '{readers.shorten(each.name)}' is not one that the exporter writes.")
-    return faults if head_of(model) is not None else [*faults, "its logits are not those of the head."]
+    return faults if head_of(model, adapter) is not None else [*faults, "its logits are not those of the head."]
 
 
 def _is_float(attribute: onnx.AttributeProto) -> bool:

@@ -31,12 +31,14 @@ from qat_edge_exporters.onnx.decoder_signature import CacheShape
 from qat_edge_exporters.onnx.half_steps import add_half_steps
 from qat_edge_exporters.onnx.traced_graph import DOMAIN, OPSET
 from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE, module_of_node
+from qat_edge_exporters.onnx.unmerged_adapters import add_adapter_inputs
 from qat_edge_exporters.trace_check import ONNX, check_attention, tracing_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qat_edge.quant.frozen import FrozenWeight
+    from qat_edge.quant.frozen_adapters import Adapter
 
 ATTENTION_NAME = "qat_edge_onnx_decoder"  # in AttentionInterface; transformers builds no mask for an unknown name
 OPERATOR = "GroupQueryAttention"
@@ -149,17 +151,23 @@ class DecoderGraph(NamedTuple):
         model: the graph; initializers of matrices have no values.
         tensors: their values, by name.
         inline: names of initializers that stay in the graph file: shapes, indices and single numbers.
+        adapter: matrices of the unmerged adapter, by name of their input.
         cache: heads and width of every layer's keys and values.
     """
 
     model: onnx.ModelProto
     tensors: dict[str, NDArray[Any]]
     inline: frozenset[str]
+    adapter: dict[str, NDArray[np.float32]]
     cache: CacheShape
 
 
 def build(
-    model: PreTrainedModel, weights: Mapping[str, FrozenWeight], context_length: int, is_table_shared: bool
+    model: PreTrainedModel,
+    weights: Mapping[str, FrozenWeight],
+    context_length: int,
+    is_table_shared: bool,
+    adapters: Mapping[str, Adapter],
 ) -> DecoderGraph:
     """Trace a frozen decoder; its frozen layers are replaced in place.
 
@@ -168,6 +176,7 @@ def build(
         weights: its matrices by module name.
         context_length: tokens that the cache holds at most.
         is_table_shared: embedding and head have equal codes and scales, which are stored once.
+        adapters: unmerged adapters by module name.
 
     Raises:
         ExportError: attention of another form, or code that cannot be traced.
@@ -181,6 +190,7 @@ def build(
     if is_table_shared:
         _share_table(graph, tensors, weights)
     add_half_steps(graph, weights, module_of_node)
+    adapter = add_adapter_inputs(graph, adapters, module_of_node)
     helper.set_model_props(graph, {decoder_names.TRACED: decoder_names.FORMAT})
 
     shapes = set(decoder.attention.shapes.values())
@@ -188,7 +198,7 @@ def build(
         raise ExportError(
             f"{type(model).__name__} has layers with caches of other sizes, which onnxruntime-genai has not."
         )
-    return DecoderGraph(graph, tensors, traced_graph.inline(graph, tensors), shapes.pop())
+    return DecoderGraph(graph, tensors, traced_graph.inline(graph, tensors), adapter, shapes.pop())
 
 
 def _trace(decoder: TracedDecoder, context_length: int) -> onnx.ModelProto:

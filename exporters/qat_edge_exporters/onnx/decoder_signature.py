@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import onnx
 
 from qat_edge.errors import ArtifactError
-from qat_edge_exporters.onnx import graph_file, names
+from qat_edge_exporters.onnx import graph_file, names, traced_names
 from qat_edge_exporters.onnx.decoder_names import FORMAT, PAST, TRACED
 
 
@@ -22,6 +23,11 @@ class CacheShape(NamedTuple):
 def is_traced(model: onnx.ModelProto) -> bool:
     """Return whether a graph was traced from the model's own code, as its metadata says."""
     return any((entry.key, entry.value) == (TRACED, FORMAT) for entry in model.metadata_props)
+
+
+def module_of_node(model: onnx.ModelProto) -> Callable[[str], str | None]:
+    """Return the function that tells the module whose matrix a node reads, by the name of the node."""
+    return traced_names.module_of_node if is_traced(model) else names.module_of_node
 
 
 def is_traced_folder(folder: Path) -> bool:

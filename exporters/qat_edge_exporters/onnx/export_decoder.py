@@ -18,7 +18,8 @@ from qat_edge.quant import frozen as checkpoint
 from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.storage import disk_errors
 from qat_edge_exporters.checkpoint import is_frozen
-from qat_edge_exporters.onnx import decoder_graph, decoder_support, expected_config, graph_file, names
+from qat_edge_exporters.onnx import adapter_format, decoder_graph, decoder_support, expected_config, graph_file, names
+from qat_edge_exporters.onnx.export_onnx import ERRORS_ONLY
 from qat_edge_exporters.rotary_frequencies import fix_rotary_frequencies
 
 LEAVE_OUT = "Leave this target out with --target executorch."
@@ -38,13 +39,13 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
     Raises:
         ExportError: the checkpoint is not frozen, or the model cannot be traced.
     """
-    if not is_frozen(frozen) or read_adapters(frozen):
-        what = "has unmerged adapters" if is_frozen(frozen) else "holds float weights"
+    if not is_frozen(frozen):
         raise ExportError(
-            f"onnx: {frozen} {what}, and a graph traced from the model's code holds merged codes. {LEAVE_OUT}"
+            f"onnx: {frozen} holds float weights, and a graph traced from the model's code holds codes. {LEAVE_OUT}"
         )
+    adapters = read_adapters(frozen)
     progress.info("loading the frozen checkpoint")
-    model = checkpoint.load(frozen)
+    model = checkpoint.load(frozen, with_adapters=False)
     reason = decoder_support.missing(model.config)
     if reason:
         raise ExportError(f"onnx: {reason} {LEAVE_OUT}")
@@ -53,11 +54,14 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
 
     scheme, weights = checkpoint.read_scheme(frozen), checkpoint.read_weights(frozen)
     ends = [weights.get(scheme.embedding), weights.get(scheme.head)]
-    graph = decoder_graph.build(model, weights, context_length, _are_equal(*ends))
+    graph = decoder_graph.build(model, weights, context_length, _are_equal(*ends), adapters)
     with disk_errors(out):
         graph_file.save(graph.model, graph.tensors, out, out, graph.inline)
         config = expected_config.written(frozen, context_length, graph.cache.heads, graph.cache.width)
         config["model"]["decoder"]["session_options"] = SESSION
+        if adapters:
+            adapter_format.write(out / names.ADAPTER_FILE, graph.adapter)
+            config["model"]["decoder"]["session_options"] = SESSION | {"log_severity_level": ERRORS_ONLY}
         config["search"] |= SHARED_CACHE
         (out / names.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.copy_tokenizer_files(frozen, out)

@@ -10,7 +10,7 @@ import onnx
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import Exposed
-from qat_edge_exporters.onnx import decoder_signature, graph_file, names, traced_names
+from qat_edge_exporters.onnx import decoder_signature, graph_file, names
 from qat_edge_exporters.onnx.half_steps import last_of_product
 
 
@@ -30,7 +30,7 @@ def expose(folder: Path, out: Path) -> Exposed:
     graph = graph_file.load_graph(folder / names.MODEL_FILE)
     matrices: dict[str, MatrixValues] = {}
     nodes = {node.name: node for node in graph.graph.node}
-    module_of = traced_names.module_of_node if decoder_signature.is_traced(graph) else names.module_of_node
+    module_of = decoder_signature.module_of_node(graph)
     for node in graph.graph.node:
         module = module_of(node.name) if node.op_type in ("MatMulNBits", "MatMul") else None
         if module is not None:

@@ -183,9 +183,9 @@ def _name_after_checkpoint(graph: onnx.ModelProto) -> None:
 
 
 def inline(graph: onnx.ModelProto, tensors: Mapping[str, NDArray[Any]]) -> frozenset[str]:
-    """Return the names of initializers that are no float tensors of the checkpoint."""
+    """Return the names of initializers that are no float tensors of the checkpoint, defaults of adapters included."""
     return frozenset(
         each.name
         for each in graph.graph.initializer
-        if each.name not in tensors and (each.data_type != onnx.TensorProto.FLOAT or graph_file.size(each) == 1)
+        if each.name not in tensors and (each.data_type != onnx.TensorProto.FLOAT or graph_file.size(each) <= 1)
     )

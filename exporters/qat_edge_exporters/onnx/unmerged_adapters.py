@@ -13,7 +13,7 @@ without these inputs, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -46,12 +46,17 @@ def split_fused_adapters(adapters: Mapping[str, Adapter], fused: Mapping[str, Ma
     return found
 
 
-def add_adapter_inputs(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) -> dict[str, NDArray[np.float32]]:
+def add_adapter_inputs(
+    model: onnx.ModelProto,
+    adapters: Mapping[str, Adapter],
+    module_of: Callable[[str], str | None] = names.module_of_node,
+) -> dict[str, NDArray[np.float32]]:
     """Add the inputs and nodes of every adapter to the graph, in place.
 
     Args:
         model: the graph.
         adapters: by module name, those of fused projections split.
+        module_of: returns the module whose matrix a node of that name reads.
 
     Returns:
         The adapter's matrices by name of their input.
@@ -60,14 +65,14 @@ def add_adapter_inputs(model: onnx.ModelProto, adapters: Mapping[str, Adapter]) 
         ExportError: an adapter's layer has no node of its own in the graph, or another shape.
     """
     nodes = {node.name: node for node in model.graph.node}
-    layers = {names.module_of_node(name): node for name, node in nodes.items() if node.op_type in LAYERS}
+    layers = {module_of(name): node for name, node in nodes.items() if node.op_type in LAYERS}
     parameters: dict[str, NDArray[np.float32]] = {}
     added: dict[str, list[onnx.NodeProto]] = {}
     for module, adapter in adapters.items():
         node = layers.get(module)
         if node is None:
             raise ExportError(
-                f"onnx: the builder made no separate node for {module}, so its adapter cannot be added. "
+                f"onnx: the graph has no separate node for {module}, so its adapter cannot be added. "
                 "Leave this target out with --target executorch."
             )
         _check_shape(model, node, module, adapter)
