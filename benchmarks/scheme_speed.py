@@ -66,7 +66,7 @@ def section(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
     """Return the paragraphs of the page about speed."""
     decode = figures["decode"]
     rows = []
-    for scheme, rates in decode.items():
+    for scheme, rates in ((name, decode[name]) for name in SCHEMES if name in decode):
         ratios = [own / base for own, base in zip(rates, decode[BASELINE], strict=True)]
         rows.append([scheme, page.median_of(rates), page.median_of(ratios)])
     return [
