@@ -9,6 +9,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -129,9 +130,16 @@ def run(folder: Path, ids: Sequence[int] = IDS) -> NDArray[np.float32]:
     return found[0]
 
 
+def load_base(checkpoint: Path) -> Any:
+    """Load a checkpoint without its adapter."""
+    with TemporaryDirectory() as name:
+        folder = Path(shutil.copytree(checkpoint, Path(name) / "base", ignore=shutil.ignore_patterns(ADAPTER)))
+        return load_exact(folder)
+
+
 def emulated(checkpoint: Path, scaling: float) -> NDArray[np.float32]:
     """Return torch's logits of fq(W) x + s B (A x), computed with hooks and without the exporters' code."""
-    model: Any = load_exact(checkpoint)
+    model: Any = load_base(checkpoint)
     tensors = load_file(checkpoint / ADAPTER / "adapter_model.safetensors")
     inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -283,7 +291,7 @@ def test_outputs_of_layers_have_the_adapter_in_them(pair: Pair, tmp_path: Path) 
             with np.load(traced.outputs) as arrays:
                 values = dict(zip(traced.names, arrays.values(), strict=True))
     passages = exposed.passages(values)
-    model: Any = load_exact(pair.checkpoint)
+    model: Any = load_base(pair.checkpoint)
     for name, adapter in read_adapters(pair.checkpoint).items():
         inputs, outputs = passages[name].inputs, passages[name].outputs
         assert inputs is not None and outputs is not None
