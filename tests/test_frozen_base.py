@@ -235,6 +235,12 @@ def test_a_trained_run_is_no_base(trained: Run, rows: Path) -> None:
         check_combination(replace(training(trained, rows)))
 
 
+def test_the_model_of_a_base_may_have_moved(base: Run, rows: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    finetune(training(base, rows, steps=2, model=str(moved)), tmp_path / "run")
+    assert read_manifest(Run.open(tmp_path / "run").adapter)["model"]["source"] == str(moved)
+
+
 def test_a_base_of_another_model_is_refused(base: Run, rows: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     run = Run(Path(shutil.copytree(base.path, tmp_path / "base")))

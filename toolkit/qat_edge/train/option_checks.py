@@ -134,10 +134,10 @@ def _check_frozen_base(options: FinetuneOptions) -> None:
             f"--frozen-base {options.frozen_base}: this run was trained, and its weights have its adapters merged in. "
             "Give a run of `qat-edge quantize MODEL --out RUN`."
         )
-    decided = base.on_frozen_base
-    for name, value in decided.items():
+    for name, value in base.on_frozen_base.items():
         given = getattr(options, name)
-        if not option_paths.same(given, value):
+        # A model may have moved: its files are compared once it is loaded.
+        if name != "model" and not option_paths.same(given, value):
             raise UsageError(
                 f"{flag_name(name)} {given} and --frozen-base {options.frozen_base}: its weights were quantized with "
                 f"{value}, and stay as they are. Leave it out."
