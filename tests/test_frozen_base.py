@@ -17,7 +17,7 @@ import qat_edge
 from conftest import plain_rows
 from qat_edge import config
 from qat_edge.cli import commands
-from qat_edge.errors import ExportError, RunError, UsageError
+from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
 from qat_edge.options import CompareOptions, FinetuneOptions, QuantizeOptions
@@ -198,6 +198,13 @@ def test_the_onnx_folder_computes_the_checkpoint(trained: Run, rows: Path, tmp_p
     ]
     assert texts[0] == texts[1] and texts[0]
 
+    # An earlier result does not stand where the artifact cannot be read any more.
+    assert run.verified.is_file()
+    (run.exports / "onnx" / "model.onnx.data").write_bytes(b"cut short")
+    with pytest.raises(ArtifactError, match="but the file has 9"):
+        qat_edge.verify(run)
+    assert not run.verified.exists()
+
 
 # --- bad input ---------------------------------------------------------------------------------------------
 
@@ -257,6 +264,17 @@ def test_a_base_of_another_model_is_refused(base: Run, rows: Path, tiny_model_fo
 def test_targets_without_adapters_refuse_them(trained: Run, target: str) -> None:
     with pytest.raises(ExportError, match="adapters"):
         qat_edge.export(trained, target=[target], context_length=64, ptq=("none",))
+
+
+def test_the_adapter_of_another_training_is_refused(base: Run, trained: Run, tmp_path: Path) -> None:
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    other = tmp_path / "rows.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in plain_rows(30)))
+    finetune(training(base, other), tmp_path / "other")
+    shutil.rmtree(run.adapter)
+    shutil.copytree(tmp_path / "other" / "adapter", run.adapter)
+    with pytest.raises(RunError, match=r"'data\.sha256' is"):
+        quantize(run, QuantizeOptions(), force=True)
 
 
 def test_verbs_for_merged_adapters_refuse_the_run(trained: Run) -> None:

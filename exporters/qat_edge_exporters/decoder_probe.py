@@ -21,7 +21,27 @@ if TYPE_CHECKING:
 
 PROBE_NAME = "qat_edge_probe"  # in AttentionInterface
 TOKENS = 3
+WINDOW, SOFT_CAP = "sliding_window", "softcap"  # arguments of transformers' attention call
 SINKS = "s_aux"  # gpt-oss's logits of a token that is not there
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Numbers that a layer's attention is computed with.
+
+    Attributes:
+        heads: of queries.
+        key_heads: of keys and values.
+        scale: factor of the scores.
+        window: tokens that a token attends to, itself included; None for all.
+        soft_cap: largest score; None without one.
+    """
+
+    heads: int
+    key_heads: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
 
 
 @dataclass
@@ -32,12 +52,14 @@ class _Calls:
         operator: What computes attention instead, for messages.
         layers: How often each layer called it.
         faults: Why the operator cannot compute a call, as sentences.
+        settings: Numbers of the last call of each layer.
     """
 
     operator: str
 
     layers: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    settings: dict[int, AttentionSettings] = field(default_factory=dict)
 
     def attend(
         self,
@@ -51,7 +73,15 @@ class _Calls:
     ) -> tuple[Tensor, None]:
         """Record one call, and return an output of the right shape."""
         name = type(module).__name__
-        self.layers[int(getattr(module, "layer_idx", -1))] += 1
+        layer = int(getattr(module, "layer_idx", -1))
+        self.layers[layer] += 1
+        self.settings[layer] = AttentionSettings(
+            heads=query.shape[1],
+            key_heads=key.shape[1],
+            scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+            window=extras.get(WINDOW),
+            soft_cap=extras.get(SOFT_CAP),
+        )
         if extras.get(SINKS) is not None:
             self.faults.append(f"{name} has attention sinks ({SINKS}), which {self.operator} cannot compute.")
         if attention_mask is not None:
@@ -97,6 +127,16 @@ def obstacle(config: PretrainedConfig, operator: str = "ExecuTorch's operator") 
     if max(calls.layers.values()) > 1:
         return f"{name} computes attention {max(calls.layers.values())} times in a layer, and a layer has one KV cache."
     return ""
+
+
+def attention_settings(config: PretrainedConfig) -> dict[int, AttentionSettings]:
+    """Return the numbers of each layer's attention, by its index; empty where it cannot be run without weights."""
+    try:
+        model = model_without_weights(config)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # code of its own, which is not run here
+    calls, _ = _run(model, "")
+    return calls.settings
 
 
 def _run(model: Any, operator: str) -> tuple[_Calls, str]:

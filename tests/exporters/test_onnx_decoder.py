@@ -29,6 +29,7 @@ from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import decoder_graph, decoder_support, export_decoder, onnx_support, onnx_target
+from qat_edge_exporters.onnx.onnx_diagnosis import diagnose_onnx
 from qat_edge_exporters.targets import target_named
 
 TARGET = target_named("onnx")
@@ -340,6 +341,8 @@ def test_an_adapter_ships_next_to_the_traced_base(make: Callable[[str], TinyExpo
     measured = parity.measure(exported.folder, "onnx", FrozenReference(checkpoint), CONTEXT)
     assert not measured.fault and not measured.not_measured
 
+    assert diagnose_onnx(exported.folder / "model.onnx", ["onnxruntime"]).faults == []
+
     # Another adapter of the same layers has the same base.
     write_adapter(checkpoint, ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"], rank=5)
     other = export_to("onnx", checkpoint, tmp_path / "other")
@@ -347,6 +350,12 @@ def test_an_adapter_ships_next_to_the_traced_base(make: Callable[[str], TinyExpo
         assert (exported.folder / name).read_bytes() == (other.folder / name).read_bytes()
     shutil.copyfile(other.folder / "adapter.onnx_adapter", exported.folder / "adapter.onnx_adapter")
     assert verify_folder(exported.folder, "onnx", checkpoint).faults == []
+
+    damaged = (other.folder / "adapter.onnx_adapter").read_bytes()[:400]
+    (exported.folder / "adapter.onnx_adapter").write_bytes(damaged)
+    assert any(
+        "onnx_adapter" in fault for fault in diagnose_onnx(exported.folder / "model.onnx", ["onnxruntime"]).faults
+    )
 
 
 def write_adapter(checkpoint: Path, modules: list[str], rank: int) -> None:
@@ -362,3 +371,33 @@ def write_adapter(checkpoint: Path, modules: list[str], rank: int) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     document = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("local_window_size", 40), ("softcap", 50.0), ("scale", 0.26), ("num_heads", 2), ("smooth_softmax", 1)],
+)
+def test_numbers_of_attention_are_compared_with_the_code_of_the_model(
+    copy: TinyExport, name: str, value: float
+) -> None:
+    # A window of 40 tokens hides nothing of the prompts that verify runs.
+    with edited(copy.folder) as model:
+        node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+        kept = [each for each in node.attribute if each.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    assert any("GroupQueryAttention) has" in fault and name in fault for fault in faults_of(copy))
+
+
+def test_limits_of_positions_and_mask_are_found(copy: TinyExport) -> None:
+    with edited(copy.folder) as model:
+        limit = onnx.numpy_helper.from_array(np.array(100, np.int64), "limit")
+        model.graph.initializer.append(limit)
+        for name in ("position_ids", "attention_mask"):
+            for node in model.graph.node:
+                for index, read in enumerate(node.input):
+                    node.input[index] = f"limited_{name}" if read == name else read
+            _add(model, 0, helper.make_node("Min", [name, "limit"], [f"limited_{name}"], name=f"limit_{name}"))
+    faults = faults_of(copy)
+    for name in ("position_ids", "attention_mask"):
+        assert any(f"'limit_{name}' (Min) reads {name}" in fault for fault in faults)

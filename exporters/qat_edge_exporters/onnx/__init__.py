@@ -20,6 +20,7 @@ then those that read the result:
     genai_config.py       check the keys of genai_config.json against those that an export has
     expected_config.py    compare genai_config.json with what the export of a checkpoint writes
     graph_check.py        find nodes that the exporter does not make
+    attention_check.py    compare the numbers of attention nodes with those of the model's code
     adapter_check.py      check the graph's inputs for an adapter, and read the file with its matrices
     folder_check.py       check a folder before a runtime loads it
     matrix_outputs.py     copy a graph with the inputs and outputs of every matrix as outputs, to locate a fault

@@ -30,6 +30,10 @@ INPUTS = {IDS: IDS_CLASS, MASK: MASK_CLASS, POSITIONS: POSITION}
 # Classes of the operator's inputs: queries, keys, values, cache of keys and of values, last tokens, size of the mask.
 ATTENTION_INPUTS = (NUMBER, NUMBER, NUMBER, CACHE, CACHE, MASK_CLASS, SHAPE)
 COUNTS = INTEGERS - {"CumSum", "Equal", "GatherElements", "Not", "Range"}  # none of them compares or lists values
+# Operators that count the tokens of a mask, and those that make angles, or rows of a table, of positions. None of them
+# has a limit at which it begins to act.
+OF_MASK = ("Cast", "Expand", "Gather", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze")
+OF_POSITIONS = ("Add", "Cast", "Expand", "Reshape", "Squeeze", "Unsqueeze")
 PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum"}  # the last two are those of `half_steps`
 SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
 
@@ -99,9 +103,11 @@ def _fault_of(node: onnx.NodeProto, kinds: list[str]) -> str:
 
 def _may_count(node: onnx.NodeProto, given: set[str], kind: str) -> bool:
     """Return whether a node only counts the tokens of a mask, or makes angles of positions."""
-    if kind not in (MASK_CLASS, POSITION) or not given <= {kind, SHAPE} or node.op_type not in COUNTS:
+    if not given <= {kind, SHAPE}:
         return False
-    return kind == POSITION or not _casts_to_float(node)
+    if kind == POSITION:
+        return node.op_type in OF_POSITIONS
+    return kind == MASK_CLASS and node.op_type in OF_MASK and not _casts_to_float(node)
 
 
 def _other_operator(node: onnx.NodeProto, has_numbers: bool) -> str:

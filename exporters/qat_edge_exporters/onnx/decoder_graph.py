@@ -26,6 +26,7 @@ from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge.quant.rotated_norm import ROTATION, output_rotations
 from qat_edge_exporters.compat_transformers import replace_attention
+from qat_edge_exporters.decoder_probe import SOFT_CAP, WINDOW
 from qat_edge_exporters.onnx import decoder_names, traced_graph
 from qat_edge_exporters.onnx.decoder_signature import CacheShape
 from qat_edge_exporters.onnx.half_steps import add_half_steps
@@ -44,7 +45,6 @@ ATTENTION_NAME = "qat_edge_onnx_decoder"  # in AttentionInterface; transformers 
 OPERATOR = "GroupQueryAttention"
 # Arguments of transformers' attention call that change nothing in the operator.
 IGNORED = ("cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache")
-WINDOW, SOFT_CAP = "sliding_window", "softcap"  # arguments that are attributes of the operator
 # Sizes of the traced example: torch.export takes 0 and 1 for constants, and equal sizes for one.
 BATCH, TOKENS, PAST = 2, 3, 4
 

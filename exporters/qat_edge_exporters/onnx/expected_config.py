@@ -15,7 +15,9 @@ from qat_edge import readers, remote_code
 from qat_edge.errors import ArtifactError
 from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
-from qat_edge_exporters.onnx import decoder_signature, names
+from qat_edge.quant import frozen_config
+from qat_edge_exporters.onnx import decoder_signature, graph_file, names
+from qat_edge_exporters.onnx.attention_check import attention_faults
 from qat_edge_exporters.onnx.decoder_names import MODEL_TYPE
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH, TENSORS
 
@@ -40,7 +42,10 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
         expected |= _traced(*cache)
     tensors = {f"model.decoder.{key}": name for key, name in TENSORS.items()}
     expected |= {key: name for key, name in tensors.items() if key in found}
-    return [
+    context, config = found.get("model.context_length"), frozen_config.read(checkpoint)
+    graph = graph_file.load_graph(folder / names.MODEL_FILE)
+    faults = attention_faults(graph, config, context) if isinstance(context, int) else []
+    return faults + [
         f"{names.GENAI_CONFIG}: {readers.shorten(key)} is {readers.show(found.get(key))}, the export writes "
         f"{readers.show(expected.get(key))}."
         for key in sorted(expected.keys() | found.keys())

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qat_edge import progress
+from qat_edge import progress, readers
 from qat_edge.data import conversation
-from qat_edge.errors import ModelError
+from qat_edge.errors import ArtifactError, ModelError
 from qat_edge.manifest import library_version
 from qat_edge.models import artifact_options, tokenizer
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 from qat_edge_exporters.file_diagnosis import FileDiagnosis, FolderTokenizer, OnnxInfo, QuantizedMatrices
-from qat_edge_exporters.onnx import data_files, foreign_graph, genai_check, names, onnxruntime_probe
+from qat_edge_exporters.onnx import adapter_format, data_files, foreign_graph, genai_check, names, onnxruntime_probe
 from qat_edge_exporters.onnx.data_files import DataFiles
 from qat_edge_exporters.onnx.foreign_graph import INT4_TYPES, ForeignGraph, text
 from qat_edge_exporters.onnx.names import INT8_ACTIVATIONS, TOKENIZER_FILES
@@ -67,6 +68,8 @@ def diagnose_onnx(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
     faults, notes = [*found.data.faults, *words.faults], [*_graph_notes(graph), *words.notes]
     if path.name == names.MODEL_FILE:
         faults += artifact_options.recorded_faults(path.parent, ONNX)
+    for file in sorted(path.parent.glob(f"*{Path(names.ADAPTER_FILE).suffix}")):
+        faults += _adapter_faults(file, graph)
     if found.config is not None:
         faults += genai_check.config_faults(found.config, graph)
         notes += genai_check.config_notes(found.config, graph)
@@ -80,6 +83,31 @@ def diagnose_onnx(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
         tokenizer=words.found,
         installed={name: library_version(name) or "none" for name in RUNTIMES},
     )
+
+
+def _adapter_faults(file: Path, graph: ForeignGraph) -> list[str]:
+    """Return a fault for each parameter of an adapter file that does not fit the graph next to it."""
+    try:
+        parameters = adapter_format.read(file)
+    except ArtifactError as error:
+        return [str(error)]
+    inputs = {text(entry.name): entry.type.tensor_type.shape.dim for entry in graph.model.graph.input}
+    faults = []
+    for name, values in parameters.items():
+        if name not in inputs:
+            faults.append(f"'{readers.shorten(name)}' is no input of {graph.path.name}.")
+            continue
+        sizes = [size.dim_value for size in inputs[name]]  # 0 for one that is free, such as the rank
+        fits = len(sizes) == values.ndim and all(
+            size in (0, own) for size, own in zip(sizes, values.shape, strict=True)
+        )
+        if not fits:
+            faults.append(
+                f"'{readers.shorten(name)}' {values.shape} does not fit the input of {graph.path.name}, {sizes}."
+            )
+        elif not np.isfinite(values).all():
+            faults.append(f"'{readers.shorten(name)}' has numbers that are not finite.")
+    return [f"{file.name}: {fault} Copy or train the adapter again." for fault in faults]
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ def summary_table(report: Report) -> Table:
     floor = report.noise_floor
     captions = [f"Noise floor: KL {floor.kl_nats:.3g}, top-1 {floor.top1:.1%}"]
     for method, abbreviation in ABBREVIATIONS.items():
-        if any(measured.name == _ptq_name(method) for measured in report.measured):
+        if any(measured.name.endswith(f"({PTQ_METHODS[method]})") for measured in report.measured):
             captions.append(f"{abbreviation}: {PTQ_METHODS[method]}")
     table.caption = "\n".join(captions)
     return table
@@ -183,16 +183,13 @@ def _summary_cells(measured: Measurement) -> list[str]:
     ]
 
 
-def _ptq_name(method: str) -> str:
-    """Return the name that reports give to a PTQ method: `ptq (round-to-nearest)` for rtn."""
-    return f"ptq ({PTQ_METHODS[method]})"
-
-
 def _short_name(name: str) -> str:
-    """Return `rtn` for `ptq (round-to-nearest)`, and other names unchanged."""
-    for method in PTQ_METHODS:
-        if name == _ptq_name(method):
-            return ABBREVIATIONS.get(method, method)
+    """Return `rtn` for `ptq (round-to-nearest)`, `adapters hqq` for `adapters (HQQ)`, others as they are."""
+    kind, _, title = name.partition(" ")
+    for method, known in PTQ_METHODS.items():
+        if title == f"({known})":
+            short = ABBREVIATIONS.get(method, method)
+            return short if kind == "ptq" else f"{kind} {short}"
     return name
 
 

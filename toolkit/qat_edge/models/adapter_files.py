@@ -37,7 +37,10 @@ DESCRIPTIVE = ("base_model_name_or_path", "auto_mapping", "inference_mode", "pef
 SET_BY_US = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type")
 # The record of a run's inputs, which `finetune --resume` compares too, and the entries of it that decide codes.
 INPUTS = Path("checkpoints", "inputs.json")
-COMPARED_INPUTS = ("model.identity.files", "model.identity.revision", "kept_layers", "bits", "frozen_base.sha256")
+COMPARED_INPUTS = (
+    "model.identity.files", "model.identity.revision", "kept_layers", "bits", "frozen_base.sha256", "data.sha256",
+    "eval_data.sha256",
+)  # fmt: skip
 # What entries of a manifest that were added later are where they are missing.
 BEFORE = {"weight_bits": 4, "weight_levels": SEQ, "fixed_codes": False, "unmerged": False}
 TRAIN_AGAIN = "Restore the file, or train again."

@@ -104,7 +104,7 @@ class Verified:
 def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     """Compare the run's artifacts, and those of its PTQ variants, with their checkpoints.
 
-    Writes the results to RUN/verified.json, which the report shows.
+    Writes the results to RUN/verified.json, which the report shows, in place of earlier ones.
 
     Args:
         run: a run with exports.
@@ -138,6 +138,8 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         check_files(path)
         references[path] = FrozenReference(path)
 
+    # An artifact that cannot be read ends the command: what an earlier one found must not stand as its result.
+    run.verified.unlink(missing_ok=True)
     results = []
     for variant, target in found:
         progress.info(f"Reading and running {variant.exports / target}")
