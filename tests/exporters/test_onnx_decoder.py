@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from safetensors.torch import save_file
 from tiny import CONTEXT, SIZES, TinyExport, export_to, freeze, llama, sqnr
-from transformers import AutoModelForCausalLM, Cohere2Config, GPTNeoXConfig, Olmo2Config, PretrainedConfig
+from transformers import AutoModelForCausalLM, Cohere2Config, GPTNeoXConfig, Olmo2Config, OPTConfig, PretrainedConfig
 
 from conftest import make_tokenizer
 from qat_edge.diagnose import parity
@@ -35,7 +35,7 @@ from qat_edge_exporters.targets import target_named
 TARGET = target_named("onnx")
 LEAST_DB = 100  # with float activations: what onnxruntime computes on x86 rounds them by block
 # Norms behind the layers; windows, layers without rotary embeddings and scaled logits; a head under another name and
-# layer norms with biases; a table that embedding and head share.
+# layer norms with biases; a float table of positions; a table that embedding and head share.
 FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, Any]]] = {
     "olmo2": (lambda: Olmo2Config(**SIZES), {}),
     "cohere2": (
@@ -45,6 +45,10 @@ FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, Any]]] = {
         {"bits": {"model.layers.0.mlp.up_proj": 8}},
     ),
     "gpt_neox": (lambda: GPTNeoXConfig(**{**SIZES, "num_attention_heads": 2, "num_key_value_heads": 2}), {}),
+    "opt": (
+        lambda: OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64, do_layer_norm_before=True),
+        {},
+    ),
     "tied": (lambda: Olmo2Config(**{**SIZES, "tie_word_embeddings": True}), {"table_bits": (4, 4)}),
 }
 

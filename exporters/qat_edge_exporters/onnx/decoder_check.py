@@ -3,9 +3,9 @@
 As in `graph_check`, a graph that computes another function for rare inputs alone has to decide on tokens, and a run on
 a few prompts does not find it. So every value is one of these, and each input reaches only what its class may:
 
-    ids        choose rows of the embedding, and nothing else
+    ids        choose rows of the embedding, and nothing else; some models give them another shape first
     mask       its counts and sizes go into the attention
-    position   becomes the angles of rotary embeddings
+    position   becomes the angles of rotary embeddings, or chooses rows of a table in float
     cache      keys and values, which the attention alone reads and appends to
     shape      sizes of the inputs, and whole numbers
     number     float32, computed from rows of the embedding, matrices, constants and angles
@@ -34,7 +34,8 @@ COUNTS = INTEGERS - {"CumSum", "Equal", "GatherElements", "Not", "Range"}  # non
 # has a limit at which it begins to act.
 OF_MASK = ("Cast", "Expand", "Gather", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze")
 OF_POSITIONS = ("Add", "Cast", "Expand", "Reshape", "Squeeze", "Unsqueeze")
-PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum"}  # the last two are those of `half_steps`
+# Besides an encoder's: those of `half_steps`, and of parts of a head that are assigned in turn.
+PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum", "ScatterND"}
 SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
 
 
@@ -45,11 +46,7 @@ def graph_faults(model: onnx.ModelProto, adapter: FoundInputs) -> list[str]:
         model: the graph.
         adapter: its inputs for an adapter; their faults, and those of other inputs, are not repeated.
     """
-    classes = {each.name: NUMBER if each.data_type in FLOAT_TYPES else SHAPE for each in model.graph.initializer}
-    for each in model.graph.input:
-        if each.name not in classes:  # those for adapters have defaults
-            classes[each.name] = CACHE if each.name.startswith(f"{PAST}.") else INPUTS.get(each.name, "")
-    faults = []
+    classes, faults = _classes_of_inputs(model), []
     for node in model.graph.node:  # in the order of computation
         kinds = [classes.get(name, "") for name in node.input]
         fault = _fault_of(node, kinds)
@@ -58,6 +55,26 @@ def graph_faults(model: onnx.ModelProto, adapter: FoundInputs) -> list[str]:
         classes.update(_classes_of_outputs(node, kinds))
     faults += _output_faults(model, classes, adapter)
     return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
+
+
+def position_tables(model: onnx.ModelProto) -> set[str]:
+    """Return the names of float tables whose rows positions choose, as in models without rotary embeddings."""
+    classes, found = _classes_of_inputs(model), set()
+    for node in model.graph.node:
+        kinds = [classes.get(name, "") for name in node.input]
+        if node.op_type == "Gather" and kinds == [NUMBER, POSITION]:
+            found.add(node.input[0])
+        classes.update(_classes_of_outputs(node, kinds))
+    return found
+
+
+def _classes_of_inputs(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the classes of initializers and inputs."""
+    classes = {each.name: NUMBER if each.data_type in FLOAT_TYPES else SHAPE for each in model.graph.initializer}
+    for each in model.graph.input:
+        if each.name not in classes:  # those for adapters have defaults
+            classes[each.name] = CACHE if each.name.startswith(f"{PAST}.") else INPUTS.get(each.name, "")
+    return classes
 
 
 def head_of(model: onnx.ModelProto, adapter: FoundInputs) -> onnx.NodeProto | None:
@@ -89,7 +106,7 @@ def _fault_of(node: onnx.NodeProto, kinds: list[str]) -> str:
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
         return "holds a graph of its own"
     if node.op_type == TABLE:
-        return "" if list(node.input[1:2]) == [IDS] else "does not look up the prompt's ids"
+        return "" if kinds[1:2] == [IDS_CLASS] else "does not look up the prompt's ids"
     if node.op_type == ATTENTION:
         return "" if tuple(kinds) == ATTENTION_INPUTS else "attends to something other than its layer's values"
     if node.op_type == "Shape":
@@ -103,8 +120,12 @@ def _fault_of(node: onnx.NodeProto, kinds: list[str]) -> str:
 
 def _may_count(node: onnx.NodeProto, given: set[str], kind: str) -> bool:
     """Return whether a node only counts the tokens of a mask, or makes angles of positions."""
+    if kind == POSITION and node.op_type == "Gather":
+        return given == {NUMBER, POSITION}
     if not given <= {kind, SHAPE}:
         return False
+    if kind == IDS_CLASS:
+        return node.op_type == "Reshape"
     if kind == POSITION:
         return node.op_type in OF_POSITIONS
     return kind == MASK_CLASS and node.op_type in OF_MASK and not _casts_to_float(node)
@@ -113,7 +134,7 @@ def _may_count(node: onnx.NodeProto, given: set[str], kind: str) -> bool:
 def _other_operator(node: onnx.NodeProto, has_numbers: bool) -> str:
     if node.op_type == "Cast" and has_numbers:
         return "" if _casts_to_float(node) else "turns numbers into integers"
-    permitted = PRODUCTS if has_numbers else COUNTS | {"Range"}
+    permitted = PRODUCTS if has_numbers else COUNTS | {"ConstantOfShape", "Range"}
     return "" if node.op_type in permitted else "is no operator that the exporter writes"
 
 
@@ -125,6 +146,8 @@ def _classes_of_outputs(node: onnx.NodeProto, kinds: list[str]) -> dict[str, str
         return dict.fromkeys(node.output, SHAPE)
     is_float = node.op_type == "Constant" and any(map(_is_float, node.attribute))
     is_angle = node.op_type == "Cast" and _casts_to_float(node) and MASK_CLASS not in kinds
+    # Zeros in float, unless its value is an integer.
+    is_float = is_float or (node.op_type == "ConstantOfShape" and all(map(_is_float, node.attribute)))
     if node.op_type == TABLE or is_float or is_angle:
         return dict.fromkeys(node.output, NUMBER)
     kind = next((each for each in (NUMBER, IDS_CLASS, CACHE, MASK_CLASS, POSITION) if each in kinds), SHAPE)

@@ -35,6 +35,7 @@ def read(folder: Path) -> Artifact:
     adapter_inputs = adapter_check.find_inputs(graph.model)
     adapter, adapter_faults = adapter_check.read_adapter(folder, adapter_inputs)
     head = decoder_check.head_of(graph.model, adapter_inputs)
+    in_float = adapter_inputs.input_names | decoder_check.position_tables(graph.model)
     # The embedding first, which a shared table counts as.
     for node in sorted(graph.model.graph.node, key=lambda node: node.op_type != TABLE):
         if node.op_type == TABLE:
@@ -44,7 +45,7 @@ def read(folder: Path) -> Artifact:
             part = names.HEAD if head is not None and node.name == head.name else "linears"
             onnx_matrices.read_linear(graph, node, module, part, found)
         elif node.op_type in FLOAT_OPERATORS and not _reads_rotation(node):
-            onnx_matrices.record_float_matrix(graph, node, "linears", found, adapter_inputs.input_names)
+            onnx_matrices.record_float_matrix(graph, node, "linears", found, in_float)
 
     found.faults += onnx_reader.config_faults(folder, graph, genai)
     found.faults += encoder_reader.index_faults(graph) + decoder_check.graph_faults(graph.model, adapter_inputs)
