@@ -154,7 +154,7 @@ def test_what_is_missing_is_named_before_any_work(tiny_model_folder: Path, rows:
         (): "--method qat and --out",
         ("--method", "gptq"): "--calibration-data: with --out",
         ("--method", "rtn", "--calibration-data", rows, "--calibration-tokens", 64): "not calibrated",
-        ("--method", "hqq", "--calibration-data", rows, "--rotate"): "--rotate on and --ptq-init hqq",
+        ("--method", "hqq", "--calibration-data", rows, "--rotate"): "--rotate and --method hqq",
         ("--method", "gptq", "--calibration-data", tmp_path / "none.jsonl"): "none.jsonl",
     }.items():
         done = cli("quantize", tiny_model_folder, "--out", out, *flags)

@@ -12,7 +12,7 @@ from typing import Any
 from qat_edge import config
 from qat_edge.errors import UsageError
 from qat_edge.options import FinetuneOptions, QuantizeOptions
-from qat_edge.quant.ptq.method_names import PTQ_METHODS, QAT
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import OF_MODELS, Quantized, quantize
@@ -39,6 +39,11 @@ def quantize_model(model: str, out: Path, options: QuantizeOptions, force: bool 
     if options.method == QAT:
         raise UsageError(
             f"--method qat and --out: {model} was not trained here. Give --method {'|'.join(reversed(PTQ_METHODS))}."
+        )
+    if options.rotate and options.method not in CALIBRATED:
+        raise UsageError(
+            f"--rotate and --method {options.method}: a rotation needs a method that changes the weights. Give "
+            f"--method {'|'.join(CALIBRATED)}, or leave it out."
         )
     if options.calibration_data is None:
         raise UsageError(
