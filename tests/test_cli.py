@@ -95,8 +95,14 @@ def other(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], Any]:
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.name)
-def test_every_flag_changes_its_field(section: str, field: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_changes_its_field(
+    section: str, field: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import typing
+
+    # The options of a base are read at once, too.
+    config.save(tmp_path / "other" / "config.yaml", "finetune", FinetuneOptions(model="m", data="d", steps=0))
+    monkeypatch.chdir(tmp_path)
 
     cls = VERBS[section]
     arguments, expected = other(field, typing.get_type_hints(cls)[field.name])
