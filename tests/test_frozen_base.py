@@ -29,6 +29,7 @@ from qat_edge.verbs.compare import compare
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize
 from qat_edge.verbs.quantize_model import quantize_model
+from qat_edge_devices.runtimes.agent_runtime import AgentRuntime
 
 STEPS = 8
 IDS = torch.arange(3, 43).unsqueeze(0)
@@ -173,7 +174,19 @@ def test_a_base_quantized_again_is_noticed(
 # --- the line ----------------------------------------------------------------------------------------------
 
 
-def test_the_onnx_folder_computes_the_checkpoint(trained: Run, rows: Path, tmp_path: Path) -> None:
+def test_the_onnx_folder_computes_the_checkpoint(
+    trained: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Logits, generated answers and speed are those of base and adapter.
+    used: dict[str, str | None] = {}
+    for name in ("score", "generate", "speed"):
+        plain = getattr(AgentRuntime, name)
+
+        def record(self: Any, *given: Any, _name: str = name, _plain: Any = plain) -> Any:
+            used[_name] = self.adapter
+            return _plain(self, *given)
+
+        monkeypatch.setattr(AgentRuntime, name, record)
     run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
     qat_edge.export(run, target=["onnx"], context_length=64, ptq=("none",))
     (verified,) = qat_edge.verify(run)
@@ -187,6 +200,7 @@ def test_the_onnx_folder_computes_the_checkpoint(trained: Run, rows: Path, tmp_p
         "fp32 base", "fp32 fine-tuned", "adapters (coordinate descent)",
     ]  # fmt: skip
     assert report.gates
+    assert set(used) == {"score", "generate", "speed"} and all(used.values())
     shown = cli("report", run.path)
     assert shown.exit_code == 0, shown.output
     page = run.report_html.read_text()

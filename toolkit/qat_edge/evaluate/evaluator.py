@@ -233,8 +233,9 @@ class Evaluator:
         if accuracy.not_finite:
             progress.warn(f"{variant.name}, {target}: {accuracy.not_finite}")
 
-        # Scoring has sent the artifact: this runtime finds it on the device.
+        # Scoring has sent the artifact, so no file is sent again: this runtime learns what the artifact consists of.
         runtime = open_runtime(target, transport, options.threads)
+        runtime.prepare(folder)
         outputs = self._generate(runtime)
         same_outputs, divergence = self.compare_outputs(outputs)
 
