@@ -28,10 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat_edge import progress
 from qat_edge.evaluate.results import Parity
-from qat_edge.manifest import MANIFEST
+from qat_edge.manifest import MANIFEST, write_manifest
 from qat_edge.options import FinetuneOptions
+from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
+from qat_edge_exporters.targets import target_named
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in SmolLM2
 MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("o", "n"), ("r", "e"), ("o", "u"))
@@ -85,6 +87,26 @@ def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def export_frozen_llama(target: str, root: Path, context_length: int) -> Path:
+    """Export a frozen Llama of one layer, 64 wide, with tied tables; return the folder of the artifact below `root`."""
+    config = LlamaConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    chosen = scheme.choose_scheme(model, 32)
+    frozen.freeze(model, chosen)
+    model.save_pretrained(root / "frozen")
+    make_tokenizer().save_pretrained(root / "frozen")
+    write_manifest(root / "frozen", "quantized", scheme=frozen.scheme_metadata(chosen))
+    folder = root / target
+    folder.mkdir()
+    target_named(target).export(root / "frozen", folder, context_length)
+    return folder
 
 
 def parts_of_a_run() -> set[str]:

@@ -13,22 +13,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import CHAT_TEMPLATE, MERGES, SPECIAL_TOKENS, make_tokenizer
+from conftest import CHAT_TEMPLATE, MERGES, SPECIAL_TOKENS, export_frozen_llama, make_tokenizer
 from qat_edge.cli import commands
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import write_manifest
 from qat_edge.options import DoctorOptions
-from qat_edge.quant import frozen, scheme
 from qat_edge.verbs import doctor
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.file_diagnosis import FileDiagnosis
 from qat_edge_exporters.gguf import gguf_diagnosis, gguf_scan, llama_probe
 from qat_edge_exporters.gguf.llama_probe import LoadedWeights
-from qat_edge_exporters.targets import LLAMA_CPP, target_named
+from qat_edge_exporters.targets import LLAMA_CPP
 
 WIDTH, ROWS, CONTEXT = 64, 267, 32
 LINEARS = {"attn_q": WIDTH, "attn_k": WIDTH, "attn_v": WIDTH, "attn_output": WIDTH, "ffn_gate": WIDTH, "ffn_up": WIDTH}
@@ -119,21 +116,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_our_own_export_has_no_fault(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config).eval()
-    chosen = scheme.choose_scheme(model, 32)
-    frozen.freeze(model, chosen)
-    model.save_pretrained(tmp_path / "frozen")
-    make_tokenizer().save_pretrained(tmp_path / "frozen")
-    write_manifest(tmp_path / "frozen", "quantized", scheme=frozen.scheme_metadata(chosen))
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    target_named("gguf").export(tmp_path / "frozen", folder, CONTEXT)
+    folder = export_frozen_llama("gguf", tmp_path, CONTEXT)
 
     found = examine(folder)
     assert found.path == folder / "model.gguf"

@@ -16,20 +16,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import make_model, make_tokenizer
+from conftest import export_frozen_llama, make_model, make_tokenizer
 from qat_edge.cli import commands
 from qat_edge.errors import ArtifactError, UsageError
 from qat_edge.manifest import write_manifest
 from qat_edge.options import DoctorOptions
-from qat_edge.quant import frozen, scheme
 from qat_edge.verbs import doctor
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.file_diagnosis import FileDiagnosis
 from qat_edge_exporters.onnx import onnxruntime_probe
 from qat_edge_exporters.onnx.onnxruntime_probe import Loaded
-from qat_edge_exporters.targets import GENAI, ONNXRUNTIME, target_named
+from qat_edge_exporters.targets import GENAI, ONNXRUNTIME
 
 VOCABULARY, WIDTH, HEADS, HEAD_WIDTH = 288, 8, 2, 4
 ALL = DoctorOptions()
@@ -154,21 +152,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_our_own_export_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config).eval()
-    chosen = scheme.choose_scheme(model, 32)
-    frozen.freeze(model, chosen)
-    model.save_pretrained(tmp_path / "frozen")
-    make_tokenizer().save_pretrained(tmp_path / "frozen")
-    write_manifest(tmp_path / "frozen", "quantized", scheme=frozen.scheme_metadata(chosen))
-    folder = tmp_path / "onnx"
-    folder.mkdir()
-    target_named("onnx").export(tmp_path / "frozen", folder, 32)
+    folder = export_frozen_llama("onnx", tmp_path, 32)
 
     found = examine(folder)
     assert [(check.runtime, check.loads, check.tried) for check in found.runtimes] == [

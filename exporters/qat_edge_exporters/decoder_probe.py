@@ -17,10 +17,11 @@ from qat_edge.models.meta_model import model_without_weights
 from qat_edge_exporters import compat_transformers
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 PROBE_NAME = "qat_edge_probe"  # in AttentionInterface
 TOKENS = 3
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 WINDOW, SOFT_CAP = "sliding_window", "softcap"  # arguments of transformers' attention call
 SINKS = "s_aux"  # gpt-oss's logits of a token that is not there
 
@@ -96,15 +97,27 @@ class _Calls:
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
+def layer_gap(config: PretrainedConfig, lack: str) -> str:
+    """Return which layers have no cache of keys and values of earlier tokens, as a sentence; empty if all have one.
+
+    lack: what is said of layers of another type.
+    """
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
+    if unknown:
+        return f"layers of type {', '.join(unknown)} {lack}."
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal."
+    return ""
+
+
 def obstacle(config: PretrainedConfig, operator: str = "ExecuTorch's operator") -> str:
     """Return why an attention operator cannot take the place of a decoder's own, a sentence; empty if it can.
 
     operator: what computes attention instead, for messages.
     """
-    try:
-        model = model_without_weights(config)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ""  # code of its own, which is not run here
+    model = _build(config)
+    if model is None:
+        return ""
 
     # A factor in this attribute is applied to the rows by the exporter.
     embedding = model.get_input_embeddings()
@@ -131,12 +144,16 @@ def obstacle(config: PretrainedConfig, operator: str = "ExecuTorch's operator") 
 
 def attention_settings(config: PretrainedConfig) -> dict[int, AttentionSettings]:
     """Return the numbers of each layer's attention, by its index; empty where it cannot be run without weights."""
+    model = _build(config)
+    return {} if model is None else _run(model, "")[0].settings
+
+
+def _build(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Build the model without weights; None where that needs code of its own, which is not run here."""
     try:
-        model = model_without_weights(config)
+        return model_without_weights(config)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # code of its own, which is not run here
-    calls, _ = _run(model, "")
-    return calls.settings
+        return None
 
 
 def _run(model: Any, operator: str) -> tuple[_Calls, str]:

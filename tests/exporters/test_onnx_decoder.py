@@ -21,11 +21,9 @@ from safetensors.torch import save_file
 from tiny import CONTEXT, SIZES, TinyExport, export_to, freeze, llama, sqnr
 from transformers import AutoModelForCausalLM, Cohere2Config, GPTNeoXConfig, Olmo2Config, OPTConfig, PretrainedConfig
 
-from conftest import make_tokenizer
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, ExportError
-from qat_edge.manifest import write_manifest
 from qat_edge.quant import frozen, scheme
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.onnx import decoder_graph, decoder_support, export_decoder, onnx_support, onnx_target
@@ -179,13 +177,7 @@ def test_a_shared_table_is_stored_once(make: Callable[[str], TinyExport]) -> Non
 @pytest.mark.parametrize("levels", ["seq", "integer"])
 def test_two_bits_keep_their_levels(levels: str, tmp_path: Path) -> None:
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Olmo2Config(**SIZES)).eval()
-    chosen = scheme.choose_scheme(model, 32, {}, (8, 8), scheme.LinearCodes(2, levels))
-    frozen.freeze(model, chosen)
-    model.save_pretrained(tmp_path / "frozen")
-    make_tokenizer().save_pretrained(tmp_path / "frozen")
-    write_manifest(tmp_path / "frozen", "quantized", scheme=frozen.scheme_metadata(chosen))
+    freeze(Olmo2Config(**SIZES), 32, tmp_path / "frozen", codes=scheme.LinearCodes(2, levels))
     exported = export_to("onnx", tmp_path / "frozen", tmp_path / "export")
     assert faults_of(exported) == []
     ids = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(1))

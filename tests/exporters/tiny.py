@@ -77,6 +77,7 @@ def freeze(
     table_bits: tuple[int, int] = (8, 8),
     task: ModelTask = CAUSAL_LM,
     rotated: bool = False,
+    codes: scheme.LinearCodes | None = None,
 ) -> Any:
     """Write a frozen checkpoint of random weights, and return it as it is loaded.
 
@@ -88,6 +89,7 @@ def freeze(
         table_bits: of embedding and head.
         task: of the model.
         rotated: rotate the hidden states.
+        codes: of linear layers without bits of their own.
     """
     torch.manual_seed(0)
     model = task.auto_class.from_config(config).eval()
@@ -97,7 +99,7 @@ def freeze(
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
 
-    chosen = scheme.choose_scheme(model, group_size, bits, table_bits)
+    chosen = scheme.choose_scheme(model, group_size, bits, table_bits, codes or scheme.LinearCodes())
     if rotated:
         rotation.rotate(model, chosen, 0)
     frozen.freeze(model, chosen)

@@ -75,7 +75,7 @@ def load(
 
     # A frozen base decides what its weights are; a run's config.yaml has it already.
     if checked.get("frozen_base") is not None and not {*OF_FROZEN_BASE, "scales"} <= checked.keys():
-        checked = _of_frozen_base(checked["frozen_base"]) | checked
+        checked = load_frozen_base(checked["frozen_base"]).on_frozen_base | checked
 
     # A profile fills in what neither flag nor file gave; a run's config.yaml has everything resolved already.
     resolved = all(n in checked for n in fields if profiles.permitted(n))
@@ -266,8 +266,8 @@ def _is_renamed(value: Any, spec: dataclasses.Field[Any]) -> bool:
     return isinstance(value, str) and RENAMED_VALUES.get(value) in (spec.metadata["choices"] or ())
 
 
-def _of_frozen_base(folder: str) -> dict[str, Any]:
-    """Return the options that the run of a frozen base decides.
+def load_frozen_base(folder: str) -> FinetuneOptions:
+    """Read the options of the run of a frozen base.
 
     Raises:
         UsageError: there is no run, or its options cannot be read.
@@ -276,7 +276,7 @@ def _of_frozen_base(folder: str) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--frozen-base {folder}: no run folder. `qat-edge quantize MODEL --out {folder}` makes one.")
     try:
-        return load_trained(path).on_frozen_base
+        return load_trained(path)
     except RunError as error:
         raise UsageError(f"--frozen-base {folder}: {error}") from error
 

@@ -10,17 +10,11 @@ from qat_edge_exporters import decoder_probe, encoder_support
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-
 
 def missing(config: PretrainedConfig) -> str:
     """Return why the model cannot become a .pte, as a sentence; empty if no reason is known."""
     if tasks.is_encoder_config(config):
         return encoder_support.missing(config)
 
-    unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
-    if unknown:
-        return f"layers of type {', '.join(unknown)} keep a state that is no key-value cache."
-    if getattr(config, "use_bidirectional_attention", False):
-        return "its attention is not causal."
-    return decoder_probe.obstacle(config)
+    gap = decoder_probe.layer_gap(config, "keep a state that is no key-value cache")
+    return gap or decoder_probe.obstacle(config)

@@ -18,12 +18,10 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import ArtifactAdapter
 from qat_edge_exporters.onnx import adapter_format, decoder_signature, names
+from qat_edge_exporters.onnx.decoder_names import INPUTS, PAST
 from qat_edge_exporters.onnx.half_steps import last_of_product
 from qat_edge_exporters.onnx.names import AdapterNames
-from qat_edge_exporters.onnx.onnx_options import PAST
 from qat_edge_exporters.onnx.unmerged_adapters import LAYERS
-
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a decoder, besides the cache
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def find_inputs(model: onnx.ModelProto) -> FoundInputs:
     others, module_of = {}, decoder_signature.module_of_node(model)
     for name in declared:
         # A name that is not UTF-8 is read as bytes.
-        if not isinstance(name, str) or not (name in INPUTS or name.startswith(PAST)):
+        if not isinstance(name, str) or not (name in INPUTS or name.startswith(f"{PAST}.")):
             others[name] = f"the input '{readers.shorten(name)}' is not one that the exporter writes."
         elif name in defaults:
             found.faults.append(f"the input '{readers.shorten(name)}' has a default, which only adapters have.")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from qat_edge_exporters.decoder_probe import AttentionSettings
 
-OPERATOR = "GroupQueryAttention"
 CACHE_INPUT = 3  # of the operator: the keys of the layer
 NO_WINDOW, NO_SOFT_CAP = -1, 0.0  # defaults of the operator
 # Attributes that say how rotary embeddings are applied inside, which any prompt shows.
@@ -40,12 +39,12 @@ def attention_faults(model: onnx.ModelProto, config: PretrainedConfig, context_l
     expected = decoder_probe.attention_settings(config)
     faults = []
     for node in model.graph.node:
-        if node.op_type != OPERATOR or not expected:
+        if node.op_type != names.ATTENTION or not expected:
             continue
         read = _LAYER.fullmatch(node.input[CACHE_INPUT]) if len(node.input) > CACHE_INPUT else None
         settings = expected.get(int(read[1])) if read else None
         if settings is None:
-            faults.append(f"the node '{readers.shorten(node.name)}' ({OPERATOR}) reads the cache of no layer.")
+            faults.append(f"the node '{readers.shorten(node.name)}' ({names.ATTENTION}) reads the cache of no layer.")
         else:
             faults += _faults_of(node, settings, context_length)
     return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
@@ -64,7 +63,7 @@ def _faults_of(node: onnx.NodeProto, settings: AttentionSettings, context_length
     window = given["local_window_size"]
     given["local_window_size"] = _effective(window if isinstance(window, int) and window > 0 else None, context_length)
 
-    label = f"the node '{readers.shorten(node.name)}' ({OPERATOR})"
+    label = f"the node '{readers.shorten(node.name)}' ({names.ATTENTION})"
     faults = [
         f"{label} has {name} {readers.show(given.get(name))}, and the model's code {value:g}."
         for name, value in wanted.items()

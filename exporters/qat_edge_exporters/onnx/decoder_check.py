@@ -13,7 +13,7 @@ a few prompts does not find it. So every value is one of these, and each input r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx
 
@@ -21,10 +21,9 @@ from qat_edge import readers
 from qat_edge_exporters.onnx import names
 from qat_edge_exporters.onnx.adapter_check import FoundInputs
 from qat_edge_exporters.onnx.decoder_names import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
-from qat_edge_exporters.onnx.encoder_check import FLOAT_TYPES, INTEGERS, NUMBERS
+from qat_edge_exporters.onnx.encoder_check import FLOAT_TYPES, INTEGERS, NUMBERS, casts_to_float, is_float
 from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE
 
-ATTENTION = "GroupQueryAttention"
 IDS_CLASS, MASK_CLASS, POSITION, CACHE, SHAPE, NUMBER = "ids", "mask", "position", "cache", "shape", "number"
 INPUTS = {IDS: IDS_CLASS, MASK: MASK_CLASS, POSITIONS: POSITION}
 # Classes of the operator's inputs: queries, keys, values, cache of keys and of values, last tokens, size of the mask.
@@ -47,25 +46,26 @@ def graph_faults(model: onnx.ModelProto, adapter: FoundInputs) -> list[str]:
         adapter: its inputs for an adapter; their faults, and those of other inputs, are not repeated.
     """
     classes, faults = _classes_of_inputs(model), []
-    for node in model.graph.node:  # in the order of computation
-        kinds = [classes.get(name, "") for name in node.input]
+    for node, kinds in _walk(model, classes):
         fault = _fault_of(node, kinds)
         if fault:
             faults.append(f"the node '{readers.shorten(node.name)}' ({readers.shorten(node.op_type)}) {fault}.")
-        classes.update(_classes_of_outputs(node, kinds))
     faults += _output_faults(model, classes, adapter)
     return [f"{names.MODEL_FILE}: {fault}" for fault in faults]
 
 
 def position_tables(model: onnx.ModelProto) -> set[str]:
     """Return the names of float tables whose rows positions choose, as in models without rotary embeddings."""
-    classes, found = _classes_of_inputs(model), set()
+    walk = _walk(model, _classes_of_inputs(model))
+    return {node.input[0] for node, kinds in walk if node.op_type == "Gather" and kinds == [NUMBER, POSITION]}
+
+
+def _walk(model: onnx.ModelProto, classes: dict[str, str]) -> Iterator[tuple[onnx.NodeProto, list[str]]]:
+    """Yield each node in the order of computation with the classes of its inputs, and enter those of its outputs."""
     for node in model.graph.node:
         kinds = [classes.get(name, "") for name in node.input]
-        if node.op_type == "Gather" and kinds == [NUMBER, POSITION]:
-            found.add(node.input[0])
+        yield node, kinds
         classes.update(_classes_of_outputs(node, kinds))
-    return found
 
 
 def _classes_of_inputs(model: onnx.ModelProto) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _fault_of(node: onnx.NodeProto, kinds: list[str]) -> str:
         return "holds a graph of its own"
     if node.op_type == TABLE:
         return "" if kinds[1:2] == [IDS_CLASS] else "does not look up the prompt's ids"
-    if node.op_type == ATTENTION:
+    if node.op_type == names.ATTENTION:
         return "" if tuple(kinds) == ATTENTION_INPUTS else "attends to something other than its layer's values"
     if node.op_type == "Shape":
         return ""
@@ -128,27 +128,27 @@ def _may_count(node: onnx.NodeProto, given: set[str], kind: str) -> bool:
         return node.op_type == "Reshape"
     if kind == POSITION:
         return node.op_type in OF_POSITIONS
-    return kind == MASK_CLASS and node.op_type in OF_MASK and not _casts_to_float(node)
+    return kind == MASK_CLASS and node.op_type in OF_MASK and not casts_to_float(node)
 
 
 def _other_operator(node: onnx.NodeProto, has_numbers: bool) -> str:
     if node.op_type == "Cast" and has_numbers:
-        return "" if _casts_to_float(node) else "turns numbers into integers"
+        return "" if casts_to_float(node) else "turns numbers into integers"
     permitted = PRODUCTS if has_numbers else COUNTS | {"ConstantOfShape", "Range"}
     return "" if node.op_type in permitted else "is no operator that the exporter writes"
 
 
 def _classes_of_outputs(node: onnx.NodeProto, kinds: list[str]) -> dict[str, str]:
     """Return the classes of a node's outputs."""
-    if node.op_type == ATTENTION:
+    if node.op_type == names.ATTENTION:
         return {name: CACHE if index else NUMBER for index, name in enumerate(node.output)}
     if node.op_type == "Shape":
         return dict.fromkeys(node.output, SHAPE)
-    is_float = node.op_type == "Constant" and any(map(_is_float, node.attribute))
-    is_angle = node.op_type == "Cast" and _casts_to_float(node) and MASK_CLASS not in kinds
+    is_constant = node.op_type == "Constant" and any(map(is_float, node.attribute))
+    is_angle = node.op_type == "Cast" and casts_to_float(node) and MASK_CLASS not in kinds
     # Zeros in float, unless its value is an integer.
-    is_float = is_float or (node.op_type == "ConstantOfShape" and all(map(_is_float, node.attribute)))
-    if node.op_type == TABLE or is_float or is_angle:
+    is_filled = node.op_type == "ConstantOfShape" and all(map(is_float, node.attribute))
+    if node.op_type == TABLE or is_constant or is_filled or is_angle:
         return dict.fromkeys(node.output, NUMBER)
     kind = next((each for each in (NUMBER, IDS_CLASS, CACHE, MASK_CLASS, POSITION) if each in kinds), SHAPE)
     return dict.fromkeys(node.output, kind)
@@ -162,11 +162,3 @@ def _output_faults(model: onnx.ModelProto, classes: Mapping[str, str], adapter: 
         if each.name != LOGITS and not is_cache:
             faults.append(f"the output '{readers.shorten(each.name)}' is not one that the exporter writes.")
     return faults if head_of(model, adapter) is not None else [*faults, "its logits are not those of the head."]
-
-
-def _is_float(attribute: onnx.AttributeProto) -> bool:
-    return attribute.name in ("value_float", "value_floats") or attribute.t.data_type in FLOAT_TYPES
-
-
-def _casts_to_float(node: onnx.NodeProto) -> bool:
-    return any(attribute.name == "to" and attribute.i in FLOAT_TYPES for attribute in node.attribute)

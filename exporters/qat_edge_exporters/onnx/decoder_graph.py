@@ -27,11 +27,13 @@ from qat_edge.errors import ExportError
 from qat_edge.quant.rotated_norm import ROTATION, output_rotations
 from qat_edge_exporters.compat_transformers import replace_attention
 from qat_edge_exporters.decoder_probe import SOFT_CAP, WINDOW
-from qat_edge_exporters.onnx import decoder_names, traced_graph
+from qat_edge_exporters.onnx import decoder_names, names, traced_graph
+from qat_edge_exporters.onnx.adapter_check import FoundInputs
+from qat_edge_exporters.onnx.decoder_check import head_of
 from qat_edge_exporters.onnx.decoder_signature import CacheShape
 from qat_edge_exporters.onnx.half_steps import add_half_steps
 from qat_edge_exporters.onnx.traced_graph import DOMAIN, OPSET
-from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE, module_of_node
+from qat_edge_exporters.onnx.traced_names import TABLE, module_of_node
 from qat_edge_exporters.onnx.unmerged_adapters import add_adapter_inputs
 from qat_edge_exporters.trace_check import ONNX, check_attention, tracing_errors
 
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from qat_edge.quant.frozen_adapters import Adapter
 
 ATTENTION_NAME = "qat_edge_onnx_decoder"  # in AttentionInterface; transformers builds no mask for an unknown name
-OPERATOR = "GroupQueryAttention"
 # Arguments of transformers' attention call that change nothing in the operator.
 IGNORED = ("cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache")
 # Sizes of the traced example: torch.export takes 0 and 1 for constants, and equal sizes for one.
@@ -98,7 +99,7 @@ class CachedAttention:
         present = (batch, shape.heads, self._length, shape.width)
         inputs = [x.transpose(1, 2).reshape(batch, tokens, x.shape[1] * width) for x in (query, key, value)]
         outputs, keys, values = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{OPERATOR}",
+            f"{DOMAIN}::{names.ATTENTION}",
             (*inputs, self._past[2 * layer], self._past[2 * layer + 1], self._last, self._total),
             self._attributes(heads, shape.heads, width**-0.5 if scaling is None else scaling, extras),
             dtypes=(torch.float32,) * 3,
@@ -115,7 +116,7 @@ class CachedAttention:
         if other or attention_mask is not None:
             raise ExportError(
                 f"{type(module).__name__} attends with {', '.join(other) or 'its own mask'}, which onnxruntime's "
-                f"{OPERATOR} does not compute."
+                f"{names.ATTENTION} does not compute."
             )
 
     @staticmethod
@@ -264,10 +265,10 @@ def _name_rotations(graph: onnx.ModelProto, rotations: Mapping[str, NDArray[np.f
 def _share_table(graph: onnx.ModelProto, tensors: dict[str, NDArray[Any]], weights: Mapping[str, FrozenWeight]) -> None:
     """Let the embedding read the head's codes and scales, where both are stored without padding."""
     tables = [node for node in graph.graph.node if node.op_type == TABLE]
-    heads = [node for node in graph.graph.node if node.op_type == LINEAR and _is_head(node, graph)]
-    if len(tables) != 1 or len(heads) != 1:
+    head = head_of(graph, FoundInputs())  # no adapter has been added yet
+    if len(tables) != 1 or head is None:
         return
-    table, head = tables[0], heads[0]
+    table = tables[0]
     codes, scales = table.input[0], table.input[2]
     if tensors[codes].size != tensors[head.input[1]].size:
         return
@@ -284,9 +285,3 @@ def _share_table(graph: onnx.ModelProto, tensors: dict[str, NDArray[Any]], weigh
     kept = [each for each in graph.graph.initializer if each.name not in (codes, scales)]
     del graph.graph.initializer[:]
     graph.graph.initializer.extend(kept)
-
-
-def _is_head(node: onnx.NodeProto, graph: onnx.ModelProto) -> bool:
-    """Return whether a product is that of the head: the last one."""
-    products = [each.name for each in graph.graph.node if each.op_type == LINEAR]
-    return node.name == products[-1]

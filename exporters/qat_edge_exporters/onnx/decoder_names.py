@@ -1,4 +1,4 @@
-"""Names in the graph of a decoder that was traced from the model's own code; they are those of the builder's graphs."""
+"""Names of inputs and outputs in the graph of a decoder: the builder's own, which traced graphs have as well."""
 
 from __future__ import annotations
 

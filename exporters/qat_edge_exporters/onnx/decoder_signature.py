@@ -38,17 +38,16 @@ def is_traced_folder(folder: Path) -> bool:
         return False
 
 
-def cache_shape(folder: Path) -> CacheShape | None:
+def cache_shape(model: onnx.ModelProto) -> CacheShape | None:
     """Return heads and width of the first layer's keys in a traced decoder; None in a graph of the builder.
 
     Raises:
-        ArtifactError: the graph cannot be read, or has no such input.
+        ArtifactError: the graph has no such input.
     """
-    model = graph_file.load_graph(folder / names.MODEL_FILE)
     if not is_traced(model):
         return None
     for entry in model.graph.input:
         sizes = [size.dim_value for size in entry.type.tensor_type.shape.dim]
         if entry.name == f"{PAST}.0.key" and len(sizes) == 4:
             return CacheShape(sizes[1], sizes[3])
-    raise ArtifactError(f"{folder / names.MODEL_FILE}: no input {PAST}.0.key of four dimensions. {graph_file.AGAIN}")
+    raise ArtifactError(f"{names.MODEL_FILE}: no input {PAST}.0.key of four dimensions. {graph_file.AGAIN}")

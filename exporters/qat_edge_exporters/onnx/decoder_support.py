@@ -9,15 +9,10 @@ from qat_edge_exporters import decoder_probe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+NO_CACHE = "have no plain key-value cache"  # said of layers of other types
 OPERATOR = "onnxruntime's operator"
 
 
 def missing(config: PretrainedConfig) -> str:
     """Return why the model cannot be traced, as a sentence; empty if no reason is known."""
-    unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
-    if unknown:
-        return f"layers of type {', '.join(unknown)} have no plain key-value cache."
-    if getattr(config, "use_bidirectional_attention", False):
-        return "its attention is not causal."
-    return decoder_probe.obstacle(config, OPERATOR)
+    return decoder_probe.layer_gap(config, NO_CACHE) or decoder_probe.obstacle(config, OPERATOR)

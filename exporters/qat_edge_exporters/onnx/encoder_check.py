@@ -72,7 +72,7 @@ def _fault_of(node: onnx.NodeProto, kinds: set[str]) -> str:
         is_mask = list(node.input) == [MASK]
         if NUMBER in kinds:
             return "turns numbers into integers"
-        return "turns tokens into numbers" if CONTENT in kinds and _casts_to_float(node) and not is_mask else ""
+        return "turns tokens into numbers" if CONTENT in kinds and casts_to_float(node) and not is_mask else ""
     if NUMBER not in kinds:
         return "" if node.op_type in INTEGERS else "is no operator that the exporter writes"
     if node.op_type not in NUMBERS:
@@ -84,18 +84,20 @@ def _class_of_output(node: onnx.NodeProto, kinds: set[str]) -> str:
     if node.op_type == "Shape":
         # The size of anything else may depend on tokens.
         return SHAPE if set(node.input) <= {IDS, MASK} else CONTENT
-    if node.op_type == TABLE or (node.op_type == "Cast" and _casts_to_float(node)):
+    if node.op_type == TABLE or (node.op_type == "Cast" and casts_to_float(node)):
         return NUMBER
-    if node.op_type == "Constant" and any(_is_float(attribute) for attribute in node.attribute):
+    if node.op_type == "Constant" and any(is_float(attribute) for attribute in node.attribute):
         return NUMBER
     return next((kind for kind in (NUMBER, CONTENT) if kind in kinds), SHAPE)
 
 
-def _is_float(attribute: onnx.AttributeProto) -> bool:
+def is_float(attribute: onnx.AttributeProto) -> bool:
+    """Return whether an attribute of a node that makes a constant holds numbers in float."""
     return attribute.name in ("value_float", "value_floats") or attribute.t.data_type in FLOAT_TYPES
 
 
-def _casts_to_float(node: onnx.NodeProto) -> bool:
+def casts_to_float(node: onnx.NodeProto) -> bool:
+    """Return whether a Cast node makes numbers in float."""
     return any(attribute.name == "to" and attribute.i in FLOAT_TYPES for attribute in node.attribute)
 
 

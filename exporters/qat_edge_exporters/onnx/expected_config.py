@@ -36,14 +36,14 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
         ArtifactError: The file cannot be read.
     """
     found = dict(_flat(readers.read_object(folder / names.GENAI_CONFIG, ArtifactError)))
-    expected = _expected(checkpoint, found.get("model.context_length"))
-    cache = decoder_signature.cache_shape(folder)
+    context, graph = found.get("model.context_length"), graph_file.load_graph(folder / names.MODEL_FILE)
+    expected = _expected(checkpoint, context)
+    cache = decoder_signature.cache_shape(graph)
     if cache is not None:
         expected |= _traced(*cache)
     tensors = {f"model.decoder.{key}": name for key, name in TENSORS.items()}
     expected |= {key: name for key, name in tensors.items() if key in found}
-    context, config = found.get("model.context_length"), frozen_config.read(checkpoint)
-    graph = graph_file.load_graph(folder / names.MODEL_FILE)
+    config = frozen_config.read(checkpoint)
     faults = attention_faults(graph, config, context) if isinstance(context, int) else []
     return faults + [
         f"{names.GENAI_CONFIG}: {readers.shorten(key)} is {readers.show(found.get(key))}, the export writes "

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from qat_edge import progress
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
@@ -53,21 +51,16 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
     fix_rotary_frequencies(model, context_length)
 
     scheme, weights = checkpoint.read_scheme(frozen), checkpoint.read_weights(frozen)
-    ends = [weights.get(scheme.embedding), weights.get(scheme.head)]
-    graph = decoder_graph.build(model, weights, context_length, _are_equal(*ends), adapters)
+    ends = [weights[name] for name in (scheme.embedding, scheme.head) if name in weights]
+    is_table_shared = len(ends) == 2 and ends[0].equals(ends[1])
+    graph = decoder_graph.build(model, weights, context_length, is_table_shared, adapters)
     with disk_errors(out):
         graph_file.save(graph.model, graph.tensors, out, out, graph.inline)
         config = expected_config.written(frozen, context_length, graph.cache.heads, graph.cache.width)
-        config["model"]["decoder"]["session_options"] = SESSION
+        config["model"]["decoder"]["session_options"] = {**SESSION}
         if adapters:
             adapter_format.write(out / names.ADAPTER_FILE, graph.adapter)
-            config["model"]["decoder"]["session_options"] = SESSION | {"log_severity_level": ERRORS_ONLY}
+            config["model"]["decoder"]["session_options"]["log_severity_level"] = ERRORS_ONLY
         config["search"] |= SHARED_CACHE
         (out / names.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer.copy_tokenizer_files(frozen, out)
-
-
-def _are_equal(embedding: checkpoint.FrozenWeight | None, head: checkpoint.FrozenWeight | None) -> bool:
-    if embedding is None or head is None:
-        return False
-    return torch.equal(embedding.codes, head.codes) and torch.equal(embedding.scales, head.scales)

@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from qat_edge import progress, readers, remote_code
@@ -24,7 +23,7 @@ from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge.python_process import python_command
-from qat_edge.quant.frozen import FrozenWeight, read_scheme, read_weights
+from qat_edge.quant.frozen import read_scheme, read_weights
 from qat_edge.quant.frozen_adapters import Adapter, read_adapters
 from qat_edge.quant.rotated_norm import stored_rotations
 from qat_edge_exporters.checkpoint import is_frozen
@@ -105,7 +104,7 @@ def _build_frozen(
     weights = split_fused(read_weights(frozen), architecture.fused)
     _check_names(config, weights)
     # One table for both saves its bytes, if rounding has left the two equal.
-    is_table_shared = scheme.tied and _are_equal(weights[names.EMBEDDING], weights[names.HEAD])
+    is_table_shared = scheme.tied and weights[names.EMBEDDING].equals(weights[names.HEAD])
 
     progress.info(f"Packing {len(weights)} matrices for the builder")
     source = built.with_name("layout")
@@ -190,7 +189,3 @@ def _check_names(config: dict[str, Any], modules: Iterable[str]) -> None:
             f"onnx: {config.get('architectures')} has layers that this target does not know: {', '.join(unknown[:3])}"
             f"{', ...' if len(unknown) > 3 else ''}. Leave it out with --target executorch."
         )
-
-
-def _are_equal(one: FrozenWeight, other: FrozenWeight) -> bool:
-    return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)

@@ -184,7 +184,7 @@ def rotary_positions(graph: ForeignGraph) -> int | None:
 
 def _first_table(operator: str, domain: str) -> int:
     """Return the number of an operator's input with the cosines, which the sines follow; 0 where it has none."""
-    if operator == "GroupQueryAttention":
+    if operator == names.ATTENTION:
         return 7
     if operator == "RotaryEmbedding":
         return 2 if domain == MICROSOFT else 1

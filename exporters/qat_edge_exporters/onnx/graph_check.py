@@ -16,7 +16,6 @@ from qat_edge_exporters.onnx import names
 from qat_edge_exporters.onnx.adapter_check import FoundInputs
 from qat_edge_exporters.onnx.half_steps import has_half_step
 
-ATTENTION = "GroupQueryAttention"
 MATRICES = ("MatMulNBits", "MatMul")
 EMBEDDINGS = ("Gather", "GatherBlockQuantized")
 NORMS = (
@@ -27,7 +26,7 @@ MASK = ("Cast", "Gather", "ReduceSum", "Shape", "Sub")  # operators that count t
 # Of the builder's decoders, and of the nodes that `repair` adds. None of them compares values.
 OPERATORS = frozenset(
     (
-        ATTENTION, *MATRICES, *EMBEDDINGS, *NORMS, *ACTIVATIONS, *MASK, "Add", "Concat", "Constant", "Div",
+        names.ATTENTION, *MATRICES, *EMBEDDINGS, *NORMS, *ACTIVATIONS, *MASK, "Add", "Concat", "Constant", "Div",
         "FusedMatMul", "Gemm", "Mul", "Reshape", "RotaryEmbedding", "Slice", "Split", "Transpose", "Unsqueeze",
     )
 )  # fmt: skip
@@ -60,7 +59,7 @@ def _input_faults(model: onnx.ModelProto) -> list[str]:
         is_embedding = node.op_type in EMBEDDINGS and node.name.startswith("/model/embed_tokens/")
         if "input_ids" in read and not (is_embedding and node.input[1] == "input_ids"):
             faults.append(_reads(node, "input_ids"))
-        if node.op_type == ATTENTION:
+        if node.op_type == names.ATTENTION:
             continue
         if counts & read:
             if node.op_type in MASK:

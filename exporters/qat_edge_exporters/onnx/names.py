@@ -9,6 +9,7 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+ATTENTION = "GroupQueryAttention"  # operator over a cache of keys and values
 ADAPTER_FILE = "adapter.onnx_adapter"  # matrices of an unmerged LoRA adapter, in onnxruntime's format
 ROTATION_NODE = f"/{HEAD}/turn/MatMul"  # multiplies the head's input by a rotation; the name is part of the format
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits

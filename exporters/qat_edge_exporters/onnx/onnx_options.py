@@ -12,8 +12,7 @@ from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge_exporters.artifact import HeldOption
 from qat_edge_exporters.onnx import genai_config, graph_file, names
-
-PAST = "past_key_values."  # begins the names of the cache's inputs
+from qat_edge_exporters.onnx.decoder_names import PAST
 
 
 def held_options(folder: Path) -> list[HeldOption]:
@@ -37,7 +36,7 @@ def held_options(folder: Path) -> list[HeldOption]:
     # One input of each type: those of another type than the manifest says are named.
     types: dict[str, str] = {}
     for entry in model.graph.input:
-        if entry.name.startswith(PAST):
+        if entry.name.startswith(f"{PAST}."):
             types.setdefault(_type_name(entry), entry.name)
     return found + [
         HeldOption("kv_cache", f"the type of {readers.shorten(name)} in {names.MODEL_FILE}", dtype)
@@ -61,7 +60,7 @@ def _cache_faults(model: onnx.ModelProto, config: Mapping[str, Any]) -> Iterator
     expected = (decoder["num_key_value_heads"], decoder["head_size"])
     inputs = {entry.name: entry for entry in model.graph.input}
     for layer in range(decoder["num_hidden_layers"]):
-        for name in (f"{PAST}{layer}.key", f"{PAST}{layer}.value"):
+        for name in (f"{PAST}.{layer}.key", f"{PAST}.{layer}.value"):
             if name not in inputs:
                 yield f"{names.MODEL_FILE}: no input {name}, though {names.GENAI_CONFIG} has that layer."
                 continue

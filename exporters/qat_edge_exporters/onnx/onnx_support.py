@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qat_edge.models import config_keys
+from qat_edge_exporters import decoder_probe
 from qat_edge_exporters.onnx import architecture, names, onnx_compat
+from qat_edge_exporters.onnx.decoder_support import NO_CACHE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Rotated channels of a head must be a multiple: GroupQueryAttention takes tables of half as many columns, and their
 # number must be a multiple of 8.
 ROTATED_MULTIPLE = 16
@@ -38,11 +39,9 @@ def missing(config: PretrainedConfig) -> str:
     if architectures and known and architectures[0] not in known:
         return f"onnxruntime-genai's builder does not know the architecture {architectures[0]}."
 
-    unsupported = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
-    if unsupported:
-        return f"layers of type {', '.join(unsupported)} have no plain key-value cache."
-    if getattr(config, "use_bidirectional_attention", False):
-        return "its attention is not causal."
+    gap = decoder_probe.layer_gap(config, NO_CACHE)
+    if gap:
+        return gap
 
     rotated = _rotated_channels(config)
     if rotated % ROTATED_MULTIPLE:

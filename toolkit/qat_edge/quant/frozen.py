@@ -65,6 +65,10 @@ class FrozenWeight:
     bits: int
     levels: str = INTEGER
 
+    def equals(self, other: FrozenWeight) -> bool:
+        """Return whether both have the same codes and scales, so that one table can serve for both."""
+        return torch.equal(self.codes, other.codes) and torch.equal(self.scales, other.scales)
+
 
 def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tensor] | None = None) -> Scheme:
     """Replace every weight of `scheme` in a merged float32 model by its codes and scales, in place.

@@ -6,6 +6,7 @@ The model computes W x + s B (A x), with W rounded or in float, and A, B and the
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,13 @@ def read_adapters(checkpoint: Path) -> dict[str, Adapter]:
             f"{folder}: {next(iter(tensors))} does not belong to an adapter that can be exported unmerged."
         )
     return found
+
+
+def copy_adapters(trained: Path, checkpoint: Path) -> None:
+    """Copy the adapters of a folder that peft wrote into a checkpoint, next to whose weights they stay unmerged."""
+    (checkpoint / ADAPTER).mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(trained / name, checkpoint / ADAPTER / name)
 
 
 def add_adapters(model: PreTrainedModel, checkpoint: Path) -> None:

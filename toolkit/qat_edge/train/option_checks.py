@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat_edge import option_paths
-from qat_edge.config import flag_name, load_trained
+from qat_edge.config import flag_name, load_frozen_base
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
 from qat_edge.options import TRAINING, WIDTHS, ExportOptions, FinetuneOptions
@@ -128,7 +128,7 @@ def _check_frozen_base(options: FinetuneOptions) -> None:
     """
     if options.frozen_base is None:
         return
-    base = load_trained(Path(options.frozen_base) / "config.yaml")
+    base = load_frozen_base(options.frozen_base)
     if base.steps:
         raise UsageError(
             f"--frozen-base {options.frozen_base}: this run was trained, and its weights have its adapters merged in. "

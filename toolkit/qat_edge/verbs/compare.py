@@ -43,7 +43,7 @@ from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
 from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
-from qat_edge.quant.frozen_adapters import ADAPTER, CONFIG, WEIGHTS
+from qat_edge.quant.frozen_adapters import CONFIG, copy_adapters
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.report.comparison_page import render
 from qat_edge.run import Run, Variant
@@ -334,11 +334,8 @@ def _write_checkpoint(job: CompareJob, name: str, work: Path) -> dict[str, Any]:
             extra["scheme"] = frozen.scheme_metadata(scheme)
         model.save_pretrained(work, save_original_format=name != "naive")  # as in freezing
 
-    # peft's own files, which the exporters read.
     if name in WITH_ADAPTERS:
-        (work / ADAPTER).mkdir()
-        for file in (CONFIG, WEIGHTS):
-            shutil.copyfile(run.reference / file, work / ADAPTER / file)
+        copy_adapters(run.reference, work)
     tokenizer.copy_tokenizer_files(run.quantized, work)
     tokenizer.add_end_tokens(work, tokenizer.trained_end_tokens(merge.adapter_metadata(run.reference)) or [])
     return extra

@@ -6,7 +6,6 @@ merges the adapters, `quant.ptq.methods` has the PTQ methods. Exporters pack wha
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from qat_edge.options import QuantizeOptions
 from qat_edge.quant import bits_file, frozen, frozen_config, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST
-from qat_edge.quant.frozen_adapters import ADAPTER, CONFIG, WEIGHTS
+from qat_edge.quant.frozen_adapters import copy_adapters
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
 from qat_edge.run import Run, Variant
@@ -84,9 +83,7 @@ def freeze(
         merged.tokenizer.save_pretrained(work)
         add_end_tokens(work, ends)
         if adapter_metadata(adapter).get("unmerged"):
-            (work / ADAPTER).mkdir()
-            for name in (CONFIG, WEIGHTS):
-                shutil.copyfile(adapter / name, work / ADAPTER / name)
+            copy_adapters(adapter, work)
         write_manifest(
             work,
             "quantized",
