@@ -105,8 +105,10 @@ def add_adapters(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         ExportError: adapters that are damaged, or that belong to no linear layer of the model.
     """
-    for name, adapter in read_adapters(checkpoint).items():
-        layer = dict(model.named_modules()).get(name)
+    adapters = read_adapters(checkpoint)
+    modules = dict(model.named_modules()) if adapters else {}
+    for name, adapter in adapters.items():
+        layer = modules.get(name)
         shape = (adapter.up.shape[0], adapter.down.shape[1])
         if not isinstance(layer, nn.Linear) or (layer.out_features, layer.in_features) != shape:
             raise ExportError(
