@@ -100,7 +100,7 @@ class _Calls:
 def layer_gap(config: PretrainedConfig, lack: str) -> str:
     """Return which layers have no cache of keys and values of earlier tokens, as a sentence; empty if all have one.
 
-    lack: what is said of layers of another type.
+    lack: end of the sentence about layers of another type.
     """
     unknown = sorted(set(getattr(config, "layer_types", None) or []) - KNOWN_LAYERS)
     if unknown:

@@ -431,11 +431,16 @@ def test_a_folder_that_loads_other_code_is_refused_before_it_runs(copy: TinyExpo
 def test_the_folder_of_a_decoder_is_none_of_an_encoder(copy: TinyExport, tmp_path: Path) -> None:
     (copy.folder / names.GENAI_CONFIG).write_text("{}")
     (fault,) = TARGET.setting_faults(copy.folder, copy.frozen)
-    assert fault == f"{copy.folder}: the files of decoders, but the checkpoint is of an encoder."
+    decoder = "a decoder of onnxruntime-genai's builder"
+    assert (
+        fault == f"{copy.folder}: the files of {decoder}, but the export of this checkpoint writes those of an encoder."
+    )
     (copy.folder / names.GENAI_CONFIG).unlink()
     freeze(llama(), 32, tmp_path / "decoder")
     (fault,) = TARGET.setting_faults(copy.folder, tmp_path / "decoder")
-    assert fault == f"{copy.folder}: the files of encoders, but the checkpoint is of a decoder."
+    assert (
+        fault == f"{copy.folder}: the files of an encoder, but the export of this checkpoint writes those of {decoder}."
+    )
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from qat_edge_exporters import decoder_probe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-NO_CACHE = "have no plain key-value cache"  # said of layers of other types
+NO_CACHE = "have no plain key-value cache"  # layers of other types
 OPERATOR = "onnxruntime's operator"
 
 

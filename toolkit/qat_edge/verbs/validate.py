@@ -165,12 +165,12 @@ def validate_devices(
     tasks.require_causal_lm(run, "validate")
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
-    _require_possible(options_of.values(), paths.values(), force)
-    if run.frozen_base is not None and any(each.error_budget for each in options_of.values()):
+    if any(each.error_budget for each in options_of.values()) and run.frozen_base is not None:
         raise UsageError(
             f"--error-budget: the adapters of {run.path} are not merged, so it has no weights between its FP32 "
             f"fine-tune and its codes. Leave it out, or measure the base: `qat-edge validate {run.frozen_base}`."
         )
+    _require_possible(options_of.values(), paths.values(), force)
     artifacts = _artifacts_by_target(run, options_of.values())
     for each in options_of.values():
         _require_timing_fits(artifacts[each.target], each)
