@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import warm_builder
 from qat_edge import progress
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, write_manifest
@@ -33,6 +34,7 @@ from qat_edge.options import FinetuneOptions
 from qat_edge.quant import frozen, scheme
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
+from qat_edge_exporters.onnx import builder_process
 from qat_edge_exporters.targets import target_named
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in SmolLM2
@@ -189,6 +191,15 @@ def signals_arrive() -> Iterator[None]:
     yield
     for each in ignored:
         signal.signal(each, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_builder() -> Iterator[None]:
+    """The builder of ONNX graphs runs in forks, where the system has them; the process that ships has tests as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(os, "fork"):
+            patch.setattr(builder_process, "_run", warm_builder.run)
+        yield
 
 
 @pytest.fixture

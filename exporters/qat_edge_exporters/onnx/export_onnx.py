@@ -8,9 +8,7 @@ The builder knows the graph of each architecture. It gets codes and scales in a 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,29 +20,19 @@ from qat_edge import progress, readers, remote_code
 from qat_edge.errors import ExportError
 from qat_edge.models import tokenizer
 from qat_edge.models.generation_settings import kept_by_onnx
-from qat_edge.python_process import python_command
 from qat_edge.quant.frozen import read_scheme, read_weights
 from qat_edge.quant.frozen_adapters import Adapter, read_adapters
 from qat_edge.quant.rotated_norm import stored_rotations
 from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.onnx import names, onnx_support
 from qat_edge_exporters.onnx.architecture import Architecture, read_architecture, split_fused
+from qat_edge_exporters.onnx.builder_process import run_builder
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH
 from qat_edge_exporters.onnx.olive_checkpoint import write_checkpoint
 from qat_edge_exporters.onnx.repair import FrozenModel, repair
 from qat_edge_exporters.onnx.unmerged_adapters import split_fused_adapters
 
-ACCURACY_LEVEL = 4  # int8 activations, as trained; 8-bit nodes at any other level run about 100 times slower
-BUILDER_OPTIONS = (
-    f"accuracy_level={ACCURACY_LEVEL}",
-    "fuse_qkv=false",
-    "hf_token=false",
-    "hf_remote=false",  # the builder reads configuration and weights, and needs no code of the model
-    # A cache of the window alone would need buffers that only onnxruntime-genai makes; plain onnxruntime grows its own.
-    "windowed_kv_cache=false",
-)
 ERRORS_ONLY = 3  # for a graph with inputs for an adapter: onnxruntime warns about every input that has a default
-LOG_LINES = 5  # of a failed builder, quoted by the error
 
 
 def export(frozen: Path, out: Path, context_length: int) -> None:
@@ -130,41 +118,6 @@ def _build_float(
     run_builder(source, built, "fp32", built.with_name("cache"))
     rotation = next((rotation.numpy() for rotation in stored_rotations(source).values()), None)
     return FrozenModel({}, adapters, True, architecture, rotation)
-
-
-def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
-    """Run the model builder on a folder, in a process of its own: it prints, and needs twice the memory of the weights.
-
-    Args:
-        source: checkpoint to read.
-        built: folder to create.
-        precision: "int4" for a folder of `olive_checkpoint`, "fp32" for a float checkpoint.
-        cache: folder for temporary files.
-
-    Raises:
-        ExportError: it failed; its last lines are quoted.
-    """
-    command = python_command(
-        "qat_edge_exporters.onnx.builder", "--input", str(source), "--output", str(built), "--precision", precision,
-        "--execution_provider", "cpu", "--cache_dir", str(cache), "--extra_options", *BUILDER_OPTIONS,
-    )  # fmt: skip
-    # The checkpoint is complete: a request to the Hub could only fail or wait.
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command,
-        env=offline,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    # Exit code 0 alone does not prove that a graph was written.
-    if done.returncode == 0 and (built / names.MODEL_FILE).is_file():
-        return
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    ending = " | ".join(lines[-LOG_LINES:])
-    raise ExportError(f"onnx: onnxruntime-genai's builder failed with exit code {done.returncode}: {ending}")
 
 
 def _check_support(frozen: Path, config: dict[str, Any], context_length: int) -> None:
