@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat_edge.errors import ExportError
 from qat_edge_exporters.onnx import graph_file, names
-from qat_edge_exporters.onnx.export_onnx import ACCURACY_LEVEL
+from qat_edge_exporters.onnx.builder_process import ACCURACY_LEVEL
 from qat_edge_exporters.onnx.olive_checkpoint import block_scales, block_size, packed_codes
 from qat_edge_exporters.onnx.traced_names import LINEAR, TABLE, module_of_node, node_name
 from qat_edge_exporters.trace_check import ONNX
