@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from onnx import helper
 from safetensors.torch import save_file
 from tiny import CONTEXT, SIZES, TinyExport, export_to, freeze, llama, sqnr
-from transformers import AutoModelForCausalLM, Cohere2Config, GPTNeoXConfig, Olmo2Config, OPTConfig, PretrainedConfig
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    Cohere2Config,
+    GPTNeoXConfig,
+    Ministral3Config,
+    Olmo2Config,
+    OPTConfig,
+    PretrainedConfig,
+)
 
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
@@ -33,7 +42,11 @@ from qat_edge_exporters.targets import target_named
 TARGET = target_named("onnx")
 LEAST_DB = 100  # with float activations: what onnxruntime computes on x86 rounds them by block
 # Norms behind the layers; windows, layers without rotary embeddings and scaled logits; a head under another name and
-# layer norms with biases; a float table of positions; a table that embedding and head share.
+# layer norms with biases; a float table of positions; queries that grow with the position; a shared table.
+SCALED = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, Any]]] = {
     "olmo2": (lambda: Olmo2Config(**SIZES), {}),
     "cohere2": (
@@ -47,6 +60,7 @@ FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], dict[str, Any]]] = {
         lambda: OPTConfig(**SIZES, ffn_dim=128, word_embed_proj_dim=64, do_layer_norm_before=True),
         {},
     ),
+    "ministral3": (lambda: Ministral3Config(**SIZES, head_dim=16, rope_parameters=SCALED), {}),
     "tied": (lambda: Olmo2Config(**{**SIZES, "tie_word_embeddings": True}), {"table_bits": (4, 4)}),
 }
 
@@ -397,3 +411,57 @@ def test_limits_of_positions_and_mask_are_found(copy: TinyExport) -> None:
     faults = faults_of(copy)
     for name in ("position_ids", "attention_mask"):
         assert any(f"'limit_{name}' (Min) reads {name}" in fault for fault in faults)
+
+
+def change_constant(model: onnx.ModelProto, old: float, new: float) -> None:
+    """Change the one constant of the graph that has a value."""
+    (found,) = (each for each in model.graph.initializer if _is_scalar(each, old))
+    found.CopyFrom(onnx.numpy_helper.from_array(np.full(found.dims, new, np.float32), found.name))
+
+
+def _is_scalar(tensor: onnx.TensorProto, value: float) -> bool:
+    if tensor.external_data or tensor.data_type != onnx.TensorProto.FLOAT:
+        return False
+    array = onnx.numpy_helper.to_array(tensor)
+    return bool(array.size == 1 and np.isclose(array, value).all())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        (
+            16384.0,
+            64.0,
+            "llama_4_scaling_beta 0.1 and original_max_position_embeddings 64, and the model",
+        ),
+        (0.1, 0.2, "llama_4_scaling_beta 0.2 and original_max_position_embeddings 16384, and the model's"),
+    ],
+)
+def test_the_factor_of_queries_is_compared(
+    make: Callable[[str], TinyExport], tmp_path: Path, old: float, new: float, fault: str
+) -> None:
+    # No prompt that verify runs is as long as 16384 tokens.
+    made = make("ministral3")
+    changed = TinyExport(made.frozen, Path(shutil.copytree(made.folder, tmp_path / "export")), [])
+    with edited(changed.folder) as model:
+        change_constant(model, old, new)
+    (found,) = faults_of(changed)
+    assert "(Floor) has the factor of" in found and fault in found
+
+
+def test_other_floors_and_logarithms_are_named(copy: TinyExport) -> None:
+    with edited(copy.folder) as model:
+        last = next(node for node in model.graph.node if node.output[0] == "logits")
+        value = last.input[0]
+        last.input[0] = "changed"
+        index = list(model.graph.node).index(last)
+        _add(model, index, helper.make_node("Floor", ["logarithm"], ["changed"], name="floor"))
+        _add(model, index, helper.make_node("Log", [value], ["logarithm"], name="log"))
+    faults = "\n".join(faults_of(copy))
+    assert "'floor' (Floor) is no part of a factor of queries that the exporter writes." in faults
+    assert "the value 'logarithm' (Log) is no part of a factor of queries." in faults
+
+
+def test_an_activation_that_compares_is_refused() -> None:
+    sentence = decoder_support.missing(ApertusConfig(**SIZES))
+    assert sentence == "its activation function xielu compares values, and verify accepts no graph that does."

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 
 from qat_edge import readers
-from qat_edge_exporters.onnx import names
+from qat_edge_exporters.onnx import names, query_scaling
 from qat_edge_exporters.onnx.adapter_check import FoundInputs
 from qat_edge_exporters.onnx.decoder_names import IDS, LOGITS, MASK, PAST, POSITIONS, PRESENT
 from qat_edge_exporters.onnx.encoder_check import FLOAT_TYPES, INTEGERS, NUMBERS, casts_to_float, is_float
@@ -33,8 +33,8 @@ COUNTS = INTEGERS - {"CumSum", "Equal", "GatherElements", "Not", "Range"}  # non
 # has a limit at which it begins to act.
 OF_MASK = ("Cast", "Expand", "Gather", "ReduceSum", "Shape", "Squeeze", "Sub", "Unsqueeze")
 OF_POSITIONS = ("Add", "Cast", "Expand", "Reshape", "Squeeze", "Unsqueeze")
-# Besides an encoder's: those of `half_steps`, and of parts of a head that are assigned in turn.
-PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum", "ScatterND"}
+# Besides an encoder's: those of `half_steps`, of parts of a head that are assigned in turn, and of `query_scaling`.
+PRODUCTS = NUMBERS | {"FusedMatMul", "ReduceSum", "ScatterND", *query_scaling.OPERATORS}
 SCALING = ("Mul", "Div", "Tanh")  # of logits: multipliers and soft caps
 
 

@@ -20,6 +20,7 @@ from qat_edge_exporters.onnx import decoder_signature, graph_file, names
 from qat_edge_exporters.onnx.attention_check import attention_faults
 from qat_edge_exporters.onnx.decoder_names import MODEL_TYPE
 from qat_edge_exporters.onnx.genai_config import NEUTRAL_SEARCH, TENSORS
+from qat_edge_exporters.onnx.query_scaling import scaling_faults
 
 EARLY_STOPPING = {"early_stopping": True}  # the builder's; beam search alone has it
 BOS = 1  # the builder's id where no file names one
@@ -45,6 +46,8 @@ def setting_faults(folder: Path, checkpoint: Path) -> list[str]:
     expected |= {key: name for key, name in tensors.items() if key in found}
     config = frozen_config.read(checkpoint)
     faults = attention_faults(graph, config, context) if isinstance(context, int) else []
+    if decoder_signature.is_traced(graph):
+        faults += scaling_faults(graph, config)
     return faults + [
         f"{names.GENAI_CONFIG}: {readers.shorten(key)} is {readers.show(found.get(key))}, the export writes "
         f"{readers.show(expected.get(key))}."
