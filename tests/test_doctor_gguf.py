@@ -272,6 +272,7 @@ def test_unknown_types_and_shapes_are_faults(foreign: Path, loads: None) -> None
     ("key", "new", "wanted"),
     [
         ("llama.context_length", None, "llama.context_length is None: llama.cpp needs a number"),
+        ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base is nan, no finite number"),
         ("llama.block_count", "many", "llama.block_count is 'many': llama.cpp needs a number"),
         ("llama.block_count", 3, "llama.block_count is 3, and layer 1 has no tensor"),
         ("tokenizer.ggml.model", None, "no tokenizer in it (tokenizer.ggml.model, tokenizer.ggml.tokens)"),
@@ -287,7 +288,7 @@ def test_metadata_that_is_missing_or_wrong_is_a_fault(
     tmp_path: Path, loads: None, key: str, new: Any, wanted: str
 ) -> None:
     values = metadata()
-    del values[key]
+    values.pop(key, None)
     if new is not None:
         values[key] = new
     faults = examine(write(tmp_path / "model.gguf", values, tensors())).faults

@@ -255,6 +255,17 @@ def test_a_configuration_that_the_graph_does_not_meet_is_seen_in_a_run(foreign: 
     assert not check.loads and "present.0.key" in check.error
 
 
+def test_a_folder_that_onnxruntime_genai_cannot_load_is_an_error(
+    foreign: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doctor.require_loadable(examine(foreign), ALL)
+    monkeypatch.setattr(onnxruntime_probe, "run_folder", lambda path: Loaded("no such operator"))
+    found = examine(foreign)
+    with pytest.raises(ArtifactError, match="1 problems found:\n  onnxruntime-genai cannot load it: no such operator"):
+        doctor.require_loadable(found, ALL)
+    doctor.require_loadable(examine(foreign, ONNXRUNTIME), DoctorOptions(runtime=(ONNXRUNTIME,)))
+
+
 def test_a_crash_of_a_runtime_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = "import os, sys; print('half', end=''); sys.stderr.write('native trouble'); sys.stderr.flush(); os.abort()"
     monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", crash])
@@ -272,6 +283,47 @@ def test_a_runtime_that_does_not_end_is_a_result(foreign: Path, monkeypatch: pyt
     monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: command)
     monkeypatch.setattr(file_diagnosis, "LOADING_S", 0.2)
     assert examine(foreign, GENAI).runtimes[0].error == "it did not load within 0.2 s"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "wanted"),
+    [
+        (TensorProto.FLOAT, np.nan, "1 numbers of the tensor 'table' are no numbers (NaN)"),
+        (TensorProto.FLOAT16, np.inf, "1 numbers of the tensor 'table' are infinite"),
+        (TensorProto.BFLOAT16, np.nan, "1 numbers of the tensor 'table' are no numbers (NaN)"),
+        (TensorProto.BFLOAT16, -np.inf, "1 numbers of the tensor 'table' are infinite"),
+        (TensorProto.DOUBLE, np.inf, "1 numbers of the tensor 'table' are infinite"),
+        (TensorProto.BFLOAT16, 1.0, ""),
+    ],
+)
+@pytest.mark.parametrize("where", ["in the graph", "in a data file"])
+def test_numbers_that_are_not_finite_are_faults(
+    foreign: Path, loads: list[Path], kind: int, number: float, wanted: str, where: str
+) -> None:
+    model = decoder()
+    values = np.zeros((VOCABULARY, WIDTH))
+    values[5, 3] = number
+    table = helper.make_tensor("table", kind, values.shape, values.ravel())
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table), "table"))
+    raw = model.graph.initializer[0].raw_data
+    if where == "in a data file":
+        stored(model, "weights.bin", offset=4096, length=len(raw))
+        (foreign / "weights.bin").write_bytes(bytes(4096) + raw)
+    write(foreign, model)
+    faults = examine(foreign).faults
+    assert faults == ([f"model.onnx: {wanted}. Export or copy the file again."] if wanted else [])
+
+
+def test_infinite_numbers_of_a_mask_are_right(foreign: Path, loads: list[Path]) -> None:
+    model = decoder()
+    mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    model.graph.initializer.append(numpy_helper.from_array(mask, "mask"))
+    model.graph.node.append(helper.make_node("Add", ["mask", "mask"], ["unused"]))
+    write(foreign, model)
+    assert examine(foreign).faults == []
 
 
 # --- data files ---------------------------------------------------------------------------------------------
@@ -375,6 +427,11 @@ def test_a_foreign_folder_has_neither_faults_nor_notes(foreign: Path, loads: lis
         ("model.decoder.inputs.past_key_names", "k_%d", "decoder.inputs.past_key_names names 'k_%d'"),
         ("model.decoder.outputs.logits", "scores", "outputs.logits names 'scores', and model.onnx has no such output"),
         ("model.decoder.outputs.present_value_names", "v.%d", "decoder.outputs.present_value_names names 'v.%d'"),
+        (
+            "model.decoder.outputs",
+            {"logits": "logits", "present_key_names": "present.%d.value", "present_value_names": "present.%d.key"},
+            "'present.0.value' back as 'past_key_values.0.key', and model.onnx writes that cache to 'present.0.key'",
+        ),
         ("model.decoder.head_size", 5, "decoder.head_size is 5, and model.onnx has the input past_key_values.0.key"),
         ("model.context_length", None, "model.context_length is missing"),
         ("model.eos_token_id", None, "eos_token_id is None, so that a generation would never end"),

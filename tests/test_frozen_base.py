@@ -20,7 +20,7 @@ from qat_edge.cli import commands
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import base_model, fake_quantized_model, merged_model
-from qat_edge.options import CompareOptions, FinetuneOptions, QuantizeOptions
+from qat_edge.options import CompareOptions, FinetuneOptions, QuantizeOptions, SensitivityOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen_adapters import ADAPTER, WEIGHTS, read_adapters
 from qat_edge.run import Run
@@ -29,6 +29,8 @@ from qat_edge.verbs.compare import compare
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize
 from qat_edge.verbs.quantize_model import quantize_model
+from qat_edge.verbs.sensitivity import sensitivity
+from qat_edge.verbs.verify import require_equal
 from qat_edge_devices.runtimes.agent_runtime import AgentRuntime
 
 STEPS = 8
@@ -215,9 +217,13 @@ def test_the_onnx_folder_computes_the_checkpoint(
     # An earlier result does not stand where the artifact cannot be read any more.
     assert run.verified.is_file()
     (run.exports / "onnx" / "model.onnx.data").write_bytes(b"cut short")
-    with pytest.raises(ArtifactError, match="but the file has 9"):
-        qat_edge.verify(run)
-    assert not run.verified.exists()
+    (found,) = qat_edge.verify(run)
+    assert found.linears_equal == 0 and not found.embedding_equal and "but the file has 9" in found.faults[0]
+    assert "0 of 14 linear layers equal" in found.describe() and "Its files cannot be read" in found.describe()
+    with pytest.raises(ArtifactError, match="It cannot be read"):
+        require_equal([found])
+    (row,) = json.loads(run.verified.read_text())
+    assert row["faults"] == found.faults
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
@@ -291,7 +297,24 @@ def test_the_adapter_of_another_training_is_refused(base: Run, trained: Run, tmp
         quantize(run, QuantizeOptions(), force=True)
 
 
+def test_another_base_in_the_place_of_the_first_is_named(
+    base: Run, trained: Run, rows: Path, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    other = QuantizeOptions(method="hqq", calibration_data=str(rows), rotate=True)
+    quantize_model(str(tiny_model_folder), tmp_path / "base", other)
+    run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    shutil.rmtree(run.adapter)
+    text = run.config.read_text()
+    run.config.write_text(text.replace(str(base.path), str(tmp_path / "base")))
+    with pytest.raises(RunError, match=r"--frozen-base .*: not the base that the run began with.*another --ptq-init"):
+        finetune(training(Run.open(tmp_path / "base"), rows), run.path, resume=True)
+
+
 def test_verbs_for_merged_adapters_refuse_the_run(trained: Run) -> None:
+    with pytest.raises(RunError, match=r"whose bits stay as they are. Choose bits for another base"):
+        sensitivity(trained, SensitivityOptions())
+    answer = cli("validate", trained.path, "--error-budget", "--force")
+    assert answer.exit_code == 2 and "--error-budget: the adapters of" in answer.output
     with pytest.raises(RunError, match=r"its adapters belong to the frozen weights of .*, and compare deploys"):
         compare(trained, CompareOptions(), None)
 

@@ -58,7 +58,7 @@ def test_settings_that_change_texts_are_described_by_name_and_value(tmp_path: Pa
     folder = write_settings(tmp_path, repetition_penalty=1.1, suppress_tokens=[4, 5], temperature=0.6, top_k=3)
     text = generation_settings.describe_left_out(folder, ["onnx", "executorch"])
     # Without sampling, temperature and top_k have no effect in transformers either.
-    assert "sets repetition_penalty 1.1, suppress_tokens list of 2. generate and validate decode greedily" in text
+    assert "sets repetition_penalty 1.1, suppress_tokens [4, 5]. generate and validate decode greedily" in text
     assert text.endswith("The ONNX folder keeps repetition_penalty in genai_config.json for its app.")
     assert "ONNX" not in generation_settings.describe_left_out(folder, ["executorch"])
 

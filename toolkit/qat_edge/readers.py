@@ -25,6 +25,7 @@ MAX_TOML_BYTES = 16 * 1024
 MAX_DEPTH = 100  # of nested lists and objects
 MAX_DIGITS = 100  # of an integer; every further step with a longer one takes quadratic time
 MAX_FLOAT_CHARACTERS = 1000
+SHOWN_NUMBERS = 4  # of a list in a message
 SHOWN_CHARACTERS = 80  # of a value that a message quotes
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -183,7 +184,12 @@ def shorten(value: Any, length: int = SHOWN_CHARACTERS) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value for a message as Python writes it: text in quotation marks, and everything cut by `shorten`."""
+    """Return a value for a message as Python writes it: text in quotation marks, and everything cut by `shorten`.
+
+    Short lists of numbers, such as those of end tokens, are shown whole.
+    """
+    if isinstance(value, list) and len(value) <= SHOWN_NUMBERS and all(type(each) in (int, float) for each in value):
+        return f"[{', '.join(map(shorten, value))}]"
     return repr(shorten(value)) if isinstance(value, str) else shorten(value)
 
 

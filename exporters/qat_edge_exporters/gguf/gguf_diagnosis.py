@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -138,6 +139,9 @@ def _metadata_faults(file: ScannedFile) -> Iterator[str]:
     if not isinstance(architecture, str):
         yield f"{ARCHITECTURE} is {readers.show(architecture)}, no name of a model's graph. {DAMAGED}"
         return
+    for key, value in file.metadata.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{readers.shorten(key)} is {value}, no finite number. {DAMAGED}"
     if _number(file.get("context_length")) is None:
         yield f"{architecture}.context_length is {readers.show(file.get('context_length'))}: llama.cpp needs a number."
     layers = _number(file.get("block_count"))

@@ -41,7 +41,7 @@ class DataFiles:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A tensor in a data file: its name, and begin and end in the file."""
 
     name: str
@@ -54,17 +54,16 @@ def check_data_files(graph: ForeignGraph) -> DataFiles:
     found = DataFiles()
     outside: list[str] = []
     garbled: list[str] = []
-    by_file: dict[str, list[_Stored]] = {}
+    by_file: dict[str, list[Stored]] = {}
     for tensor in _tensors(graph):
-        entries = {text(entry.key): text(entry.value) for entry in tensor.external_data}
-        name, location = text(tensor.name), entries.get("location", "")
+        name = text(tensor.name)
+        location, stored = stored_range(tensor)
         if not _is_inside(location):
             outside.append(
                 f"{graph.path.name}: the tensor {name!r} is in {location!r}, which is not a file inside the folder: a "
                 "runtime would read another file, or refuse. Save the graph again, with its data next to it."
             )
             continue
-        stored = _range(tensor, entries)
         if isinstance(stored, str):
             garbled.append(f"{graph.path.name}: the tensor {name!r} {stored}. {DAMAGED}")
         else:
@@ -77,7 +76,7 @@ def check_data_files(graph: ForeignGraph) -> DataFiles:
     return found
 
 
-def _check_file(path: Path, location: str, tensors: list[_Stored], found: DataFiles) -> None:
+def _check_file(path: Path, location: str, tensors: list[Stored], found: DataFiles) -> None:
     """Check that a data file is there and holds its tensors."""
     if not path.is_file():
         state = "not a file" if path.exists() else "missing"
@@ -101,8 +100,13 @@ def _is_inside(location: str) -> bool:
     return bool(location) and "\0" not in location and not any(p.anchor or ".." in p.parts for p in paths)
 
 
-def _range(tensor: onnx.TensorProto, entries: dict[str, str]) -> _Stored | str:
-    """Return where a tensor is in its file, or the fault of its description, as a phrase."""
+def stored_range(tensor: onnx.TensorProto) -> tuple[str, Stored | str]:
+    """Return the file of a tensor as its description names it, and where it is there, or the fault, as a phrase."""
+    entries = {text(entry.key): text(entry.value) for entry in tensor.external_data}
+    return entries.get("location", ""), _range(tensor, entries)
+
+
+def _range(tensor: onnx.TensorProto, entries: dict[str, str]) -> Stored | str:
     numbers = {}
     for key in ("offset", "length"):
         value = entries.get(key)
@@ -115,7 +119,7 @@ def _range(tensor: onnx.TensorProto, entries: dict[str, str]) -> _Stored | str:
     length, begin = numbers["length"], numbers["offset"] or 0
     if length is not None and length != needed:
         return f"has {length} bytes, and its shape {list(tensor.dims)} needs {needed}"
-    return _Stored(text(tensor.name), begin, begin + needed)
+    return Stored(text(tensor.name), begin, begin + needed)
 
 
 def _size(tensor: onnx.TensorProto) -> int | None:

@@ -20,6 +20,13 @@ from qat_edge_exporters.onnx.foreign_graph import MICROSOFT, ForeignGraph, text
 
 LAYER = "%d"  # stands for the number of a layer in a name
 NEEDED_INPUTS = ("input_ids", "past_key_names", "past_value_names")  # others are given where the graph has them
+# Operators that append to a cache -> pairs of the input with it and the output with one more token.
+CACHES = {
+    "GroupQueryAttention": ((3, 1), (4, 2)),
+    "MultiHeadAttention": ((6, 1), (7, 2)),
+    "Attention": ((4, 1), (5, 2)),  # of ONNX itself, from opset 23 on
+    "Concat": ((0, 0),),
+}
 CACHE_RANK = 4  # (batch, heads, tokens, channels)
 FIXED = "Correct it, or build the folder again."
 
@@ -77,6 +84,7 @@ def config_faults(config: Mapping[str, Any], graph: ForeignGraph) -> list[str]:
     found = [
         *_name_faults(decoder, graph),
         *_cache_faults(decoder, graph),
+        *_pair_faults(decoder, graph),
         *_length_faults(config, graph),
         *_token_faults(model, graph),
     ]
@@ -120,6 +128,30 @@ def _cache_faults(decoder: Mapping[str, Any], graph: ForeignGraph) -> list[str]:
     return _shape_findings(decoder, graph, 3, "head_size")
 
 
+def _pair_faults(decoder: Mapping[str, Any], graph: ForeignGraph) -> Iterator[str]:
+    """Yield caches that the graph writes to another output than the configuration reads them back from."""
+    written = {}
+    for node in graph.nodes:
+        for given, output in CACHES.get(node.op_type, ()):
+            if given < len(node.input) and output < len(node.output):
+                written[text(node.input[given])] = text(node.output[output])
+    inputs, outputs = _names(decoder, "inputs"), _names(decoder, "outputs")
+    known = {entry.name for entry in graph.outputs}
+    for kind in ("key", "value"):
+        pattern, name = _pattern(inputs[f"past_{kind}_names"]), outputs[f"present_{kind}_names"]
+        for past, present in written.items():
+            read = pattern.fullmatch(past)
+            if read is None or present not in known:
+                continue
+            expected = name.replace(LAYER, read[1]) if read.groups() else name
+            if present != expected:
+                yield (
+                    f"decoder.outputs.present_{kind}_names gives {expected!r} back as {past!r}, and {graph.path.name} "
+                    f"writes that cache to {present!r}."
+                )
+                break
+
+
 def _shape_findings(decoder: Mapping[str, Any], graph: ForeignGraph, index: int, key: str) -> list[str]:
     """Name the first input of the cache that has another fixed size in a dimension than the configuration."""
     expected = decoder.get(key)
@@ -138,7 +170,7 @@ def _caches(decoder: Mapping[str, Any], graph: ForeignGraph) -> list[GraphValue]
 
 def _pattern(name: str) -> re.Pattern[str]:
     """Return the pattern of a name with a number of a layer."""
-    return re.compile(re.escape(name).replace(re.escape(LAYER), "[0-9]+"))
+    return re.compile(re.escape(name).replace(re.escape(LAYER), "([0-9]+)"))
 
 
 def _length_faults(config: Mapping[str, Any], graph: ForeignGraph) -> Iterator[str]:

@@ -20,7 +20,15 @@ from qat_edge.manifest import library_version
 from qat_edge.models import artifact_options, tokenizer
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 from qat_edge_exporters.file_diagnosis import FileDiagnosis, FolderTokenizer, OnnxInfo, QuantizedMatrices
-from qat_edge_exporters.onnx import adapter_format, data_files, foreign_graph, genai_check, names, onnxruntime_probe
+from qat_edge_exporters.onnx import (
+    adapter_format,
+    data_files,
+    foreign_graph,
+    genai_check,
+    names,
+    onnxruntime_probe,
+    weight_values,
+)
 from qat_edge_exporters.onnx.data_files import DataFiles
 from qat_edge_exporters.onnx.foreign_graph import INT4_TYPES, ForeignGraph, text
 from qat_edge_exporters.onnx.names import INT8_ACTIVATIONS, TOKENIZER_FILES
@@ -65,7 +73,8 @@ def diagnose_onnx(path: Path, runtimes: Sequence[str]) -> FileDiagnosis:
     usual = RUNTIMES if found.config is not None else (ONNXRUNTIME,)
     checks = [_check_runtime(name, found) for name in runtimes or usual]
     words = _check_tokenizer(found)
-    faults, notes = [*found.data.faults, *words.faults], [*_graph_notes(graph), *words.notes]
+    faults = [*found.data.faults, *weight_values.value_faults(graph, found.data), *words.faults]
+    notes = [*_graph_notes(graph), *words.notes]
     if path.name == names.MODEL_FILE:
         faults += artifact_options.recorded_faults(path.parent, ONNX)
     for file in sorted(path.parent.glob(f"*{Path(names.ADAPTER_FILE).suffix}")):

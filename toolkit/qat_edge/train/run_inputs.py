@@ -15,7 +15,7 @@ from qat_edge import config, option_paths, previous_run, progress, remote_code, 
 from qat_edge.data import changed_rows
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import OF_FROZEN_BASE, FinetuneOptions
 from qat_edge.readers import read_json, show
 from qat_edge.run import Run
 from qat_edge.storage import write_text
@@ -23,6 +23,7 @@ from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
 # What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
+OF_BASE = {*OF_FROZEN_BASE, "frozen_base"}
 INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels", "frozen_base")
 OPTIONS = "options"  # entry with the options of the training
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
@@ -84,21 +85,28 @@ def _check_resumable(options: FinetuneOptions, run: Run) -> None:
     """Require the very options that the run began with, and its inputs.
 
     Raises:
-        RunError: an input is gone.
+        RunError: an input is gone, or another base is in the place of the frozen one.
         UsageError: options differ; the message names their flags.
     """
     Run.open(run.path)
     saved = option_paths.absolute(config.load_trained(run.config))
-    changed = []
+    changed: list[str] = []
     for name, before in dataclasses.asdict(saved).items():
         given = getattr(options, name)
         # A path may change where the old one is gone; that the contents are the same is checked later.
         moved = name in option_paths.PATH_OPTIONS and option_paths.is_gone(before) and given is not None
         if not option_paths.same(given, before) and not moved:
-            changed.append(config.flag_name(name))
+            changed.append(name)
+    flags = ", ".join(map(config.flag_name, changed))
+    # Options that a base decides come from the folder that is given, and no user gave them.
+    if changed and options.frozen_base is not None and saved.frozen_base is not None and {*changed} <= OF_BASE:
+        raise RunError(
+            f"--frozen-base {options.frozen_base}: not the base that the run began with, which had another {flags} "
+            f"({run.config}). Restore that base, or train again with --force."
+        )
     if changed:
         raise UsageError(
-            f"--resume: {', '.join(changed)} differ from {run.config}. "
+            f"--resume: {flags} differ from {run.config}. "
             "A resumed run continues exactly as it began: give the same options, or none."
         )
     for name, path in option_paths.missing(options):

@@ -13,7 +13,7 @@ from qat_edge.errors import ArtifactError, UsageError
 from qat_edge.options import DoctorOptions
 from qat_edge.verbs.doctor_lines import lines
 from qat_edge.verbs.examined_file import find_file
-from qat_edge_exporters.targets import TARGETS, Target
+from qat_edge_exporters.targets import GENAI, TARGETS, Target
 
 if TYPE_CHECKING:
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
@@ -54,14 +54,14 @@ def require_loadable(diagnosis: Diagnosis | FileDiagnosis, options: DoctorOption
 
     Raises:
         ArtifactError: the file has faults, a runtime named by --runtime cannot load it, or, if none is named, no
-            runtime can.
+            runtime can, or onnxruntime-genai cannot load a folder with a configuration for it.
     """
     failing = [check for check in diagnosis.runtimes if not check.loads]
     # A runtime that the user did not name may lack an operator, or not be installed.
     if not options.runtime:
         failing = [check for check in failing if not check.untried]
         if any(check.loads for check in diagnosis.runtimes):
-            failing = []
+            failing = [check for check in failing if check.runtime == GENAI]  # its folder is made for this runtime
     reasons = [f"{check.runtime} cannot load it: {check.reason}." for check in failing] + diagnosis.faults
     if reasons:
         listed = "\n".join(f"  {text}" for text in reasons)

@@ -92,6 +92,11 @@ def sensitivity(run: Run, options: SensitivityOptions, force: bool = False) -> S
     if options.max_size_mb is not None and options.max_kl is not None:
         raise UsageError("--max-size-mb and --max-kl: one limit chooses the bits. Give one of them.")
     tasks.require_causal_lm(run, "sensitivity")
+    if run.frozen_base is not None:
+        raise RunError(
+            f"{run.path}: its adapters belong to the frozen weights of {run.frozen_base}, whose bits stay as they are. "
+            f"Choose bits for another base: `qat-edge sensitivity {run.frozen_base}`."
+        )
 
     # A limit chooses from the measurement that is there; without one, or with --force, measure.
     folder = run.path / "sensitivity"

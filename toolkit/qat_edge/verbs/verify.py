@@ -115,7 +115,6 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
 
     Raises:
         RunError: nothing was exported, a named target was not, or a checkpoint is not as it was written.
-        ArtifactError: an artifact cannot be read at all.
     """
     # A target is found if any variant has it.
     found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
@@ -138,12 +137,15 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         check_files(path)
         references[path] = FrozenReference(path)
 
-    # An artifact that cannot be read ends the command: what an earlier one found must not stand as its result.
+    # What an earlier one found must not stand as the result of a command that fails.
     run.verified.unlink(missing_ok=True)
     results = []
     for variant, target in found:
         progress.info(f"Reading and running {variant.exports / target}")
-        results.append(_verify_artifact(variant, target, references[variant.quantized]))
+        try:
+            results.append(_verify_artifact(variant, target, references[variant.quantized]))
+        except ArtifactError as error:  # the others are compared all the same
+            results.append(_unreadable(variant, target, error))
         if results[-1].parity.not_measured:
             progress.warn(f"{results[-1].folder} was not run: {results[-1].parity.not_measured}")
     write_text(run.verified, json.dumps([_record(run, result) for result in results], indent=1) + "\n")
@@ -171,6 +173,21 @@ def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) 
     measured = parity.measure(folder, target, reference, options.context_length, options.int8_cache)
     faults = [f"It does not compute the frozen checkpoint. {measured.fault}"] if measured.fault else []
     return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
+
+
+def _unreadable(variant: Variant, target: str, error: ArtifactError) -> Verified:
+    """Return the result of an artifact that cannot be read: nothing in it is equal."""
+    scheme = frozen.read_scheme(variant.quantized)
+    return Verified(
+        folder=variant.exports / target,
+        target=target,
+        linears=len(scheme.linears),
+        linears_equal=0,
+        embedding_equal=False,
+        head_equal=False if scheme.heads else None,
+        faults=[f"It cannot be read. {error}"],
+        parity=Parity(not_measured="Its files cannot be read."),
+    )
 
 
 def verify_folder(folder: Path, target: str, quantized: Path) -> Verified:

@@ -1,0 +1,85 @@
+"""Find float tensors of an ONNX graph whose numbers are not finite: every answer would be wrong, or none at all.
+
+Infinite numbers are right in masks, so only those that nodes multiply by are faults. One that is not a number is wrong
+anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from qat_edge_exporters import file_diagnosis
+from qat_edge_exporters.onnx.data_files import DataFiles, stored_range
+from qat_edge_exporters.onnx.foreign_graph import ForeignGraph, text
+
+# Type of a float tensor -> type of its numbers in a file; bfloat16 has none in NumPy, and is the upper half of float32.
+FLOATS: dict[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype("<f4"),
+    onnx.TensorProto.DOUBLE: np.dtype("<f8"),
+    onnx.TensorProto.FLOAT16: np.dtype("<f2"),
+    onnx.TensorProto.BFLOAT16: np.dtype("<u2"),
+}
+# Operators that multiply by a stored tensor: matrices with their scales, tables and norms.
+MULTIPLYING = (
+    "DequantizeLinear", "Gather", "GatherBlockQuantized", "Gemm", "LayerNormalization", "MatMul", "MatMulNBits",
+    "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
+)  # fmt: skip
+CHUNK = 2**24  # numbers that are read at once
+DAMAGED = "Export or copy the file again."
+
+
+def value_faults(graph: ForeignGraph, data: DataFiles) -> list[str]:
+    """Return a fault for each float tensor with numbers that are not finite, a sentence each.
+
+    Args:
+        graph: of any tool.
+        data: its data files; tensors that are not in them as described have faults there.
+    """
+    factors = {text(name) for node in graph.nodes if node.op_type in MULTIPLYING for name in node.input}
+    found = []
+    for name, tensor in graph.initializers.items():
+        if tensor.data_type not in FLOATS:
+            continue
+        wrong, infinite = _count(_numbers(tensor, graph.path.parent, data))
+        if wrong:
+            found.append(f"{graph.path.name}: {wrong} numbers of the tensor {name!r} are no numbers (NaN). {DAMAGED}")
+        elif infinite and name in factors:
+            found.append(f"{graph.path.name}: {infinite} numbers of the tensor {name!r} are infinite. {DAMAGED}")
+    return file_diagnosis.few(found)
+
+
+def _count(chunks: Iterator[NDArray[np.floating]]) -> tuple[int, int]:
+    """Return how many numbers are NaN, and how many are infinite."""
+    wrong = infinite = 0
+    for chunk in chunks:
+        if not np.isfinite(chunk).all():
+            wrong += int(np.isnan(chunk).sum())
+            infinite += int(np.isinf(chunk).sum())
+    return wrong, infinite
+
+
+def _numbers(tensor: onnx.TensorProto, folder: Path, data: DataFiles) -> Iterator[NDArray[np.floating]]:
+    """Yield the numbers of a tensor in parts; nothing where its file does not hold them."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        try:
+            yield numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+        except (ValueError, TypeError):
+            return  # of another size than its shape, which runtimes refuse
+        return
+    location, stored = stored_range(tensor)
+    if isinstance(stored, str) or stored.end > data.size_bytes.get(location, 0):
+        return
+    dtype = FLOATS[tensor.data_type]
+    count = (stored.end - stored.begin) // dtype.itemsize
+    for begin in range(0, count, CHUNK):
+        part = np.fromfile(
+            folder / location, dtype, min(CHUNK, count - begin), offset=stored.begin + begin * dtype.itemsize
+        )
+        yield (part.astype("<u4") << 16).view("<f4") if dtype == np.dtype("<u2") else part
