@@ -30,7 +30,7 @@ from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize
 from qat_edge.verbs.quantize_model import quantize_model
 from qat_edge.verbs.sensitivity import sensitivity
-from qat_edge.verbs.verify import require_equal
+from qat_edge.verbs.verify import verify
 from qat_edge_devices.runtimes.agent_runtime import AgentRuntime
 
 STEPS = 8
@@ -217,11 +217,11 @@ def test_the_onnx_folder_computes_the_checkpoint(
     # An earlier result does not stand where the artifact cannot be read any more.
     assert run.verified.is_file()
     (run.exports / "onnx" / "model.onnx.data").write_bytes(b"cut short")
-    (found,) = qat_edge.verify(run)
+    (found,) = verify(run, ())
     assert found.linears_equal == 0 and not found.embedding_equal and "but the file has 9" in found.faults[0]
     assert "0 of 14 linear layers equal" in found.describe() and "Its files cannot be read" in found.describe()
     with pytest.raises(ArtifactError, match="It cannot be read"):
-        require_equal([found])
+        qat_edge.verify(run)
     (row,) = json.loads(run.verified.read_text())
     assert row["faults"] == found.faults
 
@@ -300,7 +300,7 @@ def test_the_adapter_of_another_training_is_refused(base: Run, trained: Run, tmp
 def test_another_base_in_the_place_of_the_first_is_named(
     base: Run, trained: Run, rows: Path, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    other = QuantizeOptions(method="hqq", calibration_data=str(rows), rotate=True)
+    other = QuantizeOptions(method="gptq", calibration_data=str(rows), calibration_tokens=300, rotate=True)
     quantize_model(str(tiny_model_folder), tmp_path / "base", other)
     run = Run(Path(shutil.copytree(trained.path, tmp_path / "run")))
     shutil.rmtree(run.adapter)
