@@ -208,6 +208,11 @@ def _tensor_bytes(tensor: TensorProto) -> int:
     return int(prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
+def timed_artifact(target: str, folder: Path, threads: int, amounts: Amounts) -> dict[str, float]:
+    """Return the medians over the repeats of an artifact in its own runtime: tokens per second by phase."""
+    return {phase: median(rates) for phase, rates in _by_runtime(target, folder, threads, amounts).items()}
+
+
 def _by_runtime(target: str, folder: Path, threads: int, amounts: Amounts) -> Mapping[str, list[float]]:
     """Time an artifact with the product's own runtime on this machine."""
     try:
