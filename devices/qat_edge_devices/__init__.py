@@ -14,6 +14,7 @@ The modules in the order in which `validate --device ssh:...` goes through them:
     remote.py         the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
     process.py        start local programs (ssh and adb among them) so that they end with their children
     local.py          the transport of this machine
+    browser/          the transport of headless Chromium on this machine, and the agent's equal in JavaScript
     mock.py           a transport in memory, for tests
     runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
     runtimes/         the runtimes: send the agent or a native runner, write requests, read results
@@ -45,6 +46,8 @@ TRANSPORTS = {
     "local": "qat_edge_devices.local:open_local",
     "ssh": "qat_edge_devices.ssh:open_ssh",
     "adb": "qat_edge_devices.adb:open_adb",
+    "browser": "qat_edge_devices.browser.browser_transport:open_browser",
+    "browser-webgpu": "qat_edge_devices.browser.browser_transport:open_browser_webgpu",
 }
 RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",
@@ -52,6 +55,12 @@ RUNTIMES = {
     "gguf": "qat_edge_devices.runtimes.agent_runtime:GgufRuntime",
     "hf": "qat_edge_devices.runtimes.agent_runtime:HuggingFaceRuntime",
 }
+# Runtimes of transports that cannot run Python programs, in place of `RUNTIMES`.
+RUNTIMES_OF = {
+    "browser": {"onnx": "qat_edge_devices.runtimes.browser_runtime:WasmRuntime"},
+    "browser-webgpu": {"onnx": "qat_edge_devices.runtimes.browser_runtime:WebGpuRuntime"},
+}
+ADDRESSES_ARE_PATHS = frozenset(RUNTIMES_OF)  # of a program on this machine
 
 NOT_IN_ADDRESSES = frozenset("'\"`$\\;&|<>(){}*?!#")  # characters of shells
 
@@ -61,7 +70,8 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
 
     Args:
         device: name of a transport, followed by a colon and the address if it takes one: "local"; "ssh:pi@kitchen",
-            "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL", "adb:192.168.1.20:5555".
+            "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL", "adb:192.168.1.20:5555"; "browser",
+            "browser:/path/to/chromium".
         access: settings besides the address.
 
     Raises:
@@ -69,7 +79,8 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
         TransportError: the device cannot be reached or used.
     """
     name, _, address = device.partition(":")
-    _check_address(address)
+    if name not in ADDRESSES_ARE_PATHS:
+        _check_address(address)
     transport: Transport = _resolve("transport", TRANSPORTS, name)(address, access or Access())
     return transport
 
@@ -102,7 +113,8 @@ def open_runtime(
     Raises:
         UnknownNameError: no runtime runs artifacts of that target; the message lists the known ones.
     """
-    runtime: Runtime = _resolve("runtime", RUNTIMES, target)(transport, threads, progress=progress)
+    table = RUNTIMES_OF.get(transport.name.partition(":")[0], RUNTIMES)
+    runtime: Runtime = _resolve("runtime", table, target)(transport, threads, progress=progress)
     return runtime
 
 
