@@ -263,8 +263,8 @@ def page(tmp_path: Path) -> Iterator[BrowserTransport]:
     chromium_or_skip()
     with closing(browser_transport.open_browser("", Access())) as transport:
         yield transport
-    assert not transport.folder.exists()
-    assert processes_with(transport.folder) == []
+    assert not transport.folder.exists() and not transport.profiles.exists()
+    assert processes_with(transport.profiles) == []
 
 
 def processes_with(folder: Path) -> list[str]:
@@ -412,7 +412,7 @@ def test_a_page_that_crashes_is_reported(
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
             # The zygote names the profile; renderers have it as an ancestor.
-            if any(word.startswith("--type=renderer") for word in words) and belongs_to(process, page.folder):
+            if any(word.startswith("--type=renderer") for word in words) and belongs_to(process, page.profiles):
                 process.kill()
 
     with pytest.raises(KilledError, match=r"nothing was heard of the page for 3 s. The page crashed: memory ran out"):
@@ -428,7 +428,7 @@ def test_cancelling_ends_chromium(page: BrowserTransport, tmp_path: Path) -> Non
     push_page(page, f"{ALIVE} await fetch('../_line', {{method: 'POST', body: 'ready'}});", tmp_path)
     with pytest.raises(CancelledError, match="browser: cancelled"):
         page.run(ARGV, 60, on_line=lambda line: page.cancel())
-    assert processes_with(page.folder) == []
+    assert processes_with(page.profiles) == []
 
 
 @pytest.mark.browser
@@ -440,18 +440,19 @@ from qat_edge_devices.browser.browser_transport import BrowserTransport
 from qat_edge_devices.transport import Access
 page = BrowserTransport("browser", "", Access())
 page.push({{"agent/agent.html": Path({str(tmp_path / "page.html")!r})}})
-print(page.folder, flush=True)
+print(page.folder, page.profiles, flush=True)
 page.run({ARGV!r}, 60, on_line=lambda line: print(line, flush=True))
 """
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
-        folder = Path(child.stdout.readline().strip())
-        assert child.stdout.readline() == "ready\n" and processes_with(folder) != []
+        folder, profiles = map(Path, child.stdout.readline().split())
+        assert child.stdout.readline() == "ready\n" and processes_with(profiles) != []
         os.kill(child.pid, signal.SIGKILL)
     until = time.monotonic() + 20
-    while processes_with(folder) and time.monotonic() < until:
+    while processes_with(profiles) and time.monotonic() < until:
         time.sleep(0.2)
-    assert processes_with(folder) == []
+    assert processes_with(profiles) == []
     shutil.rmtree(folder)
+    shutil.rmtree(profiles)

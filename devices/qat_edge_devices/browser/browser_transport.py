@@ -61,7 +61,8 @@ class BrowserTransport:
 
     Attributes:
         archive: onnxruntime-web as npm packs it.
-        folder: everything it writes; `close` removes it.
+        folder: files that the page reads and writes; `close` removes it.
+        profiles: everything that Chromium writes; `close` removes it.
 
     Args:
         kind: "browser" or "browser-webgpu".
@@ -81,6 +82,9 @@ class BrowserTransport:
         self._temporary = tempfile.TemporaryDirectory(prefix="qat-edge-browser-", dir=root, ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name)
         self._served = LocalTransport(root=self.folder)
+        # Not below `folder`: Chromium makes a socket there, whose path may have about 100 characters.
+        self._profiles = tempfile.TemporaryDirectory(prefix="qat-edge-chromium-", ignore_cleanup_errors=True)
+        self.profiles = Path(self._profiles.name)
 
     def push(self, files: Mapping[str, Path], keep: bool = True) -> None:
         """Link files into the served folder."""
@@ -102,7 +106,7 @@ class BrowserTransport:
         page, request, results = argv
         # Results of an earlier page, whose files this one would append to.
         shutil.rmtree(self._served.folder / work_path(self.name, results), ignore_errors=True)
-        profile = Path(tempfile.mkdtemp(prefix="profile-", dir=self.folder))
+        profile = Path(tempfile.mkdtemp(dir=self.profiles))
         browser: list[subprocess.Popen[bytes]] = []
         server = PageServer(self._served.folder, lambda forget: self._machine(browser[0].pid, forget))
         url = f"{server.url}{page}?{urlencode({'request': request, 'results': results})}"
@@ -195,6 +199,7 @@ class BrowserTransport:
         """Remove the work folder with everything that Chromium wrote."""
         self._served.close()
         self._temporary.cleanup()
+        self._profiles.cleanup()
 
 
 def _text(stderr: IO[bytes]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, page: PageServer) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.page = page
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report what goes wrong in this server, but not that Chromium has ended with its connections open."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
