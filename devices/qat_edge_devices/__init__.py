@@ -14,11 +14,14 @@ The modules in the order in which `validate --device ssh:...` goes through them:
     remote.py         the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
     process.py        start local programs (ssh and adb among them) so that they end with their children
     local.py          the transport of this machine
-    browser/          the transport of headless Chromium on this machine, and the agent's equal in JavaScript
+    browser_transport.py  the transport of headless Chromium on this machine, where a program is a page
+    chromium.py       find Chromium, start it with a profile of its own, measure and end its processes
+    page_server.py    HTTP server on 127.0.0.1 that gives the page its files and takes its results
+    onnxruntime_web.py    download the pinned onnxruntime-web with npm
     mock.py           a transport in memory, for tests
     runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
     runtimes/         the runtimes: send the agent or a native runner, write requests, read results
-    agent/            the Python program that is sent to the device and runs the artifact there
+    agent/            the Python program that is sent to the device and runs the artifact there; the same for a browser
     device_data.py    checks of everything that a device returns
     device_errors.py  the tree of errors
     profiles/         gates and options for types of devices, read by `--device-profile`
@@ -46,8 +49,8 @@ TRANSPORTS = {
     "local": "qat_edge_devices.local:open_local",
     "ssh": "qat_edge_devices.ssh:open_ssh",
     "adb": "qat_edge_devices.adb:open_adb",
-    "browser": "qat_edge_devices.browser.browser_transport:open_browser",
-    "browser-webgpu": "qat_edge_devices.browser.browser_transport:open_browser_webgpu",
+    "browser": "qat_edge_devices.browser_transport:open_browser",
+    "browser-webgpu": "qat_edge_devices.browser_transport:open_browser_webgpu",
 }
 RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",

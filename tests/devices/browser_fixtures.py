@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_edge_devices.browser import chromium, onnxruntime_web
+from qat_edge_devices import chromium, onnxruntime_web
 from qat_edge_devices.device_errors import TransportError
 
 

@@ -35,11 +35,9 @@ from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import require_runtimes, run_on_devices
 from qat_edge.options import ValidateOptions
 from qat_edge.quant.scheme import LinearCodes
-from qat_edge_devices import browser, open_runtime, open_transport
+from qat_edge_devices import browser_transport, chromium, onnxruntime_web, open_runtime, open_transport
 from qat_edge_devices.agent.active_adapter import ADAPTER_FILE
-from qat_edge_devices.browser import browser_transport, chromium, onnxruntime_web
-from qat_edge_devices.browser.browser_transport import BrowserTransport
-from qat_edge_devices.browser.page_server import PageEnd, PageServer
+from qat_edge_devices.browser_transport import BrowserTransport
 from qat_edge_devices.device_errors import (
     CancelledError,
     DeviceTimeoutError,
@@ -49,6 +47,7 @@ from qat_edge_devices.device_errors import (
     UnknownNameError,
 )
 from qat_edge_devices.mock import MockTransport
+from qat_edge_devices.page_server import PageEnd, PageServer
 from qat_edge_devices.runtimes import agent_runtime
 from qat_edge_devices.transport import Access, CompletedProgram
 from tests.exporters.tiny import MIXED, export_to, freeze, llama, sqnr
@@ -198,7 +197,7 @@ def test_the_page_reports_progress_life_and_end(server: PageServer) -> None:
 
 
 def test_the_page_has_the_constants_of_the_python_side() -> None:
-    text = (Path(browser.__file__).parent / "page" / "agent.js").read_text(encoding="utf-8")
+    text = (agent_runtime.AGENT / "agent.js").read_text(encoding="utf-8")
     constants = dict(re.findall(r"^const (\w+) = (\d+);", text, flags=re.MULTILINE))
     assert constants == {
         "FORMAT": str(agent_runtime.FORMAT), "EXIT_REJECTED": str(agent_runtime.EXIT_REJECTED), "CHUNK_TOKENS": "256",
@@ -436,7 +435,7 @@ def test_chromium_ends_when_this_process_is_killed(page: BrowserTransport, tmp_p
     push_page(page, f"{ALIVE} await fetch('../_line', {{method: 'POST', body: 'ready'}});", tmp_path)
     script = f"""
 from pathlib import Path
-from qat_edge_devices.browser.browser_transport import BrowserTransport
+from qat_edge_devices.browser_transport import BrowserTransport
 from qat_edge_devices.transport import Access
 page = BrowserTransport("browser", "", Access())
 page.push({{"agent/agent.html": Path({str(tmp_path / "page.html")!r})}})

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from conftest import make_tokenizer
 from qat_edge.diagnose.runtime_rounding import Rounding, emulate_rounding
 from qat_edge.evaluate import reference
-from qat_edge_devices.browser import chromium
-from qat_edge_devices.browser.page_server import PageEnd, PageServer
+from qat_edge_devices import chromium
+from qat_edge_devices.page_server import PageEnd, PageServer
 from qat_edge_exporters.targets import target_named
 from tests.devices.browser_fixtures import chromium_or_skip, npm_package
 from tests.docs.doc_pages import DOCS, code_blocks

@@ -1,6 +1,6 @@
 """Run ONNX artifacts in onnxruntime-web, in a page of headless Chromium.
 
-The requests and the results are those of the Python agent (`agent_runtime.py`); `browser/page/agent.js` is the other
+The requests and the results are those of the Python agent (`agent_runtime.py`); `agent/agent.js` is the other
 side.
 """
 
@@ -11,14 +11,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from qat_edge_devices import onnxruntime_web
 from qat_edge_devices.agent.active_adapter import ADAPTER_FILE
-from qat_edge_devices.browser import onnxruntime_web
-from qat_edge_devices.browser.browser_transport import BrowserTransport
+from qat_edge_devices.browser_transport import BrowserTransport
 from qat_edge_devices.device_errors import RequestRejectedError, UnknownNameError
-from qat_edge_devices.runtimes.agent_runtime import OnnxRuntime
+from qat_edge_devices.runtimes.agent_runtime import AGENT, OnnxRuntime
 from qat_edge_devices.transport import DeviceInfo, Transport
-
-PAGE = Path(__file__).parents[1] / "browser" / "page"
 
 
 class WasmRuntime(OnnxRuntime):
@@ -36,7 +34,7 @@ class WasmRuntime(OnnxRuntime):
         """Return the page, its agent and onnxruntime-web."""
         transport = _browser(self.transport)
         library = onnxruntime_web.unpack(transport.archive, self.library, transport.folder / "onnxruntime-web")
-        pages = [*PAGE.glob("*.html"), *PAGE.glob("*.js")]
+        pages = [AGENT / "agent.html", AGENT / "agent.js"]
         return {f"agent/{path.name}": path for path in pages} | {f"agent/{name}": p for name, p in library.items()}
 
     def argv(self) -> tuple[str, ...]:

@@ -19,10 +19,8 @@ from queue import Empty
 from typing import IO, Any
 from urllib.parse import urlencode
 
+from qat_edge_devices import chromium
 from qat_edge_devices.agent import machine
-from qat_edge_devices.browser import chromium
-from qat_edge_devices.browser.onnxruntime_web import cache_folder, fetch_archive
-from qat_edge_devices.browser.page_server import PageEnd, PageServer
 from qat_edge_devices.device_errors import (
     CancelledError,
     DeviceTimeoutError,
@@ -31,6 +29,8 @@ from qat_edge_devices.device_errors import (
     tail,
 )
 from qat_edge_devices.local import LocalTransport
+from qat_edge_devices.onnxruntime_web import cache_folder, fetch_archive
+from qat_edge_devices.page_server import PageEnd, PageServer
 from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, work_path
 
 OPENS_S = 60.0  # from the start of Chromium to the page's first sign of life
