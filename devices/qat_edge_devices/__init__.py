@@ -7,28 +7,28 @@
 
 The modules in the order in which `validate --device ssh:...` goes through them:
 
-    transport.py      interface of a transport (push, run, pull, info, cancel, close) and its data classes
-    ssh.py, adb.py    command lines that reach a device's shell, and advice when they fail
-    session.py        one connection: create the work folder, reconnect, retry, report what was done
-    shell.py          POSIX shell scripts sent to a device, and their encoding
-    remote.py         the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
-    process.py        start local programs (ssh and adb among them) so that they end with their children
-    local.py          the transport of this machine
-    browser_transport.py  the transport of headless Chromium on this machine, where a program is a page
-    chromium.py       find Chromium, start it with a profile of its own, measure and end its processes
-    page_server.py    HTTP server on 127.0.0.1 that gives the page its files and takes its results
-    onnxruntime_web.py    download the pinned onnxruntime-web with npm
-    mock.py           a transport in memory, for tests
-    runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
-    runtimes/         the runtimes: send the agent or a native runner, write requests, read results
-    agent/            the Python program that is sent to the device and runs the artifact there; the same for a browser
-    device_data.py    checks of everything that a device returns
-    device_errors.py  the tree of errors
-    profiles/         gates and options for types of devices, read by `--device-profile`
+    transport.py         interface of a transport (push, run, pull, info, cancel, close) and its data classes
+    ssh.py, adb.py       command lines that reach a device's shell, and advice when they fail
+    session.py           one connection: create the work folder, reconnect, retry, report what was done
+    shell.py             POSIX shell scripts sent to a device, and their encoding
+    remote.py            the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
+    process.py           start local programs (ssh and adb among them) so that they end with their children
+    local.py             the transport of this machine
+    browser_transport.py the transport of headless Chromium on this machine, where a program is a page
+    chromium.py          find Chromium, start it with a profile of its own, measure and end its processes
+    page_server.py       HTTP server on 127.0.0.1 that gives the page its files and takes its results
+    onnxruntime_web.py   download the pinned onnxruntime-web with npm
+    mock.py              a transport in memory, for tests
+    runtime.py           interface of a runtime (prepare, score, trace, generate, speed) and its results
+    runtimes/            the runtimes: send the agent or a native runner, write requests, read results
+    agent/               the program that runs the artifact there, in Python, and for browsers in JavaScript
+    device_data.py       checks of everything that a device returns
+    device_errors.py     the tree of errors
+    profiles/            gates and options for types of devices, read by `--device-profile`
 
 Importing this package imports no implementation, and nothing here imports torch, numpy or `qat_edge`. Only the agent
 needs more than the standard library, on the device: numpy and a runtime (executorch with torch,
-executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp).
+executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp). A browser needs onnxruntime-web.
 """
 
 from __future__ import annotations
