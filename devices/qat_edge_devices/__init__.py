@@ -7,24 +7,28 @@
 
 The modules in the order in which `validate --device ssh:...` goes through them:
 
-    transport.py      interface of a transport (push, run, pull, info, cancel, close) and its data classes
-    ssh.py, adb.py    command lines that reach a device's shell, and advice when they fail
-    session.py        one connection: create the work folder, reconnect, retry, report what was done
-    shell.py          POSIX shell scripts sent to a device, and their encoding
-    remote.py         the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
-    process.py        start local programs (ssh and adb among them) so that they end with their children
-    local.py          the transport of this machine
-    mock.py           a transport in memory, for tests
-    runtime.py        interface of a runtime (prepare, score, trace, generate, speed) and its results
-    runtimes/         the runtimes: send the agent or a native runner, write requests, read results
-    agent/            the Python program that is sent to the device and runs the artifact there
-    device_data.py    checks of everything that a device returns
-    device_errors.py  the tree of errors
-    profiles/         gates and options for types of devices, read by `--device-profile`
+    transport.py         interface of a transport (push, run, pull, info, cancel, close) and its data classes
+    ssh.py, adb.py       command lines that reach a device's shell, and advice when they fail
+    session.py           one connection: create the work folder, reconnect, retry, report what was done
+    shell.py             POSIX shell scripts sent to a device, and their encoding
+    remote.py            the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
+    process.py           start local programs (ssh and adb among them) so that they end with their children
+    local.py             the transport of this machine
+    browser_transport.py the transport of headless Chromium on this machine, where a program is a page
+    chromium.py          find Chromium, start it with a profile of its own, measure and end its processes
+    page_server.py       HTTP server on 127.0.0.1 that gives the page its files and takes its results
+    onnxruntime_web.py   download the pinned onnxruntime-web with npm
+    mock.py              a transport in memory, for tests
+    runtime.py           interface of a runtime (prepare, score, trace, generate, speed) and its results
+    runtimes/            the runtimes: send the agent or a native runner, write requests, read results
+    agent/               the program that runs the artifact there, in Python, and for browsers in JavaScript
+    device_data.py       checks of everything that a device returns
+    device_errors.py     the tree of errors
+    profiles/            gates and options for types of devices, read by `--device-profile`
 
 Importing this package imports no implementation, and nothing here imports torch, numpy or `qat_edge`. Only the agent
 needs more than the standard library, on the device: numpy and a runtime (executorch with torch,
-executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp).
+executorch-numpy-runtime, onnxruntime, onnxruntime-genai or xllamacpp). A browser needs onnxruntime-web.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ TRANSPORTS = {
     "local": "qat_edge_devices.local:open_local",
     "ssh": "qat_edge_devices.ssh:open_ssh",
     "adb": "qat_edge_devices.adb:open_adb",
+    "browser": "qat_edge_devices.browser_transport:open_browser",
+    "browser-webgpu": "qat_edge_devices.browser_transport:open_browser_webgpu",
 }
 RUNTIMES = {
     "executorch": "qat_edge_devices.runtimes.agent_runtime:ExecuTorchRuntime",
@@ -52,6 +58,12 @@ RUNTIMES = {
     "gguf": "qat_edge_devices.runtimes.agent_runtime:GgufRuntime",
     "hf": "qat_edge_devices.runtimes.agent_runtime:HuggingFaceRuntime",
 }
+# Runtimes of transports that cannot run Python programs, in place of `RUNTIMES`.
+RUNTIMES_OF = {
+    "browser": {"onnx": "qat_edge_devices.runtimes.browser_runtime:WasmRuntime"},
+    "browser-webgpu": {"onnx": "qat_edge_devices.runtimes.browser_runtime:WebGpuRuntime"},
+}
+ADDRESSES_ARE_PATHS = frozenset(RUNTIMES_OF)  # of a program on this machine
 
 NOT_IN_ADDRESSES = frozenset("'\"`$\\;&|<>(){}*?!#")  # characters of shells
 
@@ -61,7 +73,8 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
 
     Args:
         device: name of a transport, followed by a colon and the address if it takes one: "local"; "ssh:pi@kitchen",
-            "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL", "adb:192.168.1.20:5555".
+            "ssh://pi@kitchen:2222" or a Host of ~/.ssh/config; "adb", "adb:SERIAL", "adb:192.168.1.20:5555"; "browser",
+            "browser:/path/to/chromium".
         access: settings besides the address.
 
     Raises:
@@ -69,7 +82,8 @@ def open_transport(device: str, access: Access | None = None) -> Transport:
         TransportError: the device cannot be reached or used.
     """
     name, _, address = device.partition(":")
-    _check_address(address)
+    if name not in ADDRESSES_ARE_PATHS:
+        _check_address(address)
     transport: Transport = _resolve("transport", TRANSPORTS, name)(address, access or Access())
     return transport
 
@@ -102,7 +116,8 @@ def open_runtime(
     Raises:
         UnknownNameError: no runtime runs artifacts of that target; the message lists the known ones.
     """
-    runtime: Runtime = _resolve("runtime", RUNTIMES, target)(transport, threads, progress=progress)
+    table = RUNTIMES_OF.get(transport.name.partition(":")[0], RUNTIMES)
+    runtime: Runtime = _resolve("runtime", table, target)(transport, threads, progress=progress)
     return runtime
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def freeze(
     task: ModelTask = CAUSAL_LM,
     rotated: bool = False,
     codes: scheme.LinearCodes | None = None,
+    adjust: Callable[[Any], None] | None = None,
 ) -> Any:
     """Write a frozen checkpoint of random weights, and return it as it is loaded.
 
@@ -90,6 +92,7 @@ def freeze(
         task: of the model.
         rotated: rotate the hidden states.
         codes: of linear layers without bits of their own.
+        adjust: changes the random weights.
     """
     torch.manual_seed(0)
     model = task.auto_class.from_config(config).eval()
@@ -99,6 +102,8 @@ def freeze(
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
 
+    if adjust is not None:
+        adjust(model)
     chosen = scheme.choose_scheme(model, group_size, bits, table_bits, codes or scheme.LinearCodes())
     if rotated:
         rotation.rotate(model, chosen, 0)

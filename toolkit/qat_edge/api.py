@@ -539,7 +539,7 @@ def validate(
         repeats: Timed repeats after the warm-up.
         error_budget: Measure the loss of each step and of each part of the rounding, and tell a fault from rounding
             noise; takes many more passes.
-        device: Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.
+        device: Where the artifacts run: local, browser, ssh:USER@HOST, adb:SERIAL; several run at the same time.
         device_python: Python with numpy and the runtimes on ssh and adb devices; python3 by default.
         device_folder: Folder on those devices for artifacts and results; by default a cache folder of the user.
         ssh_config: OpenSSH configuration file to use instead of your own.

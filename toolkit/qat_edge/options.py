@@ -394,7 +394,7 @@ class ValidateOptions:
     )  # fmt: skip
 
     device: tuple[str, ...] = option(
-        "Where the artifacts run: local, ssh:USER@HOST, adb:SERIAL; several run at the same time.",
+        "Where the artifacts run: local, browser, ssh:USER@HOST, adb:SERIAL; several run at the same time.",
         ("local",), group=HARDWARE, may_be_empty=False,
     )  # fmt: skip
     device_python: str | None = option(

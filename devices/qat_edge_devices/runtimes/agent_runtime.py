@@ -85,6 +85,22 @@ class AgentRuntime(ABC):
         self.progress = progress
         self._max_score_bytes = SCORE_BYTES
 
+    def program(self) -> dict[str, Path]:
+        """Return the files of the agent to send: name on the device -> local file."""
+        return {f"agent/{path.name}": path for path in AGENT.glob("*.py")}
+
+    def argv(self) -> tuple[str, ...]:
+        """Return the command that runs request.json there."""
+        return (self.transport.python, "-m", "agent.agent", "request.json", "results")
+
+    def require_supported(self, info: DeviceInfo) -> None:
+        """Require a device that the runtime exists for.
+
+        Raises:
+            UnsupportedDeviceError: it does not.
+        """
+        _require_processor(self.transport.name, info)
+
     @abstractmethod
     def files(self, artifact: Path) -> dict[str, Path]:
         """Return the files of `artifact` to send: name on the device -> local file."""
@@ -99,11 +115,11 @@ class AgentRuntime(ABC):
         Raises:
             UnsupportedDeviceError, CapacityError: the device cannot run it; nothing was sent.
         """
-        files = {f"agent/{path.name}": path for path in AGENT.glob("*.py")} | self.files(artifact)
+        files = self.program() | self.files(artifact)
 
         # Check the device first: sending an artifact can take minutes.
         info = self.transport.info()
-        _require_processor(self.transport.name, info)
+        self.require_supported(info)
         require_memory(self.transport.name, info, files.values())
         if info.free_disk_bytes is not None:
             self._max_score_bytes = info.free_disk_bytes // DISK_SHARE
@@ -216,12 +232,8 @@ class AgentRuntime(ABC):
             folder: must not exist yet.
             done_before: items that earlier processes finished, for the progress shown.
         """
-        shared = {
-            "format": FORMAT, "backend": self.backend, "artifact": self.entry(), "adapter": self.adapter,
-            "threads": self.threads,
-        }  # fmt: skip
         # The agent empties its results folder first, so a request can be repeated.
-        retry(lambda: self._round_trip(shared | request, folder, done_before))
+        retry(lambda: self._round_trip(self.shared() | request, folder, done_before))
         with self._reading_results():
             result = device_data.read_json(folder / "result.json")
             found = device_data.checked(result["format"], int, "format")
@@ -229,13 +241,20 @@ class AgentRuntime(ABC):
                 raise ValueError(f"format {found}, expected {FORMAT}")
         return result
 
+    def shared(self) -> dict[str, Any]:
+        """Return what the requests of all tasks have in common."""
+        return {
+            "format": FORMAT, "backend": self.backend, "artifact": self.entry(), "adapter": self.adapter,
+            "threads": self.threads,
+        }  # fmt: skip
+
     def _round_trip(self, request: dict[str, Any], folder: Path, done_before: int) -> None:
         with tempfile.TemporaryDirectory(prefix="qat-edge-request-") as name:
             path = Path(name) / "request.json"
             path.write_text(json.dumps(request), encoding="utf-8")
             self.transport.push({"request.json": path}, keep=False)
 
-        argv = (self.transport.python, "-m", "agent.agent", "request.json", "results")
+        argv = self.argv()
         completed = self.transport.run(argv, self.timeout_s, on_line=lambda line: self._show(line, done_before))
         _require_agent_success(self.transport.name, argv, completed)
 

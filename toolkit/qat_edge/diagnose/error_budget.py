@@ -26,7 +26,7 @@ from qat_edge import progress
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
-from qat_edge.diagnose.runtime_rounding import Rounding, artifact_rounding, emulate_rounding
+from qat_edge.diagnose.runtime_rounding import WASM, Rounding, artifact_rounding, emulate_rounding
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import FLOOR_TOKENS, Evaluator, as_agreement
@@ -52,6 +52,7 @@ SEEDS = 3  # of the noise floor
 TRAINED, FROZEN = "trained forward, fake-quantized", "frozen checkpoint"
 HOST, DEVICE = "artifact on this machine", "artifact on the device"
 ELSEWHERE = " elsewhere"  # ends a target's key of the reference for machines whose runtime rounds inputs as trained
+IN_BROWSER = " in WebAssembly"  # ends it for browsers
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class TorchBudget:
         frozen_divergence: see `Budget`.
         prompts: of the fault test.
         expected: reference of the fault test by target whose runtime rounds differently; "" for as trained. With 2-bit
-            half steps there is one for machines that round inputs as trained, too: the target's name and `ELSEWHERE`.
+            half steps there is one for machines that round inputs as trained, too: the target's name and `ELSEWHERE`;
+            and with a browser among the devices, the target's name and `IN_BROWSER`.
         parts: see `Budget`.
         floor: see `Budget`.
         floor_nats: see `Budget`.
@@ -127,7 +129,9 @@ def compute_torch_budget(
     roundings = _runtime_roundings(run, targets)
     # Half steps are computed in float on every machine, whatever it does with inputs.
     elsewhere = {f"{key}{ELSEWHERE}": one.on("") for key, one in roundings.items() if one.half_steps}
-    references = {"": Rounding(), **roundings, **elsewhere}
+    browsers = roundings if any(each.partition(":")[0] == "browser" for each in evaluator.options.device) else {}
+    in_browser = {f"{key}{IN_BROWSER}": one.on(WASM[0]) for key, one in browsers.items() if one.float_machines}
+    references = {"": Rounding(), **roundings, **elsewhere, **in_browser}
     return TorchBudget(
         steps=steps + checkpoint_steps,
         frozen_divergence=frozen_divergence,
@@ -161,15 +165,22 @@ def score_on_this_machine(run: Run, evaluator: Evaluator, targets: Iterable[str]
 def run_fault_test(run: Run, evaluator: Evaluator, torch: TorchBudget, target: str, transport: Transport) -> FaultTest:
     """Test whether the run's own artifact on a device differs from the frozen checkpoint by more than rounding."""
     # The reference rounds as the runtime does on that device's processor.
-    rounding = torch.roundings.get(target)
-    rounds_differently = rounding is not None and rounding.applies(transport.info().machine)
-    elsewhere = f"{target}{ELSEWHERE}" if f"{target}{ELSEWHERE}" in torch.expected else ""
-    expected = torch.expected[target if rounds_differently else elsewhere]
+    expected = torch.expected[_reference_key(torch, target, transport.info().machine)]
 
     prompts = replace(evaluator, eval_set=replace(evaluator.eval_set, sequences=torch.prompts))
     scored = prompts.score_artifact(run.exports / target, target, transport, fault_test.DECODED_FROM)
     errors = fault_test.errors_db(expected.logits, (logits for _, logits in scored))
     return fault_test.compare_errors(errors, expected.noise)
+
+
+def _reference_key(torch: TorchBudget, target: str, machine: str) -> str:
+    """Return the key in `TorchBudget.expected` of a target's artifact on a machine of that architecture."""
+    rounding = torch.roundings.get(target)
+    if rounding is not None and machine in rounding.float_machines:
+        return f"{target}{IN_BROWSER}"
+    if rounding is not None and rounding.applies(machine):
+        return target
+    return f"{target}{ELSEWHERE}" if f"{target}{ELSEWHERE}" in torch.expected else ""
 
 
 def budget(evaluator: Evaluator, torch: TorchBudget, target: str, device: str, result: FaultTest) -> Budget:

@@ -2,7 +2,8 @@
 
 ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits; on other processors
 per token, as training does. Of 2-bit weights with `seq` levels it multiplies the integer part by the rounded input and
-the half step that is left by the input in float (`qat_edge_exporters.onnx.half_steps`). A .pte exported with --kv-cache
+the half step that is left by the input in float (`qat_edge_exporters.onnx.half_steps`). In WebAssembly it has no kernel
+for MatMulNBits: it multiplies the dequantized weights by the input as it is. A .pte exported with --kv-cache
 int8 rounds queries, keys and values per token and head.
 
 llama.cpp rounds the input of a layer symmetrically per token and block of 32, and its scale to float16 afterwards, on
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 X86 = ("x86_64", "amd64")
+WASM = ("wasm32",)
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
+FLOAT = "inputs not rounded, as ONNX Runtime does in WebAssembly"
 Q8_0 = "inputs rounded per block with float16 scales, as llama.cpp does"
 CACHE = "keys and values in int8"
 HEAD = "the head's input not rounded"
@@ -53,6 +56,7 @@ class Rounding:
             per token, as in training.
         int8_cache: True if queries, keys and values are rounded to int8.
         machines: processor architectures on which the runtime rounds inputs and cache so; empty for all.
+        float_machines: architectures on which it does not round the inputs of the modules in `blocks`.
         half_steps: by module, half the distance between its levels, float32 (out, blocks), which multiplies sums of the
             input in float; on all machines.
         float16_scales: True if the scales of blocks are rounded to float16, and GELU is computed in float16.
@@ -63,6 +67,7 @@ class Rounding:
     blocks: Mapping[str, int] = field(default_factory=dict)
     int8_cache: bool = False
     machines: tuple[str, ...] = ()
+    float_machines: tuple[str, ...] = ()
     half_steps: Mapping[str, Tensor] = field(default_factory=dict)
     float16_scales: bool = False
     unrounded: tuple[str, ...] = ()
@@ -73,6 +78,8 @@ class Rounding:
 
     def on(self, machine: str) -> Rounding:
         """Return what of it the runtime does on a machine of that architecture."""
+        if machine in self.float_machines:
+            return Rounding(FLOAT, unrounded=tuple(self.blocks))
         return self if self.applies(machine) else Rounding(half_steps=self.half_steps)
 
 
@@ -97,7 +104,7 @@ def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
             return Rounding(Q8_0, blocks, float16_scales=True)
         seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
         half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
-        return Rounding(BLOCKS, blocks, machines=X86, half_steps=half_steps)
+        return Rounding(BLOCKS, blocks, machines=X86, float_machines=WASM, half_steps=half_steps)
     if target == "hf":
         # The embedding is the first; a head follows where it shares a rotated table.
         _, *in_float = target_named(target).read(folder).metadata["in_float"]

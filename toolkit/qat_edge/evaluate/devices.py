@@ -12,11 +12,12 @@ from typing import NamedTuple, TypeVar
 
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import ValidateOptions
-from qat_edge_devices import TRANSPORTS, open_transport
+from qat_edge_devices import RUNTIMES_OF, TRANSPORTS, open_transport
 from qat_edge_devices.device_errors import DeviceLayerError, UnknownNameError
 from qat_edge_devices.transport import Access, Transport
 
 LOCAL = "local"
+ON_THIS_MACHINE = (LOCAL, *RUNTIMES_OF)  # transports; browsers run here, too
 FAILURES = (DeviceLayerError, QatEdgeError)
 Result = TypeVar("Result")
 
@@ -35,7 +36,7 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
         UsageError: a device is named twice, two names differ in punctuation only, or one has no known scheme.
     """
     for device in devices:
-        name = device.partition(":")[0]
+        name = transport_name(device)
         if name not in TRANSPORTS:
             known = ", ".join(sorted(TRANSPORTS))
             raise UsageError(f"--device {device}: '{name}' is not a known transport. Known: {known}.")
@@ -43,6 +44,37 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
     if len(set(paths.values())) != len(devices):
         raise UsageError(f"--device: {', '.join(devices)} name one device more than once. Name each once.")
     return paths
+
+
+def transport_name(device: str) -> str:
+    """Return the transport that a device's name begins with."""
+    return device.partition(":")[0]
+
+
+def require_runtimes(
+    options_of: Mapping[str, ValidateOptions], targets_of: Callable[[ValidateOptions], set[str]]
+) -> None:
+    """Require devices that can run the artifacts.
+
+    Args:
+        options_of: options by device.
+        targets_of: returns the targets that are measured with given options.
+
+    Raises:
+        UsageError: a browser would have to run something else than an ONNX folder.
+    """
+    for device, options in options_of.items():
+        known = RUNTIMES_OF.get(transport_name(device))
+        if known is None:
+            continue
+        if options.runner_binary is not None:
+            raise UsageError(f"--device {device}: a browser runs pages, no programs. Leave --runner-binary out.")
+        others = sorted(targets_of(options) - set(known))
+        if others:
+            raise UsageError(
+                f"--device {device}: a browser runs {', '.join(known)} artifacts, and these are measured as well: "
+                f"{', '.join(others)}. Give --target {' '.join(known)}."
+            )
 
 
 def file_name(device: str) -> str:
@@ -78,14 +110,16 @@ def run_on_devices(
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Call `work` for every device and return the results by device, and the reasons of those that failed.
 
-    This machine runs first and alone: serving the others would disturb its timing. Ctrl-C cancels the work on all of
-    them.
+    This machine and its browsers run first, one at a time: other work would disturb their timing. Ctrl-C cancels the
+    work on all of them.
     """
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
-    here = {device: transport for device, transport in transports.items() if device == LOCAL}
-    others = {device: transport for device, transport in transports.items() if device != LOCAL}
-    for group in (here, others):
+    # In the order given, but for `local`, whose results the others are compared with.
+    found = [each for each in transports if transport_name(each) in ON_THIS_MACHINE]
+    here = sorted(found, key=lambda device: device != LOCAL)
+    others = {device: transport for device, transport in transports.items() if device not in here}
+    for group in (*({device: transports[device]} for device in here), others):
         if not group:
             continue
         for device, future in _run_in_threads(group, work).items():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from qat_edge import config, progress
 from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate.devices import LOCAL, connect, report_paths, run_on_devices
+from qat_edge.evaluate.devices import LOCAL, connect, report_paths, require_runtimes, run_on_devices
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.prompts import Context
@@ -172,6 +172,7 @@ def validate_devices(
         )
     _require_possible(options_of.values(), paths.values(), force)
     artifacts = _artifacts_by_target(run, options_of.values())
+    require_runtimes(options_of, lambda each: {target for _, target in artifacts[each.target]})
     for each in options_of.values():
         _require_timing_fits(artifacts[each.target], each)
     eval_set = load_eval_set(run, options, _shortest_context(artifacts.values()))
