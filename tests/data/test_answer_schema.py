@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import CALLS_AS_TEXT, CHATML, THINKING, tokenizer_for
 
+from data.chat_templates import CALLS_AS_TEXT, CHATML, THINKING, tokenizer_for
 from qat_edge.data.answer_schema import AnswerSchema, read_schema
 from qat_edge.data.rows import Chat, Completion, Message
 from qat_edge.data.tool_schema import schema_of_tools

@@ -438,6 +438,7 @@ def export(
     portable: bool = False,
     backend: str = "xnnpack",
     kv_cache: str = "float32",
+    schema: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Exported]:
@@ -456,6 +457,8 @@ def export(
             xnnpack, vulkan, coreml.
         kv_cache: Storage of keys and values in a .pte; int8 takes about a quarter of the memory. One of float32,
             int8.
+        schema: JSON schema of the answers, shipped with the artifacts and as the grammar that their runtimes take:
+            a file, or tools for calls of the tools in the training rows.
         force: replace what exists already.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
@@ -476,6 +479,7 @@ def export(
             "portable": portable,
             "backend": backend,
             "kv_cache": kv_cache,
+            "schema": schema,
         }
     )
     options = config.load(ExportOptions, "export", None, given)
