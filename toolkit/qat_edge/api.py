@@ -438,7 +438,7 @@ def export(
     portable: bool = False,
     backend: str = "xnnpack",
     kv_cache: str = "float32",
-    schema: str | None = None,
+    schema: str | Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Exported]:
