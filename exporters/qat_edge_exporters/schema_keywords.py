@@ -30,6 +30,8 @@ def require_keywords(schema: dict[str, Any], known: Collection[str], runtime: st
         ExportError: names the place, the keyword and the runtime.
     """
     for place, part in parts_of(schema):
+        if isinstance(part, list):  # of older drafts: a schema for each item
+            raise refuse(place, "is a list of schemas", runtime)
         for keyword in part if isinstance(part, dict) else ():
             if keyword not in known and keyword not in ANNOTATIONS and not keyword.startswith(PRIVATE):
                 raise refuse(f"{place}.{shorten(keyword)}", "is a keyword", runtime)

@@ -86,6 +86,13 @@ def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> Non
         ({"$ref": "#/$defs/pet"}, "no part of the schema is there"),
         ({"$ref": "#"}, "leads back to itself"),
         ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
+        ({"items": {"$id": "https://example.org/a", "type": "string"}}, r"\$\.items\.\$id gives a part a name"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#"}, "no draft of JSON schema from draft-06 on"),
+        (
+            {"$schema": "https://json-schema.org/draft/2077/schema"},
+            "/2077/schema', no draft",
+        ),
+        ({"$schema": {}}, r"\$schema is dict of 0"),
         ({"x-answer": {"befor": "a"}}, "'x-answer' is dict of 1, expected an object with texts lead, before"),
         ([], "expected a JSON object, found list of 0"),
     ],

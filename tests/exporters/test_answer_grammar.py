@@ -115,7 +115,7 @@ def judge(gguf_folder: Path) -> Iterator[Judge]:
         (AnswerSchema(NODE), ['{"next":{"next":null}}']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>', '<think>\n\n</think>\n\n<call>\n{"name":"a"}\n</call>']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>\n<call>\n{"name":"b"}\n</call>']),
-        (AnswerSchema({}), ['{"a":[1,-2.5e3,"x",{}],"b":null}', "[]", "true", '"\\u00e4"']),
+        (AnswerSchema({}), ['{"a":[1,-2.5e3,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
         (AnswerSchema({"type": "object", "additionalProperties": {"type": "number"}}), ['{"a":1,"b":0.5}', "{}"]),
         (AnswerSchema({"type": "array", "items": {"type": "integer"}}), ["[]", "[1, 2,3]"]),
         (AnswerSchema({"type": "object", "required": ["a"]}), ['{"a":[1]}']),
@@ -144,6 +144,12 @@ def test_other_texts_are_not(text: str, judge: Judge) -> None:
 
 
 @runs_llama
+@pytest.mark.parametrize("text", ['"\\ud800"', "1e999", "01", "'a'", "nul", "[1,]", '{"a" 1}', "-"])
+def test_texts_that_are_no_json_are_not_permitted(text: str, judge: Judge) -> None:
+    assert AnswerSchema({}).fault(text) and not judge.permits(gbnf.grammar(AnswerSchema({})), text)
+
+
+@runs_llama
 def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge: Judge) -> None:
     inner = {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000}
     grammar = gbnf.grammar(AnswerSchema({"type": "array", "items": inner, "maxItems": 1000}))
@@ -166,6 +172,8 @@ def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge
         ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems is 3, maxItems is 2"),
         ({"enum": ["a"], "type": "integer"}, "permits no value"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "permits no value"),
+        ({"enum": [{}], "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": True}}, "together with properties"),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "items": [{}, {}]}, r"\$\.items is a list of schemas"),
         ({"type": "string", "minLenght": 2}, r"\$\.minLenght is a keyword"),
     ],
 )

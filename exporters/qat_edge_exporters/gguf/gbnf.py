@@ -6,7 +6,8 @@ is settled by the schema:
 
     objects     properties in the order of the schema, and no others where the schema names some
     spaces      at most a space, or a line break with up to 20 spaces or tabs
-    numbers     at most 16 digits before the decimal point, 16 after it, and an exponent of 3
+    numbers     at most 16 digits before the decimal point, 16 after it, and an exponent of 2, which any float holds
+    texts       no halves of surrogate pairs, which are no characters
 
 What the grammar cannot express is refused by the name of the keyword.
 
@@ -36,12 +37,13 @@ KEYWORDS = frozenset((
 # Rules that every grammar may use.
 SHARED = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
-    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})',
+    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
+    "hex": "[0-9a-fA-F]",
     "plain-char": r'[^"\\\x7F\x00-\x1F] | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
     "string": r'"\"" char* "\""',
     "digits": f'"0" | [1-9] [0-9]{{0,{MOST_DIGITS - 1}}}',
     "integer": '"-"? digits',
-    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})? ([eE] [-+]? [0-9]{{1,3}})?',
+    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})? ([eE] [-+]? [0-9]{{1,2}})?',
     "boolean": '"true" | "false"',
     "null": '"null"',
     "array": '"[" ws (value (ws "," ws value)*)? ws "]"',
@@ -105,6 +107,9 @@ class _Grammar:
             parts = [self._expression(part, f"{place}.anyOf[{i}]") for i, part in enumerate(schema["anyOf"])]
             return _alternatives(parts)
         if "enum" in keywords or "const" in keywords:
+            nested = sorted(keywords & {"properties", "items", "additionalProperties"})
+            if nested:
+                raise refuse(place, f"has values together with {', '.join(nested)}", RUNTIME)
             return _values(schema, place)
 
         types = schema.get("type") or _implied_types(keywords)

@@ -37,6 +37,8 @@ LISTED = ("anyOf", "allOf", "oneOf", "prefixItems")
 IN_PLACE = ("anyOf", "allOf", "oneOf")  # those whose schemas are for the same value
 SINGLE = ("items", "additionalProperties")
 NOT_JSON = "answer"  # begins the messages about an answer that cannot be read
+# Drafts in which "exclusiveMinimum" is a boolean.
+OLD_DRAFTS = tuple(f"http://json-schema.org/draft-0{number}/schema{end}" for number in (3, 4) for end in ("", "#"))
 REASON_CHARACTERS = 120  # of a value that a reason quotes
 
 
@@ -153,6 +155,12 @@ def check_schema(schema: dict[str, Any], where: str, failure: type[QatEdgeError]
     """
     from jsonschema.exceptions import SchemaError
 
+    draft = schema.get("$schema")
+    if draft is not None and (not isinstance(draft, str) or draft in OLD_DRAFTS or _validator_class(schema) is None):
+        raise failure(
+            f"{where}: $schema is {show(draft)}, no draft of JSON schema from draft-06 on. Write the schema in draft "
+            "2020-12, and leave $schema out or correct it."
+        )
     try:
         _validator_class(schema).check_schema(schema)
     except SchemaError as error:
@@ -161,16 +169,19 @@ def check_schema(schema: dict[str, Any], where: str, failure: type[QatEdgeError]
             f"{where}: no valid JSON schema: {shorten(place)}: {shorten(error.message, REASON_CHARACTERS)}. Correct it "
             "there; https://json-schema.org has the keywords."
         ) from error
+    references = _References(schema)
     for place, part in parts_of(schema):
         if not isinstance(part, dict):
             continue
+        if "$id" in part and place != "$":
+            raise failure(f"{where}: {place}.$id gives a part a name of its own. Remove it: references begin with #/.")
         target = part.get("$ref")
         if target is not None and resolve(schema, target) is None:
             raise failure(
                 f"{where}: {place}.$ref is {show(target)}, and no part of the schema is there. Write the schema into "
                 "the file, below $defs, and refer to it as #/$defs/NAME."
             )
-        if target is not None and _refers_to_itself(schema, target, ()):
+        if target is not None and references.leads_back(target):
             raise failure(f"{where}: {place}.$ref leads back to itself without any value in between. Correct it.")
 
 
@@ -203,24 +214,38 @@ def resolve(schema: dict[str, Any], reference: str) -> Any:
     return found if reference == "#" or (reference.startswith("#/") and isinstance(found, dict | bool)) else None
 
 
-def _refers_to_itself(schema: dict[str, Any], reference: str, seen: tuple[str, ...]) -> bool:
-    """Return whether following a reference, in its schema itself and in its alternatives, comes back to it."""
-    if reference in seen:
-        return True
-    heads, found = [resolve(schema, reference)], []
-    while heads:
-        head = heads.pop()
-        if isinstance(head, dict):
-            found += [head["$ref"]] if "$ref" in head else []
-            heads += [part for key in IN_PLACE for part in head.get(key, ())]
-    return any(_refers_to_itself(schema, each, (*seen, reference)) for each in found)
+class _References:
+    """Finds references that lead back to themselves without a value in between."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self._schema = schema
+        self._is_open: dict[str, bool] = {}  # False: followed to its end
+
+    def leads_back(self, reference: str) -> bool:
+        """Return whether following a reference, in its schema and in that one's alternatives, comes back to it."""
+        if reference in self._is_open:
+            return self._is_open[reference]
+        self._is_open[reference] = True
+        found = any(map(self.leads_back, self._next(reference)))
+        self._is_open[reference] = found
+        return found
+
+    def _next(self, reference: str) -> list[str]:
+        """Return the references that are for the same value."""
+        heads, found = [resolve(self._schema, reference)], []
+        while heads:
+            head = heads.pop()
+            if isinstance(head, dict):
+                found += [head["$ref"]] if "$ref" in head else []
+                heads += [part for key in IN_PLACE for part in head.get(key, ())]
+        return found
 
 
 def _validator_class(schema: dict[str, Any]) -> Any:
-    """Return jsonschema's validator for the draft that a schema names; the newest draft without a name."""
+    """Return jsonschema's validator for the draft that a schema names; None for an unknown one."""
     from jsonschema.validators import Draft202012Validator, validator_for
 
-    return validator_for(schema, default=Draft202012Validator)
+    return validator_for(schema, default=None if "$schema" in schema else Draft202012Validator)
 
 
 def _around(value: Any, where: str, failure: type[QatEdgeError]) -> dict[str, str]:
