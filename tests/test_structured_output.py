@@ -19,8 +19,10 @@ from qat_edge.errors import ArtifactError, DataError, ExportError, RunError, Usa
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import QuantizeOptions
 from qat_edge.run import Run
+from qat_edge.verbs.exported_schema import wanted_schema
 from qat_edge.verbs.quantize_model import quantize_model
 from qat_edge.verbs.verify import verify
+from qat_edge_exporters.targets import target_named
 
 # Answers are short, so that a random model ends them.
 SCHEMA: dict[str, Any] = {"anyOf": [{"enum": ["dog", "cat"]}, {"type": "integer", "minimum": 0, "maximum": 99}]}
@@ -95,7 +97,7 @@ def test_the_same_export_is_kept_and_another_schema_refused(exported: Run, copy:
     assert qat_edge.export(copy, schema=again, **options) == []
     before = {path: path.read_bytes() for path in copy.path.rglob("*") if path.is_file()}
     other = write_schema(tmp_path / "other.json", {"type": "integer"})
-    with pytest.raises(RunError, match=r"schema\.json is another schema than --schema .*other\.json.*--force"):
+    with pytest.raises(RunError, match=r"--schema .*other\.json: .* was exported with another schema.*--force"):
         qat_edge.export(copy, schema=other, **options)
     with pytest.raises(RunError, match="exists already, and is not what this command would write"):
         qat_edge.export(copy, **options)
@@ -260,6 +262,9 @@ def test_a_grammar_that_the_runtime_refuses_leaves_nothing(plain: Run, tmp_path:
     with pytest.raises(ExportError, match=r"the ONNX artifact was not written, .*look-around"):
         qat_edge.export(run, target="onnx", schema=path, ptq=("none",), context_length=CONTEXT)
     assert not (run.exports / "onnx").exists()
+    # The corrected schema needs no --force.
+    corrected = write_schema(tmp_path / "s.json", SCHEMA)
+    assert wanted_schema(run, str(corrected), [target_named("onnx")], force=False) == AnswerSchema(SCHEMA)
 
 
 def test_tools_is_no_path_even_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,13 +259,13 @@ class Evaluator:
             prompts=len(eval_set.prompts),
             same_answers=same_outputs,
             first_divergence=divergence,
-            schema=schema,
             load_ms=timed.load.load_ms,
             speed=_speed(timed, options),
             memory_bytes=timed.load.peak_rss_bytes,
             runtime_bytes=timed.load.baseline_rss_bytes,
             notes=(*timed.remarks(), *eval_set.notes),
             not_finite=accuracy.not_finite,
+            schema=schema,
         )
 
     def first_tokens(self, limit: int) -> Evaluator:

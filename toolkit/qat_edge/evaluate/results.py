@@ -165,6 +165,15 @@ class SchemaResult:
     cut: int = 0
     not_measured: str = ""
 
+    def require_counts(self) -> None:
+        """Require no more valid answers than answers.
+
+        Raises:
+            ValueError: there are more.
+        """
+        if max(self.valid, (self.constrained or 0) + self.cut) > self.answers:
+            raise ValueError(f"{self.valid} and {self.constrained} of {self.answers} answers are valid")
+
     def with_constraint(self, valid: int, cut: int) -> SchemaResult:
         """Return it with the answers that were generated under the grammar."""
         return dataclasses.replace(self, constrained=valid, cut=cut)
@@ -212,12 +221,12 @@ class Measurement:
         runtime_bytes: resident memory of the runtime before it loaded the artifact.
         same_answers: share of prompts whose output equals the FP32 fine-tune's, token for token.
         first_divergence: median index of the first differing token over the other prompts; None if there are none.
-        schema: answers that are valid by the artifact's schema; None for one without a schema.
         notes: sentences to show next to the figures.
         not_finite: which of its logits are not finite, as a sentence without a stop; empty where all are. The figures
             are then nan.
         artifact_sha256: hash of the manifest of the measured artifact; empty for a torch model and in files of earlier
             versions.
+        schema: answers that are valid by the artifact's schema; None for one without a schema.
     """
 
     name: str
@@ -235,10 +244,10 @@ class Measurement:
     runtime_bytes: int | None = None
     same_answers: float | None = None
     first_divergence: float | None = None
-    schema: SchemaResult | None = None
     notes: tuple[str, ...] = ()
     not_finite: str = ""
     artifact_sha256: str = ""
+    schema: SchemaResult | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -498,6 +507,7 @@ def read_measurement(row: dict[str, Any]) -> Measurement:
         row["speed"] = Speed(**row["speed"])
     if row.get("schema"):  # missing in files of earlier versions
         row["schema"] = SchemaResult(**row["schema"])
+        row["schema"].require_counts()
     row["notes"] = tuple(row["notes"])
     return Measurement(**row)
 

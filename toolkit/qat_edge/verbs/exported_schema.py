@@ -36,7 +36,7 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
         UsageError: the run is an encoder.
         DataError: no valid schema, or none that can be inferred from the training rows.
         ExportError: a target's grammar cannot express it.
-        RunError: the run has another schema, and `force` is not set.
+        RunError: an artifact was exported with another schema, and `force` is not set.
     """
     if source is None:
         return None
@@ -59,12 +59,23 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
             target.require_grammar(answer)
         except ExportError as error:
             raise ExportError(f"--schema {source}: {error}, or leave out --target {target.format}.") from error
-    if run.schema.is_file() and not force and _read(run.schema) != answer.text:
-        raise RunError(
-            f"{run.schema} is another schema than --schema {source}, and artifacts of the run were exported with it. "
-            "Give --force, and every --target that is to have the new one."
-        )
+    if not force:
+        _require_same(run, source, answer)
     return answer
+
+
+def _require_same(run: Run, source: str, answer: AnswerSchema) -> None:
+    """Require that no artifact of the run was exported with another schema.
+
+    Raises:
+        RunError: names one that was.
+    """
+    for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
+        if schema_text(folder) not in (None, answer.text):
+            raise RunError(
+                f"--schema {source}: {folder} was exported with another schema, and a run has one. Give --force, and "
+                "every --target that is to have the new one."
+            )
 
 
 def _folder_with_tokenizer(run: Run) -> Path:
