@@ -211,7 +211,16 @@ def _annotation(field: dataclasses.Field[typing.Any], hint: object) -> str:
     """Return the parameter's type: a sequence for a repeatable flag, a path where text names a file."""
     if typing.get_origin(hint) is tuple:
         return "Sequence[str]"
-    named = field.name in ("eval_data", "calibration_data", "bits", "text", "ssh_config", "runner_binary", "profile")
+    named = field.name in (
+        "eval_data",
+        "calibration_data",
+        "bits",
+        "text",
+        "ssh_config",
+        "runner_binary",
+        "profile",
+        "schema",
+    )
     text = str(field.type)
     return text.replace("str", "str | Path", 1) if named else text
 

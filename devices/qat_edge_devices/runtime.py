@@ -198,9 +198,17 @@ class Runtime(Protocol):
         """Yield all outputs of the artifact for each sequence in turn, with tokens fed as in `score`."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        eos_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        constrained: bool = False,
     ) -> GenerationResult:
-        """Continue each prompt greedily, up to one of `eos_ids` or `max_new_tokens`."""
+        """Continue each prompt greedily, up to one of `eos_ids` or `max_new_tokens`.
+
+        constrained: choose among the tokens that the artifact's grammar permits. A runtime without grammars refuses.
+        """
 
     def speed(self, prefill: int, decode: int, repeats: int) -> TimedRun:
         """Time a prompt of `prefill` tokens and `decode` steps after its first new token, `repeats` times."""

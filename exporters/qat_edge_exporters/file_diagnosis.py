@@ -156,6 +156,23 @@ class FolderTokenizer:
 
 
 @dataclass(frozen=True)
+class SchemaCheck:
+    """Result of examining schema.json and the grammar next to a model.
+
+    Attributes:
+        runtime: that constrains answers by it; empty for none.
+        note: what an app has to do, or why nothing constrains, as a sentence.
+        tried: whether the installed runtime took the grammar.
+        faults: what is wrong, a sentence each.
+    """
+
+    runtime: str
+    note: str
+    tried: bool
+    faults: list[str]
+
+
+@dataclass(frozen=True)
 class FileDiagnosis:
     """All findings about one ONNX graph or GGUF file.
 
@@ -168,6 +185,7 @@ class FileDiagnosis:
         contents: of the file.
         tokenizer: next to an ONNX graph; None without one that can be loaded.
         installed: versions in this environment, by library.
+        schema: schema of the answers next to it; None without one.
     """
 
     path: Path
@@ -178,6 +196,7 @@ class FileDiagnosis:
     contents: OnnxInfo | GgufInfo
     tokenizer: FolderTokenizer | None = None
     installed: dict[str, str] = field(default_factory=dict)
+    schema: SchemaCheck | None = None
 
 
 def require_file(path: Path) -> None:

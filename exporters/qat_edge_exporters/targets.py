@@ -6,7 +6,7 @@ are called. A new kind of artifact is one more record in `TARGETS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qat_edge.errors import ArtifactError, RunError, UsageError
 from qat_edge.lazy import load
+from qat_edge_exporters import answer_grammar
+from qat_edge_exporters.answer_grammar import AnswerGrammar
 from qat_edge_exporters.executorch.backends.registry import BACKENDS, XNNPACK, Backend, require_package
 
 if TYPE_CHECKING:
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from qat_edge.data.answer_schema import AnswerSchema
     from qat_edge.data.conversation import Prompt
     from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
-    from qat_edge_exporters.file_diagnosis import FileDiagnosis
+    from qat_edge_exporters.file_diagnosis import FileDiagnosis, SchemaCheck
 
 EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
 # Runtimes that `doctor` examines a file for, besides those of apps with ExecuTorch.
@@ -85,6 +88,8 @@ class Target:
         widths: bits of weights that it has operators for.
         backend: compiler other than the format's usual one; None for the usual one.
         other_rounding: how a runtime rounds otherwise than training did, a sentence each.
+        grammar: of answers that its runtime takes; None if it takes none.
+        without_grammar: why answers are not constrained, as a sentence; empty where `grammar` is set.
         package: Python package that runs it; empty where qat-edge depends on it.
         extra: the extra of qat-edge that installs `package`.
     """
@@ -112,6 +117,8 @@ class Target:
     widths: tuple[int, ...] = (4, 8)
     backend: Backend | None = None
     other_rounding: tuple[str, ...] = ()
+    grammar: AnswerGrammar | None = None
+    without_grammar: str = ""
     package: str = ""
     extra: str = ""
     # Sentences that say why two options exclude each other, by the names of both.
@@ -210,15 +217,46 @@ class Target:
             return ""
         return f"{self.title} has no operator for {' or '.join(map(str, missing))}-bit weights."
 
-    @contextmanager
-    def open_generator(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[TextGenerator]:
-        """Load the artifact in its own runtime, until the end of the block.
+    def require_grammar(self, answer: AnswerSchema) -> None:
+        """Require that the grammar of the target's runtime, where it takes one, can express a schema.
 
         Raises:
-            ArtifactError: the runtime refused the folder.
+            ExportError: names the part of the schema.
+        """
+        if self.grammar is not None:
+            self.grammar.text(answer)
+
+    def write_schema(self, folder: Path, answer: AnswerSchema) -> None:
+        """Write schema.json and the runtime's grammar into the folder of an artifact."""
+        answer_grammar.write_schema(folder, answer, self.grammar)
+
+    def schema_faults(self, folder: Path) -> list[str]:
+        """Return what is wrong with schema.json of a folder and with the grammar next to it, a sentence each."""
+        return answer_grammar.grammar_faults(folder, self.grammar)
+
+    def check_schema_files(self, path: Path, loading: Collection[str]) -> SchemaCheck:
+        """Examine schema.json next to a file of the target's format. loading: runtimes that load the file."""
+        loads = self.grammar is not None and self.grammar.runtime in loading
+        return answer_grammar.check_schema_files(path, self.grammar, self.without_grammar, loads)
+
+    @contextmanager
+    def open_generator(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, constrained: bool = False
+    ) -> Iterator[TextGenerator]:
+        """Load the artifact in its own runtime, until the end of the block.
+
+        constrained: all answers follow the grammar next to the artifact.
+
+        Raises:
+            ArtifactError: the runtime refused the folder, or there is no such grammar.
         """
         self.check(folder)
-        opened: AbstractContextManager[TextGenerator] = load(self.generator)(folder, tokenizer)
+        grammar = {}
+        if constrained:
+            if self.grammar is None:
+                raise ArtifactError(f"{folder}: {self.without_grammar}")
+            grammar = {"grammar": answer_grammar.read_grammar(folder, self.grammar)}
+        opened: AbstractContextManager[TextGenerator] = load(self.generator)(folder, tokenizer, **grammar)
         with opened as generator:
             yield generator
 
@@ -243,6 +281,10 @@ class Target:
         return diagnosis
 
 
+_NO_PTE_GRAMMAR = (
+    "ExecuTorch's LLM runner takes no grammar, so that it constrains no answer. schema.json is for the app, which can "
+    "check answers by it."
+)
 _PTE = "qat_edge_exporters.executorch"
 COPIED = ("config.json", "generation_config.json")  # into the folder of a .pte
 _ONNX = "qat_edge_exporters.onnx"
@@ -264,6 +306,7 @@ def _other_backend(name: str, reader: str) -> Target:
         options_reader=f"{_PTE}.pte.pte_options:held_options",
         support=f"{_PTE}.pte_support:missing",
         backend=backend,
+        without_grammar=_NO_PTE_GRAMMAR,
         tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
         copied=COPIED,
     )
@@ -289,6 +332,7 @@ _ALL = (
         tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
         copied=COPIED,
         options=("portable", "kv_cache"),
+        without_grammar=_NO_PTE_GRAMMAR,
         exclusions={("kv_cache", "portable"): "no operator of ATen reads such a cache"},
     ),
     Target(
@@ -310,6 +354,14 @@ _ALL = (
         checker=f"{_ONNX}.onnx_target:check_folder",
         settings=f"{_ONNX}.onnx_target:setting_faults",
         widths=(2, 4, 8),
+        grammar=AnswerGrammar(
+            file="grammar.lark",
+            writer=f"{_ONNX}.lark_grammar:grammar",
+            runtime=GENAI,
+            package="onnxruntime-genai",
+            call='GeneratorParams.set_guidance("lark_grammar", TEXT)',
+            probe=f"{_ONNX}.onnxruntime_probe:try_grammar",
+        ),
     ),
     Target(
         name=GGUF,
@@ -335,6 +387,14 @@ _ALL = (
             "llama.cpp keeps keys and values in float16, and its fused attention reads them so, unless it is started "
             "with --flash-attn off --cache-type-k f32 --cache-type-v f32",
         ),
+        grammar=AnswerGrammar(
+            file="grammar.gbnf",
+            writer=f"{_GGUF}.gbnf:grammar",
+            runtime=LLAMA_CPP,
+            package="xllamacpp",
+            call='--grammar-file FILE, or llama_sampler_init_grammar(VOCABULARY, TEXT, "root")',
+            probe=f"{_GGUF}.llama_probe:try_grammar",
+        ),
         package="xllamacpp",
         extra="gguf",
     ),
@@ -352,6 +412,10 @@ _ALL = (
         generator=f"{_HF}.hf_text:open_generator",
         checker=f"{_HF}.hf_settings:check_folder",
         settings=f"{_HF}.hf_settings:setting_faults",
+        without_grammar=(
+            "transformers takes no grammar, so that it constrains no answer. schema.json is for servers that take a "
+            "JSON schema with a request, which was not measured, and for the app."
+        ),
         package="compressed_tensors",
         extra="hf",
     ),

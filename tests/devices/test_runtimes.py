@@ -41,6 +41,7 @@ AGENT = [
     "agent/__init__.py",
     "agent/active_adapter.py",
     "agent/agent.py",
+    "agent/llama_grammar.py",
     "agent/llama_model.py",
     "agent/loaded_models.py",
     "agent/machine.py",

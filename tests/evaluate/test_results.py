@@ -14,7 +14,19 @@ from pages import example
 from qat_edge.errors import RunError
 from qat_edge.evaluate import encoder_results, results
 from qat_edge.evaluate.encoder_results import ACCURACY, EncoderReport, EncoderResult
-from qat_edge.evaluate.results import Agreement, Budget, FaultTest, Gate, Measurement, Part, Report, Speed, Spread, Step
+from qat_edge.evaluate.results import (
+    Agreement,
+    Budget,
+    FaultTest,
+    Gate,
+    Measurement,
+    Part,
+    Report,
+    SchemaResult,
+    Speed,
+    Spread,
+    Step,
+)
 
 AGREEMENT = Agreement(64, 0.05, 0.9, 20.0)
 TIMES = Spread(2.0, 1.0, 3.0)
@@ -25,6 +37,7 @@ def report() -> Report:
     qat = Measurement(
         "qat", "onnx", "onnxruntime", {"linears": 5}, 11.0, AGREEMENT, AGREEMENT, 0.8, 4, 1.5,
         Speed(2, 8, 4, 2, TIMES, TIMES, TIMES, 1.0, 2.0), 300, 100, 0.5, 3.0, ("a note",),
+        schema=SchemaResult(4, 1, 2, "not JSON", 3, 1, ""),
     )  # fmt: skip
     budget = Budget(
         target="onnx",
@@ -57,6 +70,21 @@ def test_a_report_survives_its_file_and_keeps_its_keys(tmp_path: Path) -> None:
     assert list(budget) == ["target", "judged", "converted", "steps", "parts", "floor", "floor_nats"]
     assert budget["judged"] == {"beyond": True, "chance": 0.98, "position": 1, "where": "layer 0"}
     assert document["measured"][0]["speed"]["prefill"] == {"median": 2.0, "least": 1.0, "greatest": 3.0}
+
+
+def test_reports_of_earlier_versions_have_no_schema(tmp_path: Path) -> None:
+    path = tmp_path / "local.json"
+    results.save(report(), path)
+    document = json.loads(path.read_text())
+    schema = document["measured"][0].pop("schema")
+    path.write_text(json.dumps(document))
+    assert results.load(path).measured[0].schema is None
+    # No more valid answers than answers.
+    for key in ("valid", "constrained"):
+        document["measured"][0]["schema"] = {**schema, key: 5}
+        path.write_text(json.dumps(document))
+        with pytest.raises(RunError, match=r"damaged .*of 4 answers are valid"):
+            results.load(path)
 
 
 def test_an_encoders_report_survives_its_file_and_keeps_its_keys(tmp_path: Path) -> None:

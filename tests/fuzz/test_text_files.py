@@ -15,7 +15,9 @@ from mutations import as_json, mutated_bytes, mutated_document, require_value_or
 from conftest import make_tokenizer
 from qat_edge import config, profiles
 from qat_edge.data import tokenization
+from qat_edge.data.answer_schema import read_schema
 from qat_edge.data.formats import load_rows
+from qat_edge.errors import DataError
 from qat_edge.manifest import FORMAT, read_manifest
 from qat_edge.options import (
     CompareOptions,
@@ -26,7 +28,8 @@ from qat_edge.options import (
     ValidateOptions,
 )
 from qat_edge.quant.bits_file import load_bits
-from qat_edge_exporters.onnx import genai_config
+from qat_edge_exporters.gguf import gbnf
+from qat_edge_exporters.onnx import genai_config, lark_grammar
 
 ROWS: list[Any] = [
     {"messages": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1"}]},
@@ -56,6 +59,19 @@ BITS = {
     "model": {"name": "m", "weights": "ab", "kept_layers": [0, 2]},
     "levels": "seq",
     "bits": {"model.layers.0.mlp.up_proj": 2, "lm_head": 4},
+}
+ANSWER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["dog", 7, None]},
+        "age": {"type": "integer", "minimum": 0, "exclusiveMaximum": 31},
+        "names": {"type": "array", "items": {"type": "string", "minLength": 1, "maxLength": 9}, "maxItems": 3},
+        "next": {"anyOf": [{"$ref": "#/$defs/next"}, {"const": 3}]},
+    },
+    "required": ["kind"],
+    "additionalProperties": False,
+    "$defs": {"next": {"type": ["boolean", "number"], "description": "one"}},
+    "x-answer": {"before": "<call>", "after": "</call>"},
 }
 GENAI: dict[str, Any] = {
     "model": {
@@ -143,3 +159,15 @@ def test_genai_configurations(tmp_path: Path, document: Any, data: bytes) -> Non
     for text in (as_json(document), data):
         written(tmp_path, "genai_config.json", text)
         require_value_or_error(lambda: genai_config.check_config(tmp_path))
+
+
+@given(mutated_document(ANSWER), mutated_bytes(json.dumps(ANSWER).encode()))
+def test_schemas_of_answers(tmp_path: Path, document: Any, data: bytes) -> None:
+    """Whatever is read becomes grammars, or is refused, and judges an answer."""
+    for text in (as_json(document), data):
+        path = written(tmp_path, "schema.json", text)
+        require_value_or_error(
+            lambda path=path: read_schema(path, DataError).fault('<call>{"kind": 7, "age": 3}</call>')
+        )
+        for grammar in (gbnf.grammar, lark_grammar.grammar):
+            require_value_or_error(lambda path=path, grammar=grammar: grammar(read_schema(path, DataError)))

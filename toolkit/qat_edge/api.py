@@ -438,6 +438,7 @@ def export(
     portable: bool = False,
     backend: str = "xnnpack",
     kv_cache: str = "float32",
+    schema: str | Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Exported]:
@@ -456,6 +457,8 @@ def export(
             xnnpack, vulkan, coreml.
         kv_cache: Storage of keys and values in a .pte; int8 takes about a quarter of the memory. One of float32,
             int8.
+        schema: JSON schema of the answers, shipped with the artifacts and as the grammar that their runtimes take:
+            a file, or tools for calls of the tools in the training rows.
         force: replace what exists already.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
@@ -476,6 +479,7 @@ def export(
             "portable": portable,
             "backend": backend,
             "kv_cache": kv_cache,
+            "schema": schema,
         }
     )
     options = config.load(ExportOptions, "export", None, given)
@@ -654,6 +658,7 @@ def generate(
     raw: bool = False,
     system: str | None = None,
     max_new_tokens: int = 128,
+    constrained: bool = False,
     trust_remote_code: bool = False,
     emit: Callable[[str], None] | None = None,
 ) -> str:
@@ -666,6 +671,7 @@ def generate(
         raw: continue the text as it is, without the chat template.
         system: system message before the prompt.
         max_new_tokens: longest answer, in tokens.
+        constrained: permit only answers by the artifact's schema, of `export(schema=...)`.
         trust_remote_code: run Python code that comes with the model.
         emit: called with each piece of text as it comes.
 
@@ -690,7 +696,10 @@ def generate(
             emit(piece)
 
     with remote_code.permit(trust_remote_code):
-        verb(_opened(run), prompt, source, collect, raw=raw, system=system, max_new_tokens=max_new_tokens)
+        verb(
+            _opened(run), prompt, source, collect,
+            raw=raw, system=system, max_new_tokens=max_new_tokens, constrained=constrained,
+        )  # fmt: skip
     return "".join(pieces)
 
 
@@ -701,6 +710,7 @@ def chat(
     source: str = "torch",
     system: str | None = None,
     max_new_tokens: int = CHAT_TOKENS,
+    constrained: bool = False,
     trust_remote_code: bool = False,
 ) -> Iterator[Conversation]:
     """Load a model for a conversation, until the end of the `with` block.
@@ -714,6 +724,7 @@ def chat(
         source: "torch" for the frozen checkpoint, or an exported target such as "executorch" or "onnx".
         system: system message before the conversation.
         max_new_tokens: longest answer, in tokens.
+        constrained: permit only answers by the artifact's schema, of `export(schema=...)`.
         trust_remote_code: run Python code that comes with the model.
 
     Yields:
@@ -731,7 +742,9 @@ def chat(
 
     with (
         remote_code.permit(trust_remote_code),
-        open_conversation(_opened(run), source, system=system, max_new_tokens=max_new_tokens) as conversation,
+        open_conversation(
+            _opened(run), source, system=system, max_new_tokens=max_new_tokens, constrained=constrained
+        ) as conversation,
     ):
         yield conversation
 

@@ -22,7 +22,9 @@ PATH_OPTIONS = (
     "profile",
     "ssh_config",
     "runner_binary",
+    "schema",
 )
+NO_PATHS = {"schema": "tools"}  # a value that is no path, even where there is a file of that name
 # Those that name neither a model nor rows, with what they name.
 NO_DATA = {
     "bits": "a file",
@@ -30,6 +32,7 @@ NO_DATA = {
     "profile": "a profile or a .toml file",
     "ssh_config": "a file",
     "runner_binary": "a file",
+    "schema": "a file, or tools",
 }
 
 
@@ -79,7 +82,7 @@ def _paths(options: Any) -> Iterator[tuple[str, str]]:
     """Yield name and value of the options that may be paths and are given."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name in PATH_OPTIONS and isinstance(value, str):
+        if field.name in PATH_OPTIONS and isinstance(value, str) and value != NO_PATHS.get(field.name):
             yield field.name, value
 
 

@@ -46,6 +46,8 @@ PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
 # Values renamed since 0.1.0; the old ones still work.
 RENAMED_VALUES = RENAMED_METHODS
 
+TOOLS = "tools"  # value of `export --schema`: the schema of the tools in the training rows
+
 CHAT_TOKENS = 512  # of the longest answer in `chat`, unless --max-new-tokens gives another
 
 # Greatest permitted values. They refuse mistyped figures before anything is loaded; no real use reaches them.
@@ -352,6 +354,11 @@ class ExportOptions:
     kv_cache: str = option(
         "Storage of keys and values in a .pte; int8 takes about a quarter of the memory.", "float32", KV_CACHES
     )
+    schema: str | None = option(
+        "JSON schema of the answers, shipped with the artifacts and as the grammar that their runtimes take: a file, "
+        f"or {TOOLS} for calls of the tools in the training rows.",
+        None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ PREVIOUS = ".previous"
 CONFIG = "config.yaml"
 # What a run folder holds; everything else in it belongs to somebody else.
 RUN_PARTS = (
-    "training.json", "checkpoints", "adapter", "reference", "start", "quantized", "exports", "ptq", "verified.json",
+    "training.json", "checkpoints", "adapter", "reference", "start", "quantized", "exports", "schema.json", "ptq",
+    "verified.json",
     "reports", "answers.json", "sensitivity", "compare", "eval", "report.html", "report.json", "history.html",
     "history.json", "logs", CONFIG,
 )  # fmt: skip

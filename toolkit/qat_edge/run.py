@@ -8,6 +8,7 @@ RUN/reference/             peft adapter at the end of phase 1: the FP32 fine-tun
 RUN/start/                 weights and scales from PTQ initialization, at the start of QAT
 RUN/quantized/             frozen checkpoint: codes and scales
 RUN/exports/TARGET/        artifacts of the quantized model
+RUN/schema.json            schema of the answers, of `export --schema`
 RUN/ptq/METHOD/            post-training quantization of the reference: quantized/, exports/TARGET/
 RUN/verified.json          results of verify
 RUN/reports/DEVICE.json    results of validate, one file per device
@@ -163,6 +164,11 @@ class Run(Variant):
     @property
     def reports(self) -> Path:
         return self.path / "reports"
+
+    @property
+    def schema(self) -> Path:
+        """Schema of the answers, which the exports have copies of."""
+        return self.path / "schema.json"
 
     @property
     def verified(self) -> Path:

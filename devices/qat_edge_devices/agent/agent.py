@@ -7,7 +7,8 @@ the backend, the artifact, its LoRA adapter or null, the threads and one task:
   score     logits of given token ids, row t predicting token t + 1: float32 (tokens, vocabulary); from position
             `decode_from` on, unless it is null, tokens are fed one at a time, as in generation
   trace     all outputs of the artifact except its cache, each (tokens, features), with tokens fed in the same way
-  generate  greedy continuation of prompts, up to an end token or a length
+  generate  greedy continuation of prompts, up to an end token or a length; with "grammar", the path of a file, only of
+            tokens that the grammar in it permits
   speed     prefill and decode of a synthetic prompt: one warm-up, then repeats
 
 RESULTS_FOLDER gets result.json and, per sequence, a file logits-00000.npy for `score` or outputs-00000.npz for

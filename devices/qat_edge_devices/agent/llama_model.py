@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 # Relative, because the folder is sent under a shorter name.
+from .llama_grammar import FUNCTIONS as GRAMMAR_FUNCTIONS  # noqa: TID252
+from .llama_grammar import LlamaGrammar  # noqa: TID252
 from .model_errors import RequestRejected, token_chunks  # noqa: TID252
 
 PACKAGE = "xllamacpp"
@@ -106,9 +108,10 @@ class LlamaModel:
         self.pool_threads: int | None = None
         self.errors: list[str] = []
         self.position = 0
+        self.grammar: LlamaGrammar | None = None
         library = ctypes.CDLL(str(Path(xllamacpp.xllamacpp.__file__)))
         self.functions = {}
-        for name, (result, arguments) in FUNCTIONS.items():
+        for name, (result, arguments) in (FUNCTIONS | GRAMMAR_FUNCTIONS).items():
             function = getattr(library, name, None)
             if function is None:
                 raise _other_version()
@@ -141,6 +144,12 @@ class LlamaModel:
             raise RequestRejected(f"{artifact.name}: no cache could be made for it: {self._reason()}")
         self.batch = self._call("llama_batch_init", BATCH, 0, 1)
         self.pool_threads = threads
+        if request.get("grammar") is not None:
+            self.constrain(Path(request["grammar"]).read_text(encoding="utf-8"), request["eos_ids"])
+
+    def constrain(self, grammar: str, ends: list[int]) -> None:
+        """Choose only tokens that a grammar permits, and end only at `ends`, in all answers from now on."""
+        self.grammar = LlamaGrammar(self._call, self.vocabulary, self.width, grammar, ends, self._reason)
 
     def start(self, prompt: list[int], length: int) -> int:
         """Empty the cache, process the prompt, return the most likely next id."""
@@ -156,11 +165,13 @@ class LlamaModel:
             self._empty()
         for chunk in token_chunks(prompt[self.position :], None):
             rows = self._forward(chunk, last_only=True)
-        return int(rows[-1].argmax())
+        if self.grammar is not None:
+            self.grammar.reset()
+        return self._choose(rows[-1])
 
     def next(self, token: int) -> int:
         """Process an id, return the most likely id after it."""
-        return int(self._forward([token], last_only=True)[-1].argmax())
+        return self._choose(self._forward([token], last_only=True)[-1])
 
     def read(self, ids: list[int], decode_from: int | None) -> Iterator[dict[str, Any]]:
         """Process a sequence from an empty cache; yield the logits of each chunk."""
@@ -177,6 +188,10 @@ class LlamaModel:
         if count < 0:
             raise RequestRejected(f"llama.cpp has no tokens for the text {text!r}.")
         return list(ids[:count])
+
+    def _choose(self, logits: Any) -> int:
+        """Return the most likely id; with a grammar, the most likely one that it permits."""
+        return int(logits.argmax()) if self.grammar is None else self.grammar.choose(logits)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self.functions[name](*arguments)

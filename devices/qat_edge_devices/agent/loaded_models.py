@@ -382,6 +382,8 @@ class GenaiModel:
             self.adapter = GenaiAdapter(self.library, self.model, request.get("adapter"))
         except RuntimeError as error:
             raise RequestRejected(f"{artifact.name} cannot be loaded: {one_line(error)}") from error
+        grammar = request.get("grammar")
+        self.grammar = None if grammar is None else Path(grammar).read_text(encoding="utf-8")
         self.pool_threads = threads
         self.context_length = context_length(read_genai_config(artifact))
 
@@ -390,7 +392,12 @@ class GenaiModel:
         # Timing continues past end tokens. A minimum length forbids them; which id comes instead does not matter.
         min_length = length if self.ignores_end else 0
         params.set_search_options(**GREEDY, min_length=min_length, max_length=length)
-        self.generator = self.library.Generator(self.model, params)
+        if self.grammar is not None:
+            params.set_guidance("lark_grammar", self.grammar)
+        try:
+            self.generator = self.library.Generator(self.model, params)
+        except RuntimeError as error:
+            raise RequestRejected(f"no generator could be made: {one_line(error)}") from error
         self.adapter.activate(self.generator)
         self.generator.append_tokens(self.numpy.array(prompt, self.numpy.int32))
         return self.next(0)
@@ -409,7 +416,17 @@ def choose_backend(request: dict[str, Any]) -> DeviceModel:
     A .pte runs in the torch-free runtime if that is installed and the one with torch is not. An ONNX folder is
     generated with and timed in onnxruntime-genai if that is installed, and scored in plain onnxruntime. A GGUF file
     runs in llama.cpp.
+
+    Raises:
+        RequestRejected: the answers are to follow a grammar, and the runtime takes none.
     """
+    model = _backend(request)
+    if request.get("grammar") is not None and not isinstance(model, GenaiModel | LlamaModel):
+        raise RequestRejected(f"{model.runtime} takes no grammar; onnxruntime-genai and llama.cpp do.")
+    return model
+
+
+def _backend(request: dict[str, Any]) -> DeviceModel:
     if request["backend"] == "executorch":
         # If neither is installed, ExecuTorch's import fails with the name of the missing package.
         if is_installed("torch", "executorch") or not is_installed("executorch_numpy_runtime"):

@@ -51,6 +51,8 @@ MESSAGE_CHARACTERS = 2000  # of the agent's own message
 # Processors that ExecuTorch and onnxruntime are published for.
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that onnxruntime-genai reads for a grammar
+
 Progress = Callable[[int, int], None]
 
 
@@ -60,6 +62,8 @@ class AgentRuntime(ABC):
     Attributes:
         backend: name of the artifact's format in requests.
         adapter: path on the device of the artifact's LoRA adapter; None for an artifact without one.
+        grammar_file: name of the file with the grammar of answers that the runtime takes; empty if it takes none.
+        grammar: path of that file on the device; None for an artifact without one.
 
     Args:
         transport: connection to the device.
@@ -70,6 +74,8 @@ class AgentRuntime(ABC):
 
     backend: str
     adapter: str | None = None
+    grammar_file: str = ""
+    grammar: str | None = None
 
     def __init__(
         self,
@@ -128,6 +134,8 @@ class AgentRuntime(ABC):
         # The device keeps the files of earlier artifacts, so that an adapter there may be another one's.
         adapter = f"{self.entry()}/{ADAPTER_FILE}"
         self.adapter = adapter if adapter in files else None
+        grammar = f"artifact/{self.grammar_file}"
+        self.grammar = grammar if grammar in files else None
 
     def score(
         self, sequences: Sequence[Sequence[int]], decode_from: int | None = None, max_bytes: int = SCORE_BYTES
@@ -177,14 +185,28 @@ class AgentRuntime(ABC):
             yield from traced
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], eos_ids: Sequence[int], max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        eos_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        constrained: bool = False,
     ) -> GenerationResult:
-        """Continue each prompt greedily, up to one of `eos_ids` or `max_new_tokens`."""
+        """Continue each prompt greedily, up to one of `eos_ids` or `max_new_tokens`; see `Runtime.generate`.
+
+        Raises:
+            RequestRejectedError: the answers are to be constrained, and the artifact has no grammar for its runtime.
+        """
+        if constrained and self.grammar is None:
+            raise RequestRejectedError(
+                f"{self.transport.name}: the artifact has no grammar that its runtime takes. Nothing was generated."
+            )
         request = {
             "task": "generate",
             "prompts": [list(ids) for ids in prompts],
             "eos_ids": list(eos_ids),
             "max_new_tokens": max_new_tokens,
+            "grammar": self.grammar if constrained else None,
         }
         result = self._request_values(request)
         with self._reading_results():
@@ -313,12 +335,18 @@ class OnnxRuntime(AgentRuntime):
     """
 
     backend = "onnx"
+    grammar_file = "grammar.lark"
 
     def files(self, artifact: Path) -> dict[str, Path]:
-        """Return graph, external weights, adapter and configuration under their own names."""
+        """Return graph, external weights, adapter and configuration under their own names.
+
+        A grammar is about texts, so that the tokenizer goes with it.
+        """
         if not (artifact / "model.onnx").is_file():
             raise TransportError(f"{artifact}: no model.onnx there. Export it again.")
         names = [*sorted(path.name for path in artifact.glob("model.onnx*")), ADAPTER_FILE, "genai_config.json"]
+        if (artifact / self.grammar_file).is_file():
+            names += [self.grammar_file, *TOKENIZER_FILES]
         return {f"{self.entry()}/{name}": artifact / name for name in names if (artifact / name).is_file()}
 
     def entry(self) -> str:
@@ -330,12 +358,15 @@ class GgufRuntime(AgentRuntime):
     """Runs the GGUF file of an export folder in llama.cpp."""
 
     backend = "gguf"
+    grammar_file = "grammar.gbnf"
 
     def files(self, artifact: Path) -> dict[str, Path]:
-        """Return the file. The tokenizer stays here: only token ids are sent."""
+        """Return the file, and the grammar of answers. The tokenizer stays here: only token ids are sent."""
         if not (artifact / "model.gguf").is_file():
             raise TransportError(f"{artifact}: no model.gguf there. Export it again.")
-        return {self.entry(): artifact / "model.gguf"}
+        grammar = artifact / self.grammar_file
+        further = {f"artifact/{self.grammar_file}": grammar} if grammar.is_file() else {}
+        return {self.entry(): artifact / "model.gguf", **further}
 
     def entry(self) -> str:
         """Return the path of the file on the device."""

@@ -29,6 +29,7 @@ class WasmRuntime(OnnxRuntime):
 
     library = onnxruntime_web.WASM_FILES
     external_data: tuple[str, ...] = ()
+    grammar_file = ""  # onnxruntime-web takes none
 
     def program(self) -> dict[str, Path]:
         """Return the page, its agent and onnxruntime-web."""

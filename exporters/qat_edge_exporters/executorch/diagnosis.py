@@ -26,6 +26,7 @@ from qat_edge_exporters.executorch.pte.program_info import (
     RuntimeCheck,
     TokenizerCheck,
 )
+from qat_edge_exporters.file_diagnosis import SchemaCheck
 
 __all__ = [
     "CacheInfo", "ContractEntry", "Diagnosis", "ProgramInfo", "RuntimeCheck", "TokenizerCheck", "diagnose_pte",
@@ -47,6 +48,7 @@ class Diagnosis:
         written_by: versions from the manifest next to it, by library.
         installed: versions in this environment, by library.
         faults: what is wrong in any runtime, one sentence each.
+        schema: schema of the answers next to it; None without one.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class Diagnosis:
     written_by: dict[str, str]
     installed: dict[str, str]
     faults: list[str]
+    schema: SchemaCheck | None = None
 
 
 def diagnose_pte(path: Path, runtimes: Sequence[str]) -> Diagnosis:

@@ -1,8 +1,8 @@
 """Run llama.cpp in a separate process, which a damaged file may crash.
 
 Usage: `python -m qat_edge_exporters.gguf.llama_runner FOLDER`, with requests on stdin (see `runner_turns`) that have
-"ids", the prompt, and "ends", the ids that end an answer. The part of a prompt that is in the KV cache already, with
-the same ids before it, is not processed again.
+"ids", the prompt, "ends", the ids that end an answer, and "grammar", which limits all answers, or no such key. The part
+of a prompt that is in the KV cache already, with the same ids before it, is not processed again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main() -> None:
 
         def run(request: dict[str, Any], take: Take) -> None:
             ids, most = request["ids"], request["tokens"]
+            if model.grammar is None and "grammar" in request:
+                model.constrain(request["grammar"], request["ends"])
             token = model.resume(ids, reusable_length(cached, ids))
             cached[:] = ids
             for count in range(1, most + 1):

@@ -11,7 +11,10 @@ from qat_edge_exporters.gguf import gguf_reader, llama_runner
 from qat_edge_exporters.runner_process import IdRunner, run_ids
 
 
-def open_generator(folder: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[IdRunner]:
-    """Load the file until the end of the block; see `IdRunner`."""
-    settings = {"ends": gguf_reader.end_tokens(folder)}
+def open_generator(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, grammar: str | None = None
+) -> AbstractContextManager[IdRunner]:
+    """Load the file until the end of the block; see `IdRunner`. grammar: that all answers follow."""
+    settings: dict[str, object] = {"ends": gguf_reader.end_tokens(folder)}
+    settings |= {} if grammar is None else {"grammar": grammar}
     return run_ids(llama_runner, folder, tokenizer, settings, "llama.cpp")

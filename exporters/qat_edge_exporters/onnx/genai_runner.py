@@ -6,6 +6,7 @@ Usage: `python -m qat_edge_exporters.onnx.genai_runner FOLDER`, with requests on
     ends     ids that end an answer
     context  tokens that the KV cache may hold at most
     keep     whether the part of the cache that the prompt begins with may be kept
+    grammar  which the answer follows; absent for none
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ class GenaiRunner:
 
     def _prepared(self, ids: Sequence[int], most: int, request: dict[str, Any]) -> Any:
         """Return a generator that has processed the prompt."""
-        needed = len(ids) + most
-        if self._generator is None or not request["keep"] or needed > self._room:
+        needed, grammar = len(ids) + most, request.get("grammar")
+        # A generator's grammar is at the end after an answer, so that each answer has a generator of its own.
+        if self._generator is None or not request["keep"] or needed > self._room or grammar is not None:
             self._room = max(needed, min(request["context"], ROOM * needed))
             params = self._genai.GeneratorParams(self._model)
             # Whatever genai_config.json keeps of the model's own settings for apps.
             params.set_search_options(**NEUTRAL_SEARCH, max_length=self._room)
+            if grammar is not None:
+                params.set_guidance("lark_grammar", grammar)
             self._generator = self._genai.Generator(self._model, params)
             if self._adapters is not None:
                 self._generator.set_active_adapter(self._adapters, ADAPTER)

@@ -1,6 +1,7 @@
 """Load a graph in the installed onnxruntime or onnxruntime-genai, in a separate process, which a graph may crash.
 
-Usage: `python -m qat_edge_exporters.onnx.onnxruntime_probe onnxruntime MODEL` or `... onnxruntime-genai FOLDER`.
+Usage: `python -m qat_edge_exporters.onnx.onnxruntime_probe onnxruntime MODEL` or `... onnxruntime-genai FOLDER`, with a
+file of a grammar after it or not.
 
 onnxruntime prints two reports: its operators with the newest versions of the format that it reads, and why the graph
 cannot be loaded. onnxruntime-genai prints one. It generates a token, because it does not compare the graph with its
@@ -60,13 +61,22 @@ def run_folder(folder: Path) -> Loaded:
     return Loaded(reports[0] if reports else ended)
 
 
+def try_grammar(model: Path, grammar: Path) -> str:
+    """Generate a token under a grammar in onnxruntime-genai; return why that failed, empty if it did not.
+
+    model: any file of the folder.
+    """
+    reports, ended = run_probe(__name__, "onnxruntime-genai", str(model.parent), str(grammar))
+    return reports[0] if reports else ended
+
+
 def main() -> None:
     """Load a graph or a folder, and print the reports."""
-    runtime, path = sys.argv[1:]
+    runtime, path, *grammar = sys.argv[1:]
     if runtime == "onnxruntime":
         _load_graph(path)
     else:
-        print_report(_error_of(lambda: _generate(path)))
+        print_report(_error_of(lambda: _generate(path, *grammar)))
 
 
 def _load_graph(path: str) -> None:
@@ -96,13 +106,15 @@ def _load_graph(path: str) -> None:
     print_report(load(path))
 
 
-def _generate(folder: str) -> None:
+def _generate(folder: str, grammar: str | None = None) -> None:
     import onnxruntime_genai as genai
 
     model = genai.Model(folder)
     tokens = list(genai.Tokenizer(model).encode("a")) or [0]
     params = genai.GeneratorParams(model)
     params.set_search_options(**NEUTRAL_SEARCH, max_length=len(tokens) + 1)
+    if grammar is not None:
+        params.set_guidance("lark_grammar", Path(grammar).read_text(encoding="utf-8"))
     generator = genai.Generator(model, params)
     generator.append_tokens(tokens)
     generator.generate_next_token()

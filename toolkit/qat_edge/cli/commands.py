@@ -71,6 +71,9 @@ FROM = click.option(
     show_default=True,
     help="Model to run: the frozen checkpoint in torch, or an artifact in its own runtime.",
 )
+CONSTRAINED = click.option(
+    "--constrained", is_flag=True, help="Permit only answers by the schema of export --schema; in onnx and gguf."
+)
 
 
 class Commands(click.Group):
@@ -488,13 +491,14 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     type=click.IntRange(1, MOST_TOKENS),
     help="Longest answer.",
 )
+@CONSTRAINED
 @TRUST_REMOTE_CODE
-def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None, max_new_tokens: int) -> None:
+def generate(run: Path, prompt: str, source: str, **options: Any) -> None:
     """Generate an answer to PROMPT greedily, printing the text as it comes."""
     opened = _open(run)
     from qat_edge.verbs.generate import generate as verb
 
-    verb(opened, prompt, source, echo_generated, raw=raw, system=system, max_new_tokens=max_new_tokens)
+    verb(opened, prompt, source, echo_generated, **options)
     click.echo()
 
 
@@ -509,8 +513,9 @@ def generate(run: Path, prompt: str, source: str, raw: bool, system: str | None,
     type=click.IntRange(1, MOST_TOKENS),
     help="Longest answer.",
 )
+@CONSTRAINED
 @TRUST_REMOTE_CODE
-def chat(run: Path, source: str, system: str | None, max_new_tokens: int) -> None:
+def chat(run: Path, source: str, **options: Any) -> None:
     """Answer messages greedily, a line each, in one conversation; the model stays loaded.
 
     /reset forgets the conversation (not --system), /exit or the end of the input ends the chat, and /help lists these
@@ -527,7 +532,7 @@ def chat(run: Path, source: str, system: str | None, max_new_tokens: int) -> Non
 
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     lines = typed_lines() if is_terminal else piped_lines()
-    verb(opened, lines, source, echo_generated, system=system, max_new_tokens=max_new_tokens, goes_on=is_terminal)
+    verb(opened, lines, source, echo_generated, goes_on=is_terminal, **options)
 
 
 @main.command(short_help="Run every step on a real model.", example="qat-edge demo")
@@ -557,12 +562,14 @@ def demo(out: Path, config_path: Path | None) -> None:
 
 def _print_validated(result: Validated, run: Path, as_json: bool) -> None:
     """Print a table per device, or the lines of an encoder, and where the report was written."""
-    from qat_edge.cli.terminal_tables import summary_table
+    from qat_edge.cli.terminal_tables import schema_table, summary_table
     from qat_edge.evaluate.results import Report
 
     for report in result.reports:
         if isinstance(report, Report):
             console().print(summary_table(report))
+            if (answers := schema_table(report)) is not None:
+                console().print(answers)
         else:
             for line in report.lines():
                 echo(line, err=as_json)

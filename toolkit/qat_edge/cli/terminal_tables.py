@@ -17,6 +17,7 @@ from qat_edge.verbs.eval import Evaluated, SourceScore
 
 # Short titles, so that a table fits a terminal of 80 columns.
 SUMMARY_COLUMNS = ("model", "MB", "perpl.", "exact", "KL", "top-1", "decode", "prefill", "RAM MB")
+SCHEMA_COLUMNS = ("answers by schema.json", "prompts", "valid", "constrained")
 DEPLOYMENT_COLUMNS = ("deployment", "MB", "RAM MB", "ms/tok", "tok/s", "perpl.", "exact", "kept")
 NOT_MEASURED = "-"
 # Methods whose own name is too long for the first column, explained below the table.
@@ -39,6 +40,27 @@ def summary_table(report: Report) -> Table:
     for method, abbreviation in ABBREVIATIONS.items():
         if any(measured.name.endswith(f"({PTQ_METHODS[method]})") for measured in report.measured):
             captions.append(f"{abbreviation}: {PTQ_METHODS[method]}")
+    table.caption = "\n".join(captions)
+    return table
+
+
+def schema_table(report: Report) -> Table | None:
+    """Return the valid answers of each artifact with a schema; None if there is none."""
+    judged = [(measured, measured.schema) for measured in report.measured if measured.schema is not None]
+    if not judged:
+        return None
+    table = Table(title_justify="left", caption_justify="left", box=None, pad_edge=False)
+    _add_columns(table, SCHEMA_COLUMNS)
+    captions = []
+    for measured, found in judged:
+        name = f"{_short_name(measured.name)} {measured.target}"
+        table.add_row(
+            name,
+            f"{found.answers} of {found.answers + found.left_out}",
+            NOT_MEASURED if found.valid_share is None else f"{found.valid} ({found.valid_share:.1%})",
+            NOT_MEASURED if found.constrained is None else f"{found.constrained} ({found.constrained_share:.1%})",
+        )
+        captions += [f"{name}: {remark}" for remark in found.remarks()]
     table.caption = "\n".join(captions)
     return table
 

@@ -35,6 +35,7 @@ from qat_edge.evaluate.prompts import (
 )
 from qat_edge.evaluate.reference import Logits, LogitStore
 from qat_edge.evaluate.results import REFERENCES, Agreement, Measurement, Speed
+from qat_edge.evaluate.structured import measure_schema
 from qat_edge.models.tokenizer import load_tokenizer, stored_end_token_origins
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run, Variant
@@ -243,6 +244,8 @@ class Evaluator:
         announce_timing(options)
         timed = runtime.speed(options.prefill, options.decode, options.repeats)
 
+        # Answers under a grammar last: the timing shows which runtime the device generates in.
+        schema = measure_schema(eval_set, folder, target, runtime, timed.load.runtime, outputs, options.max_new_tokens)
         artifact = target_named(target).read(folder)
         return Measurement(
             name=variant.name,
@@ -262,6 +265,7 @@ class Evaluator:
             runtime_bytes=timed.load.baseline_rss_bytes,
             notes=(*timed.remarks(), *eval_set.notes),
             not_finite=accuracy.not_finite,
+            schema=schema,
         )
 
     def first_tokens(self, limit: int) -> Evaluator:

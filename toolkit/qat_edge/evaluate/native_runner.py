@@ -21,6 +21,7 @@ from qat_edge.evaluate.evaluator import Evaluator, announce_timing, as_agreement
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics, outputs_match
 from qat_edge.evaluate.reference import Logits, spread
 from qat_edge.evaluate.results import Measurement, Speed
+from qat_edge.evaluate.structured import OWN_RUNNER, judge, judged_prompts
 from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Variant
@@ -45,10 +46,17 @@ class _LogitFigures(NamedTuple):
 
 
 class _TextFigures(NamedTuple):
-    """Share of prompts with the expected output, None without prompts, and the runner's timing of each repeat."""
+    """Share of prompts with the expected output, None without prompts.
+
+    Attributes:
+        exact_match: that share.
+        clocks: the runner's timing of each repeat.
+        answers: to the prompts.
+    """
 
     exact_match: float | None
     clocks: list[RunnerTimings]
+    answers: list[str]
 
 
 def require_supported(options: ValidateOptions) -> Path:
@@ -86,7 +94,9 @@ def measure(
 
     # The flags in the binary's --help tell which of the two it is.
     scored = _score(evaluator, runner, folder, own) if runner.computes_logits else _LogitFigures(None, None, NO_LOGITS)
-    exact_match, clocks = _generate(evaluator, runner) if runner.generates_text else _TextFigures(None, [])
+    generated = _generate(evaluator, runner) if runner.generates_text else _TextFigures(None, [], [])
+    exact_match, clocks, answers = generated
+    judged = judged_prompts(evaluator.eval_set, folder) if runner.generates_text else None
 
     # Every figure that is missing has a note that says why.
     notes = [f"runs in {binary.name}, built by you", scored.note, MEMORY]
@@ -110,6 +120,7 @@ def measure(
         parity=None if scored.parity is None else as_agreement(scored.parity),
         exact_match=exact_match,
         prompts=0 if exact_match is None else len(evaluator.eval_set.prompts),
+        schema=None if judged is None else judge(judged, answers, OWN_RUNNER),
         load_ms=median(clock.load_ms for clock in clocks) if clocks else None,
         speed=_speed(clocks, threads) if clocks else None,
         notes=tuple(notes),
@@ -169,10 +180,11 @@ def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
     if eval_set.prompts:
         progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
     # The runner takes text: prompts are decoded to text, and its own tokenizer encodes them again.
-    right, reader = 0, eval_set.reader()
+    answers, right, reader = [], 0, eval_set.reader()
     for prompt in eval_set.prompts:
         output, _ = runner.generate_text(decode(prompt.ids), options.max_new_tokens)
         answer = reader.from_text(_before_end(output, end_texts))
+        answers.append(answer)
         right += outputs_match(answer, reader.from_text(prompt.expected))
 
     # Timing needs a prompt of `prefill` tokens of real text; its content does not matter.
@@ -181,7 +193,7 @@ def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
     rounds = [runner.generate_text(decode(ids), options.decode, for_timing=True)[1] for _ in range(options.repeats)]
 
     exact_match = right / len(eval_set.prompts) if eval_set.prompts else None
-    return _TextFigures(exact_match, [clock for clock in rounds if clock is not None])
+    return _TextFigures(exact_match, [clock for clock in rounds if clock is not None], answers)
 
 
 def _before_end(output: str, end_texts: list[str]) -> str:

@@ -25,6 +25,7 @@ KEY = "key"  # metadata of a field whose key in the JSON files differs from its 
 COUNT, SHARE = (0.0, math.inf), (0.0, 1.0)
 RANGES = {
     **dict.fromkeys(("tokens", "prompts", "rows", "texts", "repeats", "threads"), COUNT),
+    **dict.fromkeys(("answers", "left_out", "valid", "constrained", "cut"), COUNT),
     **dict.fromkeys(("size_bytes", "memory_bytes", "runtime_bytes", "load_ms"), COUNT),
     **dict.fromkeys(("median", "least", "greatest", "perplexity", "first_divergence"), COUNT),
     **dict.fromkeys(("top1", "exact_match", "same_answers", "chance"), SHARE),
@@ -143,6 +144,63 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class SchemaResult:
+    """Answers of an artifact that are valid by its schema.json.
+
+    Attributes:
+        answers: number of prompts that count: those whose expected answer is valid.
+        left_out: number of the other prompts.
+        valid: valid answers, generated without a constraint.
+        first_fault: why the first invalid one of them is not valid, as a phrase; empty where all are.
+        constrained: valid answers, generated under the grammar; None where not measured.
+        cut: those of the others that ended at the longest permitted answer, or at the context.
+        not_measured: why `constrained` is None.
+    """
+
+    answers: int
+    left_out: int
+    valid: int
+    first_fault: str = ""
+    constrained: int | None = None
+    cut: int = 0
+    not_measured: str = ""
+
+    def require_counts(self) -> None:
+        """Require no more valid answers than answers.
+
+        Raises:
+            ValueError: there are more.
+        """
+        if max(self.valid, (self.constrained or 0) + self.cut) > self.answers:
+            raise ValueError(f"{self.valid} and {self.constrained} of {self.answers} answers are valid")
+
+    def with_constraint(self, valid: int, cut: int) -> SchemaResult:
+        """Return it with the answers that were generated under the grammar."""
+        return dataclasses.replace(self, constrained=valid, cut=cut)
+
+    def remarks(self) -> list[str]:
+        """Return sentences to print below the figures."""
+        remarks = []
+        if self.first_fault:
+            remarks.append(f"the first invalid answer without the constraint: {self.first_fault}")
+        if self.cut:
+            remarks.append(f"{self.cut} constrained answers were cut off: give a larger --max-new-tokens")
+        if self.not_measured:
+            remarks.append(f"constrained answers not measured: {self.not_measured}")
+        return remarks
+
+    @property
+    def valid_share(self) -> float | None:
+        """Share of valid answers without the constraint, 0 to 1; None without answers."""
+        return self.valid / self.answers if self.answers else None
+
+    @property
+    def constrained_share(self) -> float | None:
+        """Share of valid answers under the grammar, 0 to 1; None where not measured."""
+        return None if self.constrained is None or not self.answers else self.constrained / self.answers
+
+
+@dataclass(frozen=True)
 class Measurement:
     """All figures of one model in one runtime.
 
@@ -168,6 +226,7 @@ class Measurement:
             are then nan.
         artifact_sha256: hash of the manifest of the measured artifact; empty for a torch model and in files of earlier
             versions.
+        schema: answers that are valid by the artifact's schema; None for one without a schema.
     """
 
     name: str
@@ -188,6 +247,7 @@ class Measurement:
     notes: tuple[str, ...] = ()
     not_finite: str = ""
     artifact_sha256: str = ""
+    schema: SchemaResult | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -445,6 +505,9 @@ def read_measurement(row: dict[str, Any]) -> Measurement:
         for key in ("prefill", "decode", "first_token_ms"):
             row["speed"][key] = Spread(**row["speed"][key])
         row["speed"] = Speed(**row["speed"])
+    if row.get("schema"):  # missing in files of earlier versions
+        row["schema"] = SchemaResult(**row["schema"])
+        row["schema"].require_counts()
     row["notes"] = tuple(row["notes"])
     return Measurement(**row)
 

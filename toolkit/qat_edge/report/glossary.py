@@ -71,6 +71,11 @@ RUN_TERMS: Glossary = (
     *_FLOAT_AND_QUANTIZED,
     ("Exact match", "Share of evaluation prompts for which the generated text equals the expected text."),
     (
+        "Valid",
+        "Share of answers that are valid by the JSON schema next to the artifact (schema.json). Constrained answers "
+        "consist only of tokens that the runtime's grammar of this schema permits.",
+    ),
+    (
         "Perplexity",
         "Exponential of the mean loss (nats per token) on the evaluation text: the number of equally likely next "
         "tokens that would give the same loss. Lower is better.",

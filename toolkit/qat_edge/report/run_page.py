@@ -88,6 +88,7 @@ class DeviceSection:
     gates: list[GateRow]
     summary: Table
     parity: Table | None
+    structured: Table | None
     plots: list[Plot]
     details: list[run_details.DetailList]
 
@@ -138,6 +139,7 @@ def _device_section(results: RunResults, index: int) -> DeviceSection:
         gates=tables.gates(report.gates),
         summary=tables.summary(report),
         parity=tables.parity(report),
+        structured=tables.structured(report),
         plots=[*training, *_measured_plots(report, index), *_budget_plots(report, index)],
         details=run_details.report_details(report),
     )

@@ -204,6 +204,27 @@ def parity(report: Report) -> Table | None:
     return Table("Each artifact compared with its frozen checkpoint in torch", heads, rows)
 
 
+def structured(report: Report) -> Table | None:
+    """Return the answers of each artifact that are valid by its schema; None if no artifact has one."""
+    judged = [(row, row.schema) for row in report.measured if row.schema is not None]
+    if not judged:
+        return None
+    rows = []
+    for row, found in judged:
+        shares = (found.valid_share, found.constrained_share)
+        cells = [MISSING if share is None else TableCell(percent(share).removesuffix("%"), share) for share in shares]
+        rows.append(TableRow(label(row), role(row), [TableCell(f"{found.answers:,}", found.answers), *cells]))
+    left_out = max(found.left_out for _, found in judged)
+    caption = "Answers that are valid by schema.json, without a constraint and under the grammar of the runtime"
+    caption += f"; {left_out} prompts whose expected answer is not valid are left out" if left_out else ""
+    return Table(
+        caption=f"{caption}.",
+        heads=[("Answers", ""), ("Valid", "%"), ("Valid, constrained", "%")],
+        rows=rows,
+        notes=[f"{label(row)}: {remark}" for row, found in judged for remark in found.remarks()],
+    )
+
+
 @dataclass(frozen=True)
 class GateRow:
     """One gate as the page shows it.

@@ -180,7 +180,7 @@ class Conversation:
 
 @contextmanager
 def open_conversation(
-    run: Run, source: str, *, system: str | None = None, max_new_tokens: int = CHAT_TOKENS
+    run: Run, source: str, *, system: str | None = None, max_new_tokens: int = CHAT_TOKENS, constrained: bool = False
 ) -> Iterator[Conversation]:
     """Load a model for a conversation, until the end of the block.
 
@@ -189,13 +189,14 @@ def open_conversation(
         source: "torch" for the frozen checkpoint, or the name of an exported target.
         system: system message before the conversation.
         max_new_tokens: longest answer, in tokens.
+        constrained: permit only answers by the artifact's schema, of `export --schema`.
 
     Raises:
         RunError: there is no such model, it was exported from another checkpoint, or runs on other machines only.
         UsageError: the tokenizer has no chat template, or the template refuses the system message.
         ArtifactError: the runtime refused the artifact.
     """
-    model = find_model(run, source, "chat")
+    model = find_model(run, source, "chat", constrained)
     if not model.tokenizer.chat_template:
         raise UsageError(
             "This model's tokenizer has no chat template, so there is no form for a conversation. `qat-edge generate "
@@ -216,6 +217,7 @@ def chat(
     *,
     system: str | None = None,
     max_new_tokens: int = CHAT_TOKENS,
+    constrained: bool = False,
     goes_on: bool = False,
 ) -> None:
     """Answer each line until a line is /exit, or there is none; the text of the answers goes to `emit`.
@@ -227,6 +229,7 @@ def chat(
         emit: is called with each piece of text as it comes, and with a newline after each answer.
         system: system message before the conversation.
         max_new_tokens: longest answer, in tokens.
+        constrained: see `open_conversation`.
         goes_on: warn about a message that cannot be answered and take the next one, as in front of a person. Without,
             it is an error: the next lines were written for another conversation.
 
@@ -235,7 +238,8 @@ def chat(
         UsageError: a message cannot be answered.
         ArtifactError: the runtime failed.
     """
-    with open_conversation(run, source, system=system, max_new_tokens=max_new_tokens) as conversation:
+    opened = open_conversation(run, source, system=system, max_new_tokens=max_new_tokens, constrained=constrained)
+    with opened as conversation:
         for line in lines:
             command = line.strip()
             if command == EXIT:

@@ -6,9 +6,11 @@ describes the result. This module decides the exit code.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.errors import ArtifactError, UsageError
 from qat_edge.options import DoctorOptions
 from qat_edge.verbs.doctor_lines import lines
@@ -31,7 +33,12 @@ def doctor(path: Path, options: DoctorOptions) -> Diagnosis | FileDiagnosis:
     """
     found = find_file(path)
     _require_runtimes(found.target, options.runtime)
-    return found.target.diagnose(found.path, options.runtime)
+    diagnosis = found.target.diagnose(found.path, options.runtime)
+    if not (found.path.parent / SCHEMA_FILE).exists():
+        return diagnosis
+    loading = [check.runtime for check in diagnosis.runtimes if check.loads]
+    schema = found.target.check_schema_files(found.path, loading)
+    return dataclasses.replace(diagnosis, schema=schema, faults=[*diagnosis.faults, *schema.faults])
 
 
 def _require_runtimes(target: Target, names: tuple[str, ...]) -> None:

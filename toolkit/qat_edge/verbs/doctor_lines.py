@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
         RuntimeCheck,
         TokenizerCheck,
     )
-    from qat_edge_exporters.file_diagnosis import FileDiagnosis, GgufInfo, OnnxInfo
+    from qat_edge_exporters.file_diagnosis import FileDiagnosis, GgufInfo, OnnxInfo, SchemaCheck
 
 # Backends whose operators are counted inside their delegates.
 COUNTED = {"XnnpackBackend", "VulkanBackend"}
@@ -31,6 +32,7 @@ def lines(diagnosis: Diagnosis | FileDiagnosis) -> list[str]:
     # Where it loads, and what is wrong.
     rows = [("runtime", _runtime_line(check)) for check in diagnosis.runtimes]
     rows += [("fault", fault) for fault in diagnosis.faults]
+    rows += [] if diagnosis.schema is None else [("schema", _schema_line(diagnosis.schema))]
     if not isinstance(diagnosis, FileDiagnosis):
         rows += _program_rows(diagnosis)
     else:
@@ -58,6 +60,15 @@ def _headline(diagnosis: Diagnosis | FileDiagnosis) -> str:
 def _runtime_line(check: RuntimeCheck) -> str:
     how = "loaded" if check.tried else "has every operator and backend"
     return f"{check.runtime}: {how if check.loads else check.reason}  ({check.title})"
+
+
+def _schema_line(check: SchemaCheck) -> str:
+    """Return which runtime constrains answers by the schema next to the file."""
+    if check.faults:
+        return "cannot be used, see above"
+    tried = "took the grammar" if check.tried else "was not tried"
+    state = f"{check.runtime} constrains answers by it ({tried} here). " if check.runtime else ""
+    return f"{SCHEMA_FILE}: a valid JSON schema. {state}{check.note}"
 
 
 # --- ONNX and GGUF -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge import config, progress
+from qat_edge.data.answer_schema import AnswerSchema
 from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, ExportError, RunError, UsageError
@@ -28,7 +29,8 @@ from qat_edge.quant import frozen_config
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
-from qat_edge.storage import replace_folder
+from qat_edge.storage import replace_folder, write_text
+from qat_edge.verbs.exported_schema import schema_text, try_schema, wanted_schema
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing, widths_of
 from qat_edge_exporters.targets import (
     DEFAULT_FORMATS,
@@ -72,6 +74,7 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
 
     Raises:
         UsageError: an unknown target; an option that no chosen target takes; methods together with none.
+        DataError: --schema names no valid schema, or the training rows give none.
         RunError: an artifact of another checkpoint or other options exists, and `force` is not set.
         ExportError: a target cannot express the model, its positions are fewer than the context length, a backend's
             compiler is not installed, or an artifact does not compute the frozen checkpoint.
@@ -84,14 +87,18 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     methods = [QAT, *_ptq_methods(options)]
     _check_widths(run, targets, methods)
     _check_models(run, targets)
+    answer = wanted_schema(run, options.schema, targets, force)
 
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
-    pending = list(folders) if force else _pending(folders, options)
+    pending = list(folders) if force else _pending(folders, options, answer)
     variants = {method: quantize_if_missing(run, method, force) for method in methods}
 
     left_out = describe_left_out(run.quantized, [target.format for target in targets])
     if left_out and pending:
         progress.warn(left_out)
+
+    if answer is not None:
+        write_text(run.schema, answer.text)
 
     # The torch side of the comparison is shared by all artifacts of one checkpoint.
     written: list[Exported] = []
@@ -100,7 +107,7 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
         if folder in pending:
             variant = variants[method]
             reference = references.setdefault(method, FrozenReference(variant.quantized))
-            written.append(export_one(variant, target, options, reference))
+            written.append(export_one(variant, target, options, reference, answer))
         else:
             progress.info(f"Kept {folder}: exported before from the same checkpoint")
 
@@ -144,7 +151,11 @@ def _context_length(options: ExportOptions) -> int:
 
 
 def export_one(
-    variant: Variant, target: Target, options: ExportOptions, reference: FrozenReference | None = None
+    variant: Variant,
+    target: Target,
+    options: ExportOptions,
+    reference: FrozenReference | None = None,
+    answer: AnswerSchema | None = None,
 ) -> Exported:
     """Write one artifact of one variant, replacing what is there.
 
@@ -153,6 +164,7 @@ def export_one(
         target: what to write.
         options: of the export.
         reference: torch side of the comparison, if other artifacts of the checkpoint use it as well.
+        answer: schema of the answers, to be shipped with it.
 
     Raises:
         RunError: the checkpoint is not as it was written.
@@ -173,6 +185,9 @@ def export_one(
         found = _measure_parity(variant, target, work, options, reference)
         if found.fault:
             raise ExportError(_refusal(folder, target, found))
+        if answer is not None:
+            target.write_schema(work, answer)
+            try_schema(work, target)
         write_manifest(
             work,
             "export",
@@ -223,14 +238,16 @@ def _given(target: Target, options: ExportOptions) -> dict[str, Any]:
     return {name: value for name in target.options if (value := getattr(options, name)) != NEUTRAL[name]}
 
 
-def _pending(folders: dict[Path, tuple[str, Target]], options: ExportOptions) -> list[Path]:
+def _pending(
+    folders: dict[Path, tuple[str, Target]], options: ExportOptions, answer: AnswerSchema | None
+) -> list[Path]:
     """Return the folders still to be written. Conflicts are detected before any slow step.
 
     Raises:
         RunError: an artifact is of another checkpoint or other options.
     """
     for folder, (_, target) in folders.items():
-        if folder.exists() and not _is_current(folder, target, options):
+        if folder.exists() and not _is_current(folder, target, options, answer):
             raise RunError(
                 f"{folder} exists already, and is not what this command would write: another checkpoint, other "
                 "options, or files that changed. Give --force to replace it."
@@ -238,7 +255,7 @@ def _pending(folders: dict[Path, tuple[str, Target]], options: ExportOptions) ->
     return [folder for folder in folders if not folder.exists()]
 
 
-def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:
+def _is_current(folder: Path, target: Target, options: ExportOptions, answer: AnswerSchema | None) -> bool:
     """Return whether exporting again would write the same artifact."""
     checkpoint = folder.parent.parent / "quantized" / MANIFEST
     if not (folder / MANIFEST).is_file() or not checkpoint.is_file():
@@ -251,6 +268,7 @@ def _is_current(folder: Path, target: Target, options: ExportOptions) -> bool:
     except ArtifactError:
         return False
     same = same and all(exported.get(name, NEUTRAL[name]) == getattr(options, name) for name in target.options)
+    same = same and schema_text(folder) == (None if answer is None else answer.text)
     same = same and not file_faults(folder, manifest)
     return same and manifest["quantized_sha256"] == sha256(checkpoint)
 

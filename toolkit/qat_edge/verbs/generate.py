@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge import progress
+from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
@@ -42,6 +43,7 @@ def generate(
     raw: bool = False,
     system: str | None = None,
     max_new_tokens: int = 128,
+    constrained: bool = False,
 ) -> None:
     """Continue `prompt` greedily and pass each piece of text to `emit`.
 
@@ -53,14 +55,15 @@ def generate(
         raw: continue the prompt as it is, without the chat template.
         system: system message before the prompt.
         max_new_tokens: longest continuation, in tokens.
+        constrained: permit only answers by the artifact's schema, of `export --schema`.
 
     Raises:
         RunError: there is nothing to generate with, the artifact was exported from another checkpoint, or it runs on
             other machines only.
-        UsageError: the tokenizer has no chat template, the template refuses the messages, or the prompt fills the
-            context of the artifact or the model.
+        UsageError: the tokenizer has no chat template, the template refuses the messages, the prompt fills the
+            context of the artifact or the model, or nothing constrains the answer.
     """
-    model = find_model(run, source, "generate")
+    model = find_model(run, source, "generate", constrained)
     if raw:
         if system is not None:
             raise UsageError("--system and --raw: a system message needs the chat template. Leave one out.")
@@ -132,6 +135,7 @@ class FoundModel:
         tokenizer: its own.
         template_arguments: further arguments of the chat template, as in training.
         length: tokens of prompt and answer together that it holds; None where it has no limit.
+        constrained: answers follow the grammar next to the artifact.
     """
 
     folder: Path
@@ -139,6 +143,7 @@ class FoundModel:
     tokenizer: PreTrainedTokenizerBase
     template_arguments: Mapping[str, Any]
     length: int | None
+    constrained: bool = False
 
     @contextmanager
     def open_generator(self) -> Iterator[TextGenerator]:
@@ -150,21 +155,22 @@ class FoundModel:
         if self.target is None:
             yield TorchGenerator(self.folder, self.tokenizer)
             return
-        with self.target.open_generator(self.folder, self.tokenizer) as generator:
+        with self.target.open_generator(self.folder, self.tokenizer, self.constrained) as generator:
             yield generator
 
 
-def find_model(run: Run, source: str, verb: str) -> FoundModel:
+def find_model(run: Run, source: str, verb: str, constrained: bool = False) -> FoundModel:
     """Find the frozen checkpoint, or the folder of an artifact that runs here.
 
     Args:
         run: a finished run.
         source: "torch", or the name of an exported target.
         verb: that generates text, for messages.
+        constrained: its answers have to follow the schema next to it.
 
     Raises:
         RunError: it is missing, was exported from another checkpoint, or runs on other machines only.
-        UsageError: no such source, or an encoder.
+        UsageError: no such source, an encoder, or nothing there constrains answers.
         ArtifactError: its manifest records another context than its files have.
     """
     tasks.require_causal_lm(run, verb)
@@ -177,6 +183,8 @@ def find_model(run: Run, source: str, verb: str) -> FoundModel:
     if not folder.is_dir():
         raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
     check_files(folder)
+    if constrained:
+        _require_grammar(run, folder, source, target)
     # An artifact of another checkpoint answers for a model that this run does not hold. One can be shipped alone.
     if target is not None and (run.quantized / MANIFEST).is_file():
         run.require_current(target.name, f"qat-edge export {run.path} --force")
@@ -185,7 +193,24 @@ def find_model(run: Run, source: str, verb: str) -> FoundModel:
     tokenizer = load_tokenizer(folder)
     tokenizer_check.check_copy(tokenizer, folder)
     length = positions_of_folder(folder) if target is None else context_of_artifact(folder)
-    return FoundModel(folder, target, tokenizer, trained_template_arguments(folder), length)
+    return FoundModel(folder, target, tokenizer, trained_template_arguments(folder), length, constrained)
+
+
+def _require_grammar(run: Run, folder: Path, source: str, target: Target | None) -> None:
+    """Require an artifact with a schema, in a runtime that takes its grammar.
+
+    Raises:
+        UsageError: says what is lacking.
+    """
+    if target is None or target.grammar is None:
+        able = " or ".join(f"--from {name}" for name, other in TARGETS.items() if other.grammar is not None)
+        reason = "the frozen checkpoint in torch has no grammar." if target is None else target.without_grammar
+        raise UsageError(f"--constrained and --from {source}: {reason} Give {able}.")
+    if not (folder / SCHEMA_FILE).is_file():
+        raise UsageError(
+            f"--constrained: {folder} has no {SCHEMA_FILE}. Export it with one: `qat-edge export {run.path} --target "
+            f"{target.format} --schema FILE --force`."
+        )
 
 
 def chat_prompt(

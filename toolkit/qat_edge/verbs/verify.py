@@ -34,6 +34,7 @@ from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
+from qat_edge.verbs.exported_schema import schema_faults
 from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, ArtifactWeight, FloatConstant
 from qat_edge_exporters.targets import Target, require_known, target_named, unmerged_adapter
 
@@ -143,7 +144,7 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     for variant, target in found:
         progress.info(f"Reading and running {variant.exports / target}")
         try:
-            results.append(_verify_artifact(variant, target, references[variant.quantized]))
+            results.append(_verify_artifact(run, variant, target, references[variant.quantized]))
         except ArtifactError as error:  # the others are compared all the same
             results.append(_unreadable(variant, target, error))
         if results[-1].parity.not_measured:
@@ -161,11 +162,13 @@ def _record(run: Run, result: Verified) -> dict[str, Any]:
     }
 
 
-def _verify_artifact(variant: Variant, target: str, reference: FrozenReference) -> Verified:
+def _verify_artifact(run: Run, variant: Variant, target: str, reference: FrozenReference) -> Verified:
     """Read one artifact back and run it."""
     folder = variant.exports / target
     options = options_of_artifact(folder)
     result = verify_folder(folder, target, variant.quantized)
+    schema = schema_faults(run, folder, target_named(target))
+    result = dataclasses.replace(result, faults=[*result.faults, *schema])
 
     reason = parity.not_comparable(variant.quantized)
     if reason:

@@ -1,0 +1,207 @@
+"""Schemas of answers: reading them, judging answers by them, inferring them from rows that call tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.chat_templates import CALLS_AS_TEXT, CHATML, THINKING, tokenizer_for
+from qat_edge.data.answer_schema import AnswerSchema, read_schema
+from qat_edge.data.rows import Chat, Completion, Message
+from qat_edge.data.tool_schema import schema_of_tools
+from qat_edge.errors import DataError, UsageError
+
+PET = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["dog", "cat"]}, "age": {"type": "integer"}},
+    "required": ["kind"],
+    "additionalProperties": False,
+}
+WRAPPED = AnswerSchema(PET, "<think>\n\n</think>\n\n", "<call>\n", "\n</call>\n<call>\n", "\n</call>")
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ['{"kind": "dog"}', '\n{"kind":"cat","age":3} ', '{"age": 3, "kind": "dog"}'])
+def test_valid_answers(answer: str) -> None:
+    assert AnswerSchema(PET).fault(answer) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "not JSON"),
+        ("a dog", "not JSON"),
+        ('{"kind": "cow"}', r"\$\.kind: 'cow'"),
+        ('{"kind": "dog", "age": 2.5}', r"\$\.age: 2.5"),
+        ('{"age": 3}', "'kind' is a required property"),
+        ('{"kind": "dog"} It is a dog.', "text after the JSON: 'It is a dog.'"),
+        ('{"kind": "dog"}{"kind": "dog"}', "text after the JSON"),
+        ('{"kind": "dog", "kind": "cat"}', "twice"),
+        ('{"kind": "dog", "age": NaN}', "NaN"),
+        ("[" * 5000, "nested"),
+    ],
+)
+def test_invalid_answers_have_a_reason(answer: str, reason: str) -> None:
+    import re
+
+    assert re.search(reason, AnswerSchema(PET).fault(answer))
+
+
+def test_text_around_the_json_belongs_to_the_answer() -> None:
+    one, two = '<call>\n{"kind": "dog"}\n</call>', '<call>\n{"kind": "dog"}\n</call>\n<call>\n{"kind": "cat"}\n</call>'
+    assert WRAPPED.fault(one) == WRAPPED.fault(two) == WRAPPED.fault("<think>\n\n</think>\n\n" + one) == ""
+    assert "does not begin with '<call>'" in WRAPPED.fault('{"kind": "dog"}')
+    assert "does not end with '</call>'" in WRAPPED.fault(one[:-3])
+    assert "$.kind" in WRAPPED.fault(two.replace("cat", "cow"))
+    assert "text after the JSON" in AnswerSchema(PET, "", "<call>\n", None, "\n</call>").fault(two)
+
+
+def test_a_schema_refers_to_itself_and_fetches_nothing() -> None:
+    tree: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    assert AnswerSchema(tree).fault('{"next": {"next": {}}}') == ""
+    assert "$.next.next" in AnswerSchema(tree).fault('{"next": {"next": 3}}')
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [AnswerSchema(PET), WRAPPED, AnswerSchema(PET, between=""), AnswerSchema({})])
+def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(answer.text)
+    assert read_schema(tmp_path / "schema.json", UsageError) == answer
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "strnig"}, r"--schema s: no valid JSON schema: \$\.type: 'strnig'"),
+        ({"properties": {"a": {"minLength": "2"}}}, r"\$\.properties\.a\.minLength: '2'"),
+        ({"properties": {"a": {"pattern": "("}}}, r"\$\.properties\.a\.pattern"),
+        ({"items": {"$ref": "https://example.org/s.json"}}, r"\$\.items\.\$ref is 'https://example.org/s.json'"),
+        ({"$ref": "#/$defs/pet"}, "no part of the schema is there"),
+        ({"$ref": "#"}, "leads back to itself"),
+        ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
+        ({"items": {"$id": "https://example.org/a", "type": "string"}}, r"\$\.items\.\$id gives a part a name"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#"}, "no draft of JSON schema from draft-06 on"),
+        (
+            {"$schema": "https://json-schema.org/draft/2077/schema"},
+            "/2077/schema', no draft",
+        ),
+        ({"$schema": {}}, r"\$schema is dict of 0"),
+        ({"x-answer": {"befor": "a"}}, "'x-answer' is dict of 1, expected an object with texts lead, before"),
+        ([], "expected a JSON object, found list of 0"),
+    ],
+)
+def test_what_is_no_schema_is_refused_by_place(schema: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    with pytest.raises(UsageError, match=message):
+        read_schema(tmp_path / "s.json", UsageError, "--schema s")
+
+
+# --- tools -------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "It does.", "parameters": parameters}}
+
+
+def calling(*calls: tuple[str, dict[str, Any]], tools: list[dict[str, Any]], **keys: Any) -> Chat:
+    made = [{"type": "function", "function": {"name": name, "arguments": values}} for name, values in calls]
+    messages: list[Message] = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": "", "tool_calls": made, **keys},
+    ]
+    return Chat(messages, f"f:{len(calls)}", tools=tools)
+
+
+RAIN = tool("rain", {"type": "object", "properties": {"city": {"type": "string", "description": "Where."}}})
+LAMP = tool(
+    "lamp",
+    {
+        "properties": {"is_on": {"type": "boolean", "optional": True}, "level": {"$ref": "#/$defs/level"}},
+        "required": ["is_on"],
+        "$defs": {"level": {"type": "integer", "minimum": 0, "maximum": 9, "title": "Level"}},
+    },
+)
+
+
+def test_calls_of_all_tools_with_the_text_of_the_template(messages: list[str]) -> None:
+    rows = [
+        Chat([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}], "f:1", tools=[LAMP]),
+        calling(("rain", {"city": "Oslo"}), ("rain", {"city": "Bergen"}), tools=[RAIN]),
+        calling(("rain", {"city": "Oslo"}), tools=[RAIN, tool("stop", None)]),
+    ]
+    answer = schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+    assert answer.lead == "<think>\n\n</think>\n\n"
+    assert (answer.before, answer.after) == ("<tool_call>\n", "\n</tool_call>")
+    assert answer.between == "\n</tool_call><tool_call>\n"
+    by_name = {each["properties"]["name"]["const"]: each for each in answer.schema["anyOf"]}
+    assert list(by_name) == ["lamp", "rain", "stop"]
+    assert by_name["rain"]["required"] == ["name", "arguments"] and by_name["rain"]["additionalProperties"] is False
+    assert by_name["rain"]["properties"]["arguments"] == {
+        "type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False,
+    }  # fmt: skip
+    # Definitions move to the root, and what only describes is left out and counted.
+    assert by_name["lamp"]["properties"]["arguments"]["properties"]["level"] == {"$ref": "#/$defs/lamp.level"}
+    assert answer.schema["$defs"] == {"lamp.level": {"type": "integer", "minimum": 0, "maximum": 9}}
+    assert any("not used" in line and "optional (1)" in line for line in messages)
+
+    def call(name: str, arguments: str) -> str:
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+    assert answer.fault(call("lamp", '{"is_on": true, "level": 9}')) == answer.fault(call("stop", "{}")) == ""
+    for name, arguments in {"lamp": '{"is_on": true, "level": 10}', "stop": '{"now": 1}', "snow": "{}"}.items():
+        assert answer.fault(call(name, arguments))
+
+
+def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:
+    rows = [calling(("rain", {"city": 7}), tools=[RAIN]), calling(("rain", {"city": "Oslo"}), tools=[RAIN])]
+    schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+    assert any(line.startswith("1 of the first 2 answers with calls are not valid") for line in messages)
+
+
+def test_one_name_with_two_schemas_gives_two_alternatives() -> None:
+    other = tool("rain", {"type": "object", "properties": {"day": {"type": "integer"}}})
+    rows = [calling(("rain", {"city": "Oslo"}), tools=[RAIN, RAIN]), calling(("rain", {"day": 2}), tools=[other])]
+    answer = schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+    assert len(answer.schema["anyOf"]) == 2 and answer.between is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "message"),
+    [
+        ([Completion("a", "b", "f:1")], CHATML, "--schema tools: rows has no rows with 'tools'. Give --schema FILE"),
+        (
+            [Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "f:1", tools=[RAIN])],
+            THINKING,
+            "has no answers with 'tool_calls'",
+        ),
+        ([calling(("rain", {"city": "a"}), tools=[RAIN])], CALLS_AS_TEXT, "f:1: .* no JSON object with 'name'"),
+        (
+            [
+                calling(("rain", {"city": "a"}), tools=[RAIN]),
+                calling(("rain", {"city": "a"}), ("rain", {}), tools=[RAIN], content="Sure."),
+            ],
+            THINKING,
+            "f:2: the text around the calls differs from that in f:1",
+        ),
+        (
+            [calling(("rain", {"city": "a"}), tools=[tool("rain", {"type": "dict"})])],
+            THINKING,
+            "'parameters' of the tool 'rain': no valid JSON schema: .*type: 'dict'",
+        ),
+        (
+            [calling(("rain", {"city": "a"}), tools=[RAIN])],
+            THINKING.replace("<tool_call>", "<|endoftext|>"),
+            r"f:1: the chat template writes the special token '<\|endoftext\|>' into calls",
+        ),
+    ],
+)
+def test_rows_without_a_schema_are_refused_by_row(rows: list[Any], template: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        schema_of_tools(rows, tokenizer_for(template), "rows")

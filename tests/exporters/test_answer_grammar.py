@@ -1,0 +1,280 @@
+"""Grammars of answers: what they permit is valid, what they cannot express is refused, and runtimes follow them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import export_frozen_llama, make_tokenizer
+from qat_edge.data.answer_schema import AnswerSchema
+from qat_edge.data.conversation import text_prompt
+from qat_edge.errors import ArtifactError, ExportError
+from qat_edge_devices import open_runtime, open_transport
+from qat_edge_devices.agent.llama_grammar import LlamaGrammar
+from qat_edge_devices.agent.llama_model import LlamaModel
+from qat_edge_devices.agent.model_errors import RequestRejected
+from qat_edge_devices.device_errors import RequestRejectedError
+from qat_edge_exporters.gguf import gbnf
+from qat_edge_exporters.gguf.digit_ranges import integers_between
+from qat_edge_exporters.onnx import lark_grammar
+from qat_edge_exporters.targets import target_named
+
+PET: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["dog", "cat", 'a "fish"', 7]},
+        "name": {"type": "string", "minLength": 1, "maxLength": 4},
+        "age": {"type": "integer", "minimum": 0, "exclusiveMaximum": 31},
+        "tags": {"type": "array", "items": {"type": ["boolean", "null"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+NODE: dict[str, Any] = {
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"const": None}]}},
+            "required": ["next"],
+        }
+    },
+}
+WRAPPED = AnswerSchema(PET, "<think>\n\n</think>\n\n", "<call>\n", "\n</call>\n<call>\n", "\n</call>")
+# A schema whose answers are short, so that a random model ends them.
+SHORT = AnswerSchema({"anyOf": [{"enum": ["dog", "a cat"]}, {"type": "integer", "minimum": 0, "maximum": 99}]})
+
+try:
+    LlamaModel()
+    has_llama = True
+except ModuleNotFoundError:
+    has_llama = False
+runs_llama = pytest.mark.skipif(not has_llama, reason="xllamacpp is not installed (pip install qat-edge[gguf])")
+
+
+# --- GBNF --------------------------------------------------------------------------------------------------
+
+
+def test_integers_between_two_bounds_are_all_and_no_others() -> None:
+    draw = random.Random(0)
+    pairs = [tuple(sorted((draw.randint(-1200, 1200), draw.randint(-1200, 1200)))) for _ in range(40)]
+    for low, high in [(0, 0), (-1, 1), (3, 15), (-10, -9), (99, 101), (1000, 1000), *pairs]:
+        parts = [part.replace('"', "").replace(" ", "") for part in integers_between(low, high)]
+        pattern = re.compile("|".join(f"(?:{part})" for part in parts))
+        found = [n for n in range(-1300, 1301) if pattern.fullmatch(str(n))]
+        assert found == list(range(low, high + 1)), (low, high)
+        assert not pattern.fullmatch("-0") and not pattern.fullmatch("01")
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_frozen_llama("gguf", tmp_path_factory.mktemp("gguf"), 64)
+
+
+class Judge:
+    """Llama.cpp as a judge of texts: a tokenizer of bytes spells any of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = LlamaModel()
+        self.model.load(folder / "model.gguf", {}, 1)
+
+    def permits(self, grammar: str, text: str) -> bool:
+        """Return whether the grammar permits a whole text, and its end."""
+        self.model.constrain(grammar, [2])
+        limits: LlamaGrammar | None = self.model.grammar
+        assert limits is not None
+        for token in self.model.tokenize(text, adds_special=False):
+            if not limits._permitted([token])[0]:
+                return False
+            self.model._call("llama_sampler_accept", limits._sampler, token)
+        return bool(limits._permitted([2])[0])
+
+
+@pytest.fixture(scope="module")
+def judge(gguf_folder: Path) -> Iterator[Judge]:
+    yield Judge(gguf_folder)
+
+
+@runs_llama
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    [
+        (
+            AnswerSchema(PET),
+            [
+                '{"name":"a"}', '{ "name" : "äöü\\"" }', '{"kind":"a \\"fish\\"","name":"ab","age":30}',
+                '{\n  "kind": 7,\n  "name": "ab",\n  "tags": [true, null]\n}',
+            ],
+        ),
+        (AnswerSchema(NODE), ['{"next":{"next":null}}']),
+        (WRAPPED, ['<call>\n{"name":"a"}\n</call>', '<think>\n\n</think>\n\n<call>\n{"name":"a"}\n</call>']),
+        (WRAPPED, ['<call>\n{"name":"a"}\n</call>\n<call>\n{"name":"b"}\n</call>']),
+        (AnswerSchema({}), ['{"a":[1,-2.5e3,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
+        (AnswerSchema({"type": "object", "additionalProperties": {"type": "number"}}), ['{"a":1,"b":0.5}', "{}"]),
+        (AnswerSchema({"type": "array", "items": {"type": "integer"}}), ["[]", "[1, 2,3]"]),
+        (AnswerSchema({"type": "object", "required": ["a"]}), ['{"a":[1]}']),
+        (AnswerSchema({"type": "string"}), ['"a\\nb"', '""']),
+    ],
+)  # fmt: skip
+def test_valid_texts_are_permitted(answer: AnswerSchema, texts: list[str], judge: Judge) -> None:
+    grammar = gbnf.grammar(answer)
+    for text in texts:
+        assert answer.fault(text) == "", text
+        assert judge.permits(grammar, text), text
+
+
+@runs_llama
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}", '{"kind":"dog"}', '{"name":""}', '{"name":"abcde"}', '{"name":"a","age":31}', '{"name":"a","age":-1}',
+        '{"name":"a","age":1.5}', '{"name":"a","tags":[]}', '{"name":"a","tags":[true,true,true]}', '{"name":"a",}',
+        '{"kind":"cow","name":"a"}', '{"name":"a","more":1}', '{"name":"a"', '{"name":"a"} ', '["a"]', '{"name":"\n"}',
+        '{"age":1,"name":"a"}',
+    ],
+)  # fmt: skip
+def test_other_texts_are_not(text: str, judge: Judge) -> None:
+    assert not judge.permits(gbnf.grammar(AnswerSchema(PET)), text)
+
+
+@runs_llama
+@pytest.mark.parametrize("text", ['"\\ud800"', "1e999", "01", "'a'", "nul", "[1,]", '{"a" 1}', "-"])
+def test_texts_that_are_no_json_are_not_permitted(text: str, judge: Judge) -> None:
+    assert AnswerSchema({}).fault(text) and not judge.permits(gbnf.grammar(AnswerSchema({})), text)
+
+
+@runs_llama
+def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge: Judge) -> None:
+    inner = {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000}
+    grammar = gbnf.grammar(AnswerSchema({"type": "array", "items": inner, "maxItems": 1000}))
+    assert judge.permits(grammar, '[["a","b"],[]]')
+    with pytest.raises(RequestRejected, match="refused the grammar"):
+        judge.model.constrain("root ::= nothing-of-that-name", [2])
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "pattern": "a+"}, r"\$\.pattern is a keyword, which llama.cpp's grammar does not express"),
+        ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, r"\$\.properties\.a\.uniqueItems"),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, r"\$\.oneOf is a keyword"),
+        ({"anyOf": [{"type": "string"}], "minLength": 2}, r"\$ has 'anyOf' together with minLength"),
+        ({"type": "number", "minimum": 0}, r"\$\.minimum limits numbers with a decimal point"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "permits no integer"),
+        ({"type": "integer", "exclusiveMinimum": 2, "exclusiveMaximum": 3}, "permits no integer"),
+        ({"type": "string", "maxLength": 4096}, r"\$\.maxLength is 4096, more than 1000"),
+        ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems is 3, maxItems is 2"),
+        ({"enum": ["a"], "type": "integer"}, "permits no value"),
+        ({"type": "object", "required": ["a"], "properties": {"a": False}}, "permits no value"),
+        ({"enum": [{}], "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": True}}, "together with properties"),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "items": [{}, {}]}, r"\$\.items is a list of schemas"),
+        ({"type": "string", "minLenght": 2}, r"\$\.minLenght is a keyword"),
+    ],
+)
+def test_what_gbnf_cannot_express_is_refused_by_place(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        gbnf.grammar(AnswerSchema(schema))
+
+
+def test_descriptions_and_private_keywords_change_nothing() -> None:
+    plain = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    described = {
+        **plain, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "T", "x-order": 3,
+        "properties": {"a": {"type": "integer", "description": "one", "default": 2, "examples": [3]}},
+    }  # fmt: skip
+    assert gbnf.grammar(AnswerSchema(described)) == gbnf.grammar(AnswerSchema(plain))
+
+
+def test_guidance_has_more_keywords_and_refuses_the_others() -> None:
+    schema = {"type": "string", "pattern": "^a+$"}
+    text = lark_grammar.grammar(AnswerSchema(schema))
+    assert text.startswith("start: answer\nanswer: %json ")
+    found = json.loads(text.partition("%json ")[2])
+    assert "whitespace_pattern" in found.pop("x-guidance") and found == schema
+    assert lark_grammar.grammar(WRAPPED).startswith(
+        'start: ("<think>\\n\\n</think>\\n\\n")? "<call>\\n" answer ("\\n</call>\\n<call>\\n" answer)* "\\n</call>"\n'
+    )
+    with pytest.raises(ExportError, match=r"\$\.items\.not is a keyword, which onnxruntime-genai's guidance"):
+        lark_grammar.grammar(AnswerSchema({"type": "array", "items": {"not": {}}}))
+
+
+def test_guidance_gets_bounds_for_integers_without() -> None:
+    """Without bounds, a model may write digits up to the longest answer."""
+    schema = {"properties": {"type": {"const": {"type": "integer"}}, "n": {"type": ["integer", "null"], "minimum": 2}}}
+    found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
+    assert found["properties"]["n"] == {"type": ["integer", "null"], "minimum": 2, "maximum": 10**16 - 1}
+    assert found["properties"]["type"] == {"const": {"type": "integer"}}
+
+
+# --- the runtimes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["onnx", pytest.param("gguf", marks=runs_llama)])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that was exported with a schema."""
+    if request.param == "gguf":
+        folder: Path = request.getfixturevalue("gguf_folder")
+    else:
+        folder = export_frozen_llama("onnx", tmp_path_factory.mktemp("onnx"), 64)
+        make_tokenizer().save_pretrained(folder)
+    target_named(folder.name).write_schema(folder, SHORT)
+    return folder
+
+
+def test_the_runtime_takes_the_grammar_and_no_other(artifact: Path) -> None:
+    target = target_named(artifact.name)
+    assert target.grammar is not None and target.schema_faults(artifact) == []
+    model, path = artifact / target.file, artifact / target.grammar.file
+    assert target.grammar.refusal(model) == ""
+    text = path.read_text()
+    try:
+        path.write_text("this is no grammar")
+        assert target.grammar.refusal(model)
+        assert "not the grammar of schema.json" in target.schema_faults(artifact)[0]
+        with pytest.raises(ArtifactError, match=r"not the grammar of schema\.json"):
+            target.open_generator(artifact, make_tokenizer(), constrained=True).__enter__()
+    finally:
+        path.write_text(text)
+
+
+def test_constrained_text_is_valid_in_every_turn(artifact: Path) -> None:
+    tokenizer = make_tokenizer()
+    prompt = text_prompt("the other", tokenizer)
+    with target_named(artifact.name).open_generator(artifact, tokenizer, constrained=True) as generator:
+        for _ in range(2):
+            pieces: list[str] = []
+            assert generator.generate(prompt, pieces.append, 50)
+            assert SHORT.fault("".join(pieces)) == ""
+
+
+def test_constrained_answers_of_a_device_are_valid(artifact: Path) -> None:
+    tokenizer = make_tokenizer()
+    prompts = [tokenizer.encode(text) for text in ("hi", "the other")]
+    transport = open_transport("local")
+    try:
+        runtime = open_runtime(artifact.name, transport, 1)
+        runtime.prepare(artifact)
+        free = runtime.generate(prompts, [2], 50)
+        found = runtime.generate(prompts, [2], 50, constrained=True)
+    finally:
+        transport.close()
+    assert [SHORT.fault(tokenizer.decode(each.ids)) for each in found.completions] == ["", ""]
+    assert {each.stopped for each in found.completions} == {"eos"}
+    assert all(SHORT.fault(tokenizer.decode(each.ids)) for each in free.completions)
+
+
+def test_a_runtime_without_a_grammar_refuses(tmp_path: Path) -> None:
+    transport = open_transport("local")
+    try:
+        with pytest.raises(RequestRejectedError, match="has no grammar that its runtime takes"):
+            open_runtime("executorch", transport, 1).generate([[1]], [2], 3, constrained=True)
+    finally:
+        transport.close()
+    with pytest.raises(ArtifactError, match="ExecuTorch's LLM runner takes no grammar"):
+        target_named("executorch").open_generator(tmp_path, make_tokenizer(), constrained=True).__enter__()

@@ -1,0 +1,133 @@
+"""The schema of `export --schema`: found or inferred before any work, shipped with each artifact, compared by `verify`.
+
+RUN/schema.json is what the run's artifacts were last exported with. Every artifact has a copy, with the grammar that
+its runtime takes, and is tried in that runtime before it takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qat_edge import config, option_paths, progress, readers
+from qat_edge.data.answer_schema import SCHEMA_FILE, AnswerSchema, read_schema
+from qat_edge.data.changed_rows import DATA, describe_change
+from qat_edge.data.chat_template import ChatTemplate
+from qat_edge.data.formats import RowStream
+from qat_edge.data.tool_schema import schema_of_tools
+from qat_edge.errors import DataError, ExportError, RunError
+from qat_edge.models import tasks
+from qat_edge.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from qat_edge.options import TOOLS
+from qat_edge.run import Run
+from qat_edge_exporters.targets import Target
+
+
+def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force: bool) -> AnswerSchema | None:
+    """Return the schema to ship with artifacts of `targets`; None without --schema.
+
+    Args:
+        run: whose model answers.
+        source: value of --schema.
+        targets: that the schema has to be expressible for.
+        force: replace the schema that the run has.
+
+    Raises:
+        UsageError: the run is an encoder.
+        DataError: no valid schema, or none that can be inferred from the training rows.
+        ExportError: a target's grammar cannot express it.
+        RunError: an artifact was exported with another schema, and `force` is not set.
+    """
+    if source is None:
+        return None
+    tasks.require_causal_lm(run, f"--schema {source}")
+    tokenizer = load_tokenizer(_folder_with_tokenizer(run))
+    if source == TOOLS:
+        trained = config.load_trained(run.config).data
+        option_paths.require_data(trained, None)
+        rows = RowStream(trained, report=False)
+        answer = schema_of_tools(rows, tokenizer, trained)
+        if describe_change(run, DATA, rows, ""):
+            progress.warn(f"{trained} has other rows than when finetune read it: the tools are those of its rows now")
+    else:
+        lead = ChatTemplate(tokenizer).empty_reasoning if tokenizer.chat_template else ""
+        answer = read_schema(Path(source), DataError, f"--schema {source}")
+        answer = AnswerSchema(answer.schema, answer.lead or lead, answer.before, answer.between, answer.after)
+
+    for target in targets:
+        try:
+            target.require_grammar(answer)
+        except ExportError as error:
+            raise ExportError(f"--schema {source}: {error}, or leave out --target {target.format}.") from error
+    if not force:
+        _require_same(run, source, answer)
+    return answer
+
+
+def _require_same(run: Run, source: str, answer: AnswerSchema) -> None:
+    """Require that no artifact of the run was exported with another schema.
+
+    Raises:
+        RunError: names one that was.
+    """
+    for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
+        if schema_text(folder) not in (None, answer.text):
+            raise RunError(
+                f"--schema {source}: {folder} was exported with another schema, and a run has one. Give --force, and "
+                "every --target that is to have the new one."
+            )
+
+
+def _folder_with_tokenizer(run: Run) -> Path:
+    """Return the folder of a run that has its tokenizer.
+
+    Raises:
+        RunError: none has.
+    """
+    for folder in (run.quantized, run.adapter, run.reference):
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise RunError(f"{run.path}: none of its folders has a tokenizer. Restore the run, or train again.")
+
+
+def try_schema(folder: Path, target: Target) -> None:
+    """Try the grammar of an artifact in its runtime, where that takes one and runs here.
+
+    Raises:
+        ExportError: the runtime refuses the grammar.
+    """
+    if target.grammar is None:
+        progress.warn(f"{folder.name}: {target.without_grammar}")
+        return
+    if target.runs_elsewhere:
+        progress.warn(f"{folder.name}: the grammar was not tried. {target.runs_elsewhere}")
+        return
+    refusal = target.grammar.refusal(folder / target.file)
+    if refusal:
+        raise ExportError(
+            f"--schema: the {target.title} artifact was not written, because {target.grammar.runtime} does not take "
+            f"the grammar of the schema: {refusal}. Change the schema, or leave out --target {target.format}."
+        )
+
+
+def schema_text(folder: Path) -> str | None:
+    """Return the content of schema.json next to an artifact; None where it has none."""
+    path = folder / SCHEMA_FILE
+    return _read(path) if path.is_file() else None
+
+
+def schema_faults(run: Run, folder: Path, target: Target) -> list[str]:
+    """Compare schema.json of an artifact with the run's, and its grammar with both; a sentence for each difference."""
+    found = schema_text(folder)
+    if found is None:
+        return []
+    faults = target.schema_faults(folder)
+    if not run.schema.is_file():
+        faults.append(f"{SCHEMA_FILE}: {run.schema} is missing, so that nothing says whether it is the run's.")
+    elif _read(run.schema) != found:
+        faults.append(f"{SCHEMA_FILE}: not the schema of the run, {run.schema}.")
+    return faults
+
+
+def _read(path: Path) -> str:
+    return readers.read_text(path, RunError)
