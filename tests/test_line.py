@@ -213,7 +213,7 @@ def test_options_that_only_the_manifest_has_are_refused(run: Run, target: str, n
     value, where, held = OTHER_OPTIONS[name]
     record(copy.exports / target, **{name: value})
     uses: dict[str, Any] = {
-        "verify": lambda: verify(copy, (target,)),
+        "verify": lambda: require_equal(verify(copy, (target,))),
         "validate": lambda: validate(copy, dataclasses.replace(OPTIONS, target=(target,))),
         "generate": lambda: generate(copy, "hello", target, lambda text: None, max_new_tokens=1),
         "chat": lambda: chat(copy, [], target, lambda text: None),

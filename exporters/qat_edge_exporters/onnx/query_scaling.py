@@ -31,7 +31,7 @@ class Scaling(NamedTuple):
 
 
 class _Graph:
-    """What makes and what reads the values of a graph."""
+    """Makers and readers of the values of a graph, and its constants."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.makers = {output: node for node in model.graph.node for output in node.output}

@@ -255,7 +255,7 @@ def _pending(
     return [folder for folder in folders if not folder.exists()]
 
 
-def _is_current(folder: Path, target: Target, options: ExportOptions, answer: AnswerSchema | None) -> bool:
+def _is_current(folder: Path, target: Target, options: ExportOptions, answer: AnswerSchema | None = None) -> bool:
     """Return whether exporting again would write the same artifact."""
     checkpoint = folder.parent.parent / "quantized" / MANIFEST
     if not (folder / MANIFEST).is_file() or not checkpoint.is_file():
