@@ -172,7 +172,8 @@ def test_names_are_resolved_and_unknown_ones_listed() -> None:
     assert transport.name == "local"
     for target in RUNTIMES:
         open_runtime(target, transport, threads=1)
-    with pytest.raises(UnknownNameError, match=r"'lokal' is not a known transport\. Known: adb, local, ssh"):
+    known = "adb, browser, browser-webgpu, local, ssh"
+    with pytest.raises(UnknownNameError, match=rf"'lokal' is not a known transport\. Known: {known}"):
         open_transport("lokal")
     with pytest.raises(UnknownNameError, match=r"'tflite' is not a known runtime\. Known: executorch, gguf, hf, onnx"):
         open_runtime("tflite", transport, threads=1)
