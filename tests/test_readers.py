@@ -24,7 +24,7 @@ HOSTILE: list[tuple[str, bytes, Reader, str]] = [
     ("twice.json", b'{"a": 1, "b": 2, "a": 3}', readers.read_json, "key 'a' twice"),
     ("utf16.json", "{}".encode("utf-16"), readers.read_json, "not UTF-8 text"),
     ("cut.json", b'{"a": ', readers.read_json, r"not JSON \("),
-    ("list.json", b"[1]", readers.read_object, "expected a JSON object, found list of 1"),
+    ("list.json", b"[1]", readers.read_object, r"expected a JSON object, found \[1\]"),
     ("deep.yaml", b"[" * 10_000, readers.read_yaml, "nested deeper than 100 levels"),
     ("digits.yaml", b"a: " + b":".join([b"1"] * 50_000), readers.read_yaml, "an integer of 99999 digits"),
     ("alias.yaml", b"a: &a [x, x]\nb: [*a, *a]\n", readers.read_yaml, r"alias '\*a' is not supported"),
