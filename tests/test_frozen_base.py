@@ -219,7 +219,7 @@ def test_the_onnx_folder_computes_the_checkpoint(
     (run.exports / "onnx" / "model.onnx.data").write_bytes(b"cut short")
     (found,) = verify(run, ())
     assert found.linears_equal == 0 and not found.embedding_equal and "but the file has 9" in found.faults[0]
-    assert "0 of 14 linear layers equal" in found.describe() and "Its files cannot be read" in found.describe()
+    assert found.describe().endswith("exports/onnx: cannot be read, so that nothing was compared")
     with pytest.raises(ArtifactError, match="It cannot be read"):
         qat_edge.verify(run)
     (row,) = json.loads(run.verified.read_text())
@@ -258,7 +258,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, rows: Path) -> None:
 
 
 def test_a_trained_run_is_no_base(trained: Run, rows: Path) -> None:
-    with pytest.raises(UsageError, match="this run was trained, and its weights have its adapters merged in"):
+    with pytest.raises(UsageError, match="this run was trained, and a base has no adapters"):
         check_combination(replace(training(trained, rows)))
 
 

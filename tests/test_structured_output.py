@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import qat_edge
-from conftest import relist
+from conftest import relist, train_run
 from data.chat_templates import THINKING
 from qat_edge.cli import commands
 from qat_edge.data.answer_schema import AnswerSchema, read_schema
@@ -185,6 +185,11 @@ def test_constrained_text(exported: Run) -> None:
             qat_edge.generate(exported, "say 3", source=source, constrained=True)
 
 
+def test_a_constrained_text_that_is_cut_says_so(exported: Run) -> None:
+    done = cli("generate", exported.path, "say 3", "--from", "onnx", "--constrained", "--max-new-tokens", 1)
+    assert done.exit_code == 0 and "The answer was cut after 1 tokens, so that it may not be valid" in done.output
+
+
 def test_an_artifact_without_a_schema_constrains_nothing(copy: Run) -> None:
     folder = copy.exports / "onnx"
     for name in ("schema.json", "grammar.lark"):
@@ -261,10 +266,29 @@ def test_a_grammar_that_the_runtime_refuses_leaves_nothing(plain: Run, tmp_path:
     path = write_schema(tmp_path / "s.json", {"type": "string", "pattern": "a(?=b)"})
     with pytest.raises(ExportError, match=r"the ONNX artifact was not written, .*look-around"):
         qat_edge.export(run, target="onnx", schema=path, ptq=("none",), context_length=CONTEXT)
-    assert not (run.exports / "onnx").exists()
+    assert not (run.exports / "onnx").exists() and not run.schema.exists()
     # The corrected schema needs no --force.
     corrected = write_schema(tmp_path / "s.json", SCHEMA)
     assert wanted_schema(run, str(corrected), [target_named("onnx")], force=False) == AnswerSchema(SCHEMA)
+
+
+def test_a_run_that_was_never_exported_gets_a_schema(
+    tiny_model_folder: Path, tmp_path: Path, messages: list[str]
+) -> None:
+    run = train_run(tiny_model_folder, tmp_path)
+    assert not run.quantized.exists()
+    options: dict[str, Any] = {"target": "gguf", "ptq": ("none",), "context_length": CONTEXT}
+    with pytest.raises(DataError, match="no valid JSON schema"):
+        qat_edge.export(run, schema=write_schema(tmp_path / "wrong.json", {"type": "strnig"}), **options)
+    assert not run.quantized.exists()
+    qat_edge.export(run, schema=write_schema(tmp_path / "s.json", SCHEMA), **options)
+    assert (run.exports / "gguf" / "grammar.gbnf").is_file()
+
+    # An artifact that keeps the earlier schema is named.
+    qat_edge.export(
+        run, schema=write_schema(tmp_path / "t.json", {"enum": ["dog"]}), force=True, **{**options, "target": "onnx"}
+    )
+    assert any("exports/gguf has another schema than" in line for line in messages)
 
 
 def test_tools_is_no_path_even_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

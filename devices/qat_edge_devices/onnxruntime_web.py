@@ -56,6 +56,8 @@ def fetch_archive(device: str, cache: Path) -> Path:
 def _download(device: str, work: Path, target: Path) -> Path:
     npm = shutil.which("npm")
     command = f"npm pack {REQUIREMENT}"
+    if target.is_file():
+        device = f"{device}: {target} is damaged, its sha512 is another one than that of {REQUIREMENT}"
     advice = f"run `{command}` on a machine that has npm, and copy onnxruntime-web-{VERSION}.tgz to {target}"
     if npm is None:
         raise TransportError(

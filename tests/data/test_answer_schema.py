@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data.chat_templates import CALLS_AS_TEXT, CHATML, THINKING, tokenizer_for
-from qat_edge.data.answer_schema import AnswerSchema, read_schema
+from qat_edge.data.answer_schema import AnswerSchema, read_schema, resolve
 from qat_edge.data.rows import Chat, Completion, Message
 from qat_edge.data.tool_schema import schema_of_tools
 from qat_edge.errors import DataError, UsageError
@@ -67,6 +67,18 @@ def test_a_schema_refers_to_itself_and_fetches_nothing() -> None:
     assert "$.next.next" in AnswerSchema(tree).fault('{"next": {"next": 3}}')
 
 
+def test_references_are_found_as_validators_find_them(tmp_path: Path) -> None:
+    schema = {
+        "anyOf": [{"$ref": "#/$defs/a%20b"}, {"$ref": "#/$defs/c~1d"}, {"type": "null"}],
+        "$defs": {"a b": {"const": 1}, "a%20b": {"const": 2}, "c/d": {"$ref": "#/anyOf/2"}},
+    }
+    assert resolve(schema, "#/$defs/a%20b") == {"const": 1}
+    assert resolve(schema, "#/anyOf/2") == {"type": "null"} and resolve(schema, "#/anyOf/3") is None
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    answer = read_schema(tmp_path / "s.json", UsageError)
+    assert [bool(answer.fault(text)) for text in ("1", "2", "null")] == [False, True, False]
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +95,10 @@ def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> Non
         ({"properties": {"a": {"minLength": "2"}}}, r"\$\.properties\.a\.minLength: '2'"),
         ({"properties": {"a": {"pattern": "("}}}, r"\$\.properties\.a\.pattern"),
         ({"items": {"$ref": "https://example.org/s.json"}}, r"\$\.items\.\$ref is 'https://example.org/s.json'"),
-        ({"$ref": "#/$defs/pet"}, "no part of the schema is there"),
+        ({"$ref": "#/$defs/pet"}, "no schema of a value is there"),
+        # Nothing checks a part that is no schema.
+        ({"items": {"$ref": "#/default"}, "default": {"type": "strnig"}}, r"\$\.items\.\$ref is '#/default', and no"),
+        ({"$ref": "#/x-defs/a", "x-defs": {"a": {"pattern": "a"}}}, "no schema of a value is there"),
         ({"$ref": "#"}, "leads back to itself"),
         ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
         ({"items": {"$id": "https://example.org/a", "type": "string"}}, r"\$\.items\.\$id gives a part a name"),
@@ -157,6 +172,18 @@ def test_calls_of_all_tools_with_the_text_of_the_template(messages: list[str]) -
     assert answer.fault(call("lamp", '{"is_on": true, "level": 9}')) == answer.fault(call("stop", "{}")) == ""
     for name, arguments in {"lamp": '{"is_on": true, "level": 10}', "stop": '{"now": 1}', "snow": "{}"}.items():
         assert answer.fault(call(name, arguments))
+
+
+def test_odd_names_and_objects_without_a_type_are_closed() -> None:
+    parameters = {"properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"properties": {"q": {"const": 1}}}}}
+    odd = tool("a/b~c", parameters)
+    answer = schema_of_tools([calling(("a/b~c", {"p": {"q": 1}}), tools=[odd])], tokenizer_for(THINKING), "rows")
+
+    def fault(arguments: str) -> str:
+        return answer.fault(f'<tool_call>\n{{"name": "a/b~c", "arguments": {arguments}}}\n</tool_call>')
+
+    assert fault('{"p": {"q": 1}}') == "" and fault('{"p": {"q": 2}}')
+    assert fault('{"x": 1}') and fault('{"p": {"x": 1}}')
 
 
 def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:

@@ -204,6 +204,13 @@ def test_guidance_has_more_keywords_and_refuses_the_others() -> None:
         lark_grammar.grammar(AnswerSchema({"type": "array", "items": {"not": {}}}))
 
 
+def test_guidance_gets_neither_formats_nor_settings_of_a_user() -> None:
+    """In JSON schema, "format" describes; guidance would exclude values by it."""
+    schema = {"x-guidance": {"lenient": True}, "properties": {"format": {"type": "string", "format": "date"}}}
+    found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
+    assert found == {"x-guidance": lark_grammar.SPACES, "properties": {"format": {"type": "string"}}}
+
+
 def test_guidance_gets_bounds_for_integers_without() -> None:
     """Without bounds, a model may write digits up to the longest answer."""
     schema = {"properties": {"type": {"const": {"type": "integer"}}, "n": {"type": ["integer", "null"], "minimum": 2}}}

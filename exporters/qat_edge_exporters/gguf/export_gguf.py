@@ -91,8 +91,8 @@ def _require_tensors(
     """
     if read_adapters(checkpoint):
         raise ExportError(
-            "gguf: the checkpoint has unmerged adapters, and a GGUF file holds a whole model. Merge them first, as the "
-            "export of a run does."
+            "gguf: the checkpoint has unmerged adapters, and a GGUF file holds a whole model. Export them with "
+            "--target onnx or --target executorch."
         )
     if any(name.endswith(f".{ROTATION}") for name in floats):
         raise ExportError(

@@ -39,18 +39,25 @@ def grammar(answer: AnswerSchema) -> str:
     further = "" if answer.between is None else f"({_quoted(answer.between)} answer)*"
     lead = f"({_quoted(answer.lead)})?" if answer.lead else ""
     parts = [lead, _quoted(answer.before), "answer", further, _quoted(answer.after)]
-    schema = {SETTINGS: SPACES, **_bounded(answer.schema)}
+    schema = {**_bounded(answer.schema), SETTINGS: SPACES}
     return f"start: {' '.join(filter(None, parts))}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}\n"
 
 
 def _bounded(schema: Any) -> Any:
-    """Return a schema whose integers have bounds, at any depth."""
+    """Return a schema whose integers have bounds and whose formats are left out, at any depth.
+
+    guidance would let "format" decide, which is a description in JSON schema.
+    """
     if isinstance(schema, list):
         return [_bounded(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     # Values stay as they are, and so do names of properties, which may be those of keywords.
-    kept = {key: value if key in ("enum", "const") else _bounded(value) for key, value in schema.items()}
+    kept = {
+        key: value if key in ("enum", "const") else _bounded(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str)
+    }
     types = schema.get("type")
     if types == "integer" or (isinstance(types, list) and "integer" in types and "number" not in types):
         kept |= {} if "exclusiveMinimum" in kept else {"minimum": kept.get("minimum", -LARGEST)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from qat_edge import readers
 from qat_edge.errors import DataError, QatEdgeError
@@ -169,16 +170,18 @@ def check_schema(schema: dict[str, Any], where: str, failure: type[QatEdgeError]
             f"{where}: no valid JSON schema: {shorten(place)}: {shorten(error.message, REASON_CHARACTERS)}. Correct it "
             "there; https://json-schema.org has the keywords."
         ) from error
-    references = _References(schema)
-    for place, part in parts_of(schema):
+    references, parts = _References(schema), list(parts_of(schema))
+    # A part that is none of these, such as a default, was not checked.
+    checked = {id(part) for _, part in parts}
+    for place, part in parts:
         if not isinstance(part, dict):
             continue
         if "$id" in part and place != "$":
             raise failure(f"{where}: {place}.$id gives a part a name of its own. Remove it: references begin with #/.")
         target = part.get("$ref")
-        if target is not None and resolve(schema, target) is None:
+        if target is not None and ((found := resolve(schema, target)) is None or id(found) not in checked):
             raise failure(
-                f"{where}: {place}.$ref is {show(target)}, and no part of the schema is there. Write the schema into "
+                f"{where}: {place}.$ref is {show(target)}, and no schema of a value is there. Write the schema into "
                 "the file, below $defs, and refer to it as #/$defs/NAME."
             )
         if target is not None and references.leads_back(target):
@@ -207,10 +210,13 @@ def resolve(schema: dict[str, Any], reference: str) -> Any:
         return None
     found: Any = schema
     for key in reference[1:].split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, dict) or key not in found:
+        key = unquote(key).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and key.isascii() and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        elif isinstance(found, dict) and key in found:
+            found = found[key]
+        else:
             return None
-        found = found[key]
     return found if reference == "#" or (reference.startswith("#/") and isinstance(found, dict | bool)) else None
 
 

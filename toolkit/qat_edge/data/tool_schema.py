@@ -235,7 +235,7 @@ def _strict(schema: Any, prefix: str, dropped: Counter[str]) -> Any:
             kept[key] = _strict(value, prefix, dropped)
         else:
             dropped[key] += 1
-    if kept.get("type") == "object" and "allOf" not in kept:
+    if (kept.get("type") == "object" or "properties" in kept) and "allOf" not in kept:
         kept.setdefault("additionalProperties", "properties" not in kept)
     return kept
 
@@ -244,7 +244,8 @@ def _moved(reference: str, prefix: str) -> str:
     """Return a reference to a definition of a tool as one to the definitions of the whole schema."""
     for start in ("#/$defs/", "#/definitions/"):
         if reference.startswith(start):
-            return f"#/$defs/{prefix}{reference.removeprefix(start)}"
+            escaped = prefix.replace("~", "~0").replace("/", "~1").replace("%", "%25")
+            return f"#/$defs/{escaped}{reference.removeprefix(start)}"
     raise DataError(
         f"--schema tools: a tool's schema refers to {show(reference)}; only definitions below $defs can be used. "
         f"{USE_A_FILE}"

@@ -131,8 +131,8 @@ def _check_frozen_base(options: FinetuneOptions) -> None:
     base = load_frozen_base(options.frozen_base)
     if base.steps:
         raise UsageError(
-            f"--frozen-base {options.frozen_base}: this run was trained, and its weights have its adapters merged in. "
-            "Give a run of `qat-edge quantize MODEL --out RUN`."
+            f"--frozen-base {options.frozen_base}: this run was trained, and a base has no adapters of its own. Give a "
+            "run of `qat-edge quantize MODEL --out RUN`."
         )
     for name, value in base.on_frozen_base.items():
         given = getattr(options, name)

@@ -29,8 +29,8 @@ from qat_edge.quant import frozen_config
 from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
-from qat_edge.storage import replace_folder, write_text
-from qat_edge.verbs.exported_schema import schema_text, try_schema, wanted_schema
+from qat_edge.storage import replace_folder
+from qat_edge.verbs.exported_schema import save_schema, schema_text, try_schema, wanted_schema
 from qat_edge.verbs.quantize import checkpoint_of, quantize_if_missing, widths_of
 from qat_edge_exporters.targets import (
     DEFAULT_FORMATS,
@@ -97,9 +97,6 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     if left_out and pending:
         progress.warn(left_out)
 
-    if answer is not None:
-        write_text(run.schema, answer.text)
-
     # The torch side of the comparison is shared by all artifacts of one checkpoint.
     written: list[Exported] = []
     references: dict[str, FrozenReference] = {}
@@ -110,6 +107,8 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
             written.append(export_one(variant, target, options, reference, answer))
         else:
             progress.info(f"Kept {folder}: exported before from the same checkpoint")
+    if answer is not None:
+        save_schema(run, answer)
 
     config.save(run.config, "export", options)
     return written

@@ -6,6 +6,7 @@ its runtime takes, and is tried in that runtime before it takes its place.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from qat_edge.errors import DataError, ExportError, RunError
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from qat_edge.options import TOOLS
+from qat_edge.quant.ptq.method_names import QAT
 from qat_edge.run import Run
+from qat_edge.storage import write_text
+from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_exporters.targets import Target
 
 
@@ -41,8 +45,12 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
     if source is None:
         return None
     tasks.require_causal_lm(run, f"--schema {source}")
-    tokenizer = load_tokenizer(_folder_with_tokenizer(run))
-    if source == TOOLS:
+    # A file is checked before any work.
+    given = None if source == TOOLS else read_schema(Path(source), DataError, f"--schema {source}")
+    if given is not None:
+        _require_grammars(given, source, targets)
+    tokenizer = load_tokenizer(_folder_with_tokenizer(run, force))
+    if given is None:
         trained = config.load_trained(run.config).data
         option_paths.require_data(trained, None)
         rows = RowStream(trained, report=False)
@@ -51,17 +59,35 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
             progress.warn(f"{trained} has other rows than when finetune read it: the tools are those of its rows now")
     else:
         lead = ChatTemplate(tokenizer).empty_reasoning if tokenizer.chat_template else ""
-        answer = read_schema(Path(source), DataError, f"--schema {source}")
-        answer = AnswerSchema(answer.schema, answer.lead or lead, answer.before, answer.between, answer.after)
+        answer = dataclasses.replace(given, lead=given.lead or lead)
 
+    _require_grammars(answer, source, targets)
+    if not force:
+        _require_same(run, source, answer)
+    return answer
+
+
+def _require_grammars(answer: AnswerSchema, source: str, targets: Sequence[Target]) -> None:
+    """Require that the grammars of all targets can express a schema.
+
+    Raises:
+        ExportError: names the target whose grammar cannot.
+    """
     for target in targets:
         try:
             target.require_grammar(answer)
         except ExportError as error:
             raise ExportError(f"--schema {source}: {error}, or leave out --target {target.format}.") from error
-    if not force:
-        _require_same(run, source, answer)
-    return answer
+
+
+def save_schema(run: Run, answer: AnswerSchema) -> None:
+    """Write the run's schema, once its artifacts have it, and name artifacts that have another one."""
+    write_text(run.schema, answer.text)
+    for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
+        if schema_text(folder) not in (None, answer.text):
+            progress.warn(
+                f"{folder} has another schema than {run.schema} now, as verify reports: export it again with --schema."
+            )
 
 
 def _require_same(run: Run, source: str, answer: AnswerSchema) -> None:
@@ -78,16 +104,12 @@ def _require_same(run: Run, source: str, answer: AnswerSchema) -> None:
             )
 
 
-def _folder_with_tokenizer(run: Run) -> Path:
-    """Return the folder of a run that has its tokenizer.
-
-    Raises:
-        RunError: none has.
-    """
+def _folder_with_tokenizer(run: Run, force: bool) -> Path:
+    """Return the folder of a run that has its tokenizer: the frozen checkpoint, which is made where it is missing."""
     for folder in (run.quantized, run.adapter, run.reference):
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
-    raise RunError(f"{run.path}: none of its folders has a tokenizer. Restore the run, or train again.")
+    return quantize_if_missing(run, QAT, force).quantized
 
 
 def try_schema(folder: Path, target: Target) -> None:

@@ -76,7 +76,12 @@ def generate(
 
     count = _tokens_that_fit(model, len(ready.ids), max_new_tokens)
     with model.open_generator() as generator:
-        answer(generator, ready, block, emit, count)
+        has_ended = answer(generator, ready, block, emit, count)
+    if constrained and not has_ended:
+        progress.warn(
+            f"The answer was cut after {count} tokens, so that it may not be valid. A larger --max-new-tokens permits "
+            "longer ones."
+        )
 
 
 def _tokens_that_fit(model: FoundModel, prompt_tokens: int, max_new_tokens: int) -> int:

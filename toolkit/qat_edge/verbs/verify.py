@@ -62,6 +62,7 @@ class Verified:
         adapter: number of matrices in the checkpoint's unmerged adapter.
         adapter_equal: how many of them are equal, bit for bit; None where the artifact stores them in a form that
             cannot be compared.
+        is_readable: its files could be read; all other figures are those of nothing otherwise.
     """
 
     folder: Path
@@ -76,9 +77,12 @@ class Verified:
     parity: Parity = NOT_RUN
     adapter: int = 0
     adapter_equal: int | None = 0
+    is_readable: bool = True
 
     def describe(self) -> str:
         """Return the line that `qat-edge verify` prints."""
+        if not self.is_readable:
+            return f"{self.folder}: cannot be read, so that nothing was compared"
         rest = [f"{name} {'equal' if equal else 'DIFFERS'}" for name, equal in self._tables()]
         rest += [self._floats(), *self._adapter()]
         linears = f"{self.linears_equal} of {self.linears} linear layers equal"
@@ -190,6 +194,7 @@ def _unreadable(variant: Variant, target: str, error: ArtifactError) -> Verified
         head_equal=False if scheme.heads else None,
         faults=[f"It cannot be read. {error}"],
         parity=Parity(not_measured="Its files cannot be read."),
+        is_readable=False,
     )
 
 
