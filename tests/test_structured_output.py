@@ -277,18 +277,18 @@ def test_a_run_that_was_never_exported_gets_a_schema(
 ) -> None:
     run = train_run(tiny_model_folder, tmp_path)
     assert not run.quantized.exists()
-    options: dict[str, Any] = {"target": "gguf", "ptq": ("none",), "context_length": CONTEXT}
+    options: dict[str, Any] = {"ptq": ("none",), "context_length": CONTEXT}
     with pytest.raises(DataError, match="no valid JSON schema"):
-        qat_edge.export(run, schema=write_schema(tmp_path / "wrong.json", {"type": "strnig"}), **options)
+        qat_edge.export(run, target="onnx", schema=write_schema(tmp_path / "a.json", {"type": "strnig"}), **options)
     assert not run.quantized.exists()
-    qat_edge.export(run, schema=write_schema(tmp_path / "s.json", SCHEMA), **options)
-    assert (run.exports / "gguf" / "grammar.gbnf").is_file()
+    qat_edge.export(run, target="onnx", schema=write_schema(tmp_path / "b.json", SCHEMA), **options)
+    assert (run.exports / "onnx" / "grammar.lark").is_file()
 
     # An artifact that keeps the earlier schema is named.
     qat_edge.export(
         run, schema=write_schema(tmp_path / "t.json", {"enum": ["dog"]}), force=True, **{**options, "target": "onnx"}
     )
-    assert any("exports/gguf has another schema than" in line for line in messages)
+    assert any("exports/onnx has another schema than" in line for line in messages)
 
 
 def test_tools_is_no_path_even_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
