@@ -140,7 +140,7 @@ def _check_frozen_base(options: FinetuneOptions) -> None:
         if name != "model" and not option_paths.same(given, value):
             raise UsageError(
                 f"{flag_name(name)} {given} and --frozen-base {options.frozen_base}: its weights were quantized with "
-                f"{value}, and stay as they are. Leave it out."
+                f"{value}, and stay as they are. Leave it out; to resume a run, restore the base that it began with."
             )
     if not options.steps:
         raise UsageError("--frozen-base and --steps 0: no adapter would be trained. Give steps.")

@@ -247,9 +247,13 @@ def _pending(
     """
     for folder, (_, target) in folders.items():
         if folder.exists() and not _is_current(folder, target, options, answer):
+            found = schema_text(folder)
+            reason = "another checkpoint, other options, or files that changed"
+            if found != (None if answer is None else answer.text):
+                reason = "it has no schema of answers" if found is None else "it was exported with --schema, or another"
             raise RunError(
-                f"{folder} exists already, and is not what this command would write: another checkpoint, other "
-                "options, or files that changed. Give --force to replace it."
+                f"{folder} exists already, and is not what this command would write: {reason}. Give --force to replace "
+                "it."
             )
     return [folder for folder in folders if not folder.exists()]
 
