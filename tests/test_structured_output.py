@@ -99,7 +99,7 @@ def test_the_same_export_is_kept_and_another_schema_refused(exported: Run, copy:
     other = write_schema(tmp_path / "other.json", {"type": "integer"})
     with pytest.raises(RunError, match=r"--schema .*other\.json: .* was exported with another schema.*--force"):
         qat_edge.export(copy, schema=other, **options)
-    with pytest.raises(RunError, match="exists already, .* would write: it was exported with --schema"):
+    with pytest.raises(RunError, match=r"exists already, .* would write: it was exported with --schema"):
         qat_edge.export(copy, **options)
     assert {path: path.read_bytes() for path in copy.path.rglob("*") if path.is_file()} == before
 
