@@ -553,3 +553,6 @@ def test_the_marker_of_every_target_can_be_drawn() -> None:
         marker(root, 10, 10, shape, "point", shape)
     drawn = {shape: element.get("points") for shape, element in zip(SHAPES.values(), root, strict=True)}
     assert len(set(drawn.values())) == len(drawn)
+    # A legend draws each of them by a rule of its own.
+    style = (Path(comparison_page.__file__).parent / "style.css").read_text()
+    assert all(f".legend .l-{shape} {{" in style for shape in set(SHAPES.values()) - {"square"})
