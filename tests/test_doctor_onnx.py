@@ -297,6 +297,7 @@ def test_a_runtime_that_does_not_end_is_a_result(foreign: Path, monkeypatch: pyt
         (TensorProto.BFLOAT16, -np.inf, "1 numbers of the tensor 'table' are infinite"),
         (TensorProto.DOUBLE, np.inf, "1 numbers of the tensor 'table' are infinite"),
         (TensorProto.BFLOAT16, 1.0, ""),
+        (TensorProto.DOUBLE, 1e300, ""),
     ],
 )
 @pytest.mark.parametrize("where", ["in the graph", "in a data file"])

@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.onnx.data_files import DataFiles, stored_range
 from qat_edge_exporters.onnx.foreign_graph import ForeignGraph, text
 
-# Type of a float tensor -> type of its numbers in a file; bfloat16 has none in NumPy, and is the upper half of float32.
-FLOATS: dict[int, np.dtype[Any]] = {
-    onnx.TensorProto.FLOAT: np.dtype("<f4"),
-    onnx.TensorProto.DOUBLE: np.dtype("<f8"),
-    onnx.TensorProto.FLOAT16: np.dtype("<f2"),
-    onnx.TensorProto.BFLOAT16: np.dtype("<u2"),
-}
+FLOATS = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")}
 # Operators that multiply by a stored tensor: matrices with their scales, tables and norms.
 MULTIPLYING = (
     "DequantizeLinear", "Gather", "GatherBlockQuantized", "Gemm", "LayerNormalization", "MatMul", "MatMulNBits",
@@ -55,7 +49,7 @@ def value_faults(graph: ForeignGraph, data: DataFiles) -> list[str]:
     return file_diagnosis.few(found)
 
 
-def _count(chunks: Iterator[NDArray[np.floating]]) -> tuple[int, int]:
+def _count(chunks: Iterator[NDArray[Any]]) -> tuple[int, int]:
     """Return how many numbers are NaN, and how many are infinite."""
     wrong = infinite = 0
     for chunk in chunks:
@@ -65,21 +59,19 @@ def _count(chunks: Iterator[NDArray[np.floating]]) -> tuple[int, int]:
     return wrong, infinite
 
 
-def _numbers(tensor: onnx.TensorProto, folder: Path, data: DataFiles) -> Iterator[NDArray[np.floating]]:
+def _numbers(tensor: onnx.TensorProto, folder: Path, data: DataFiles) -> Iterator[NDArray[Any]]:
     """Yield the numbers of a tensor in parts; nothing where its file does not hold them."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         try:
-            yield numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+            yield numpy_helper.to_array(tensor)
         except (ValueError, TypeError):
             return  # of another size than its shape, which runtimes refuse
         return
     location, stored = stored_range(tensor)
     if isinstance(stored, str) or stored.end > data.size_bytes.get(location, 0):
         return
-    dtype = FLOATS[tensor.data_type]
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     count = (stored.end - stored.begin) // dtype.itemsize
-    for begin in range(0, count, CHUNK):
-        part = np.fromfile(
-            folder / location, dtype, min(CHUNK, count - begin), offset=stored.begin + begin * dtype.itemsize
-        )
-        yield (part.astype("<u4") << 16).view("<f4") if dtype == np.dtype("<u2") else part
+    for first in range(0, count, CHUNK):
+        offset = stored.begin + first * dtype.itemsize
+        yield np.fromfile(folder / location, dtype, min(CHUNK, count - first), offset=offset)
