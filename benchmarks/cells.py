@@ -12,20 +12,23 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from qat_edge import progress
 from qat_edge.errors import RunError
 from qat_edge.manifest import LIBRARIES, git_revision, library_version
 from qat_edge.storage import write_text
 from qat_edge_devices import open_transport
 
 FORMAT = 1
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,35 @@ class CellStore:
             "git_revision": git_revision(),
         }
         write_text(self.folder / cell.file_name, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def rounds(
+    store: CellStore, kind: str, settings: Mapping[str, Any], count: int, measure: Callable[[int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the records of the first rounds of a benchmark; measure the missing ones.
+
+    Args:
+        store: of finished rounds.
+        kind: of the cells.
+        settings: everything that decides the figures besides the round.
+        count: number of rounds.
+        measure: returns the figures of the round with a number, from 0 on.
+    """
+    records = []
+    for index in range(count):
+        cell = Cell(kind, "", index, "round", dict(settings))
+        if store.get(cell) is None:
+            progress.info(f"Round {index + 1} of {count}")
+            began = time.monotonic()
+            store.put(cell, measure(index), time.monotonic() - began)
+        records.append(store.record(cell) or {})
+    return records
+
+
+def in_turn(items: Sequence[Item], index: int) -> list[Item]:
+    """Return the items in the order of a round, which begins with another one than the round before."""
+    first = index % max(len(items), 1)
+    return [*items[first:], *items[:first]]
 
 
 def publish(records: Sequence[Mapping[str, Any]], path: Path) -> None:

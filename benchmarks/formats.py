@@ -8,14 +8,13 @@ folder. Ratios compare figures of the same round.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engines, page
-from benchmarks.cells import Cell, CellStore, publish
+from benchmarks import cells, engines, page
+from benchmarks.cells import CellStore, publish
 from benchmarks.engines import Amounts
 from qat_edge import progress, readers
 from qat_edge.cli.console import ConsoleReporter
@@ -140,17 +139,12 @@ def rounds(found: Sequence[Format], store: CellStore, count: int) -> list[dict[s
     """Return the records of the first `count` rounds; measure the missing ones."""
     amounts = Amounts(PREFILL, DECODE, REPEATS)
     settings = {"amounts": asdict(amounts), "formats": {each.name: each.sha256 for each in found}}
-    records = []
-    for index in range(count):
-        cell = Cell("formats", "", index, "round", settings)
-        if store.record(cell) is None:
-            progress.info(f"Round {index + 1} of {count}")
-            began, first, rates = time.monotonic(), index % len(found), {}
-            for each in [*found[first:], *found[:first]]:
-                rates[each.name] = engines.timed_artifact(each.target, each.folder, 1, amounts)
-            store.put(cell, {"rates": rates}, time.monotonic() - began)
-        records.append(store.record(cell) or {})
-    return records
+
+    def measure(index: int) -> dict[str, Any]:
+        order = cells.in_turn(found, index)
+        return {"rates": {each.name: engines.timed_artifact(each.target, each.folder, 1, amounts) for each in order}}
+
+    return cells.rounds(store, "formats", settings, count, measure)
 
 
 def text(found: Sequence[Format], records: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import page
-from benchmarks.cells import Cell, slug
+from benchmarks.cells import Cell, in_turn, slug
 from benchmarks.runner import BenchmarkRunner, Figures
 from benchmarks.settings import SCHEMES
 from qat_edge import progress
@@ -41,8 +41,7 @@ def measure(runner: BenchmarkRunner) -> Figures:
     found: dict[str, list[float]] = {name: [] for name in SCHEMES}
     for index in range(ROUNDS):
         progress.info(f"  speed, round {index + 1} of {ROUNDS}")
-        first = index % len(models)
-        for model in [*models[first:], *models[:first]]:
+        for model in in_turn(models, index):
             found[model.name].append(model.timed(1, amounts)["decode"])
     return {"decode": found}
 

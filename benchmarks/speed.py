@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from benchmarks import bandwidth
-from benchmarks.cells import Cell, CellStore
+from benchmarks import bandwidth, cells
+from benchmarks.cells import CellStore
 from qat_edge import progress
 from qat_edge.cli.console import ConsoleReporter
 from qat_edge.errors import QatEdgeError
@@ -59,21 +58,12 @@ def rounds(engines: Sequence[Engine], store: CellStore, amounts: Amounts, count:
     from dataclasses import asdict
 
     settings = {"amounts": asdict(amounts), "engines": {engine.name: asdict(engine.info) for engine in engines}}
-    records = []
-    for index in range(count):
-        cell = Cell("speed", "", index, "round", settings)
-        if store.get(cell) is None:
-            progress.info(f"Round {index + 1} of {count}")
-            began = time.monotonic()
-            store.put(cell, one_round(engines, index, amounts), time.monotonic() - began)
-        records.append(store.record(cell) or {})
-    return records
+    return cells.rounds(store, "speed", settings, count, lambda index: one_round(engines, index, amounts))
 
 
 def one_round(engines: Sequence[Engine], index: int, amounts: Amounts) -> dict[str, Any]:
     """Time every engine once with each number of threads; the round's index decides which one is first."""
-    first = index % max(len(engines), 1)
-    order = [*engines[first:], *engines[:first]]
+    order = cells.in_turn(engines, index)
     # Cores that other programs keep busy, before anything of ours runs.
     others = psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1)
     rates: dict[str, float] = {}
