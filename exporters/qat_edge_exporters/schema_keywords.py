@@ -1,11 +1,11 @@
-"""Keywords of JSON schema that a grammar can express; everything else is refused by name."""
+"""Parts that all grammars of a JSON schema share: keywords, which are refused by name otherwise, and limits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
-from qat_edge.data.answer_schema import parts_of
+from qat_edge.data.answer_schema import AnswerSchema, parts_of
 from qat_edge.errors import ExportError
 from qat_edge.readers import shorten
 
@@ -16,6 +16,8 @@ ANNOTATIONS = frozenset((
 ))  # fmt: skip
 DEFINITIONS = ("$defs", "definitions")
 PRIVATE = "x-"  # begins keywords that tools define for themselves
+MOST_DIGITS = 16  # every double of so many digits is written without loss; JavaScript reads no larger integers exactly
+LARGEST = 10**MOST_DIGITS - 1  # integer
 
 
 def require_keywords(schema: dict[str, Any], known: Collection[str], runtime: str) -> None:
@@ -35,6 +37,22 @@ def require_keywords(schema: dict[str, Any], known: Collection[str], runtime: st
         for keyword in part if isinstance(part, dict) else ():
             if keyword not in known and keyword not in ANNOTATIONS and not keyword.startswith(PRIVATE):
                 raise refuse(f"{place}.{shorten(keyword)}", "is a keyword", runtime)
+
+
+def with_text_around(answer: AnswerSchema, value: str, quote: Callable[[str], str]) -> str:
+    """Return an answer as a part of a rule: its values, with the text around them.
+
+    Args:
+        answer: the schema.
+        value: name of the rule of one value.
+        quote: returns a text as a literal of the grammar.
+    """
+    lead, before, between, after = (
+        quote(text) if text else "" for text in (answer.lead, answer.before, answer.between, answer.after)
+    )
+    parts = [f"({lead})?" if lead else "", before, value]
+    parts += [] if answer.between is None else [f"({between} {value})*"]
+    return " ".join(filter(None, [*parts, after]))
 
 
 def refuse(place: str, what: str, runtime: str) -> ExportError:

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-MOST_DIGITS = 16  # every double of so many digits is written without loss; JavaScript reads no larger integers exactly
-
 
 def integers_between(lowest: int, highest: int) -> list[str]:
     """Return alternatives for the integers from `lowest` to `highest`, without leading zeros and "-0"."""

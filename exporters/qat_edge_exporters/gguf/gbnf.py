@@ -23,8 +23,16 @@ from typing import Any
 
 from qat_edge.data.answer_schema import AnswerSchema, resolve
 from qat_edge.readers import show
-from qat_edge_exporters.gguf.digit_ranges import MOST_DIGITS, integers_between
-from qat_edge_exporters.schema_keywords import ANNOTATIONS, DEFINITIONS, refuse, require_keywords
+from qat_edge_exporters.gguf.digit_ranges import integers_between
+from qat_edge_exporters.schema_keywords import (
+    ANNOTATIONS,
+    DEFINITIONS,
+    LARGEST,
+    MOST_DIGITS,
+    refuse,
+    require_keywords,
+    with_text_around,
+)
 
 RUNTIME = "llama.cpp's grammar"
 MOST_REPEATS = 1000  # of an item or a character; llama.cpp refuses more than 2000
@@ -73,12 +81,7 @@ class _Grammar:
     def text(self, answer: AnswerSchema) -> str:
         """Return all rules, the first one first."""
         value = self._rule("answer", self._expression(self._schema, "$"))
-        root = value
-        if answer.between is not None:
-            root = f"{value} ({quoted(answer.between)} {value})*"
-        lead = f"({quoted(answer.lead)})?" if answer.lead else ""
-        before, after = (quoted(text) if text else "" for text in (answer.before, answer.after))
-        rules = {"root": " ".join(filter(None, [lead, before, root, after])), **self._rules, **SHARED}
+        rules = {"root": with_text_around(answer, value, quoted), **self._rules, **SHARED}
         return "".join(f"{name} ::= {body}\n" for name, body in rules.items())
 
     def _rule(self, name: str, body: str) -> str:
@@ -239,13 +242,12 @@ def _integer(schema: dict[str, Any], place: str) -> str:
     bounds = [key for key in BOUNDS if key in schema]
     if not bounds:
         return "integer"
-    limit = 10**MOST_DIGITS - 1
     lowest = max(
-        [-limit, *(math.ceil(schema[key]) for key in bounds if key == "minimum")]
+        [-LARGEST, *(math.ceil(schema[key]) for key in bounds if key == "minimum")]
         + [math.floor(schema[key]) + 1 for key in bounds if key == "exclusiveMinimum"]
     )
     highest = min(
-        [limit, *(math.floor(schema[key]) for key in bounds if key == "maximum")]
+        [LARGEST, *(math.floor(schema[key]) for key in bounds if key == "maximum")]
         + [math.ceil(schema[key]) - 1 for key in bounds if key == "exclusiveMaximum"]
     )
     if lowest > highest:

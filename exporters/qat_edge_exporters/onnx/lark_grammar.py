@@ -16,7 +16,7 @@ import json
 from typing import Any
 
 from qat_edge.data.answer_schema import AnswerSchema
-from qat_edge_exporters.schema_keywords import DEFINITIONS, require_keywords
+from qat_edge_exporters.schema_keywords import DEFINITIONS, LARGEST, require_keywords, with_text_around
 
 RUNTIME = "onnxruntime-genai's guidance"
 KEYWORDS = frozenset((
@@ -26,7 +26,6 @@ KEYWORDS = frozenset((
 ))  # fmt: skip
 # Keyword of llguidance for its own settings.
 SETTINGS, SPACES = "x-guidance", {"whitespace_pattern": r"( |\n[ \t]{0,20})?"}
-LARGEST = 10**16 - 1
 
 
 def grammar(answer: AnswerSchema) -> str:
@@ -36,11 +35,9 @@ def grammar(answer: AnswerSchema) -> str:
         ExportError: the schema has what guidance does not express; the message names it.
     """
     require_keywords(answer.schema, KEYWORDS, RUNTIME)
-    further = "" if answer.between is None else f"({_quoted(answer.between)} answer)*"
-    lead = f"({_quoted(answer.lead)})?" if answer.lead else ""
-    parts = [lead, _quoted(answer.before), "answer", further, _quoted(answer.after)]
     schema = {**_bounded(answer.schema), SETTINGS: SPACES}
-    return f"start: {' '.join(filter(None, parts))}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}\n"
+    start = with_text_around(answer, "answer", lambda text: json.dumps(text, ensure_ascii=False))
+    return f"start: {start}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}\n"
 
 
 def _bounded(schema: Any) -> Any:
@@ -63,8 +60,3 @@ def _bounded(schema: Any) -> Any:
         kept |= {} if "exclusiveMinimum" in kept else {"minimum": kept.get("minimum", -LARGEST)}
         kept |= {} if "exclusiveMaximum" in kept else {"maximum": kept.get("maximum", LARGEST)}
     return kept
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a literal; empty where there is none."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
