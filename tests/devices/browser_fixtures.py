@@ -28,6 +28,7 @@ def npm_package(requirement: str, integrity: str, folder: Path) -> None:
     if not (cache / name).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         command = ["npm", "pack", requirement, "--ignore-scripts", "--pack-destination", str(cache)]
+        command += ["--cache", str(cache / "npm")]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.skip(f"`{' '.join(command[:3])}` failed: {done.stderr[:200]}")
