@@ -22,9 +22,8 @@ CONFIG = "config.yaml"
 # What a run folder holds; everything else in it belongs to somebody else.
 RUN_PARTS = (
     "training.json", "checkpoints", "adapter", "reference", "start", "quantized", "exports", "schema.json", "ptq",
-    "verified.json",
-    "reports", "answers.json", "sensitivity", "compare", "eval", "report.html", "report.json", "history.html",
-    "history.json", "logs", CONFIG,
+    "verified.json", "reports", "answers.json", "sensitivity", "compare", "eval", "report.html", "report.json",
+    "history.html", "history.json", "logs", CONFIG,
 )  # fmt: skip
 
 # Those of them that are written into. All others are replaced whole.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Its comparisons choose by value, which `decoder_check` could not tell from a graph that was changed to do so.
 COMPARING = ("xielu",)
-NO_CACHE = "have no plain key-value cache"  # layers of other types
+NO_CACHE = "have no plain key-value cache"  # layers of other types, in a sentence
 OPERATOR = "onnxruntime's operator"
 
 

@@ -28,7 +28,7 @@ from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
 from qat_edge.diagnose.runtime_rounding import WASM, Rounding, artifact_rounding, emulate_rounding
 from qat_edge.evaluate import reference
-from qat_edge.evaluate.devices import LOCAL
+from qat_edge.evaluate.devices import LOCAL, transport_name
 from qat_edge.evaluate.evaluator import FLOOR_TOKENS, Evaluator, as_agreement
 from qat_edge.evaluate.metrics import LogitComparison, LogitMetrics
 from qat_edge.evaluate.reference import Logits, LogitStore
@@ -129,7 +129,7 @@ def compute_torch_budget(
     roundings = _runtime_roundings(run, targets)
     # Half steps are computed in float on every machine, whatever it does with inputs.
     elsewhere = {f"{key}{ELSEWHERE}": one.on("") for key, one in roundings.items() if one.half_steps}
-    browsers = roundings if any(each.partition(":")[0] == "browser" for each in evaluator.options.device) else {}
+    browsers = roundings if any(transport_name(each) == "browser" for each in evaluator.options.device) else {}
     in_browser = {f"{key}{IN_BROWSER}": one.on(WASM[0]) for key, one in browsers.items() if one.float_machines}
     references = {"": Rounding(), **roundings, **elsewhere, **in_browser}
     return TorchBudget(

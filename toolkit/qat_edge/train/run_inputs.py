@@ -22,8 +22,8 @@ from qat_edge.storage import write_text
 from qat_edge.train.setup import TrainingJob
 
 INPUTS_FILE = "inputs.json"  # next to the checkpoints
-# What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
 OF_BASE = {*OF_FROZEN_BASE, "frozen_base"}
+# What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
 INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels", "frozen_base")
 OPTIONS = "options"  # entry with the options of the training
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.

@@ -7,8 +7,10 @@ its runtime takes, and is tried in that runtime before it takes its place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from qat_edge import config, option_paths, progress, readers
 from qat_edge.data.answer_schema import SCHEMA_FILE, AnswerSchema, read_schema
@@ -45,25 +47,33 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
     if source is None:
         return None
     tasks.require_causal_lm(run, f"--schema {source}")
-    # A file is checked before any work.
-    given = None if source == TOOLS else read_schema(Path(source), DataError, f"--schema {source}")
-    if given is not None:
-        _require_grammars(given, source, targets)
-    tokenizer = load_tokenizer(_folder_with_tokenizer(run, force))
-    if given is None:
-        trained = config.load_trained(run.config).data
-        option_paths.require_data(trained, None)
-        rows = RowStream(trained, report=False)
-        answer = schema_of_tools(rows, tokenizer, trained)
-        if describe_change(run, DATA, rows, ""):
-            progress.warn(f"{trained} has other rows than when finetune read it: the tools are those of its rows now")
+    if source == TOOLS:
+        answer = _schema_of_rows(run, load_tokenizer(_folder_with_tokenizer(run, force)))
+        _require_grammars(answer, source, targets)
     else:
+        # Checked before any work; the block of reasoning needs the tokenizer.
+        answer = read_schema(Path(source), DataError, f"--schema {source}")
+        _require_grammars(answer, source, targets)
+        tokenizer = load_tokenizer(_folder_with_tokenizer(run, force))
         lead = ChatTemplate(tokenizer).empty_reasoning if tokenizer.chat_template else ""
-        answer = dataclasses.replace(given, lead=given.lead or lead)
+        answer = dataclasses.replace(answer, lead=answer.lead or lead)
+    other = next(_with_other_schema(run, answer), None)
+    if other is not None and not force:
+        raise RunError(
+            f"--schema {source}: {other} was exported with another schema, and a run has one. Give --force, and "
+            "every --target that is to have the new one."
+        )
+    return answer
 
-    _require_grammars(answer, source, targets)
-    if not force:
-        _require_same(run, source, answer)
+
+def _schema_of_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> AnswerSchema:
+    """Return the schema of calls of the tools in the training rows."""
+    trained = config.load_trained(run.config).data
+    option_paths.require_data(trained, None)
+    rows = RowStream(trained, report=False)
+    answer = schema_of_tools(rows, tokenizer, trained)
+    if describe_change(run, DATA, rows, ""):
+        progress.warn(f"{trained} has other rows than when finetune read it: the tools are those of its rows now")
     return answer
 
 
@@ -83,25 +93,17 @@ def _require_grammars(answer: AnswerSchema, source: str, targets: Sequence[Targe
 def save_schema(run: Run, answer: AnswerSchema) -> None:
     """Write the run's schema, once its artifacts have it, and name artifacts that have another one."""
     write_text(run.schema, answer.text)
+    for folder in _with_other_schema(run, answer):
+        progress.warn(
+            f"{folder} has another schema than {run.schema} now, as verify reports: export it again with --schema."
+        )
+
+
+def _with_other_schema(run: Run, answer: AnswerSchema) -> Iterator[Path]:
+    """Yield the artifacts of a run that have another schema."""
     for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
         if schema_text(folder) not in (None, answer.text):
-            progress.warn(
-                f"{folder} has another schema than {run.schema} now, as verify reports: export it again with --schema."
-            )
-
-
-def _require_same(run: Run, source: str, answer: AnswerSchema) -> None:
-    """Require that no artifact of the run was exported with another schema.
-
-    Raises:
-        RunError: names one that was.
-    """
-    for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
-        if schema_text(folder) not in (None, answer.text):
-            raise RunError(
-                f"--schema {source}: {folder} was exported with another schema, and a run has one. Give --force, and "
-                "every --target that is to have the new one."
-            )
+            yield folder
 
 
 def _folder_with_tokenizer(run: Run, force: bool) -> Path:
