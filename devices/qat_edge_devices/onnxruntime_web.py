@@ -64,8 +64,8 @@ def _download(device: str, work: Path, target: Path) -> Path:
             f"{device}: onnxruntime-web is fetched by npm, and there is no npm in PATH. Install it, or {advice}."
         )
     # npm's own cache and logs go with `work`, and not into the home folder.
-    argv = [npm, "pack", REQUIREMENT, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(work)]
-    argv += ["--cache", str(work / "npm")]
+    argv = [npm, "pack", REQUIREMENT, "--ignore-scripts", "--loglevel=error", "--cache", str(work / "npm")]
+    argv += ["--pack-destination", str(work)]
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_S, cwd=work, check=False
