@@ -26,7 +26,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import warm_builder
 from qat_edge import progress
 from qat_edge.evaluate.results import Parity
 from qat_edge.manifest import MANIFEST, write_manifest
@@ -36,6 +35,7 @@ from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
 from qat_edge_exporters.onnx import builder_process
 from qat_edge_exporters.targets import target_named
+from tests import warm_builder
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in SmolLM2
 MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("o", "n"), ("r", "e"), ("o", "u"))
