@@ -72,6 +72,14 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
+def in_hub_cache(folder: Path, home: Path) -> None:
+    """Put a model folder into a Hub cache as `someone/tiny`, downloaded earlier."""
+    repository = home / "hub/models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+
+
 def make_model(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
     """Two Llama layers, 64 wide, tied embeddings, random weights of `seed`, float32."""
     torch.manual_seed(seed)

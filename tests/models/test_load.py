@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from tiny_gguf import write_gguf
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from conftest import edit_config, make_tokenizer, stored_tensors
+from conftest import edit_config, in_hub_cache, make_tokenizer, stored_tensors
 from qat_edge.errors import ModelError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub, load
@@ -178,14 +178,6 @@ def test_remote_code_is_not_run_without_permission(model_copy: Path) -> None:
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------
-
-
-def in_hub_cache(folder: Path, home: Path) -> None:
-    """Put a model folder into a Hub cache as `someone/tiny`, downloaded earlier."""
-    repository = home / "hub/models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text("0" * 40)
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
 
 
 LOAD = "from qat_edge.models.load import load_model; print(load_model('someone/tiny').identity)"

@@ -184,7 +184,7 @@ def finetune(
         embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
         head_bits: Bits of the output head, whatever --bits says: 8, or 4 in groups. One of 4, 8.
         ptq_init: PTQ method that initializes weights and scales at the start of QAT. One of none, hqq, gptq, gptaq,
-            coordinate-descent, awq.
+            coordinate-descent, awq, stored.
         rotate: Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates
             where the model and the method allow it. One of auto, on, off.
         frozen_base: Run of `quantize MODEL --out` whose quantized weights stay as they are: adapters are trained
@@ -303,8 +303,9 @@ def quantize(
 
     Args:
         run: a finished run, or its folder.
-        method: qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ). One
-            of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
+        method: qat freezes the trained adapters; stored, with --out, keeps the codes of a model that torchao
+            quantized; the others quantize the FP32 fine-tune without training (PTQ). One of qat, rtn, hqq, gptq,
+            gptaq, coordinate-descent, awq, stored.
         bits: Bits by layer, instead of those of finetune; not with --method qat.
         weight_bits: Bits of linear layers, instead of those of finetune; not with --method qat. One of 2, 4.
         weight_levels: Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with
@@ -377,8 +378,9 @@ def quantize_model(
     Args:
         model: Hub id, local folder or .gguf file of a model.
         out: run folder to write.
-        method: qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ). One
-            of qat, rtn, hqq, gptq, gptaq, coordinate-descent, awq.
+        method: qat freezes the trained adapters; stored, with --out, keeps the codes of a model that torchao
+            quantized; the others quantize the FP32 fine-tune without training (PTQ). One of qat, rtn, hqq, gptq,
+            gptaq, coordinate-descent, awq, stored.
         bits: Bits by layer, instead of those of finetune; not with --method qat.
         weight_bits: Bits of linear layers, instead of those of finetune; not with --method qat. One of 2, 4.
         weight_levels: Levels of 2-bit weights; by default those of the file of --bits, or of finetune. Not with

@@ -11,7 +11,7 @@ from typing import Any
 
 from qat_edge import remote_code
 from qat_edge.quant.codebook import FEWEST, LEVELS
-from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import PTQ_METHODS, RENAMED_METHODS, STORED
 from qat_edge_exporters import targets
 
 FORMATS = targets.FORMATS  # what `export --target` can write
@@ -41,7 +41,7 @@ PUBLIC_TASKS = (
 )  # fmt: skip
 EVAL_TASKS = (*PUBLIC_TASKS, "rows", "rows_loss")  # and the user's own rows
 CALLS = ("auto", "template", "text")
-PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"))
+PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"), STORED)
 
 # Values renamed since 0.1.0; the old ones still work.
 RENAMED_VALUES = RENAMED_METHODS
@@ -289,8 +289,9 @@ class QuantizeOptions:
     """Options of `quantize`: the method and its calibration data."""
 
     method: str = option(
-        "qat freezes the trained adapters; the others quantize the FP32 fine-tune without training (PTQ).",
-        "qat", ("qat", *PTQ_METHODS), group=QUANTIZATION,
+        "qat freezes the trained adapters; stored, with --out, keeps the codes of a model that torchao quantized; the "
+        "others quantize the FP32 fine-tune without training (PTQ).",
+        "qat", ("qat", *PTQ_METHODS, STORED), group=QUANTIZATION,
     )  # fmt: skip
     bits: str | None = option(
         "Bits by layer, instead of those of finetune; not with --method qat.", None, group=QUANTIZATION

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ MAX_DEPTH = 100  # of nested lists and objects
 MAX_DIGITS = 100  # of an integer; every further step with a longer one takes quadratic time
 MAX_FLOAT_CHARACTERS = 1000
 SHOWN_NUMBERS = 4  # of a list in a message
+FEW = 3  # names of a list in a message
 SHOWN_CHARACTERS = 80  # of a value that a message quotes
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -181,6 +182,13 @@ def shorten(value: Any, length: int = SHOWN_CHARACTERS) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= length else text[:length] + "..."
+
+
+def first_few(names: Iterable[str], separator: str = ", ") -> str:
+    """Return the first few names, and how many more there are."""
+    names = list(names)
+    more = len(names) - FEW
+    return separator.join(names[:FEW]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def show(value: Any) -> str:

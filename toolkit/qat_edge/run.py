@@ -33,7 +33,7 @@ from pathlib import Path
 from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
-from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS, TITLES
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Run(Variant):
             RunError: config.yaml cannot be read.
         """
         trained = config.load_trained(self.config)
-        method = PTQ_METHODS[METHOD_OF.get(trained.ptq_init, trained.ptq_init)]
+        method = TITLES[METHOD_OF.get(trained.ptq_init, trained.ptq_init)]
         if trained.frozen_base is not None:
             return f"{OWN_ADAPTERS} ({method})"
         return QAT if trained.has_qat else f"{OWN_PTQ} ({method})"

@@ -26,7 +26,7 @@ from qat_edge.errors import RunError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.codebook import SEQ
-from qat_edge.quant.ptq.method_names import COMPENSATED, RENAMED_METHODS
+from qat_edge.quant.ptq.method_names import COMPENSATED, RENAMED_METHODS, STORED
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -189,13 +189,14 @@ def check_record(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 def _entries_of(options: FinetuneOptions, is_end: bool) -> dict[str, Any]:
     """Return entries of a manifest as a training with these options writes them. is_end: After phase 2."""
+    is_chosen = options.ptq_init != STORED  # else the model has groups and bits of its own
     initialized = is_end and (options.ptq_init != "none" or options.scales != "absmax")
     return {
         "seed": options.seed,
-        "group_size": options.group_size,
+        "group_size": options.group_size if is_chosen else MISSING,
         "method": options.method,
         "base": options.base,
-        "table_bits": [options.embedding_bits, options.head_bits],
+        "table_bits": [options.embedding_bits, options.head_bits] if is_chosen else MISSING,
         "weight_bits": options.weight_bits,
         # A file of bits may set the levels.
         "weight_levels": options.weight_levels or (MISSING if options.bits else SEQ),

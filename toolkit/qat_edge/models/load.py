@@ -1,7 +1,7 @@
 """Load a float model and its tokenizer from a Hub id, a local folder or a .gguf file.
 
-Weights are read from safetensors or GGUF alone: a pickle can run code when it is read. Code that comes with a model
-runs only with `trust_remote_code`.
+Weights are read from safetensors or GGUF alone: a pickle can run code when it is read. Those of models that torchao
+quantized are the exception (`torchao_checkpoint`). Code that comes with a model runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -37,16 +38,19 @@ from qat_edge.models import (
     tasks,
     text_model,
     tokenizer_check,
+    torchao_checkpoint,
     weights_check,
 )
 from qat_edge.models.hub import one_line
 from qat_edge.models.load_config import (
     DOWNLOAD_ERRORS,
+    TORCHAO,
     WRONG_VALUES,
     check_read_keys,
     check_sizes,
     check_task,
     load_config,
+    quantization_method,
     snapshot_of,
 )
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
@@ -107,7 +111,7 @@ def load_model(
 
     Raises:
         ModelError: There is no such model, it does not fit the task, it has no safetensors or no tokenizer, its tensors
-            or tokens do not match, it is damaged, or it is quantized already.
+            or tokens do not match, it is damaged, or another tool than torchao quantized it.
     """
     # What exists on disk is never looked up on the Hub.
     path = Path(source).expanduser()
@@ -135,6 +139,13 @@ def encoder_config(source: str, trust_remote_code: bool) -> PretrainedConfig | N
     except ModelError:
         return None
     return config if tasks.is_encoder_config(config) else None
+
+
+def folder_of(identity: ModelIdentity) -> Path | None:
+    """Return the folder with the files of a model that was loaded; None for a .gguf file."""
+    if identity.kind == "hub":
+        return snapshot_of(identity.name, identity.name, identity.revision)
+    return Path(identity.name) if identity.kind == "folder" else None
 
 
 def export_gaps(config: PretrainedConfig, formats: Sequence[str] = DEFAULT_FORMATS) -> dict[str, str]:
@@ -186,7 +197,11 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
         found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
         raise ModelError(f"{path}: not a model folder, it has no config.json (found: {found}).{hint}")
-    weights = sorted(path.glob("*.safetensors"))
+    # Refuse what the configuration rules out before gigabytes of weights are read.
+    config = load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
+    chosen = check_task(config, str(path), trust_remote_code, task)
+    by_torchao = quantization_method(config) == TORCHAO
+    weights = torchao_checkpoint.weight_files(path) if by_torchao else sorted(path.glob("*.safetensors"))
     if not weights:
         pickles = ", ".join(p.name for p in sorted([*path.glob("*.bin"), *path.glob("*.pth")]))
         raise ModelError(
@@ -198,20 +213,20 @@ def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: 
         if not file.is_file():
             raise ModelError(f"{file}: a link to nowhere, or no file. Copy the model again.")
     weights_check.refuse_pointers([*weights, *(path / name for name in TOKENIZER_FILES)])
-
-    # Refuse what the configuration rules out before gigabytes of weights are read.
-    config = load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
-    chosen = check_task(config, str(path), trust_remote_code, task)
     check_read_keys(chosen, path, str(path), chosen is not config)
     check_sizes(chosen, path, sum(file.stat().st_size for file in weights))
     if isinstance(task, SentenceEncoder):
         sentence_modules.check_modules(str(path))
 
-    files = weights_check.check_files(path)
     try:
-        model, report = _read_weights(
-            str(path), chosen, trust_remote_code, dtype, task, chosen is not config, local_files_only=True
-        )
+        if by_torchao:
+            files = [file for file in weights if file.suffix == ".safetensors"]
+            model, report = torchao_checkpoint.load_floats(path, chosen, dtype, str(path))
+        else:
+            files = weights_check.check_files(path)
+            model, report = _read_weights(
+                str(path), chosen, trust_remote_code, dtype, task, chosen is not config, local_files_only=True
+            )
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: the weights cannot be loaded ({one_line(error)}). Save the model again, or correct config.json."
@@ -245,17 +260,22 @@ def _load_hub(
     if isinstance(task, SentenceEncoder):
         sentence_modules.check_modules(source, revision)
 
+    by_torchao = quantization_method(config) == TORCHAO
     try:
-        model, report = _read_weights(
-            source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=revision
-        )
+        if by_torchao:
+            snapshot_download(source, revision=revision, allow_patterns=torchao_checkpoint.PATTERNS)
+            model, report = torchao_checkpoint.load_floats(snapshot, chosen, dtype, source)
+        else:
+            model, report = _read_weights(
+                source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=revision
+            )
     except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
     tokenizer = _load_tokenizer(source, snapshot, task, trust_remote_code, local_files_only=False, revision=revision)
-    files = weights_check.check_files(snapshot)
+    files = [] if by_torchao else weights_check.check_files(snapshot)
     config_check.read_config(snapshot, source)  # again, because the other files are here only now
     _check_model(model, report, files, tokenizer, source, task, chosen is not config)
     task.prepare(model)

@@ -22,6 +22,7 @@ WRONG_VALUES = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
     StrictDataclassError,
 )  # fmt: skip
+TORCHAO = "torchao"  # method of a quantized model that `models.torchao_checkpoint` reads
 DOWNLOAD_ERRORS = (*WRONG_VALUES, OSError, httpx2.HTTPError)
 
 
@@ -98,13 +99,10 @@ def check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, t
         The configuration to load: the given one, or that of the text model of a multimodal one.
     """
     # Codes of another quantizer cannot be trained, and rounding them again would lose twice.
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise ModelError(
-            f"{source}: is quantized already ({settings.get('quant_method', 'unknown method')}). "
-            "Start from the float model it was made from."
-        )
+    method = quantization_method(config)
+    is_read = method == TORCHAO and not task.is_encoder and not text_model.is_multimodal(config)
+    if method is not None and not is_read:
+        raise ModelError(f"{source}: is quantized already ({method}). Start from the float model it was made from.")
 
     # Trust an encoder's configuration; a missing head is newly initialized.
     if task.is_encoder and tasks.is_encoder_config(config):
@@ -137,6 +135,15 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
         )
     experts.refuse_expert_config(text)
     return text
+
+
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """Return the method by which a model is quantized already, as config.json names it; None for a float model."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = (settings if isinstance(settings, dict) else settings.to_dict()).get("quant_method", "unknown method")
+    return str(getattr(method, "value", method))
 
 
 def check_sizes(config: PretrainedConfig, folder: Path, weight_bytes: int) -> None:

@@ -31,7 +31,6 @@ from qat_edge.models.tasks import POOLER, ModelTask
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # beginning of a file
-SHOWN_NAMES = 3  # of tensors, in a message
 # Put before every name by a wrapper around the model that was saved: prefix -> the wrapper.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -114,7 +113,7 @@ def check_files(folder: Path) -> list[Path]:
     elif index.is_file():
         files = _indexed_files(index, shards)
     else:
-        found = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:SHOWN_NAMES])
+        found = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[: readers.FEW])
         raise ModelError(
             f"{folder}: has neither {WEIGHTS} nor {INDEX} (found: {found}). Rename a single file to {WEIGHTS}, or copy "
             "the index that belongs to the files."
@@ -142,13 +141,13 @@ def _indexed_files(index: Path, shards: Sequence[Path]) -> list[Path]:
     if missing:
         raise ModelError(
             f"{index.parent}: {len(missing)} of the {len(files)} files that {index.name} names are missing "
-            f"({_some(missing)}). Copy or download them."
+            f"({readers.first_few(missing)}). Copy or download them."
         )
     left_out = [path.name for path in shards if path not in files]
     if left_out:
         raise ModelError(
-            f"{index.parent}: {index.name} does not name {_some(left_out)}. The index belongs to another model, or the "
-            "files do: copy the model again, into an empty folder."
+            f"{index.parent}: {index.name} does not name {readers.first_few(left_out)}. The index belongs to another "
+            "model, or the files do: copy the model again, into an empty folder."
         )
     return files
 
@@ -163,8 +162,8 @@ def _refuse_repeated_tensors(files: Sequence[Path]) -> None:
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ModelError(
-            f"{files[0].parent}: {len(repeated)} tensors are in more than one file ({_some(repeated)}). Copy the model "
-            "again, into an empty folder."
+            f"{files[0].parent}: {len(repeated)} tensors are in more than one file ({readers.first_few(repeated)}). "
+            "Copy the model again, into an empty folder."
         )
 
 
@@ -185,10 +184,10 @@ def _refuse_codes(types: Mapping[str, str], path: Path) -> None:
     integers = [name for name, kind in found.items() if kind[0] in "IU"]
     if integers:
         raise ModelError(
-            f"{path}: {len(integers)} weights are stored as integers ({_some(integers)}), and config.json does not say "
-            "how they stand for numbers. Start from the float model."
+            f"{path}: {len(integers)} weights are stored as integers ({readers.first_few(integers)}), and config.json "
+            "does not say how they stand for numbers. Start from the float model."
         )
-    shown = _some([f"{name}: {kind}" for name, kind in found.items()])
+    shown = readers.first_few([f"{name}: {kind}" for name, kind in found.items()])
     raise ModelError(
         f"{path}: {len(found)} weights are of a type that is no float of 16 bits or more ({shown}): codes that need "
         "scales to be numbers. Start from the float model."
@@ -245,7 +244,9 @@ def check_loaded(model: PreTrainedModel, report: LoadReport, source: str, task: 
         new_head = {name: shapes for name, shapes in mismatched.items() if _belongs_to_head(name, model)}
         mismatched = {name: shapes for name, shapes in mismatched.items() if name not in new_head}
         if new_head:
-            progress.warn(f"{source}: its head is for other labels ({_some(new_head)}), so training starts a new one")
+            progress.warn(
+                f"{source}: its head is for other labels ({readers.first_few(new_head)}), so training starts a new one"
+            )
 
     if missing or unexpected or mismatched:
         raise ModelError(_describe(missing, unexpected, mismatched, model, source))
@@ -262,12 +263,12 @@ def _describe(
     """Return what does not match, and the likely cause."""
     found = []
     if missing:
-        found.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+        found.append(f"{len(missing)} tensors are missing ({readers.first_few(missing)})")
     if unexpected:
-        found.append(f"{len(unexpected)} have no place in the model ({_some(unexpected)})")
+        found.append(f"{len(unexpected)} have no place in the model ({readers.first_few(unexpected)})")
     if mismatched:
         shapes = [f"{name}: {list(a)} in the file, {list(b)} in the model" for name, (a, b) in mismatched.items()]
-        found.append(f"{len(mismatched)} have another shape ({_some(shapes, '; ')})")
+        found.append(f"{len(mismatched)} have another shape ({readers.first_few(shapes, '; ')})")
     return (
         f"{source}: the weights are not those of a {type(model).__name__}: {', '.join(found)}. "
         f"{_likely_cause(missing, unexpected, mismatched, model)}"
@@ -356,7 +357,7 @@ def check_finite(model: nn.Module, source: str) -> None:
             if count:
                 found[name] = count
     if found:
-        shown = _some([f"{name}: {count}" for name, count in found.items()])
+        shown = readers.first_few([f"{name}: {count}" for name, count in found.items()])
         raise ModelError(
             f"{source}: {len(found)} tensors hold values that are NaN or infinite ({shown}). The model was damaged "
             "when it was trained or converted; use another copy or an earlier checkpoint."
@@ -442,14 +443,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     unusable = [(i, token) for i, token in beyond if token not in placeholders]
     if unusable:
-        shown = _some([f"{token!r} = {i}" for i, token in unusable])
+        shown = readers.first_few([f"{token!r} = {i}" for i, token in unusable])
         raise ModelError(
             f"{source}: the tokenizer has {len(unusable)} tokens beyond the {rows} rows of the model's embedding "
             f"({shown}). Add their rows with `model.resize_token_embeddings(len(tokenizer))` and save the model again, "
             "or use the tokenizer that belongs to it."
         )
     if beyond:
-        progress.warn(f"{source}: no text may contain {_some([token for _, token in beyond])}: its id has no row")
+        progress.warn(
+            f"{source}: no text may contain {readers.first_few([token for _, token in beyond])}: its id has no row"
+        )
 
     special = {
         f"{where} {name}": value
@@ -463,7 +466,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     outside = [f"{name} = {value}" for name, value in special.items() if value >= rows]
     if outside:
         raise ModelError(
-            f"{source}: {_some(outside)}, but the model's embedding has {rows} rows. Correct the ids in these files."
+            f"{source}: {readers.first_few(outside)}, but the model's embedding has {rows} rows. Correct the ids in "
+            "these files."
         )
 
 
@@ -514,10 +518,3 @@ def _as_ids(value: Any) -> list[int]:
     """Return an id, a list of them or None as a list."""
     values = value if isinstance(value, list | tuple) else [value]
     return [int(v) for v in values if v is not None]
-
-
-def _some(names: Iterable[str], separator: str = ", ") -> str:
-    """Return the first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - SHOWN_NAMES
-    return separator.join(names[:SHOWN_NAMES]) + (f"{separator}and {more} more" if more > 0 else "")

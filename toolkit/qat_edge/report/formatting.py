@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from qat_edge.evaluate.results import FINE_TUNED, REFERENCES, UNTRAINED
-from qat_edge.quant.ptq.method_names import OWN_ADAPTERS, PTQ_METHODS, QAT, is_own
+from qat_edge.quant.ptq.method_names import OWN_ADAPTERS, PTQ_METHODS, QAT, STORED, TITLES, is_own
 from qat_edge_exporters.targets import TARGETS
 
 # Roles of models with their names in most runs. "tuned" is the float model that others are compared with, and "qat" the
@@ -34,7 +34,7 @@ PARTS = {
 # Acronyms in capitals, names in sentence case: "RTN", "GPTQ", "Coordinate descent".
 _PTQ_LABELS = {
     f"ptq ({title})": title.capitalize() if "-" in method else method.upper() for method, title in PTQ_METHODS.items()
-}
+} | {f"ptq ({TITLES[STORED]})": TITLES[STORED].capitalize()}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Control characters and surrogates: not allowed in XML, and invisible to readers.
 _NOT_PRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -13,7 +13,7 @@ from qat_edge.models.positions import max_positions
 from qat_edge.options import TRAINING, WIDTHS, ExportOptions, FinetuneOptions
 from qat_edge.quant.bits_file import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
-from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge.quant.ptq.method_names import CALIBRATED, STORED
 from qat_edge_exporters.targets import target_for
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ OF_STEPS = (
 )  # fmt: skip
 # Options that change or calibrate weights.
 WITHOUT_FROZEN_BASE = ("method", "base", "codes", "scale_learning_rate", "clip_gradients", "calibration_tokens")
+SCHEME = ("bits", "weight_bits", "weight_levels", "group_size", "embedding_bits", "head_bits")  # of weights
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
 
 
@@ -46,6 +47,7 @@ def check_combination(options: FinetuneOptions) -> None:
     """
     requested_levels(options.bits, options.weight_levels)  # refuses a file of bits with other levels
     _check_frozen_base(options)
+    _check_stored_codes(options)
     for checks in (_step_checks, _phase_2_checks, _base_checks, _width_checks, _effect_checks):
         for check in checks(options):
             if check.found:
@@ -149,6 +151,28 @@ def _check_frozen_base(options: FinetuneOptions) -> None:
             raise UsageError(
                 f"{flag_name(name)} {getattr(options, name)} and --frozen-base: adapters alone are trained, next to "
                 "weights that stay as they are. Leave it out."
+            )
+
+
+def _check_stored_codes(options: FinetuneOptions) -> None:
+    """Refuse options that change codes, or choose others, where those of a quantized model are kept.
+
+    Raises:
+        UsageError: Names the option.
+    """
+    if options.ptq_init != STORED or options.frozen_base is not None:
+        return
+    if options.steps:
+        raise UsageError(
+            f"--ptq-init {STORED} and --steps {options.steps}: its codes stay as they are, so nothing can be trained "
+            f"into them. Train adapters next to them: `qat-edge quantize MODEL --method {STORED} --out BASE`, then "
+            "`qat-edge finetune --frozen-base BASE`."
+        )
+    for name in (*SCHEME, "keep_layers"):
+        if _is_given(options, name):
+            raise UsageError(
+                f"{flag_name(name)} {getattr(options, name)}: codes that a model is stored with stay as they are. "
+                "Leave it out, or choose another method."
             )
 
 

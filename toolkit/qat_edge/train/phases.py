@@ -64,7 +64,8 @@ class PhaseTransition:
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
         rotation_seed: Seed of the rotation; None without one.
-        frozen_start: Weights and scales of the frozen base; None without one, and for one that has only its weights.
+        given_start: Weights and scales of the frozen base or of a model that is quantized already; None for those of
+            the PTQ initialization.
         save_reference: Saves the trained weights as RUN/reference.
         set_teacher: Passes the teacher to the trainer.
         reset_optimizer: Drops the optimizer's averages of gradients.
@@ -81,7 +82,7 @@ class PhaseTransition:
     device: str
     precision: str
     rotation_seed: int | None
-    frozen_start: QatInit | None
+    given_start: QatInit | None
     save_reference: Callable[[], None]
     set_teacher: Callable[[Teacher], None]
     reset_optimizer: Callable[[], None]
@@ -181,11 +182,17 @@ class PhaseTransition:
         """
         method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
         moment = "Start of QAT" if self.options.has_qat else "Without QAT"
-        if self.frozen_start is not None:
-            progress.info(f"{moment}: weights and scales become those of {self.options.frozen_base}")
+        if self.given_start is not None:
+            base = self.options.frozen_base
+            progress.info(
+                f"{moment}: codes and scales stay as they are stored"
+                if base is None
+                else f"{moment}: weights and scales become those of {base}"
+            )
             with torch.no_grad():
-                qat_init.repeat(self.model, self.scheme, method, self.frozen_start, self.rotation_seed)
-            return self.frozen_start.copy(self.run.start, method=method, rotation_seed=self.rotation_seed)
+                qat_init.repeat(self.model, self.scheme, method, self.given_start, self.rotation_seed)
+            write = self.given_start.save if base is None else self.given_start.copy
+            return write(self.run.start, method=method, rotation_seed=self.rotation_seed)
 
         saved = self._saved_initialization(made_of)
         if saved is not None:

@@ -30,11 +30,13 @@ from qat_edge.options import FinetuneOptions
 from qat_edge.quant import bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST, SEQ
-from qat_edge.quant.ptq.method_names import COMPENSATED
+from qat_edge.quant.ptq.method_names import COMPENSATED, STORED
+from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
 from qat_edge.train.frozen_base import FrozenBase, read_frozen_base
 from qat_edge.train.option_checks import requested_widths, row_length
+from qat_edge.train.stored_codes import read_stored_codes
 from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, GGUF, target_named
 
 # Name on PyPI of the trackers that are one package.
@@ -59,6 +61,8 @@ class TrainingJob:
         precision: "bf16" or "fp32", of the matrix products.
         rotation_seed: Seed of the rotation; None without one.
         frozen_base: Quantized model that adapters are trained next to; None for adapters that are merged.
+        start: Weights and scales of the frozen base, or of a model that is quantized already; None where QAT chooses
+            its own, and for a base that has only its weights.
         metadata: Entries of the manifests of RUN/reference and RUN/adapter.
     """
 
@@ -72,6 +76,7 @@ class TrainingJob:
     precision: str
     rotation_seed: int | None
     frozen_base: FrozenBase | None
+    start: QatInit | None
     metadata: dict[str, Any]
 
 
@@ -102,6 +107,9 @@ def prepare_training(
     bits_file.require_model(options.bits, base, kept_layers or options.keep_layers)
     bits = bits_file.load_bits(Path(options.bits)) if options.bits else {}
     levels = bits_file.requested_levels(options.bits, options.weight_levels) or SEQ
+    stored = read_stored_codes(identity, model) if options.ptq_init == STORED else None
+    if stored is not None:
+        options, bits = stored.options(options), stored.bits
     choose_scheme = partial(
         scheme.choose_scheme, model, options.group_size, bits, (options.embedding_bits, options.head_bits),
         scheme.LinearCodes(options.weight_bits, levels),
@@ -136,6 +144,8 @@ def prepare_training(
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
     weights = _untie_trained_head(choose_scheme(), options)
     _report_scheme(model, weights)
+    start = None if stored is None else stored.start(weights)
+    start = start if frozen_base is None else frozen_base.start
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
     for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
@@ -147,7 +157,7 @@ def prepare_training(
     metadata["frozen_base"] = frozen_base and {"source": options.frozen_base, "sha256": frozen_base.sha256}
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options, frozen_base)
     return TrainingJob(
-        task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, metadata
+        task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, start, metadata
     )
 
 

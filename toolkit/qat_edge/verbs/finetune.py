@@ -340,7 +340,7 @@ def _phase_transition(
     return PhaseTransition(
         model=adapted, switch=switch, scheme=job.scheme, rows=job.rows, tokenizer=job.tokenizer, options=options,
         run=run, device=job.device, precision=job.precision, rotation_seed=job.rotation_seed,
-        frozen_start=None if job.frozen_base is None else job.frozen_base.start,
+        given_start=job.start,
         save_reference=lambda: merge.save_weights(adapted, run.reference, "reference", job.metadata, scales=False),
         set_teacher=trainer.set_teacher, reset_optimizer=trainer.reset_optimizer,
     )  # fmt: skip

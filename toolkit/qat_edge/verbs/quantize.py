@@ -21,7 +21,7 @@ from qat_edge.models.tasks import require_causal_lm
 from qat_edge.options import QuantizeOptions
 from qat_edge.quant import frozen
 from qat_edge.quant.bits_file import requested_levels
-from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
+from qat_edge.quant.ptq.method_names import CALIBRATED, QAT, STORED
 from qat_edge.quant.scheme import LinearCodes
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
@@ -87,6 +87,11 @@ def _check_options(run: Run, options: QuantizeOptions) -> None:
     Raises:
         UsageError: names the option.
     """
+    if options.method == STORED:
+        raise UsageError(
+            f"--method {STORED}: keeps the codes of a model that is quantized already, and {run.path} is a run. Give "
+            "that model in its place, and --out."
+        )
     for name in ("bits", "weight_bits", "weight_levels"):
         if options.method == QAT and getattr(options, name) is not None:
             flag = config.flag_name(name)

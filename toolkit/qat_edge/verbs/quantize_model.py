@@ -12,17 +12,18 @@ from typing import Any
 from qat_edge import config
 from qat_edge.errors import UsageError
 from qat_edge.options import FinetuneOptions, QuantizeOptions
-from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
+from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT, STORED
 from qat_edge.run import Run
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import OF_MODELS, Quantized, quantize
 
 # Options that both verbs have under one name, and that are left at finetune's default where they are not given.
-SHARED = ("bits", "weight_bits", "weight_levels", "calibration_tokens", "seed", *OF_MODELS)
+OF_CODES = ("bits", "weight_bits", "weight_levels", "calibration_tokens", *OF_MODELS)
+SHARED = (*OF_CODES, "seed")
 
 
 def quantize_model(model: str, out: Path, options: QuantizeOptions, force: bool = False) -> Quantized:
-    """Quantize a model by a PTQ method into the run folder `out`: its frozen checkpoint is RUN/quantized.
+    """Quantize a model into the run folder `out`, by a PTQ method or as it is stored; RUN/quantized has the result.
 
     Args:
         model: Hub id, local folder or .gguf file.
@@ -45,6 +46,11 @@ def quantize_model(model: str, out: Path, options: QuantizeOptions, force: bool 
             f"--rotate and --method {options.method}: a rotation needs a method that changes the weights. Give "
             f"--method {'|'.join(CALIBRATED)}, or leave it out."
         )
+    for name in OF_CODES if options.method == STORED else ():
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"{config.flag_name(name)} and --method {STORED}: codes and groups stay as they are. Leave it out."
+            )
     if options.calibration_data is None:
         raise UsageError(
             "--calibration-data: with --out, every method needs rows of the model's task: they show how its answers "

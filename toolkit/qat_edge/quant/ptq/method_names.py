@@ -15,6 +15,9 @@ PTQ_METHODS = {
     "coordinate-descent": "coordinate descent",
     "awq": "AWQ",
 }
+# Not a method that rounds: codes and scales of a model that is quantized already stay as they are.
+STORED = "stored"
+TITLES = {**PTQ_METHODS, STORED: "stored codes"}
 METHOD_OF = {"none": "rtn"}  # --ptq-init none keeps the weights; learned scales then begin at round-to-nearest's
 RENAMED_METHODS = {"cd": "coordinate-descent"}  # names of 0.1.0 -> today's
 # Methods whose weights compensate for each other's rounding errors.
