@@ -74,15 +74,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / PICKLE_INDEX
     if not index.is_file():
         raise ModelError(f"{folder}: has neither *.safetensors nor {PICKLE}. Copy or download the weights.")
-    document = readers.read_json(index, ModelError)
-    names = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"{index}: has no 'weight_map' from tensors to files. Copy the model again.")
-    files = [folder / name for name in sorted(set(names.values()))]
-    absent = [path.name for path in files if path.parent != folder or not path.is_file()]
-    if absent:
-        raise ModelError(f"{index}: names {absent[0]!r}, which is not in the folder. Copy or download it.")
-    return files
+    return weights_check.files_of_index(index, ".bin")
 
 
 def load_floats(
@@ -183,7 +175,11 @@ def _state(folder: Path, source: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for path in files:
             with _reading(path):
-                found |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                twice = sorted(found.keys() & part.keys())
+            if twice:
+                raise ModelError(f"{path}: {readers.shorten(twice[0])} is in another file, too. Copy the model again.")
+            found |= part
         return found
 
     # A tensor's parts may be in several files.

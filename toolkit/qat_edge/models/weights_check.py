@@ -126,23 +126,33 @@ def check_files(folder: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path, shards: Sequence[Path]) -> list[Path]:
-    """Return the files that an index names."""
+def files_of_index(index: Path, suffix: str) -> list[Path]:
+    """Return the files with weights that an index names, in order. suffix: Of their names.
+
+    Raises:
+        ModelError: It is no index, or names a file that is not there.
+    """
     document = readers.parse_json(readers.read_text(index, ModelError), str(index), ModelError)
     names = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: has no 'weight_map' from tensors to files. Copy the model again.")
 
     files = [index.parent / name for name in sorted(set(names.values()))]
-    outside = [path.name for path in files if path.parent != index.parent or path.suffix != ".safetensors"]
+    outside = [path.name for path in files if path.parent != index.parent or path.suffix != suffix]
     if outside:
-        raise ModelError(f"{index}: names {outside[0]!r}, which is no safetensors file of this folder.")
+        raise ModelError(f"{index}: names {outside[0]!r}, which is no {suffix} file of this folder.")
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ModelError(
             f"{index.parent}: {len(missing)} of the {len(files)} files that {index.name} names are missing "
             f"({readers.first_few(missing)}). Copy or download them."
         )
+    return files
+
+
+def _indexed_files(index: Path, shards: Sequence[Path]) -> list[Path]:
+    """Return the safetensors files that an index names, if it names all shards."""
+    files = files_of_index(index, ".safetensors")
     left_out = [path.name for path in shards if path not in files]
     if left_out:
         raise ModelError(
