@@ -58,7 +58,8 @@ ABLATION: Mapping[str, Overrides] = {
     "QAT from the first step and nothing else": FORMULATION,
 }
 
-# Models of `benchmarks.frontier`: each scheme with PTQ alone, after the last step, and with QAT for half of the steps.
+# Models of `benchmarks.frontier`: each scheme with PTQ alone, after the last step, and with QAT for half of the steps,
+# or for a tenth, as in finetune at 4 bits.
 PTQ = "PTQ"
 FRONTIER_TOKENS = 16384
 SCHEMES: Mapping[str, Overrides] = {
@@ -71,6 +72,7 @@ SCHEMES: Mapping[str, Overrides] = {
 FINISHES: Mapping[str, Overrides] = {
     PTQ: {"qat_start": AFTER_ALL, "codes": "trained"},
     "QAT": {"qat_start": 0.5, "codes": "trained"},
+    "QAT for a tenth": {"qat_start": 0.9, "codes": "trained"},
     "QAT of scales": {"qat_start": 0.5, "codes": "fixed"},
 }
 # QAT of weights at 2 bits diverges at the rate of 4 bits.
@@ -80,7 +82,7 @@ _RATES: Mapping[str, Overrides] = {"2 bits": {"qat_learning_rate": 5e-5}}
 def _frontier() -> Iterator[tuple[str, Overrides]]:
     for scheme, changes in SCHEMES.items():
         for finish, recipe in FINISHES.items():
-            rates = _RATES.get(scheme.split(",")[0], {}) if finish == "QAT" else {}
+            rates = _RATES.get(scheme.split(",")[0], {}) if recipe["codes"] == "trained" and finish != PTQ else {}
             yield f"{scheme}, {finish}", {"calibration_tokens": FRONTIER_TOKENS, **changes, **recipe, **rates}
 
 

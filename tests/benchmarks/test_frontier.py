@@ -30,6 +30,7 @@ def test_qat_is_compared_with_ptq_of_its_scheme_row_by_row(tiny_model_folder: Pa
         "4 bits, PTQ": figures(29, 0.1, 90_000_000),
         "2 bits, PTQ": figures(10, 0.3, 60_000_000),
         "2 bits, QAT": figures(12, 0.3, 60_000_000),
+        "2 bits, QAT for a tenth": figures(11, 0.3, 60_000_000),
         "2 bits, QAT of scales": figures(24, 0.2, 60_000_000),
     }
     for name, found in measured.items():
@@ -42,11 +43,12 @@ def test_qat_is_compared_with_ptq_of_its_scheme_row_by_row(tiny_model_folder: Pa
     assert "60.0 MB | 30.0% (" in rows["2 bits, QAT"] and "no difference shown" in rows["2 bits, QAT"]
     scales = rows["2 bits, QAT of scales"]
     assert "60.0% (" in scales and "35.0% (" in scales and "-0.1" in scales
-    assert "not measured" in rows["4 bits, QAT"]
-    assert "Not measured yet: 4 bits, groups of 64; " in path.read_text()
+    assert "4 bits, QAT" not in rows
+    listed = "4 bits, QAT; 4 bits, QAT for a tenth; 4 bits, QAT of scales; 4 bits, groups of 64; "
+    assert f"Not measured yet: {listed}" in path.read_text()
     assert path.with_suffix(".json").is_file()
     drawn = path.with_suffix(".svg").read_text()
-    assert drawn.count("<title>2 bits, ") == 3 and "4 bits, PTQ: 90, 72.5" in drawn
+    assert drawn.count("<title>2 bits, ") == 4 and "4 bits, PTQ: 90, 72.5" in drawn
 
 
 def test_models_of_other_tools_have_a_table_and_marks_of_their_own(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -91,5 +93,6 @@ def test_speed_is_compared_within_each_round(tiny_model_folder: Path, tmp_path: 
 def test_every_scheme_has_each_finish() -> None:
     assert len(settings.FRONTIER) == len(settings.SCHEMES) * len(settings.FINISHES)
     assert settings.FRONTIER["2 bits, QAT"]["qat_learning_rate"] == 5e-5
+    assert settings.FRONTIER["2 bits, QAT for a tenth"]["qat_learning_rate"] == 5e-5
     assert "qat_learning_rate" not in settings.FRONTIER["4 bits, QAT"]
     settings.check_recipes()
