@@ -46,9 +46,10 @@ def main() -> None:
         elif not given.page_only:
             schedule.run(runner, schedule.make_jobs(runner, parts, given.seeds))
 
-        # The report covers all parts and recipes, whichever ran now; missing cells show as not measured.
-        whole = replace(runner, setting=replace(runner.setting, ablation_rows=len(settings.ABLATION)))
-        path = accuracy_page.write(whole, schedule.make_jobs(whole, PARTS, given.seeds), given.seeds, given.out)
+        # The report covers all parts, recipes and seeds, whichever ran now; missing cells show as not measured.
+        every = replace(runner.setting, ablation_rows=len(settings.ABLATION), side_seeds=len(given.seeds))
+        jobs = schedule.make_jobs(replace(runner, setting=every), PARTS, given.seeds)
+        path = accuracy_page.write(runner, jobs, given.seeds, given.out)
         progress.info(f"Wrote {path}")
     except QatEdgeError as error:
         raise SystemExit(f"Error: {error}") from error

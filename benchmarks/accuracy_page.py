@@ -304,12 +304,16 @@ def _ablation(results: AccuracyResults) -> str:
             overrides = settings.recipe(name, setting.steps)
             changed = ", ".join(f"`{key}={value}`" for key, value in overrides.items()) or "the defaults"
 
-            values = [results.emulated_perplexity(task, seed, name, setting.steps) for seed in results.side_seeds]
-            kl = _over_seeds(results, TORCH, task, name, "kl_nats")[: setting.side_seeds]
-            shares = [_recovered_by(results, task, seed, name) for seed in results.side_seeds]
-            title = "recommended" if name == RECOMMENDED else name
-            rows.append((task, title, changed, spread(values), spread(kl), spread(shares, percent)))
-    return table(("task", "recipe", "changed options", "perplexity", "KL", "recovered"), rows)
+            values = [results.emulated_perplexity(task, seed, name, setting.steps) for seed in results.seeds]
+            kl = _over_seeds(results, TORCH, task, name, "kl_nats")
+            ratios = [
+                one and other and one / other
+                for one, other in zip(kl, _over_seeds(results, TORCH, task, RECOMMENDED, "kl_nats"), strict=True)
+            ]
+            shares = [_recovered_by(results, task, seed, name) for seed in results.seeds]
+            title, compared = ("recommended", "") if name == RECOMMENDED else (name, spread(ratios))
+            rows.append((task, title, changed, spread(values), spread(kl), compared, spread(shares, percent)))
+    return table(("task", "recipe", "changed options", "perplexity", "KL", "of recommended", "recovered"), rows)
 
 
 def _recovered_by(results: AccuracyResults, task: str, seed: int, name: str) -> float | None:

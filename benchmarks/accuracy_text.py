@@ -57,7 +57,8 @@ def ablation() -> str:
     """Explain the table of recipes."""
     return (
         "The defaults of `finetune` with one change, at N steps, in torch emulation. With this few tokens, KL to the "
-        "FP32 fine-tune separates recipes that perplexity does not."
+        "FP32 fine-tune separates recipes that perplexity does not. *Of recommended* divides it by the KL of the "
+        "recommended recipe with the same seed. The other columns compare only recipes with the same seeds."
     )
 
 
