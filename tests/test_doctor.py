@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import make_tokenizer
@@ -209,10 +210,10 @@ def test_a_backend_that_an_app_lacks_is_named() -> None:
     assert checks[0].reason == "it lacks backend CoreMLBackend"
 
 
-def test_operator_lists_are_those_of_the_installed_version() -> None:
+def test_the_installed_version_has_the_listed_operators() -> None:
     table = tomllib.loads(known_runtimes.TABLE.read_text(encoding="utf-8"))
     assert set(table["runtimes"]) | {known_runtimes.WHEEL} == set(RUNTIMES)
-    assert table["version"] == library_version("executorch")
+    assert Version(table["version"]) <= Version(library_version("executorch"))
     files = {
         "portable": Path(executorch.kernels.portable.__path__[0]) / "functions.yaml",
         "quantized": Path(executorch.kernels.quantized.__path__[0]) / "quantized.yaml",
@@ -220,7 +221,7 @@ def test_operator_lists_are_those_of_the_installed_version() -> None:
     for library, file in files.items():
         listed = [entry.get("op") or entry["func"].partition("(")[0] for entry in yaml.safe_load(file.read_text())]
         full = {name if "::" in name else f"aten::{name}" for name in listed}
-        assert set(table["libraries"][library]["operators"]) == full
+        assert set(table["libraries"][library]["operators"]) <= full
 
 
 def test_a_missing_tokenizer_is_a_fault(

@@ -13,6 +13,7 @@ objects are typed `Any`: most of these libraries ship no type information.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -38,6 +39,7 @@ PIP_NAMES = {
 GREEDY = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
 }  # fmt: skip
+BINDINGS = ("_C", "_portable_lib")  # of ExecuTorch 1.5, and of 1.4
 # Libraries of operators in ExecuTorch's package, without their suffix.
 OPERATOR_LIBRARIES = (
     "kernels/quantized/libquantized_ops_aot_lib",
@@ -157,14 +159,22 @@ def _named(outputs: list[Any]) -> dict[str, Any]:
     return {str(index) if index else "logits": rows.copy() for index, rows in enumerate(outputs)}
 
 
+def _binding() -> Any:
+    """Return ExecuTorch's binding itself: `portable_lib`, and the packages of the operators, import the whole exporter.
+
+    Raises:
+        ImportError: The installed version has it under another name.
+    """
+    names = [f"executorch.extension.pybindings.{name}" for name in BINDINGS]
+    found = next((name for name in names if importlib.util.find_spec(name)), names[0])
+    return importlib.import_module(found)
+
+
 class ExecuTorchModel(PteModel):
     """A .pte in ExecuTorch's own Python package, which needs torch."""
 
     def __init__(self) -> None:
         import torch
-
-        # The binding itself: portable_lib, and the packages that come with the operators, import the whole exporter.
-        from executorch.extension.pybindings import _portable_lib
 
         spec = importlib.util.find_spec("executorch")
         roots = (spec.submodule_search_locations or []) if spec else []
@@ -173,7 +183,7 @@ class ExecuTorchModel(PteModel):
                 for path in Path(root).glob(f"{library}.*"):
                     torch.ops.load_library(str(path))
 
-        self.torch, self.library = torch, _portable_lib
+        self.torch, self.library = torch, _binding()
         self.runtime, self.version = "executorch", package_version("executorch")
 
         # Inputs of one token, filled anew at each step: with 80 MB of weights going through the CPU's caches, every

@@ -1,6 +1,6 @@
 """Private names of the ExecuTorch runtime's Python binding.
 
-Read in executorch 1.4.1, which has no public way to load a program with a cache that outlives one call, or to list what
+Read in executorch 1.4.1 and 1.5.1, which have no public way to load a program with a cache that outlives one call, or to list what
 is registered. Importing this loads the runtime; the exporter's other modules do not. See compat.py.
 """
 
