@@ -33,7 +33,7 @@ from qat_edge import storage
 from qat_edge.errors import ModelError, QatEdgeError, UsageError
 from qat_edge.evaluate.reference import DISTURBANCE, load_exact
 from qat_edge.logs import quiet_libraries
-from qat_edge.models import load
+from qat_edge.models import load, load_config
 from qat_edge.options import ExportOptions, FinetuneOptions
 from qat_edge.quant import scheme
 from qat_edge.run import Run
@@ -121,6 +121,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text: soft cap, epsilon": {
         **BOTH, **EPSILON, "head_dim": 32, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0,
     },
+    "gemma4_text": {
+        **BOTH, "head_dim": 32, "hidden_size": 96, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 288,
+    },
     "glm": HEAD_16,
     "glm4": {"head_dim": 32},
     "gpt2": {},
@@ -136,6 +139,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "jais2": {},
     "jamba": {**EXPERTS, "mamba_d_state": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "llama": {"tie_word_embeddings": True},
     "llama: biases, GELU, wide heads, epsilon": {
         **EPSILON, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh", "head_dim": 32,
@@ -214,6 +218,7 @@ def refusals(config: PretrainedConfig) -> dict[str, str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     try:
+        load_config.refuse_unlike_layers(config)
         scheme.choose_scheme(model, GROUP_SIZE)
     except (ModelError, UsageError) as error:
         return {"training": str(error)}

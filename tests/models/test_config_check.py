@@ -163,8 +163,7 @@ def test_what_forward_returns_is_as_everywhere(
         ("residual_multiplier", 0.22), ("logits_scaling", 8.0), ("logit_scale", 0.5), ("sliding_window", 8),
         ("layer_types", ["sliding_attention"] * 2), ("clip_qkv", 2.0), ("layer_norm_eps", 1e-3), ("use_qk_norm", True),
         ("use_bidirectional_attention", True), ("alibi", True), ("rotary_pct", 0.25), ("norm_type", "layer_norm"),
-        ("position_embedding_type", "relative_key"), ("per_layer_config", {"0": {"hidden_act": "relu"}}),
-        ("text_config", {"model_type": "llama"}), ("use_qkv_bias", True),
+        ("position_embedding_type", "relative_key"), ("text_config", {"model_type": "llama"}), ("use_qkv_bias", True),
     ],
 )  # fmt: skip
 def test_a_key_that_changes_the_function_elsewhere_is_refused(model_copy: Path, key: str, value: Any) -> None:

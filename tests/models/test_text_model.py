@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
@@ -114,3 +116,11 @@ def test_a_model_whose_text_part_cannot_be_loaded_alone_is_refused_in_words(tmp_
     with pytest.raises(ModelError, match=r"a multimodal model \(Qwen2VL.*whose text model \(qwen2_vl_text\) .* alone"):
         load_model(str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2_vl"
+
+
+def test_layers_that_differ_in_their_settings_are_refused(tmp_path: Path) -> None:
+    config = Gemma4TextConfig(**TEXT, head_dim=16, hidden_size_per_layer_input=16, vocab_size_per_layer_input=288)
+    Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"gemma4_text: its layers differ in head_dim \(per_layer_config\)"):
+        load_model(str(tmp_path))

@@ -1,7 +1,8 @@
 """Private and undocumented names of ExecuTorch, torch and coremltools, and functions of theirs replaced at run time.
 
-Verified against executorch 1.4.1 and 1.5.1, torch 2.13.0, torchao 0.18.0 and coremltools 9.0. Any of it may change in the next
-release: review this file and its two neighbours on every upgrade. They are separate because of what they import:
+Verified against executorch 1.4.1 and 1.5.1, torch 2.13.0, torchao 0.18.0 and coremltools 9.0. Any of it may change in
+the next release: review this file and its two neighbours on every upgrade. They are separate because of what they
+import:
 
     compat.py                the compiler (executorch.exir), its serializer and XNNPACK's passes
     compat_runtime.py        the runtime's Python binding, for processes that only load a program

@@ -1,7 +1,7 @@
 """Private names of the ExecuTorch runtime's Python binding.
 
-Read in executorch 1.4.1 and 1.5.1, which have no public way to load a program with a cache that outlives one call, or to list what
-is registered. Importing this loads the runtime; the exporter's other modules do not. See compat.py.
+Read in executorch 1.4.1 and 1.5.1, which have no public way to load a program with a cache that outlives one call, or
+to list what is registered. Importing this loads the runtime; the exporter's other modules do not. See compat.py.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def check_task(config: PretrainedConfig, source: str, trust_remote_code: bool, t
             f"{source}: not a causal language model (model type {config.model_type}, architecture "
             f"{', '.join(names)}). Use one that generates text, such as Llama, Qwen or SmolLM."
         )
+    refuse_unlike_layers(config)
     experts.refuse_expert_config(config)
     return config
 
@@ -133,8 +134,19 @@ def _text_part(config: PretrainedConfig, source: str) -> PretrainedConfig:
             f"model ({config.text_config.model_type}) transformers cannot load alone. Use the text model it "
             "was made from."
         )
+    refuse_unlike_layers(text)
     experts.refuse_expert_config(text)
     return text
+
+
+def refuse_unlike_layers(config: PretrainedConfig) -> None:
+    """Refuse a model whose layers differ in settings that exporters read once for all, such as the width of a head."""
+    if config.is_heterogeneous:
+        names = ", ".join(sorted(config.per_layer_attributes or ()))
+        raise ModelError(
+            f"{config.model_type}: its layers differ in {names} (per_layer_config), and targets take layers that are "
+            "alike. Use another model."
+        )
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:
