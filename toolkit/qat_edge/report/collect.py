@@ -240,6 +240,9 @@ def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
     # The hash of the manifest changes with every export.
     artifacts = [variant.exports / target for variant in run.variants() for target in variant.targets()]
     hashes = {str(folder.relative_to(run.path)): sha256(folder / MANIFEST) for folder in artifacts}
+    # verify records an empty hash for a folder without a manifest.
+    damaged = [folder for variant in run.variants() for folder in variant.damaged_exports()]
+    hashes |= {str(folder.relative_to(run.path)): "" for folder in damaged}
     current = [row for row in rows if row["manifest_sha256"] == hashes.get(row["folder"])]
     if len(current) < len(rows):
         missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"

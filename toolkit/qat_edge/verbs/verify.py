@@ -122,15 +122,9 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         RunError: nothing was exported, a named target was not, or a checkpoint is not as it was written.
     """
     # A target is found if any variant has it.
-    found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
+    found = [(v, t) for v in run.variants() for t in _artifacts(v) if not targets or t in targets]
     for variant, target in found:
         require_known(variant.exports / target)
-    for damaged in (folder for v in run.variants() for folder in v.damaged_exports()):
-        if not targets or damaged.name in targets:
-            raise RunError(
-                f"{damaged}: damaged, without {MANIFEST}. Copy the folder again, or export again: "
-                f"`qat-edge export {run.path} --force`."
-            )
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = f"{', '.join(sorted(missing))} not exported yet" if missing else "nothing exported yet"
@@ -149,7 +143,7 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         progress.info(f"Reading and running {variant.exports / target}")
         try:
             results.append(_verify_artifact(run, variant, target, references[variant.quantized]))
-        except ArtifactError as error:  # the others are compared all the same
+        except (ArtifactError, RunError) as error:  # of its files or its manifest; the others are compared all the same
             results.append(_unreadable(variant, target, error))
         if results[-1].parity.not_measured:
             progress.warn(f"{results[-1].folder} was not run: {results[-1].parity.not_measured}")
@@ -157,12 +151,18 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     return results
 
 
+def _artifacts(variant: Variant) -> list[str]:
+    """Return the names of a variant's artifacts, those without a manifest among them, sorted."""
+    return sorted([*variant.targets(), *(folder.name for folder in variant.damaged_exports())])
+
+
 def _record(run: Run, result: Verified) -> dict[str, Any]:
-    """Return one artifact's entry in verified.json; the manifest's hash identifies the export."""
+    """Return one artifact's entry in verified.json; the manifest's hash identifies the export, "" where it has none."""
     entry = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
+    manifest = result.folder / MANIFEST
     return entry | {
         "parity_line": result.parity.describe(),
-        "manifest_sha256": sha256(result.folder / MANIFEST),
+        "manifest_sha256": sha256(manifest) if manifest.is_file() else "",
     }
 
 
@@ -182,7 +182,7 @@ def _verify_artifact(run: Run, variant: Variant, target: str, reference: FrozenR
     return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
 
 
-def _unreadable(variant: Variant, target: str, error: ArtifactError) -> Verified:
+def _unreadable(variant: Variant, target: str, error: ArtifactError | RunError) -> Verified:
     """Return the result of an artifact that cannot be read: nothing in it is equal."""
     scheme = frozen.read_scheme(variant.quantized)
     return Verified(
