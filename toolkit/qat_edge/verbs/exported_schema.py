@@ -19,6 +19,7 @@ from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tool_schema import schema_of_tools
 from qat_edge.errors import DataError, ExportError, RunError
+from qat_edge.export_command import export_again
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from qat_edge.options import TOOLS
@@ -95,7 +96,8 @@ def save_schema(run: Run, answer: AnswerSchema) -> None:
     write_text(run.schema, answer.text)
     for folder in _with_other_schema(run, answer):
         progress.warn(
-            f"{folder} has another schema than {run.schema} now, as verify reports: export it again with --schema."
+            f"{folder} has another schema than {run.schema} now, as verify reports. Export it again: "
+            f"`{export_again(folder, schema=str(run.schema))}`."
         )
 
 

@@ -18,6 +18,7 @@ from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.export_command import export_again, export_targets
 from qat_edge.manifest import MANIFEST, check_files
 from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.artifact_options import context_of_artifact
@@ -186,13 +187,14 @@ def find_model(run: Run, source: str, verb: str, constrained: bool = False) -> F
         raise RunError(f"{target.runs_elsewhere} Use the same codes in another artifact, or the torch model.")
     folder = run.quantized if target is None else run.exports / target.name
     if not folder.is_dir():
-        raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
+        command = export_targets(run.path, [] if target is None else [target.name])
+        raise RunError(f"{folder} is missing. `{command}` makes it.")
     check_files(folder)
     if constrained:
         _require_grammar(run, folder, source, target)
     # An artifact of another checkpoint answers for a model that this run does not hold. One can be shipped alone.
     if target is not None and (run.quantized / MANIFEST).is_file():
-        run.require_current(target.name, f"qat-edge export {run.path} --force")
+        run.require_current(target.name)
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
@@ -213,8 +215,8 @@ def _require_grammar(run: Run, folder: Path, source: str, target: Target | None)
         raise UsageError(f"--constrained and --from {source}: {reason} Give {able}.")
     if not (folder / SCHEMA_FILE).is_file():
         raise UsageError(
-            f"--constrained: {folder} has no {SCHEMA_FILE}. Export it with one: `qat-edge export {run.path} --target "
-            f"{target.format} --schema FILE --force`."
+            f"--constrained: {folder} has no {SCHEMA_FILE}. Export it with one: "
+            f"`{export_again(folder, schema='FILE')}`."
         )
 
 

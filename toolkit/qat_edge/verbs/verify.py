@@ -25,6 +25,7 @@ from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate.results import Parity
+from qat_edge.export_command import export_targets
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
 from qat_edge.models.artifact_options import options_of_artifact
@@ -128,7 +129,7 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = f"{', '.join(sorted(missing))} not exported yet" if missing else "nothing exported yet"
-        raise RunError(f"{run.exports}: {what}. Run `qat-edge export {run.path}`.")
+        raise RunError(f"{run.exports}: {what}. Run `{export_targets(run.path, sorted(missing))}`.")
 
     # Everything is compared with the checkpoints, so they are checked first.
     references = {}
