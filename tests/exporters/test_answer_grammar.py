@@ -174,6 +174,10 @@ def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "permits no value"),
         ({"enum": [{}], "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": True}}, "together with properties"),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "items": [{}, {}]}, r"\$\.items is a list of schemas"),
+        (
+            {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+            r"\$\.properties\.a\.\$ref leads to a value without an end, unless 'type' is given there, which",
+        ),
         ({"type": "string", "minLenght": 2}, r"\$\.minLenght is a keyword"),
     ],
 )

@@ -21,7 +21,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qat_edge.data.answer_schema import AnswerSchema, resolve
+from qat_edge.data.answer_schema import AnswerSchema
+from qat_edge.data.possible_values import TYPES, PossibleValues
+from qat_edge.data.schema_parts import resolve
 from qat_edge.readers import show
 from qat_edge_exporters.gguf.digit_ranges import integers_between
 from qat_edge_exporters.schema_keywords import (
@@ -36,7 +38,6 @@ from qat_edge_exporters.schema_keywords import (
 
 RUNTIME = "llama.cpp's grammar"
 MOST_REPEATS = 1000  # of an item or a character; llama.cpp refuses more than 2000
-TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS = frozenset((
     "type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems",
@@ -67,6 +68,9 @@ def grammar(answer: AnswerSchema) -> str:
         ExportError: the schema has what the grammar cannot express; the message names it.
     """
     require_keywords(answer.schema, KEYWORDS, RUNTIME)
+    # The schema has values: without 'type', they may be of a type that the grammar does not write.
+    for place, _ in PossibleValues(answer.schema, _types_without_type).endless_references():
+        raise refuse(f"{place}.$ref", "leads to a value without an end, unless 'type' is given there", RUNTIME)
     return _Grammar(answer.schema).text(answer)
 
 
@@ -209,6 +213,12 @@ def quoted(text: str) -> str:
 def _constraining(schema: dict[str, Any]) -> set[str]:
     """Return the keywords of a schema that say something about a value."""
     return {key for key in schema if key in KEYWORDS and key not in DEFINITIONS and key not in ANNOTATIONS}
+
+
+def _types_without_type(schema: dict[str, Any]) -> tuple[str, ...]:
+    """Return the types of the values that the grammar writes for a schema without 'type'."""
+    keywords = _constraining(schema)
+    return _implied_types(keywords) if keywords else TYPES
 
 
 def _implied_types(keywords: set[str]) -> tuple[str, ...]:

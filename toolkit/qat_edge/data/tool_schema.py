@@ -14,10 +14,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat_edge import progress
-from qat_edge.data.answer_schema import ASSERTIONS, NAMED, AnswerSchema, check_schema
+from qat_edge.data.answer_schema import ASSERTIONS, AnswerSchema, check_schema
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat
 from qat_edge.data.rows import Chat, Row, is_trained
+from qat_edge.data.schema_parts import NAMED
 from qat_edge.errors import DataError
 from qat_edge.readers import show
 
