@@ -241,6 +241,37 @@ def test_odd_names_and_objects_without_a_type_are_closed() -> None:
     assert fault('{"x": 1}') and fault('{"p": {"x": 1}}')
 
 
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [
+        ({"type": "object", "properties": {"day": {}}, "required": ["day", "city"]}, r"\$"),
+        ({"properties": {}, "required": ["city"]}, r"\$"),
+        (
+            {"properties": {"a": {"type": "array", "items": {"properties": {"b": {}}, "required": ["city"]}}}},
+            r"\$\.properties\.a\.items",
+        ),
+    ],
+)
+def test_a_required_property_that_a_tool_does_not_declare_is_named(parameters: Any, place: str) -> None:
+    rows = [calling(("rain", {"city": "Oslo"}), tools=[tool("rain", parameters)])]
+    message = rf"'parameters' of the tool 'rain': {place}\.required has 'city', which {place}\.properties does not"
+    with pytest.raises(DataError, match=message):
+        schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+
+
+def test_required_properties_that_have_no_values_of_their_own_are_permitted() -> None:
+    """Further properties are open where a tool opens them, or names none."""
+    for parameters in (
+        {"type": "object", "required": ["city"]},
+        {"type": "object", "properties": {"day": {}}, "required": ["city"], "additionalProperties": {"type": "string"}},
+        {"properties": {"city": {}, "day": {}}, "anyOf": [{"required": ["city"]}, {"required": ["day"]}]},
+    ):
+        rows = [calling(("rain", {"city": "Oslo"}), tools=[tool("rain", parameters)])]
+        answer = schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+        text = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+        assert answer.fault(text) == ""
+
+
 def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:
     rows = [calling(("rain", {"city": 7}), tools=[RAIN]), calling(("rain", {"city": "Oslo"}), tools=[RAIN])]
     schema_of_tools(rows, tokenizer_for(THINKING), "rows")
