@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime_genai
 import pytest
 
 from conftest import export_frozen_llama, make_tokenizer
@@ -115,7 +117,7 @@ def judge(gguf_folder: Path) -> Iterator[Judge]:
         (AnswerSchema(NODE), ['{"next":{"next":null}}']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>', '<think>\n\n</think>\n\n<call>\n{"name":"a"}\n</call>']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>\n<call>\n{"name":"b"}\n</call>']),
-        (AnswerSchema({}), ['{"a":[1,-2.5e3,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
+        (AnswerSchema({}), ['{"a":[1,-2.5,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
         (AnswerSchema({"type": "object", "additionalProperties": {"type": "number"}}), ['{"a":1,"b":0.5}', "{}"]),
         (AnswerSchema({"type": "array", "items": {"type": "integer"}}), ["[]", "[1, 2,3]"]),
         (AnswerSchema({"type": "object", "required": ["a"]}), ['{"a":[1]}']),
@@ -208,18 +210,111 @@ def test_guidance_has_more_keywords_and_refuses_the_others() -> None:
         lark_grammar.grammar(AnswerSchema({"type": "array", "items": {"not": {}}}))
 
 
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = export_frozen_llama("onnx", tmp_path_factory.mktemp("onnx"), 64)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class GuidanceJudge:
+    """onnxruntime-genai as a judge of texts: it takes the wanted token wherever the grammar permits it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = onnxruntime_genai.Model(str(folder))
+        self.tokenizer = make_tokenizer()
+
+    def permits(self, grammar: str, text: str) -> bool:
+        """Return whether the grammar permits a whole text, and its end."""
+        params = onnxruntime_genai.GeneratorParams(self.model)
+        params.set_search_options(do_sample=False, max_length=64)
+        params.set_guidance("lark_grammar", grammar)
+        generator = onnxruntime_genai.Generator(self.model, params)
+        generator.append_tokens(np.array([5], np.int32))
+        for token in [*self.tokenizer.encode(text), 2]:
+            wanted = np.full_like(generator.get_logits(), -1)
+            wanted[..., token] = 1e4
+            generator.set_logits(wanted)
+            generator.generate_next_token()
+            if int(generator.get_next_tokens()[0]) != token:
+                return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def guidance(onnx_folder: Path) -> GuidanceJudge:
+    return GuidanceJudge(onnx_folder)
+
+
+NUMBERS = ["0", "-1", "1.5", "-0.5", "9" * 16, "0." + "3" * 16]
+NO_NUMBERS = ["1e400", "1e5", "1E-5", "1" + "0" * 16, "-1" + "0" * 16, "01", "1.", ".5", "+1"]
+IN_SCHEMAS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "number"}, "{}"),
+    ({}, "{}"),
+    ({"type": "array"}, "[[{}]]"),
+    ({"type": "object"}, '{{"a":[{}]}}'),
+    ({"type": "object", "additionalProperties": True}, '{{"a":{{"b":{}}}}}'),
+    ({"type": "array", "items": True}, "[{}]"),
+    ({"properties": {"a": {"anyOf": [{"type": ["number", "null"]}, {"type": "string"}]}}}, '{{"a":{}}}'),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {}}}}, "[{}]"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text"), IN_SCHEMAS)
+def test_guidance_permits_numbers_that_floats_hold(schema: dict[str, Any], text: str, guidance: GuidanceJudge) -> None:
+    grammar = lark_grammar.grammar(AnswerSchema(schema))
+    assert [number for number in NUMBERS + NO_NUMBERS if guidance.permits(grammar, text.format(number))] == NUMBERS
+
+
+@runs_llama
+@pytest.mark.parametrize(("schema", "text"), IN_SCHEMAS)
+def test_llama_cpp_permits_the_same_numbers(schema: dict[str, Any], text: str, judge: Judge) -> None:
+    grammar = gbnf.grammar(AnswerSchema(schema))
+    assert [number for number in NUMBERS + NO_NUMBERS if judge.permits(grammar, text.format(number))] == NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        (
+            {
+                "allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {"type": "number"}}}],
+                "$defs": {"a": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}},
+            },
+            ['{"a":"x","b":1}', '{"a":"x","b":1e400}'],
+        ),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
+                "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+            },
+            ['{"a":"x"}', '{"b":1e400}'],
+        ),
+        ({"oneOf": [{"type": "string"}, {"type": "number", "minimum": 0}]}, ["7", "1" + "0" * 16]),
+    ],
+)
+def test_guidance_bounds_the_numbers_of_intersections(
+    schema: dict[str, Any], texts: list[str], guidance: GuidanceJudge
+) -> None:
+    grammar = lark_grammar.grammar(AnswerSchema(schema))
+    assert [guidance.permits(grammar, text) for text in texts] == [True, False]
+
+
 def test_guidance_gets_neither_formats_nor_settings_of_a_user() -> None:
     """In JSON schema, "format" describes; guidance would exclude values by it."""
-    schema = {"x-guidance": {"lenient": True}, "properties": {"format": {"type": "string", "format": "date"}}}
+    inner = {"format": {"type": "string", "format": "date"}}
+    schema = {"x-guidance": {"lenient": True}, "type": "object", "properties": inner, "additionalProperties": False}
     found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
-    assert found == {"x-guidance": lark_grammar.SPACES, "properties": {"format": {"type": "string"}}}
+    plain = {"type": "object", "properties": {"format": {"type": "string"}}, "additionalProperties": False}
+    assert found == {"x-guidance": lark_grammar.SPACES, **plain}
 
 
 def test_guidance_gets_bounds_for_integers_without() -> None:
     """Without bounds, a model may write digits up to the longest answer."""
     schema = {"properties": {"type": {"const": {"type": "integer"}}, "n": {"type": ["integer", "null"], "minimum": 2}}}
     found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
-    assert found["properties"]["n"] == {"type": ["integer", "null"], "minimum": 2, "maximum": 10**16 - 1}
+    assert found["properties"]["n"] == {"type": ["integer", "null"], "minimum": 2, "exclusiveMaximum": 10**16}
     assert found["properties"]["type"] == {"const": {"type": "integer"}}
 
 
@@ -227,13 +322,12 @@ def test_guidance_gets_bounds_for_integers_without() -> None:
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("gguf", marks=runs_llama)])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(request: pytest.FixtureRequest) -> Path:
     """A random model that was exported with a schema."""
     if request.param == "gguf":
         folder: Path = request.getfixturevalue("gguf_folder")
     else:
-        folder = export_frozen_llama("onnx", tmp_path_factory.mktemp("onnx"), 64)
-        make_tokenizer().save_pretrained(folder)
+        folder = request.getfixturevalue("onnx_folder")
     target_named(folder.name).write_schema(folder, SHORT)
     return folder
 

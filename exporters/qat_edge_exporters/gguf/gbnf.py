@@ -6,7 +6,7 @@ is settled by the schema:
 
     objects     properties in the order of the schema, and no others where the schema names some
     spaces      at most a space, or a line break with up to 20 spaces or tabs
-    numbers     at most 16 digits before the decimal point, 16 after it, and an exponent of 2, which any float holds
+    numbers     at most 16 digits before the decimal point and 16 after it, and no exponent, as in `lark_grammar`
     texts       no halves of surrogate pairs, which are no characters
 
 What the grammar cannot express is refused by the name of the keyword.
@@ -52,7 +52,7 @@ SHARED = {
     "string": r'"\"" char* "\""',
     "digits": f'"0" | [1-9] [0-9]{{0,{MOST_DIGITS - 1}}}',
     "integer": '"-"? digits',
-    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})? ([eE] [-+]? [0-9]{{1,2}})?',
+    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})?',
     "boolean": '"true" | "false"',
     "null": '"null"',
     "array": '"[" ws (value (ws "," ws value)*)? ws "]"',
