@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import export_frozen_llama, make_tokenizer
 from qat_edge.data.answer_schema import AnswerSchema
@@ -88,10 +89,19 @@ class Judge:
 
     def permits(self, grammar: str, text: str) -> bool:
         """Return whether the grammar permits a whole text, and its end."""
+        return self.permits_tokens(grammar, self.model.tokenize(text, adds_special=False))
+
+    def permits_bytes(self, grammar: str, data: bytes) -> bool:
+        """Return whether the grammar permits bytes, one token each."""
+        names, tokenizer = bytes_to_unicode(), make_tokenizer()
+        return self.permits_tokens(grammar, [tokenizer.convert_tokens_to_ids(names[byte]) for byte in data])
+
+    def permits_tokens(self, grammar: str, tokens: Sequence[int]) -> bool:
+        """Return whether the grammar permits tokens, and the end after them."""
         self.model.constrain(grammar, [2])
         limits: LlamaGrammar | None = self.model.grammar
         assert limits is not None
-        for token in self.model.tokenize(text, adds_special=False):
+        for token in tokens:
             if not limits._permitted([token])[0]:
                 return False
             self.model._call("llama_sampler_accept", limits._sampler, token)
@@ -149,6 +159,25 @@ def test_other_texts_are_not(text: str, judge: Judge) -> None:
 @pytest.mark.parametrize("text", ['"\\ud800"', "1e999", "01", "'a'", "nul", "[1,]", '{"a" 1}', "-"])
 def test_texts_that_are_no_json_are_not_permitted(text: str, judge: Judge) -> None:
     assert AnswerSchema({}).fault(text) and not judge.permits(gbnf.grammar(AnswerSchema({})), text)
+
+
+@runs_llama
+@pytest.mark.parametrize("schema", [{"type": "string"}, {"type": "string", "maxLength": 4}])
+def test_characters_of_unicode_are_permitted_and_other_bytes_are_not(schema: dict[str, Any], judge: Judge) -> None:
+    grammar = gbnf.grammar(AnswerSchema(schema))
+    for character in "A!]^~\x80é\u20ac\ud7ff\ue000\ufffd\U0001f600\U0010ffff":
+        assert judge.permits_bytes(grammar, f'"{character}"'.encode()), character
+    # A control, half a surrogate pair, beyond U+10FFFF, a byte of no character, a character that is cut.
+    for data in (
+        b"\x7f",
+        b"\xed\xa0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xf5\x80\x80\x80",
+        b"\xff\xbf\xbf\xbf",
+        b"\x80",
+        b"\xc3",
+    ):
+        assert not judge.permits_bytes(grammar, b'"' + data + b'"'), data
 
 
 @runs_llama

@@ -43,12 +43,15 @@ KEYWORDS = frozenset((
     "type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems",
     "minLength", "maxLength", "anyOf", "$ref", *BOUNDS, *DEFINITIONS,
 ))  # fmt: skip
+# A character of a text as it is: those of Unicode without controls, quotation mark, backslash and surrogates. llama.cpp
+# compares code points that it reads from bytes, and a class of the others would permit bytes that are no UTF-8.
+CHARACTER = r"[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF]"
 # Rules that every grammar may use.
 SHARED = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
-    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
+    "char": CHARACTER + r' | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
     "hex": "[0-9a-fA-F]",
-    "plain-char": r'[^"\\\x7F\x00-\x1F] | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
+    "plain-char": CHARACTER + r' | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
     "string": r'"\"" char* "\""',
     "digits": f'"0" | [1-9] [0-9]{{0,{MOST_DIGITS - 1}}}',
     "integer": '"-"? digits',
