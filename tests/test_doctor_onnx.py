@@ -318,6 +318,34 @@ def test_numbers_that_are_not_finite_are_faults(
     assert faults == ([f"model.onnx: {wanted}. Export or copy the file again."] if wanted else [])
 
 
+@pytest.mark.parametrize(
+    ("operator", "dtype", "is_fault"),
+    [
+        ("MatMul", np.float32, True),
+        ("Add", np.float32, False),
+        ("Gather", np.float32, False),
+        ("MatMul", np.float64, False),
+    ],
+)
+def test_numbers_whose_products_overflow_are_faults(
+    foreign: Path, loads: list[Path], operator: str, dtype: type, is_fault: bool
+) -> None:
+    model = decoder()
+    values = np.ones((4, 4), dtype)
+    values[1, 2] = -3e38
+    model.graph.initializer.append(numpy_helper.from_array(values, "scales"))
+    model.graph.node.append(helper.make_node(operator, ["scales", "scales"], ["unused"]))
+    write(foreign, model)
+    expected = "model.onnx: 1 numbers of the tensor 'scales' are above 1e+32: products with them overflow float32."
+    assert [fault.startswith(expected) for fault in examine(foreign).faults] == [True] * is_fault
+
+
+def test_a_grammar_without_its_schema_is_named(foreign: Path, loads: list[Path]) -> None:
+    (foreign / "grammar.lark").write_text('start: "a"\n')
+    found = examine(foreign)
+    assert found.faults == [] and [note for note in found.notes if note.startswith("grammar.lark: there is no schema")]
+
+
 def test_infinite_numbers_of_a_mask_are_right(foreign: Path, loads: list[Path]) -> None:
     model = decoder()
     mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)

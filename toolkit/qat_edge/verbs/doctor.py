@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.errors import ArtifactError, UsageError
+from qat_edge.manifest import MANIFEST
 from qat_edge.options import DoctorOptions
 from qat_edge.verbs.doctor_lines import lines
 from qat_edge.verbs.examined_file import find_file
@@ -35,10 +36,23 @@ def doctor(path: Path, options: DoctorOptions) -> Diagnosis | FileDiagnosis:
     _require_runtimes(found.target, options.runtime)
     diagnosis = found.target.diagnose(found.path, options.runtime)
     if not (found.path.parent / SCHEMA_FILE).exists():
-        return diagnosis
+        return _without_schema(diagnosis, found.path.parent, found.target)
     loading = [check.runtime for check in diagnosis.runtimes if check.loads]
     schema = found.target.check_schema_files(found.path, loading)
     return dataclasses.replace(diagnosis, schema=schema, faults=[*diagnosis.faults, *schema.faults])
+
+
+def _without_schema(diagnosis: Diagnosis | FileDiagnosis, folder: Path, target: Target) -> Diagnosis | FileDiagnosis:
+    """Name a grammar without its schema: a fault of an export of ours, and a note for a folder of another tool."""
+    from qat_edge_exporters.file_diagnosis import FileDiagnosis
+
+    if target.grammar is None or not (folder / target.grammar.file).exists():
+        return diagnosis
+    found = f"{target.grammar.file}: there is no {SCHEMA_FILE} next to it, so that the grammar was not examined"
+    if (folder / MANIFEST).is_file() or not isinstance(diagnosis, FileDiagnosis):
+        fault = f"{found}. Exports have both: copy {SCHEMA_FILE}, or export again with --schema."
+        return dataclasses.replace(diagnosis, faults=[*diagnosis.faults, fault])
+    return dataclasses.replace(diagnosis, notes=[*diagnosis.notes, f"{found}. `export --schema` writes both."])
 
 
 def _require_runtimes(target: Target, names: tuple[str, ...]) -> None:
