@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from qat_edge import config, progress
 from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate.devices import LOCAL, connect, report_paths, require_runtimes, run_on_devices
+from qat_edge.evaluate.devices import LOCAL, connect, report_paths, require_programs, require_runtimes, run_on_devices
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.prompts import Context
@@ -166,6 +166,7 @@ def validate_devices(
     tasks.require_causal_lm(run, "validate")
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
+    require_programs(options.device)
     if any(each.error_budget for each in options_of.values()) and run.frozen_base is not None:
         raise UsageError(
             f"--error-budget: the adapters of {run.path} are not merged, so it has no weights between its FP32 "
