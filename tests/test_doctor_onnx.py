@@ -315,7 +315,19 @@ def test_numbers_that_are_not_finite_are_faults(
         (foreign / "weights.bin").write_bytes(bytes(4096) + raw)
     write(foreign, model)
     faults = examine(foreign).faults
-    assert faults == ([f"model.onnx: {wanted}. Export or copy the file again."] if wanted else [])
+    advice = "Convert it again with the tool that wrote it, or copy the file again."
+    assert faults == ([f"model.onnx: {wanted}. {advice}"] if wanted else [])
+    # Only a folder of our own can be exported again.
+    (foreign / "manifest.json").write_text("{}")
+    assert [fault for fault in examine(foreign).faults if "Export again, or copy the file" in fault] == (
+        [f"model.onnx: {wanted}. Export again, or copy the file again."] if wanted else []
+    )
+
+
+def test_a_garbled_adapter_of_another_tool_has_advice_for_its_users(foreign: Path, loads: list[Path]) -> None:
+    (foreign / "other.onnx_adapter").write_bytes(b"no adapter")
+    (fault,) = examine(foreign).faults
+    assert "Convert it again with the tool that wrote it, or copy the file again" in fault
 
 
 @pytest.mark.parametrize(

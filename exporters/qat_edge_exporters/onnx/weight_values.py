@@ -28,7 +28,7 @@ MULTIPLYING = (
     "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 )  # fmt: skip
 CHUNK = 2**24  # numbers that are read at once
-DAMAGED = "Export or copy the file again."
+DAMAGED = "Export again, or copy the file again."
 
 
 def value_faults(graph: ForeignGraph, data: DataFiles) -> list[str]:

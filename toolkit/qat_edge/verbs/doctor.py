@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
     from qat_edge_exporters.file_diagnosis import FileDiagnosis
 
+AGAIN = " it again with the tool that wrote it"
 __all__ = ["doctor", "lines", "require_loadable"]
 
 
@@ -34,12 +35,26 @@ def doctor(path: Path, options: DoctorOptions) -> Diagnosis | FileDiagnosis:
     """
     found = find_file(path)
     _require_runtimes(found.target, options.runtime)
-    diagnosis = found.target.diagnose(found.path, options.runtime)
-    if not (found.path.parent / SCHEMA_FILE).exists():
-        return _without_schema(diagnosis, found.path.parent, found.target)
-    loading = [check.runtime for check in diagnosis.runtimes if check.loads]
-    schema = found.target.check_schema_files(found.path, loading)
-    return dataclasses.replace(diagnosis, schema=schema, faults=[*diagnosis.faults, *schema.faults])
+    folder = found.path.parent
+    try:
+        diagnosis = found.target.diagnose(found.path, options.runtime)
+    except ArtifactError as error:
+        raise ArtifactError(_advice(str(error), folder)) from error
+    if (folder / SCHEMA_FILE).exists():
+        loading = [check.runtime for check in diagnosis.runtimes if check.loads]
+        schema = found.target.check_schema_files(found.path, loading)
+        schema = dataclasses.replace(schema, faults=[_advice(fault, folder) for fault in schema.faults])
+        diagnosis = dataclasses.replace(diagnosis, schema=schema, faults=[*diagnosis.faults, *schema.faults])
+    else:
+        diagnosis = _without_schema(diagnosis, folder, found.target)
+    return dataclasses.replace(diagnosis, faults=[_advice(fault, folder) for fault in diagnosis.faults])
+
+
+def _advice(text: str, folder: Path) -> str:
+    """Return a message with advice for users of another tool, unless an export of ours wrote the folder."""
+    if (folder / MANIFEST).is_file():
+        return text
+    return text.replace("Export again", f"Convert{AGAIN}").replace("export again", f"convert{AGAIN}")
 
 
 def _without_schema(diagnosis: Diagnosis | FileDiagnosis, folder: Path, target: Target) -> Diagnosis | FileDiagnosis:
