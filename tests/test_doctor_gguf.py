@@ -224,8 +224,8 @@ def test_scales_that_are_no_numbers_are_faults(tmp_path: Path, loads: None, name
     else:
         data.reshape(-1)[5] = bad
     (fault,) = examine(write(tmp_path / "model.gguf", metadata(), stored)).faults
-    what = "values" if kind.startswith("F") else "scales"
-    assert fault.startswith(f"model.gguf: the tensor {name} ({kind}) has 1 {what} that are infinite or no number")
+    what = "value" if kind.startswith("F") else "scale"
+    assert fault.startswith(f"model.gguf: the tensor {name} ({kind}) has 1 {what} that is infinite or no number")
 
 
 @pytest.mark.parametrize("name", ["output_norm.weight", "rope_freqs.weight"])

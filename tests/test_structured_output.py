@@ -204,7 +204,7 @@ def test_validate_reports_valid_answers_with_and_without_the_grammar(copy: Run, 
     page = (copy.path / "report.html").read_text()
     section = page.split("<h2>Structured output</h2>")[1].split("<h2>")[0]
     assert "Valid, constrained" in section and ">100" in section and "takes no grammar" in section
-    assert "1 prompts whose expected answer is not valid are left out" in section
+    assert "left out: 1 prompt whose expected answer is not valid" in section
 
 
 def test_constrained_text(exported: Run) -> None:
@@ -223,7 +223,7 @@ def test_constrained_text(exported: Run) -> None:
 
 def test_a_constrained_text_that_is_cut_says_so(exported: Run) -> None:
     done = cli("generate", exported.path, "say 3", "--from", "onnx", "--constrained", "--max-new-tokens", 1)
-    assert done.exit_code == 0 and "The answer was cut after 1 tokens, so that it may not be valid" in done.output
+    assert done.exit_code == 0 and "The answer was cut after 1 token, so that it may not be valid" in done.output
 
 
 def test_an_artifact_without_a_schema_constrains_nothing(copy: Run) -> None:

@@ -20,6 +20,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.frozen import FrozenWeight, read_floats, read_scheme, read_weights
 from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.quant.rotated_norm import ROTATION
+from qat_edge.readers import counted
 from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.gguf import gguf_blocks, gguf_file, gguf_support
 from qat_edge_exporters.gguf.gguf_blocks import BY_BITS, BlockType
@@ -48,7 +49,7 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
     config, family, weights, metadata = source.config, source.family, source.weights, source.metadata
     names = module_names(family, config.num_hidden_layers)
 
-    progress.info(f"Packing {len(weights)} matrices")
+    progress.info(f"Packing {counted(len(weights), 'matrix', 'matrices')}")
     skipped = {HEAD} if source.is_shared else set()
     tensors: Stored = {
         f"{names[module]}.weight": _packed(module, weight, metadata, family)

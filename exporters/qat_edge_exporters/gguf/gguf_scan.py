@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import library_version
+from qat_edge.readers import counted
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.file_diagnosis import LARGEST_FACTOR
 from qat_edge_exporters.gguf import gguf_file
@@ -178,18 +179,18 @@ def _value_faults(file: ScannedFile) -> Iterator[str]:
             continue
         raw = file.data[tensor.begin : tensor.begin + tensor.size_bytes]
         where = f"{file.path.name}: the tensor {tensor.name} ({tensor.kind})"
-        what = "values" if tensor.kind in ("F32", "F16", "BF16") else "scales"
+        what = "value" if tensor.kind in ("F32", "F16", "BF16") else "scale"
         count = _count_not_finite(tensor, raw)
         if count:
             yield (
-                f"{where} has {count} {what} that are infinite or no number: outputs become NaN. Quantize the model "
-                "again, from weights that are finite."
+                f"{where} has {counted(count, f'{what} that is', f'{what}s that are')} infinite or no number: outputs "
+                "become NaN. Quantize the model again, from weights that are finite."
             )
         count = 0 if tensor.name.startswith(FREQUENCIES) else _count_too_large(tensor, raw)
         if count:
             yield (
-                f"{where} has {count} {what} of more than {LARGEST_FACTOR:g}: products with them overflow float32. "
-                "Quantize the model again, from weights that are right."
+                f"{where} has {counted(count, what)} of more than {LARGEST_FACTOR:g}: products with them overflow "
+                "float32. Quantize the model again, from weights that are right."
             )
 
 

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from qat_edge.readers import counted
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.file_diagnosis import LARGEST_FACTOR
 from qat_edge_exporters.onnx.data_files import DataFiles, stored_range
@@ -47,14 +48,16 @@ def value_faults(graph: ForeignGraph, data: DataFiles) -> list[str]:
             continue
         wrong, infinite, large = _count(_numbers(tensor, graph.path.parent, data))
         if wrong:
-            found.append(f"{graph.path.name}: {wrong} numbers of the tensor {name!r} are no numbers (NaN). {DAMAGED}")
-        elif infinite and name in factors:
-            found.append(f"{graph.path.name}: {infinite} numbers of the tensor {name!r} are infinite. {DAMAGED}")
-        elif large and name in multiplied and tensor.data_type != onnx.TensorProto.DOUBLE:
-            found.append(
-                f"{graph.path.name}: {large} numbers of the tensor {name!r} are above {LARGEST_FACTOR:g}: products "
-                f"with them overflow float32. {DAMAGED}"
+            wrongs = counted(
+                wrong, f"number of the tensor {name!r} is no number", f"numbers of the tensor {name!r} are no numbers"
             )
+            found.append(f"{graph.path.name}: {wrongs} (NaN). {DAMAGED}")
+        elif infinite and name in factors:
+            numbers = counted(infinite, f"number of the tensor {name!r} is", f"numbers of the tensor {name!r} are")
+            found.append(f"{graph.path.name}: {numbers} infinite. {DAMAGED}")
+        elif large and name in multiplied and tensor.data_type != onnx.TensorProto.DOUBLE:
+            numbers = counted(large, f"number of the tensor {name!r} is", f"numbers of the tensor {name!r} are")
+            found.append(f"{graph.path.name}: {numbers} above {LARGEST_FACTOR:g}: products overflow float32. {DAMAGED}")
     return file_diagnosis.few(found)
 
 

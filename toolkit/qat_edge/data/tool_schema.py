@@ -20,7 +20,7 @@ from qat_edge.data.conversation import ChatFormat
 from qat_edge.data.rows import Chat, Row, is_trained
 from qat_edge.data.schema_parts import NAMED, parts_of
 from qat_edge.errors import DataError
-from qat_edge.readers import show
+from qat_edge.readers import counted, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def schema_of_tools(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sou
 
 def _report(answer: AnswerSchema, tools: Mapping[str, Any], texts: list[tuple[str, str]], source: str) -> None:
     """Report what the schema consists of, and how many calls of the rows it does not permit."""
-    progress.info(f"Schema of the answers: calls of {len(tools)} tools in {source}")
+    progress.info(f"Schema of the answers: calls of {counted(len(tools), 'tool')} in {source}")
     faults = [(where, fault) for where, text in texts if (fault := answer.fault(text))]
     if faults:
         progress.warn(

@@ -36,6 +36,7 @@ from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.options import ValidateOptions
 from qat_edge.quant import frozen
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
 from qat_edge_exporters.targets import TARGETS, target_named
@@ -157,7 +158,7 @@ def _measure(task: ModelTask, variant: Variant, target: str, measured: _Measured
     texts, reference, checkpoint, labels = measured
     folder = variant.exports / target
     artifact_sha256 = sha256(folder / MANIFEST)
-    progress.info(f"{variant.name}: running {len(texts)} texts through {folder}")
+    progress.info(f"{variant.name}: running {counted(len(texts), 'text')} through {folder}")
     outputs = target_named(target).run_encoder(folder, texts)
     artifact = target_named(target).read(folder)
 

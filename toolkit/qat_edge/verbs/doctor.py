@@ -101,4 +101,4 @@ def require_loadable(diagnosis: Diagnosis | FileDiagnosis, options: DoctorOption
     reasons = [f"{check.runtime} cannot load it: {check.reason}." for check in failing] + diagnosis.faults
     if reasons:
         listed = "\n".join(f"  {text}" for text in reasons)
-        raise ArtifactError(f"{diagnosis.path}: {len(reasons)} problems found:\n{listed}")
+        raise ArtifactError(f"{diagnosis.path}: problems found: {len(reasons)}\n{listed}")

@@ -27,6 +27,7 @@ from qat_edge.models.positions import positions_of_folder
 from qat_edge.models.token_ids import TextStream
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
 from qat_edge.quant import frozen
+from qat_edge.readers import counted
 from qat_edge.run import Run
 from qat_edge_exporters.targets import TARGETS, Target, TextGenerator, target_named
 
@@ -80,8 +81,8 @@ def generate(
         has_ended = answer(generator, ready, block, emit, count)
     if constrained and not has_ended:
         progress.warn(
-            f"The answer was cut after {count} tokens, so that it may not be valid. A larger --max-new-tokens permits "
-            "longer ones."
+            f"The answer was cut after {counted(count, 'token')}, so that it may not be valid. A larger "
+            "--max-new-tokens permits longer ones."
         )
 
 
@@ -104,8 +105,8 @@ def _tokens_that_fit(model: FoundModel, prompt_tokens: int, max_new_tokens: int)
         )
     if free < max_new_tokens:
         progress.info(
-            f"The answer ends after {free} tokens at most: the prompt has {prompt_tokens}, and {model.folder} holds "
-            f"{model.length} together."
+            f"The answer ends after {counted(free, 'token')} at most: the prompt has {prompt_tokens}, and "
+            f"{model.folder} holds {model.length} together."
         )
     return min(free, max_new_tokens)
 

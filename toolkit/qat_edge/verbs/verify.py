@@ -32,6 +32,7 @@ from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
@@ -246,10 +247,10 @@ def conclusion(results: Sequence[Verified]) -> str:
     """Return what equal artifacts are known to be, as a phrase: those that were only read may compute anything."""
     unrun = sorted({result.target for result in results if result.parity.not_measured})
     if not unrun:
-        return f"Verified {len(results)} artifacts: equal to the frozen checkpoint"
+        return f"Verified {counted(len(results), 'artifact')}: equal to the frozen checkpoint"
     return (
-        f"Verified {len(results)} artifacts: their files hold what was frozen, but what {', '.join(unrun)} computes "
-        "was NOT measured"
+        f"Verified {counted(len(results), 'artifact')}: the files hold what was frozen, but what {', '.join(unrun)} "
+        "computes was NOT measured"
     )
 
 
@@ -263,7 +264,9 @@ def require_equal(results: Sequence[Verified]) -> None:
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:20])
         more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ArtifactError(f"{len(faults)} faults found; export again, or restore the files:\n{shown}{more}")
+        raise ArtifactError(
+            f"{counted(len(faults), 'fault')} found; export again, or restore the files:\n{shown}{more}"
+        )
 
 
 def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None) -> str:
@@ -292,7 +295,9 @@ def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None)
     positions = np.argwhere(found.scales != np.repeat(scales, finer, axis=1))
     if len(positions):
         row, column = positions[0]
-        return f"{name}: {len(positions)} scales differ, first at row {row}, group {column}"
+        return (
+            f"{name}: {counted(len(positions), 'scale differs', 'scales differ')}, first at row {row}, group {column}"
+        )
     return ""
 
 
