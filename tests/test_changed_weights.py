@@ -64,10 +64,10 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (without(f"{UP}.lora_A"), f"1 tensors missing ({UP}.lora_A.weight)"),
+        (without(f"{UP}.lora_A"), f"1 tensor missing ({UP}.lora_A.weight)"),
         (without("scale_factor"), "14 tensors missing"),
         (lambda t: t | {f"{UP}.lora_magnitude_vector": torch.ones(128)}, f"in the model ({UP}.lora_magnitude_vector)"),
-        (lambda t: t | {f"{UP}.lora_B.bias": torch.ones(128)}, f"1 tensors without a place in the model ({UP}.lora_B"),
+        (lambda t: t | {f"{UP}.lora_B.bias": torch.ones(128)}, f"1 tensor without a place in the model ({UP}.lora_B"),
         (lambda t: {n: x * float("nan") if n.startswith(f"{UP}.lora_A") else x for n, x in t.items()}, "not finite"),
         (
             lambda t: {n: x / 0 if n.startswith(f"{UP}.lora_B") else x for n, x in t.items()},

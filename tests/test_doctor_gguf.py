@@ -224,8 +224,50 @@ def test_scales_that_are_no_numbers_are_faults(tmp_path: Path, loads: None, name
     else:
         data.reshape(-1)[5] = bad
     (fault,) = examine(write(tmp_path / "model.gguf", metadata(), stored)).faults
-    what = "values" if kind.startswith("F") else "scales"
-    assert fault.startswith(f"model.gguf: the tensor {name} ({kind}) has 1 {what} that are infinite or no number")
+    what = "value" if kind.startswith("F") else "scale"
+    assert fault.startswith(f"model.gguf: the tensor {name} ({kind}) has 1 {what} that is infinite or no number")
+
+
+@pytest.mark.parametrize("name", ["output_norm.weight", "rope_freqs.weight"])
+def test_values_whose_products_overflow_are_faults(tmp_path: Path, loads: None, name: str) -> None:
+    values = np.ones(WIDTH, np.float32)
+    values[[3, 5, 7]] = 3e38, -3e38, 1e30
+    faults = examine(write(tmp_path / "model.gguf", metadata(), tensors() | {name: (values, None)})).faults
+    expected = (
+        f"model.gguf: the tensor {name} (F32) has 2 values of more than 1e+32: products with them overflow float32."
+    )
+    # Factors of frequencies may be as large.
+    assert [fault.startswith(expected) for fault in faults] == ([] if name.startswith("rope") else [True])
+
+
+def test_large_scales_of_other_types_are_counted() -> None:
+    numbers = np.array([1.0, 3e38, -3e38, np.inf, np.nan, 1e30], np.float32)
+    raw = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    assert gguf_scan._count_too_large(gguf_scan.ScannedTensor("t", (6,), "BF16", 0, 12), raw) == 2
+    kind = gguf.GGMLQuantizationType.MXFP4
+    blocks = gguf.quants.quantize(np.ones((3, 32), np.float32), kind)
+    blocks[1, 0] = 254  # 2^127
+    tensor = gguf_scan.ScannedTensor("t", (3, 32), "MXFP4", 0, blocks.size)
+    assert gguf_scan._count_too_large(tensor, blocks.ravel()) == 1
+    with np.errstate(over="ignore"):
+        assert np.abs(gguf.quants.dequantize(blocks, kind)[1]).max() > file_diagnosis.LARGEST_FACTOR
+
+
+def test_a_base_without_a_rotary_embedding_is_no_fault(tmp_path: Path, loads: None) -> None:
+    values = metadata() | {"llama.rope.dimension_count": 0, "llama.rope.freq_base": 0.0}
+    assert examine(write(tmp_path / "model.gguf", values, tensors())).faults == []
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_grammar_without_its_schema_is_named(foreign: Path, loads: None, is_ours: bool) -> None:
+    (foreign.parent / "grammar.gbnf").write_text('root ::= "a"\n')
+    if is_ours:
+        (foreign.parent / "manifest.json").write_text("{}")
+    found = examine(foreign)
+    named = [
+        text for text in (found.faults if is_ours else found.notes) if text.startswith("grammar.gbnf: there is no")
+    ]
+    assert len(named) == 1 and "schema.json" in named[0] and (is_ours or found.faults == [])
 
 
 @pytest.mark.parametrize("kind", sorted(gguf_scan.SCALES))
@@ -273,6 +315,11 @@ def test_unknown_types_and_shapes_are_faults(foreign: Path, loads: None) -> None
     [
         ("llama.context_length", None, "llama.context_length is None: llama.cpp needs a number"),
         ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base is nan, no finite number"),
+        ("llama.rope.freq_base", 0.0, "llama.rope.freq_base is 0, not above 0: the angles of the rotary embedding"),
+        ("llama.rope.freq_base", -1e4, "llama.rope.freq_base is -10000, not above 0"),
+        ("llama.rope.freq_base_swa", 0.0, "llama.rope.freq_base_swa is 0, not above 0"),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0, "llama.attention.layer_norm_rms_epsilon is 0, not above"),
+        ("llama.attention.layer_norm_rms_epsilon", -1e-5, "llama.attention.layer_norm_rms_epsilon is -1e-05, not"),
         ("llama.block_count", "many", "llama.block_count is 'many': llama.cpp needs a number"),
         ("llama.block_count", 3, "llama.block_count is 3, and layer 1 has no tensor"),
         ("tokenizer.ggml.model", None, "no tokenizer in it (tokenizer.ggml.model, tokenizer.ggml.tokens)"),

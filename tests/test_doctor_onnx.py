@@ -186,9 +186,7 @@ def test_a_folder_of_the_builder_with_float_inputs_loads_with_a_note(tmp_path: P
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].endswith("model.onnx loads in onnxruntime, onnxruntime-genai.")
-    assert [
-        line for line in lines if line.startswith("note") and "accuracy_level 1: their inputs stay in float" in line
-    ]
+    assert [line for line in lines if line.startswith("note") and "accuracy_level 1: inputs stay in float" in line]
     assert not [line for line in lines if line.startswith("fault")]
     assert [line for line in lines if line.startswith("text       context of 512 tokens; generation ends with 2")]
 
@@ -261,7 +259,7 @@ def test_a_folder_that_onnxruntime_genai_cannot_load_is_an_error(
     doctor.require_loadable(examine(foreign), ALL)
     monkeypatch.setattr(onnxruntime_probe, "run_folder", lambda path: Loaded("no such operator"))
     found = examine(foreign)
-    with pytest.raises(ArtifactError, match="1 problems found:\n  onnxruntime-genai cannot load it: no such operator"):
+    with pytest.raises(ArtifactError, match="problems found: 1\n  onnxruntime-genai cannot load it: no such operator"):
         doctor.require_loadable(found, ALL)
     doctor.require_loadable(examine(foreign, ONNXRUNTIME), DoctorOptions(runtime=(ONNXRUNTIME,)))
 
@@ -271,7 +269,7 @@ def test_a_crash_of_a_runtime_is_a_result(foreign: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", crash])
     found = examine(foreign)
     assert [check.error for check in found.runtimes] == ["it ended the process (-6): native trouble"] * 2
-    with pytest.raises(ArtifactError, match="2 problems found"):
+    with pytest.raises(ArtifactError, match="problems found: 2"):
         doctor.require_loadable(found, ALL)
     # A process that ends early without an error has not loaded the graph either.
     monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", ""])
@@ -291,11 +289,11 @@ def test_a_runtime_that_does_not_end_is_a_result(foreign: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("kind", "number", "wanted"),
     [
-        (TensorProto.FLOAT, np.nan, "1 numbers of the tensor 'table' are no numbers (NaN)"),
-        (TensorProto.FLOAT16, np.inf, "1 numbers of the tensor 'table' are infinite"),
-        (TensorProto.BFLOAT16, np.nan, "1 numbers of the tensor 'table' are no numbers (NaN)"),
-        (TensorProto.BFLOAT16, -np.inf, "1 numbers of the tensor 'table' are infinite"),
-        (TensorProto.DOUBLE, np.inf, "1 numbers of the tensor 'table' are infinite"),
+        (TensorProto.FLOAT, np.nan, "1 number of the tensor 'table' is no number (NaN)"),
+        (TensorProto.FLOAT16, np.inf, "1 number of the tensor 'table' is infinite"),
+        (TensorProto.BFLOAT16, np.nan, "1 number of the tensor 'table' is no number (NaN)"),
+        (TensorProto.BFLOAT16, -np.inf, "1 number of the tensor 'table' is infinite"),
+        (TensorProto.DOUBLE, np.inf, "1 number of the tensor 'table' is infinite"),
         (TensorProto.BFLOAT16, 1.0, ""),
         (TensorProto.DOUBLE, 1e300, ""),
     ],
@@ -315,7 +313,47 @@ def test_numbers_that_are_not_finite_are_faults(
         (foreign / "weights.bin").write_bytes(bytes(4096) + raw)
     write(foreign, model)
     faults = examine(foreign).faults
-    assert faults == ([f"model.onnx: {wanted}. Export or copy the file again."] if wanted else [])
+    advice = "Convert it again with the tool that wrote it, or copy the file again."
+    assert faults == ([f"model.onnx: {wanted}. {advice}"] if wanted else [])
+    # Only a folder of our own can be exported again.
+    (foreign / "manifest.json").write_text("{}")
+    assert [fault for fault in examine(foreign).faults if "Export again, or copy the file" in fault] == (
+        [f"model.onnx: {wanted}. Export again, or copy the file again."] if wanted else []
+    )
+
+
+def test_a_garbled_adapter_of_another_tool_has_advice_for_its_users(foreign: Path, loads: list[Path]) -> None:
+    (foreign / "other.onnx_adapter").write_bytes(b"no adapter")
+    (fault,) = examine(foreign).faults
+    assert "Convert it again with the tool that wrote it, or copy the file again" in fault
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype", "is_fault"),
+    [
+        ("MatMul", np.float32, True),
+        ("Add", np.float32, False),
+        ("Gather", np.float32, False),
+        ("MatMul", np.float64, False),
+    ],
+)
+def test_numbers_whose_products_overflow_are_faults(
+    foreign: Path, loads: list[Path], operator: str, dtype: type, is_fault: bool
+) -> None:
+    model = decoder()
+    values = np.ones((4, 4), dtype)
+    values[1, 2] = -3e38
+    model.graph.initializer.append(numpy_helper.from_array(values, "scales"))
+    model.graph.node.append(helper.make_node(operator, ["scales", "scales"], ["unused"]))
+    write(foreign, model)
+    expected = "model.onnx: 1 number of the tensor 'scales' is above 1e+32: products overflow float32."
+    assert [fault.startswith(expected) for fault in examine(foreign).faults] == [True] * is_fault
+
+
+def test_a_grammar_without_its_schema_is_named(foreign: Path, loads: list[Path]) -> None:
+    (foreign / "grammar.lark").write_text('start: "a"\n')
+    found = examine(foreign)
+    assert found.faults == [] and [note for note in found.notes if note.startswith("grammar.lark: there is no schema")]
 
 
 def test_infinite_numbers_of_a_mask_are_right(foreign: Path, loads: list[Path]) -> None:
@@ -373,7 +411,7 @@ def test_a_data_file_outside_of_the_folder_is_never_loaded(foreign: Path, loads:
 @pytest.mark.parametrize(
     ("entries", "wanted"),
     [
-        ({}, "weights.bin: missing, and 1 tensors of the graph are in it. Copy it with the graph"),
+        ({}, "weights.bin: missing, and 1 tensor of the graph should be in it. Copy it with the graph"),
         ({"offset": "-1"}, "has the offset '-1', which is no number of bytes"),
         ({"offset": "1" * 30}, "which is no number of bytes"),
         ({"length": 5}, f"has 5 bytes, and its shape [288, 8] needs {SIZE}"),
@@ -452,7 +490,7 @@ def test_a_configuration_that_contradicts_the_graph_is_a_fault(
 @pytest.mark.parametrize(
     ("key", "new", "wanted"),
     [
-        ("model.decoder.num_hidden_layers", 3, "num_hidden_layers is 3, and model.onnx has a cache for 1 layers"),
+        ("model.decoder.num_hidden_layers", 3, "num_hidden_layers is 3, and model.onnx has a cache for 1 layer"),
         ("model.decoder.num_key_value_heads", 1, "decoder.num_key_value_heads is 1, and model.onnx has the input"),
         ("search.max_length", 65, "search.max_length 65 is more than model.context_length 64"),
         ("search.do_sample", True, "search.do_sample is on"),
@@ -577,11 +615,9 @@ def test_matrices_that_are_slow_are_notes(tmp_path: Path, loads: list[Path]) -> 
     int4 = helper.make_tensor("int4", TensorProto.INT4, [4, 1], b"\0\0", raw=True)
     found = examine(write(tmp_path, graph_of(nodes, [codes, scales, int4], domains=["com.microsoft"])))
     assert found.faults == [] and len(found.notes) == 2
-    assert found.notes[0].startswith(
-        "1 MatMulNBits nodes of 8 bits have accuracy_level 0: their inputs stay in float, and"
-    )
+    assert found.notes[0].startswith("1 MatMulNBits node of 8 bits with accuracy_level 0: inputs stay in float, and")
     assert "about 70 times as long" in found.notes[0]
-    assert found.notes[1].startswith("1 matrices in int4 are read by DequantizeLinear")
+    assert found.notes[1].startswith("1 matrix in int4 is read by DequantizeLinear")
 
 
 def test_a_decoder_without_a_cache_is_a_note(tmp_path: Path, loads: list[Path]) -> None:
@@ -647,7 +683,7 @@ def test_a_folder_with_several_files_names_them(foreign: Path, tmp_path: Path) -
     assert [
         note
         for note in examine(foreign, ONNXRUNTIME).notes
-        if "1 other graphs in the folder, such as model_fp16" in note
+        if "1 other graph in the folder, such as model_fp16" in note
     ]
     (foreign / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ArtifactError, match=r"genai_config.json, and model.gguf as well. Give the file"):

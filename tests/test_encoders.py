@@ -483,7 +483,7 @@ def test_long_texts_are_truncated_at_the_models_positions(tmp_path: Path) -> Non
     model = BertModel(BertConfig(**SIZES))
     done = training_examples.tokenize_for_task(SequenceClassifier(("a", "b")), rows, model, make_tokenizer(), 512)
     assert [len(row["input_ids"]) for row in done.rows] == [64, 1] and (done.truncated, done.cut_tokens) == (1, 36)
-    assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 rows truncated, 36 tokens lost"
+    assert done.summary() == "2 rows, 65 tokens, a 1, b 1; 1 row truncated, 36 tokens lost"
 
 
 def test_empty_texts_are_counted_and_need_a_token(tmp_path: Path) -> None:
@@ -498,4 +498,4 @@ def test_empty_texts_are_counted_and_need_a_token(tmp_path: Path) -> None:
     )
     done = training_examples.tokenize_for_task(SentenceEncoder(scored=False), rows, model, tokenizer, 32)
     assert done.rows[1]["other_ids"] == [1, 2]
-    assert done.notes == ("1 rows have an empty text, and are trained on like any other",)
+    assert done.notes == ("1 row with an empty text, trained on like any other",)

@@ -452,7 +452,7 @@ def test_rows_that_are_cut_left_out_or_not_asked_are_counted(
         f"Rows longer than {CONTEXT} tokens (--context-length): 1 are cut there, 1 are left out because their answers "
         "begin after that"
     ) in messages
-    assert "1 rows with an empty 'text' are left out" in messages
+    assert "1 row with an empty 'text' left out" in messages
     evaluate(run, options("rows", data=str(path), max_new_tokens=8))
     assert any("2 of 5 rows are a 'text' without a prompt and are left out" in line for line in messages)
     cut = "1 of 2 expected answers are longer than --max-new-tokens 8 and cannot match: give --max-new-tokens"

@@ -124,7 +124,7 @@ def test_missing_weights_are_named(options: FinetuneOptions, tmp_path: Path) -> 
     short = {name: tensor for name, tensor in tensors(out, "reference").items() if name != "model.norm.weight"}
     save_file(short, out / "reference" / "model.safetensors")
     relist(out / "reference")
-    with pytest.raises(RunError, match=r"1 tensors missing \(model\.norm\.weight\)"):
+    with pytest.raises(RunError, match=r"1 tensor missing \(model\.norm\.weight\)"):
         merged_model(out / "reference")
     (out / "reference" / "model.safetensors").unlink()
     relist(out / "reference")

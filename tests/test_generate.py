@@ -189,7 +189,7 @@ def test_a_prompt_beyond_the_positions_of_the_torch_model_is_refused(run: Run, l
         generate(run, "x" * 600, "torch", lambda text: None, raw=True)
     with progress.report_to(lines):
         generate(run, "x" * 510, "torch", lambda text: None, raw=True, max_new_tokens=5)
-    assert lines.lines[-1].startswith("The answer ends after 1 tokens at most: the prompt has 511, and ")
+    assert lines.lines[-1].startswith("The answer ends after 1 token at most: the prompt has 511, and ")
 
 
 def test_an_artifact_of_another_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:

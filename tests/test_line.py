@@ -453,7 +453,7 @@ def test_a_doubled_scale_in_a_file_is_a_fault_and_its_weight_is_named(run: Run, 
     relist(copy.exports / "onnx")
     (budget,) = validate(copy, dataclasses.replace(OPTIONS, prompts=0, min_exact_match=None), force=True).budgets
     assert budget.fault_test.exceeds_noise and budget.fault_test.position == 0
-    assert f"{name}: 1 scales differ, first at row 5, group 1" in budget.fault_test.location
+    assert f"{name}: 1 scale differs, first at row 5, group 1" in budget.fault_test.location
 
 
 def test_a_wrong_rotary_angle_in_a_file_is_a_fault_and_its_layer_is_named(run: Run, tmp_path: Path) -> None:

@@ -231,6 +231,8 @@ def copying(quantized: Path, work: Path, context_length: int) -> None:
 @pytest.fixture
 def quick_exporters(monkeypatch: pytest.MonkeyPatch, stand_in_exports: None) -> None:
     monkeypatch.setattr("qat_edge_exporters.targets.load", lambda entry: copying)
+    monkeypatch.setattr("qat_edge_exporters.targets.Target.missing_for", lambda *_: "")
+    monkeypatch.setattr("qat_edge_exporters.targets.Target.require_checkpoint", lambda *_: None)
 
 
 @pytest.mark.usefixtures("quick_exporters")

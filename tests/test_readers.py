@@ -93,3 +93,9 @@ def test_messages_quote_values_shortly() -> None:
     assert readers.show("x" * 10**6) == "'" + "x" * 80 + "...'"
     assert readers.show(2**5000) == "an integer of 5001 bits"
     assert (readers.show("a"), readers.show(1.5), readers.show(None)) == ("'a'", "1.5", "None")
+
+
+def test_a_count_of_one_is_in_the_singular() -> None:
+    assert [readers.counted(count, "row") for count in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert readers.counted(1, "matrix is", "matrices are") == "1 matrix is"
+    assert readers.counted(3, "matrix is", "matrices are") == "3 matrices are"

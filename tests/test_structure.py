@@ -19,6 +19,7 @@ FILES = sorted(p for package, folder in SOURCE_ROOTS.items() for p in (ROOT / fo
 FLOORS = (
     {
         "errors",
+        "export_command",
         "python_process",
         "environment",
         "run",

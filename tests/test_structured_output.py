@@ -18,6 +18,7 @@ from qat_edge.data.answer_schema import AnswerSchema, read_schema
 from qat_edge.errors import ArtifactError, DataError, ExportError, RunError, UsageError
 from qat_edge.manifest import MANIFEST
 from qat_edge.options import QuantizeOptions
+from qat_edge.report.collect import _verified
 from qat_edge.run import Run
 from qat_edge.verbs.exported_schema import wanted_schema
 from qat_edge.verbs.quantize_model import quantize_model
@@ -119,6 +120,41 @@ def test_verify_compares_schema_and_grammar_with_the_run(copy: Run) -> None:
     assert [fault for fault in result.faults if fault.startswith("schema.json: not the schema of the run")]
 
 
+def test_verify_compares_the_others_where_one_cannot_be_read(copy: Run) -> None:
+    (copy.exports / "executorch" / MANIFEST).unlink()
+    (copy.exports / "onnx" / MANIFEST).write_text("{")
+    found = {result.target: result for result in verify(copy, [])}
+    assert list(found) == ["executorch", "gguf", "onnx"]
+    assert found["gguf"].is_readable and found["gguf"].faults == []
+    for target, reason in {"executorch": f"no {MANIFEST} here", "onnx": f"{MANIFEST}: damaged (not JSON"}.items():
+        assert not found[target].is_readable and reason in found[target].faults[0]
+    done = cli("verify", copy.path)
+    assert done.exit_code == 1
+    assert "exports/executorch: cannot be read, so that nothing was compared" in done.stdout
+    assert "exports/gguf: 14 of 14 linear layers equal" in done.stdout
+    # The record of a folder without a manifest stands until the folder changes.
+    rows = {row["target"]: row["manifest_sha256"] for row in json.loads(copy.verified.read_text())}
+    assert rows["executorch"] == "" and all(rows[target] for target in ("gguf", "onnx"))
+    missing: dict[str, str] = {}
+    assert len(_verified(copy, missing)) == 3 and not missing
+
+
+def test_a_damaged_schema_of_the_run_is_a_fault_of_the_artifacts_with_one(copy: Run, tmp_path: Path) -> None:
+    copy.schema.write_bytes(b"\xff")
+    (result,) = verify(copy, ["gguf"])
+    assert result.is_readable and result.linears_equal == result.linears == 14
+    (fault,) = result.faults
+    assert fault.startswith("schema.json: it cannot be compared with the schema of the run.") and "UTF-8" in fault
+    assert cli("verify", copy.path, "--target", "gguf").exit_code == 1
+
+    # One next to an artifact is another schema, which --force replaces.
+    (copy.exports / "onnx" / "schema.json").write_bytes(b"\xff")
+    schema = str(write_schema(tmp_path / "s.json", SCHEMA))
+    with pytest.raises(RunError, match="exports/onnx was exported with another schema"):
+        wanted_schema(copy, schema, [target_named("onnx")], force=False)
+    assert wanted_schema(copy, schema, [target_named("onnx")], force=True) == AnswerSchema(SCHEMA)
+
+
 def test_doctor_says_which_runtime_constrains(copy: Run) -> None:
     for target, expected in {
         "onnx": "onnxruntime-genai constrains answers by it (took the grammar here). Give it grammar.lark: ",
@@ -168,7 +204,7 @@ def test_validate_reports_valid_answers_with_and_without_the_grammar(copy: Run, 
     page = (copy.path / "report.html").read_text()
     section = page.split("<h2>Structured output</h2>")[1].split("<h2>")[0]
     assert "Valid, constrained" in section and ">100" in section and "takes no grammar" in section
-    assert "1 prompts whose expected answer is not valid are left out" in section
+    assert "left out: 1 prompt whose expected answer is not valid" in section
 
 
 def test_constrained_text(exported: Run) -> None:
@@ -187,7 +223,7 @@ def test_constrained_text(exported: Run) -> None:
 
 def test_a_constrained_text_that_is_cut_says_so(exported: Run) -> None:
     done = cli("generate", exported.path, "say 3", "--from", "onnx", "--constrained", "--max-new-tokens", 1)
-    assert done.exit_code == 0 and "The answer was cut after 1 tokens, so that it may not be valid" in done.output
+    assert done.exit_code == 0 and "The answer was cut after 1 token, so that it may not be valid" in done.output
 
 
 def test_an_artifact_without_a_schema_constrains_nothing(copy: Run) -> None:
@@ -195,7 +231,7 @@ def test_an_artifact_without_a_schema_constrains_nothing(copy: Run) -> None:
     for name in ("schema.json", "grammar.lark"):
         (folder / name).unlink()
     relist(folder)
-    with pytest.raises(UsageError, match=r"has no schema\.json.*--target onnx --schema FILE --force"):
+    with pytest.raises(UsageError, match=r"has no schema\.json.*--target onnx .*--schema FILE --force"):
         qat_edge.generate(copy, "say 3", source="onnx", constrained=True)
 
 

@@ -99,9 +99,26 @@ def test_gguf_is_promised_only_where_it_can_hold_the_tables(
     with pytest.raises(ExportError, match="--embedding-bits 8 --head-bits 4"):
         qat_edge.export(tmp_path / "tied", target=["gguf"], context_length=64, ptq=("none",))
 
+    # Nothing is built for the other targets before.
+    with pytest.raises(ExportError, match="--embedding-bits 8 --head-bits 4"):
+        qat_edge.export(tmp_path / "tied", target=["onnx", "gguf"], context_length=64, ptq=("none",))
+    assert not list((tmp_path / "tied").glob("exports/*"))
+
     done = cli("quantize", tiny_model_folder, "--out", tmp_path / "apart", *flags, "--head-bits", 4)
     assert done.exit_code == 0 and "to gguf" not in done.output
     qat_edge.export(tmp_path / "apart", target=["gguf"], context_length=64, ptq=("none",))
+
+
+def test_all_formats_are_checked_before_one_is_written(
+    quantized: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(Path(shutil.copytree(quantized.path, tmp_path / "run")))
+    monkeypatch.setattr(
+        "qat_edge_exporters.targets.Target.missing_for", lambda self, _: "It lacks it." if self.name == "onnx" else ""
+    )
+    with pytest.raises(ExportError, match=r"^onnx: It lacks it. Leave it out with --target executorch\."):
+        qat_edge.export(run, context_length=64, ptq=("none",))
+    assert not list(run.path.glob("exports/*"))
 
 
 # --- the line ----------------------------------------------------------------------------------------------

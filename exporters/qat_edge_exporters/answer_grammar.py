@@ -67,7 +67,9 @@ def check_schema_files(model: Path, grammar: AnswerGrammar | None, without_gramm
     if grammar is None:
         return SchemaCheck("", without_grammar, False, faults)
     if not faults and loads and (refusal := grammar.refusal(model)):
-        faults = [f"{grammar.file}: {grammar.runtime} does not take it: {refusal}. Export again with another --schema."]
+        faults = [
+            f"{grammar.file}: {grammar.runtime} does not take it: {refusal}. Change the schema, and export again."
+        ]
     note = f"Give it {grammar.file}: {grammar.call}."
     return SchemaCheck("" if faults else grammar.runtime, note, loads and not faults, faults)
 

@@ -19,6 +19,9 @@ from qat_edge.python_process import python_command
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 
 SHOWN = 3  # findings of one kind that are named; the others are counted
+# Scales and weights above it are damage: those of models are below 1e5, and float32 ends at 3.4e38, which products with
+# codes and sums over inputs would pass.
+LARGEST_FACTOR = 1e32
 LOADING_S = 600  # until a runtime that does not finish loading is ended
 REASON_CHARACTERS = 400  # of a runtime's message
 REPORT = "qat-edge report: "  # begins a line of a separate process that is for us

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from qat_edge.data.answer_schema import AnswerSchema, parts_of
+from qat_edge.data.answer_schema import AnswerSchema
+from qat_edge.data.schema_parts import parts_of
 from qat_edge.errors import ExportError
 from qat_edge.readers import shorten
 

@@ -73,6 +73,8 @@ class Target:
         constants: computes the float constants that are no tensors of the checkpoint: (checkpoint, Artifact) ->
             constants. Empty: float constants are not read.
         support: tells from a model's configuration what the target lacks for it: (config) -> sentence, or "".
+        requirements: refuses a checkpoint that the format cannot hold, before anything is built: (checkpoint,
+            context_length). Empty: its configuration tells everything.
         expose: writes a copy whose matrices are observable: (folder, empty folder) -> Exposed. Empty: not possible.
         generator: loads it on this machine to generate text: (folder, tokenizer) -> context of a `TextGenerator`.
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
@@ -104,6 +106,7 @@ class Target:
     options_reader: str
     support: str
     constants: str = ""
+    requirements: str = ""
     generator: str = ""
     expose: str = ""
     encoder: str = ""
@@ -197,6 +200,15 @@ class Target:
     def missing_for(self, config: PretrainedConfig) -> str:
         """Return what the target lacks for a model of this configuration, as a sentence; empty where nothing."""
         return str(load(self.support)(config))
+
+    def require_checkpoint(self, checkpoint: Path, context_length: int) -> None:
+        """Require that the format can hold a checkpoint, without building anything.
+
+        Raises:
+            ExportError: names what it cannot hold.
+        """
+        if self.requirements:
+            load(self.requirements)(checkpoint, context_length)
 
     def expose_outputs(self, folder: Path, out: Path) -> Exposed:
         """Write a copy of the artifact that also returns the inputs and outputs of its matrices.
@@ -374,6 +386,7 @@ _ALL = (
         options_reader=f"{_GGUF}.gguf_reader:held_options",
         constants=f"{_GGUF}.gguf_settings:computed_constants",
         support=f"{_GGUF}.gguf_support:missing",
+        requirements=f"{_GGUF}.export_gguf:require_expressible",
         generator=f"{_GGUF}.llama_text:open_generator",
         checker=f"{_GGUF}.gguf_reader:check_folder",
         settings=f"{_GGUF}.gguf_settings:setting_faults",
@@ -409,6 +422,7 @@ _ALL = (
         options_reader=f"{_HF}.hf_settings:held_options",
         constants=f"{_HF}.float_tables:computed_constants",
         support=f"{_HF}.hf_support:missing",
+        requirements=f"{_HF}.export_hf:require_expressible",
         generator=f"{_HF}.hf_text:open_generator",
         checker=f"{_HF}.hf_settings:check_folder",
         settings=f"{_HF}.hf_settings:setting_faults",

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from data.chat_templates import CALLS_AS_TEXT, CHATML, THINKING, tokenizer_for
-from qat_edge.data.answer_schema import AnswerSchema, read_schema, resolve
+from qat_edge.data.answer_schema import AnswerSchema, read_schema
+from qat_edge.data.possible_values import PossibleValues
 from qat_edge.data.rows import Chat, Completion, Message
+from qat_edge.data.schema_parts import resolve
 from qat_edge.data.tool_schema import schema_of_tools
 from qat_edge.errors import DataError, UsageError
 
@@ -20,6 +22,8 @@ PET = {
     "required": ["kind"],
     "additionalProperties": False,
 }
+ENDLESS = {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}
+ENDLESS_A = {"type": "object", "required": ["b"], "properties": {"b": {"$ref": "#/$defs/a"}}}
 WRAPPED = AnswerSchema(PET, "<think>\n\n</think>\n\n", "<call>\n", "\n</call>\n<call>\n", "\n</call>")
 
 
@@ -101,6 +105,23 @@ def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> Non
         ({"$ref": "#/x-defs/a", "x-defs": {"a": {"pattern": "a"}}}, "no schema of a value is there"),
         ({"$ref": "#"}, "leads back to itself"),
         ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
+        (
+            ENDLESS,
+            r"--schema s: \$\.properties\.a\.\$ref is '#', and no finite value fits there: each one holds another",
+        ),
+        (
+            {
+                "properties": {"a": {"$ref": "#/$defs/a"}},
+                "$defs": {"a": {"type": "array", "minItems": 1, "items": ENDLESS_A}},
+            },
+            r"\$\.properties\.a\.\$ref is '#/\$defs/a', and no finite",
+        ),
+        (
+            {"type": "object", "required": ["a"], "properties": {"a": {"anyOf": [{"$ref": "#"}, False]}}},
+            r"\$\.properties\.a\.anyOf\[0\]\.\$ref is '#', and no finite",
+        ),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "no value fits the schema"),
+        ({"type": "array", "minItems": 2, "prefixItems": [{}], "items": False}, "no value fits the schema"),
         ({"items": {"$id": "https://example.org/a", "type": "string"}}, r"\$\.items\.\$id gives a part a name"),
         ({"$schema": "http://json-schema.org/draft-04/schema#"}, "no draft of JSON schema from draft-06 on"),
         (
@@ -116,6 +137,40 @@ def test_what_is_no_schema_is_refused_by_place(schema: Any, message: str, tmp_pa
     (tmp_path / "s.json").write_text(json.dumps(schema))
     with pytest.raises(UsageError, match=message):
         read_schema(tmp_path / "s.json", UsageError, "--schema s")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**ENDLESS, "required": []},
+        {"properties": ENDLESS["properties"], "required": ["a"]},  # {"a": 1}
+        {**ENDLESS, "type": ["object", "null"]},
+        {**ENDLESS, "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"type": "object", "patternProperties": {"a": {}}, "required": ["a"], "additionalProperties": False},
+        {"type": "object", "required": ["a"], "additionalProperties": {"enum": [{}], "type": "object"}},
+        {"type": "array", "minItems": 1, "prefixItems": [{}], "items": False},
+        {"type": "object", "properties": {"a": {"$ref": "#/$defs/never"}}, "$defs": {"never": False}},
+        # Older drafts have a list of schemas there, and ignore what is next to a reference.
+        {"$schema": "http://json-schema.org/draft-07/schema#", "type": "array", "minItems": 1, "items": [{}]},
+        {"$ref": "#/$defs/a", "type": "array", "minItems": 1, "items": False, "$defs": {"a": {}}},
+    ],
+)
+def test_schemas_with_finite_values_are_read(schema: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    assert read_schema(tmp_path / "s.json", UsageError).schema == schema
+
+
+def test_a_long_chain_of_references_has_an_end(tmp_path: Path) -> None:
+    def link(number: int) -> dict[str, Any]:
+        return {"type": "object", "required": ["n"], "properties": {"n": {"$ref": f"#/$defs/{number}"}}}
+
+    count = 5000
+    chain: dict[str, Any] = {"$ref": "#/$defs/0", "$defs": {str(i): link(i + 1) for i in range(count)}}
+    chain["$defs"][str(count)] = {"type": "null"}
+    assert not list(PossibleValues(chain).endless_references()) and PossibleValues(chain).fits(chain)
+    chain["$defs"][str(count)] = link(0)
+    assert len(list(PossibleValues(chain).endless_references())) == count + 2
 
 
 # --- tools -------------------------------------------------------------------------------------------------
@@ -184,6 +239,37 @@ def test_odd_names_and_objects_without_a_type_are_closed() -> None:
 
     assert fault('{"p": {"q": 1}}') == "" and fault('{"p": {"q": 2}}')
     assert fault('{"x": 1}') and fault('{"p": {"x": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [
+        ({"type": "object", "properties": {"day": {}}, "required": ["day", "city"]}, r"\$"),
+        ({"properties": {}, "required": ["city"]}, r"\$"),
+        (
+            {"properties": {"a": {"type": "array", "items": {"properties": {"b": {}}, "required": ["city"]}}}},
+            r"\$\.properties\.a\.items",
+        ),
+    ],
+)
+def test_a_required_property_that_a_tool_does_not_declare_is_named(parameters: Any, place: str) -> None:
+    rows = [calling(("rain", {"city": "Oslo"}), tools=[tool("rain", parameters)])]
+    message = rf"'parameters' of the tool 'rain': {place}\.required has 'city', which {place}\.properties does not"
+    with pytest.raises(DataError, match=message):
+        schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+
+
+def test_required_properties_that_have_no_values_of_their_own_are_permitted() -> None:
+    """Further properties are open where a tool opens them, or names none."""
+    for parameters in (
+        {"type": "object", "required": ["city"]},
+        {"type": "object", "properties": {"day": {}}, "required": ["city"], "additionalProperties": {"type": "string"}},
+        {"properties": {"city": {}, "day": {}}, "anyOf": [{"required": ["city"]}, {"required": ["day"]}]},
+    ):
+        rows = [calling(("rain", {"city": "Oslo"}), tools=[tool("rain", parameters)])]
+        answer = schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+        text = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+        assert answer.fault(text) == ""
 
 
 def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:

@@ -335,7 +335,7 @@ def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused() -> None:
     assert not notes(cut, tokenizer_for(THINKING))
     lower = template.replace("{{ c }}", "{{ m.content | lower }}")
     changed = Chat([question, {"role": "assistant", "content": "Yes SIR"}], "f:1")
-    assert "changes the text of 1 messages of the assistant" in notes(changed, tokenizer_for(lower))
+    assert "changes the text of 1 message of the assistant" in notes(changed, tokenizer_for(lower))
 
 
 CONTENT = "message['content']"  # as CHATML writes it
@@ -413,7 +413,7 @@ def test_other_changes_of_texts_without_loss_are_counted() -> None:
     switched = tokenizer_for(CHATML.replace(CONTENT, f"{CONTENT}.replace('/no_think', '')"))
     for role in ("system", "user"):
         chat = Chat([{"role": role, "content": "Briefly. /no_think"}, QUESTION, ANSWER], "f:1")
-        assert f"1 messages without loss (the first: f:1, message 1, role '{role}')" in notes(chat, switched)
+        assert f"1 message without loss (the first: f:1, message 1, role '{role}')" in notes(chat, switched)
     # Earlier answers.
     cut = tokenizer_for(CHATML.replace(CONTENT, f"({CONTENT} if loop.last or message.role == 'user' else 'Os')"))
     chat = Chat([QUESTION, ANSWER, QUESTION, ANSWER], "f:1")
@@ -594,7 +594,7 @@ def test_fields_without_effect_and_unanswered_messages_are_counted() -> None:
     using = tokenizer_for(CHATML.replace("message['role'] +", "message['role'] + message.name | default('') +"))
     assert "'name'" not in notes(Chat([{**QUESTION, "name": "Ada"}, ANSWER], "row"), using)
     labelled = tokenization.tokenize([Text("abc", "row", label="x", pair="y")], tokenizer, 64)
-    assert "'label' in 1 rows, 'text_pair' in 1 rows" in labelled.notes[0]
+    assert "'label' in 1 row, 'text_pair' in 1 row" in labelled.notes[0]
 
 
 def test_a_template_that_reads_the_clock_is_reported() -> None:

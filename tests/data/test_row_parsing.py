@@ -101,7 +101,7 @@ def test_keys_that_are_not_used_are_counted(tmp_path: Path, messages: list[str])
     rows = [{"text": "a", "id": 1, "source": "x"}, {"text": "b", "id": 2}, {"prompt": "a", "completion": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     load_rows(str(path))
-    assert messages == [f"{path}: not used: 'id' in 2 rows, 'source' in 1 rows"]
+    assert messages == [f"{path}: not used: 'id' in 2 rows, 'source' in 1 row"]
     load_rows(str(path), report=False)
     assert len(messages) == 1
 

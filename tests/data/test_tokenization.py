@@ -391,7 +391,7 @@ def test_truncated_and_dropped_rows_are_counted(tokenizer: Any) -> None:
     assert (done.truncated, done.cut_tokens, done.dropped) == (2, (23 - 10) + (32 - 10), 1)
     assert done.summary() == (
         "2 rows, 15 tokens, 11 of them with loss; 2 rows truncated, 35 tokens lost; "
-        "1 rows dropped: no token with loss was left"
+        "1 row dropped: no token with loss was left"
     )
     with pytest.raises(DataError, match="None of 1 rows has a token to train on within 10 tokens"):
         tokenization.tokenize([lost], tokenizer, 10)
@@ -401,7 +401,7 @@ def test_empty_texts_are_left_out_and_counted(tokenizer: Any) -> None:
     rows: list[Row] = [Text("", "1"), Text("the end", "2"), Text(" \n", "3"), Completion("a", "b", "4")]
     done = tokenization.tokenize(rows, tokenizer, 64)
     assert [tokenizer.decode(row["input_ids"]) for row in done.rows] == ["the end<|im_end|>", "ab<|im_end|>"]
-    assert done.notes == ("2 rows with an empty 'text' are left out",)
+    assert done.notes == ("2 rows with an empty 'text' left out",)
     assert len(tokenization.scored_ids(rows, tokenizer, 64, 100)) == 2
     for read in (tokenization.tokenize, lambda *given: tokenization.scored_ids(*given, limit=100)):
         with pytest.raises(DataError, match=r"The 'text' of every row is empty, so .* predict \(2 rows\)\. Fill it in"):
@@ -411,11 +411,11 @@ def test_empty_texts_are_left_out_and_counted(tokenizer: Any) -> None:
 def test_rows_that_train_an_end_alone_are_counted(tokenizer: Any) -> None:
     rows = [Completion("a", "<|im_end|>", "1"), Completion("a", "b", "2"), Chat(DIALOGUE, "3")]
     notes = tokenization.tokenize(rows, tokenizer, 512).notes
-    assert notes[-1] == "1 rows train an end token alone: the model learns to answer nothing there"
+    assert notes[-1] == "1 row trains an end token alone: the model learns to answer nothing there"
     # A template may write less than the message has.
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim('.')")
     dots = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "..."}]
-    assert any("1 rows train an end" in note for note in tokenization.tokenize([Chat(dots, "1")], tokenizer, 64).notes)
+    assert any("1 row trains an end" in note for note in tokenization.tokenize([Chat(dots, "1")], tokenizer, 64).notes)
 
 
 # --- batches, windows --------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import require_runtimes, run_on_devices
 from qat_edge.options import ValidateOptions
 from qat_edge.quant.scheme import LinearCodes
+from qat_edge.run import Run
+from qat_edge.verbs.validate import validate_devices
 from qat_edge_devices import browser_transport, chromium, onnxruntime_web, open_runtime, open_transport
 from qat_edge_devices.agent.active_adapter import ADAPTER_FILE
 from qat_edge_devices.browser_transport import BrowserTransport
@@ -204,6 +206,16 @@ def test_the_page_has_the_constants_of_the_python_side() -> None:
     }  # fmt: skip
     names = re.findall(r'"(ort\.\w+\.min\.mjs)"', text)
     assert names == [onnxruntime_web.WASM_FILES[0], onnxruntime_web.WEBGPU_FILES[0]]
+
+
+def test_a_path_that_is_no_program_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("finetune: {}\n")
+    monkeypatch.setattr("qat_edge.models.tasks.require_causal_lm", lambda *_: None)
+    for device in ("browser:/no/such", f"browser-webgpu:{tmp_path}"):
+        with pytest.raises(UsageError, match=r"--device browser.*: /.* is not a program\. Give the path of Chromium"):
+            validate_devices(Run(tmp_path), ValidateOptions(device=("local", device)))
 
 
 def test_a_browser_runs_onnx_artifacts_only(onnx_folder: Path, tmp_path: Path) -> None:

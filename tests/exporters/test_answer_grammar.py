@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime_genai
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import export_frozen_llama, make_tokenizer
 from qat_edge.data.answer_schema import AnswerSchema
@@ -86,10 +89,19 @@ class Judge:
 
     def permits(self, grammar: str, text: str) -> bool:
         """Return whether the grammar permits a whole text, and its end."""
+        return self.permits_tokens(grammar, self.model.tokenize(text, adds_special=False))
+
+    def permits_bytes(self, grammar: str, data: bytes) -> bool:
+        """Return whether the grammar permits bytes, one token each."""
+        names, tokenizer = bytes_to_unicode(), make_tokenizer()
+        return self.permits_tokens(grammar, [tokenizer.convert_tokens_to_ids(names[byte]) for byte in data])
+
+    def permits_tokens(self, grammar: str, tokens: Sequence[int]) -> bool:
+        """Return whether the grammar permits tokens, and the end after them."""
         self.model.constrain(grammar, [2])
         limits: LlamaGrammar | None = self.model.grammar
         assert limits is not None
-        for token in self.model.tokenize(text, adds_special=False):
+        for token in tokens:
             if not limits._permitted([token])[0]:
                 return False
             self.model._call("llama_sampler_accept", limits._sampler, token)
@@ -115,7 +127,7 @@ def judge(gguf_folder: Path) -> Iterator[Judge]:
         (AnswerSchema(NODE), ['{"next":{"next":null}}']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>', '<think>\n\n</think>\n\n<call>\n{"name":"a"}\n</call>']),
         (WRAPPED, ['<call>\n{"name":"a"}\n</call>\n<call>\n{"name":"b"}\n</call>']),
-        (AnswerSchema({}), ['{"a":[1,-2.5e3,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
+        (AnswerSchema({}), ['{"a":[1,-2.5,"x",{}],"b":null}', "[]", "true", '"\\u00e4\\uD7ff"']),
         (AnswerSchema({"type": "object", "additionalProperties": {"type": "number"}}), ['{"a":1,"b":0.5}', "{}"]),
         (AnswerSchema({"type": "array", "items": {"type": "integer"}}), ["[]", "[1, 2,3]"]),
         (AnswerSchema({"type": "object", "required": ["a"]}), ['{"a":[1]}']),
@@ -150,6 +162,25 @@ def test_texts_that_are_no_json_are_not_permitted(text: str, judge: Judge) -> No
 
 
 @runs_llama
+@pytest.mark.parametrize("schema", [{"type": "string"}, {"type": "string", "maxLength": 4}])
+def test_characters_of_unicode_are_permitted_and_other_bytes_are_not(schema: dict[str, Any], judge: Judge) -> None:
+    grammar = gbnf.grammar(AnswerSchema(schema))
+    for character in "A!]^~\x80é\u20ac\ud7ff\ue000\ufffd\U0001f600\U0010ffff":
+        assert judge.permits_bytes(grammar, f'"{character}"'.encode()), character
+    # A control, half a surrogate pair, beyond U+10FFFF, a byte of no character, a character that is cut.
+    for data in (
+        b"\x7f",
+        b"\xed\xa0\x80",
+        b"\xf4\x90\x80\x80",
+        b"\xf5\x80\x80\x80",
+        b"\xff\xbf\xbf\xbf",
+        b"\x80",
+        b"\xc3",
+    ):
+        assert not judge.permits_bytes(grammar, b'"' + data + b'"'), data
+
+
+@runs_llama
 def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge: Judge) -> None:
     inner = {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000}
     grammar = gbnf.grammar(AnswerSchema({"type": "array", "items": inner, "maxItems": 1000}))
@@ -174,6 +205,10 @@ def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "permits no value"),
         ({"enum": [{}], "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": True}}, "together with properties"),
         ({"$schema": "http://json-schema.org/draft-07/schema#", "items": [{}, {}]}, r"\$\.items is a list of schemas"),
+        (
+            {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+            r"\$\.properties\.a\.\$ref leads to a value without an end, unless 'type' is given there, which",
+        ),
         ({"type": "string", "minLenght": 2}, r"\$\.minLenght is a keyword"),
     ],
 )
@@ -204,18 +239,111 @@ def test_guidance_has_more_keywords_and_refuses_the_others() -> None:
         lark_grammar.grammar(AnswerSchema({"type": "array", "items": {"not": {}}}))
 
 
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = export_frozen_llama("onnx", tmp_path_factory.mktemp("onnx"), 64)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class GuidanceJudge:
+    """onnxruntime-genai as a judge of texts: it takes the wanted token wherever the grammar permits it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = onnxruntime_genai.Model(str(folder))
+        self.tokenizer = make_tokenizer()
+
+    def permits(self, grammar: str, text: str) -> bool:
+        """Return whether the grammar permits a whole text, and its end."""
+        params = onnxruntime_genai.GeneratorParams(self.model)
+        params.set_search_options(do_sample=False, max_length=64)
+        params.set_guidance("lark_grammar", grammar)
+        generator = onnxruntime_genai.Generator(self.model, params)
+        generator.append_tokens(np.array([5], np.int32))
+        for token in [*self.tokenizer.encode(text), 2]:
+            wanted = np.full_like(generator.get_logits(), -1)
+            wanted[..., token] = 1e4
+            generator.set_logits(wanted)
+            generator.generate_next_token()
+            if int(generator.get_next_tokens()[0]) != token:
+                return False
+        return True
+
+
+@pytest.fixture(scope="module")
+def guidance(onnx_folder: Path) -> GuidanceJudge:
+    return GuidanceJudge(onnx_folder)
+
+
+NUMBERS = ["0", "-1", "1.5", "-0.5", "9" * 16, "0." + "3" * 16]
+NO_NUMBERS = ["1e400", "1e5", "1E-5", "1" + "0" * 16, "-1" + "0" * 16, "01", "1.", ".5", "+1"]
+IN_SCHEMAS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "number"}, "{}"),
+    ({}, "{}"),
+    ({"type": "array"}, "[[{}]]"),
+    ({"type": "object"}, '{{"a":[{}]}}'),
+    ({"type": "object", "additionalProperties": True}, '{{"a":{{"b":{}}}}}'),
+    ({"type": "array", "items": True}, "[{}]"),
+    ({"properties": {"a": {"anyOf": [{"type": ["number", "null"]}, {"type": "string"}]}}}, '{{"a":{}}}'),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {}}}}, "[{}]"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text"), IN_SCHEMAS)
+def test_guidance_permits_numbers_that_floats_hold(schema: dict[str, Any], text: str, guidance: GuidanceJudge) -> None:
+    grammar = lark_grammar.grammar(AnswerSchema(schema))
+    assert [number for number in NUMBERS + NO_NUMBERS if guidance.permits(grammar, text.format(number))] == NUMBERS
+
+
+@runs_llama
+@pytest.mark.parametrize(("schema", "text"), IN_SCHEMAS)
+def test_llama_cpp_permits_the_same_numbers(schema: dict[str, Any], text: str, judge: Judge) -> None:
+    grammar = gbnf.grammar(AnswerSchema(schema))
+    assert [number for number in NUMBERS + NO_NUMBERS if judge.permits(grammar, text.format(number))] == NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        (
+            {
+                "allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {"type": "number"}}}],
+                "$defs": {"a": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}},
+            },
+            ['{"a":"x","b":1}', '{"a":"x","b":1e400}'],
+        ),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
+                "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+            },
+            ['{"a":"x"}', '{"b":1e400}'],
+        ),
+        ({"oneOf": [{"type": "string"}, {"type": "number", "minimum": 0}]}, ["7", "1" + "0" * 16]),
+    ],
+)
+def test_guidance_bounds_the_numbers_of_intersections(
+    schema: dict[str, Any], texts: list[str], guidance: GuidanceJudge
+) -> None:
+    grammar = lark_grammar.grammar(AnswerSchema(schema))
+    assert [guidance.permits(grammar, text) for text in texts] == [True, False]
+
+
 def test_guidance_gets_neither_formats_nor_settings_of_a_user() -> None:
     """In JSON schema, "format" describes; guidance would exclude values by it."""
-    schema = {"x-guidance": {"lenient": True}, "properties": {"format": {"type": "string", "format": "date"}}}
+    inner = {"format": {"type": "string", "format": "date"}}
+    schema = {"x-guidance": {"lenient": True}, "type": "object", "properties": inner, "additionalProperties": False}
     found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
-    assert found == {"x-guidance": lark_grammar.SPACES, "properties": {"format": {"type": "string"}}}
+    plain = {"type": "object", "properties": {"format": {"type": "string"}}, "additionalProperties": False}
+    assert found == {"x-guidance": lark_grammar.SPACES, **plain}
 
 
 def test_guidance_gets_bounds_for_integers_without() -> None:
     """Without bounds, a model may write digits up to the longest answer."""
     schema = {"properties": {"type": {"const": {"type": "integer"}}, "n": {"type": ["integer", "null"], "minimum": 2}}}
     found = json.loads(lark_grammar.grammar(AnswerSchema(schema)).partition("%json ")[2])
-    assert found["properties"]["n"] == {"type": ["integer", "null"], "minimum": 2, "maximum": 10**16 - 1}
+    assert found["properties"]["n"] == {"type": ["integer", "null"], "minimum": 2, "exclusiveMaximum": 10**16}
     assert found["properties"]["type"] == {"const": {"type": "integer"}}
 
 
@@ -223,13 +351,12 @@ def test_guidance_gets_bounds_for_integers_without() -> None:
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("gguf", marks=runs_llama)])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(request: pytest.FixtureRequest) -> Path:
     """A random model that was exported with a schema."""
     if request.param == "gguf":
         folder: Path = request.getfixturevalue("gguf_folder")
     else:
-        folder = export_frozen_llama("onnx", tmp_path_factory.mktemp("onnx"), 64)
-        make_tokenizer().save_pretrained(folder)
+        folder = request.getfixturevalue("onnx_folder")
     target_named(folder.name).write_schema(folder, SHORT)
     return folder
 

@@ -121,7 +121,7 @@ def test_scales_that_float16_does_not_hold_are_refused_by_name(scale: float, is_
     if is_exact:
         gguf_blocks.require_float16("layer", scales)
         return
-    with pytest.raises(ExportError, match=rf"layer has 1 scales .* row 1, group 2: {scale:g}.*--target"):
+    with pytest.raises(ExportError, match=rf"layer has 1 scale .* row 1, group 2: {scale:g}.*--target"):
         gguf_blocks.require_float16("layer", scales)
 
 
@@ -233,7 +233,7 @@ def test_scales_and_bits_are_refused_before_anything_is_written(tmp_path: Path) 
     with stored_tensors(tmp_path / "frozen") as tensors:
         name = next(key for key in tensors if "layers.1.mlp.up_proj" in key and key.endswith("scale"))
         tensors[name][3, 1] = 2.0**-40
-    with pytest.raises(ExportError, match=r"model.layers.1.mlp.up_proj has 1 scales .* row 3, group 1"):
+    with pytest.raises(ExportError, match=r"model.layers.1.mlp.up_proj has 1 scale .* row 3, group 1"):
         export(tmp_path / "frozen", tmp_path / "export")
     assert list((tmp_path / "export").iterdir()) == []
     assert "2-bit" in TARGET.missing_widths([2, 4]) and TARGET.missing_widths([4, 8]) == ""
@@ -364,7 +364,7 @@ def entry(key: str, value: int) -> bytes:
     ("tensor", "position", "words"),
     [
         ("blk.1.attn_q.weight", 5, "model.layers.1.self_attn.q_proj: 1 of 4096 codes differ"),
-        ("blk.0.ffn_down.weight", 1, "model.layers.0.mlp.down_proj: 1 scales differ"),
+        ("blk.0.ffn_down.weight", 1, "model.layers.0.mlp.down_proj: 1 scale differs"),
         ("token_embd.weight", 7, "model.embed_tokens: 1 of 18432 codes differ"),
         ("blk.1.ffn_norm.weight", 8, "model.layers.1.post_attention_layernorm.weight: not in the artifact"),
     ],

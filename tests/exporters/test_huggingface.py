@@ -292,7 +292,7 @@ def add(amount: float) -> Callable[[torch.Tensor], None]:
     ("name", "amount", "message"),
     [
         ("model.layers.1.mlp.gate_proj.weight_packed", 1, "1 of 8192 codes differ, first at row 0, column 56"),
-        ("model.layers.0.self_attn.q_proj.weight_scale", 1.0, "1 scales differ, first at row 3, group 1"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", 1.0, "1 scale differs, first at row 3, group 1"),
         ("model.norm.weight", 0.25, "model.norm.weight: not in the artifact as it was frozen"),
         ("model.embed_tokens.weight", 0.25, "model.embed_tokens: 1 of 18432 numbers"),
         ("lm_head.weight", 1e-4, "lm_head: 1 of 18432 numbers of its constant lm_head.weight differ, first at row 0, "),

@@ -468,6 +468,6 @@ def test_a_context_shorter_than_a_prompt_is_run(tmp_path: Path) -> None:
 
 def test_the_conclusion_of_verify_says_what_was_not_run() -> None:
     run = Verified(Path("a"), "onnx", 1, 1, True, True, [], parity=Parity(error_db=-80.0))
-    assert conclusion([run]) == "Verified 1 artifacts: equal to the frozen checkpoint"
+    assert conclusion([run]) == "Verified 1 artifact: equal to the frozen checkpoint"
     unrun = Verified(Path("b"), "executorch", 1, 1, True, True, [])
     assert conclusion([run, unrun]).endswith("but what executorch computes was NOT measured")

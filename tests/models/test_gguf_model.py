@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Add, str]] = {
     ),
     "unknown tensor": (
         lambda w: w.add_tensor("blk.0.post_ffw_norm.weight", np.ones(64, np.float32)),
-        r"1 have no place in the model \(blk\.0\.post_ffw_norm\.weight\)",
+        r"1 has no place in the model \(blk\.0\.post_ffw_norm\.weight\)",
     ),
     "part": (lambda w: w.add_uint16("split.count", 2), r"part 1 of 2 of a model"),
     "adapter": (lambda w: w.add_type("adapter"), r"general\.type is 'adapter'"),

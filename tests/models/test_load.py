@@ -188,7 +188,7 @@ LOAD = "from qat_edge.models.load import load_model; print(load_model('someone/t
     [
         ("", f"ModelIdentity(kind='hub', name='someone/tiny', revision='{'0' * 40}', files={{}}, settings={{}})"),
         ("adapter", "someone/tiny: holds an adapter (adapter_config.json)"),
-        ("tensor", "someone/tiny: the weights are not those of a LlamaForCausalLM: 1 tensors are missing"),
+        ("tensor", "someone/tiny: the weights are not those of a LlamaForCausalLM: 1 tensor is missing"),
         ("token", "someone/tiny: the tokenizer has"),
     ],
 )

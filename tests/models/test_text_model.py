@@ -92,12 +92,12 @@ def test_a_text_model_that_is_not_whole_is_refused(gemma3: Path) -> None:
         stored = dict(tensors)
         (name,) = (n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight") and "language_model" in n)
         del tensors[name]
-    with pytest.raises(ModelError, match=r"1 tensors are missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+    with pytest.raises(ModelError, match=r"1 tensor is missing \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
         load_model(str(gemma3))
 
     extra = {**stored, name.replace("layers.1", "layers.2"): stored[name].clone()}
     save_file(extra, gemma3 / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 have no place in the model \(.*layers\.2\.mlp\.up_proj\.weight\)"):
+    with pytest.raises(ModelError, match=r"1 has no place in the model \(.*layers\.2\.mlp\.up_proj\.weight\)"):
         load_model(str(gemma3))
 
 

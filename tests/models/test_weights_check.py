@@ -84,15 +84,15 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
         r"9 tensors are missing \(model\.layers\.1\..*9 have no place in the model \(model\.h\.1\.",
     ),
     "layer left out": (remove("layers.1."), r"9 tensors are missing \(model\.layers\.1\..*random values"),
-    "one tensor": (remove("layers.0.mlp.up_proj"), r"1 tensors are missing \(model\.layers\.0\.mlp\.up_proj\.weight\)"),
+    "one tensor": (remove("layers.0.mlp.up_proj"), r"1 tensor is missing \(model\.layers\.0\.mlp\.up_proj\.weight\)"),
     "everything tied": (remove("embed_tokens"), r"missing \(.*embed_tokens\.weight"),
     "a layer too many": (
         add("model.layers.2.mlp.up_proj.weight", torch.zeros(128, 64)),
-        r"1 have no place in the model \(model\.layers\.2\.mlp\.up_proj\.weight\)",
+        r"1 has no place in the model \(model\.layers\.2\.mlp\.up_proj\.weight\)",
     ),
     "another shape": (
         add("model.norm.weight", torch.zeros(32)),
-        r"1 have another shape \(model\.norm\.weight: \[32\] in the file, \[64\] in the model\)",
+        r"1 has another shape \(model\.norm\.weight: \[32\] in the file, \[64\] in the model\)",
     ),
     "adapters inside": (
         add("model.layers.0.self_attn.q_proj.lora_A.default.weight", torch.zeros(4, 64)),
@@ -117,7 +117,7 @@ def test_an_untied_model_without_its_head_is_refused(untied: Path) -> None:
     assert load_model(str(untied)).model.lm_head.weight.shape == (288, 64)
     with stored_tensors(untied) as tensors:
         del tensors["lm_head.weight"]
-    with pytest.raises(ModelError, match=r"1 tensors are missing \(lm_head\.weight\).*tie_word_embeddings to true"):
+    with pytest.raises(ModelError, match=r"1 tensor is missing \(lm_head\.weight\).*tie_word_embeddings to true"):
         load_model(str(untied))
     # What the message says helps.
     edit_config(untied, tie_word_embeddings=True)
@@ -134,7 +134,7 @@ def test_a_run_is_not_merged_into_other_weights_than_it_was_trained_on(model_cop
         merged_model(run.adapter)
     with stored_tensors(model_copy) as tensors:
         del tensors["model.norm.weight"]
-    with pytest.raises(ModelError, match=r"1 tensors are missing \(model\.norm\.weight\)"):
+    with pytest.raises(ModelError, match=r"1 tensor is missing \(model\.norm\.weight\)"):
         merged_model(run.adapter)
 
 
@@ -191,13 +191,13 @@ def test_an_encoder_may_get_a_new_head_and_nothing_else(tmp_path: Path, task: Mo
     with stored_tensors(folder) as tensors:
         stored = dict(tensors)
         del tensors["bert.encoder.layer.1.output.dense.weight"]
-    with pytest.raises(ModelError, match=r"1 tensors are missing \(.*encoder\.layer\.1\.output\.dense\.weight\)"):
+    with pytest.raises(ModelError, match=r"1 tensor is missing \(.*encoder\.layer\.1\.output\.dense\.weight\)"):
         load_model(str(folder), task=task)
 
     with stored_tensors(folder) as tensors:
         tensors.update(stored)
         tensors["bert.encoder.layer.2.output.dense.weight"] = torch.zeros(64, 128)
-    with pytest.raises(ModelError, match=r"1 have no place in the model \(bert\.encoder\.layer\.2"):
+    with pytest.raises(ModelError, match=r"1 has no place in the model \(bert\.encoder\.layer\.2"):
         load_model(str(folder), task=task)
 
 
@@ -259,7 +259,7 @@ def test_a_tensor_in_two_files_is_refused(model_copy: Path) -> None:
     first, second = shard(model_copy)
     tensors = load_file(second) | {"model.embed_tokens.weight": load_file(first)["model.embed_tokens.weight"] * 2}
     save_file(tensors, second, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 tensors are in more than one file \(model\.embed_tokens\.weight\)"):
+    with pytest.raises(ModelError, match=r"1 tensor is in more than one file \(model\.embed_tokens\.weight\)"):
         load_model(str(model_copy))
 
 
@@ -316,7 +316,7 @@ def test_an_adapter_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused_by_name(model_copy: Path, value: float) -> None:
     with stored_tensors(model_copy) as tensors:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5:8] = value
-    with pytest.raises(ModelError, match=r"1 tensors hold values .* \(model\.layers\.1\.mlp\.up_proj\.weight: 3\)"):
+    with pytest.raises(ModelError, match=r"1 tensor holds values .* \(model\.layers\.1\.mlp\.up_proj\.weight: 3\)"):
         load_model(str(model_copy))
 
 
@@ -333,7 +333,7 @@ def test_codes_in_place_of_weights_are_refused(model_copy: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int8)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"1 weights are stored as integers \({name}\)"):
+    with pytest.raises(ModelError, match=rf"1 weight is stored as integers \({name}\)"):
         load_model(str(model_copy))
 
 
@@ -355,7 +355,7 @@ def test_weights_that_are_no_floats_of_16_bits_are_refused(
         tensors[key] = torch.zeros(tensors[key].shape, dtype=torch.float32).to(dtype)
         if scales:
             tensors[f"{key}_scale_inv"] = torch.ones(1)
-    with pytest.raises(ModelError, match=rf"1 weights are of a type .* \({key}: {name}\): codes that need scales"):
+    with pytest.raises(ModelError, match=rf"1 weight is of a type .* \({key}: {name}\): codes that need scales"):
         load_model(str(model_copy))
 
 

@@ -142,7 +142,7 @@ def test_every_trained_tensor_has_to_be_there(checkpoint: Path) -> None:
     tensors = load_file(path)
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-    assert f"1 tensors missing ({name})" in refusal(checkpoint, path.name)
+    assert f"1 tensor missing ({name})" in refusal(checkpoint, path.name)
 
 
 # --- the record of what a run began with -------------------------------------------------------------------

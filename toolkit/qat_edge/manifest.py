@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from qat_edge import __version__, readers
 from qat_edge.errors import RunError
+from qat_edge.export_command import EXPORTS, export_again
 from qat_edge.storage import write_text
 
 FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
@@ -108,7 +109,9 @@ ENTRY_TYPES: dict[str, tuple[type, ...]] = {
 
 def how_to_restore(folder: Path) -> str:
     """Return the advice of an error about a folder that is not as it was written, with the verb that writes it."""
-    verb = "finetune" if folder.name in TRAINED else "export" if folder.parent.name == "exports" else "quantize"
+    if folder.parent.name == EXPORTS:
+        return f"Restore the folder, or make it again: `{export_again(folder)}`."
+    verb = "finetune" if folder.name in TRAINED else "quantize"
     return f"Restore the folder, or make it again: `qat-edge {verb} --force`."
 
 

@@ -191,6 +191,17 @@ def first_few(names: Iterable[str], separator: str = ", ") -> str:
     return separator.join(names[:FEW]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 row", "2 rows".
+
+    Args:
+        count: The number.
+        noun: What is counted; a verb may follow.
+        plural: The same for other numbers than 1; the noun with an "s" by default.
+    """
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def show(value: Any) -> str:
     """Return a value for a message as Python writes it: text in quotation marks, and everything cut by `shorten`.
 

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
+from qat_edge.export_command import export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS, TITLES
 
@@ -69,17 +70,14 @@ class Variant:
         folders = [p for p in self.exports.iterdir() if p.is_dir() and not p.name.startswith(".")]
         return sorted(p for p in folders if not (p / MANIFEST).is_file())
 
-    def require_current(self, target: str, again: str) -> None:
+    def require_current(self, target: str) -> None:
         """Require that an artifact was exported from the current checkpoint.
 
-        Args:
-            target: name of the artifact.
-            again: command that exports it again, for the error.
-
         Raises:
-            RunError: it was exported from an earlier checkpoint.
+            RunError: it was exported from an earlier checkpoint; the message has the command that exports it again.
         """
         folder = self.exports / target
+        again = export_again(folder)
         if not (self.quantized / MANIFEST).is_file():
             raise RunError(f"{self.quantized}: missing, or without {MANIFEST}. Export again: `{again}`.")
         if read_manifest(folder)["quantized_sha256"] != sha256(self.quantized / MANIFEST):

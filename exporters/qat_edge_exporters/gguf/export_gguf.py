@@ -8,7 +8,7 @@ that float16 does not hold, a rotated head that shares the embedding's table.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from qat_edge.models import tokenizer
 from qat_edge.quant.frozen import FrozenWeight, read_floats, read_scheme, read_weights
 from qat_edge.quant.frozen_adapters import read_adapters
 from qat_edge.quant.rotated_norm import ROTATION
+from qat_edge.readers import counted
 from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.gguf import gguf_blocks, gguf_file, gguf_support
 from qat_edge_exporters.gguf.gguf_blocks import BY_BITS, BlockType
@@ -43,6 +44,65 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
     Raises:
         ExportError: llama.cpp does not compute this model, or a GGUF file cannot hold it exactly.
     """
+    # Everything is checked before the file is begun.
+    source = _checked(checkpoint, context_length)
+    config, family, weights, metadata = source.config, source.family, source.weights, source.metadata
+    names = module_names(family, config.num_hidden_layers)
+
+    progress.info(f"Packing {counted(len(weights), 'matrix', 'matrices')}")
+    skipped = {HEAD} if source.is_shared else set()
+    tensors: Stored = {
+        f"{names[module]}.weight": _packed(module, weight, metadata, family)
+        for module, weight in weights.items()
+        if module not in skipped
+    }
+    tensors |= {
+        f"{names[module]}.{kind}": (_as_stored(module, values.numpy(), metadata, family), None)
+        for name, values in source.floats.items()
+        for module, _, kind in [name.rpartition(".")]
+        if module not in skipped
+    }
+    factors = rotary_settings(config, family.architecture).factors
+    tensors |= {name: (values, None) for name, values in factors.items()}
+    gguf_file.write(out / MODEL_FILE, family.architecture, metadata, tensors)
+    tokenizer.copy_tokenizer_files(checkpoint, out)
+
+
+def require_expressible(checkpoint: Path, context_length: int) -> None:
+    """Require that llama.cpp computes a checkpoint, and that a GGUF file can hold it exactly.
+
+    Raises:
+        ExportError: names what it lacks.
+    """
+    _checked(checkpoint, context_length)
+
+
+class _Source(NamedTuple):
+    """A checkpoint that a GGUF file can hold.
+
+    Attributes:
+        config: of the model.
+        family: of llama.cpp's graph.
+        weights: quantized matrices by module; none of a float checkpoint.
+        floats: other tensors by name.
+        metadata: of the file.
+        is_shared: the head has the embedding's table.
+    """
+
+    config: Any
+    family: Family
+    weights: dict[str, FrozenWeight]
+    floats: dict[str, Tensor]
+    metadata: dict[str, Any]
+    is_shared: bool
+
+
+def _checked(checkpoint: Path, context_length: int) -> _Source:
+    """Read a checkpoint, and refuse one that a GGUF file cannot hold.
+
+    Raises:
+        ExportError: names what it cannot hold.
+    """
     config = read_config(checkpoint)
     reason = gguf_support.missing(config)
     if reason:
@@ -52,33 +112,13 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
     if window:
         raise ExportError(f"gguf: {window}")
 
-    # Everything is checked before the file is begun.
     weights = read_weights(checkpoint) if is_frozen(checkpoint) else {}
     floats = read_floats(checkpoint)
-    names = module_names(family, config.num_hidden_layers)
-    _require_tensors(checkpoint, weights, floats, names)
+    _require_tensors(checkpoint, weights, floats, module_names(family, config.num_hidden_layers))
     is_shared = _shares_table(checkpoint, weights, floats, family)
     for module, weight in weights.items():
         _require_blocks(module, weight)
-    metadata = file_metadata(checkpoint, context_length)
-
-    progress.info(f"Packing {len(weights)} matrices")
-    skipped = {HEAD} if is_shared else set()
-    tensors: Stored = {
-        f"{names[module]}.weight": _packed(module, weight, metadata, family)
-        for module, weight in weights.items()
-        if module not in skipped
-    }
-    tensors |= {
-        f"{names[module]}.{kind}": (_as_stored(module, values.numpy(), metadata, family), None)
-        for name, values in floats.items()
-        for module, _, kind in [name.rpartition(".")]
-        if module not in skipped
-    }
-    factors = rotary_settings(config, family.architecture).factors
-    tensors |= {name: (values, None) for name, values in factors.items()}
-    gguf_file.write(out / MODEL_FILE, family.architecture, metadata, tensors)
-    tokenizer.copy_tokenizer_files(checkpoint, out)
+    return _Source(config, family, weights, floats, file_metadata(checkpoint, context_length), is_shared)
 
 
 def _require_tensors(

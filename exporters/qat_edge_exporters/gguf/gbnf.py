@@ -6,7 +6,7 @@ is settled by the schema:
 
     objects     properties in the order of the schema, and no others where the schema names some
     spaces      at most a space, or a line break with up to 20 spaces or tabs
-    numbers     at most 16 digits before the decimal point, 16 after it, and an exponent of 2, which any float holds
+    numbers     at most 16 digits before the decimal point and 16 after it, and no exponent, as in `lark_grammar`
     texts       no halves of surrogate pairs, which are no characters
 
 What the grammar cannot express is refused by the name of the keyword.
@@ -21,7 +21,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qat_edge.data.answer_schema import AnswerSchema, resolve
+from qat_edge.data.answer_schema import AnswerSchema
+from qat_edge.data.possible_values import TYPES, PossibleValues
+from qat_edge.data.schema_parts import resolve
 from qat_edge.readers import show
 from qat_edge_exporters.gguf.digit_ranges import integers_between
 from qat_edge_exporters.schema_keywords import (
@@ -36,22 +38,24 @@ from qat_edge_exporters.schema_keywords import (
 
 RUNTIME = "llama.cpp's grammar"
 MOST_REPEATS = 1000  # of an item or a character; llama.cpp refuses more than 2000
-TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS = frozenset((
     "type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems",
     "minLength", "maxLength", "anyOf", "$ref", *BOUNDS, *DEFINITIONS,
 ))  # fmt: skip
+# A character of a text as it is: those of Unicode without controls, quotation mark, backslash and surrogates. llama.cpp
+# compares code points that it reads from bytes, and a class of the others would permit bytes that are no UTF-8.
+CHARACTER = r"[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF]"
 # Rules that every grammar may use.
 SHARED = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
-    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
+    "char": CHARACTER + r' | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
     "hex": "[0-9a-fA-F]",
-    "plain-char": r'[^"\\\x7F\x00-\x1F] | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
+    "plain-char": CHARACTER + r' | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
     "string": r'"\"" char* "\""',
     "digits": f'"0" | [1-9] [0-9]{{0,{MOST_DIGITS - 1}}}',
     "integer": '"-"? digits',
-    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})? ([eE] [-+]? [0-9]{{1,2}})?',
+    "number": f'"-"? digits ("." [0-9]{{1,{MOST_DIGITS}}})?',
     "boolean": '"true" | "false"',
     "null": '"null"',
     "array": '"[" ws (value (ws "," ws value)*)? ws "]"',
@@ -67,6 +71,9 @@ def grammar(answer: AnswerSchema) -> str:
         ExportError: the schema has what the grammar cannot express; the message names it.
     """
     require_keywords(answer.schema, KEYWORDS, RUNTIME)
+    # The schema has values: without 'type', they may be of a type that the grammar does not write.
+    for place, _ in PossibleValues(answer.schema, _types_without_type).endless_references():
+        raise refuse(f"{place}.$ref", "leads to a value without an end, unless 'type' is given there", RUNTIME)
     return _Grammar(answer.schema).text(answer)
 
 
@@ -209,6 +216,12 @@ def quoted(text: str) -> str:
 def _constraining(schema: dict[str, Any]) -> set[str]:
     """Return the keywords of a schema that say something about a value."""
     return {key for key in schema if key in KEYWORDS and key not in DEFINITIONS and key not in ANNOTATIONS}
+
+
+def _types_without_type(schema: dict[str, Any]) -> tuple[str, ...]:
+    """Return the types of the values that the grammar writes for a schema without 'type'."""
+    keywords = _constraining(schema)
+    return _implied_types(keywords) if keywords else TYPES
 
 
 def _implied_types(keywords: set[str]) -> tuple[str, ...]:

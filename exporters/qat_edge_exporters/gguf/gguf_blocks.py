@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qat_edge.errors import ExportError
 from qat_edge.quant.packing import LOW_NIBBLE, OFFSET
+from qat_edge.readers import counted
 
 WIDTH = 32  # weights of a block
 SCALE_BYTES = 2
@@ -60,8 +61,9 @@ def require_float16(name: str, scales: NDArray[np.float32]) -> None:
         value = float(scales[row, group])
         limit = f"more than {LARGEST:g}" if value > LARGEST else "too small for all of its digits"
         raise ExportError(
-            f"gguf: {name} has {len(inexact)} scales that a GGUF file cannot hold, first in row {row}, group {group}: "
-            f"{value:g} is {limit} in float16. Export to another --target; a run trained anew may not have such scales."
+            f"gguf: {name} has {counted(len(inexact), 'scale')} that a GGUF file cannot hold, first in row {row}, "
+            f"group {group}: {value:g} is {limit} in float16. Export to another --target; a run trained anew may not "
+            "have such scales."
         )
 
 

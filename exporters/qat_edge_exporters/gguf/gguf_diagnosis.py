@@ -42,6 +42,16 @@ LAYER = re.compile(r"blk\.([0-9]{1,6})\.")
 MOST_LAYERS = 10_000
 # Ids of tokens in the metadata that a generation or a prompt uses.
 TOKEN_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
+# Numbers of the metadata that have to be above 0, and what happens otherwise.
+_ANGLES = "the angles of the rotary embedding are infinite or no numbers"
+_NORMS = "norms divide by 0, or by the root of a negative number"
+POSITIVE = {
+    "rope.freq_base": _ANGLES,
+    "rope.freq_base_swa": _ANGLES,
+    "attention.layer_norm_rms_epsilon": _NORMS,
+    "attention.layer_norm_epsilon": _NORMS,
+    "attention.group_norm_epsilon": _NORMS,
+}
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")  # name of a file of several
 
 
@@ -142,6 +152,7 @@ def _metadata_faults(file: ScannedFile) -> Iterator[str]:
     for key, value in file.metadata.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{readers.shorten(key)} is {value}, no finite number. {DAMAGED}"
+    yield from _divisor_faults(file)
     if _number(file.get("context_length")) is None:
         yield f"{architecture}.context_length is {readers.show(file.get('context_length'))}: llama.cpp needs a number."
     layers = _number(file.get("block_count"))
@@ -154,6 +165,17 @@ def _metadata_faults(file: ScannedFile) -> Iterator[str]:
             yield f"{architecture}.block_count is {layers}, and layer {missing[0]} has no tensor. {DAMAGED}"
     if file.tensor(TABLE) is None and not _is_split(file):
         yield f"there is no tensor {TABLE}, so that no token has an embedding. {DAMAGED}"
+
+
+def _divisor_faults(file: ScannedFile) -> Iterator[str]:
+    """Yield numbers that have to be above 0: bases of the rotary embedding, epsilons of norms."""
+    for name, effect in POSITIVE.items():
+        # A model without a rotary embedding may have the key nevertheless.
+        if name.startswith("rope.") and file.get("rope.dimension_count") == 0:
+            continue
+        value = file.get(name)
+        if type(value) in (int, float) and value <= 0:
+            yield f"{file.metadata[ARCHITECTURE]}.{name} is {value:g}, not above 0: {effect}. Convert the model again."
 
 
 def _tokenizer_faults(file: ScannedFile) -> Iterator[str]:

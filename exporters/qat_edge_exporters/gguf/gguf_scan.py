@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
 from qat_edge.manifest import library_version
+from qat_edge.readers import counted
 from qat_edge_exporters import file_diagnosis
+from qat_edge_exporters.file_diagnosis import LARGEST_FACTOR
 from qat_edge_exporters.gguf import gguf_file
 from qat_edge_exporters.gguf.gguf_file import ALIGNMENT, ARCHITECTURE, MAGIC, Cursor
 
@@ -28,6 +30,8 @@ VERSIONS = (2, 3)  # that llama.cpp reads; they differ in nothing that is read h
 MOST_ALIGNMENT = 2**20
 DAMAGED = "Copy or download the file again."
 HALF_EXPONENT = 0x7C00  # bits of a float16 that are all set in infinities and NaN
+EXPONENT_BIAS = 127  # of the scales of MXFP4, which are powers of two in one byte
+FREQUENCIES = "rope_"  # begins names of tensors that divide frequencies: 1e30 and more turn a rotation off
 CHUNK = 2**18  # blocks whose scales are read at once
 # Offsets of the float16 scales and minima in a block, from gguf's own unpacking (gguf 0.19, `quants.py`).
 SCALES = {
@@ -173,12 +177,20 @@ def _value_faults(file: ScannedFile) -> Iterator[str]:
     for tensor in file.tensors:
         if tensor.size_bytes is None or tensor.begin + tensor.size_bytes > len(file.data):
             continue
-        count = _count_not_finite(tensor, file.data[tensor.begin : tensor.begin + tensor.size_bytes])
+        raw = file.data[tensor.begin : tensor.begin + tensor.size_bytes]
+        where = f"{file.path.name}: the tensor {tensor.name} ({tensor.kind})"
+        what = "value" if tensor.kind in ("F32", "F16", "BF16") else "scale"
+        count = _count_not_finite(tensor, raw)
         if count:
-            what = "scales" if tensor.kind in SCALES and tensor.kind != "F16" else "values"
             yield (
-                f"{file.path.name}: the tensor {tensor.name} ({tensor.kind}) has {count} {what} that are infinite or "
-                "no number: outputs become NaN. Quantize the model again, from weights that are finite."
+                f"{where} has {counted(count, f'{what} that is', f'{what}s that are')} infinite or no number: outputs "
+                "become NaN. Quantize the model again, from weights that are finite."
+            )
+        count = 0 if tensor.name.startswith(FREQUENCIES) else _count_too_large(tensor, raw)
+        if count:
+            yield (
+                f"{where} has {counted(count, what)} of more than {LARGEST_FACTOR:g}: products with them overflow "
+                "float32. Quantize the model again, from weights that are right."
             )
 
 
@@ -195,6 +207,21 @@ def _count_not_finite(tensor: ScannedTensor, raw: NDArray[np.uint8]) -> int:
             scales = np.ascontiguousarray(blocks[first : first + CHUNK, offset : offset + 2]).view("<u2")
             count += int(((scales & HALF_EXPONENT) == HALF_EXPONENT).sum())
     return count
+
+
+def _count_too_large(tensor: ScannedTensor, raw: NDArray[np.uint8]) -> int:
+    """Return how many finite scales or values are above LARGEST_FACTOR; float16 holds none."""
+    if tensor.kind == "F32":
+        parts = (np.abs(part) for part in _parts(raw, 4, "<f4"))
+        return sum(int(((part > LARGEST_FACTOR) & (part < np.inf)).sum()) for part in parts)
+    if tensor.kind == "BF16":  # the upper half of a float32
+        parts = ((part & 0x7FFF).astype("<u4") << 16 for part in _parts(raw, 2, "<u2"))
+        magnitudes = (part.view("<f4") for part in parts)
+        return sum(int(((part > LARGEST_FACTOR) & (part < np.inf)).sum()) for part in magnitudes)
+    if tensor.kind == "MXFP4":
+        exponents = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.MXFP4][1])[:, 0]
+        return int((exponents > EXPONENT_BIAS + math.log2(LARGEST_FACTOR)).sum())
+    return 0
 
 
 def _parts(raw: NDArray[np.uint8], width: int, dtype: str) -> Iterator[NDArray[Any]]:

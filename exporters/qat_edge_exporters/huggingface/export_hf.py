@@ -12,7 +12,7 @@ Nothing of compressed-tensors is needed to write the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,9 +47,8 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
     Raises:
         ExportError: the checkpoint is not frozen, or has something that the format cannot hold.
     """
-    _require_support(checkpoint)
+    require_expressible(checkpoint, context_length)
     weights = frozen.read_weights(checkpoint)
-    _require_codes(weights)
     tables = float_tables(checkpoint, weights)
     for table in tables:
         progress.info(_describe(table))
@@ -90,6 +89,21 @@ def _floats(checkpoint: Path, replaced: Sequence[str]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
+def require_expressible(checkpoint: Path, context_length: int) -> None:
+    """Require a checkpoint that the format can hold.
+
+    Raises:
+        ExportError: names what it cannot hold.
+    """
+    _require_support(checkpoint)
+    bits = {name: weight.bits for name, weight in frozen.read_scheme(checkpoint).weights.items()}
+    name = next((name for name, each in bits.items() if each not in BITS), "")
+    if name:
+        raise ExportError(
+            f"hf: {name} has {bits[name]}-bit weights, which this target does not pack. Give --target onnx."
+        )
+
+
 def _require_support(checkpoint: Path) -> None:
     if not is_frozen(checkpoint):
         raise ExportError(
@@ -100,14 +114,6 @@ def _require_support(checkpoint: Path) -> None:
     reason = hf_support.missing(frozen_config.read(checkpoint))
     if reason:
         raise ExportError(f"hf: {reason} {LEAVE_OUT}")
-
-
-def _require_codes(weights: Mapping[str, FrozenWeight]) -> None:
-    name = next((name for name, weight in weights.items() if weight.bits not in BITS), "")
-    if name:
-        raise ExportError(
-            f"hf: {name} has {weights[name].bits}-bit weights, which this target does not pack. Give --target onnx."
-        )
 
 
 def _describe(table: FloatTable) -> str:

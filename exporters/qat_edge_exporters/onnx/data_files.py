@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 from onnx import helper
 
+from qat_edge.readers import counted
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.onnx.foreign_graph import DAMAGED, ForeignGraph, text
 
@@ -81,8 +82,8 @@ def _check_file(path: Path, location: str, tensors: list[Stored], found: DataFil
     if not path.is_file():
         state = "not a file" if path.exists() else "missing"
         found.faults.append(
-            f"{location}: {state}, and {len(tensors)} tensors of the graph are in it. Copy it with the graph, under "
-            "the same name."
+            f"{location}: {state}, and {counted(len(tensors), 'tensor')} of the graph should be in it. Copy it with "
+            "the graph, under the same name."
         )
         return
     size = found.size_bytes[location] = path.stat().st_size

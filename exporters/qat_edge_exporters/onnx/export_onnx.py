@@ -23,6 +23,7 @@ from qat_edge.models.generation_settings import kept_by_onnx
 from qat_edge.quant.frozen import read_scheme, read_weights
 from qat_edge.quant.frozen_adapters import Adapter, read_adapters
 from qat_edge.quant.rotated_norm import stored_rotations
+from qat_edge.readers import counted
 from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.onnx import names, onnx_support
 from qat_edge_exporters.onnx.architecture import Architecture, read_architecture, split_fused
@@ -94,7 +95,7 @@ def _build_frozen(
     # One table for both saves its bytes, if rounding has left the two equal.
     is_table_shared = scheme.tied and weights[names.EMBEDDING].equals(weights[names.HEAD])
 
-    progress.info(f"Packing {len(weights)} matrices for the builder")
+    progress.info(f"Packing {counted(len(weights), 'matrix', 'matrices')} for the builder")
     source = built.with_name("layout")
     source.mkdir()
     write_checkpoint(frozen, source, config | {"tie_word_embeddings": is_table_shared}, scheme.group_size, weights)

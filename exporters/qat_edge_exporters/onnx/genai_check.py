@@ -14,6 +14,7 @@ from typing import Any
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
+from qat_edge.readers import counted
 from qat_edge_exporters.file_diagnosis import GraphValue
 from qat_edge_exporters.onnx import genai_config, names
 from qat_edge_exporters.onnx.foreign_graph import MICROSOFT, ForeignGraph, text
@@ -103,7 +104,7 @@ def config_notes(config: Mapping[str, Any], graph: ForeignGraph) -> list[str]:
     if caches and _number(decoder, "num_hidden_layers") != len(caches):
         found.append(
             f"decoder.num_hidden_layers is {readers.show(decoder.get('num_hidden_layers'))}, and {graph.path.name} has "
-            f"a cache for {len(caches)} layers, which is what onnxruntime-genai goes by."
+            f"a cache for {counted(len(caches), 'layer')}, which is what onnxruntime-genai goes by."
         )
     found += _shape_findings(decoder, graph, 1, "num_key_value_heads")
     context, longest = context_length(config), _number(search, "max_length")

@@ -18,6 +18,7 @@ from qat_edge.data import conversation
 from qat_edge.errors import ArtifactError, ModelError
 from qat_edge.manifest import library_version
 from qat_edge.models import artifact_options, tokenizer
+from qat_edge.readers import counted
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 from qat_edge_exporters.file_diagnosis import FileDiagnosis, FolderTokenizer, OnnxInfo, QuantizedMatrices
 from qat_edge_exporters.onnx import (
@@ -216,14 +217,15 @@ def _graph_notes(graph: ForeignGraph) -> list[str]:
     ]
     if unfused:
         found.append(
-            f"{len(unfused)} matrices in int4 are read by DequantizeLinear, which onnxruntime does not join with their "
-            "products on a CPU: each is dequantized again for every token. MatMulNBits nodes compute with the codes."
+            f"{counted(len(unfused), 'matrix in int4 is', 'matrices in int4 are')} read by DequantizeLinear, which "
+            "onnxruntime does not join with products on a CPU: each is dequantized again for every token. MatMulNBits "
+            "nodes compute with the codes."
         )
     if _is_decoder(graph) and not any("past" in entry.name for entry in graph.inputs):
         found.append("The graph has no inputs for a KV cache: every token computes the whole text again.")
     graphs = sorted({path.name for path in graph.path.parent.glob("*.onnx")} - {graph.path.name})
     if graphs:
-        found.append(f"Not examined: {len(graphs)} other graphs in the folder, such as {text(graphs[0])}.")
+        found.append(f"Not examined: {counted(len(graphs), 'other graph')} in the folder, such as {text(graphs[0])}.")
     return found
 
 
@@ -233,9 +235,9 @@ def _matrix_note(matrices: QuantizedMatrices) -> str:
     slower = SLOWER_IN_FLOAT.get(matrices.bits)
     times = f", and a token takes about {slower} times as long (measured on x86-64)" if slower else ""
     return (
-        f"{matrices.count} MatMulNBits nodes of {matrices.bits} bits have accuracy_level {matrices.accuracy_level}: "
-        f"their inputs stay in float{times}. With level {INT8_ACTIVATIONS} they are int8, which gives other numbers: "
-        "set it if the model was made for that (accuracy_level=4 of onnxruntime-genai's builder)."
+        f"{counted(matrices.count, 'MatMulNBits node')} of {matrices.bits} bits with accuracy_level "
+        f"{matrices.accuracy_level}: inputs stay in float{times}. With level {INT8_ACTIVATIONS} they are int8, which "
+        "gives other numbers: set it if the model was made for that (accuracy_level=4 of onnxruntime-genai's builder)."
     )
 
 

@@ -49,6 +49,7 @@ from qat_edge.options import (
     SensitivityOptions,
     ValidateOptions,
 )
+from qat_edge.readers import counted
 
 if TYPE_CHECKING:
     from qat_edge.run import Run
@@ -177,7 +178,9 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     if as_json:
         _print_json(result)
     done = (
-        f"Wrote {out}: adapters after {result.steps} steps, {result.wall_s:.0f} s" if result.wall_s else f"Kept {out}"
+        f"Wrote {out}: adapters after {counted(result.steps, 'step')}, {result.wall_s:.0f} s"
+        if result.wall_s
+        else f"Kept {out}"
     )
     progress.info(f"{done}. Next: qat-edge export {out}{target_flag(Run(out), QAT)}")
 
@@ -262,7 +265,11 @@ def export(run: Path, config_path: Path | None, force: bool, as_json: bool, **fl
     written = verb(opened, options, force=force)
     if as_json:
         _print_json(written)
-    wrote = f"Wrote {len(written)} artifacts below {run}" if written else f"All artifacts are below {run} already"
+    wrote = (
+        f"Wrote {counted(len(written), 'artifact')} below {run}"
+        if written
+        else f"All artifacts are below {run} already"
+    )
     progress.info(f"{wrote}. Next: qat-edge verify {run}")
 
 
@@ -417,8 +424,8 @@ def task_rows(task: str, folder: Path, calls: str, force: bool, as_json: bool) -
     if as_json:
         _print_json(result)
     progress.info(
-        f"Wrote {result.train_rows} rows to {result.train} and {result.test_rows} to {result.test}. "
-        f"Next: qat-edge finetune --data {result.train}"
+        f"Wrote {counted(result.train_rows, 'row')} to {result.train} and {result.test_rows} to {result.test}. Next: "
+        f"qat-edge finetune --data {result.train}"
     )
 
 

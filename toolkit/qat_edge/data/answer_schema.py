@@ -8,14 +8,14 @@ file is a plain JSON schema. Answers that call tools have text around the JSON, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from qat_edge import readers
+from qat_edge.data.possible_values import PossibleValues
+from qat_edge.data.schema_parts import IN_PLACE, parts_of, resolve
 from qat_edge.errors import DataError, QatEdgeError
 from qat_edge.readers import shorten, show
 
@@ -32,11 +32,6 @@ ASSERTIONS = frozenset((
     "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "allOf", "oneOf", "not", "if", "then",
     "else", "$ref", "$dynamicRef", "$recursiveRef", "$anchor", "$dynamicAnchor", "$defs", "definitions",
 ))  # fmt: skip
-# Keywords that hold schemas: by name, in a list, or one.
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
-LISTED = ("anyOf", "allOf", "oneOf", "prefixItems")
-IN_PLACE = ("anyOf", "allOf", "oneOf")  # those whose schemas are for the same value
-SINGLE = ("items", "additionalProperties")
 NOT_JSON = "answer"  # begins the messages about an answer that cannot be read
 # Drafts in which "exclusiveMinimum" is a boolean.
 OLD_DRAFTS = tuple(f"http://json-schema.org/draft-0{number}/schema{end}" for number in (3, 4) for end in ("", "#"))
@@ -186,38 +181,23 @@ def check_schema(schema: dict[str, Any], where: str, failure: type[QatEdgeError]
             )
         if target is not None and references.leads_back(target):
             raise failure(f"{where}: {place}.$ref leads back to itself without any value in between. Correct it.")
+    _check_values(schema, where, failure)
 
 
-def parts_of(schema: Any, place: str = "$") -> Iterator[tuple[str, Any]]:
-    """Yield a schema and all schemas inside it, each with its place: "$.properties.name"."""
-    yield place, schema
-    if not isinstance(schema, dict):
-        return
-    for key in NAMED:
-        for name, part in schema[key].items() if isinstance(schema.get(key), dict) else ():
-            yield from parts_of(part, f"{place}.{key}.{shorten(name)}")
-    for key in LISTED:
-        for index, part in enumerate(schema[key] if isinstance(schema.get(key), list) else ()):
-            yield from parts_of(part, f"{place}.{key}[{index}]")
-    for key in SINGLE:
-        if key in schema:
-            yield from parts_of(schema[key], f"{place}.{key}")
+def _check_values(schema: dict[str, Any], where: str, failure: type[QatEdgeError]) -> None:
+    """Check that a value fits a schema, and that no reference leads to values without an end.
 
-
-def resolve(schema: dict[str, Any], reference: str) -> Any:
-    """Return the part of a schema that a reference such as "#/$defs/name" leads to; None where it leads nowhere."""
-    if not reference.startswith("#"):
-        return None
-    found: Any = schema
-    for key in reference[1:].split("/")[1:]:
-        key = unquote(key).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and key.isascii() and key.isdecimal() and int(key) < len(found):
-            found = found[int(key)]
-        elif isinstance(found, dict) and key in found:
-            found = found[key]
-        else:
-            return None
-    return found if reference == "#" or (reference.startswith("#/") and isinstance(found, dict | bool)) else None
+    Raises:
+        QatEdgeError: names the reference.
+    """
+    possible = PossibleValues(schema)
+    for place, target in possible.endless_references():
+        raise failure(
+            f"{where}: {place}.$ref is {show(target)}, and no finite value fits there: each one holds another. Leave a "
+            "property on the way out of 'required', or permit another value, such as null."
+        )
+    if not possible.fits(schema):
+        raise failure(f"{where}: no value fits the schema. Look for required properties that are false or not named.")
 
 
 class _References:

@@ -27,7 +27,7 @@ from qat_edge.data.rows import WEIGHT, Chat, Message, is_trained
 from qat_edge.data.template_use import TemplateUse
 from qat_edge.data.turn_tokens import TurnTokens
 from qat_edge.errors import DataError, ModelError
-from qat_edge.readers import shorten
+from qat_edge.readers import counted, shorten
 
 CLOCK = "strftime_now"  # a function of transformers for templates
 
@@ -259,17 +259,21 @@ class ChatFormat:
             lines.append(f"Fields of messages that the chat template does not use: {fields} messages")
         if self._use.rewritten:
             lines.append(
-                f"The chat template changes the text of {self._use.rewritten} messages of the assistant: they are "
-                "trained as it writes them, and evaluation expects them so"
+                f"The chat template changes the text of {counted(self._use.rewritten, 'message')} of the assistant: "
+                "training takes the text as the template writes it, and evaluation expects it so"
             )
         if self._use.changed_context:
             lines.append(
-                f"The chat template changes or shortens the text of {self._use.changed_context} messages without loss "
-                f"(the first: {self._use.first_change}): the model reads them as it writes them"
+                f"The chat template changes or shortens the text of {counted(self._use.changed_context, 'message')} "
+                f"without loss (the first: {self._use.first_change}): the model reads the text as the template writes "
+                "it"
             )
         lines += self._turn_tokens.note()
         if self._unanswered:
-            lines.append(f"{self._unanswered} rows end with a message that no answer follows; it is not used")
+            lines.append(
+                f"{counted(self._unanswered, 'row ends', 'rows end')} with a message that no answer follows; it is not "
+                "used"
+            )
         if self._closed:
             end = self.tokenizer.eos_token
             lines.append(

@@ -40,7 +40,7 @@ from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub
-from qat_edge.readers import BYTE_ORDER_MARK, parse_json, read_text, shorten
+from qat_edge.readers import BYTE_ORDER_MARK, counted, parse_json, read_text, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,7 +145,7 @@ def _records(source: str, split: str) -> Records:
 
 def _listed(counts: Counter[str]) -> str:
     """Return keys with the numbers of rows that have them, the most frequent ones first."""
-    named = [f"'{shorten(key)}' in {count} rows" for key, count in counts.most_common(SHOWN_KEYS)]
+    named = [f"'{shorten(key)}' in {counted(count, 'row')}" for key, count in counts.most_common(SHOWN_KEYS)]
     return ", ".join(named) + (f" and {len(counts) - SHOWN_KEYS} more" if len(counts) > SHOWN_KEYS else "")
 
 

@@ -28,7 +28,7 @@ from qat_edge.data.early_ends import EarlyEnds, early_end
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
 from qat_edge.data.token_table import TokenRow, TokenTable
 from qat_edge.errors import DataError
-from qat_edge.readers import shorten
+from qat_edge.readers import counted, shorten
 
 ALL_EMPTY = "The 'text' of every row is empty, so there is nothing to predict"
 IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
@@ -64,11 +64,11 @@ class TokenizedRows:
 
     def summary(self) -> str:
         """Return the counts as one line of a message."""
-        line = f"{len(self.rows)} rows, {self.tokens} tokens, {self.trained_tokens} of them with loss"
+        line = f"{counted(len(self.rows), 'row')}, {self.tokens} tokens, {self.trained_tokens} of them with loss"
         if self.truncated:
-            line += f"; {self.truncated} rows truncated, {self.cut_tokens} tokens lost"
+            line += f"; {counted(self.truncated, 'row')} truncated, {counted(self.cut_tokens, 'token')} lost"
         if self.dropped:
-            line += f"; {self.dropped} rows dropped: no token with loss was left"
+            line += f"; {counted(self.dropped, 'row')} dropped: no token with loss was left"
         return line
 
 
@@ -92,7 +92,7 @@ def tokenize(
     examples = _examples(facts.watch(rows), chat_format, max_length)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
     if not done and facts.empty_texts == facts.rows:
-        raise DataError(f"{ALL_EMPTY} ({facts.rows} rows). Fill it in.")
+        raise DataError(f"{ALL_EMPTY} ({counted(facts.rows, 'row')}). Fill it in.")
     if not done:
         raise DataError(
             f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
@@ -191,7 +191,7 @@ def scored_ids(
         if left == 0:
             break
     if not found and all(map(_is_empty_text, rows)):
-        raise DataError(f"{ALL_EMPTY} ({len(rows)} rows). Fill it in.")
+        raise DataError(f"{ALL_EMPTY} ({counted(len(rows), 'row')}). Fill it in.")
     if not found:
         raise DataError(f"None of {len(rows)} rows has a token to compare within {window} tokens. Raise {flag}.")
     if cut or left_out:
@@ -273,7 +273,10 @@ class _Counts:
         """Return sentences about rows that teach no more than to end, and about text that is lost."""
         lines = []
         if self.ends_alone:
-            lines.append(f"{self.ends_alone} rows train an end token alone: the model learns to answer nothing there")
+            lines.append(
+                f"{counted(self.ends_alone, 'row trains', 'rows train')} an end token alone: the model learns to "
+                "answer nothing there"
+            )
         if self.unknown:
             lines.append(
                 f"{self.unknown} trained tokens are the tokenizer's unknown token: it has no tokens for that text, and "
@@ -342,8 +345,8 @@ class _RowFacts:
 
     def unused(self) -> list[str]:
         """Return a sentence about empty texts, and one about labels and second texts, which only encoders use."""
-        lines = [f"{self.empty_texts} rows with an empty 'text' are left out"] if self.empty_texts else []
-        found = ", ".join(f"'{key}' in {count} rows" for key, count in self.unused_keys.items() if count)
+        lines = [f"{counted(self.empty_texts, 'row')} with an empty 'text' left out"] if self.empty_texts else []
+        found = ", ".join(f"'{key}' in {counted(count, 'row')}" for key, count in self.unused_keys.items() if count)
         return [*lines, f"Not used, because the model generates text: {found}"] if found else lines
 
     def notes(self) -> list[str]:
@@ -351,8 +354,8 @@ class _RowFacts:
         lines = self.unused()
         if self.framed:
             lines.append(
-                f"{self.framed} rows spell the token that the tokenizer begins or ends a text with: no second one is "
-                "added there"
+                f"{counted(self.framed, 'row spells', 'rows spell')} the token that the tokenizer begins or ends a "
+                "text with: no second one is added there"
             )
         if self.differing:
             names = ", ".join(f"'{shorten(name)}'" for name in sorted(self.differing))

@@ -14,12 +14,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat_edge import progress
-from qat_edge.data.answer_schema import ASSERTIONS, NAMED, AnswerSchema, check_schema
+from qat_edge.data.answer_schema import ASSERTIONS, AnswerSchema, check_schema
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat
 from qat_edge.data.rows import Chat, Row, is_trained
+from qat_edge.data.schema_parts import NAMED, parts_of
 from qat_edge.errors import DataError
-from qat_edge.readers import show
+from qat_edge.readers import counted, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +55,8 @@ def schema_of_tools(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sou
         source: of the rows, for messages.
 
     Raises:
-        DataError: no row has tools, or none calls one; a tool has no valid schema; or calls are not written as JSON
-            with the same text around them.
+        DataError: no row has tools, or none calls one; a tool has no valid schema, or requires a property that it
+            does not declare; or calls are not written as JSON with the same text around them.
     """
     tools: dict[str, list[Any]] = {}  # schemas of the arguments by name, each once
     calling: list[Chat] = []
@@ -87,7 +88,7 @@ def schema_of_tools(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, sou
 
 def _report(answer: AnswerSchema, tools: Mapping[str, Any], texts: list[tuple[str, str]], source: str) -> None:
     """Report what the schema consists of, and how many calls of the rows it does not permit."""
-    progress.info(f"Schema of the answers: calls of {len(tools)} tools in {source}")
+    progress.info(f"Schema of the answers: calls of {counted(len(tools), 'tool')} in {source}")
     faults = [(where, fault) for where, text in texts if (fault := answer.fault(text))]
     if faults:
         progress.warn(
@@ -186,7 +187,7 @@ def _calls(
     """Return the schema of a call of each tool, and the definitions that they refer to.
 
     Raises:
-        DataError: the arguments of a tool have no valid schema.
+        DataError: the arguments of a tool have no valid schema, or require a property that it does not declare.
     """
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
@@ -199,6 +200,7 @@ def _calls(
             check_schema(parameters, where, DataError)
             prefix = f"{name}.{index}." if len(schemas) > 1 else f"{name}."
             arguments = _strict({"type": "object", **(parameters or {"properties": {}})}, prefix, dropped)
+            _require_declared(arguments, where)
             for key in ("$defs", "definitions"):
                 definitions |= {prefix + inner: part for inner, part in arguments.pop(key, {}).items()}
             parts = {key: {"const": name} if key == "name" else arguments for key in form.keys}
@@ -209,6 +211,23 @@ def _calls(
         listed = ", ".join(f"{key} ({count})" for key, count in dropped.most_common(5))
         progress.info(f"Schema of the answers: not used, since they constrain nothing: {listed}")
     return calls, definitions
+
+
+def _require_declared(arguments: dict[str, Any], where: str) -> None:
+    """Require that objects without further properties declare those that they require: no value fits otherwise.
+
+    Raises:
+        DataError: names the property.
+    """
+    for place, part in parts_of(arguments):
+        if not isinstance(part, dict) or part.get("additionalProperties") is not False or "patternProperties" in part:
+            continue
+        undeclared = [name for name in part.get("required", ()) if name not in part.get("properties", {})]
+        if undeclared:
+            raise DataError(
+                f"{where}: {place}.required has {show(undeclared[0])}, which {place}.properties does not declare, so "
+                f"that no call would be valid. Declare it in the rows, or remove it from 'required'. {USE_A_FILE}"
+            )
 
 
 def _strict(schema: Any, prefix: str, dropped: Counter[str]) -> Any:

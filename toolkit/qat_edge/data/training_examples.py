@@ -33,6 +33,7 @@ from qat_edge.models.tasks import (
 )
 from qat_edge.models.tokenizer import end_token_origins
 from qat_edge.models.tokenizer_check import encoding_errors
+from qat_edge.readers import counted
 
 MULTIPLE = 8  # of tokens, to which batches are padded
 Collate = Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]
@@ -52,8 +53,12 @@ class EncoderRows(TokenizedRows):
 
     def summary(self) -> str:
         """Return the counts as one line of a message."""
-        cut = f"; {self.truncated} rows truncated, {self.cut_tokens} tokens lost" if self.truncated else ""
-        return f"{len(self.rows)} rows, {self.tokens} tokens, {self.description}{cut}"
+        cut = (
+            f"; {counted(self.truncated, 'row')} truncated, {counted(self.cut_tokens, 'token')} lost"
+            if self.truncated
+            else ""
+        )
+        return f"{counted(len(self.rows), 'row')}, {self.tokens} tokens, {self.description}{cut}"
 
 
 @dataclass
@@ -93,10 +98,13 @@ class _EncoderCounts:
         notes = []
         # An encoder may be given an empty text, so they are trained on.
         if self.empty:
-            notes.append(f"{self.empty} rows have an empty text, and are trained on like any other")
+            notes.append(f"{counted(self.empty, 'row')} with an empty text, trained on like any other")
         if self.numbered and isinstance(task, SequenceClassifier):
             order = listed([f"{i} {name}" for i, name in enumerate(task.labels)])
-            notes.append(f"{self.numbered} labels are numbers, taken in the order of the model's labels: {order}")
+            notes.append(
+                f"{counted(self.numbered, 'label is a number', 'labels are numbers')}, taken in the order of the "
+                f"model's labels: {order}"
+            )
         if isinstance(task, SequenceClassifier):
             notes += [
                 f"the labels {listed(list(map(repr, names)))} differ in capitals or spaces alone"

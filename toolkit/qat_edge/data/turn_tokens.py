@@ -19,7 +19,7 @@ from typing import Any
 from qat_edge.data.chat_template import PROBE, ChatTemplate, encode
 from qat_edge.data.rows import WEIGHT, Chat
 from qat_edge.errors import DataError, ModelError
-from qat_edge.readers import shorten, show, texts_in
+from qat_edge.readers import counted, shorten, show, texts_in
 
 SHOWN_TOKENS = 5  # that a note names
 # Conversations that show what a template writes before, between and after messages.
@@ -65,7 +65,10 @@ class TurnTokens:
         names = [shorten(name) for name, _ in self._spelled.most_common(SHOWN_TOKENS)]
         more = ", ..." if len(self._spelled) > SHOWN_TOKENS else ""
         shown = ", ".join(names) + more
-        return [f"{self._texts} texts of messages spell special tokens ({shown}): they are read as those tokens"]
+        return [
+            f"{counted(self._texts, 'text of a message spells', 'texts of messages spell')} special tokens ({shown}), "
+            "read as such"
+        ]
 
     def _ids_spelled(self, text: str) -> set[int]:
         """Return the tokens that a text spells."""

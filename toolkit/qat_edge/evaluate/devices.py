@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from qat_edge.errors import QatEdgeError, UsageError
 from qat_edge.options import ValidateOptions
-from qat_edge_devices import RUNTIMES_OF, TRANSPORTS, open_transport
+from qat_edge_devices import ADDRESSES_ARE_PATHS, RUNTIMES_OF, TRANSPORTS, open_transport
 from qat_edge_devices.device_errors import DeviceLayerError, UnknownNameError
 from qat_edge_devices.transport import Access, Transport
 
@@ -49,6 +50,18 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
 def transport_name(device: str) -> str:
     """Return the transport that a device's name begins with."""
     return device.partition(":")[0]
+
+
+def require_programs(devices: Sequence[str]) -> None:
+    """Require that the programs in the names of devices exist: a mistyped path is no device that failed.
+
+    Raises:
+        UsageError: names the device.
+    """
+    for device in devices:
+        name, _, path = device.partition(":")
+        if name in ADDRESSES_ARE_PATHS and path and shutil.which(path) is None:
+            raise UsageError(f"--device {device}: {path} is not a program. Give the path of Chromium.")
 
 
 def require_runtimes(

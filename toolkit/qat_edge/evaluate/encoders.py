@@ -29,12 +29,14 @@ from qat_edge.evaluate.encoder_results import ACCURACY, CORRELATION, RETRIEVAL, 
 from qat_edge.evaluate.gates import ENCODER_GATES, check_encoder_gates
 from qat_edge.evaluate.metrics import first_not_finite
 from qat_edge.evaluate.results import FINE_TUNED, REFERENCES, UNTRAINED
+from qat_edge.export_command import export_targets
 from qat_edge.manifest import MANIFEST, check_files, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.models.tasks import ModelTask, SentenceEncoder
 from qat_edge.options import ValidateOptions
 from qat_edge.quant import frozen
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge_devices import open_transport
 from qat_edge_exporters.targets import TARGETS, target_named
@@ -156,7 +158,7 @@ def _measure(task: ModelTask, variant: Variant, target: str, measured: _Measured
     texts, reference, checkpoint, labels = measured
     folder = variant.exports / target
     artifact_sha256 = sha256(folder / MANIFEST)
-    progress.info(f"{variant.name}: running {len(texts)} texts through {folder}")
+    progress.info(f"{variant.name}: running {counted(len(texts), 'text')} through {folder}")
     outputs = target_named(target).run_encoder(folder, texts)
     artifact = target_named(target).read(folder)
 
@@ -242,14 +244,15 @@ def _exported(run: Run, options: ValidateOptions) -> list[tuple[Variant, str]]:
     wanted = options.target or exported
     missing = [target for target in wanted if target not in exported]
     if missing or not wanted:
-        raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Run `qat-edge export {run.path}`.")
+        what = f"{', '.join(missing)} not exported yet" if missing else "nothing exported yet"
+        raise RunError(f"{run.exports}: {what}. Run `{export_targets(run.path, missing)}`.")
 
     found = [(variant, target) for variant in run.variants() for target in wanted if target in variant.targets()]
     for variant, target in found:
         check_files(variant.quantized)
         check_files(variant.exports / target)
         options_of_artifact(variant.exports / target)
-        variant.require_current(target, f"qat-edge export {run.path} --target {target} --force")
+        variant.require_current(target)
     return found
 
 

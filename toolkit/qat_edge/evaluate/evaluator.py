@@ -38,6 +38,7 @@ from qat_edge.evaluate.results import REFERENCES, Agreement, Measurement, Speed
 from qat_edge.evaluate.structured import measure_schema
 from qat_edge.models.tokenizer import load_tokenizer, stored_end_token_origins
 from qat_edge.options import ValidateOptions
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge.storage import disk_errors, work_folder
 from qat_edge_devices import open_runtime
@@ -163,7 +164,7 @@ class Evaluator:
         self._require_finite(self.fp32_logits, f"the {title}")
 
         if eval_set.prompts:
-            progress.info(f"{title}: generating outputs for {len(eval_set.prompts)} prompts in torch")
+            progress.info(f"{title}: generating outputs for {counted(len(eval_set.prompts), 'prompt')} in torch")
         outputs = reference.generate(
             model, eval_set.prompt_ids, eval_set.eos_ids, options.max_new_tokens, eval_set.pad_id
         )
@@ -309,7 +310,7 @@ class Evaluator:
         eval_set = self.eval_set
         if not eval_set.prompts:
             return []
-        progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
+        progress.info(f"  generating outputs for {counted(len(eval_set.prompts), 'prompt')}")
         completions = runtime.generate(eval_set.prompt_ids, eval_set.eos_ids, self.options.max_new_tokens).completions
         cut = sum(completion.stopped == "context" for completion in completions)
         if cut:
@@ -403,8 +404,9 @@ def load_eval_set(run: Run, options: ValidateOptions, context: Context | None = 
     notes = tuple(filter(None, [early, cut, describe_lack_of_room(prompts, context), changed]))
     eval_set = EvalSet(sequences, prompts, eos_ids, pad_id, tokenizer, notes)
     progress.info(
-        f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in {len(sequences)} sequences, and "
-        f"outputs for {len(prompts)} prompts; both from the first of {len(rows)} rows"
+        f"Evaluation data: {source}; comparing logits of {eval_set.tokens} tokens in "
+        f"{counted(len(sequences), 'sequence')}, and outputs for {counted(len(prompts), 'prompt')}; both from the "
+        f"first of {counted(len(rows), 'row')}"
     )
     for note in notes:
         progress.warn(note)
@@ -430,7 +432,8 @@ def device_errors() -> Iterator[None]:
 def announce_timing(options: ValidateOptions) -> None:
     """Report that speed is being measured, and how."""
     progress.info(
-        f"  timing {options.prefill} prompt tokens and {options.decode} new tokens, {options.repeats} repeats"
+        f"  timing {options.prefill} prompt tokens and {options.decode} new tokens, "
+        f"{counted(options.repeats, 'repeat')}"
     )
 
 

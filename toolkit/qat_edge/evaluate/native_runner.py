@@ -24,6 +24,7 @@ from qat_edge.evaluate.results import Measurement, Speed
 from qat_edge.evaluate.structured import OWN_RUNNER, judge, judged_prompts
 from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import ValidateOptions
+from qat_edge.readers import counted
 from qat_edge.run import Variant
 from qat_edge_devices.runtimes.native_runtime import NativeRunner, RunnerTimings
 from qat_edge_devices.transport import Transport
@@ -139,7 +140,7 @@ def _score(evaluator: Evaluator, runner: NativeRunner, folder: Path, own: bool) 
         what = NO_LOGITS.partition(":")[0]
         return _LogitFigures(None, None, f"{what}: {reason}; give --text FILE --window {width + 1}")
 
-    progress.info(f"  logits after {width} tokens of {len(fitting)} sequences")
+    progress.info(f"  logits after {width} tokens of {counted(len(fitting), 'sequence')}")
     accuracy, parity = LogitComparison(), LogitComparison()
     for index, sequence in fitting:
         row = sequence.positions.index(width - 1)
@@ -178,7 +179,7 @@ def _generate(evaluator: Evaluator, runner: NativeRunner) -> _TextFigures:
     end_texts = [decode([token]) for token in eval_set.eos_ids]
 
     if eval_set.prompts:
-        progress.info(f"  generating outputs for {len(eval_set.prompts)} prompts")
+        progress.info(f"  generating outputs for {counted(len(eval_set.prompts), 'prompt')}")
     # The runner takes text: prompts are decoded to text, and its own tokenizer encodes them again.
     answers, right, reader = [], 0, eval_set.reader()
     for prompt in eval_set.prompts:

@@ -17,7 +17,7 @@ from qat_edge.data.early_ends import EarlyEnds
 from qat_edge.data.rows import Row
 from qat_edge.errors import UsageError
 from qat_edge.evaluate.metrics import outputs_match
-from qat_edge.readers import show
+from qat_edge.readers import counted, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,8 +123,8 @@ def fitting_prompts(prompts: Iterable[EvalPrompt], count: int, context: Context 
             "longer --context-length, or give --prompts 0."
         )
     progress.warn(
-        f"Left out {len(too_long)} prompts that leave no room for an answer: {reason}. Export with a longer "
-        "--context-length to ask them"
+        f"Left out {counted(len(too_long), 'prompt that leaves', 'prompts that leave')} no room for an answer: "
+        f"{reason}. Export with a longer --context-length to ask them"
     )
     return found
 

@@ -13,6 +13,7 @@ from qat_edge import progress
 from qat_edge.data.answer_schema import SCHEMA_FILE, AnswerSchema, read_schema
 from qat_edge.errors import ArtifactError
 from qat_edge.evaluate.results import SchemaResult
+from qat_edge.readers import counted
 from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def measure_schema(
     if reason or reader is None:
         return free
 
-    progress.info(f"  generating {free.answers} answers under the grammar of {SCHEMA_FILE}")
+    progress.info(f"  generating {counted(free.answers, 'answer')} under the grammar of {SCHEMA_FILE}")
     prompts = [eval_set.prompt_ids[index] for index in judged.positions]
     found = runtime.generate(prompts, eval_set.eos_ids, max_new_tokens, constrained=True).completions
     faults = [judged.answer.fault(reader.from_ids(completion.ids)) for completion in found]

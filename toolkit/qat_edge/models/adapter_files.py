@@ -27,6 +27,7 @@ from qat_edge.manifest import MANIFEST
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.codebook import SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED, RENAMED_METHODS, STORED
+from qat_edge.readers import counted
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -295,7 +296,7 @@ def _name_faults(missing: Collection[str], extra: Collection[str]) -> list[str]:
     for names, what in ((sorted(missing), "missing"), (sorted(extra), "without a place in the model")):
         if names:
             more = ", ..." if len(names) > SHOWN_NAMES else ""
-            faults.append(f"{len(names)} tensors {what} ({', '.join(names[:SHOWN_NAMES])}{more})")
+            faults.append(f"{counted(len(names), 'tensor')} {what} ({', '.join(names[:SHOWN_NAMES])}{more})")
     return faults
 
 

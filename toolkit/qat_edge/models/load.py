@@ -56,6 +56,7 @@ from qat_edge.models.load_config import (
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
+from qat_edge.readers import counted
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
 GGUF_MAGIC = b"GGUF"
@@ -351,7 +352,7 @@ def _check_model(
         parts = sorted({name.removeprefix("model.").partition(".")[0] for name in others})
         progress.info(
             f"{source}: a multimodal model, used for text alone as {type(model).__name__}; left out: "
-            f"{', '.join(parts) or 'nothing'} ({len(others)} tensors)"
+            f"{', '.join(parts) or 'nothing'} ({counted(len(others), 'tensor')})"
         )
         report = LoadReport(report.missing, own, report.mismatched)
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat_edge import progress, readers
 from qat_edge.errors import DataError, ModelError
 from qat_edge.models.tasks import POOLER, ModelTask
+from qat_edge.readers import counted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -172,8 +173,8 @@ def _refuse_repeated_tensors(files: Sequence[Path]) -> None:
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ModelError(
-            f"{files[0].parent}: {len(repeated)} tensors are in more than one file ({readers.first_few(repeated)}). "
-            "Copy the model again, into an empty folder."
+            f"{files[0].parent}: {counted(len(repeated), 'tensor is', 'tensors are')} in more than one file "
+            f"({readers.first_few(repeated)}). Copy the model again, into an empty folder."
         )
 
 
@@ -194,13 +195,14 @@ def _refuse_codes(types: Mapping[str, str], path: Path) -> None:
     integers = [name for name, kind in found.items() if kind[0] in "IU"]
     if integers:
         raise ModelError(
-            f"{path}: {len(integers)} weights are stored as integers ({readers.first_few(integers)}), and config.json "
-            "does not say how they stand for numbers. Start from the float model."
+            f"{path}: {counted(len(integers), 'weight is', 'weights are')} stored as integers "
+            f"({readers.first_few(integers)}), and config.json does not say how they stand for numbers. Start from the "
+            "float model."
         )
     shown = readers.first_few([f"{name}: {kind}" for name, kind in found.items()])
     raise ModelError(
-        f"{path}: {len(found)} weights are of a type that is no float of 16 bits or more ({shown}): codes that need "
-        "scales to be numbers. Start from the float model."
+        f"{path}: {counted(len(found), 'weight is', 'weights are')} of a type that is no float of 16 bits or more "
+        f"({shown}): codes that need scales to be numbers. Start from the float model."
     )
 
 
@@ -273,12 +275,14 @@ def _describe(
     """Return what does not match, and the likely cause."""
     found = []
     if missing:
-        found.append(f"{len(missing)} tensors are missing ({readers.first_few(missing)})")
+        found.append(f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({readers.first_few(missing)})")
     if unexpected:
-        found.append(f"{len(unexpected)} have no place in the model ({readers.first_few(unexpected)})")
+        found.append(
+            f"{counted(len(unexpected), 'has', 'have')} no place in the model ({readers.first_few(unexpected)})"
+        )
     if mismatched:
         shapes = [f"{name}: {list(a)} in the file, {list(b)} in the model" for name, (a, b) in mismatched.items()]
-        found.append(f"{len(mismatched)} have another shape ({readers.first_few(shapes, '; ')})")
+        found.append(f"{counted(len(mismatched), 'has', 'have')} another shape ({readers.first_few(shapes, '; ')})")
     return (
         f"{source}: the weights are not those of a {type(model).__name__}: {', '.join(found)}. "
         f"{_likely_cause(missing, unexpected, mismatched, model)}"
@@ -369,8 +373,9 @@ def check_finite(model: nn.Module, source: str) -> None:
     if found:
         shown = readers.first_few([f"{name}: {count}" for name, count in found.items()])
         raise ModelError(
-            f"{source}: {len(found)} tensors hold values that are NaN or infinite ({shown}). The model was damaged "
-            "when it was trained or converted; use another copy or an earlier checkpoint."
+            f"{source}: {counted(len(found), 'tensor holds', 'tensors hold')} values that are NaN or infinite "
+            f"({shown}). The model was damaged when it was trained or converted; use another copy or an earlier "
+            "checkpoint."
         )
 
 
@@ -455,9 +460,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if unusable:
         shown = readers.first_few([f"{token!r} = {i}" for i, token in unusable])
         raise ModelError(
-            f"{source}: the tokenizer has {len(unusable)} tokens beyond the {rows} rows of the model's embedding "
-            f"({shown}). Add their rows with `model.resize_token_embeddings(len(tokenizer))` and save the model again, "
-            "or use the tokenizer that belongs to it."
+            f"{source}: the tokenizer has {counted(len(unusable), 'token')} beyond the {rows} rows of the model's "
+            f"embedding ({shown}). Add their rows with `model.resize_token_embeddings(len(tokenizer))` and save the "
+            "model again, or use the tokenizer that belongs to it."
         )
     if beyond:
         progress.warn(

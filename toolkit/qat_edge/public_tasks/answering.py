@@ -132,7 +132,7 @@ def _require_artifact(run: Run, variant: Variant, target: str, method: str) -> N
     if not (folder / MANIFEST).is_file():
         command = _export_command(run, method)
         raise RunError(f"--from {target}: {folder} is missing. `{command} --target {record.format}` makes it.")
-    variant.require_current(target, f"{_export_command(run, method)} --force")
+    variant.require_current(target)
     record.check(folder)
 
 

@@ -13,6 +13,7 @@ from qat_edge.models.tokenizer import trained_template_arguments
 from qat_edge.options import EvalOptions
 from qat_edge.public_tasks import function_calls
 from qat_edge.public_tasks.questions import GENERATE, PREDICT, Question, Task
+from qat_edge.readers import counted
 from qat_edge.run import Run
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class TaskPrompts:
             )
         if left_out:
             progress.warn(
-                f"Left out {left_out} questions that are longer than {self._options.context_length} tokens with "
-                "their answer"
+                f"Left out {counted(left_out, 'question that is', 'questions that are')} longer than "
+                f"{self._options.context_length} tokens with the answer"
             )
         cut = describe_cut_answers([each.question.answer_tokens for each in fitting], self.max_new_tokens)
         if cut and self._task.form == GENERATE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate import encoder_results
 from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Report, load, to_json
+from qat_edge.export_command import export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.report.outdated import outdated_note
 from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
@@ -36,6 +38,7 @@ VERIFIED_TYPES: dict[str, tuple[type, ...]] = {
 }
 VERIFIED_NEWER = ("parity_line", "adapter", "adapter_equal")
 VERIFIED_OPTIONAL = ("floats", "floats_equal", *VERIFIED_NEWER)
+COMMAND = re.compile(r"`[^`]*`")  # in a message
 NO_TRAINING = "training.json is missing; `qat-edge finetune` writes it when it finishes"
 
 
@@ -153,8 +156,14 @@ def collect(run: Run) -> RunResults:
     )
 
     # The page may be shared, so it does not show where this machine stores the run.
-    missing.update({part: reason.replace(f"{run.path}/", "") for part, reason in missing.items()})
+    missing.update({part: _without_path(reason, run.path) for part, reason in missing.items()})
     return results
+
+
+def _without_path(reason: str, run: Path) -> str:
+    """Return a reason without the path of the run: RUN in commands, relative paths elsewhere."""
+    reason = COMMAND.sub(lambda command: command[0].replace(str(run), "RUN"), reason)
+    return reason.replace(f"{run}/", "")
 
 
 def _training(path: Path, missing: dict[str, str]) -> dict[str, Any] | None:
@@ -216,7 +225,7 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
             name = f"{prefix}exports/{folder.name}"
             if not (folder / MANIFEST).is_file():
                 if folder in variant.damaged_exports():
-                    missing[name] = f"{folder} is damaged: it has no {MANIFEST}; `qat-edge export --force` writes it"
+                    missing[name] = f"{folder} is damaged: it has no {MANIFEST}; `{export_again(folder)}` writes it"
                 continue
             manifest = _manifest(folder, name, missing)
             if manifest:
@@ -240,6 +249,9 @@ def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
     # The hash of the manifest changes with every export.
     artifacts = [variant.exports / target for variant in run.variants() for target in variant.targets()]
     hashes = {str(folder.relative_to(run.path)): sha256(folder / MANIFEST) for folder in artifacts}
+    # verify records an empty hash for a folder without a manifest.
+    damaged = [folder for variant in run.variants() for folder in variant.damaged_exports()]
+    hashes |= {str(folder.relative_to(run.path)): "" for folder in damaged}
     current = [row for row in rows if row["manifest_sha256"] == hashes.get(row["folder"])]
     if len(current) < len(rows):
         missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"

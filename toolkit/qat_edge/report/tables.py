@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from qat_edge.evaluate.results import Agreement, Gate, Measurement, Report, Speed, Spread
+from qat_edge.readers import counted
 from qat_edge.report.formatting import (
     ReportedModel,
     cosine,
@@ -216,7 +217,7 @@ def structured(report: Report) -> Table | None:
         rows.append(TableRow(label(row), role(row), [TableCell(f"{found.answers:,}", found.answers), *cells]))
     left_out = max(found.left_out for _, found in judged)
     caption = "Answers that are valid by schema.json, without a constraint and under the grammar of the runtime"
-    caption += f"; {left_out} prompts whose expected answer is not valid are left out" if left_out else ""
+    caption += f"; left out: {counted(left_out, 'prompt')} whose expected answer is not valid" if left_out else ""
     return Table(
         caption=f"{caption}.",
         heads=[("Answers", ""), ("Valid", "%"), ("Valid, constrained", "%")],
@@ -395,14 +396,15 @@ def _agreement_cells(found: Agreement, over_floor: TableCell) -> list[TableCell]
 def _conditions(rows: Sequence[Measurement]) -> list[str]:
     """Return sentences on the number of prompts and the settings of the speed measurement."""
     prompts = sorted({row.prompts for row in rows if row.prompts and row.exact_match is not None})
-    sentences = [f"Exact match on {' or '.join(map(str, prompts))} prompts."] if prompts else []
+    noun = "prompt" if prompts == [1] else "prompts"
+    sentences = [f"Exact match on {' or '.join(map(str, prompts))} {noun}."] if prompts else []
     for row in rows:
         if row.speed is None:
             continue
         speed = row.speed
         sentences.append(
-            f"Speed with {speed.threads} threads: a prompt of {speed.prompt_tokens} tokens, "
-            f"{speed.new_tokens} generated tokens, median of {speed.repeats} repeats."
+            f"Speed with {counted(speed.threads, 'thread')}: a prompt of {speed.prompt_tokens} tokens, "
+            f"{speed.new_tokens} generated tokens, median of {counted(speed.repeats, 'repeat')}."
         )
     # Models measured with the same settings give the same sentence.
     return list(dict.fromkeys(sentences))

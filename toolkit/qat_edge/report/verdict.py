@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from qat_edge.evaluate.encoder_results import CORRELATION, EncoderReport, EncoderResult
 from qat_edge.evaluate.results import Measurement, Report
+from qat_edge.readers import counted
 from qat_edge.report.formatting import (
     ROLES,
     ReportedModel,
@@ -153,8 +154,8 @@ def _rows_note(comparison: EncoderReport, qat: EncoderResult, best: EncoderResul
     if comparison.measure == CORRELATION or not _within_chance(qat.quality, best.quality, comparison.rows):
         return []
     return [
-        f"With {comparison.rows} rows, the difference in {comparison.measure} between {model_label(qat)} and "
-        f"{ptq_name.partition(',')[0]} is not significant (95% confidence); give more rows with --eval-data."
+        f"With {counted(comparison.rows, 'row')}, the difference in {comparison.measure} between {model_label(qat)} "
+        f"and {ptq_name.partition(',')[0]} is not significant (95% confidence); give more rows with --eval-data."
     ]
 
 
@@ -288,7 +289,7 @@ def _prompts_note(ptq: list[Measurement], compared: _ComparedModels) -> list[str
         prompts = min(row.prompts, qat.prompts)
         if prompts and within_chance(qat, row):
             return [
-                f"With {prompts} prompts, the difference in exact match between {compared.own} and "
+                f"With {counted(prompts, 'prompt')}, the difference in exact match between {compared.own} and "
                 f"{compared.ptq_name.partition(',')[0]} is not significant (95% confidence); give more with --prompts."
             ]
     return []

@@ -17,6 +17,7 @@ from qat_edge.data.conversation import ChatFormat, Prompt
 from qat_edge.data.rows import Message
 from qat_edge.errors import DataError, UsageError
 from qat_edge.options import CHAT_TOKENS, MOST_PROMPT
+from qat_edge.readers import counted
 from qat_edge.run import Run
 from qat_edge.verbs.generate import Emit, FoundModel, answer, find_model
 from qat_edge_exporters.targets import TextGenerator
@@ -167,10 +168,10 @@ class Conversation:
 
     def _why_cut(self, count: int) -> str:
         if count == self._most:
-            return f"The answer was cut after {count} tokens. A larger --max-new-tokens permits longer ones."
+            return f"The answer was cut after {counted(count, 'token')}. A larger --max-new-tokens permits longer ones."
         return (
-            f"The answer was cut after {count} tokens: {self._model.folder} holds {self._model.length} tokens of a "
-            f"conversation, and they are used up. {self._advice()}"
+            f"The answer was cut after {counted(count, 'token')}: {self._model.folder} holds {self._model.length} "
+            f"tokens of a conversation, and they are used up. {self._advice()}"
         )
 
     def _advice(self) -> str:

@@ -37,6 +37,7 @@ from qat_edge.evaluate.devices import LOCAL
 from qat_edge.evaluate.evaluator import Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.prompts import Context
 from qat_edge.evaluate.results import FINE_TUNED, Measurement, read_measurement, to_json
+from qat_edge.export_command import export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.models.artifact_options import context_of_artifact
@@ -274,7 +275,7 @@ def _export(job: CompareJob, variant: Variant, target: str) -> None:
     if folder.is_dir() and belongs_to_run and not job.force:
         raise RunError(
             f"{folder} was exported from another checkpoint, or for another --context-length than "
-            f"{job.exporting.context_length}. Export again: `qat-edge export {job.run.path} --force`."
+            f"{job.exporting.context_length}. Export again: `{export_again(folder, job.exporting.context_length)}`."
         )
     export_one(variant, target_named(target), job.exporting)
 

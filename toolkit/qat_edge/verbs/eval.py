@@ -28,7 +28,7 @@ from qat_edge.public_tasks.answering import TORCH, AnsweringModel, ModelSource, 
 from qat_edge.public_tasks.paired import Interval, PairedDifference
 from qat_edge.public_tasks.prompting import Prepared, TaskPrompts
 from qat_edge.public_tasks.questions import CHOOSE, GENERATE, PREDICT, Question, Task, load_task
-from qat_edge.readers import shorten
+from qat_edge.readers import counted, shorten
 from qat_edge.run import Run
 from qat_edge.run_lock import writes_run
 
@@ -114,7 +114,7 @@ def evaluate(
     results = _earlier(path, task, force)
     prompts = TaskPrompts(run, task, options, tokenizer)
     prepared = prompts.prepare()
-    progress.info(f"{task.name}: {task.title}, {len(prepared)} questions from {task.source}")
+    progress.info(f"{task.name}: {task.title}, {counted(len(prepared), 'question')} from {task.source}")
 
     for source in found:
         answers = None if force else _reusable(results, source, prompts.settings, prepared)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def export(run: Run, options: ExportOptions, force: bool = False) -> list[Export
     folders = {checkpoint_of(run, m)[0].exports / t.name: (m, t) for m in methods for t in targets}
     pending = list(folders) if force else _pending(folders, options, answer)
     variants = {method: quantize_if_missing(run, method, force) for method in methods}
+    _check_checkpoints({folder: folders[folder] for folder in pending}, variants, options)
 
     left_out = describe_left_out(run.quantized, [target.format for target in targets])
     if left_out and pending:
@@ -357,12 +359,12 @@ def _check_widths(run: Run, targets: list[Target], methods: list[str]) -> None:
 def _check_models(run: Run, targets: list[Target]) -> None:
     """Refuse a format that cannot express the model, before anything is merged.
 
-    `finetune` has warned of the default formats only, and the other exporters check again.
+    `finetune` has warned of the default formats, whose exporters check again: one that is alone is left to them.
 
     Raises:
         ExportError: names the format and the reason.
     """
-    others = [target for target in targets if target.format not in DEFAULT_FORMATS]
+    others = [target for target in targets if len(targets) > 1 or target.format not in DEFAULT_FORMATS]
     model = next((f for f in (run.quantized, run.adapter, run.reference) if (f / "config.json").is_file()), None)
     if not others:
         return
@@ -370,7 +372,26 @@ def _check_models(run: Run, targets: list[Target]) -> None:
     for target in others:
         reason = "" if config is None else target.missing_for(config)
         if reason:
-            raise ExportError(f"{target.format}: {reason} Leave it out with --target {DEFAULT_FORMATS[0]}.")
+            other = next(name for name in DEFAULT_FORMATS if name != target.format)
+            raise ExportError(f"{target.format}: {reason} Leave it out with --target {other}.")
+
+
+def _check_checkpoints(
+    pending: Mapping[Path, tuple[str, Target]], variants: Mapping[str, Variant], options: ExportOptions
+) -> None:
+    """Refuse checkpoints that a target cannot hold, before anything is built; an exporter checks one alone.
+
+    Args:
+        pending: method and target of each artifact to write, by its folder.
+        variants: their checkpoints by method.
+        options: of the export.
+
+    Raises:
+        ExportError: names the format and the reason.
+    """
+    for method, target in pending.values() if len(pending) > 1 else ():
+        check_files(variants[method].quantized)
+        target.require_checkpoint(variants[method].quantized, _context_length(options))
 
 
 def _origin(method: str) -> str:

@@ -19,6 +19,7 @@ from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tool_schema import schema_of_tools
 from qat_edge.errors import DataError, ExportError, RunError
+from qat_edge.export_command import export_again
 from qat_edge.models import tasks
 from qat_edge.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from qat_edge.options import TOOLS
@@ -95,14 +96,16 @@ def save_schema(run: Run, answer: AnswerSchema) -> None:
     write_text(run.schema, answer.text)
     for folder in _with_other_schema(run, answer):
         progress.warn(
-            f"{folder} has another schema than {run.schema} now, as verify reports: export it again with --schema."
+            f"{folder} has another schema than {run.schema} now, as verify reports. Export it again: "
+            f"`{export_again(folder, schema=str(run.schema))}`."
         )
 
 
 def _with_other_schema(run: Run, answer: AnswerSchema) -> Iterator[Path]:
-    """Yield the artifacts of a run that have another schema."""
+    """Yield the artifacts of a run that have another schema, or one that cannot be read."""
     for folder in (variant.exports / target for variant in run.variants() for target in variant.targets()):
-        if schema_text(folder) not in (None, answer.text):
+        path = folder / SCHEMA_FILE
+        if path.is_file() and path.read_bytes() != answer.text.encode("utf-8"):
             yield folder
 
 
@@ -142,15 +145,17 @@ def schema_text(folder: Path) -> str | None:
 
 def schema_faults(run: Run, folder: Path, target: Target) -> list[str]:
     """Compare schema.json of an artifact with the run's, and its grammar with both; a sentence for each difference."""
-    found = schema_text(folder)
-    if found is None:
+    path = folder / SCHEMA_FILE
+    if not path.is_file():
         return []
     faults = target.schema_faults(folder)
     if not run.schema.is_file():
-        faults.append(f"{SCHEMA_FILE}: {run.schema} is missing, so that nothing says whether it is the run's.")
-    elif _read(run.schema) != found:
-        faults.append(f"{SCHEMA_FILE}: not the schema of the run, {run.schema}.")
-    return faults
+        return [*faults, f"{SCHEMA_FILE}: {run.schema} is missing, so that nothing says whether it is the run's."]
+    try:
+        is_equal = _read(run.schema) == _read(path)
+    except RunError as error:
+        return [*faults, f"{SCHEMA_FILE}: it cannot be compared with the schema of the run. {error}"]
+    return faults if is_equal else [*faults, f"{SCHEMA_FILE}: not the schema of the run, {run.schema}."]
 
 
 def _read(path: Path) -> str:

@@ -115,7 +115,8 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     # All options are validated by now, so an earlier run is never touched for a bad flag.
     run_inputs.begin(run, options, job, resume)
     if finished is not None:
-        progress.info(f"{run.path} is finished: all {finished.steps} steps are done and its adapter is written")
+        steps = "its one step is" if finished.steps == 1 else f"all {finished.steps} steps are"
+        progress.info(f"{run.path} is finished: {steps} done and its adapter is written")
         return finished
     if resume:
         _require_reference(run, start)

@@ -30,6 +30,7 @@ from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.frozen_adapters import copy_adapters
 from qat_edge.quant.ptq import methods
 from qat_edge.quant.ptq.method_names import CALIBRATED, QAT
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge.storage import replace_folder
 from qat_edge.train.option_checks import row_length
@@ -155,7 +156,7 @@ def _calibration(
     warn_of_change(run, DATA, loaded, "--calibration-data", options.calibration_data)
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")
-    progress.info(f"Calibrating on {tokens} tokens in {len(chosen)} of {len(rows)} rows of {source}")
+    progress.info(f"Calibrating on {counted(tokens, 'token')} in {len(chosen)} of {len(rows)} rows of {source}")
     record = {"source": source, "rows": len(chosen), "tokens": tokens, "seed": options.seed}
     return calibration.make_batches(chosen, merged.tokenizer), record
 

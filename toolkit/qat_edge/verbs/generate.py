@@ -18,6 +18,7 @@ from qat_edge.data.answer_schema import SCHEMA_FILE
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat, Prompt, text_prompt
 from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.export_command import export_again, export_targets
 from qat_edge.manifest import MANIFEST, check_files
 from qat_edge.models import tasks, tokenizer_check, weights_check
 from qat_edge.models.artifact_options import context_of_artifact
@@ -26,6 +27,7 @@ from qat_edge.models.positions import positions_of_folder
 from qat_edge.models.token_ids import TextStream
 from qat_edge.models.tokenizer import end_tokens, load_tokenizer, trained_template_arguments
 from qat_edge.quant import frozen
+from qat_edge.readers import counted
 from qat_edge.run import Run
 from qat_edge_exporters.targets import TARGETS, Target, TextGenerator, target_named
 
@@ -79,8 +81,8 @@ def generate(
         has_ended = answer(generator, ready, block, emit, count)
     if constrained and not has_ended:
         progress.warn(
-            f"The answer was cut after {count} tokens, so that it may not be valid. A larger --max-new-tokens permits "
-            "longer ones."
+            f"The answer was cut after {counted(count, 'token')}, so that it may not be valid. A larger "
+            "--max-new-tokens permits longer ones."
         )
 
 
@@ -103,8 +105,8 @@ def _tokens_that_fit(model: FoundModel, prompt_tokens: int, max_new_tokens: int)
         )
     if free < max_new_tokens:
         progress.info(
-            f"The answer ends after {free} tokens at most: the prompt has {prompt_tokens}, and {model.folder} holds "
-            f"{model.length} together."
+            f"The answer ends after {counted(free, 'token')} at most: the prompt has {prompt_tokens}, and "
+            f"{model.folder} holds {model.length} together."
         )
     return min(free, max_new_tokens)
 
@@ -186,13 +188,14 @@ def find_model(run: Run, source: str, verb: str, constrained: bool = False) -> F
         raise RunError(f"{target.runs_elsewhere} Use the same codes in another artifact, or the torch model.")
     folder = run.quantized if target is None else run.exports / target.name
     if not folder.is_dir():
-        raise RunError(f"{folder} is missing. `qat-edge export {run.path}` makes it.")
+        command = export_targets(run.path, [] if target is None else [target.name])
+        raise RunError(f"{folder} is missing. `{command}` makes it.")
     check_files(folder)
     if constrained:
         _require_grammar(run, folder, source, target)
     # An artifact of another checkpoint answers for a model that this run does not hold. One can be shipped alone.
     if target is not None and (run.quantized / MANIFEST).is_file():
-        run.require_current(target.name, f"qat-edge export {run.path} --force")
+        run.require_current(target.name)
 
     # The token ids are those before an answer in training, whatever runs the model.
     tokenizer = load_tokenizer(folder)
@@ -213,8 +216,8 @@ def _require_grammar(run: Run, folder: Path, source: str, target: Target | None)
         raise UsageError(f"--constrained and --from {source}: {reason} Give {able}.")
     if not (folder / SCHEMA_FILE).is_file():
         raise UsageError(
-            f"--constrained: {folder} has no {SCHEMA_FILE}. Export it with one: `qat-edge export {run.path} --target "
-            f"{target.format} --schema FILE --force`."
+            f"--constrained: {folder} has no {SCHEMA_FILE}. Export it with one: "
+            f"`{export_again(folder, schema='FILE')}`."
         )
 
 

@@ -40,6 +40,7 @@ from qat_edge.quant.bit_allocation import (
 from qat_edge.quant.bits_file import MeasuredModel, save_bits
 from qat_edge.quant.scheme import INT4, LinearCodes, Scheme, WeightScheme, choose_scheme
 from qat_edge.quant.sensitivity_file import read_sensitivity
+from qat_edge.readers import counted
 from qat_edge.report.formatting import megabytes, number
 from qat_edge.report.sensitivity_page import raised, render
 from qat_edge.run import Run
@@ -169,7 +170,7 @@ def measure_model(
     candidates = layer_sensitivity.candidate_schemes(scheme, narrow)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = sum(len(row["input_ids"]) for row in rows)
-    progress.info(f"Measuring the sensitivity of {len(candidates)} weights on {tokens} tokens, on {device}")
+    progress.info(f"Measuring the sensitivity of {counted(len(candidates), 'weight')} on {tokens} tokens, on {device}")
 
     losses = _probe(model, candidates, list(_batches(rows, tokenizer, device)), device)
     # Only ONNX folders hold 2-bit weights, and their scales are float32; those of a .pte are bfloat16.

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 
 from qat_edge import config, progress
 from qat_edge.errors import ArtifactError, DeviceError, GateError, RunError, UsageError
-from qat_edge.evaluate.devices import LOCAL, connect, report_paths, require_runtimes, run_on_devices
+from qat_edge.evaluate.devices import LOCAL, connect, report_paths, require_programs, require_runtimes, run_on_devices
 from qat_edge.evaluate.evaluator import EvalSet, Evaluator, device_errors, load_eval_set, scratch_folder
 from qat_edge.evaluate.gates import check_gates, require_any_gate, require_gates, require_measurable, require_prompts
 from qat_edge.evaluate.prompts import Context
 from qat_edge.evaluate.results import FINE_TUNED, UNTRAINED, Agreement, Measurement, Report, save
+from qat_edge.export_command import export_targets
 from qat_edge.manifest import MANIFEST, check_files, read_manifest, sha256
 from qat_edge.models import merge, tasks
 from qat_edge.models.artifact_options import context_of_artifact, options_of_artifact
@@ -165,6 +166,7 @@ def validate_devices(
     tasks.require_causal_lm(run, "validate")
     options_of = {**dict.fromkeys(options.device, options), **(own or {})}
     paths = report_paths(run.reports, options.device)
+    require_programs(options.device)
     if any(each.error_budget for each in options_of.values()) and run.frozen_base is not None:
         raise UsageError(
             f"--error-budget: the adapters of {run.path} are not merged, so it has no weights between its FP32 "
@@ -434,11 +436,12 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     wanted = [target for target in chosen if target not in reasons]
     missing = [target for target in wanted if target not in run.targets()]
     if missing or not wanted:
-        raise RunError(f"{run.exports}: {', '.join(missing) or 'nothing'} exported. Run `qat-edge export {run.path}`.")
+        what = f"{', '.join(missing)} not exported yet" if missing else "nothing exported yet"
+        raise RunError(f"{run.exports}: {what}. Run `{export_targets(run.path, missing)}`.")
 
     found = [(variant, target) for variant in run.variants() for target in wanted if target in variant.targets()]
     for variant, target in found:
-        variant.require_current(target, f"qat-edge export {run.path} --force")
+        variant.require_current(target)
         check_files(variant.quantized)
         check_files(variant.exports / target)
         options_of_artifact(variant.exports / target)

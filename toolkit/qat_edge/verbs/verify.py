@@ -25,12 +25,14 @@ from qat_edge.diagnose import parity
 from qat_edge.diagnose.parity import FrozenReference
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate.results import Parity
+from qat_edge.export_command import export_targets
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest, sha256
 from qat_edge.models import tokenizer
 from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen import FrozenWeight
 from qat_edge.quant.scheme import Scheme
+from qat_edge.readers import counted
 from qat_edge.run import Run, Variant
 from qat_edge.run_lock import writes_run
 from qat_edge.storage import write_text
@@ -122,19 +124,13 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         RunError: nothing was exported, a named target was not, or a checkpoint is not as it was written.
     """
     # A target is found if any variant has it.
-    found = [(v, t) for v in run.variants() for t in v.targets() if not targets or t in targets]
+    found = [(v, t) for v in run.variants() for t in _artifacts(v) if not targets or t in targets]
     for variant, target in found:
         require_known(variant.exports / target)
-    for damaged in (folder for v in run.variants() for folder in v.damaged_exports()):
-        if not targets or damaged.name in targets:
-            raise RunError(
-                f"{damaged}: damaged, without {MANIFEST}. Copy the folder again, or export again: "
-                f"`qat-edge export {run.path} --force`."
-            )
     missing = set(targets) - {t for _, t in found}
     if missing or not found:
         what = f"{', '.join(sorted(missing))} not exported yet" if missing else "nothing exported yet"
-        raise RunError(f"{run.exports}: {what}. Run `qat-edge export {run.path}`.")
+        raise RunError(f"{run.exports}: {what}. Run `{export_targets(run.path, sorted(missing))}`.")
 
     # Everything is compared with the checkpoints, so they are checked first.
     references = {}
@@ -149,7 +145,7 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
         progress.info(f"Reading and running {variant.exports / target}")
         try:
             results.append(_verify_artifact(run, variant, target, references[variant.quantized]))
-        except ArtifactError as error:  # the others are compared all the same
+        except (ArtifactError, RunError) as error:  # of its files or its manifest; the others are compared all the same
             results.append(_unreadable(variant, target, error))
         if results[-1].parity.not_measured:
             progress.warn(f"{results[-1].folder} was not run: {results[-1].parity.not_measured}")
@@ -157,12 +153,18 @@ def verify(run: Run, targets: Sequence[str]) -> list[Verified]:
     return results
 
 
+def _artifacts(variant: Variant) -> list[str]:
+    """Return the names of a variant's artifacts, those without a manifest among them, sorted."""
+    return sorted([*variant.targets(), *(folder.name for folder in variant.damaged_exports())])
+
+
 def _record(run: Run, result: Verified) -> dict[str, Any]:
-    """Return one artifact's entry in verified.json; the manifest's hash identifies the export."""
+    """Return one artifact's entry in verified.json; the manifest's hash identifies the export, "" where it has none."""
     entry = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
+    manifest = result.folder / MANIFEST
     return entry | {
         "parity_line": result.parity.describe(),
-        "manifest_sha256": sha256(result.folder / MANIFEST),
+        "manifest_sha256": sha256(manifest) if manifest.is_file() else "",
     }
 
 
@@ -182,7 +184,7 @@ def _verify_artifact(run: Run, variant: Variant, target: str, reference: FrozenR
     return dataclasses.replace(result, parity=measured, faults=[*result.faults, *faults])
 
 
-def _unreadable(variant: Variant, target: str, error: ArtifactError) -> Verified:
+def _unreadable(variant: Variant, target: str, error: ArtifactError | RunError) -> Verified:
     """Return the result of an artifact that cannot be read: nothing in it is equal."""
     scheme = frozen.read_scheme(variant.quantized)
     return Verified(
@@ -245,10 +247,10 @@ def conclusion(results: Sequence[Verified]) -> str:
     """Return what equal artifacts are known to be, as a phrase: those that were only read may compute anything."""
     unrun = sorted({result.target for result in results if result.parity.not_measured})
     if not unrun:
-        return f"Verified {len(results)} artifacts: equal to the frozen checkpoint"
+        return f"Verified {counted(len(results), 'artifact')}: equal to the frozen checkpoint"
     return (
-        f"Verified {len(results)} artifacts: their files hold what was frozen, but what {', '.join(unrun)} computes "
-        "was NOT measured"
+        f"Verified {counted(len(results), 'artifact')}: the files hold what was frozen, but what {', '.join(unrun)} "
+        "computes was NOT measured"
     )
 
 
@@ -262,7 +264,9 @@ def require_equal(results: Sequence[Verified]) -> None:
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:20])
         more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ArtifactError(f"{len(faults)} faults found; export again, or restore the files:\n{shown}{more}")
+        raise ArtifactError(
+            f"{counted(len(faults), 'fault')} found; export again, or restore the files:\n{shown}{more}"
+        )
 
 
 def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None) -> str:
@@ -291,7 +295,9 @@ def _difference(name: str, expected: FrozenWeight, found: ArtifactWeight | None)
     positions = np.argwhere(found.scales != np.repeat(scales, finer, axis=1))
     if len(positions):
         row, column = positions[0]
-        return f"{name}: {len(positions)} scales differ, first at row {row}, group {column}"
+        return (
+            f"{name}: {counted(len(positions), 'scale differs', 'scales differ')}, first at row {row}, group {column}"
+        )
     return ""
 
 

@@ -24,6 +24,7 @@ from qat_edge.quant import numerics
 from qat_edge.quant.ptq.blockwise import Block, token_rows
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
+from qat_edge.readers import counted
 
 ALPHAS = [step / 20 for step in range(20)]  # the paper's grid
 SAMPLE = 1024  # tokens that alpha is searched on
@@ -106,12 +107,12 @@ class AWQ:
 
     def summary(self) -> list[str]:
         """Return lines for people: how many layers were scaled, and which could not be."""
-        lines = [f"AWQ: {len(self.scaled)} layers scaled"]
+        lines = [f"AWQ: {counted(len(self.scaled), 'layer')} scaled"]
         if self.unscaled:
             kinds = sorted({name.rpartition(".")[2] for name in self.unscaled})
             lines.append(
-                f"AWQ: {len(self.unscaled)} layers not scaled ({', '.join(kinds)}): no module before them can take the "
-                "inverse without changing the model. Their scales are searched all the same."
+                f"AWQ: {counted(len(self.unscaled), 'layer')} not scaled ({', '.join(kinds)}): no module before them "
+                "can take the inverse without changing the model. Their scales are searched all the same."
             )
         return lines
 

@@ -23,6 +23,7 @@ from qat_edge.quant.codebook import Codebook
 from qat_edge.quant.ptq.blockwise import Block, gram, relative_error, token_rows
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
+from qat_edge.readers import counted
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it: the paper's
 
@@ -69,7 +70,10 @@ class GPTQ:
         """Return lines for people: the error of the layers' outputs, root mean square over layers."""
         count = len(self.errors)
         ours, theirs = ((sum(errors) / max(count, 1)) ** 0.5 for errors in (self.errors, self.nearest))
-        return [f"{self.name}: outputs of {count} layers are off by {ours:.1%}, rounded to nearest by {theirs:.1%}"]
+        return [
+            f"{self.name}: outputs of {counted(count, 'layer')} are off by {ours:.1%}, rounded to nearest by "
+            f"{theirs:.1%}"
+        ]
 
     def compensate_layers(
         self, block: Block, names: list[str], target: Tensor, hessian: Tensor, factor: Tensor

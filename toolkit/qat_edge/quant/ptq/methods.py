@@ -109,7 +109,9 @@ def apply(
     scales = _quantize_with_data(cast("PreTrainedModel", model), scheme, method, calibration)
     outside = [name for name, spec in scheme.linears.items() if spec.has_groups and name not in scales]
     if outside:
-        progress.warn(f"{len(outside)} layers outside the blocks are rounded to nearest: {', '.join(outside[:5])}")
+        progress.warn(
+            f"Layers outside the blocks that are rounded to nearest: {len(outside)} ({', '.join(outside[:5])})"
+        )
     # int8 layers inside the blocks get scales of the weights that the method left there.
     return _scales_without_data(model, scheme, numerics.choose_scales) | scales
 
