@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -34,8 +35,10 @@ from qat_edge_exporters.targets import target_named
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
-TARGETS = ("executorch", "onnx")
-MOST_ERROR = 0.3  # of the effect of token types, all of which wrong ones change; onnxruntime on x86: 0.11 measured
+MOST_SHARE = (
+    0.5  # of the effect of token types, which an artifact without them would miss whole; onnxruntime on x86: 0.23
+)
+MOST_SHARE = 0.2  # of the effect of token types, which an artifact without them would miss whole; measured: MEASURED
 ROWS = [
     {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
 ]
@@ -107,18 +110,25 @@ def test_the_model_computes_token_types_in_torch_and_in_the_artifact(run: Run) -
     plain = BertForSequenceClassification(make_config()).eval()
     plain.load_state_dict(base_model(run.adapter).state_dict())
 
+    effects: list[Tensor] = []
+    differences: dict[str, list[Tensor]] = {target: [] for target in TARGETS}
     for ours, theirs in ((base_model(run.adapter), plain), (frozen.load(run.quantized), frozen_alone)):
         for index, row in enumerate(rows):
             ids, mask, types = (torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids"))
             with torch.no_grad():
                 found = task.predict(ours, ids, mask)
                 torch.testing.assert_close(found, theirs(ids, mask, types).logits)
-                type_effect = (found - theirs(ids, mask, types * 0).logits).abs().max()
-            assert type_effect > 0
+                type_effect = found - theirs(ids, mask, types * 0).logits
+            assert bool(type_effect.any())
             if theirs is frozen_alone:
+                effects.append(type_effect.flatten())
                 for target in TARGETS:
-                    difference = (found - torch.from_numpy(artifacts[target][index])).abs().max()
-                    assert difference < MOST_ERROR * type_effect, target
+                    differences[target].append((found - torch.from_numpy(artifacts[target][index])).flatten())
+    # An artifact without types would be off by the effect of the types; rounding has another direction in each row.
+    effect = torch.cat(effects)
+    for target, rows_found in differences.items():
+        share = torch.cat(rows_found) @ effect / (effect @ effect)
+        assert abs(float(share)) < MOST_SHARE, (target, share)
 
 
 @pytest.mark.parametrize(
