@@ -36,8 +36,6 @@ from qat_edge_exporters.targets import target_named
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", *(f"w{i}" for i in range(28))]
 LABELS = ("other", "same")
 TARGETS = ("executorch", "onnx")
-    0.5  # of the effect of token types, which an artifact without them would miss whole; onnxruntime on x86: 0.23
-)
 MOST_SHARE = 0.5  # of the effect of token types, all of which an artifact without them misses; on x86 ONNX has 0.23
 ROWS = [
     {"text": f"the w{i % 7}", "text_pair": f"w{i % 7 + i % 2} the w1", "label": LABELS[(i + 1) % 2]} for i in range(32)
