@@ -44,6 +44,9 @@ WEIGHTS = "model.safetensors"
 LINEAR = Int8DynamicActivationIntxWeightConfig(
     weight_dtype=torch.int4, weight_granularity=PerGroup(32), weight_scale_dtype=torch.bfloat16
 )
+INT8 = Int8DynamicActivationIntxWeightConfig(
+    weight_dtype=torch.int8, weight_granularity=PerAxis(0), weight_scale_dtype=torch.bfloat16
+)
 EMBEDDING = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0), scale_dtype=torch.bfloat16)
 
 
@@ -53,7 +56,8 @@ def quantized_by_torchao(folder: Path, **configs: Any) -> Path:
     Args:
         folder: Where to.
         configs: "linear", "embedding", "head": torchao's configuration, or None for float; "layer": of one layer;
-            "tied": one table for embedding and head; "dtype": of the floats, bfloat16 by default.
+            "tied": one table for embedding and head; "dtype": of the floats, bfloat16 by default;
+            "shard_size": of the largest file.
     """
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
@@ -63,6 +67,7 @@ def quantized_by_torchao(folder: Path, **configs: Any) -> Path:
     source = folder.with_name(f"{folder.name}-float")
     model.save_pretrained(source)
     layer, dtype = configs.pop("layer", None), configs.pop("dtype", torch.bfloat16)
+    shard_size = configs.pop("shard_size", "5GB")
     parts = {"linear": LINEAR, "embedding": EMBEDDING, "head": LINEAR} | configs
     names = {
         **({} if layer is None else {"model.layers.1.mlp.up_proj": layer}),
@@ -74,7 +79,7 @@ def quantized_by_torchao(folder: Path, **configs: Any) -> Path:
         include_input_output_embeddings=True, modules_to_not_convert=[],
     )  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
-    loaded.save_pretrained(folder)
+    loaded.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -167,6 +172,32 @@ def test_pickles_have_the_same_codes(files: int, model_copy: Path, kept: Run, ro
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def test_shards_have_the_same_codes(kept: Run, rows: Path, tmp_path: Path) -> None:
+    model = quantized_by_torchao(tmp_path / "model", shard_size="60KB")
+    assert len(list(model.glob("model-*.safetensors"))) > 2
+    quantize_model(str(model), tmp_path / "run", options(rows))
+    ours, theirs = load_file(tmp_path / "run/quantized" / WEIGHTS), load_file(kept.quantized / WEIGHTS)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_pickles_of_other_kinds_have_them_too(model_copy: Path, kept: Run, rows: Path, tmp_path: Path) -> None:
+    as_pickles(model_copy)
+    path = model_copy / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    state["model.norm.weight"] = torch.nn.Parameter(state["model.norm.weight"])
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    (model_copy / "other.safetensors").write_bytes(b"")
+    quantize_model(str(model_copy), tmp_path / "run", options(rows))
+    ours, theirs = load_file(tmp_path / "run/quantized" / WEIGHTS), load_file(kept.quantized / WEIGHTS)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_model_of_int8_layers_alone_has_no_groups(rows: Path, tmp_path: Path) -> None:
+    model = quantized_by_torchao(tmp_path / "model", linear=INT8, head=INT8)
+    quantize_model(str(model), tmp_path / "run", options(rows))
+    assert frozen.read_scheme(tmp_path / "run/quantized").widths == {8}
+
+
 def test_every_artifact_has_them(kept: Run, rows: Path, tmp_path: Path) -> None:
     run = Run(Path(shutil.copytree(kept.path, tmp_path / "run")))
     qat_edge.export(run, target=["executorch", "onnx", "gguf", "hf"], context_length=64, ptq=("none",))
@@ -188,10 +219,7 @@ def test_settings_of_generation_are_those_of_the_file(model_copy: Path, rows: Pa
 
 
 def test_int8_layers_and_floats_are_named(rows: Path, tmp_path: Path) -> None:
-    int8 = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int8, weight_granularity=PerAxis(0), weight_scale_dtype=torch.bfloat16
-    )
-    model = quantized_by_torchao(tmp_path / "model", layer=int8, head=None)
+    model = quantized_by_torchao(tmp_path / "model", layer=INT8, head=None)
     done = cli("quantize", model, "--out", tmp_path / "run", "--method", "stored", "--calibration-data", rows)
     assert done.exit_code == 0, done.output
     assert "Stored in float, and rounded to int8 here: lm_head" in done.output
@@ -308,12 +336,45 @@ def _as_float32(tensors: dict[str, torch.Tensor], name: str) -> None:
         (lambda tensors: tensors["lm_head._weight_scale"].neg_(), "lm_head.weight has scales that are not positive"),
         (lambda tensors: tensors["lm_head._weight_qdata"].fill_(9), "lm_head.weight has codes from 9 to 9, and int4"),
         (lambda tensors: tensors.pop("lm_head._weight_scale"), "belongs to a quantized tensor that is not whole"),
-        (lambda tensors: tensors.pop("model.norm.weight"), "tensors are missing"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "1 tensor is missing"),
+        (lambda tensors: tensors.update({"lm_head.weight": torch.ones(288, 64)}), "there as codes and as a float"),
+        (
+            lambda tensors: tensors["model.layers.0.self_attn.q_proj._weight_scale"].mul_(2**-30),
+            "int4 with scales below 1.2e-07",
+        ),
     ],
 )
 def test_a_damaged_tensor_is_refused(edit: Any, message: str, model_copy: Path, rows: Path, tmp_path: Path) -> None:
     edit_tensors(model_copy, edit)
     with pytest.raises(ModelError, match=message):
+        quantize_model(str(model_copy), tmp_path / "run", options(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_a_pickle_with_floats_of_another_type_is_refused(
+    dtype: torch.dtype, model_copy: Path, rows: Path, tmp_path: Path
+) -> None:
+    as_pickles(model_copy)
+    path = model_copy / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"model.norm.weight": state["model.norm.weight"].to(dtype)}, path)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is stored as (int8|complex64)"):
+        quantize_model(str(model_copy), tmp_path / "run", options(rows))
+
+
+def test_adapters_of_a_frozen_checkpoint_are_not_left_out(kept: Run, rows: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(kept.quantized, tmp_path / "model"))
+    quantize_model(str(model), tmp_path / "again", options(rows))
+    (model / "adapter").mkdir()
+    (model / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="model/adapter: holds an adapter"):
+        quantize_model(str(model), tmp_path / "run", options(rows))
+
+
+def test_a_shard_that_the_index_does_not_name_is_refused(model_copy: Path, rows: Path, tmp_path: Path) -> None:
+    as_pickles(model_copy, files=2)
+    shutil.copyfile(model_copy / "pytorch_model-00001-of-00002.bin", model_copy / "pytorch_model-00003-of-00003.bin")
+    with pytest.raises(ModelError, match=r"does not name pytorch_model-00003-of-00003\.bin"):
         quantize_model(str(model_copy), tmp_path / "run", options(rows))
 
 

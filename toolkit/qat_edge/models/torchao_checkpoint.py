@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -34,6 +35,8 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Files of such a model on the Hub; its repositories hold exported programs as well.
 PATTERNS = ["*.safetensors", "*.json", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja"]
 INPUT_ROUNDING = "int8_asym_per_token"  # torchao's name for numerics.fake_quantize_activation
+ADAPTER = "adapter"  # folder of a frozen checkpoint with unmerged adapters, see quant.frozen_adapters
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PARTS = ("_qdata", "_scale", "_zero_point")  # end the names of the stored parts of a quantized tensor
 # Raised for files that are damaged, or of another version of torchao.
 READ_ERRORS = (*WRONG_VALUES, OSError, SafetensorError, pickle.UnpicklingError, EOFError)
@@ -67,14 +70,16 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: There are none, or the index of the pickles names others.
     """
     weights_check.refuse_pointers([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if any(folder.glob("*.safetensors")):
+    index, shards = folder / PICKLE_INDEX, sorted(folder.glob("pytorch_model-*-of-*.bin"))
+    names = (weights_check.WEIGHTS, weights_check.INDEX, PICKLE, PICKLE_INDEX)
+    present = [name for name in names if (folder / name).is_file()]
+    if any(name in present for name in names[:2]) or (not present and any(folder.glob("*.safetensors"))):
         return weights_check.check_files(folder)
-    if (folder / PICKLE).is_file():
+    if PICKLE in present:
         return [folder / PICKLE]
-    index = folder / PICKLE_INDEX
-    if not index.is_file():
+    if not present:
         raise ModelError(f"{folder}: has neither *.safetensors nor {PICKLE}. Copy or download the weights.")
-    return weights_check.files_of_index(index, ".bin")
+    return weights_check.indexed_files(index, shards, ".bin")
 
 
 def load_floats(
@@ -96,6 +101,7 @@ def load_floats(
             f"{source}: quantized by torchao, and with code of its own (auto_map in config.json), which is not "
             "supported together. Use the float model it was made from."
         )
+    weights_check.refuse_adapters((path.name for path in folder.glob(f"{ADAPTER}/*")), f"{source}/{ADAPTER}")
     stored, floats = read(folder, source)
     for name, weight in stored.items():
         groups = weight.codes.unflatten(1, (weight.scales.shape[1], -1)).float()
@@ -130,16 +136,27 @@ def read(folder: Path, source: str) -> tuple[dict[str, TorchaoWeight], dict[str,
             positive numbers.
     """
     stored, floats = {}, {}
-    for name, tensor in _state(folder, source).items():
+    for name, entry in _state(folder, source).items():
+        tensor = entry.data if isinstance(entry, nn.Parameter) else entry
+        if not isinstance(tensor, Tensor):
+            raise ModelError(
+                f"{source}: {readers.shorten(name)} is no tensor ({type(tensor).__name__}), and the weights have to be "
+                "a dictionary of tensors by name. Save the model with save_pretrained."
+            )
         if type(tensor) is Tensor:
+            if name.endswith((".weight", ".bias")) and tensor.dtype not in FLOATS:
+                raise ModelError(
+                    f"{source}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no float of "
+                    "16 bits or more. Copy the model again, or use the float model it was made from."
+                )
             floats[name] = tensor
             continue
         module, _, attribute = name.rpartition(".")
         if not isinstance(tensor, IntxUnpackedToInt8Tensor) or attribute != "weight" or tensor.dim() != 2:
             raise ModelError(
-                f"{source}: {name} is a {type(tensor).__name__}, and torchao's IntxUnpackedToInt8Tensor of a matrix is "
-                "read alone, as Int8DynamicActivationIntxWeightConfig and IntxWeightOnlyConfig make it. Use the float "
-                "model it was made from."
+                f"{source}: {name} has the type {type(tensor).__name__}, and torchao's IntxUnpackedToInt8Tensor of a "
+                "matrix is read alone, as Int8DynamicActivationIntxWeightConfig and IntxWeightOnlyConfig make it. Use "
+                "the float model it was made from."
             )
         stored[module] = _stored_weight(tensor, f"{source}: {name}")
     return stored, floats
@@ -175,7 +192,8 @@ def _state(folder: Path, source: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for path in files:
             with _reading(path):
-                part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are none
+                part = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
                 twice = sorted(found.keys() & part.keys())
             if twice:
                 raise ModelError(f"{path}: {readers.shorten(twice[0])} is in another file, too. Copy the model again.")
@@ -192,12 +210,19 @@ def _state(folder: Path, source: str) -> dict[str, Any]:
             described = file.metadata() or {}
             names += readers.parse_json(described.get("tensor_names", "[]"), str(path), ModelError)
             metadata |= described
-    metadata["tensor_names"] = json.dumps(names)
+    # transformers writes the names of all tensors into each file.
+    metadata["tensor_names"] = json.dumps(list(dict.fromkeys(names)))
     with _reading(folder):
         state, left = unflatten_tensor_state_dict(tensors, metadata)
     parts = sorted(key for key in left if key.endswith(PARTS))
     if parts:
-        raise ModelError(f"{source}: {parts[0]} belongs to a quantized tensor that is not whole. Copy the model again.")
+        raise ModelError(
+            f"{source}: {parts[0]} belongs to a quantized tensor that is not whole, or that the files do not describe. "
+            "Copy the model again, or use the float model it was made from."
+        )
+    twice = sorted(state.keys() & left.keys())
+    if twice:
+        raise ModelError(f"{source}: {twice[0]} is there as codes and as a float. Copy the model again.")
     return state | left
 
 

@@ -112,7 +112,7 @@ def check_files(folder: Path) -> list[Path]:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        files = _indexed_files(index, shards)
+        files = indexed_files(index, shards, ".safetensors")
     else:
         found = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[: readers.FEW])
         raise ModelError(
@@ -127,11 +127,16 @@ def check_files(folder: Path) -> list[Path]:
     return files
 
 
-def files_of_index(index: Path, suffix: str) -> list[Path]:
-    """Return the files with weights that an index names, in order. suffix: Of their names.
+def indexed_files(index: Path, shards: Sequence[Path], suffix: str) -> list[Path]:
+    """Return the files with weights that an index names, in order.
+
+    Args:
+        index: The index.
+        shards: Files with weights that are there, all of which it has to name.
+        suffix: Of their names.
 
     Raises:
-        ModelError: It is no index, or names a file that is not there.
+        ModelError: It is no index, names a file that is not there, or does not name one that is.
     """
     document = readers.parse_json(readers.read_text(index, ModelError), str(index), ModelError)
     names = document.get("weight_map") if isinstance(document, dict) else None
@@ -148,12 +153,6 @@ def files_of_index(index: Path, suffix: str) -> list[Path]:
             f"{index.parent}: {len(missing)} of the {len(files)} files that {index.name} names are missing "
             f"({readers.first_few(missing)}). Copy or download them."
         )
-    return files
-
-
-def _indexed_files(index: Path, shards: Sequence[Path]) -> list[Path]:
-    """Return the safetensors files that an index names, if it names all shards."""
-    files = files_of_index(index, ".safetensors")
     left_out = [path.name for path in shards if path not in files]
     if left_out:
         raise ModelError(

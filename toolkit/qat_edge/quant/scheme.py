@@ -201,7 +201,7 @@ def choose_scheme(
 
     weights = _default_weights(model, group_size, table_bits, default, ends, encodes)
     _require_quantizable(model, weights)
-    _require_group_size(model, group_size, weights, ends)
+    _require_group_size(model, group_size, weights, ends, bits or {})
     _override(model, bits or {}, weights, ends, group_size, default.levels)
     if encodes:
         _require_no_2_bits(model, weights)
@@ -317,11 +317,17 @@ def _require_quantizable(model: PreTrainedModel, weights: Mapping[str, WeightSch
 
 
 def _require_group_size(
-    model: PreTrainedModel, group_size: int, weights: Mapping[str, WeightScheme], ends: _Ends
+    model: PreTrainedModel,
+    group_size: int,
+    weights: Mapping[str, WeightScheme],
+    ends: _Ends,
+    bits: Mapping[str, int],
 ) -> None:
-    """Refuse a group size that no linear layer between the ends can have."""
-    linears = (spec for name, spec in weights.items() if name not in ends.names)
-    if any(spec.has_groups and spec.group_size == group_size for spec in linears):
+    """Refuse a group size that no linear layer between the ends can have, unless `bits` leaves none with groups."""
+    linears = {name: spec for name, spec in weights.items() if name not in ends.names}
+    if any(spec.has_groups and spec.group_size == group_size for spec in linears.values()):
+        return
+    if all(bits.get(name) == PER_CHANNEL for name in linears):
         return
     widths = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
     default = "the default " if group_size == DEFAULT_GROUP_SIZE else ""

@@ -56,8 +56,12 @@ class StoredCodes:
         """
         for name, weight in self.weights.items():
             spec = scheme.weights.get(name)
-            found = None if spec is None else (spec.bits, spec.group_size)
-            if found != (weight.bits, weight.group_size):
+            if spec is None:
+                raise ModelError(
+                    f"{name} is stored as codes, and the model has no linear layer or embedding of that name. Save the "
+                    f"model again with its head, under the names of its class. {ANOTHER}"
+                )
+            if (spec.bits, spec.group_size) != (weight.bits, weight.group_size):
                 raise ModelError(
                     f"{name} is stored as int{weight.bits} in groups of {weight.group_size}, which no scheme of "
                     f"qat-edge has for it next to the other weights. {ANOTHER}"
@@ -86,8 +90,10 @@ def read_stored_codes(identity: load.ModelIdentity, model: PreTrainedModel) -> S
     stored = {name: _with_usable_scales(weight) for name, weight in stored.items()}
     names = {id(module): name for name, module in model.named_modules()}
     ends = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
-    if shares_table(model) and ends[0] in stored:
-        stored.setdefault(ends[1], stored[ends[0]])
+    # One name is enough for a table that both share.
+    for name, other in (ends, ends[::-1]) if shares_table(model) else ():
+        if name in stored:
+            stored.setdefault(other, stored[name])
     for name, weight in stored.items():
         _require_form(name, weight)
 
@@ -125,6 +131,8 @@ def _require_form(name: str, weight: TorchaoWeight) -> None:
         fault = f"int8 in groups of {group}, and int8 with one scale a row is kept"
     elif weight.bits != PER_CHANNEL and group not in GROUP_SIZES:
         fault = f"int4 in groups of {group}, and groups of {', '.join(map(str, GROUP_SIZES))} are kept"
+    elif float(weight.scales.min()) < torch.finfo(torch.float32).eps:
+        fault = f"int{weight.bits} with scales below {torch.finfo(torch.float32).eps:.2g}, the least that is kept"
     elif not torch.equal(numerics.representable(weight.scales), weight.scales):
         fault = (
             f"int{weight.bits} with scales that bfloat16 does not hold, as runtimes store them (torchao's "
