@@ -77,9 +77,13 @@ def test_executorch_on_arm_computes_what_was_frozen(
 ) -> None:
     expected, floor_db = exact
     arm, x86 = scored(run, "executorch", str(PYTHON)), scored(run, "executorch", None)
-    print_figures(request, arm_x86=sqnr_db(x86, arm), arm_frozen=sqnr_db(expected, arm), disturbed=floor_db)
-    assert sqnr_db(expected, arm) > floor_db - SLACK_DB
+    print_figures(
+        request, arm_x86=sqnr_db(x86, arm), arm_frozen=sqnr_db(expected, arm), x86_frozen=sqnr_db(expected, x86),
+        disturbed=floor_db,
+    )  # fmt: skip
+    # Where XNNPACK moves an input to another code than torch, it does so on both.
     assert sqnr_db(x86, arm) > floor_db - SLACK_DB
+    assert sqnr_db(expected, arm) > min(floor_db, sqnr_db(expected, x86)) - SLACK_DB
 
 
 def test_onnx_on_arm_rounds_inputs_per_token_and_on_x86_per_block(
@@ -96,6 +100,5 @@ def test_onnx_on_arm_rounds_inputs_per_token_and_on_x86_per_block(
         request, arm_x86=sqnr_db(x86, arm), arm_per_token=sqnr_db(expected, arm), arm_per_block=sqnr_db(per_block, arm),
         x86_per_token=sqnr_db(expected, x86), x86_per_block=sqnr_db(per_block, x86), disturbed=floor_db,
     )  # fmt: skip
-    assert sqnr_db(expected, arm) > floor_db - SLACK_DB
-    assert sqnr_db(expected, arm) > sqnr_db(per_block, arm)
+    assert sqnr_db(expected, arm) > sqnr_db(per_block, arm) + SLACK_DB
     assert sqnr_db(per_block, x86) > sqnr_db(expected, x86)
