@@ -135,6 +135,11 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
 
 
+def assert_equal_tensors(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def cli(*arguments: object) -> Result:
     return CliRunner().invoke(commands.main, [str(argument) for argument in arguments])
 
@@ -168,16 +173,14 @@ def test_the_function_is_that_of_transformers(rows: Path, tmp_path: Path) -> Non
 def test_pickles_have_the_same_codes(files: int, model_copy: Path, kept: Run, rows: Path, tmp_path: Path) -> None:
     as_pickles(model_copy, files)
     quantize_model(str(model_copy), tmp_path / "run", options(rows))
-    ours, theirs = load_file(tmp_path / "run/quantized" / WEIGHTS), load_file(kept.quantized / WEIGHTS)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_tensors(tmp_path / "run/quantized", kept.quantized)
 
 
 def test_shards_have_the_same_codes(kept: Run, rows: Path, tmp_path: Path) -> None:
     model = quantized_by_torchao(tmp_path / "model", shard_size="60KB")
     assert len(list(model.glob("model-*.safetensors"))) > 2
     quantize_model(str(model), tmp_path / "run", options(rows))
-    ours, theirs = load_file(tmp_path / "run/quantized" / WEIGHTS), load_file(kept.quantized / WEIGHTS)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_tensors(tmp_path / "run/quantized", kept.quantized)
 
 
 def test_pickles_of_other_kinds_have_them_too(model_copy: Path, kept: Run, rows: Path, tmp_path: Path) -> None:
@@ -188,8 +191,7 @@ def test_pickles_of_other_kinds_have_them_too(model_copy: Path, kept: Run, rows:
     torch.save(state, path, _use_new_zipfile_serialization=False)
     (model_copy / "other.safetensors").write_bytes(b"")
     quantize_model(str(model_copy), tmp_path / "run", options(rows))
-    ours, theirs = load_file(tmp_path / "run/quantized" / WEIGHTS), load_file(kept.quantized / WEIGHTS)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert_equal_tensors(tmp_path / "run/quantized", kept.quantized)
 
 
 def test_a_model_of_int8_layers_alone_has_no_groups(rows: Path, tmp_path: Path) -> None:
@@ -254,8 +256,7 @@ def test_adapters_are_trained_next_to_them(kept: Run, rows: Path, tmp_path: Path
     given = {"frozen_base": str(kept.path), "data": str(rows), "steps": 2, "batch_size": 2, "track": ()}
     trained = Run.open(finetune(config.load(FinetuneOptions, "finetune", None, given), tmp_path / "run").run)
     quantize(trained, QuantizeOptions())
-    base, adapted = load_file(kept.quantized / WEIGHTS), load_file(trained.quantized / WEIGHTS)
-    assert base.keys() == adapted.keys() and all(torch.equal(base[name], adapted[name]) for name in base)
+    assert_equal_tensors(trained.quantized, kept.quantized)
 
 
 # --- numbers that are rounded anew ---------------------------------------------------------------------------

@@ -172,6 +172,12 @@ def test_a_key_that_changes_the_function_elsewhere_is_refused(model_copy: Path, 
         load_model(str(model_copy))
 
 
+def test_layers_with_settings_of_their_own_are_refused(model_copy: Path) -> None:
+    edit_config(model_copy, per_layer_config={"0": {"hidden_act": "relu"}})
+    with pytest.raises(ModelError, match=r"llama: its layers differ in hidden_act \(per_layer_config\)"):
+        load_model(str(model_copy))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

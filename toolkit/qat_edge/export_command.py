@@ -12,7 +12,7 @@ from qat_edge.options import DEFAULT_CONTEXT
 from qat_edge.quant.ptq.method_names import RENAMED_METHODS
 from qat_edge_exporters.targets import NEUTRAL, TARGETS, Target
 
-# Names inside a run folder; `run` has them as paths.
+# Names inside a run folder, which `run` makes paths of.
 EXPORTS, PTQ, COMPARE, CONFIG, SCHEMA = "exports", "ptq", "compare", "config.yaml", "schema.json"
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
-from qat_edge.export_command import export_again
+from qat_edge.export_command import CONFIG, EXPORTS, PTQ, SCHEMA, export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
 from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS, TITLES
 
@@ -55,7 +55,7 @@ class Variant:
 
     @property
     def exports(self) -> Path:
-        return self.path / "exports"
+        return self.path / EXPORTS
 
     def targets(self) -> list[str]:
         """Return the names of the targets exported so far, sorted."""
@@ -140,7 +140,7 @@ class Run(Variant):
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def adapter(self) -> Path:
@@ -166,7 +166,7 @@ class Run(Variant):
     @property
     def schema(self) -> Path:
         """Schema of the answers, which the exports have copies of."""
-        return self.path / "schema.json"
+        return self.path / SCHEMA
 
     @property
     def verified(self) -> Path:
@@ -212,7 +212,7 @@ class Run(Variant):
 
     @property
     def ptq_folder(self) -> Path:
-        return self.path / "ptq"
+        return self.path / PTQ
 
     def ptq(self, method: str) -> Variant:
         """Return the FP32 fine-tune quantized by `method` without training; its folder may not exist yet."""

@@ -30,12 +30,13 @@ from qat_edge.models.hub import one_line
 from qat_edge.models.load_config import WRONG_VALUES
 from qat_edge.models.tokenizer import GENERATION_CONFIG
 from qat_edge.models.weights_check import LoadReport
+from qat_edge.quant import numerics
+from qat_edge.quant.frozen import INPUT_ROUNDING
+from qat_edge.quant.frozen_adapters import ADAPTER
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Files of such a model on the Hub; its repositories hold exported programs as well.
 PATTERNS = ["*.safetensors", "*.json", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja"]
-INPUT_ROUNDING = "int8_asym_per_token"  # torchao's name for numerics.fake_quantize_activation
-ADAPTER = "adapter"  # folder of a frozen checkpoint with unmerged adapters, see quant.frozen_adapters
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PARTS = ("_qdata", "_scale", "_zero_point")  # end the names of the stored parts of a quantized tensor
 # Raised for files that are damaged, or of another version of torchao.
@@ -104,8 +105,7 @@ def load_floats(
     weights_check.refuse_adapters((path.name for path in folder.glob(f"{ADAPTER}/*")), f"{source}/{ADAPTER}")
     stored, floats = read(folder, source)
     for name, weight in stored.items():
-        groups = weight.codes.unflatten(1, (weight.scales.shape[1], -1)).float()
-        floats[f"{name}.weight"] = (groups * weight.scales.unsqueeze(-1)).flatten(1)
+        floats[f"{name}.weight"] = numerics.dequantize(weight.codes, weight.scales)
 
     progress.info(
         f"{source}: quantized by torchao; its {len(stored)} quantized weights are read as the numbers that their codes "

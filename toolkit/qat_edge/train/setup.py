@@ -144,8 +144,9 @@ def prepare_training(
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
     weights = _untie_trained_head(choose_scheme(), options)
     _report_scheme(model, weights)
-    start = None if stored is None else stored.start(weights)
-    start = start if frozen_base is None else frozen_base.start
+    # A frozen base of stored codes has their scales already.
+    stored_start = None if stored is None else stored.start(weights)
+    start = stored_start if frozen_base is None else frozen_base.start
 
     metadata = _metadata(options, task, identity, rows, eval_rows)
     for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
