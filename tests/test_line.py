@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from click.testing import CliRunner
 from conftest import relist, train_run
 from qat_edge.cli import commands
 from qat_edge.diagnose.error_budget import FROZEN, HOST, PARTS, TRAINED, inputs_rounded_without, part_unquantized
-from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, Rounding, emulate_rounding
+from qat_edge.diagnose.runtime_rounding import BLOCKS, Rounding, emulate_rounding
 from qat_edge.errors import ArtifactError, RunError
 from qat_edge.evaluate import results
 from qat_edge.evaluate.reference import disturbed, load_dequantized, load_exact
@@ -40,6 +39,7 @@ from qat_edge.verbs.export import export
 from qat_edge.verbs.generate import generate
 from qat_edge.verbs.validate import Validated, validate
 from qat_edge.verbs.verify import require_equal, verify, verify_folder
+from qat_edge_devices.processor import Processor, this_processor
 from qat_edge_exporters.onnx import graph_file
 from qat_edge_exporters.targets import target_named
 
@@ -392,7 +392,7 @@ def test_the_error_budget_has_every_step(report: results.Report) -> None:
     assert [budget.target for budget in report.budgets] == list(TARGETS)
     for budget in report.budgets:
         steps = {step.name: step for step in budget.steps}
-        blocks = [BLOCKS] if budget.target == "onnx" and platform.machine().lower() in X86 else []
+        blocks = [BLOCKS] if budget.target == "onnx" and this_processor() is Processor.X86 else []
         assert list(steps) == ["FP32 base", "FP32 fine-tuned", TRAINED, FROZEN, *blocks, HOST]
         # The trained forward and the frozen checkpoint are equal, bit for bit.
         assert steps[FROZEN].change == results.Agreement(report.tokens, 0.0, 1.0, None)

@@ -13,6 +13,7 @@ The modules in the order in which `validate --device ssh:...` goes through them:
     shell.py             POSIX shell scripts sent to a device, and their encoding
     remote.py            the transport of ssh and adb: send files through a cache by sha256, run programs, pull results
     process.py           start local programs (ssh and adb among them) so that they end with their children
+    processor.py         kinds of processors that runtimes treat differently
     local.py             the transport of this machine
     browser_transport.py the transport of headless Chromium on this machine, where a program is a page
     chromium.py          find Chromium, start it with a profile of its own, measure and end its processes

@@ -31,6 +31,7 @@ from qat_edge_devices.device_errors import (
 from qat_edge_devices.local import LocalTransport
 from qat_edge_devices.onnxruntime_web import cache_folder, fetch_archive
 from qat_edge_devices.page_server import PageEnd, PageServer
+from qat_edge_devices.processor import Processor
 from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, work_path
 
 OPENS_S = 60.0  # from the start of Chromium to the page's first sign of life
@@ -186,6 +187,7 @@ class BrowserTransport:
         return dataclasses.replace(
             info,
             machine="webgpu" if self._has_gpu else "wasm32",
+            processor=Processor.OTHER if self._has_gpu else Processor.WASM,
             bits=32,
             os=f"{self.version} on {info.os}",
             free_memory_bytes=ADDRESS_SPACE_BYTES if free is None else min(free, ADDRESS_SPACE_BYTES),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qat_edge_devices.device_errors import TransportError, UnknownNameError
 from qat_edge_devices.process import Launcher
+from qat_edge_devices.processor import CPUINFO, proc_value, this_processor
 from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, parse_kilobytes, work_path
 
 
@@ -68,12 +69,13 @@ class LocalTransport:
         # macOS has no /proc: the platform module has a name of the processor there, and free memory stays unknown.
         return DeviceInfo(
             machine=platform.machine(),
-            cpu_model=_proc_value("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
+            cpu_model=proc_value(CPUINFO, "model name") or platform.processor() or "unknown",
             cores=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             os=platform.platform(),
+            processor=this_processor(),
             bits=64 if sys.maxsize > 2**32 else 32,
-            free_memory_bytes=parse_kilobytes(_proc_value("/proc/meminfo", "MemAvailable") or ""),
+            free_memory_bytes=parse_kilobytes(proc_value(Path("/proc/meminfo"), "MemAvailable") or ""),
             free_disk_bytes=shutil.disk_usage(self.folder).free,
         )
 
@@ -103,16 +105,3 @@ def _link(source: Path, target: Path) -> None:
         # Another file system, or one without hard links. Not a symbolic link: onnxruntime refuses weights whose path
         # resolves to outside the model's folder.
         shutil.copyfile(source, target)
-
-
-def _proc_value(path: str, key: str) -> str | None:
-    """Return the first value of `key` in a "key : value" file of /proc, or None."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return None

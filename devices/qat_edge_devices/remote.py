@@ -38,12 +38,14 @@ from qat_edge_devices.device_errors import (
     command_line,
 )
 from qat_edge_devices.process import Feed
+from qat_edge_devices.processor import processor_of
 from qat_edge_devices.session import SCRIPT_TIMEOUT_S, Session
 from qat_edge_devices.shell import Script
 from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, parse_kilobytes, work_path
 
 CACHE_BYTES = 64 * 1024  # smaller files are sent each time
 MARGIN_BYTES = 32 * 1024**2  # disk space to keep free, for requests and results
+DOT_PRODUCT = {"yes": True, "no": False}  # answers of shell.MACHINE_INFO
 SAMPLED_BLOCKS = 8  # per file; some differ if weights were trained again
 SLOWEST_BYTES_PER_S = 100_000  # a slower transfer is aborted
 SLOWEST_DISK_BYTES_PER_S = 5_000_000  # a memory card, read or copied
@@ -365,6 +367,7 @@ class RemoteTransport(Session):
             cores=device_data.whole_number(cores) or 1,
             memory_bytes=_memory_bytes(first.get("memory_total", "")),
             os=", ".join([*values.get("os", []), first.get("kernel", "")]),
+            processor=processor_of(first.get("machine", ""), DOT_PRODUCT.get(first.get("dot_product", ""))),
             bits=device_data.whole_number(bits),
             free_memory_bytes=parse_kilobytes(first.get("memory_free", "")),
             free_disk_bytes=_free_disk_bytes(first.get("disk", "")),

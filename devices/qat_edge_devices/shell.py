@@ -170,6 +170,8 @@ report bits "$(getconf LONG_BIT 2>/dev/null)"
 report kernel "$(uname -sr)"
 report cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)"
 report os "$(. /etc/os-release 2>/dev/null && printf %s "$PRETTY_NAME")"
+if grep -q '^Features' /proc/cpuinfo 2>/dev/null
+then report dot_product "$(grep -q '^Features.* asimddp' /proc/cpuinfo && echo yes || echo no)"; fi
 report memory_total "$(grep MemTotal: /proc/meminfo 2>/dev/null || sysctl -n hw.memsize 2>/dev/null)"
 report memory_free "$(grep MemAvailable: /proc/meminfo 2>/dev/null)"
 grep -E '^(model name|Hardware|Model)[[:space:]]*:' /proc/cpuinfo 2>/dev/null | sort -u | while IFS= read -r line

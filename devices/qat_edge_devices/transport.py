@@ -13,6 +13,7 @@ from typing import Protocol
 
 from qat_edge_devices.device_data import whole_number
 from qat_edge_devices.device_errors import TransportError
+from qat_edge_devices.processor import Processor
 
 SIGNAL_BASE = 128  # a shell reports a program that signal N ended as exit code 128 + N
 
@@ -49,6 +50,7 @@ class DeviceInfo:
         cores: number of CPUs.
         memory_bytes: installed memory.
         os: operating system and kernel.
+        processor: its kind.
         bits: address size of its programs, 32 or 64.
         free_memory_bytes: memory available now.
         free_disk_bytes: space available now on the disk with the work folder.
@@ -59,6 +61,7 @@ class DeviceInfo:
     cores: int
     memory_bytes: int
     os: str
+    processor: Processor = Processor.OTHER
     bits: int | None = None
     free_memory_bytes: int | None = None
     free_disk_bytes: int | None = None

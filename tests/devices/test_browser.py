@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,8 +27,8 @@ from browser_fixtures import chromium_or_skip
 from onnx import TensorProto, helper
 from summing_model import PEAK, VOCABULARY, greedy, summing_graph, sums, write_onnx
 
-from qat_edge.diagnose.error_budget import IN_BROWSER, _reference_key
-from qat_edge.diagnose.runtime_rounding import FLOAT, WASM, emulate_rounding, rounding_of
+from qat_edge.diagnose.error_budget import _processors, _reference_key
+from qat_edge.diagnose.runtime_rounding import FLOAT, emulate_rounding, rounding_of
 from qat_edge.errors import UsageError
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import require_runtimes, run_on_devices
@@ -50,6 +49,7 @@ from qat_edge_devices.device_errors import (
 )
 from qat_edge_devices.mock import MockTransport
 from qat_edge_devices.page_server import PageEnd, PageServer
+from qat_edge_devices.processor import Processor, this_processor
 from qat_edge_devices.runtimes import agent_runtime
 from qat_edge_devices.transport import Access, CompletedProgram
 from tests.exporters.tiny import MIXED, export_to, freeze, llama, sqnr
@@ -336,7 +336,7 @@ def test_the_logits_are_those_of_the_frozen_weights_with_float_inputs(
     runtime.prepare(folder)
     (logits,) = [torch.from_numpy(np.load(scored.logits)) for scored in runtime.score([ids], decode_from=6)]
 
-    rounding = rounding_in_browser(folder).on(page.info().machine)
+    rounding = rounding_in_browser(folder).on(page.info().processor)
     assert rounding.name == FLOAT
     model, names = reference.load_dequantized(tmp_path / "frozen")
     with torch.no_grad(), emulate_rounding(model, names, rounding):
@@ -351,9 +351,9 @@ def test_the_logits_are_those_of_the_frozen_weights_with_float_inputs(
 def rounding_in_browser(folder: Path) -> Any:
     found = rounding_of(folder, "onnx", int8_cache=False)
     assert found is not None
-    budget: Any = SimpleNamespace(roundings={"onnx": found}, expected={})
-    assert _reference_key(budget, "onnx", WASM[0]) == f"onnx{IN_BROWSER}"
-    assert _reference_key(budget, "onnx", "x86_64") == "onnx" and _reference_key(budget, "onnx", "aarch64") == ""
+    assert _processors(["browser"]) == {this_processor(), Processor.WASM}
+    keys = [_reference_key("onnx", found, each) for each in (Processor.X86, Processor.WASM)]
+    assert keys == ["onnx", "onnx, WebAssembly"]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,12 +16,13 @@ from conftest import train_run
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import fault_test, locate_fault
 from qat_edge.diagnose.error_budget import DEVICE, FROZEN, HOST, TRAINED
-from qat_edge.diagnose.runtime_rounding import BLOCKS, X86, artifact_rounding
+from qat_edge.diagnose.runtime_rounding import BLOCKS, artifact_rounding
 from qat_edge.evaluate import results
 from qat_edge.options import ExportOptions, ValidateOptions
 from qat_edge.run import Run
 from qat_edge.verbs.export import export
 from qat_edge.verbs.validate import validate_devices
+from qat_edge_devices.processor import Processor, this_processor
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_last_step_is_the_device(run: Run, dut: DeviceUnderTest, also_here: 
     report = done.reports[-1]
     (budget,) = report.budgets
     steps = {step.name: step for step in budget.steps}
-    blocks = [BLOCKS] if platform.machine().lower() in X86 else []
+    blocks = [BLOCKS] if this_processor() is Processor.X86 else []
     assert list(steps) == ["FP32 base", "FP32 fine-tuned", TRAINED, FROZEN, *blocks, HOST, DEVICE]
     # The device is this machine: the same runtime computes the same bits.
     assert steps[DEVICE].change == results.Agreement(report.tokens, 0.0, 1.0, None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from conftest import make_model, make_tokenizer
 from qat_edge.diagnose.runtime_rounding import Rounding, emulate_rounding
+from qat_edge_devices.processor import Processor
 
 
 def rounded_input(width: int, rounding: Rounding, x: Tensor) -> Tensor:
@@ -52,10 +53,12 @@ def test_an_int8_cache_rounds_what_attention_reads_until_the_block_ends() -> Non
     assert 0 < float((first - before[:, :1]).abs().max()) < float(before.abs().max()) / 20
 
 
-def test_rounding_applies_to_the_named_architectures_only() -> None:
-    blocks = Rounding("blocks", machines=("x86_64", "amd64"))
-    assert [blocks.applies(m) for m in ("x86_64", "AMD64", "aarch64")] == [True, True, False]
-    assert Rounding("cache", int8_cache=True).applies("aarch64")
+def test_other_processors_can_have_another_rounding() -> None:
+    on_arm = Rounding("arm", {"head": 32})
+    blocks = Rounding("blocks", {"layer": 32, "head": 32}, others={Processor.ARM: on_arm, Processor.OTHER: Rounding()})
+    assert blocks.on(Processor.X86) is blocks and blocks.on(Processor.ARM) is on_arm
+    assert blocks.on(Processor.OTHER).is_as_trained and not blocks.is_as_trained
+    assert not Rounding("cache", int8_cache=True).on(Processor.ARM).is_as_trained
 
 
 def test_half_steps_multiply_the_sums_of_the_input_in_float() -> None:
@@ -67,13 +70,11 @@ def test_half_steps_multiply_the_sums_of_the_input_in_float() -> None:
     model = nn.Module()
     model.layer = nn.Linear(64, 16, bias=False)
     model.layer.weight.data = (integers + 0.5) * by_weight
-    rounding = Rounding("blocks", {"layer": 32}, machines=("x86_64",), half_steps={"layer": scales / 2})
-    for machine in ("x86_64", "aarch64"):
-        applied = rounding.on(machine)
+    for blocks in ({"layer": 32}, {}):
+        applied = Rounding("2 bits", blocks, half_steps={"layer": scales / 2})
         rounded = rounded_input(64, replace(applied, half_steps={}), x)
         with torch.no_grad(), emulate_rounding(model, ["layer"], applied):
             found = model.layer(x)
         sums = x.unflatten(-1, (2, 32)).sum(-1)
         torch.testing.assert_close(found, rounded @ (integers * by_weight).T + sums @ (scales / 2).T)
         assert not model.layer._forward_hooks and not model.layer._forward_pre_hooks
-    assert rounding.on("aarch64").blocks == {} and rounding.on("x86_64") is rounding

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from qat_edge.models import artifact_options, tasks
 from qat_edge.models.tasks import ModelTask, SentenceEncoder, SequenceClassifier
 from qat_edge.quant import frozen
 from qat_edge.verbs.verify import verify_folder
+from qat_edge_devices.processor import this_processor
 from qat_edge_exporters.executorch.pte.inspection import inspect
 from qat_edge_exporters.targets import target_named
 
@@ -79,7 +79,7 @@ def text(length: int) -> tuple[Tensor, Tensor]:
 @contextmanager
 def rounding_as(exported: TinyExport, target: str) -> Iterator[Any]:
     """Yield the frozen model, rounding as the target's runtime does on this machine."""
-    rounding = (rounding_of(exported.folder, target, int8_cache=False) or Rounding()).on(platform.machine())
+    rounding = (rounding_of(exported.folder, target, int8_cache=False) or Rounding()).on(this_processor())
     if not rounding.blocks:  # as training does
         with torch.no_grad():
             yield frozen.load(exported.frozen)

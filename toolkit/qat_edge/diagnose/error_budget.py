@@ -12,7 +12,6 @@ Logits are streamed by sequence: memory does not grow with the evaluation data, 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from qat_edge import progress
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.diagnose import fault_test
 from qat_edge.diagnose.fault_test import Errors
-from qat_edge.diagnose.runtime_rounding import WASM, Rounding, artifact_rounding, emulate_rounding
+from qat_edge.diagnose.runtime_rounding import Rounding, artifact_rounding, emulate_rounding
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.devices import LOCAL, transport_name
 from qat_edge.evaluate.evaluator import FLOOR_TOKENS, Evaluator, as_agreement
@@ -39,6 +38,7 @@ from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
 from qat_edge_devices import open_transport
 from qat_edge_devices.device_errors import DeviceLayerError
+from qat_edge_devices.processor import Processor, this_processor
 from qat_edge_devices.transport import Transport
 from qat_edge_exporters.targets import target_named
 
@@ -51,8 +51,9 @@ PARTS = ("weights", "activations", "embedding", "head")
 SEEDS = 3  # of the noise floor
 TRAINED, FROZEN = "trained forward, fake-quantized", "frozen checkpoint"
 HOST, DEVICE = "artifact on this machine", "artifact on the device"
-ELSEWHERE = " elsewhere"  # ends a target's key of the reference for machines whose runtime rounds inputs as trained
-IN_BROWSER = " in WebAssembly"  # ends it for browsers
+# Transport -> kinds of processors behind it; others can have each of REMOTE, which shows when they are connected.
+PROCESSORS = {"browser": {Processor.WASM}, "browser-webgpu": {Processor.OTHER}}
+REMOTE = {Processor.X86, Processor.ARM, Processor.ARM_WITHOUT_DOT_PRODUCT, Processor.OTHER}
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class TorchBudget:
         steps: from the base model to the frozen checkpoint.
         frozen_divergence: see `Budget`.
         prompts: of the fault test.
-        expected: reference of the fault test by target whose runtime rounds differently; "" for as trained. With 2-bit
-            half steps there is one for machines that round inputs as trained, too: the target's name and `ELSEWHERE`;
-            and with a browser among the devices, the target's name and `IN_BROWSER`.
+        expected: references of the fault test, by `_reference_key`; "" for as trained.
         parts: see `Budget`.
         floor: see `Budget`.
         floor_nats: see `Budget`.
@@ -127,11 +126,12 @@ def compute_torch_budget(
     # The fault test compares with the checkpoint as trained, and as each runtime rounds it.
     prompts = fault_test.short_prompts(evaluator.eval_set.sequences)
     roundings = _runtime_roundings(run, targets)
-    # Half steps are computed in float on every machine, whatever it does with inputs.
-    elsewhere = {f"{key}{ELSEWHERE}": one.on("") for key, one in roundings.items() if one.half_steps}
-    browsers = roundings if any(transport_name(each) == "browser" for each in evaluator.options.device) else {}
-    in_browser = {f"{key}{IN_BROWSER}": one.on(WASM[0]) for key, one in browsers.items() if one.float_machines}
-    references = {"": Rounding(), **roundings, **elsewhere, **in_browser}
+    references = {
+        _reference_key(target, rounding, processor): rounding.on(processor)
+        for target, rounding in roundings.items()
+        for processor in _processors(evaluator.options.device)
+    }
+    references[""] = Rounding()
     return TorchBudget(
         steps=steps + checkpoint_steps,
         frozen_divergence=frozen_divergence,
@@ -165,7 +165,8 @@ def score_on_this_machine(run: Run, evaluator: Evaluator, targets: Iterable[str]
 def run_fault_test(run: Run, evaluator: Evaluator, torch: TorchBudget, target: str, transport: Transport) -> FaultTest:
     """Test whether the run's own artifact on a device differs from the frozen checkpoint by more than rounding."""
     # The reference rounds as the runtime does on that device's processor.
-    expected = torch.expected[_reference_key(torch, target, transport.info().machine)]
+    rounding = torch.roundings.get(target, Rounding())
+    expected = torch.expected[_reference_key(target, rounding, transport.info().processor)]
 
     prompts = replace(evaluator, eval_set=replace(evaluator.eval_set, sequences=torch.prompts))
     scored = prompts.score_artifact(run.exports / target, target, transport, fault_test.DECODED_FROM)
@@ -173,14 +174,17 @@ def run_fault_test(run: Run, evaluator: Evaluator, torch: TorchBudget, target: s
     return fault_test.compare_errors(errors, expected.noise)
 
 
-def _reference_key(torch: TorchBudget, target: str, machine: str) -> str:
-    """Return the key in `TorchBudget.expected` of a target's artifact on a machine of that architecture."""
-    rounding = torch.roundings.get(target)
-    if rounding is not None and machine in rounding.float_machines:
-        return f"{target}{IN_BROWSER}"
-    if rounding is not None and rounding.applies(machine):
-        return target
-    return f"{target}{ELSEWHERE}" if f"{target}{ELSEWHERE}" in torch.expected else ""
+def _processors(devices: Iterable[str]) -> set[Processor]:
+    """Return the kinds of processors that devices can have, given as --device names them."""
+    names = {transport_name(device) for device in devices} - {LOCAL}
+    return {this_processor()}.union(*(PROCESSORS.get(name, REMOTE) for name in names))
+
+
+def _reference_key(target: str, rounding: Rounding, processor: Processor) -> str:
+    """Return the key in `TorchBudget.expected` of a target's artifact on a processor of that kind."""
+    if rounding.on(processor).is_as_trained:
+        return ""
+    return f"{target}, {processor}" if processor in rounding.others else target
 
 
 def budget(evaluator: Evaluator, torch: TorchBudget, target: str, device: str, result: FaultTest) -> Budget:
@@ -196,7 +200,7 @@ def budget(evaluator: Evaluator, torch: TorchBudget, target: str, device: str, r
     # The logits of every state from the frozen checkpoint on, in order.
     stores = {FROZEN: evaluator.frozen_logits}
     if target in torch.rounded:
-        stores[torch.roundings[target].name] = torch.rounded[target]
+        stores[torch.roundings[target].on(this_processor()).name] = torch.rounded[target]
     here = evaluator.artifact_logits(LOCAL, target)
     if len(list(here.folder.iterdir())) == len(evaluator.eval_set.sequences):  # else it failed on this machine
         stores[HOST] = here
@@ -310,12 +314,13 @@ def _rounded_logits(run: Run, evaluator: Evaluator, roundings: Mapping[str, Roun
     """Compute the frozen checkpoint's logits with each rounding that runtimes apply on this machine."""
     stores: dict[str, LogitStore] = {}
     for target, rounding in roundings.items():
-        # Between checkpoint and artifact on this machine: elsewhere its runtime may round as trained.
-        if not rounding.applies(platform.machine()):
+        # Between checkpoint and artifact on this machine: elsewhere its runtime may round otherwise.
+        here = rounding.on(this_processor())
+        if here.is_as_trained:
             continue
         stores[target] = LogitStore(evaluator.scratch / f"rounded-{target}")
         model, names = reference.load_dequantized(run.quantized)
-        with emulate_rounding(model, names, rounding):
+        with emulate_rounding(model, names, here):
             reference.score(model, evaluator.eval_set.sequences, stores[target], lambda done: None)
     return stores
 

@@ -122,18 +122,18 @@ def locate_on_prompts(
 
     # An artifact that cannot be traced, or a device that fails, leaves the location unknown.
     try:
-        machine = transport.info().machine
+        processor = transport.info().processor
         traced = trace_artifact(folder, target, traced_ids, transport, threads)
     except CancelledError:
         raise
     except (ArtifactError, DeviceLayerError) as error:
         return Localization(None, str(error))
 
-    # Compare with the checkpoint, rounding as the runtime does on that machine.
+    # Compare with the checkpoint, rounding as the runtime does on that processor.
     traces = [{name: (_tensor(p.inputs), _tensor(p.outputs)) for name, p in modules.items()} for modules in traced]
     model, rounded = reference.load_dequantized(quantized)
     every_linear = traces[0].keys() >= set(rounded)
-    with _ONE, emulate_rounding(model, rounded, rounding.on(machine)):
+    with _ONE, emulate_rounding(model, rounded, rounding.on(processor)):
         candidates = list(zip(traced_ids, traces, strict=True))
         return Localization(fault_test.find_divergence(model, candidates, every_linear))
 

@@ -23,7 +23,6 @@ No evaluation data is needed. The torch side is computed once for all artifacts 
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -57,6 +56,7 @@ from qat_edge_devices.device_errors import (
     MissingPackageError,
     UnsupportedDeviceError,
 )
+from qat_edge_devices.processor import this_processor
 from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def _measure_decoder(
 
 def _rounding_here(rounding: Rounding | None) -> Rounding:
     """Return how a runtime rounds on this machine."""
-    return Rounding() if rounding is None else rounding.on(platform.machine())
+    return Rounding() if rounding is None else rounding.on(this_processor())
 
 
 @dataclass(frozen=True)

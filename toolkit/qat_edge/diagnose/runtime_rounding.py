@@ -1,10 +1,12 @@
 """Emulate in torch what a runtime rounds differently from the frozen checkpoint, so that it does not count as a fault.
 
-ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits; on other processors
-per token, as training does. Of 2-bit weights with `seq` levels it multiplies the integer part by the rounded input and
-the half step that is left by the input in float (`qat_edge_exporters.onnx.half_steps`). In WebAssembly it has no kernel
-for MatMulNBits: it multiplies the dequantized weights by the input as it is. A .pte exported with --kv-cache
-int8 rounds queries, keys and values per token and head.
+ONNX Runtime on x86 rounds the input of a layer symmetrically per token and block of MatMulNBits. On ARM it does so for
+8-bit weights; for 4-bit weights KleidiAI's kernel rounds asymmetrically per token, as training does. Of 2-bit weights
+with `seq` levels it multiplies the integer part by the rounded input and the half step that is left by the input in
+float (`qat_edge_exporters.onnx.half_steps`). In WebAssembly, and on ARM without instructions for products of int8
+vectors, it has no such kernel: it multiplies the dequantized weights by the input as it is.
+https://github.com/microsoft/onnxruntime/blob/033e3279b4db/onnxruntime/core/mlas/lib/qnbitgemm_kernel_neon.cpp
+A .pte exported with --kv-cache int8 rounds queries, keys and values per token and head.
 
 llama.cpp rounds the input of a layer symmetrically per token and block of 32, and its scale to float16 afterwards, on
 all processors. GELU is a table of float16 numbers there.
@@ -29,15 +31,17 @@ from transformers.activations import GELUTanh
 from qat_edge.models.artifact_options import options_of_artifact
 from qat_edge.quant import numerics
 from qat_edge.quant.codebook import SEQ
+from qat_edge_devices.processor import Processor
+from qat_edge_exporters.artifact import Artifact
 from qat_edge_exporters.targets import target_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-X86 = ("x86_64", "amd64")
-WASM = ("wasm32",)
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
-FLOAT = "inputs not rounded, as ONNX Runtime does in WebAssembly"
+ARM_BLOCKS = "inputs of 8-bit layers rounded per block, as ONNX Runtime does on ARM"
+FLOAT = "inputs not rounded, as ONNX Runtime does in WebAssembly and on older ARM"
+HALF_STEPS = "half steps of 2-bit weights in float"
 Q8_0 = "inputs rounded per block with float16 scales, as llama.cpp does"
 CACHE = "keys and values in int8"
 HEAD = "the head's input not rounded"
@@ -55,32 +59,29 @@ class Rounding:
         blocks: by module, the number of input features that share a scale; a module that is missing here is rounded
             per token, as in training.
         int8_cache: True if queries, keys and values are rounded to int8.
-        machines: processor architectures on which the runtime rounds inputs and cache so; empty for all.
-        float_machines: architectures on which it does not round the inputs of the modules in `blocks`.
         half_steps: by module, half the distance between its levels, float32 (out, blocks), which multiplies sums of the
-            input in float; on all machines.
+            input in float.
         float16_scales: True if the scales of blocks are rounded to float16, and GELU is computed in float16.
         unrounded: modules whose input stays as it is.
+        others: by kind of processor, the rounding there if it is another one.
     """
 
     name: str = "as trained"
     blocks: Mapping[str, int] = field(default_factory=dict)
     int8_cache: bool = False
-    machines: tuple[str, ...] = ()
-    float_machines: tuple[str, ...] = ()
     half_steps: Mapping[str, Tensor] = field(default_factory=dict)
     float16_scales: bool = False
     unrounded: tuple[str, ...] = ()
+    others: Mapping[Processor, Rounding] = field(default_factory=dict)
 
-    def applies(self, machine: str) -> bool:
-        """Return True if the runtime rounds so on a machine of that architecture."""
-        return not self.machines or machine.lower() in self.machines
+    @property
+    def is_as_trained(self) -> bool:
+        """True if there is nothing to emulate."""
+        return not (self.blocks or self.int8_cache or self.half_steps or self.float16_scales or self.unrounded)
 
-    def on(self, machine: str) -> Rounding:
-        """Return what of it the runtime does on a machine of that architecture."""
-        if machine in self.float_machines:
-            return Rounding(FLOAT, unrounded=tuple(self.blocks))
-        return self if self.applies(machine) else Rounding(half_steps=self.half_steps)
+    def on(self, processor: Processor) -> Rounding:
+        """Return how the runtime rounds on a processor of that kind."""
+        return self.others.get(processor, self)
 
 
 def artifact_rounding(folder: Path, target: str) -> Rounding | None:
@@ -102,14 +103,33 @@ def rounding_of(folder: Path, target: str, int8_cache: bool) -> Rounding | None:
         blocks = {name: weight.block for name, weight in artifact.weights.items() if weight.block}
         if target == "gguf":
             return Rounding(Q8_0, blocks, float16_scales=True)
-        seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
-        half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
-        return Rounding(BLOCKS, blocks, machines=X86, float_machines=WASM, half_steps=half_steps)
+        return _onnx_rounding(artifact, blocks)
     if target == "hf":
         # The embedding is the first; a head follows where it shares a rotated table.
         _, *in_float = target_named(target).read(folder).metadata["in_float"]
         return Rounding(HEAD, unrounded=tuple(in_float)) if in_float else None
     return Rounding(CACHE, int8_cache=True) if int8_cache else None
+
+
+def _onnx_rounding(artifact: Artifact, blocks: Mapping[str, int]) -> Rounding:
+    """Return how ONNX Runtime rounds on x86, and on other processors."""
+    seq = {name: weight.scales for name, weight in artifact.weights.items() if weight.levels == SEQ}
+    half_steps = {name: torch.from_numpy(scales) for name, scales in seq.items()}
+    in_float = Rounding(FLOAT, unrounded=tuple(blocks))
+
+    # KleidiAI has kernels for 4 bits, and for whole blocks of a multiple of 32 inputs.
+    def has_kleidiai(name: str) -> bool:
+        weight, block = artifact.weights[name], blocks[name]
+        return weight.bits == 4 and block % 32 == 0 and weight.codes.shape[1] % block == 0
+
+    on_arm = {name: block for name, block in blocks.items() if not has_kleidiai(name)}
+    others = {
+        Processor.ARM: Rounding(ARM_BLOCKS, on_arm, half_steps=half_steps),
+        Processor.ARM_WITHOUT_DOT_PRODUCT: in_float,
+        Processor.WASM: in_float,
+        Processor.OTHER: Rounding(HALF_STEPS, half_steps=half_steps),
+    }
+    return Rounding(BLOCKS, blocks, half_steps=half_steps, others=others)
 
 
 @contextmanager
