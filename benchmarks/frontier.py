@@ -180,9 +180,8 @@ def write(runner: BenchmarkRunner, seeds: Sequence[int], path: Path) -> None:
     text += [page.table(("", ""), page.provenance(records))] if records else []
     text.append(page.table(heads, rows))
     text += [f"Not measured yet: {'; '.join(missing)}."] if missing else []
-    peers = [_row(runner, name, name, name, megabytes(sizes[name]) + " MB", seeds) for name in PEERS if sizes.get(name)]
-    # Their row has no comparisons, which are of QAT.
-    text += frontier_peers.section([[*row[:3], row[4]] for row in peers]) if peers else []
+    peers = _peer_rows(runner, seeds, sizes)
+    text += frontier_peers.section(peers) if peers else []
     timed = runner.store.record(scheme_speed.cell(runner))
     text += scheme_speed.section(timed["figures"]) if timed is not None else []
     write_text(path, "\n\n".join(text) + "\n")
@@ -221,6 +220,18 @@ def _plot(
         "frontier", "Right answers; dashed: FP32", ("MB of weights", "%"),
         {mark: (labels[mark], found) for mark, found in points.items() if found}, level,
     )  # fmt: skip
+
+
+def _peer_rows(runner: BenchmarkRunner, seeds: Sequence[int], sizes: Mapping[str, int | None]) -> list[list[str]]:
+    """Return a row for each measured model of another tool, compared with our PTQ on the seeds that it has."""
+    rows = []
+    for name, peer in PEERS.items():
+        own = [seed for seed in seeds if runner.store.get(cell(runner, name, seed)) is not None]
+        size = sizes.get(name)
+        if own and size is not None:
+            row = _row(runner, name, model_name(peer.rival, PTQ), name, f"{megabytes(size)} MB", own)
+            rows.append([*row, peer.rival, page.counted_seeds(own)])
+    return rows
 
 
 def _row(runner: BenchmarkRunner, name: str, baseline: str, title: str, size: str, seeds: Sequence[int]) -> list[str]:

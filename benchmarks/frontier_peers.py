@@ -31,6 +31,7 @@ from qat_edge.verbs.eval import answers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HEAD = ("model", "weights", "right answers", "less our PTQ", "nats per token", "less our PTQ", "our PTQ", "seeds")
 SEQUENCE = 128  # tokens of one of AutoRound's calibration texts
 
 
@@ -41,19 +42,21 @@ class Peer:
     Attributes:
         kind: Type as llama-quantize has it; empty for AutoRound.
         bits: Of AutoRound's weights.
+        rival: Scheme in settings.SCHEMES whose PTQ it is compared with.
     """
 
     kind: str = ""
     bits: int = 0
+    rival: str = "4 bits"
 
 
 PEERS = {
     "llama.cpp Q4_0": Peer("Q4_0"),
     "llama.cpp Q4_K_M": Peer("Q4_K_M"),
     "llama.cpp Q3_K_M": Peer("Q3_K_M"),
-    "llama.cpp Q2_K": Peer("Q2_K"),
+    "llama.cpp Q2_K": Peer("Q2_K", rival="2 bits"),
     "AutoRound, 4 bits": Peer(bits=4),
-    "AutoRound, 2 bits": Peer(bits=2),
+    "AutoRound, 2 bits": Peer(bits=2, rival="2 bits"),
 }
 
 
@@ -99,15 +102,15 @@ def measure(runner: BenchmarkRunner, name: str, training: Training, questions: i
 
 
 def section(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the paragraphs of the page about other tools. rows: of the page's table, without comparisons."""
+    """Return the paragraphs of the page about other tools. rows: of its table."""
     return [
         "## Other tools",
         "The same FP32 fine-tunes, quantized by llama.cpp with its importance matrix and by AutoRound, on as many "
         "tokens of the training rows as our PTQ. They run in torch with float inputs: in its own runtime, llama.cpp "
         "rounds the inputs of each layer to int8 as well. llama.cpp gives matrices that its 2- to 4-bit types do not "
         "divide, as most of this model's, another type of more bits. AutoRound leaves the table of embedding and head "
-        "in float16.",
-        page.table(("model", "weights", "right answers", "nats per token"), rows),
+        "in float16. Differences are from our PTQ with the same seeds and requests, at the bits that the row names.",
+        page.table(HEAD, rows),
     ]
 
 

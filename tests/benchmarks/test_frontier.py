@@ -63,6 +63,19 @@ def test_models_of_other_tools_have_a_table_and_marks_of_their_own(tiny_model_fo
     assert frontier.cell(runner, "llama.cpp Q4_0", 0) != frontier.cell(runner, "llama.cpp Q2_K", 0)
 
 
+def test_a_model_of_another_tool_is_compared_with_our_ptq_on_its_own_seeds(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    runner = BenchmarkRunner(tmp_path / "work", str(tiny_model_folder), "cpu", SETTINGS["reduced"])
+    for seed, right in ((0, 30), (1, 5)):
+        runner.store.put(frontier.cell(runner, FP32, seed), figures(32, 0.1, None), 1.0)
+        runner.store.put(frontier.cell(runner, "2 bits, PTQ", seed), figures(right, 0.3, 60_000_000), 1.0)
+    runner.store.put(frontier.cell(runner, "AutoRound, 2 bits", 0), figures(10, 0.5, 70_000_000), 1.0)
+    frontier.write(runner, [0, 1], tmp_path / "page.md")
+    (row,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| AutoRound")]
+    assert "| 70.0 MB | 25.0% (" in row and "| -50.0% (" in row and row.endswith("| 2 bits | one seed |")
+
+
 def test_a_peer_that_cannot_be_made_is_left_out(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
