@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qat_edge_devices.agent.machine import allowed_cpus
+
 THREADS = (2, 1)  # numbers of threads that are measured
 BUFFER_BYTES = 128 * 1024**2
 PASSES = 24
@@ -34,7 +36,7 @@ def pinned(threads: int) -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
-    allowed = os.sched_getaffinity(0)
+    allowed = allowed_cpus()
     os.sched_setaffinity(0, sorted(allowed)[:threads])
     try:
         yield

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
+
 from qat_edge.logs import quiet_libraries
 from qat_edge.options import ValidateOptions
 from qat_edge.run import Run
@@ -75,7 +77,7 @@ def main() -> None:
         one, many = (timed(run, options, n, recording) for n in (1, count))
     for title, alone, together in zip(("validate", "part of it on devices"), one, many, strict=True):
         print(f"{title}: 1 device {alone:.2f} s, {count} at once {together:.2f} s, ratio {together / alone:.2f}")
-    print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
+    print(f"{os.cpu_count()} cores, load average {psutil.getloadavg()[0]:.1f}")
 
 
 def timed(run: Run, options: ValidateOptions, count: int, recording: Recording) -> tuple[float, float]:

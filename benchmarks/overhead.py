@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, cast
+
+import psutil
 
 from qat_edge_devices.agent import loaded_models, machine
 
@@ -158,7 +159,7 @@ def describe(runtime: str, times: Sequence[tuple[float, float]]) -> str:
     ratios = sorted(agent / bare for bare, agent in times)
     return (
         f"{runtime}: a token takes {bare_ms:.3f} ms bare, {agent_ms:.3f} ms by the agent; ratio {median(ratios):.3f} "
-        f"({ratios[0]:.3f} to {ratios[-1]:.3f}), {len(times)} rounds, load average {os.getloadavg()[0]:.1f}"
+        f"({ratios[0]:.3f} to {ratios[-1]:.3f}), {len(times)} rounds, load average {psutil.getloadavg()[0]:.1f}"
     )
 
 

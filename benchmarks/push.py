@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import psutil
+
 from qat_edge_devices.adb import AdbTransport, open_adb
 from qat_edge_devices.device_errors import DeviceLayerError
 from qat_edge_devices.transport import Access
@@ -45,7 +47,8 @@ def main() -> None:
     ratios = sorted(mine / theirs for theirs, mine in rounds)
     title = f"{given.megabytes} MB, medians of {given.rounds}"
     print(f"{title}: adb push {plain:.2f} s ({given.megabytes / plain:.0f} MB/s), ours {ours:.2f} s")
-    print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), load average {os.getloadavg()[0]:.1f}")
+    load = psutil.getloadavg()[0]
+    print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), load average {load:.1f}")
 
 
 def time_rounds(serial: str, megabytes: int, count: int) -> list[Round]:

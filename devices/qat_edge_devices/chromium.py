@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from qat_edge_devices.device_errors import TransportError, UnsupportedDeviceError
+from qat_edge_devices.process_group import kill_group
 from qat_edge_devices.transport import parse_kilobytes
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
@@ -104,11 +106,10 @@ def started(
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill Chromium with its children, and wait until they are gone."""
     others = [each.pid for each in processes_of(process.pid)]
-    for pid in (process.pid, *others):
-        with suppress(ProcessLookupError, PermissionError):
-            if pid == process.pid:
-                os.killpg(pid, signal.SIGKILL)
-            else:
+    kill_group(process.pid)
+    if sys.platform != "win32":  # `require_proc` refuses it
+        for pid in others:
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
     if process.stdin is not None:
         with suppress(OSError):
@@ -164,7 +165,7 @@ def processes_of(session: int) -> list[BrowserProcess]:
 def _read_process(folder: Path, session: int) -> BrowserProcess | None:
     # The name of the program, in brackets, may hold spaces: the other fields begin after it.
     fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    if int(fields[3]) != session:
+    if sys.platform == "win32" or int(fields[3]) != session:
         return None
     arguments = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split()
     status = (folder / "status").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -15,6 +15,9 @@ from qat_edge_devices.process import Launcher
 from qat_edge_devices.processor import CPUINFO, proc_value, this_processor
 from qat_edge_devices.transport import Access, CompletedProgram, DeviceInfo, parse_kilobytes, work_path
 
+if sys.platform == "win32":
+    from qat_edge_devices.agent import windows_memory
+
 
 def open_local(address: str, access: Access) -> LocalTransport:
     """Return a transport of this machine with its work folder below `access.folder`."""
@@ -67,15 +70,16 @@ class LocalTransport:
     def info(self) -> DeviceInfo:
         """Describe this machine, from /proc if it exists."""
         # macOS has no /proc: the platform module has a name of the processor there, and free memory stays unknown.
+        memory_bytes, free_memory_bytes = _memory()
         return DeviceInfo(
             machine=platform.machine(),
             cpu_model=proc_value(CPUINFO, "model name") or platform.processor() or "unknown",
             cores=os.cpu_count() or 1,
-            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            memory_bytes=memory_bytes,
             os=platform.platform(),
             processor=this_processor(),
             bits=64 if sys.maxsize > 2**32 else 32,
-            free_memory_bytes=parse_kilobytes(proc_value(Path("/proc/meminfo"), "MemAvailable") or ""),
+            free_memory_bytes=free_memory_bytes,
             free_disk_bytes=shutil.disk_usage(self.folder).free,
         )
 
@@ -86,6 +90,14 @@ class LocalTransport:
     def close(self) -> None:
         """Remove the work folder. Linked files keep their other names."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _memory() -> tuple[int, int | None]:
+    """Return the bytes of installed memory, and of those that are free; None where the system does not report them."""
+    if sys.platform == "win32":
+        return windows_memory.machine_bytes()
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return installed, parse_kilobytes(proc_value(Path("/proc/meminfo"), "MemAvailable") or "")
 
 
 def _link(source: Path, target: Path) -> None:

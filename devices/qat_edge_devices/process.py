@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from qat_edge_devices.device_errors import (
     command_line,
     tail,
 )
+from qat_edge_devices.process_group import NEW_GROUP, ProcessGroup
 from qat_edge_devices.transport import CompletedProgram
 
 Feed = Callable[[IO[bytes]], None]  # writes to the stdin of a program
@@ -55,7 +55,7 @@ class Launcher:
         self.device = device
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: set[ProcessGroup] = set()
 
     def run(
         self,
@@ -91,7 +91,8 @@ class Launcher:
         # A file, not a pipe: nobody has to read stderr while stdout is being read.
         with tempfile.TemporaryFile("w+b") as stderr:
             start = _Start(argv, stderr.fileno(), feed is not None, env, cwd)
-            with self._started(start) as process, _supervised(process, timeout_s, expired, feed):
+            with self._started(start) as group, _supervised(group, timeout_s, expired, feed):
+                process = group.process
                 output = _read_output(self.device, process, on_line, drain)
                 process.wait()
             # The end of a long text has the reason of a failure, and the marker of a script.
@@ -120,8 +121,8 @@ class Launcher:
         # Set first: a program that is starting now sees it, or is in the set below.
         self._cancelled.set()
         with self._lock:
-            for process in self._running:
-                _kill_group(process)
+            for group in self._running:
+                group.kill()
 
     def pause(self, seconds: float) -> None:
         """Wait for `seconds`, or until `cancel` is called.
@@ -133,18 +134,20 @@ class Launcher:
         self._raise_if_cancelled()
 
     @contextmanager
-    def _started(self, start: _Start) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(self, start: _Start) -> Iterator[ProcessGroup]:
         """Start a program that `cancel` can kill; close its pipes and wait for it at the end."""
         # Under the lock, so that a cancel between the check and the registration is not missed.
         with self._lock:
             self._raise_if_cancelled()
             process = _popen(self.device, start)
-            self._running.add(process)
+            group = ProcessGroup(process)
+            self._running.add(group)
         try:
-            yield process
+            yield group
         finally:
             with self._lock:
-                self._running.discard(process)
+                self._running.discard(group)
+                group.close()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     with suppress(BrokenPipeError):
@@ -175,6 +178,7 @@ def _popen(device: str, start: _Start) -> subprocess.Popen[bytes]:
             env={**os.environ, **(start.env or {})},
             # Its own session: Ctrl-C reaches only this process, and one killpg reaches every child.
             start_new_session=True,
+            creationflags=NEW_GROUP,
         )
     except OSError as error:
         raise TransportError(
@@ -222,12 +226,10 @@ def _feed(process: subprocess.Popen[bytes], feed: Feed | None) -> None:
 
 
 @contextmanager
-def _supervised(
-    process: subprocess.Popen[bytes], timeout_s: float, expired: threading.Event, feed: Feed | None
-) -> Iterator[None]:
-    """Feed `process`, and kill its group after `timeout_s` or when the block is left."""
-    timer = threading.Timer(timeout_s, _expire, (process, expired))
-    feeder = threading.Thread(target=_feed, args=(process, feed), daemon=True)
+def _supervised(group: ProcessGroup, timeout_s: float, expired: threading.Event, feed: Feed | None) -> Iterator[None]:
+    """Feed a program, and kill its group after `timeout_s` or when the block is left."""
+    timer = threading.Timer(timeout_s, _expire, (group, expired))
+    feeder = threading.Thread(target=_feed, args=(group.process, feed), daemon=True)
     timer.start()
     # In a thread, because a program may fill its stdout before it has read all of its stdin.
     feeder.start()
@@ -235,16 +237,11 @@ def _supervised(
         yield
     finally:
         timer.cancel()
-        _kill_group(process)
+        # Also after a normal exit: a child left behind would keep using its CPU, and files in the work folder.
+        group.kill()
         feeder.join(FEEDER_ENDS_S)
 
 
-def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
+def _expire(group: ProcessGroup, expired: threading.Event) -> None:
     expired.set()
-    _kill_group(process)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    # Also after a normal exit: a child left behind would keep using its CPU, and files in the work folder.
-    with suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM for a group of zombies
-        os.killpg(process.pid, signal.SIGKILL)
+    group.kill()

@@ -16,6 +16,7 @@ from qat_edge_devices.device_errors import TransportError
 from qat_edge_devices.processor import Processor
 
 SIGNAL_BASE = 128  # a shell reports a program that signal N ended as exit code 128 + N
+MOST_EXIT_CODE = 255  # of POSIX; Windows has more of them, for crashes, and no signals
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class CompletedProgram:
         """Signal that ended the program: -N if it ran on this machine, 128 + N through a remote shell."""
         if self.returncode < 0:
             return -self.returncode
-        return self.returncode - SIGNAL_BASE if self.returncode > SIGNAL_BASE else None
+        return self.returncode - SIGNAL_BASE if SIGNAL_BASE < self.returncode <= MOST_EXIT_CODE else None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ Path("results/result.json").write_text(json.dumps({{"format": 2, "scored": len(s
 
 # Runs in a process of its own and prints its peak memory after a short evaluation and after a long one.
 HOST = """
-import resource, shutil, sys
+import shutil, sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ from qat_edge.options import ValidateOptions
 from qat_edge.data.tokenization import ScoredIds
 from qat_edge.evaluate import reference
 from qat_edge.evaluate.evaluator import Evaluator, EvalSet
-from qat_edge.train.trainer import peak_rss_bytes
+from qat_edge.peak_memory import own_peak_bytes
 from qat_edge_devices.local import LocalTransport
 
 folder, vocabulary, positions, *lengths = Path(sys.argv[1]), *map(int, sys.argv[2:])
@@ -58,7 +58,7 @@ for length in lengths:
         accuracy, parity = evaluator._compare_artifact(folder / "artifact", "onnx", transport, own=True)
     assert accuracy.tokens == parity.tokens == length * positions
     shutil.rmtree(scratch)
-    print(peak_rss_bytes(resource.getrusage(resource.RUSAGE_SELF)))
+    print(own_peak_bytes())
 """
 
 

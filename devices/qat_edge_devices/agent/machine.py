@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+if sys.platform == "win32":
+    from . import windows_memory  # noqa: TID252
+else:
+    import resource
 
 SYS = Path("/sys")  # where Linux, and so Android, reports clocks, heat and battery
 VALID_MILLIDEGREES = range(1, 150_000)  # a sensor that is not connected reports something else, such as -274000
@@ -29,8 +33,13 @@ def pin(threads: int, backend: str) -> int:
     os.environ["OMP_NUM_THREADS"] = "1" if backend == "executorch" else str(threads)
     if not hasattr(os, "sched_setaffinity"):
         return min(threads, os.cpu_count() or 1)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    return len(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, sorted(allowed_cpus())[:threads])
+    return len(allowed_cpus())
+
+
+def allowed_cpus() -> set[int]:
+    """Return the CPUs that this process may use; none where the system does not restrict processes (macOS, Windows)."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def forget_peak() -> bool:
@@ -43,7 +52,9 @@ def forget_peak() -> bool:
 
 
 def resident_bytes() -> int:
-    """Return the memory resident now, or the peak so far if there is no /proc."""
+    """Return the memory resident now, or the peak so far where the system does not report it (macOS)."""
+    if sys.platform == "win32":
+        return windows_memory.resident_bytes()
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -52,15 +63,18 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Return the peak of resident memory: VmHWM, or the figure of getrusage (kilobytes, bytes on macOS)."""
+    """Return the peak of resident memory: VmHWM, or the figure of the system's accounts."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "win32":
+        return windows_memory.peak_bytes()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine_state() -> dict[str, Any]:
@@ -68,8 +82,7 @@ def machine_state() -> dict[str, Any]:
 
     The keys are the attributes of `MachineState` in the module that reads the results.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    cpus = [SYS / "devices" / "system" / "cpu" / f"cpu{number}" for number in sorted(allowed)]
+    cpus = [SYS / "devices" / "system" / "cpu" / f"cpu{number}" for number in sorted(allowed_cpus())]
 
     sensors = read_integers((SYS / "class" / "thermal").glob("thermal_zone*/temp"))
     celsius = [millidegrees / 1e3 for millidegrees in sensors if millidegrees in VALID_MILLIDEGREES]

@@ -19,6 +19,7 @@ from qat_edge_devices.transport import CompletedProgram, DeviceInfo
 
 TIMEOUT_S = 3600.0  # of one program
 ATTEMPTS = 3  # for one request, if the connection ends during it
+SIGKILL = 9  # on a device, from a machine that may not have it
 Result = TypeVar("Result")
 
 
@@ -85,6 +86,6 @@ def _signal_name(number: int) -> str:
 
 
 def _advice(completed: CompletedProgram) -> str:
-    if completed.signal == signal.SIGKILL:
+    if completed.signal == SIGKILL:
         return "The system does this when memory runs out: free some, or export with a shorter context."
     return "The runtime crashed: check that its version is the one the artifact was exported for."

@@ -12,8 +12,6 @@ progress reporting.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from qat_edge import progress, run_lock
 from qat_edge.data.tokenization import IGNORED
 from qat_edge.options import FinetuneOptions
+from qat_edge.peak_memory import own_peak_bytes
 from qat_edge.progress import Bar
 from qat_edge.quant import fake
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
@@ -467,12 +466,7 @@ def peak_memory_bytes() -> int:
     """Return the peak memory so far: of the GPU if one is in use, of this process otherwise."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated()
-    return peak_rss_bytes(resource.getrusage(resource.RUSAGE_SELF))
-
-
-def peak_rss_bytes(usage: resource.struct_rusage) -> int:
-    """Return the peak resident memory that `usage` accounts for."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
+    return own_peak_bytes()
 
 
 def curve(history: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:

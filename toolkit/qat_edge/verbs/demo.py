@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import time
@@ -15,9 +14,9 @@ from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.wheels import cache_folder
 from qat_edge.options import FinetuneOptions
+from qat_edge.peak_memory import wait_for
 from qat_edge.python_process import python_command
 from qat_edge.run import Run
-from qat_edge.train.trainer import peak_rss_bytes
 
 QUESTION = "Wake me at 7:15 am"
 # With these, two cores take ten to twelve minutes for everything.
@@ -91,10 +90,7 @@ def _run_stage(arguments: list[str]) -> Stage:
     began = time.monotonic()
     process = subprocess.Popen(python_command("qat_edge", *arguments), stdin=subprocess.DEVNULL)
     with stop_signals.passed_on(process):
-        # wait4 tells the peak memory, too.
-        _, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    process.returncode = code
-    if code != 0:
-        raise QatEdgeError(f"The demo stops here: `qat-edge {arguments[0]}` ended with exit code {code}.")
-    return Stage(arguments[0], time.monotonic() - began, peak_rss_bytes(usage))
+        peak_bytes = wait_for(process)
+    if process.returncode != 0:
+        raise QatEdgeError(f"The demo stops here: `qat-edge {arguments[0]}` ended with exit code {process.returncode}.")
+    return Stage(arguments[0], time.monotonic() - began, peak_bytes)
