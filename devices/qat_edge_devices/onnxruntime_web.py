@@ -68,7 +68,14 @@ def _download(device: str, work: Path, target: Path) -> Path:
     argv += ["--pack-destination", str(work)]
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_S, cwd=work, check=False
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=DOWNLOAD_S,
+            cwd=work,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise TransportError(f"{device}: `{command}` ran past {DOWNLOAD_S:g} s. Try again, or {advice}.") from error

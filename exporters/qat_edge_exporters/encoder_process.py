@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_edge.errors import ArtifactError
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 
 REFUSED = 65  # exit code of the process: the runtime refused the artifact or a text
 
@@ -44,9 +44,9 @@ def run_texts(runner: str, artifact: Path, texts: Sequence[list[int]], runtime: 
     with tempfile.TemporaryDirectory(prefix="qat-edge-encoder-") as name:
         request, outputs = Path(name) / "texts.json", Path(name) / "outputs.npy"
         request.write_text(json.dumps([list(ids) for ids in texts]), encoding="utf-8")
-        command = python_command(runner, str(artifact), str(request), str(outputs))
+        command = utf8_command(runner, str(artifact), str(request), str(outputs))
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
             errors="replace", check=False,
         )  # fmt: skip
 

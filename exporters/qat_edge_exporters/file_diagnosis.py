@@ -15,7 +15,7 @@ from typing import Any
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 from qat_edge_exporters.executorch.pte.program_info import RuntimeCheck
 
 SHOWN = 3  # findings of one kind that are named; the others are counted
@@ -239,7 +239,7 @@ def run_probe(module: str, *arguments: str) -> tuple[list[Any], str]:
     """
     try:
         done = subprocess.run(
-            python_command(module, *arguments), capture_output=True, text=True, errors="replace", check=False,
+            utf8_command(module, *arguments), capture_output=True, encoding="utf-8", errors="replace", check=False,
             stdin=subprocess.DEVNULL, timeout=LOADING_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

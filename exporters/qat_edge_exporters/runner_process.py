@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from qat_edge.errors import ArtifactError
 from qat_edge.models.token_ids import TextStream
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 from qat_edge_exporters.runner_turns import END, READY, STOP
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def start_runner(module: ModuleType, folder: Path, environment: Mapping[str, str
     """
     # Errors go to a file: a pipe that nobody reads while the text is read would fill up and block the runner.
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as log,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
         subprocess.Popen(
-            python_command(module.__name__, str(folder)), env={**os.environ, **environment}, stdin=subprocess.PIPE,
+            utf8_command(module.__name__, str(folder)), env={**os.environ, **environment}, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=log, start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         ) as process,

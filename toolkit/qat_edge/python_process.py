@@ -12,3 +12,12 @@ def python_command(module: str, *arguments: str) -> list[str]:
     json.py in it.
     """
     return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def utf8_command(module: str, *arguments: str) -> list[str]:
+    """Return the command of `python_command` for a program whose output is read here.
+
+    It writes UTF-8, and so does everything that it opens without an encoding: elsewhere, Windows has an encoding of the
+    country for both.
+    """
+    return [sys.executable, "-X", "utf8", "-P", "-m", module, *arguments]

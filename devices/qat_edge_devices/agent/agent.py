@@ -21,6 +21,7 @@ of the first new token. A decode step is one forward pass and the choice of the 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -224,6 +225,10 @@ def report_progress(done: int, total: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the request file argv[1] into the folder argv[2]; return the exit code."""
+    # Messages name files, and Windows has an encoding of the country for what a program writes to another.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         run(json.loads(Path(argv[1]).read_text(encoding="utf-8")), Path(argv[2]))
     except RequestRejected as error:

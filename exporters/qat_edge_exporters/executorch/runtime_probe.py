@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 
 NEVER_CAUSES = ("cpuinfo", "Registering")  # in the runtime's lines on stderr: notes about the machine
 
@@ -47,8 +47,10 @@ class Probed(TypedDict):
 
 def probe(model: Path | None, tokenizer: Path, texts: list[str]) -> Probed:
     """Load a .pte and its tokenizer in a separate process, and return what it reports; the tokenizer alone for None."""
-    command = python_command(__name__, str(tokenizer), *([] if model is None else [str(model)]))
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
+    command = utf8_command(__name__, str(tokenizer), *([] if model is None else [str(model)]))
+    done = subprocess.run(
+        command, input=json.dumps(texts), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     # The report is the last line; the runtime itself may have printed others.
     lines = done.stdout.splitlines()
     found: Probed

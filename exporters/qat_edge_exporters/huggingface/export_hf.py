@@ -66,7 +66,7 @@ def export(checkpoint: Path, out: Path, context_length: int) -> None:
         tokenizer.GENERATION_CONFIG: hf_settings.expected_generation(checkpoint, context_length),
     }
     for file, document in documents.items():
-        (out / file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (out / file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8", newline="\n")
     tokenizer.copy_tokenizer_files(checkpoint, out)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat_edge.errors import ExportError
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 from qat_edge_exporters.onnx import names
 
 ACCURACY_LEVEL = 4  # int8 activations, as trained; 8-bit nodes at any other level run about 100 times slower
@@ -50,8 +50,9 @@ def run_builder(source: Path, built: Path, precision: str, cache: Path) -> None:
 def _run(arguments: Sequence[str]) -> tuple[int, str]:
     """Run the builder on its own arguments; return its exit code and what it printed."""
     done = subprocess.run(
-        python_command("qat_edge_exporters.onnx.builder", *arguments),
+        utf8_command("qat_edge_exporters.onnx.builder", *arguments),
         env=os.environ | {"HF_HUB_OFFLINE": "1"},  # the checkpoint is complete: a request could only fail or wait
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        check=False,
     )  # fmt: skip
     return done.returncode, done.stdout

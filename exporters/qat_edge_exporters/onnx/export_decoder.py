@@ -62,5 +62,5 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
             adapter_format.write(out / names.ADAPTER_FILE, graph.adapter)
             config["model"]["decoder"]["session_options"]["log_severity_level"] = ERRORS_ONLY
         config["search"] |= SHARED_CACHE
-        (out / names.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (out / names.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
     tokenizer.copy_tokenizer_files(frozen, out)

@@ -73,7 +73,7 @@ def export(frozen: Path, out: Path, context_length: int) -> None:
     genai["model"]["eos_token_id"] = tokenizer.end_tokens(frozen)
     if adapters:
         genai["model"]["decoder"]["session_options"]["log_severity_level"] = ERRORS_ONLY
-    (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+    (out / names.GENAI_CONFIG).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8", newline="\n")
     tokenizer.copy_tokenizer_files(frozen, out)
 
 

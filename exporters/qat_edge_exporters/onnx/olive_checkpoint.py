@@ -106,7 +106,7 @@ def write_checkpoint(
         "overrides": overrides,
     }
     document = config | {"quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(document, indent=2), encoding="utf-8", newline="\n")
 
 
 def float_tensors(frozen: Path) -> dict[str, Tensor]:

