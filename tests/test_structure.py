@@ -24,6 +24,7 @@ FLOORS = (
         "environment",
         "run",
         "run_lock",
+        "path_names",
         "peak_memory",
         "previous_run",
         "option_paths",

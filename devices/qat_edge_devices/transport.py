@@ -6,9 +6,10 @@ in that folder, and `close` removes it and nothing else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from qat_edge_devices.device_data import whole_number
@@ -149,7 +150,10 @@ def work_path(device: str, remote: str) -> PurePosixPath:
         TransportError: it is empty, or points outside the work folder.
     """
     path = PurePosixPath(remote)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in remote:
+    leads_out = path.is_absolute() or ".." in path.parts
+    if sys.platform == "win32":  # a drive or a backslash leads elsewhere there
+        leads_out = leads_out or bool(PureWindowsPath(remote).drive) or "\\" in remote
+    if leads_out or not path.parts or "\0" in remote:
         raise TransportError(f"{device}: {remote!r} is not a path inside the work folder.")
     return path
 

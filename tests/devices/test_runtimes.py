@@ -47,6 +47,7 @@ AGENT = [
     "agent/machine.py",
     "agent/model_errors.py",
     "agent/transformers_model.py",
+    "agent/windows_memory.py",
 ]
 LOAD = {
     "runtime": "stub", "runtime_version": "1", "threads": 1, "pool_threads": None, "context_length": None,

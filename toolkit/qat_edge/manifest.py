@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from qat_edge import __version__, readers
 from qat_edge.errors import RunError
 from qat_edge.export_command import EXPORTS, export_again
+from qat_edge.path_names import is_inside
 from qat_edge.storage import write_text
 
 FORMAT = 2  # of the run folder; raised when an older reader could not read a newer folder
@@ -230,7 +231,7 @@ def file_faults(folder: Path, manifest: Manifest, made: str = "written") -> list
     faults = []
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not _is_inside(name):
+        if not is_inside(name) or not PurePosixPath(name).parts or "\\" in name:
             faults.append(f"{readers.shorten(name)}: listed in {MANIFEST}, but leads out of the folder")
         elif not path.is_file():
             faults.append(f"{name}: listed in {MANIFEST}, but missing")
@@ -256,12 +257,6 @@ def change_of(path: Path, entry: Mapping[str, Any]) -> str | None:
     if path.stat().st_size != entry["bytes"]:
         return f"{path.stat().st_size} bytes, not {entry['bytes']}"
     return "its sha256 is not the recorded one" if sha256(path) != entry["sha256"] else None
-
-
-def _is_inside(name: str) -> bool:
-    """Return True if a path of a manifest stays inside the folder."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _check_types(value: Manifest, keys: list[str], types: tuple[type, ...]) -> None:
@@ -325,6 +320,6 @@ def git_revision() -> str | None:
         return None
     done = subprocess.run(
         ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False,
     )  # fmt: skip
     return done.stdout.strip() or None if done.returncode == 0 else None

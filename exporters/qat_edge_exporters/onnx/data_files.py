@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import onnx
 from onnx import helper
 
+from qat_edge.path_names import is_inside
 from qat_edge.readers import counted
 from qat_edge_exporters import file_diagnosis
 from qat_edge_exporters.onnx.foreign_graph import DAMAGED, ForeignGraph, text
@@ -59,7 +60,7 @@ def check_data_files(graph: ForeignGraph) -> DataFiles:
     for tensor in _tensors(graph):
         name = text(tensor.name)
         location, stored = stored_range(tensor)
-        if not _is_inside(location):
+        if not location or not is_inside(location):
             outside.append(
                 f"{graph.path.name}: the tensor {name!r} is in {location!r}, which is not a file inside the folder: a "
                 "runtime would read another file, or refuse. Save the graph again, with its data next to it."
@@ -93,12 +94,6 @@ def _check_file(path: Path, location: str, tensors: list[Stored], found: DataFil
         for each in tensors
         if each.end > size
     )
-
-
-def _is_inside(location: str) -> bool:
-    """Return whether a location is a path below the folder, on any system."""
-    paths = (PurePosixPath(location), PureWindowsPath(location))
-    return bool(location) and "\0" not in location and not any(p.anchor or ".." in p.parts for p in paths)
 
 
 def stored_range(tensor: onnx.TensorProto) -> tuple[str, Stored | str]:

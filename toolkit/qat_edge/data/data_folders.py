@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from qat_edge.errors import DataError
+from qat_edge.path_names import is_inside
 from qat_edge.readers import read_object, read_yaml, shorten, show, texts_in
 
 SAVED_PART, SAVED_PARTS = "state.json", "dataset_dict.json"  # the records of `save_to_disk`
@@ -109,7 +110,7 @@ def _require_inside(entry: str, folder: Path, record: str) -> None:
     Raises:
         DataError: Names the entry.
     """
-    if "://" in entry or "::" in entry or Path(entry).is_absolute() or ".." in Path(entry).parts:
+    if "://" in entry or "::" in entry or not is_inside(entry):
         raise DataError(
             f"{folder}: {record} names data outside of the folder, {show(entry)}. Put the files into the folder, or "
             "remove the entry."

@@ -40,6 +40,7 @@ from qat_edge.data.rows import EXPECTED, Chat, Completion, Pair, Row, Text
 from qat_edge.errors import DataError
 from qat_edge.manifest import sha256
 from qat_edge.models import hub
+from qat_edge.path_names import is_path
 from qat_edge.readers import BYTE_ORDER_MARK, counted, parse_json, read_text, shorten
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def _records(source: str, split: str) -> Records:
 
     # A path that does not exist is an error. It is never looked up on the Hub, whose message would mislead.
     folder = Path(name).expanduser()
-    is_path = name.startswith((".", "/", "~")) or folder.suffix.lower() in READERS
-    if is_path and not folder.exists():
+    is_local = is_path(source) or folder.suffix.lower() in READERS
+    if is_local and not folder.exists():
         raise DataError(f"{source}: no such file or folder. Give an existing one or a Hub data set id.")
     if folder.is_file():
         raise DataError(f"{source}: a file has no parts. Give {name}, or a folder with a file for each part.")

@@ -42,7 +42,7 @@ def report_paths(folder: Path, devices: Sequence[str]) -> dict[str, Path]:
             known = ", ".join(sorted(TRANSPORTS))
             raise UsageError(f"--device {device}: '{name}' is not a known transport. Known: {known}.")
     paths = {device: folder / f"{file_name(device)}.json" for device in devices}
-    if len(set(paths.values())) != len(devices):
+    if len({str(path).lower() for path in paths.values()}) != len(devices):  # as macOS and Windows compare names
         raise UsageError(f"--device: {', '.join(devices)} name one device more than once. Name each once.")
     return paths
 

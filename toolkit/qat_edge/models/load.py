@@ -56,6 +56,7 @@ from qat_edge.models.load_config import (
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
+from qat_edge.path_names import is_path
 from qat_edge.readers import counted
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
@@ -121,7 +122,7 @@ def load_model(
     if path.is_dir():
         return _load_folder(path, trust_remote_code, dtype, task)
     # Strings that look like paths are local too: the Hub's message would hide the typing error.
-    if path.suffix.lower() == ".gguf" or source.startswith((".", "/", "~")):
+    if path.suffix.lower() == ".gguf" or is_path(source):
         raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
     return _load_hub(source, trust_remote_code, dtype, task, revision)
 

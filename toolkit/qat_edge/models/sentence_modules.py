@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from qat_edge import readers
 from qat_edge.errors import ModelError
+from qat_edge.path_names import is_inside
 from qat_edge.readers import shorten, show
 
 MODULES = "modules.json"
@@ -87,7 +88,7 @@ def _modules(source: str, revision: str | None) -> list[_Module]:
         kind, folder = (entry.get("type"), entry.get("path", "")) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(folder, str):
             raise ModelError(f"{path}: expected a list of modules, each with a type and a path. Restore the file.")
-        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+        if not is_inside(folder):
             raise ModelError(f"{path}: the path {show(folder)} leads out of the model's folder. Restore the file.")
         own = kind.startswith(LIBRARY)
         found.append(_Module(kind.rpartition(".")[2] if own else kind, folder))

@@ -16,6 +16,7 @@ from qat_edge.evaluate.encoder_results import EncoderReport
 from qat_edge.evaluate.results import Report, load, to_json
 from qat_edge.export_command import export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.path_names import short_name
 from qat_edge.report.outdated import outdated_note
 from qat_edge.report.verdict import Verdict, encoder_verdict, verdict
 from qat_edge.run import Run
@@ -86,9 +87,7 @@ class RunResults:
             or self.options("finetune").get("model")
             or "unnamed model"
         )
-        # A Hub id has one slash: "organization/model".
-        is_path = name.count("/") > 1 or name[:1] in "/.~"
-        return Path(name).name if is_path else name
+        return short_name(name)
 
     def options(self, section: str) -> dict[str, Any]:
         """Return one section of config.yaml, empty if it is missing."""
@@ -217,7 +216,7 @@ def _exports(run: Run, missing: dict[str, str]) -> dict[str, dict[str, Any]]:
     found = {}
     for variant in run.variants():
         # A PTQ variant is a folder inside the run with exports of its own.
-        prefix = "" if variant is run else f"{variant.path.relative_to(run.path)}/"
+        prefix = "" if variant is run else f"{variant.path.relative_to(run.path).as_posix()}/"
         if not variant.exports.is_dir():
             missing[f"{prefix}exports"] = f"{variant.exports} is missing; `qat-edge export` writes it"
             continue
@@ -248,10 +247,10 @@ def _verified(run: Run, missing: dict[str, str]) -> list[dict[str, Any]]:
 
     # The hash of the manifest changes with every export.
     artifacts = [variant.exports / target for variant in run.variants() for target in variant.targets()]
-    hashes = {str(folder.relative_to(run.path)): sha256(folder / MANIFEST) for folder in artifacts}
+    hashes = {folder.relative_to(run.path).as_posix(): sha256(folder / MANIFEST) for folder in artifacts}
     # verify records an empty hash for a folder without a manifest.
     damaged = [folder for variant in run.variants() for folder in variant.damaged_exports()]
-    hashes |= {str(folder.relative_to(run.path)): "" for folder in damaged}
+    hashes |= {folder.relative_to(run.path).as_posix(): "" for folder in damaged}
     current = [row for row in rows if row["manifest_sha256"] == hashes.get(row["folder"])]
     if len(current) < len(rows):
         missing["verified"] = "artifacts were exported again since `qat-edge verify` checked them"

@@ -41,7 +41,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """
     with replace_folder(folder / f"checkpoint-{step}", force=True) as work:
         write(work)
-        files = {str(p.relative_to(work)): file_entry(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        files = {p.relative_to(work).as_posix(): file_entry(p) for p in sorted(work.rglob("*")) if p.is_file()}
         write_text(work / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     for old in found(folder)[KEPT:]:
         remove_folder(old)

@@ -42,6 +42,7 @@ from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import merge, tasks, tokenizer
 from qat_edge.models.artifact_options import context_of_artifact
 from qat_edge.options import EXPORT_BACKENDS, CompareOptions, ExportOptions, FinetuneOptions, ValidateOptions
+from qat_edge.path_names import short_name
 from qat_edge.python_process import python_command
 from qat_edge.quant import frozen
 from qat_edge.quant.frozen_adapters import CONFIG, copy_adapters
@@ -228,8 +229,7 @@ def _save(table: DeploymentTable, folder: Path) -> None:
 
 def _model_name(run: Run) -> str:
     """Return the base model's name on the Hub; of a local path only the last part."""
-    name = str(read_manifest(run.quantized)["model"]["identity"]["name"])
-    return Path(name).name if name.count("/") > 1 or name[:1] in "/.~" else name
+    return short_name(str(read_manifest(run.quantized)["model"]["identity"]["name"]))
 
 
 def _steps(run: Run) -> dict[str, int]:

@@ -111,7 +111,7 @@ def _named_by_config(folder: Path) -> Path:
 def _hint(folder: Path) -> str:
     """Return what a folder without such a file is, and what to do with it, as sentences."""
     if any((folder / name).exists() for name in ("run.json", "exports")):
-        exports = sorted(str(path.relative_to(folder)) for path in folder.glob("exports/*") if path.is_dir())
+        exports = sorted(path.relative_to(folder).as_posix() for path in folder.glob("exports/*") if path.is_dir())
         return f"It is a run: give a folder of its exports ({_listed(exports) or 'none yet'})."
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
         return (

@@ -160,7 +160,7 @@ def _artifacts(variant: Variant) -> list[str]:
 
 def _record(run: Run, result: Verified) -> dict[str, Any]:
     """Return one artifact's entry in verified.json; the manifest's hash identifies the export, "" where it has none."""
-    entry = dataclasses.asdict(result) | {"folder": str(result.folder.relative_to(run.path))}
+    entry = dataclasses.asdict(result) | {"folder": result.folder.relative_to(run.path).as_posix()}
     manifest = result.folder / MANIFEST
     return entry | {
         "parity_line": result.parity.describe(),
