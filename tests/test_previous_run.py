@@ -71,7 +71,7 @@ def test_a_kill_at_any_rename_loses_nothing(tmp_path: Path, monkeypatch: pytest.
             (folder / "config.yaml").write_text("new")
         renames = 0
 
-        def rename(self: Path, target: Path, original: object = Path.rename, last: int = last) -> Path:
+        def rename(self: Path, target: Path, original: object = Path.replace, last: int = last) -> Path:
             nonlocal renames
             renames += 1
             if renames > last:
@@ -79,7 +79,7 @@ def test_a_kill_at_any_rename_loses_nothing(tmp_path: Path, monkeypatch: pytest.
             return original(self, target)  # type: ignore[operator]
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "rename", rename)
+            patched.setattr(Path, "replace", rename)
             with suppress(Killed):
                 getattr(previous_run, step)(folder)
         Run.open(folder)

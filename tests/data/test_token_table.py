@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from qat_edge.data import token_table
 from qat_edge.data.token_table import WRITER_ROWS, TokenRow, TokenTable
 
 
@@ -83,3 +86,21 @@ def test_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = TokenTable(rows(10))
     assert list(tmp_path.iterdir()) == []
     assert len(list(table)) == 10
+
+
+def test_where_a_mapped_file_cannot_be_removed_it_goes_with_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(token_table, "os", SimpleNamespace(name="nt"))
+    removed, is_mapped = [], lambda: "rows.arrow" in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    def remove(folder: Path, ignore_errors: bool) -> None:
+        removed.append((folder.parent, is_mapped()))
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    table = TokenTable(rows(10))
+    assert len(list(table)) == 10 and is_mapped() and removed == []
+    del table
+    gc.collect()
+    assert removed == [(tmp_path, False)]

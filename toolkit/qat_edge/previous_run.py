@@ -56,7 +56,7 @@ def set_aside(folder: Path) -> None:
     previous.mkdir()
     for name in RUN_PARTS:
         if (folder / name).exists() or (folder / name).is_symlink():
-            (folder / name).rename(previous / name)
+            storage.rename(folder / name, previous / name)
 
 
 def discard(folder: Path) -> None:
@@ -86,7 +86,7 @@ def recover(folder: Path, resuming: bool = False) -> None:
 def restore(folder: Path) -> None:
     """Bring the previous run back in place of one that has nothing to continue from."""
     _remove_parts(folder)
-    (folder / PREVIOUS / CONFIG).replace(folder / CONFIG)
+    storage.rename(folder / PREVIOUS / CONFIG, folder / CONFIG)
     _move_back(folder)
     progress.info(f"{folder}: the new run had no checkpoint yet, so the earlier run is back")
 
@@ -98,7 +98,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 def _move_back(folder: Path) -> None:
     for path in sorted((folder / PREVIOUS).iterdir()):
-        path.rename(folder / path.name)
+        storage.rename(path, folder / path.name)
     (folder / PREVIOUS).rmdir()
 
 

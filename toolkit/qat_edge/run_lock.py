@@ -85,7 +85,7 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
 
     previous_run.refuse_links(folder)
     before = _names(folder)
-    with _locked(folder, verb):
+    with _unused_removed_on_windows(folder, made, before), _locked(folder, verb):
         _held[key] = _Held(threading.get_ident(), _identity(folder / LOCK))
         try:
             with storage.disk_errors(folder):
@@ -97,10 +97,18 @@ def writing(folder: Path, verb: str, create: bool = False, resuming: bool = Fals
             del _held[key]
             with suppress(OSError):
                 (folder / HOLDER).unlink()
-                _remove_unused(folder, made)
-                # A folder that is none of ours, and was refused, stays as it was.
-                if LOCK not in before and _names(folder) == before | {LOCK}:
-                    (folder / LOCK).unlink()
+            if os.name != "nt":  # while it is held: a file that another process has locked since must stay
+                _remove_unused(folder, made, before)
+
+
+@contextmanager
+def _unused_removed_on_windows(folder: Path, made: list[Path], before: set[str]) -> Iterator[None]:
+    """Remove at the end what was made for the lock: Windows removes no open file, so none that is locked."""
+    try:
+        yield
+    finally:
+        if os.name == "nt":
+            _remove_unused(folder, made, before)
 
 
 def require_held(folder: Path) -> None:
@@ -147,7 +155,8 @@ def _locked(folder: Path, verb: str) -> Iterator[None]:
     try:
         holder = {"pid": os.getpid(), "started_s": storage.own_start_s(), "host": platform.node(), "verb": verb}
         with storage.disk_errors(folder):
-            (folder / HOLDER).write_text(json.dumps(holder | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            (folder / HOLDER).write_text(json.dumps(holder | {"since": since}) + "\n", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -229,10 +238,17 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _remove_unused(folder: Path, made: list[Path]) -> None:
-    """Remove the folders that `_make` made, if nothing came into them."""
-    if not made or {path.name for path in folder.iterdir()} != {LOCK}:
+def _remove_unused(folder: Path, made: list[Path], before: set[str]) -> None:
+    """Remove the lock from a folder into which nothing else came, and the folders that `_make` made for it.
+
+    Args:
+        folder: The run folder; one that is none of ours, and was refused, stays as it was.
+        made: Folders that were missing, the innermost first.
+        before: Names of everything in the folder before.
+    """
+    if LOCK in before or _names(folder) != before | {LOCK}:
         return
-    (folder / LOCK).unlink()
-    for path in made:
-        path.rmdir()
+    with suppress(OSError):
+        (folder / LOCK).unlink()
+        for path in made:
+            path.rmdir()

@@ -7,11 +7,13 @@ name holds the machine and the process, so that the next writer removes what a k
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +27,8 @@ OLD = ".old"  # suffix of the hidden folder that keeps what is being replaced
 CLOCK_S = 2.0  # by which the start time of one process may differ between two readings
 # Where a file system cannot flush a folder, its renames are flushed with the files.
 NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+# On Windows, whoever has a file open prevents its renaming: a virus scanner or an indexer for a moment.
+RENAME_PAUSES_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 @contextmanager
@@ -46,7 +50,7 @@ def replace_folder(target: Path, *, force: bool) -> Iterator[Path]:
         if _is_taken(target):
             _exchange(target, work)
         else:
-            work.rename(target)
+            rename(work, target)
         _flush(target.parent)
 
 
@@ -54,11 +58,11 @@ def _exchange(target: Path, work: Path) -> None:
     """Give `work` the name of `target`, and remove what had it."""
     old = _hidden_folder(target.parent, f"{target.name}{OLD}")
     try:
-        target.rename(old / target.name)
-        work.rename(target)
+        rename(target, old / target.name)
+        rename(work, target)
     except BaseException:  # a signal, too, may end this between the two
         if _is_taken(old / target.name) and not _is_taken(target):
-            (old / target.name).rename(target)
+            rename(old / target.name, target)
         raise
     finally:
         if _is_taken(target):
@@ -99,7 +103,7 @@ def replace_file(path: Path) -> Iterator[Path]:
             yield work
             work.chmod(0o644)
             _flush(work)
-            work.replace(path)
+            rename(work, path)
         except BaseException:
             work.unlink(missing_ok=True)
             raise
@@ -109,18 +113,36 @@ def replace_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: readers see the old text or the new one.
 
+    Lines end alike on every system, because manifests have the sha256 of what is written.
+
     Raises:
         RunError: The file cannot be written.
     """
     with replace_file(path) as work:
-        work.write_text(text, encoding="utf-8")
+        work.write_text(text, encoding="utf-8", newline="\n")
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder that others may look at: it disappears at once, not file by file."""
     hidden = _hidden_folder(folder.parent, f"{folder.name}.removed")
-    folder.rename(hidden / folder.name)
+    rename(folder, hidden / folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give `source` the name of `target`; a file of that name is replaced.
+
+    Raises:
+        OSError: it is impossible, or on Windows, another program has one of the files open.
+    """
+    for pause_s in RENAME_PAUSES_S if os.name == "nt" else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            gc.collect()  # a model that nobody uses any more may still map its file
+            time.sleep(pause_s)
+    source.replace(target)
 
 
 def flush_folder(folder: Path) -> None:
@@ -244,6 +266,8 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise
         reason = os.strerror(number) if number else "the write failed"
         remedy = REMEDIES.get(number, "Make room or choose another path, then repeat the command.")
+        if os.name == "nt" and number == errno.EACCES:
+            remedy = f"Close the programs that use it. {remedy}"
         raise RunError(f"{target}: cannot be written ({reason}). {remedy}") from error
 
 

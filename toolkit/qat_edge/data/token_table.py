@@ -44,7 +44,9 @@ class TokenTable(Sequence[TokenRow]):
         digest = hashlib.sha256()
         self._hashes = array("Q")  # 8 bytes a row, for `shared_rows`
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        # In a list that is emptied first: Windows removes no file that is mapped.
+        self._mapped: list[Any] = []
+        self._remove = weakref.finalize(self, _remove_rows, folder, self._mapped)
         path = folder / "rows.arrow"
         count = 0
         with ArrowWriter(path=str(path), writer_batch_size=WRITER_ROWS) as writer:
@@ -60,9 +62,13 @@ class TokenTable(Sequence[TokenRow]):
         self.sha256 = digest.hexdigest()
 
         # An empty file has no columns, and could not be mapped.
-        self._rows: Any = datasets.Dataset.from_file(str(path)) if count else []
+        self._mapped.append(datasets.Dataset.from_file(str(path)) if count else [])
         if os.name == "posix":
-            self._remove()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _rows(self) -> Any:
+        return self._mapped[0]
 
     def shared_rows(self, other: TokenTable) -> int:
         """Return the number of rows that `other` has too."""
@@ -94,3 +100,9 @@ class TokenTable(Sequence[TokenRow]):
         )
 
     __hash__ = None  # type: ignore[assignment]  # compared by value
+
+
+def _remove_rows(folder: Path, mapped: list[Any]) -> None:
+    """Unmap the file of a table, then remove its folder."""
+    mapped.clear()
+    shutil.rmtree(folder, ignore_errors=True)
