@@ -1,7 +1,8 @@
 """Transport over ssh, through the user's OpenSSH: their configuration, keys, agent and jump hosts.
 
 All commands share one connection, opened by the first of them (ControlMaster), with its socket in a private temporary
-folder. ssh never prompts, and refuses unknown host keys, of the device as well as of jump hosts.
+folder; on Windows, whose OpenSSH cannot do that, each command has its own. ssh never prompts, and refuses unknown host
+keys, of the device as well as of jump hosts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,9 +40,13 @@ CONFIG_OPTIONS = {
     "ServerAliveCountMax": "3",
     "LogLevel": "ERROR",
 }
-COMMAND_OPTIONS = {
+SHARES_CONNECTION = sys.platform != "win32"
+SHARED = {
     "ControlMaster": "auto",
     "ControlPersist": "120",  # if this process is killed, the shared connection ends by itself
+}
+NOT_SHARED = {"ControlMaster": "no", "ControlPath": "none"}  # whatever the user's configuration has
+COMMAND_OPTIONS = {
     "RemoteCommand": "none",
     "RequestTTY": "no",
     "PermitLocalCommand": "no",
@@ -95,15 +101,16 @@ class SshTransport(RemoteTransport):
         folder = Path(_private_folder())
         self._socket = str(folder / "s")
         ours = "".join(f"{key} {value}\n" for key, value in CONFIG_OPTIONS.items())
-        (folder / "config").write_text(ours + self._user_configuration())
+        (folder / "config").write_text(ours + self._user_configuration(), encoding="utf-8", newline="\n")
 
     def disconnect(self) -> None:
         """Close the shared connection."""
         if not self._socket:
             return
-        with suppress(subprocess.TimeoutExpired, OSError):
-            argv = [*self._client(), "-O", "exit", "--", self._destination]
-            subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=EXIT_TIMEOUT_S, check=False)
+        if SHARES_CONNECTION:
+            with suppress(subprocess.TimeoutExpired, OSError):
+                argv = [*self._client(), "-O", "exit", "--", self._destination]
+                subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=EXIT_TIMEOUT_S, check=False)
         shutil.rmtree(Path(self._socket).parent, ignore_errors=True)
         self._socket = ""
 
@@ -141,17 +148,18 @@ class SshTransport(RemoteTransport):
 
     def _client(self, first: Sequence[str] = ()) -> list[str]:
         """Return ssh and its options; those in `first` take precedence."""
-        options = [argument for key, value in COMMAND_OPTIONS.items() for argument in ("-o", f"{key}={value}")]
         # ssh expands tokens such as %h in this option.
         socket = self._socket.replace("%", "%%")
-        config = str(Path(self._socket).with_name("config"))
-        return ["ssh", "-F", config, *first, *options, "-o", f'ControlPath="{socket}"']
+        sharing = SHARED | {"ControlPath": f'"{socket}"'} if SHARES_CONNECTION else NOT_SHARED
+        given = COMMAND_OPTIONS | sharing
+        options = [argument for key, value in given.items() for argument in ("-o", f"{key}={value}")]
+        return ["ssh", "-F", str(Path(self._socket).with_name("config")), *first, *options]
 
 
 def _private_folder() -> str:
     """Create a temporary folder whose path is short enough for a socket in it."""
     folder = tempfile.mkdtemp(prefix="qat-edge-ssh-")
-    if len(folder) <= SOCKET_PATH_BYTES:
+    if not SHARES_CONNECTION or len(folder) <= SOCKET_PATH_BYTES:
         return folder
     Path(folder).rmdir()
     return tempfile.mkdtemp(prefix="qat-edge-ssh-", dir="/tmp")

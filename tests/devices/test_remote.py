@@ -29,6 +29,7 @@ from device_fixtures import (
     opened,
 )
 
+from qat_edge_devices import ssh
 from qat_edge_devices.device_errors import CancelledError, ConnectionLostError, DeviceTimeoutError, TransportError
 from qat_edge_devices.remote import RemoteTransport
 from qat_edge_devices.transport import CompletedProgram
@@ -353,6 +354,21 @@ def test_an_archive_cannot_write_outside_its_folder(
     with pytest.raises(TransportError, match="results cannot be brought back"):
         device.pull("results", tmp_path / "into" / "back" if (tmp_path / "into").mkdir() else tmp_path / "into/back")
     assert not (tmp_path / "into" / "escaped").exists() and not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("dut", ["ssh"], indirect=True)
+def test_ssh_works_where_connections_cannot_be_shared(
+    dut: DeviceUnderTest, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows: each command has a connection of its own."""
+    monkeypatch.setattr(ssh, "SHARES_CONNECTION", False)
+    with contextlib.closing(opened(dut)) as transport:
+        assert "ControlMaster=no" in transport.command() and not any(a[-2:] == "/s" for a in transport.command())
+        transport.push({"artifact/model.pte": large})
+        assert transport.run(["wc", "-c", "artifact/model.pte"], 30).stdout.split()[0] == str(LARGE)
+        transport.pull("artifact/model.pte", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == large.read_bytes()
+    assert dut.runs() == []
 
 
 def test_info_describes_the_machine(device: RemoteTransport) -> None:
