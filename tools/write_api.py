@@ -243,4 +243,4 @@ def _docstring(verb: Verb, arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    API.write_text(source(), encoding="utf-8")
+    API.write_text(source(), encoding="utf-8", newline="\n")

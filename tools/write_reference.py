@@ -132,8 +132,8 @@ def _description(field: dataclasses.Field[typing.Any]) -> str:
 def write() -> None:
     """Write both pages."""
     REFERENCE.mkdir(parents=True, exist_ok=True)
-    (REFERENCE / "cli.md").write_text(cli_page(), encoding="utf-8")
-    (REFERENCE / "configuration.md").write_text(configuration_page(), encoding="utf-8")
+    (REFERENCE / "cli.md").write_text(cli_page(), encoding="utf-8", newline="\n")
+    (REFERENCE / "configuration.md").write_text(configuration_page(), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
