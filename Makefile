@@ -1,10 +1,15 @@
 # `make demo` and `make test` build .venv first, as all targets do, and touch nothing outside the checkout.
-PYTHON ?= python3.11
+
+# The lock was made with Python 3.11, so that comes first. Each candidate is run: pyenv has names for versions that it lacks.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$name -c "$(SUPPORTED)" 2>/dev/null && echo $$name && break; done)
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
 LOCK := tools/lock/requirements.txt
 FRESH := .cache/lock-venv
+PLATFORMS := linux darwin win32
 
 # Caches of the libraries stay inside the checkout too.
 export HF_HOME := $(CURDIR)/.cache/huggingface
@@ -27,7 +32,8 @@ test-arm64: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	for platform in $(PLATFORMS); do \
+		$(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -58,6 +64,7 @@ audit: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml $(LOCK)
+	$(if $(PYTHON),,$(error No Python 3.11, 3.12, 3.13 or 3.14 found. Install one, or name it: make PYTHON=/path/to/python3.11))
 	@echo "Setting up $(VENV): about 2 GB of packages, a minute or more"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
