@@ -132,6 +132,7 @@ def test_elsewhere_it_is_an_error_at_once(tmp_path: Path, busy: list[int]) -> No
     assert busy[0] == 0 and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 @pytest.mark.usefixtures("on_windows")
 def test_a_lock_is_removed_where_open_files_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows removes no open file, so the lock goes after it was released."""

@@ -16,6 +16,8 @@ import pytest
 from conftest import make_model, make_tokenizer
 from qat_edge.run import Run
 
+# What a process has open or mapped is read in /proc.
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 HERE = Path(__file__).parent
 ROWS = [
     {"messages": [{"role": "user", "content": f"sag {i} ä"}, {"role": "assistant", "content": f'{{"n":{i}}}'}]}

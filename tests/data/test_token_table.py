@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def test_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list(table)) == 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_where_a_mapped_file_cannot_be_removed_it_goes_with_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
