@@ -65,8 +65,8 @@ with replace_folder(Path(sys.argv[1]), force=True) as work:
     (work / "file").write_text("half")
     if sys.argv[2] == "while replacing":
         work.chmod(0o755)
-        rename = Path.rename
-        Path.rename = lambda self, other: kill() if self == work else rename(self, other)
+        rename = Path.replace
+        Path.replace = lambda self, other: kill() if self == work else rename(self, other)
     else:
         kill()
 """
@@ -115,14 +115,14 @@ def test_a_stop_between_the_two_renames_brings_the_old_folder_back(
     target = tmp_path / "made"
     target.mkdir()
     (target / "file").write_text("old")
-    rename = Path.rename
+    rename = Path.replace
 
     def stop(self: Path, other: Path) -> Path:
         if other == target and (self / "file").read_text() == "new":
             raise KeyboardInterrupt
         return rename(self, other)
 
-    monkeypatch.setattr(Path, "rename", stop)
+    monkeypatch.setattr(Path, "replace", stop)
     with pytest.raises(KeyboardInterrupt), replace_folder(target, force=True) as work:
         (work / "file").write_text("new")
     assert (target / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["made"]
@@ -132,7 +132,7 @@ def test_a_stop_between_the_two_renames_brings_the_old_folder_back(
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files first, then the folders that hold their names, then the name itself, then the folder that holds it."""
     events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, Path.replace
 
     def flush(handle: int) -> None:
         events.append(f"flush {Path(f'/proc/self/fd/{handle}').readlink().name}")
@@ -143,7 +143,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
         return rename(self, other)
 
     monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(Path, "rename", name)
+    monkeypatch.setattr(Path, "replace", name)
     with replace_folder(tmp_path / "made", force=False) as work:
         (work / "sub").mkdir()
         (work / "sub" / "file").write_text("new")
