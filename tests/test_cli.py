@@ -49,6 +49,7 @@ COMMANDS = [
     "task-rows",
     "compare",
     "report",
+    "push",
     "generate",
     "chat",
     "demo",
