@@ -179,9 +179,9 @@ def _measured(results: RunResults, artifacts: Sequence[CardArtifact]) -> list[st
         left = [target for target in left if target not in own]
         device = f"{measured.machine.get('cpu_model', 'unknown processor')}, {measured.machine.get('os', '')}"
         columns = [i for i, (name, _) in enumerate(table.heads) if name in COLUMNS or results.encoder]
-        found += [f"On {_text(device.strip(', '))}: {table.caption}", _of_table(table, kept, columns)]
+        found += [f"On {device.strip(', ')}: {table.caption}", _of_table(table, kept, columns)]
         # The conclusion is about all artifacts that were measured.
-        found += [verdict.headline] if own - {"torch"} <= targets else []
+        found += [verdict.headline, *verdict.notes] if own - {"torch"} <= targets else []
     if left:
         found.append(f"Not measured: {', '.join(left)}.")
     return [_text(part) if not part.startswith("|") else part for part in found]
@@ -207,6 +207,10 @@ def _programs(results: RunResults, artifacts: Sequence[CardArtifact], repo_id: s
         # Programs of a backend such as Vulkan need a build of ExecuTorch that has it.
         if target.backend is None:
             packages, program = PROGRAMS[target.format]
+            versions = results.quantized.get("libraries") or {}
+            packages = " ".join(
+                f"{name}=={versions[name]}" if versions.get(name) else name for name in packages.split()
+            )
             text = program.replace("FOLDER", f"model/{artifact.target}")
             found.append(f"{TARGET_TITLES[target.name]}, after `pip install {packages}`:\n\n```python\n{text}```")
     return found
