@@ -202,6 +202,7 @@ def _programs(results: RunResults, artifacts: Sequence[CardArtifact], repo_id: s
     found = [f"```\nhf download {repo_id} --local-dir model\n```"]
     if results.encoder:
         return [*found, "Programs for classifiers and sentence encoders are in qat-edge's guide to apps."]
+    found.append("These programs add no chat template: write prompts as the template in the folder does.")
     for artifact in artifacts:
         target = target_named(artifact.target)
         # Programs of a backend such as Vulkan need a build of ExecuTorch that has it.
