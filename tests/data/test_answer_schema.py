@@ -56,6 +56,19 @@ def test_invalid_answers_have_a_reason(answer: str, reason: str) -> None:
     assert re.search(reason, AnswerSchema(PET).fault(answer))
 
 
+@pytest.mark.parametrize(
+    ("factor", "multiples", "others"),
+    [(0.01, ["19.99", "-0.29", "4.35", "0", "1e-2", "1e300"], ["0.295", "1e-3"]), (3, ["9.0", "-3"], ["10", "3.5"])],
+)
+def test_multiples_are_those_of_decimals(factor: float, multiples: list[str], others: list[str]) -> None:
+    """As floats, 19.99 / 0.01 is no integer."""
+    answer = AnswerSchema({"multipleOf": factor})
+    assert [text for text in multiples if answer.fault(text)] == []
+    assert [text for text in others if not answer.fault(text)] == []
+    assert answer.fault(others[0]) == f"$: {others[0]} is not a multiple of {factor}"
+    assert answer.fault('"a"') == answer.fault("true") == ""
+
+
 def test_text_around_the_json_belongs_to_the_answer() -> None:
     one, two = '<call>\n{"kind": "dog"}\n</call>', '<call>\n{"kind": "dog"}\n</call>\n<call>\n{"kind": "cat"}\n</call>'
     assert WRAPPED.fault(one) == WRAPPED.fault(two) == WRAPPED.fault("<think>\n\n</think>\n\n" + one) == ""
@@ -104,6 +117,11 @@ def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> Non
         ({"items": {"$ref": "#/default"}, "default": {"type": "strnig"}}, r"\$\.items\.\$ref is '#/default', and no"),
         ({"$ref": "#/x-defs/a", "x-defs": {"a": {"pattern": "a"}}}, "no schema of a value is there"),
         ({"$ref": "#"}, "leads back to itself"),
+        (
+            {"$ref": "#/$defs/0", "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(900)}, "900": {}}},
+            "leads to another reference, and so on, more than 50 times",
+        ),
+        ({"enum": []}, "no value fits the schema"),
         ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
         (
             ENDLESS,
