@@ -290,6 +290,36 @@ def test_required_properties_that_have_no_values_of_their_own_are_permitted() ->
         assert answer.fault(text) == ""
 
 
+def test_schemas_of_the_same_object_do_not_forbid_the_properties_of_one_another() -> None:
+    parameters = {
+        "properties": {"kind": {"enum": ["a", "b"]}, "inner": {"properties": {"x": {}}}},
+        "anyOf": [{"properties": {"b": {"type": "integer"}}, "required": ["b"]}, {"required": ["kind"]}],
+        "if": {"properties": {"kind": {"const": "b"}}, "required": ["kind"]},
+        "then": {"required": ["b"]},
+        "dependentRequired": {"inner": ["b"]},
+        "dependentSchemas": {"b": {"properties": {"kind": {"const": "b"}}}},
+    }
+    answer = schema_of_tools(
+        [calling(("go", {"kind": "b", "b": 1}), tools=[tool("go", parameters)])], tokenizer_for(THINKING), "rows"
+    )
+
+    def fault(arguments: str) -> str:
+        return answer.fault(f'<tool_call>\n{{"name": "go", "arguments": {arguments}}}\n</tool_call>')
+
+    assert fault('{"kind": "b", "b": 1}') == fault('{"kind": "a"}') == ""
+    assert fault('{"kind": "b"}') and fault('{"kind": "a", "inner": {}}') and fault('{"kind": "a", "b": 1}')
+    assert fault('{"kind": "b", "b": 1, "inner": {"y": 1}}')
+
+
+@pytest.mark.parametrize("reference", ["#", "#/properties/a"])
+def test_a_reference_of_a_tool_to_other_parts_is_named(reference: str) -> None:
+    parameters = {"properties": {"a": {"type": "string"}, "b": {"$ref": reference}}}
+    rows = [calling(("go", {}), tools=[tool("go", parameters)])]
+    message = rf"'parameters' of the tool 'go': \$\.properties\.b\.\$ref is '{reference}', and only definitions"
+    with pytest.raises(DataError, match=message):
+        schema_of_tools(rows, tokenizer_for(THINKING), "rows")
+
+
 def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:
     rows = [calling(("rain", {"city": 7}), tools=[RAIN]), calling(("rain", {"city": "Oslo"}), tools=[RAIN])]
     schema_of_tools(rows, tokenizer_for(THINKING), "rows")
