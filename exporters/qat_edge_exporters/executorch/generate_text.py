@@ -89,7 +89,7 @@ class PrintedAnswer:
         self._mark = mark
 
     def pieces(self) -> Iterator[str]:
-        """Yield the text as it comes. Newlines after an end token wait for further text: the last is the runner's own."""
+        """Yield the text as it comes. Newlines after an end token wait for text: the last is the runner's."""
         newlines = ""
         for piece in self._text():
             if piece == "\n" and self.has_end:
