@@ -39,8 +39,9 @@ HEAD = ("format", "runtime", "MB", "exact", "error, dB", "prompt, tokens/s", "de
 INTRODUCTION = """# One model in every format
 
 `python -m benchmarks.formats` writes this page from the JSON files of its rounds; no figure is typed by hand. \
-SmolLM2-135M-Instruct is quantized once (`qat-edge quantize`), and `qat-edge export` writes the same codes into every \
-format; the adapter is trained next to the same frozen weights (`finetune --frozen-base`).
+The demo's model, SmolLM2-135M-Instruct trained with `--embedding-bits 8 --head-bits 4` so that every format can hold \
+its rotation, is frozen once, and `qat-edge export` writes the same codes into every format. The adapter is trained \
+next to the frozen weights of the same model without training (`quantize`, `finetune --frozen-base`).
 
 *Exact* counts linear layers whose codes and scales, read back from the file, equal the frozen ones bit for bit; \
 matrices of the adapter follow. *Error* compares what the runtime computes with the frozen checkpoint in torch; the \

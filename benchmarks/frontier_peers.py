@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD = ("model", "weights", "right answers", "less our PTQ", "nats per token", "less our PTQ", "our PTQ", "seeds")
+SMALL = "4 bits, embedding and head too"
 SEQUENCE = 128  # tokens of one of AutoRound's calibration texts
 
 
@@ -42,7 +43,7 @@ class Peer:
     Attributes:
         kind: Type as llama-quantize has it; empty for AutoRound.
         bits: Of AutoRound's weights.
-        rival: Scheme in settings.SCHEMES whose PTQ it is compared with.
+        rival: Scheme in settings.SCHEMES of about its size, whose PTQ it is compared with.
     """
 
     kind: str = ""
@@ -51,10 +52,10 @@ class Peer:
 
 
 PEERS = {
-    "llama.cpp Q4_0": Peer("Q4_0"),
+    "llama.cpp Q4_0": Peer("Q4_0", rival=SMALL),
     "llama.cpp Q4_K_M": Peer("Q4_K_M"),
-    "llama.cpp Q3_K_M": Peer("Q3_K_M"),
-    "llama.cpp Q2_K": Peer("Q2_K", rival="2 bits"),
+    "llama.cpp Q3_K_M": Peer("Q3_K_M", rival=SMALL),
+    "llama.cpp Q2_K": Peer("Q2_K", rival=SMALL),
     "AutoRound, 4 bits": Peer(bits=4),
     "AutoRound, 2 bits": Peer(bits=2, rival="2 bits"),
 }
@@ -109,7 +110,8 @@ def section(rows: Sequence[Sequence[str]]) -> list[str]:
         "tokens of the training rows as our PTQ. They run in torch with float inputs: in its own runtime, llama.cpp "
         "rounds the inputs of each layer to int8 as well. llama.cpp gives matrices that its 2- to 4-bit types do not "
         "divide, as most of this model's, another type of more bits. AutoRound leaves the table of embedding and head "
-        "in float16. Differences are from our PTQ with the same seeds and requests, at the bits that the row names.",
+        "in float16. Differences are from our PTQ with the same seeds and requests, in the scheme that the row names, "
+        "which is the one of about its size.",
         page.table(HEAD, rows),
     ]
 

@@ -49,6 +49,7 @@ COMMANDS = [
     "task-rows",
     "compare",
     "report",
+    "push",
     "generate",
     "chat",
     "demo",
@@ -316,3 +317,19 @@ def test_characters_that_the_encoding_of_stdout_does_not_have_are_escaped(encodi
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.decode(encoding).splitlines() == ["\xe9 \\u4f60", "\\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    ("words", "index", "expected"),
+    [("qat-edge ex", 1, "plain,export"), ("qat-edge export run --target on", 4, "plain,onnx")],
+)
+def test_the_shell_completes_commands_and_values(words: str, index: int, expected: str) -> None:
+    """The variable is click's: https://click.palletsprojects.com/en/stable/shell-completion/"""
+    given = {"COMP_WORDS": words, "COMP_CWORD": str(index), "_QAT_EDGE_COMPLETE": "bash_complete"}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'qat-edge'; from qat_edge.cli.commands import main; main()",
+    ]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [expected]

@@ -20,7 +20,7 @@ from qat_edge.manifest import MANIFEST
 from qat_edge.options import QuantizeOptions
 from qat_edge.report.collect import _verified
 from qat_edge.run import Run
-from qat_edge.verbs.exported_schema import wanted_schema
+from qat_edge.verbs.exported_schema import try_schema, wanted_schema
 from qat_edge.verbs.quantize_model import quantize_model
 from qat_edge.verbs.verify import verify
 from qat_edge_exporters.targets import target_named
@@ -324,6 +324,11 @@ def test_a_run_that_was_never_exported_gets_a_schema(
     other = write_schema(tmp_path / "c.json", {"enum": ["dog"]})
     qat_edge.export(run, target="executorch", schema=other, force=True, **options)
     assert any("exports/onnx has another schema than" in line for line in messages)
+
+
+def test_a_target_without_a_grammar_is_named_and_not_its_folder(messages: list[str]) -> None:
+    try_schema(Path(".executorch.host-1.2-abc"), target_named("executorch"))
+    assert messages[0].startswith("executorch: ExecuTorch's LLM runner takes no grammar")
 
 
 def test_tools_is_no_path_even_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

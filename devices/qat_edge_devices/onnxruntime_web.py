@@ -49,7 +49,10 @@ def fetch_archive(device: str, cache: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as work:
             _download(device, Path(work), path).replace(path)
     except OSError as error:
-        raise TransportError(f"{device}: {path} cannot be written ({error.strerror}).") from error
+        raise TransportError(
+            f"{device}: {path} cannot be written ({error.strerror}). Make room there, or name another folder for "
+            "downloads: --device-folder."
+        ) from error
     return path
 
 

@@ -56,6 +56,19 @@ def test_invalid_answers_have_a_reason(answer: str, reason: str) -> None:
     assert re.search(reason, AnswerSchema(PET).fault(answer))
 
 
+@pytest.mark.parametrize(
+    ("factor", "multiples", "others"),
+    [(0.01, ["19.99", "-0.29", "4.35", "0", "1e-2", "1e300"], ["0.295", "1e-3"]), (3, ["9.0", "-3"], ["10", "3.5"])],
+)
+def test_multiples_are_those_of_decimals(factor: float, multiples: list[str], others: list[str]) -> None:
+    """As floats, 19.99 / 0.01 is no integer."""
+    answer = AnswerSchema({"multipleOf": factor})
+    assert [text for text in multiples if answer.fault(text)] == []
+    assert [text for text in others if not answer.fault(text)] == []
+    assert answer.fault(others[0]) == f"$: {others[0]} is not a multiple of {factor}"
+    assert answer.fault('"a"') == answer.fault("true") == ""
+
+
 def test_text_around_the_json_belongs_to_the_answer() -> None:
     one, two = '<call>\n{"kind": "dog"}\n</call>', '<call>\n{"kind": "dog"}\n</call>\n<call>\n{"kind": "cat"}\n</call>'
     assert WRAPPED.fault(one) == WRAPPED.fault(two) == WRAPPED.fault("<think>\n\n</think>\n\n" + one) == ""
@@ -104,6 +117,11 @@ def test_a_schema_survives_its_file(answer: AnswerSchema, tmp_path: Path) -> Non
         ({"items": {"$ref": "#/default"}, "default": {"type": "strnig"}}, r"\$\.items\.\$ref is '#/default', and no"),
         ({"$ref": "#/x-defs/a", "x-defs": {"a": {"pattern": "a"}}}, "no schema of a value is there"),
         ({"$ref": "#"}, "leads back to itself"),
+        (
+            {"$ref": "#/$defs/0", "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(900)}, "900": {}}},
+            "leads to another reference, and so on, more than 50 times",
+        ),
+        ({"enum": []}, "no value fits the schema"),
         ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}, "leads back to itself"),
         (
             ENDLESS,
@@ -270,6 +288,36 @@ def test_required_properties_that_have_no_values_of_their_own_are_permitted() ->
         answer = schema_of_tools(rows, tokenizer_for(THINKING), "rows")
         text = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
         assert answer.fault(text) == ""
+
+
+def test_schemas_of_the_same_object_do_not_forbid_the_properties_of_one_another() -> None:
+    parameters = {
+        "properties": {"kind": {"enum": ["a", "b"]}, "inner": {"properties": {"x": {}}}},
+        "anyOf": [{"properties": {"b": {"type": "integer"}}, "required": ["b"]}, {"required": ["kind"]}],
+        "if": {"properties": {"kind": {"const": "b"}}, "required": ["kind"]},
+        "then": {"required": ["b"]},
+        "dependentRequired": {"inner": ["b"]},
+        "dependentSchemas": {"b": {"properties": {"kind": {"const": "b"}}}},
+    }
+    answer = schema_of_tools(
+        [calling(("go", {"kind": "b", "b": 1}), tools=[tool("go", parameters)])], tokenizer_for(THINKING), "rows"
+    )
+
+    def fault(arguments: str) -> str:
+        return answer.fault(f'<tool_call>\n{{"name": "go", "arguments": {arguments}}}\n</tool_call>')
+
+    assert fault('{"kind": "b", "b": 1}') == fault('{"kind": "a"}') == ""
+    assert fault('{"kind": "b"}') and fault('{"kind": "a", "inner": {}}') and fault('{"kind": "a", "b": 1}')
+    assert fault('{"kind": "b", "b": 1, "inner": {"y": 1}}')
+
+
+@pytest.mark.parametrize("reference", ["#", "#/properties/a"])
+def test_a_reference_of_a_tool_to_other_parts_is_named(reference: str) -> None:
+    parameters = {"properties": {"a": {"type": "string"}, "b": {"$ref": reference}}}
+    rows = [calling(("go", {}), tools=[tool("go", parameters)])]
+    message = rf"'parameters' of the tool 'go': \$\.properties\.b\.\$ref is '{reference}', and only definitions"
+    with pytest.raises(DataError, match=message):
+        schema_of_tools(rows, tokenizer_for(THINKING), "rows")
 
 
 def test_calls_that_their_own_tools_do_not_permit_are_counted(messages: list[str]) -> None:

@@ -120,6 +120,12 @@ def test_an_npm_that_fails_is_quoted(tmp_path: Path, npm: Callable[[str], None])
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_folder_for_downloads_that_is_a_file_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TransportError, match=r"browser: .*\.tgz cannot be written \(File exists\).*--device-folder\."):
+        onnxruntime_web.fetch_archive("browser", tmp_path / "file")
+
+
 def test_another_archive_is_refused(tmp_path: Path, npm: Callable[[str], None]) -> None:
     npm("echo something else >$out/onnxruntime-web.tgz")
     with pytest.raises(TransportError, match=r"another file as onnxruntime-web@.*Nothing was kept"):

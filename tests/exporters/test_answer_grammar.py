@@ -49,6 +49,17 @@ NODE: dict[str, Any] = {
         }
     },
 }
+# A union as pydantic writes it.
+UNION: dict[str, Any] = {
+    "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/cat"}},
+    "$defs": {
+        "cat": {"type": "object", "properties": {"kind": {"const": "cat"}, "age": {"type": "integer"}}},
+        "dog": {"type": "object", "properties": {"kind": {"const": "dog"}}},
+    },
+}
+for each in UNION["$defs"].values():
+    each["required"] = list(each["properties"])
 WRAPPED = AnswerSchema(PET, "<think>\n\n</think>\n\n", "<call>\n", "\n</call>\n<call>\n", "\n</call>")
 # A schema whose answers are short, so that a random model ends them.
 SHORT = AnswerSchema({"anyOf": [{"enum": ["dog", "a cat"]}, {"type": "integer", "minimum": 0, "maximum": 99}]})
@@ -132,6 +143,8 @@ def judge(gguf_folder: Path) -> Iterator[Judge]:
         (AnswerSchema({"type": "array", "items": {"type": "integer"}}), ["[]", "[1, 2,3]"]),
         (AnswerSchema({"type": "object", "required": ["a"]}), ['{"a":[1]}']),
         (AnswerSchema({"type": "string"}), ['"a\\nb"', '""']),
+        (AnswerSchema({"type": "string", "minLength": 2, "maxLength": 2}), ['"\\u00e9\\u001b"', '"é\\n"']),
+        (AnswerSchema(UNION), ['{"kind":"cat","age":3}', '{"kind":"dog"}']),
     ],
 )  # fmt: skip
 def test_valid_texts_are_permitted(answer: AnswerSchema, texts: list[str], judge: Judge) -> None:
@@ -194,7 +207,12 @@ def test_repetitions_inside_repetitions_are_within_the_limits_of_llama_cpp(judge
     [
         ({"type": "string", "pattern": "a+"}, r"\$\.pattern is a keyword, which llama.cpp's grammar does not express"),
         ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, r"\$\.properties\.a\.uniqueItems"),
-        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, r"\$\.oneOf is a keyword"),
+        (
+            {"oneOf": [{"type": "string"}, {"maxLength": 2}]},
+            r"\$\.oneOf has schemas that one value may fit.*There, write \"anyOf\"",
+        ),
+        ({"type": "string", "nullable": True}, r'\$\.nullable is a keyword.*There, write "type": \[\.\.\., "null"\]'),
+        ({"type": "array", "uniqueItems": None}, r"\$\.uniqueItems is a keyword"),
         ({"anyOf": [{"type": "string"}], "minLength": 2}, r"\$ has 'anyOf' together with minLength"),
         ({"type": "number", "minimum": 0}, r"\$\.minimum limits numbers with a decimal point"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "permits no integer"),
@@ -217,13 +235,24 @@ def test_what_gbnf_cannot_express_is_refused_by_place(schema: dict[str, Any], me
         gbnf.grammar(AnswerSchema(schema))
 
 
+def test_definitions_that_refer_to_one_another_by_the_hundred_are_written() -> None:
+    def link(number: int) -> dict[str, Any]:
+        return {"type": "object", "properties": {"n": {"$ref": f"#/$defs/{number}"}}}
+
+    chain = {"$ref": "#/$defs/0", "$defs": {str(i): link((i + 1) % 2000) for i in range(2000)}}
+    text = gbnf.grammar(AnswerSchema(chain))
+    assert text.count("\nref-") == 2000 and " ::= \n" not in text
+
+
 def test_descriptions_and_private_keywords_change_nothing() -> None:
     plain = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     described = {
         **plain, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "T", "x-order": 3,
-        "properties": {"a": {"type": "integer", "description": "one", "default": 2, "examples": [3]}},
+        "properties": {"a": {"type": "integer", "description": "one", "default": 2, "examples": [3], "example": 3}},
+        "discriminator": {"propertyName": "a"}, "xml": {"name": "t"}, "uniqueItems": False, "nullable": False,
     }  # fmt: skip
     assert gbnf.grammar(AnswerSchema(described)) == gbnf.grammar(AnswerSchema(plain))
+    assert "nullable" not in lark_grammar.grammar(AnswerSchema(described))
 
 
 def test_guidance_has_more_keywords_and_refuses_the_others() -> None:
@@ -328,6 +357,52 @@ def test_guidance_bounds_the_numbers_of_intersections(
 ) -> None:
     grammar = lark_grammar.grammar(AnswerSchema(schema))
     assert [guidance.permits(grammar, text) for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "other"),
+    [
+        # Characters of three bytes or more, which may be several tokens.
+        ({"enum": ["\u4e2d\u6587", "a\U0001f600", "\u00fc"]}, ["中文", "a😀", "ü"], ["中", "a"]),
+        ({"properties": {"\u4e2d": {}}, "required": ["中"], "maxProperties": 1}, [{"中": 1}], [{"文": 1}]),
+        ({"type": "string", "pattern": "^\\u4e2d+$"}, ["中中"], ["", "a"]),
+        (UNION, [{"kind": "cat", "age": 3}, {"kind": "dog"}], [{"kind": "cat"}, {"kind": "cow"}]),
+        ({"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"const": 1}}}, [1, None], [2]),
+        ({"type": "string", "minLength": 1.0, "maxLength": 2.0}, ["a"], ["", "abc"]),
+        ({"type": "array", "items": {"enum": [1]}, "uniqueItems": False}, [[1, 1]], [[2]]),
+        ({"type": "number", "minimum": -1e30, "maximum": 1e30}, [0.5, -7], [10**17]),
+        ({"type": "string", "pattern": r'^[^"\\/]+$'}, ["a", "[1]"], ['a"', "a\\", "a/"]),
+        ({"type": "string", "pattern": "^[[:alph&&x]+$"}, ["a:", "&["], ["b", ""]),
+        ({"type": "number", "multipleOf": 0.01, "minimum": 0}, [19.99, 0.29, 4.35], [0.295]),
+    ],
+)
+def test_guidance_permits_what_the_schema_does(
+    schema: dict[str, Any], valid: list[Any], other: list[Any], guidance: GuidanceJudge
+) -> None:
+    answer = AnswerSchema(schema)
+    grammar = lark_grammar.grammar(answer)
+    for value in valid + other:
+        text = json.dumps(value, ensure_ascii=False)
+        assert guidance.permits(grammar, text) is (value in valid), text
+    assert [value for value in valid if answer.fault(json.dumps(value))] == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "pattern": r"^C:\\[a-z]+$"}, r"\$\.pattern has a quotation mark or a backslash outside of"),
+        (
+            {"properties": {"x-a": {}}, "patternProperties": {"^x-": {"type": "integer"}}},
+            r"\$\.patternProperties\.\^x- is for the property 'x-a' as well",
+        ),
+        ({"type": "number", "minimum": 1e17}, r"\$\.minimum permits only numbers of more than 16 digits"),
+        ({"type": "integer", "maximum": -(10**17)}, r"\$\.maximum permits only numbers of more than 16 digits"),
+        ({"multipleOf": 5, "exclusiveMaximum": -1}, r"\$\.multipleOf permits negative numbers only"),
+    ],
+)
+def test_what_guidance_would_get_wrong_is_refused_by_place(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        lark_grammar.grammar(AnswerSchema(schema))
 
 
 def test_guidance_gets_neither_formats_nor_settings_of_a_user() -> None:

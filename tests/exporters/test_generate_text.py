@@ -21,7 +21,9 @@ MARK = "0123456789abcdef"  # of the request
         ("Paris.", "Paris."),
         ("Paris.<|im_end|>", "Paris."),
         ("a < b <|im_start|>c", "a < b c"),
-        ("two\nlines\n\n", "two\nlines"),  # line feeds at the end are the runner's own
+        ("two\nlines\n\n", "two\nlines\n\n"),  # as where the answer was cut
+        ("two\n<|im_end|>\n", "two\n"),  # the runner's own line feed
+        ("a<|im_start|>\nb", "a\nb"),
         ("smile \U0001f642 done", "smile \U0001f642 done"),
         ("", ""),
     ],
@@ -31,7 +33,7 @@ def test_the_answer_alone_is_shown(printed: str, shown: str, end: str) -> None:
     stream = io.BytesIO((printed + end + "the next answer").encode())
     answer = PrintedAnswer(stream, ["<|im_start|>", "<|im_end|>"], MARK)
     assert "".join(answer.pieces()) == shown
-    assert (answer.tokens, answer.has_end) == (7, printed.endswith("<|im_end|>"))
+    assert (answer.tokens, answer.has_end) == (7, printed.rstrip("\n").endswith("<|im_end|>"))
     assert stream.read() == b"the next answer"
 
 

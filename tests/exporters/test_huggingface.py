@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,21 +182,6 @@ def test_the_sizes_of_a_folder_are_those_of_its_files(made: tuple[Path, Path]) -
     sizes = TARGET.read(made[1]).size_bytes
     assert sum(sizes.values()) == sum(path.stat().st_size for path in made[1].iterdir())
     assert min(sizes.values()) > 0
-
-
-@needs_compressed_tensors
-def test_plain_transformers_loads_a_folder_without_this_package(made: tuple[Path, Path], tmp_path: Path) -> None:
-    block = (ROOT / "docs/guides/export.md").read_text(encoding="utf-8").partition("from transformers import")[2]
-    script = "from transformers import" + block.partition("```")[0].replace("runs/mine/exports/hf", str(made[1]))
-    # Isolated: nothing of this checkout can be imported, and of its environment only installed packages.
-    package = find_spec("compressed_tensors")
-    assert package is not None and package.origin is not None
-    lines = [f"import sys; sys.path.insert(0, {str(Path(package.origin).parents[1])!r})", script]
-    lines.append("assert not [name for name in sys.modules if name.startswith('qat_edge')]")
-    command = [sys.executable, "-I", "-c", "\n".join(lines)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
 
 
 def test_tensors_are_those_that_vllm_expects(made: tuple[Path, Path]) -> None:

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,54 @@ def test_remote_code_is_not_run_without_permission(model_copy: Path) -> None:
 
 
 LOAD = "from qat_edge.models.load import load_model; print(load_model('someone/tiny').identity)"
+
+
+class RefusingHub(BaseHTTPRequestHandler):
+    """A Hub that has a gated model, and no other."""
+
+    def do_HEAD(self) -> None:
+        gated = "/someone/gated/" in self.path
+        self.send_response(200 if self.path == "/" else 403 if gated else 401)
+        if self.path != "/":
+            self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *given: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "wanted"),
+    [
+        (
+            "someone/gated",
+            "",
+            "the model is gated, and no token is set. Accept its terms at URL/someone/gated, then",
+        ),
+        ("someone/gated", "hf_x", "the model is gated, and the token in use has no access. Accept its terms"),
+        (
+            "someone/none",
+            "",
+            "there is no such model, or it is private, and no token is set. Check the name, or run",
+        ),
+    ],
+)
+def test_a_refusal_of_the_hub_names_the_token(name: str, token: str, wanted: str, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
+    url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)} | ({"HF_TOKEN": token} if token else {})
+    code = LOAD.replace("someone/tiny", name)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert wanted.replace("URL", url) in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

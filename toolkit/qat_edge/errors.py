@@ -8,6 +8,7 @@ QatEdgeError                 exit 1
 ├── ExportError              a model that a target cannot express, or a compiler that failed
 ├── ArtifactError            an exported file that is damaged or differs from what was frozen
 ├── GateError                a gate (--max-... or --min-...) was missed
+├── HubError                 the Hugging Face Hub cannot be reached, or refused an upload
 └── DeviceError              a device that cannot be reached or a runtime that failed there
 """
 
@@ -46,6 +47,10 @@ class ArtifactError(QatEdgeError):
 
 class GateError(QatEdgeError):
     """A measured figure missed its gate."""
+
+
+class HubError(QatEdgeError):
+    """The Hugging Face Hub cannot be reached, or refused an upload."""
 
 
 class DeviceError(QatEdgeError):

@@ -373,6 +373,15 @@ class DoctorOptions:
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """Options of `push`: what a repository gets."""
+
+    target: tuple[str, ...] = option("Artifacts to upload; all of the run by default.", (), ARTIFACTS)
+    private: bool = option("Make a new repository private.", False)
+    dry_run: bool = option("Write the model card into the run folder, and upload nothing.", False)
+
+
+@dataclass(frozen=True)
 class ValidateOptions:
     """Options of `validate`: measurements, devices, and the gates that set the exit code."""
 

@@ -78,7 +78,7 @@ class PrintedAnswer:
 
     Attributes:
         tokens: number of generated tokens; None until the mark came.
-        has_end: the last thing printed was a special token.
+        has_end: the last thing printed was a special token, up to newlines.
     """
 
     def __init__(self, stream: IO[bytes], special_tokens: Sequence[str], mark: str) -> None:
@@ -89,10 +89,10 @@ class PrintedAnswer:
         self._mark = mark
 
     def pieces(self) -> Iterator[str]:
-        """Yield the text as it comes. Newlines wait for further text: the runner prints one of its own at the end."""
+        """Yield the text as it comes. Newlines after an end token wait for text: the last is the runner's."""
         newlines = ""
         for piece in self._text():
-            if piece == "\n":
+            if piece == "\n" and self.has_end:
                 newlines += piece
                 continue
             yield newlines + piece
@@ -114,7 +114,7 @@ class PrintedAnswer:
 
             # Text that may still become a special token or the statistics waits for the next bytes.
             while pending and not any(mark.startswith(pending) for mark in marks):
-                self.has_end = False
+                self.has_end &= pending[0] == "\n"
                 yield pending[0]
                 pending = pending[1:]
         if pending:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qat_edge.data.answer_schema import AnswerSchema
+from qat_edge.data.exclusive_schemas import are_exclusive
 from qat_edge.data.possible_values import TYPES, PossibleValues
 from qat_edge.data.schema_parts import resolve
 from qat_edge.readers import show
@@ -41,7 +42,7 @@ MOST_REPEATS = 1000  # of an item or a character; llama.cpp refuses more than 20
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS = frozenset((
     "type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems",
-    "minLength", "maxLength", "anyOf", "$ref", *BOUNDS, *DEFINITIONS,
+    "minLength", "maxLength", "anyOf", "oneOf", "$ref", *BOUNDS, *DEFINITIONS,
 ))  # fmt: skip
 # A character of a text as it is: those of Unicode without controls, quotation mark, backslash and surrogates. llama.cpp
 # compares code points that it reads from bytes, and a class of the others would permit bytes that are no UTF-8.
@@ -49,9 +50,9 @@ CHARACTER = r"[ !#-\[\]-~\x80-\uD7FF\uE000-\U0010FFFF]"
 # Rules that every grammar may use.
 SHARED = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
+    # Each is one character of the value, as lengths count them.
     "char": CHARACTER + r' | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] hex | [dD] [0-7]) hex hex)',
     "hex": "[0-9a-fA-F]",
-    "plain-char": CHARACTER + r' | "\\" ["\\/bfnrt]',  # one character of the value each, for lengths
     "string": r'"\"" char* "\""',
     "digits": f'"0" | [1-9] [0-9]{{0,{MOST_DIGITS - 1}}}',
     "integer": '"-"? digits',
@@ -84,10 +85,15 @@ class _Grammar:
         self._schema = schema
         self._rules: dict[str, str] = {}
         self._references: dict[str, str] = {}  # names of their rules
+        self._pending: list[str] = []  # references whose rules are not written yet
 
     def text(self, answer: AnswerSchema) -> str:
         """Return all rules, the first one first."""
         value = self._rule("answer", self._expression(self._schema, "$"))
+        # One after the other: hundreds of definitions may refer to one another.
+        while self._pending:
+            reference = self._pending.pop()
+            self._rules[self._references[reference]] = self._expression(resolve(self._schema, reference), reference)
         rules = {"root": with_text_around(answer, value, quoted), **self._rules, **SHARED}
         return "".join(f"{name} ::= {body}\n" for name, body in rules.items())
 
@@ -107,14 +113,16 @@ class _Grammar:
             return "value"
 
         # A reference and alternatives stand alone: a grammar has no intersection.
-        for alone in ("$ref", "anyOf"):
+        for alone in ("$ref", "anyOf", "oneOf"):
             if alone in keywords and len(keywords) > 1:
                 others = ", ".join(sorted(keywords - {alone}))
                 raise refuse(place, f"has '{alone}' together with {others}", RUNTIME)
         if "$ref" in keywords:
-            return self._reference(schema["$ref"], place)
-        if "anyOf" in keywords:
-            parts = [self._expression(part, f"{place}.anyOf[{i}]") for i, part in enumerate(schema["anyOf"])]
+            return self._reference(schema["$ref"])
+        for key in keywords & {"anyOf", "oneOf"}:
+            if key == "oneOf" and not are_exclusive(self._schema, schema[key]):
+                raise refuse(f"{place}.{key}", "has schemas that one value may fit", RUNTIME, 'write "anyOf"')
+            parts = [self._expression(part, f"{place}.{key}[{i}]") for i, part in enumerate(schema[key])]
             return _alternatives(parts)
         if "enum" in keywords or "const" in keywords:
             nested = sorted(keywords & {"properties", "items", "additionalProperties"})
@@ -126,12 +134,11 @@ class _Grammar:
         types = [types] if isinstance(types, str) else list(types)
         return _alternatives([self._of_type(name, schema, place) for name in types])
 
-    def _reference(self, reference: str, place: str) -> str:
+    def _reference(self, reference: str) -> str:
         """Return the name of the rule of a part of the schema, which may contain itself."""
         if reference not in self._references:
-            name = self._rule(f"ref-{len(self._references)}", "")
-            self._references[reference] = name
-            self._rules[name] = self._expression(resolve(self._schema, reference), f"{place} -> {reference}")
+            self._references[reference] = self._rule(f"ref-{len(self._references)}", "")
+            self._pending.append(reference)
         return self._references[reference]
 
     def _of_type(self, name: str, schema: dict[str, Any], place: str) -> str:
@@ -248,7 +255,7 @@ def _string(schema: dict[str, Any], place: str) -> str:
     least, most = _limits(schema, "minLength", "maxLength", place)
     if not least and most is None:
         return "string"
-    return rf'"\"" plain-char{{{least},{"" if most is None else most}}} "\""'
+    return rf'"\"" char{{{least},{"" if most is None else most}}} "\""'
 
 
 def _integer(schema: dict[str, Any], place: str) -> str:

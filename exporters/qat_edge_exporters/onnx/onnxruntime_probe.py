@@ -28,6 +28,9 @@ NOISE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*? failed:|/onnxruntime_src/\S+:\d+ .*?\) (?=[A-Z])",
     re.DOTALL,
 )
+# A message of guidance about an option that onnxruntime-genai does not pass on.
+ONE_OF = re.compile(r"oneOf constraints are not supported\. Enable \S+ option to approximate oneOf with anyOf")
+ANY_OF = "one value may fit two schemas of a oneOf, write anyOf there"
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _error_of(call: Callable[[], None], *known: type[Exception]) -> str:
     try:
         call()
     except errors as error:
-        return one_line(NOISE.sub("", str(error))).rstrip(".") or type(error).__name__
+        message = ONE_OF.sub(ANY_OF, NOISE.sub("", str(error)))
+        return one_line(message).rstrip(".") or type(error).__name__
     return ""
 
 

@@ -45,6 +45,7 @@ from qat_edge.options import (
     EvalOptions,
     ExportOptions,
     FinetuneOptions,
+    PushOptions,
     QuantizeOptions,
     SensitivityOptions,
     ValidateOptions,
@@ -481,6 +482,34 @@ def report(runs: tuple[Path, ...], open_it: bool) -> None:
     progress.info(f"Wrote {path}")
     if open_it:
         click.launch(str(path))
+
+
+@main.command(
+    short_help="Upload artifacts to the Hub with a model card.",
+    example="qat-edge push runs/mine --repo-id NAME/MODEL --dry-run",
+)
+@RUN
+@click.option(
+    "--repo-id",
+    required=True,
+    callback=text_value,
+    help="Repository on the Hugging Face Hub, as NAME/MODEL; made where it is missing.",
+)
+@options_of(PushOptions)
+@JSON
+def push(run: Path, repo_id: str, as_json: bool, **flags: Any) -> None:
+    """Upload exported artifacts to the Hugging Face Hub, in one commit, with a model card of what was measured.
+
+    Artifacts must be verified, and the run validated. The card is written to RUN/model-card.md as well.
+    """
+    options = load_options(PushOptions, "push", None, flags)
+    opened = _open(run)
+    from qat_edge.verbs.push import push as verb
+
+    pushed = verb(opened, repo_id, options)
+    if as_json:
+        _print_json(pushed)
+    progress.info(f"Uploaded: {pushed.url}" if pushed.url else f"Nothing was uploaded. Read {pushed.card}")
 
 
 @main.command(

@@ -8,7 +8,9 @@ file is a plain JSON schema. Answers that call tools have text around the JSON, 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ ASSERTIONS = frozenset((
 NOT_JSON = "answer"  # begins the messages about an answer that cannot be read
 # Drafts in which "exclusiveMinimum" is a boolean.
 OLD_DRAFTS = tuple(f"http://json-schema.org/draft-0{number}/schema{end}" for number in (3, 4) for end in ("", "#"))
+MOST_REFERENCES = 50  # that lead from one to the next without a value in between
 REASON_CHARACTERS = 120  # of a value that a reason quotes
 
 
@@ -97,17 +100,22 @@ class AnswerSchema:
     def _fault_of_value(self, value: Any) -> str:
         from jsonschema.exceptions import best_match
 
-        error = best_match(self._validator.iter_errors(value))
+        try:
+            error = best_match(self._validator.iter_errors(value))
+        except RecursionError:
+            return "nested too deep for a comparison with the schema"
         if error is None:
             return ""
         return f"{shorten(error.json_path)}: {shorten(error.message, REASON_CHARACTERS)}"
 
     @cached_property
     def _validator(self) -> Any:
+        from jsonschema.validators import extend
         from referencing import Registry
 
         # An empty registry: a reference to another file or address is an error, and nothing is fetched.
-        return _validator_class(self.schema)(self.schema, registry=Registry())
+        exact = extend(_validator_class(self.schema), {"multipleOf": _check_multiple})
+        return exact(self.schema, registry=Registry())
 
 
 class _Unreadable(DataError):
@@ -115,6 +123,14 @@ class _Unreadable(DataError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.removeprefix(f"{NOT_JSON}: ").rstrip("."))
+
+
+def _check_multiple(validator: Any, factor: float, value: Any, _: Any) -> Iterator[Exception]:
+    """Compare a number with "multipleOf" as decimals: jsonschema divides floats, where 19.99 is no multiple of 0.01."""
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(value, "number") and Fraction(repr(value)) % Fraction(repr(factor)):
+        yield ValidationError(f"{value!r} is not a multiple of {factor!r}")
 
 
 def _end_of_value(text: str) -> int:
@@ -179,6 +195,11 @@ def check_schema(schema: dict[str, Any], where: str, failure: type[QatEdgeError]
                 f"{where}: {place}.$ref is {show(target)}, and no schema of a value is there. Write the schema into "
                 "the file, below $defs, and refer to it as #/$defs/NAME."
             )
+        if target is not None and references.is_too_long(target):
+            raise failure(
+                f"{where}: {place}.$ref leads to another reference, and so on, more than {MOST_REFERENCES} times. "
+                "Refer to the last one."
+            )
         if target is not None and references.leads_back(target):
             raise failure(f"{where}: {place}.$ref leads back to itself without any value in between. Correct it.")
     _check_values(schema, where, failure)
@@ -206,6 +227,16 @@ class _References:
     def __init__(self, schema: dict[str, Any]) -> None:
         self._schema = schema
         self._is_open: dict[str, bool] = {}  # False: followed to its end
+
+    def is_too_long(self, reference: str) -> bool:
+        """Return whether following references, one generation after the other, has no end within the limit."""
+        known, generation = {reference}, {reference}
+        for _ in range(MOST_REFERENCES):
+            generation = {each for one in generation for each in self._next(one)} - known
+            if not generation:
+                return False
+            known |= generation
+        return True
 
     def leads_back(self, reference: str) -> bool:
         """Return whether following a reference, in its schema and in that one's alternatives, comes back to it."""

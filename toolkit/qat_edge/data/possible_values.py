@@ -109,6 +109,8 @@ class _Conditions:
             return self._node(resolve(self._schema, part["$ref"])) if self._follow else ALWAYS
         conditions = [self._node(each) for each in part.get("allOf", ())]
         conditions += [self._any([self._node(each) for each in part[key]]) for key in ("anyOf", "oneOf") if key in part]
+        if part.get("enum") == []:
+            return self._any(())
         if "enum" not in part and "const" not in part:
             types = part.get("type") or self._implied_types(part)
             types = [types] if isinstance(types, str) else types

@@ -18,7 +18,7 @@ from qat_edge.data.answer_schema import ASSERTIONS, AnswerSchema, check_schema
 from qat_edge.data.chat_template import ChatTemplate
 from qat_edge.data.conversation import ChatFormat
 from qat_edge.data.rows import Chat, Row, is_trained
-from qat_edge.data.schema_parts import NAMED, parts_of
+from qat_edge.data.schema_parts import IN_PLACE, NAMED, parts_of
 from qat_edge.errors import DataError
 from qat_edge.readers import counted, show
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 CALLING_ROWS = 64  # rows with calls that are rendered
 ARGUMENTS = ("arguments", "parameters")  # keys that templates write them under
+DEFINITIONS_OF_TOOLS = ("#/$defs/", "#/definitions/")  # begins of references that can be moved
+# Keywords whose schemas are for the same object as the one that has them.
+SAME_OBJECT = (*IN_PLACE, "if", "then", "else", "not", "dependentSchemas", "dependencies")
 USE_A_FILE = "Give --schema FILE with a schema of your own."
 
 
@@ -198,6 +201,7 @@ def _calls(
             if not isinstance(parameters, dict):
                 raise DataError(f"{where}: expected a JSON schema, found {show(parameters)}.")
             check_schema(parameters, where, DataError)
+            _require_movable(parameters, where)
             prefix = f"{name}.{index}." if len(schemas) > 1 else f"{name}."
             arguments = _strict({"type": "object", **(parameters or {"properties": {}})}, prefix, dropped)
             _require_declared(arguments, where)
@@ -230,42 +234,63 @@ def _require_declared(arguments: dict[str, Any], where: str) -> None:
             )
 
 
-def _strict(schema: Any, prefix: str, dropped: Counter[str]) -> Any:
+def _require_movable(parameters: dict[str, Any], where: str) -> None:
+    """Require that all references of a tool's schema lead to its definitions, which are moved to the root.
+
+    Raises:
+        DataError: names the reference.
+    """
+    for place, part in parts_of(parameters):
+        if isinstance(part, dict) and "$ref" in part and not part["$ref"].startswith(DEFINITIONS_OF_TOOLS):
+            raise DataError(
+                f"{where}: {place}.$ref is {show(part['$ref'])}, and only definitions below $defs can be used. Move "
+                f"the schema there. {USE_A_FILE}"
+            )
+
+
+def _strict(schema: Any, prefix: str, dropped: Counter[str], closes: bool = True) -> Any:
     """Return a schema without descriptions, whose objects have no properties beyond those that it names.
 
     Args:
         schema: of arguments, or a part of it.
         prefix: of the names of its definitions, which are moved to the root.
         dropped: counts keywords that are left out.
+        closes: forbid further properties of the object itself; False where another schema names some of them.
     """
     if isinstance(schema, list):
-        return [_strict(part, prefix, dropped) for part in schema]
+        return [_strict(part, prefix, dropped, closes) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    closes = closes and not _names_properties_twice(schema)
     kept: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref":
             kept[key] = _moved(value, prefix)
-        elif key in NAMED:
-            kept[key] = {name: _strict(part, prefix, dropped) for name, part in value.items()}
-        elif key in ("enum", "const", "required"):
+        elif key in ("enum", "const", "required", "dependentRequired"):
             kept[key] = value
+        elif key in (*NAMED, "dependentSchemas", "dependencies"):
+            is_closed = key not in SAME_OBJECT
+            kept[key] = {name: _strict(part, prefix, dropped, is_closed) for name, part in value.items()}
         elif key in ASSERTIONS:
-            kept[key] = _strict(value, prefix, dropped)
+            is_closed = closes if key in IN_PLACE else key not in SAME_OBJECT
+            kept[key] = _strict(value, prefix, dropped, is_closed)
         else:
             dropped[key] += 1
-    if (kept.get("type") == "object" or "properties" in kept) and "allOf" not in kept:
+    if closes and (kept.get("type") == "object" or "properties" in kept) and "allOf" not in kept:
         kept.setdefault("additionalProperties", "properties" not in kept)
     return kept
 
 
+def _names_properties_twice(schema: dict[str, Any]) -> bool:
+    """Return whether an object has properties, and further ones in alternatives: each would forbid the others."""
+    parts = [part for key in IN_PLACE for part in schema.get(key, ())]
+    return "properties" in schema and any(
+        isinstance(part, dict) and part.keys() & {"properties", "$ref"} for part in parts
+    )
+
+
 def _moved(reference: str, prefix: str) -> str:
     """Return a reference to a definition of a tool as one to the definitions of the whole schema."""
-    for start in ("#/$defs/", "#/definitions/"):
-        if reference.startswith(start):
-            escaped = prefix.replace("~", "~0").replace("/", "~1").replace("%", "%25")
-            return f"#/$defs/{escaped}{reference.removeprefix(start)}"
-    raise DataError(
-        f"--schema tools: a tool's schema refers to {show(reference)}; only definitions below $defs can be used. "
-        f"{USE_A_FILE}"
-    )
+    start = next(start for start in DEFINITIONS_OF_TOOLS if reference.startswith(start))
+    escaped = prefix.replace("~", "~0").replace("/", "~1").replace("%", "%25")
+    return f"#/$defs/{escaped}{reference.removeprefix(start)}"

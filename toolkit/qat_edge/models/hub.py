@@ -5,7 +5,8 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 PROBE_TIMEOUT_S = 5.0
 
@@ -29,6 +30,21 @@ def unreachable_reason() -> str:
         constants.HF_HUB_OFFLINE = True
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         return f"{constants.ENDPOINT}: {reason}"
+
+
+def refused_access(source: str, error: RepositoryNotFoundError) -> str:
+    """Return why the Hub refuses a model, and what to do, as sentences.
+
+    Args:
+        source: Hub id.
+        error: what its client raised; the Hub does not tell a private model from one that does not exist.
+    """
+    token = "the token in use has no access" if get_token() else "no token is set"
+    login = "run `hf auth login`, or set HF_TOKEN, with a token that can read it"
+    if isinstance(error, GatedRepoError):
+        terms = f"Accept its terms at {constants.ENDPOINT}/{source}, then {login}."
+        return f"the model is gated, and {token}. {terms}"
+    return f"there is no such model, or it is private, and {token}. Check the name, or {login}."
 
 
 def one_line(error: BaseException) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx2
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from qat_edge import readers, remote_code
 from qat_edge.errors import ModelError
-from qat_edge.models import config_check, config_keys, experts, tasks, text_model
+from qat_edge.models import config_check, config_keys, experts, hub, tasks, text_model
 from qat_edge.models.hub import one_line
 from qat_edge.models.tasks import ModelTask
 from qat_edge.options import MOST_LAYERS
@@ -37,7 +37,7 @@ def snapshot_of(source: str, failure: str, revision: str | None) -> Path:
     try:
         return Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
     except DOWNLOAD_ERRORS as error:
-        raise _unavailable(failure, error) from error
+        raise _unavailable(failure, error, source=source) from error
 
 
 def load_config(source: str, trust_remote_code: bool, failure: str, revision: str | None = None) -> PretrainedConfig:
@@ -84,7 +84,10 @@ def check_read_keys(config: PretrainedConfig, folder: Path, source: str, is_part
     config_keys.check_keys(config, document.get("text_config") or {} if is_part else document, source)
 
 
-def _unavailable(failure: str, error: BaseException, is_local: bool = False) -> ModelError:
+def _unavailable(failure: str, error: BaseException, is_local: bool = False, source: str = "") -> ModelError:
+    cause = error.__cause__
+    if source and isinstance(cause, RepositoryNotFoundError):
+        return ModelError(f"{failure}: {hub.refused_access(source, cause)}")
     remote = " --trust-remote-code runs the model's own code." if "trust_remote_code" in str(error) else ""
     remedy = "Check the name, the network and the access rights, or give a local folder."
     if is_local:

@@ -38,7 +38,7 @@ def render(results: RunResults) -> str:
         verdict=results.verdicts[0],
         tiles=_tiles(found),
         gates=tables.gates(found.gates),
-        summary=_summary(found),
+        summary=summary(found),
         parity=_parity(found.results),
         plots=[training_plot(results, "per row"), parts_plot(found.results, 0)],
         glossary=encoder_terms(found),
@@ -89,7 +89,7 @@ def _tiles(found: EncoderReport) -> list[Tile]:
     return tiles[:MOST_TILES]
 
 
-def _summary(found: EncoderReport) -> Table:
+def summary(found: EncoderReport) -> Table:
     """Return the main table: one row per model, the best quantized model of each column marked."""
     columns = _columns(found)
     best = [best_rows([row for row in found.results if quantized(row)], column) for column in columns]

@@ -124,10 +124,10 @@ def try_schema(folder: Path, target: Target) -> None:
         ExportError: the runtime refuses the grammar.
     """
     if target.grammar is None:
-        progress.warn(f"{folder.name}: {target.without_grammar}")
+        progress.warn(f"{target.name}: {target.without_grammar}")
         return
     if target.runs_elsewhere:
-        progress.warn(f"{folder.name}: the grammar was not tried. {target.runs_elsewhere}")
+        progress.warn(f"{target.name}: the grammar was not tried. {target.runs_elsewhere}")
         return
     refusal = target.grammar.refusal(folder / target.file)
     if refusal:
