@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from qat_edge.manifest import LIBRARIES
-from qat_edge.report.formatting import duration, number
+from qat_edge.report.formatting import duration, markdown_table, number
 
 MISSING = "not measured"
 NONE_SHOWN = "no difference shown"
@@ -15,8 +15,8 @@ NONE_SHOWN = "no difference shown"
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; `|` within a cell is escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    first, *others = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    return markdown_table(first, others)
 
 
 def counted_seeds(seeds: Sequence[int]) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCKS = "inputs rounded per block, as ONNX Runtime does on x86"
-ARM_BLOCKS = "inputs of 8-bit layers rounded per block, as ONNX Runtime does on ARM"
+ARM_BLOCKS = "inputs of all but 4-bit layers rounded per block, as ONNX Runtime does on ARM"
 FLOAT = "inputs not rounded, as ONNX Runtime does in WebAssembly and on older ARM"
 HALF_STEPS = "half steps of 2-bit weights in float"
 Q8_0 = "inputs rounded per block with float16 scales, as llama.cpp does"

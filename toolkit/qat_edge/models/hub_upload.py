@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx2
@@ -31,15 +31,12 @@ def check_repo_id(repo_id: str) -> None:
         raise UsageError(f"--repo-id {repo_id}: expected NAME/MODEL, with the name of a user or an organization.")
 
 
-def upload(
-    repo_id: str, files: Mapping[str, Path | bytes], folders: Collection[str], private: bool, message: str
-) -> str:
+def upload(repo_id: str, files: Mapping[str, Path], private: bool, message: str) -> str:
     """Make the repository where it is missing, and add the files in one commit: all of them, or none.
 
     Args:
         repo_id: of the repository.
-        files: by path in the repository, a file of this machine or its contents.
-        folders: of the repository, which are replaced: other files in them are deleted.
+        files: by path in the repository. Its folders are replaced: other files in them are deleted.
         private: make a new repository private.
         message: of the commit.
 
@@ -62,13 +59,13 @@ def upload(
         if not api.repo_exists(repo_id):
             api.create_repo(repo_id, private=private)
             is_new = True
-        there = api.list_repo_files(repo_id)
+        folders = {name.partition("/")[0] for name in files if "/" in name}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationDelete(name)
-            for name in there
+            for name in api.list_repo_files(repo_id)
             if name.partition("/")[0] in folders and "/" in name and name not in files
         ]
-        operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationAdd(name, path) for name, path in files.items()]
         return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
     except FAILURES as error:
         raise HubError(_refusal(repo_id, error, is_new)) from error

@@ -127,6 +127,12 @@ def plain(text: str) -> str:
     return _NOT_PRINTABLE.sub("\ufffd", text)
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, of cells in which `|` is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def number(value: float, digits: int = 3) -> str:
     """Format with `digits` significant digits, integers in full: 0.0312, 17.3, 165, 1,053."""
     if not math.isfinite(value):

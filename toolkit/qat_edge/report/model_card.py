@@ -12,10 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from qat_edge.evaluate.results import Report
-from qat_edge.quant.ptq.method_names import is_own
 from qat_edge.report import encoder_page, tables
 from qat_edge.report.collect import RunResults
-from qat_edge.report.formatting import TARGET_TITLES, ReportedModel, megabytes, plain, role
+from qat_edge.report.formatting import TARGET_TITLES, ReportedModel, markdown_table, megabytes, plain, role
 from qat_edge.report.tables import Table, TableCell, TableRow
 from qat_edge_exporters.targets import EXECUTORCH, GGUF, HF, ONNX, target_named
 
@@ -115,7 +114,7 @@ def render_card(results: RunResults, artifacts: Sequence[CardArtifact], repo_id:
         "## Run",
         *_programs(results, artifacts, repo_id),
         "## Made with",
-        _table(("package", "version"), sorted(_versions(quantized).items())),
+        markdown_table(("package", "version"), sorted(_versions(quantized).items())),
         "License: that of the base model and of the data applies.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -150,7 +149,7 @@ def _files(artifacts: Sequence[CardArtifact]) -> str:
             megabytes(sum(entry["bytes"] for entry in files.values())),
             f"`{largest}`", f"`{files[largest]['sha256']}`",
         ))  # fmt: skip
-    return _table(("folder", "format", "MB", "largest file", "its sha256"), rows)
+    return markdown_table(("folder", "format", "MB", "largest file", "its sha256"), rows)
 
 
 def _verified(row: Mapping[str, Any]) -> str:
@@ -175,22 +174,20 @@ def _measured(results: RunResults, artifacts: Sequence[CardArtifact]) -> list[st
             for line, row in zip(table.rows, rows, strict=True)
             if role(row) in ("base", "tuned") or (role(row) == "qat" and row.target in targets)
         ]
-        own = {row.target for row in rows if is_own(row.name)}
+        own = {row.target for row in rows if role(row) == "qat"}
         left = [target for target in left if target not in own]
         device = f"{measured.machine.get('cpu_model', 'unknown processor')}, {measured.machine.get('os', '')}"
         columns = [i for i, (name, _) in enumerate(table.heads) if name in COLUMNS or results.encoder]
-        found += [f"On {device.strip(', ')}: {table.caption}", _of_table(table, kept, columns)]
+        found += [_text(f"On {device.strip(', ')}: {table.caption}"), _of_table(table, kept, columns)]
         # The conclusion is about all artifacts that were measured.
-        found += [verdict.headline, *verdict.notes] if own - {"torch"} <= targets else []
-    if left:
-        found.append(f"Not measured: {', '.join(left)}.")
-    return [_text(part) if not part.startswith("|") else part for part in found]
+        found += map(_text, [verdict.headline, *verdict.notes] if own - {"torch"} <= targets else [])
+    return [*found, f"Not measured: {', '.join(left)}."] if left else found
 
 
 def _of_table(table: Table, rows: Sequence[TableRow], columns: Sequence[int]) -> str:
     heads = [f"{name}, {unit}" if unit else name for name, unit in table.heads]
     lines = [[_text(row.head), *(_cell(row.cells[i]) for i in columns)] for row in rows]
-    return _table((table.first.lower(), *(heads[i] for i in columns)), lines)
+    return markdown_table((table.first.lower(), *(heads[i] for i in columns)), lines)
 
 
 def _cell(cell: TableCell) -> str:
@@ -220,11 +217,6 @@ def _programs(results: RunResults, artifacts: Sequence[CardArtifact], repo_id: s
 def _versions(manifest: Mapping[str, Any]) -> dict[str, str]:
     named = {name: str(version) for name, version in (manifest.get("libraries") or {}).items() if version}
     return {**named, "python": str(manifest.get("python", ""))}
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _text(text: str) -> str:

@@ -31,7 +31,7 @@ SHORT = {
     "trained forward, fake-quantized": "rounding in training",
     "frozen checkpoint": "freezing",
     "inputs rounded per block, as ONNX Runtime does on x86": "per-block inputs",
-    "inputs of 8-bit layers rounded per block, as ONNX Runtime does on ARM": "per-block inputs",
+    "inputs of all but 4-bit layers rounded per block, as ONNX Runtime does on ARM": "per-block inputs",
     "inputs not rounded, as ONNX Runtime does in WebAssembly and on older ARM": "float inputs",
     "half steps of 2-bit weights in float": "half steps",
     "keys and values in int8": "int8 cache",

@@ -75,7 +75,7 @@ def push(run: Run, repo_id: str, options: PushOptions) -> Pushed:
     if options.dry_run:
         return Pushed("", card, sizes)
     message = f"Upload {', '.join(targets)} with qat-edge"
-    return Pushed(hub_upload.upload(repo_id, files, targets, options.private, message), card, sizes)
+    return Pushed(hub_upload.upload(repo_id, files, options.private, message), card, sizes)
 
 
 def _artifact(run: Run, target: str, results: RunResults) -> CardArtifact:
