@@ -15,7 +15,7 @@ PLATFORMS := linux darwin win32
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: demo test test-arm64 lint format docs lock audit setup clean
+.PHONY: demo test test-arm64 lint format docs lock dist audit setup clean
 
 demo: $(STAMP)
 	$(BIN)/qat-edge demo
@@ -57,6 +57,12 @@ lock:
 		--output-file tools/lock/sbom.cdx.json $(FRESH)
 	rm -rf $(FRESH)
 
+# A wheel and an sdist, into dist/, checked as PyPI would.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # --strict: a package that cannot be looked up is an error, not a pass.
 audit: $(STAMP)
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(LOCK)
@@ -72,4 +78,4 @@ $(STAMP): pyproject.toml $(LOCK)
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .cache runs site
+	rm -rf $(VENV) .cache dist runs site

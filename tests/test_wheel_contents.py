@@ -49,6 +49,17 @@ def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel: Path) -> No
     assert names == expected
 
 
+def test_the_source_archive_builds_the_same_wheel_and_twine_accepts_both(wheel: Path, tmp_path: Path) -> None:
+    # `build` makes the wheel from the archive.
+    for command in (["build", "--outdir", str(tmp_path), str(ROOT)], ["twine", "check", "--strict", f"{tmp_path}/*"]):
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (again,) = tmp_path.glob("*.whl")
+    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert set(one.namelist()) == set(other.namelist())
+
+
 def test_a_container_is_built_from_the_files_that_the_wheel_needs(wheel: Path, tmp_path: Path) -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in kept:

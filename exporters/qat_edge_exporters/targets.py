@@ -92,8 +92,9 @@ class Target:
         other_rounding: how a runtime rounds otherwise than training did, a sentence each.
         grammar: of answers that its runtime takes; None if it takes none.
         without_grammar: why answers are not constrained, as a sentence; empty where `grammar` is set.
-        package: Python package that runs it; empty where qat-edge depends on it.
-        extra: the extra of qat-edge that installs `package`.
+        packages: Python packages that write, read and run it; the first one reads its file.
+        extra: the extra of qat-edge that installs `packages`.
+        packages_only_run: it is written and read without `packages`.
     """
 
     name: str
@@ -122,17 +123,17 @@ class Target:
     other_rounding: tuple[str, ...] = ()
     grammar: AnswerGrammar | None = None
     without_grammar: str = ""
-    package: str = ""
+    packages: tuple[str, ...] = ()
     extra: str = ""
+    packages_only_run: bool = False
     # Sentences that say why two options exclude each other, by the names of both.
     exclusions: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def runs_elsewhere(self) -> str:
         """Return why the artifact cannot run on this machine, as a sentence; empty where it can."""
-        if self.package and find_spec(self.package) is None:
-            install = f"`pip install 'qat-edge[{self.extra}]'` installs it."
-            return f"{self.name} cannot run here: the package {self.package} is not installed. {install}"
+        if missing := self._missing_package(self.packages):
+            return f"{self.name} cannot run here: {missing}"
         if self.backend is None:
             return ""
         lacking = f"{self.backend.delegate} is not in ExecuTorch's Python package"
@@ -142,6 +143,32 @@ class Target:
     def differences(self) -> tuple[str, ...]:
         """Return how what it computes may differ from what was trained, a sentence each."""
         return self.backend.differences if self.backend else self.other_rounding
+
+    def _missing_package(self, packages: Sequence[str]) -> str:
+        """Return which of these packages is not installed, and how to install it; empty where all are."""
+        missing = next((name for name in packages if find_spec(name) is None), None)
+        if missing is None:
+            return ""
+        return f"the package {missing} is not installed. `pip install 'qat-edge[{self.extra}]'` installs it."
+
+    def require_installed(self, packages: Sequence[str] | None = None) -> None:
+        """Require the packages that write and read the artifact, or these of them.
+
+        Raises:
+            UsageError: one is not installed; the message names the extra.
+        """
+        packages = self.packages if packages is None else packages
+        if not self.packages_only_run and (missing := self._missing_package(packages)):
+            raise UsageError(f"{self.name} cannot be written or read here: {missing}")
+
+    def _load(self, entry: str) -> Any:
+        """Import one of its functions, which needs its packages.
+
+        Raises:
+            UsageError: one is not installed.
+        """
+        self.require_installed()
+        return load(entry)
 
     def require_compiler(self) -> None:
         """Check that the backend's compiler is installed.
@@ -159,7 +186,7 @@ class Target:
             ExportError: the target cannot express the model, or its compiler failed.
         """
         given = {"backend": self.backend.name} if self.backend else {}
-        load(self.exporter)(checkpoint, out, context_length, **given, **options)
+        self._load(self.exporter)(checkpoint, out, context_length, **given, **options)
 
     def check(self, folder: Path) -> None:
         """Check a folder before a runtime gets it, on this machine or on a device.
@@ -168,7 +195,7 @@ class Target:
             ArtifactError: a file in it makes the runtime load a library, run other code or read another file.
         """
         if self.checker:
-            load(self.checker)(folder)
+            self._load(self.checker)(folder)
 
     def read(self, folder: Path) -> Artifact:
         """Read codes, scales, metadata and sizes back out of an exported folder.
@@ -176,7 +203,7 @@ class Target:
         Raises:
             ArtifactError: the files cannot be read.
         """
-        artifact: Artifact = load(self.reader)(folder)
+        artifact: Artifact = self._load(self.reader)(folder)
         return artifact
 
     def held_options(self, folder: Path) -> list[HeldOption]:
@@ -185,16 +212,16 @@ class Target:
         Raises:
             ArtifactError: a file cannot be read, or does not fit another one.
         """
-        held: list[HeldOption] = load(self.options_reader)(folder)
+        held: list[HeldOption] = self._load(self.options_reader)(folder)
         return held
 
     def setting_faults(self, folder: Path, checkpoint: Path) -> list[str]:
         """Return how the settings of an artifact's runtime differ from what the export writes, a sentence each."""
-        return list(load(self.settings)(folder, checkpoint)) if self.settings else []
+        return list(self._load(self.settings)(folder, checkpoint)) if self.settings else []
 
     def computed_constants(self, checkpoint: Path, artifact: Artifact) -> Sequence[FloatConstant]:
         """Compute again the float constants of an artifact that are no tensors of its frozen checkpoint."""
-        constants: Sequence[FloatConstant] = load(self.constants)(checkpoint, artifact) if self.constants else ()
+        constants: Sequence[FloatConstant] = self._load(self.constants)(checkpoint, artifact) if self.constants else ()
         return constants
 
     def missing_for(self, config: PretrainedConfig) -> str:
@@ -208,7 +235,7 @@ class Target:
             ExportError: names what it cannot hold.
         """
         if self.requirements:
-            load(self.requirements)(checkpoint, context_length)
+            self._load(self.requirements)(checkpoint, context_length)
 
     def expose_outputs(self, folder: Path, out: Path) -> Exposed:
         """Write a copy of the artifact that also returns the inputs and outputs of its matrices.
@@ -219,7 +246,7 @@ class Target:
         if not self.expose:
             raise ArtifactError(f"{self.title} has no outputs besides the logits.")
         self.check(folder)
-        exposed: Exposed = load(self.expose)(folder, out)
+        exposed: Exposed = self._load(self.expose)(folder, out)
         return exposed
 
     def missing_widths(self, widths: Iterable[int]) -> str:
@@ -268,19 +295,19 @@ class Target:
             if self.grammar is None:
                 raise ArtifactError(f"{folder}: {self.without_grammar}")
             grammar = {"grammar": answer_grammar.read_grammar(folder, self.grammar)}
-        opened: AbstractContextManager[TextGenerator] = load(self.generator)(folder, tokenizer, **grammar)
+        opened: AbstractContextManager[TextGenerator] = self._load(self.generator)(folder, tokenizer, **grammar)
         with opened as generator:
             yield generator
 
     def run_encoder(self, folder: Path, texts: Sequence[list[int]]) -> NDArray[np.float32]:
         """Return an encoder's output for each text's token ids, shape (texts, width)."""
         self.check(folder)
-        outputs: NDArray[np.float32] = load(self.encoder)(folder, texts)
+        outputs: NDArray[np.float32] = self._load(self.encoder)(folder, texts)
         return outputs
 
     def tokenizer_faults(self, folder: Path) -> list[str]:
         """Return how apps would read other prompts than training did, one sentence each."""
-        faults: list[str] = load(self.tokenizer_check)(folder) if self.tokenizer_check else []
+        faults: list[str] = self._load(self.tokenizer_check)(folder) if self.tokenizer_check else []
         return faults
 
     def diagnose(self, path: Path, runtimes: Sequence[str]) -> Diagnosis | FileDiagnosis:
@@ -289,6 +316,7 @@ class Target:
         Raises:
             ArtifactError: the file cannot be read at all.
         """
+        self.require_installed(self.packages[:1])  # which one reads the file; it may load in a runtime or not
         diagnosis: Diagnosis | FileDiagnosis = load(self.doctor)(path, runtimes)
         return diagnosis
 
@@ -313,6 +341,8 @@ def _other_backend(name: str, reader: str) -> Target:
         title=f"ExecuTorch, {name}",
         file="model.pte",
         marker="diamond",
+        packages=("executorch",),
+        extra="executorch",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.backend_readers:{reader}",
         options_reader=f"{_PTE}.pte.pte_options:held_options",
@@ -331,6 +361,8 @@ _ALL = (
         title="ExecuTorch",
         file="model.pte",
         marker="circle",
+        packages=("executorch",),
+        extra="executorch",
         exporter=f"{_PTE}.export_pte:export",
         reader=f"{_PTE}.pte.pte_reader:read",
         options_reader=f"{_PTE}.pte.pte_options:held_options",
@@ -353,6 +385,8 @@ _ALL = (
         title="ONNX",
         file="model.onnx",
         marker="square",
+        packages=("onnx", "onnxruntime", "onnxruntime_genai"),
+        extra="onnx",
         exporter=f"{_ONNX}.onnx_target:export",
         reader=f"{_ONNX}.onnx_target:read",
         options_reader=f"{_ONNX}.onnx_target:held_options",
@@ -408,8 +442,9 @@ _ALL = (
             call='--grammar-file FILE, or llama_sampler_init_grammar(VOCABULARY, TEXT, "root")',
             probe=f"{_GGUF}.llama_probe:try_grammar",
         ),
-        package="xllamacpp",
+        packages=("xllamacpp",),
         extra="gguf",
+        packages_only_run=True,
     ),
     Target(
         name=HF,
@@ -430,8 +465,9 @@ _ALL = (
             "transformers takes no grammar, so that it constrains no answer. schema.json is for servers that take a "
             "JSON schema with a request, which was not measured, and for the app."
         ),
-        package="compressed_tensors",
+        packages=("compressed_tensors",),
         extra="hf",
+        packages_only_run=True,
     ),
     _other_backend("vulkan", "read_vulkan"),
     _other_backend("coreml", "read_coreml"),
@@ -452,6 +488,16 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"target '{name}' is not known. Known: {', '.join(sorted(TARGETS))}.")
     return TARGETS[name]
+
+
+def require_installed(names: Iterable[str]) -> None:
+    """Require the packages that write and read artifacts of the named targets.
+
+    Raises:
+        UsageError: one is not installed, or a target is not known.
+    """
+    for name in names:
+        target_named(name).require_installed()
 
 
 def unmerged_adapter(checkpoint: Path) -> dict[str, ArtifactAdapter]:

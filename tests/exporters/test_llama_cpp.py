@@ -214,4 +214,4 @@ def test_without_the_package_it_is_named_and_nothing_is_run(tmp_path: Path, monk
 def test_the_extra_installs_the_version_whose_interface_is_known() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     target = target_named("gguf")
-    assert project["optional-dependencies"][target.extra] == [loaded_models.PIP_NAMES[target.package]]
+    assert project["optional-dependencies"][target.extra] == [loaded_models.PIP_NAMES[target.packages[0]]]

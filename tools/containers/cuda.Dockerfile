@@ -4,7 +4,7 @@ FROM python:3.11.14-slim-bookworm
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/qat-edge
 COPY . .
-RUN pip install --no-cache-dir --constraint tools/lock/requirements.txt ".[gguf,hf]" \
+RUN pip install --no-cache-dir --constraint tools/lock/requirements.txt ".[executorch,gguf,hf,onnx]" \
     && useradd --uid 1000 --create-home engineer
 # Models and settings of libraries are kept next to the runs, in the folder that is mounted.
 ENV HF_HOME=/work/.cache/huggingface XDG_CACHE_HOME=/work/.cache

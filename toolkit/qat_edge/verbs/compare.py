@@ -55,7 +55,7 @@ from qat_edge.verbs.export import export_one, with_context_length
 from qat_edge.verbs.quantize import quantize_if_missing
 from qat_edge_devices import open_transport
 from qat_edge_devices.transport import Transport
-from qat_edge_exporters.targets import target_named
+from qat_edge_exporters.targets import require_installed, target_named
 
 FOLDER = "compare"
 WITH_ADAPTERS = ("lora", "naive")  # deployments that ship unmerged adapters
@@ -124,9 +124,11 @@ def train(options: CompareOptions, out: Path, config_path: Path | None, force: b
     """Run `finetune` into `out` in a process of its own, with compare's model and data and the rest of --config.
 
     Raises:
+        UsageError: an extra that a target needs is not installed.
         RunError: `out` exists and `force` is not set.
         QatEdgeError: finetune failed; its message is on stderr.
     """
+    require_installed(options.target)
     # Validate the options first, so that a bad one is an error of this command.
     given = {k: v for k, v in config.plain(options).items() if k in TRAINING and v is not None}
     config.load(FinetuneOptions, "finetune", config_path, given)
@@ -180,9 +182,11 @@ def compare(run: Run, options: CompareOptions, config_path: Path | None, force: 
     A measurement of the same artifact on the same evaluation data is reused unless `force` is set.
 
     Raises:
+        UsageError: an extra that a target needs is not installed.
         RunError: no finished training, or an artifact of the run is out of date.
         DataError: no evaluation rows.
     """
+    require_installed(options.target)
     tasks.require_causal_lm(run, "compare")
     source = config_path or run.config
     measuring = config.load(ValidateOptions, "validate", source, {})

@@ -13,10 +13,11 @@ from qat_edge.demo_data import assistant
 from qat_edge.errors import QatEdgeError
 from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.wheels import cache_folder
-from qat_edge.options import FinetuneOptions
+from qat_edge.options import ExportOptions, FinetuneOptions
 from qat_edge.peak_memory import wait_for
 from qat_edge.python_process import python_command
 from qat_edge.run import Run
+from qat_edge_exporters.targets import EXECUTORCH, require_installed
 
 QUESTION = "Wake me at 7:15 am"
 # With these, two cores take ten to twelve minutes for everything.
@@ -49,8 +50,12 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         config_path: configuration of model, data and steps, in place of the demo's own.
 
     Raises:
+        UsageError: an extra that a stage needs is not installed.
         QatEdgeError: a stage failed; it has printed the reason.
     """
+    exporting = config.load(ExportOptions, "export", config_path, {})
+    require_installed((EXECUTORCH, *exporting.target))
+
     # The demo generates its data and fetches its model, unless a configuration names others.
     given = ["--config", str(config_path)] if config_path else []
     if config_path:
@@ -75,7 +80,7 @@ def demo(out: Path, config_path: Path | None) -> list[Stage]:
         _run_stage(["verify", run]),
         _run_stage(["validate", run, *(given or VALIDATE)]),
         _run_stage(["report", run]),
-        _run_stage(["generate", run, "--from", "executorch", "--system", assistant.SYSTEM, QUESTION]),
+        _run_stage(["generate", run, "--from", EXECUTORCH, "--system", assistant.SYSTEM, QUESTION]),
     ]
     return stages
 

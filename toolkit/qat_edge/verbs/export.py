@@ -42,6 +42,7 @@ from qat_edge_exporters.targets import (
     NEUTRAL,
     USUAL_BACKEND,
     Target,
+    require_installed,
     target_for,
     target_named,
 )
@@ -282,9 +283,10 @@ def _check_options(targets: list[Target], options: ExportOptions) -> None:
     """Refuse options that no chosen target takes, or that exclude each other.
 
     Raises:
-        UsageError: names the options.
+        UsageError: names the options, or an extra that is not installed.
         ExportError: the backend's compiler is not installed.
     """
+    require_installed(target.name for target in targets)
     _check_backend(targets, options)
     _check_kv_cache(targets, options)
     for name, neutral in NEUTRAL.items():

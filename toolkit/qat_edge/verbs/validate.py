@@ -430,7 +430,7 @@ def _artifacts(run: Run, options: ValidateOptions) -> Artifacts:
     reasons = {target: reason for target in chosen if (reason := _why_not(target, options))}
     for reason in reasons.values():
         if options.target:
-            raise RunError(f"{reason} Leave it out of --target; verify reads its codes back.")
+            raise RunError(f"{reason} Leave it out of --target.")
         progress.warn(f"Left out {reason}")
 
     wanted = [target for target in chosen if target not in reasons]
