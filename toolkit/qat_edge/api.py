@@ -135,7 +135,7 @@ def finetune(
     clip_gradients: str = "together",
     device: str = "auto",
     precision: str = "auto",
-    base: str = "fp32",
+    base: str = "checkpoint",
     gradient_checkpointing: bool = False,
     save_every: int = 50,
     track: Sequence[str] = ("tensorboard",),
@@ -205,7 +205,9 @@ def finetune(
         device: Where to train. One of auto, cpu, cuda.
         precision: Autocast of matrix products; weights and rounding stay float32. 'auto' is bf16 where the GPU or
             CPU has instructions for it. One of auto, bf16, fp32.
-        base: Storage of the frozen base weights under the adapters. One of fp32, nf4, int8.
+        base: Storage of the frozen base weights under the adapters: in 16 bits where the values allow it
+            (checkpoint), as float32, rounded to bfloat16, or in few bits (QLoRA). One of checkpoint, fp32, bf16,
+            int8, nf4.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         save_every: Steps between checkpoints for --resume.
         track: Experiment trackers, by the Trainer's names.

@@ -31,7 +31,9 @@ OF_FROZEN_BASE = (
 QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5
 RUNTIMES = targets.TARGETS[targets.EXECUTORCH].runtimes  # of a .pte
 DOCTOR_RUNTIMES = tuple(name for target in targets.TARGETS.values() for name in target.runtimes)
-BASES = ("fp32", "nf4", "int8")
+# Storage of frozen base weights: that which changes no value, that which rounds them, in 16 bits and in fewer.
+EXACT_BASES, BF16_BASE, QLORA_BASES = ("checkpoint", "fp32"), "bf16", ("int8", "nf4")
+BASES = (*EXACT_BASES, BF16_BASE, *QLORA_BASES)
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
@@ -238,13 +240,22 @@ class FinetuneOptions:
         "instructions for it.",
         "auto", ("auto", "bf16", "fp32"), group=HARDWARE,
     )  # fmt: skip
-    base: str = option("Storage of the frozen base weights under the adapters.", "fp32", BASES, group=HARDWARE)
+    base: str = option(
+        "Storage of the frozen base weights under the adapters: in 16 bits where the values allow it (checkpoint), as "
+        "float32, rounded to bfloat16, or in few bits (QLoRA).",
+        "checkpoint", BASES, group=HARDWARE,
+    )  # fmt: skip
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass to save memory.", False, group=HARDWARE
     )
 
     save_every: int = option("Steps between checkpoints for --resume.", 50, bounds=(1, MOST_STEPS))
     track: tuple[str, ...] = option("Experiment trackers, by the Trainer's names.", ("tensorboard",))
+
+    @property
+    def narrows_base(self) -> bool:
+        """Return whether frozen weights are stored in 16 bits where that changes no value."""
+        return self.base in ("checkpoint", BF16_BASE) and self.method == "lora" and self.steps > 0
 
     @property
     def on_frozen_base(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.load import load_model
 from qat_edge.models.load_config import load_config
 from qat_edge.models.tasks import task_from_metadata
-from qat_edge.quant import fake, frozen, numerics, qlora_base, rotation, scheme
+from qat_edge.options import BF16_BASE
+from qat_edge.quant import base_storage, fake, frozen, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.fake import SCALE_FACTOR
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
@@ -259,7 +260,9 @@ def _load_base(adapter: Path, metadata: dict[str, Any]) -> _BaseModel:
         loaded.tokenizer,
         scheme.choose_scheme(loaded.model, metadata["group_size"], metadata["bits"], table_bits, codes),
     )
-    if metadata["base"] != "fp32":
+    if metadata["base"] == BF16_BASE:
+        base_storage.round_to_bfloat16(base.model, base.scheme)
+    elif metadata["base"] in qlora_base.FORMATS:
         qlora_base.quantize_base(base.model, base.scheme.linears, metadata["base"])
     return base
 

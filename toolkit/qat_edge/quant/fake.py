@@ -12,7 +12,7 @@ alone are trained, as in the second stage of EfficientQAT (https://arxiv.org/abs
 Adapters may stay unmerged (`Switch.unmerged`): the forward pass is then fq(x) fq(W)^T + s x A^T B^T, over a base that
 nothing changes (`fix_base`).
 
-A frozen W may be quantized (`qlora_base`); it is then dequantized first.
+A frozen W may be quantized (`qlora_base`) or stored in 16 bits (`base_storage`); it is then widened first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qat_edge.errors import ModelError, UsageError
 from qat_edge.quant import numerics, qlora_base
 from qat_edge.quant.layer_functions import FixedCodesLinear, MergedFakeQuantLinear, merged_weight
 from qat_edge.quant.module_class import insert_base
-from qat_edge.quant.qlora_base import QloraLinear
+from qat_edge.quant.qlora_base import FrozenLinear, QloraLinear, QloraWeight
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ class FakeQuantLinear(nn.Linear):
         return self.scales * self.scale_factor
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = qlora_base.base_weight(self)
         if not self.switch.enabled:
-            return super().forward(input)
+            return FrozenLinear.apply(input, weight, self.bias) if is_narrow(weight) else super().forward(input)
         scales = self.trained_scales
         if self.codes is not None and scales is not None:
             return FixedCodesLinear.apply(input, self.codes, scales, self.bias)
-        weight = qlora_base.base_weight(self)
         return MergedFakeQuantLinear.apply(input, weight, self.bias, None, None, scales, 1.0, self.spec)
 
 
@@ -133,11 +133,12 @@ class FakeQuantEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # the table may be stored in 16 bits
         if not self.switch.enabled:
             return rows
         # Rounding the rows that were looked up gives the rows of the rounded table: groups never span rows.
         scales = None if self.scales is None else functional.embedding(input, self.scales)
-        rounded = numerics.fake_quantize_weight(rows.float(), self.spec.codebook, self.spec.group_size, scales)
+        rounded = numerics.fake_quantize_weight(rows, self.spec.codebook, self.spec.group_size, scales)
         return rows + (rounded - rows).detach() if rows.requires_grad else rounded
 
 
@@ -337,6 +338,11 @@ def scale_gradient_shares(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     return found
 
 
+def is_narrow(weight: Tensor | QloraWeight) -> bool:
+    """Return whether a dense weight is stored in 16 bits."""
+    return isinstance(weight, Tensor) and weight.dtype.itemsize < torch.float32.itemsize
+
+
 def base_of(model: nn.Module) -> PreTrainedModel:
     """Return the model that adapters were put into, or the model itself where it has none."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -363,8 +369,8 @@ class MergedWeights:
 def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     """Merge every adapter into a float32 weight, without rounding, in place.
 
-    Adapters and scale factors are removed, and quantized base weights become dense. A model without adapters is
-    returned itself. Unmerged adapters are removed and change nothing.
+    Adapters and scale factors are removed, and base weights in few bits become dense float32. A model without adapters
+    is returned itself. Unmerged adapters are removed and change nothing.
 
     Returns:
         The base model, and the scales of the layers that have their own, bfloat16-representable, by module name.
@@ -373,6 +379,8 @@ def merge_adapters(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     with torch.no_grad():
         for name, module in list(base_of(model).named_modules()):
             inner = name.endswith(".base_layer")  # inside an adapted layer, which the loop has met before
+            if isinstance(module, FakeQuantEmbedding | FakeQuantLinear) and is_narrow(qlora_base.base_weight(module)):
+                module.weight.data = module.weight.data.float()
             if isinstance(module, FakeQuantEmbedding) and module.scales is not None:
                 scales[name] = numerics.representable(module.scales)
             if inner or not isinstance(module, LoraFakeQuantLinear | FakeQuantLinear):

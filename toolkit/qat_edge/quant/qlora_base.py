@@ -92,23 +92,26 @@ class Int8Weight(QloraWeight):
 FORMATS: dict[str, type[Nf4Weight | Int8Weight]] = {"nf4": Nf4Weight, "int8": Int8Weight}
 
 
-class DequantizedLinear(torch.autograd.Function):
-    """`x W^T + b` that keeps neither the dequantized weight nor the input for the backward pass: dX = dY W."""
+class FrozenLinear(torch.autograd.Function):
+    """`x W^T + b` for a W in fewer bits than x, of which nothing is kept for the backward pass: dX = dY W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: QloraWeight, bias: Tensor | None) -> Tensor:
-        """Apply the layer: x (..., in) -> (..., out). The bias is frozen like the weight."""
-        # Neither x nor the dense weight is kept: only x needs a gradient, and W is dequantized again for it.
-        ctx.quantized, ctx.x_dtype, ctx.dtype = quantized, x.dtype, compute_dtype(x)
+    def forward(ctx: Any, x: Tensor, stored: Tensor | QloraWeight, bias: Tensor | None) -> Tensor:
+        """Apply the layer: x (..., in) -> (..., out). The bias is frozen like the weight.
+
+        stored: W (out, in), quantized or in 16 bits.
+        """
+        # Neither x nor the wide weight is kept: only x needs a gradient, and W is widened again for it.
+        ctx.stored, ctx.x_dtype, ctx.dtype = stored, x.dtype, compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            weight = quantized.dequantize().to(ctx.dtype)
+            weight = dequantized(stored).to(ctx.dtype)
             return functional.linear(x.to(ctx.dtype), weight, None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         """Return the gradient of x; nothing else is trained."""
         with torch.autocast(grads[0].device.type, enabled=False):
-            weight = ctx.quantized.dequantize().to(ctx.dtype)
+            weight = dequantized(ctx.stored).to(ctx.dtype)
             return (grads[0].to(ctx.dtype) @ weight).to(ctx.x_dtype), None, None
 
 
@@ -129,7 +132,7 @@ class QloraLinear(nn.Linear):
         return self.qlora_weight.dequantize()
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.as_tensor(DequantizedLinear.apply(input, self.qlora_weight, self.bias))
+        return torch.as_tensor(FrozenLinear.apply(input, self.qlora_weight, self.bias))
 
 
 def quantize_base(model: nn.Module, names: Iterable[str], format: str) -> tuple[int, int]:
@@ -175,7 +178,7 @@ def dequantized(weight: Tensor | QloraWeight) -> Tensor:
     return weight.dequantize() if isinstance(weight, QloraWeight) else weight
 
 
-def base_weight(layer: nn.Linear) -> Tensor | QloraWeight:
+def base_weight(layer: nn.Linear | nn.Embedding) -> Tensor | QloraWeight:
     """Return a layer's weight as it is stored: quantized or dense."""
     return layer.qlora_weight if isinstance(layer, QloraLinear) else layer.weight
 

@@ -10,7 +10,7 @@ from qat_edge import option_paths
 from qat_edge.config import flag_name, load_frozen_base
 from qat_edge.errors import UsageError
 from qat_edge.models.positions import max_positions
-from qat_edge.options import TRAINING, WIDTHS, ExportOptions, FinetuneOptions
+from qat_edge.options import EXACT_BASES, QLORA_BASES, TRAINING, WIDTHS, ExportOptions, FinetuneOptions
 from qat_edge.quant.bits_file import load_bits, requested_levels
 from qat_edge.quant.codebook import FEWEST
 from qat_edge.quant.ptq.method_names import CALIBRATED, STORED
@@ -56,6 +56,8 @@ def check_combination(options: FinetuneOptions) -> None:
 
 def _is_given(options: FinetuneOptions, name: str) -> bool:
     """Return whether an option differs from its default: a configuration file lists them all."""
+    if name == "base":
+        return options.base not in EXACT_BASES
     return bool(getattr(options, name) != getattr(FinetuneOptions, name))
 
 
@@ -287,18 +289,18 @@ def _width_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
 
 def _base_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
     """Return the checks of the weights that are trained, and of the base they are trained on."""
-    few_bits, full = options.base != "fp32", options.method == "full"
+    rounded, full = options.base not in EXACT_BASES, options.method == "full"
     lora_flags = [flag_name(name) for name in LORA_OPTIONS if _is_given(options, name)]
     by_default = "" if _is_given(options, "ptq_init") else " (the default)"
     return (
-        # A base in few bits cannot be changed, by training or by the initialization.
+        # A base in few bits cannot be changed by the initialization, and none in 16 bits by training.
         _Check(
-            few_bits and full,
-            f"--base {options.base} and --method full: weights that are trained cannot be stored in few bits. "
-            "Give --base fp32 or --method lora.",
+            rounded and full,
+            f"--base {options.base} and --method full: weights that are trained are stored in float32. "
+            "Leave --base out, or give --method lora.",
         ),
         _Check(
-            few_bits and options.ptq_init in CALIBRATED,
+            options.base in QLORA_BASES and options.ptq_init in CALIBRATED,
             f"--base {options.base} and --ptq-init {options.ptq_init}{by_default}: it changes the base weights, which "
             f"are stored as {options.base}. Give --ptq-init hqq, which chooses scales alone, or none.",
         ),

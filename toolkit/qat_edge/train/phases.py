@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import RunError
 from qat_edge.manifest import LIBRARIES, library_version, read_manifest
 from qat_edge.options import FinetuneOptions
-from qat_edge.quant import fake, numerics, qat_init
+from qat_edge.quant import base_storage, fake, numerics, qat_init
 from qat_edge.quant.ptq.method_names import CALIBRATED, METHOD_OF
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
@@ -107,7 +108,8 @@ class PhaseTransition:
 
         # Scales, and weights with their rounding compensated; with a rotation also the rotated basis.
         if needs_initialization(self.options):
-            self.init_sha256 = self._initialize(made_of)
+            with self._wide_base():
+                self.init_sha256 = self._initialize(made_of)
         self._fix_codes()
 
         if self.rotation_seed is not None:
@@ -117,7 +119,8 @@ class PhaseTransition:
         """End a training that has no second phase: the model as phase 2 would have begun is the result."""
         self.save_reference()
         if needs_initialization(self.options):
-            self.init_sha256 = self._initialize(self._identity())
+            with self._wide_base():
+                self.init_sha256 = self._initialize(self._identity())
 
     def restore(self) -> None:
         """Bring a resumed run to where `start_qat` left it, from the files in the run folder."""
@@ -129,7 +132,8 @@ class PhaseTransition:
             if self.options.method != "lora":
                 # The weights have been trained since, and the checkpoint that is resumed has them.
                 start = replace(start, changed={})
-            start.apply(fake.base_of(self.model))
+            with self._wide_base():
+                start.apply(fake.base_of(self.model))
         self._fix_codes()
 
     def _recorded_initialization(self) -> tuple[str, QatInit]:
@@ -147,6 +151,14 @@ class PhaseTransition:
                 "checkpoint is after that. Restore the folder, or train again: `qat-edge finetune --force` with the "
                 f"options in {self.run.config}. ({error})"
             ) from error
+
+    @contextmanager
+    def _wide_base(self) -> Iterator[None]:
+        """Store base weights in float32 while a rotation or a PTQ method changes them."""
+        base_storage.widen(self.model, self.scheme)
+        yield
+        if self.options.narrows_base:
+            base_storage.narrow(self.model, self.scheme)
 
     def _fix_codes(self) -> None:
         """Let phase 2 train scales alone, or adapters next to a base that stays as it is, if the options say so."""

@@ -26,8 +26,8 @@ from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
 from qat_edge.models.tokenizer import end_token_origins, model_end_tokens
-from qat_edge.options import FinetuneOptions
-from qat_edge.quant import bits_file, fake, numerics, qlora_base, rotation, scheme
+from qat_edge.options import BF16_BASE, FinetuneOptions
+from qat_edge.quant import base_storage, bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import COMPENSATED, STORED
@@ -196,7 +196,9 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
         ModelError: The model cannot have adapters.
     """
     # First, because fake quantization has another layer class over a base in few bits.
-    if options.base != "fp32":
+    if options.base == BF16_BASE:
+        base_storage.round_to_bfloat16(job.model, job.scheme)
+    elif options.base in qlora_base.FORMATS:
         before, after = qlora_base.quantize_base(job.model, job.scheme.linears, options.base)
         progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
 
@@ -213,6 +215,8 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
     adapted = fake.add_adapters(job.model, _lora_config(options, job))
     if options.has_fixed_codes and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
         raise UsageError(model_options.NOTHING_TO_TRAIN)
+    if options.narrows_base:
+        progress.info(base_storage.narrow(adapted, job.scheme).describe())
     return adapted, switch
 
 
