@@ -40,11 +40,18 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
+def has_target(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions whose next token has a loss: bool (rows, length)."""
+    return torch.nn.functional.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
+
+
 def test_the_live_teacher_is_the_model_before_rounding_and_further_steps(tiny_model_folder: Path) -> None:
     model, switch = student(tiny_model_folder)
     inputs = batch()
     with torch.no_grad():
-        before = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        before = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[
+            has_target(inputs)
+        ]
     teacher = LiveTeacher(model, switch, temperature=1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,11 +71,10 @@ def test_divergence_is_summed_over_the_tokens_with_loss(
     model, switch = student(tiny_model_folder)
     inputs = batch()
     teacher = LiveTeacher(model, switch, temperature=2.0)
-    logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size, requires_grad=True)
+    logits = torch.randn(int(has_target(inputs).sum()), model.config.vocab_size, requires_grad=True)
     p = (teacher.logits(inputs) / 2).softmax(-1)
     q = (logits / 2).softmax(-1)
-    by_token = (p * (p / q).log()).sum(-1)[:, :-1]
-    expected = by_token[inputs["labels"][:, 1:] != IGNORED].sum()
+    expected = (p * (p / q).log()).sum()
     found = teacher.divergence(inputs, logits)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)))
@@ -79,6 +85,7 @@ def test_a_cache_of_all_tokens_equals_the_live_teacher(tiny_model_folder: Path, 
     live, inputs, file = LiveTeacher(model, switch, 1.0), batch(), tmp_path / "teacher.safetensors"
     write_cache(live, iter([inputs]), model.config.vocab_size, file, lambda done: None)
     logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
+    logits = logits[has_target(inputs)]
     cached = CachedTeacher(ROWS, file, 1.0).divergence(inputs, logits)
     torch.testing.assert_close(cached, live.divergence(inputs, logits), rtol=2e-3, atol=1e-2)  # float16 of log p
 
@@ -92,6 +99,7 @@ def test_a_cache_of_few_tokens_is_a_lower_bound_and_finds_its_rows(tiny_model_fo
     shuffled = {name: tensor[order] for name, tensor in inputs.items()}
     logits = torch.randn(*inputs["input_ids"].shape, model.config.vocab_size)
     cached = CachedTeacher(ROWS, file, 1.0)
-    one, other = cached.divergence(inputs, logits), cached.divergence(shuffled, logits[order])
+    one = cached.divergence(inputs, logits[has_target(inputs)])
+    other = cached.divergence(shuffled, logits[order][has_target(shuffled)])
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
-    assert 0 < float(one) < float(live.divergence(inputs, logits))
+    assert 0 < float(one) < float(live.divergence(inputs, logits[has_target(inputs)]))

@@ -32,6 +32,7 @@ from qat_edge.data.tokenization import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 from qat_edge.storage import replace_file
+from qat_edge.train.next_token_loss import predict_targets
 
 Batch = Mapping[str, Tensor]
 CHUNK = 64  # tokens whose probabilities are in memory at once
@@ -47,7 +48,7 @@ class Teacher(Protocol):
 
         Args:
             batch: "input_ids", "labels" and "attention_mask", int64 (rows, length).
-            logits: The student's, (rows, length, vocabulary).
+            logits: The student's at the positions with a target, row after row: (positions, vocabulary).
         """
 
 
@@ -66,24 +67,17 @@ class LiveTeacher:
             self.snapshot[name] = saved[name.replace(f".{fake.ADAPTER}.", ".")].to(self.snapshot[name].device)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Run the teacher and return its logits, (rows, length, vocabulary)."""
+        """Run the teacher and return its logits where the next token is a target, (positions, vocabulary)."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         with torch.no_grad(), self._snapshot_in_model():
-            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return torch.as_tensor(output.logits)
+            return predict_targets(self.model, inputs).logits
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
-        # The prediction at position i is for token i + 1.
-        has_loss = batch["labels"][:, 1:] != IGNORED
-        rows = zip(self.logits(batch)[:, :-1], logits[:, :-1], has_loss, strict=True)
-
-        parts = []
-        for row in rows:
-            teacher_chunks, student_chunks, loss_chunks = (tensor.split(CHUNK) for tensor in row)
-            for chunk in zip(teacher_chunks, student_chunks, loss_chunks, strict=True):
-                # Recomputed in the backward pass: the probabilities of all tokens at once take more memory than the
-                # rest of a step.
-                parts.append(checkpoint(_divergence, *chunk, self.temperature, use_reentrant=False))
+        chunks = zip(self.logits(batch).split(CHUNK), logits.split(CHUNK), strict=True)
+        # Recomputed in the backward pass: the probabilities of all tokens at once take more memory than the rest of a
+        # step.
+        parts = [checkpoint(_divergence, *chunk, self.temperature, use_reentrant=False) for chunk in chunks]
         return torch.stack(parts).sum()
 
     @contextmanager
@@ -128,8 +122,7 @@ class CachedTeacher:
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
-        has_loss = batch["labels"][:, 1:] != IGNORED
-        student = (logits[:, :-1][has_loss].float() / self.temperature).log_softmax(-1)
+        student = (logits.float() / self.temperature).log_softmax(-1)
 
         # Batches come in random order and padded, so a row is found by its token ids without the padding.
         lengths = batch["attention_mask"].sum(1).tolist()
@@ -162,14 +155,13 @@ def write_cache(
     """
     choices, log_probs, offsets, done = [], [], [0], 0
     for batch in batches:
-        has_loss = batch["labels"][:, 1:] != IGNORED
-        # (rows, length - 1, k), of which only the tokens with loss are kept: the rows differ in their number.
-        likely = (teacher.logits(batch)[:, :-1].float() / teacher.temperature).log_softmax(-1).topk(top_k)
-        for row in range(len(has_loss)):
-            choices.append(likely.indices[row][has_loss[row]].to(torch.int32).cpu())
-            log_probs.append(likely.values[row][has_loss[row]].to(torch.float16).cpu())
-            offsets.append(offsets[-1] + len(choices[-1]))
-        done += len(has_loss)
+        for chunk in teacher.logits(batch).split(CHUNK):
+            likely = (chunk.float() / teacher.temperature).log_softmax(-1).topk(top_k)
+            choices.append(likely.indices.to(torch.int32).cpu())
+            log_probs.append(likely.values.to(torch.float16).cpu())
+        for count in (batch["labels"][:, 1:] != IGNORED).sum(1).tolist():
+            offsets.append(offsets[-1] + count)
+        done += len(batch["labels"])
         advance(done)
 
     tensors = {"choices": torch.cat(choices), "log_probs": torch.cat(log_probs), "offsets": torch.tensor(offsets)}
@@ -192,17 +184,16 @@ def _digest(ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
-def _divergence(teacher: Tensor, student: Tensor, has_loss: Tensor, temperature: float) -> Tensor:
+def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """Return the sum of KL(teacher || student).
 
     Args:
         teacher: Logits, (tokens, vocabulary).
         student: Logits, (tokens, vocabulary).
-        has_loss: Tokens that count, bool (tokens,).
         temperature: Divides both logits.
     """
-    log_p = (teacher[has_loss].float() / temperature).log_softmax(-1)
-    log_q = (student[has_loss].float() / temperature).log_softmax(-1)
+    log_p = (teacher.float() / temperature).log_softmax(-1)
+    log_q = (student.float() / temperature).log_softmax(-1)
     return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qat_edge import progress, run_lock
 from qat_edge.data.tokenization import IGNORED
+from qat_edge.errors import ModelError
 from qat_edge.options import FinetuneOptions
 from qat_edge.peak_memory import own_peak_bytes
 from qat_edge.progress import Bar
@@ -33,8 +34,9 @@ from qat_edge.quant import fake
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.stop_signals import StopRequest
-from qat_edge.train import checkpoints, divergence
+from qat_edge.train import checkpoints, divergence, next_token_loss
 from qat_edge.train.distill import Batch, Teacher
+from qat_edge.train.next_token_loss import predict_targets
 from qat_edge.train.objectives import Objective
 
 # Peak learning rate of phase 2 as a share of phase 1's. Perplexity of SmolLM2 on held-out text after 48 + 12 steps,
@@ -140,6 +142,7 @@ class QatTrainer(Trainer):
     Attributes:
         teacher: Set at the start of phase 2 if distillation is requested.
         objective: Loss of an encoder; None for next-token prediction.
+        at_targets: The loss is `next_token_loss`; False for an encoder, and for a model with another loss.
         start: Last step of phase 1.
         phase_1: Name of phase 1.
         restarted_at: Step at which phase 2 was started again; None where it was not.
@@ -149,6 +152,7 @@ class QatTrainer(Trainer):
 
     teacher: Teacher | None = None
     objective: Objective | None = None
+    at_targets: bool = False
     start: int = 0
     phase_1: str = "LoRA"
     restarted_at: int | None = None
@@ -159,14 +163,27 @@ class QatTrainer(Trainer):
     _save_into: Path | None = None  # while a checkpoint is written
 
     def set_objective(self, objective: Objective | None) -> None:
-        """Train on an encoder's objective in the place of next-token prediction, unless it is None."""
+        """Train on an encoder's objective; on next-token prediction where it is None."""
         self.objective = objective
-        if objective is not None:
-            # The trainer then counts the rows of a step and leaves the division by them to `compute_loss`.
+        # A model that computes its loss in another way keeps it.
+        self.at_targets = objective is None and next_token_loss.is_loss_of(self.model)
+        if objective is not None or self.at_targets:
+            # The trainer then counts the rows or tokens of a step and leaves the division by them to `compute_loss`.
             self.model_accepts_loss_kwargs = True
+        if not (self.at_targets or objective is not None):
+            progress.info(f"{type(fake.base_of(self.model)).__name__} computes a loss of its own, at all positions")
 
     def set_teacher(self, teacher: Teacher) -> None:
-        """Add the teacher's divergence to the loss from now on."""
+        """Add the teacher's divergence to the loss from now on.
+
+        Raises:
+            ModelError: The model computes a loss of its own, which is no mean over the tokens that the teacher sees.
+        """
+        if not self.at_targets:
+            raise ModelError(
+                f"--distill-weight: {type(fake.base_of(self.model)).__name__} computes a loss of its own, which a "
+                "divergence cannot be added to. Leave the flag out."
+            )
         self.teacher = teacher
 
     def reset_optimizer(self) -> None:
@@ -256,17 +273,20 @@ class QatTrainer(Trainer):
             loss = self.objective(model, inputs) / rows
             return (loss, {}) if return_outputs else loss
 
-        # Evaluation reports cross entropy alone, so that both phases have comparable curves.
-        if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
         batch: Batch = dict(inputs)  # a copy: super() may change its inputs
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        tokens = (batch["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        divergence = self.teacher.divergence(batch, outputs.logits) / tokens
-        # T^2 because gradients of soft targets scale with 1 / T^2: https://arxiv.org/abs/1503.02531, section 2.
-        loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distill_temperature**2 * divergence
-        return (loss, outputs) if return_outputs else loss
+        if self.at_targets:
+            predictions = predict_targets(model, batch)
+            tokens = len(predictions.targets) if num_items_in_batch is None else num_items_in_batch
+            loss = next_token_loss.next_token_loss(predictions) / tokens
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        # Evaluation reports cross entropy alone, so that both phases have comparable curves.
+        if self.teacher is not None and model.training:
+            divergence = self.teacher.divergence(batch, predictions.logits) / tokens
+            # T^2 because gradients of soft targets scale with 1 / T^2: https://arxiv.org/abs/1503.02531, section 2.
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distill_temperature**2 * divergence
+        return (loss, {}) if return_outputs else loss
 
     # --- divergence ----------------------------------------------------------------------------------------
 
