@@ -99,6 +99,16 @@ class FakeQuantLinear(nn.Linear):
             return self.scales
         return self.scales * self.scale_factor
 
+    def rounded_weight(self) -> Tensor:
+        """Return the weight (out, in) that the forward pass multiplies with while the switch is on, in float32.
+
+        It has no gradient: it is for a head, whose weight is not trained.
+        """
+        with torch.no_grad():
+            weight, scales = merged_weight(qlora_base.base_weight(self), None, None, 1.0), self.trained_scales
+            own = None if scales is None else numerics.representable(scales)
+            return numerics.fake_quantize_weight(weight, self.spec.codebook, self.spec.group_size, own)
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.switch.enabled:
             return super().forward(input)
