@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,18 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import qat_edge
+from conftest import plain_rows, short_training
 from qat_edge import config
+from qat_edge.data.formats import load_rows
+from qat_edge.data.tokenization import Collator, tokenize
 from qat_edge.errors import RunError, UsageError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import fake
 from qat_edge.run import Run
+from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.prepare import PreparedTraining
 from tests.docs.doc_pages import code_blocks
 
@@ -182,6 +188,33 @@ def test_options_of_the_trainer_work(options: dict[str, Any], tiny_model_folder:
     prepared = prepared_in(tiny_model_folder, tmp_path)
     sft(prepared, tmp_path, **options).train()
     assert torch.equal(logits(prepared.model), frozen_logits(prepared.run))
+
+
+def test_it_trains_what_finetune_trains(tiny_model_folder: Path, tmp_path: Path) -> None:
+    options = {"lr_schedule": "constant", "warmup_steps": 0, "seed": 3, "learning_rate": 1e-2, "precision": "fp32"}
+    made = short_training(tiny_model_folder, tmp_path, plain_rows(24), steps=STEPS, **options)
+    finetune(dataclasses.replace(made, eval_data=None), tmp_path / "own")
+
+    # The same rows, batches, optimizer and schedule.
+    (tmp_path / "other").mkdir()
+    prepared = prepared_in(tiny_model_folder, tmp_path / "other", data=made.data, seed=3)
+    rows = tokenize(load_rows(made.data), prepared.tokenizer, 512).rows
+    arguments = {**COMMON, "lr_scheduler_type": "constant", "optim": "adamw_torch", "seed": 3}
+    del arguments["max_length"]
+    Trainer(
+        model=prepared.model, processing_class=prepared.tokenizer, callbacks=[prepared.callback],
+        data_collator=Collator(prepared.tokenizer), train_dataset=rows,
+        args=TrainingArguments(str(tmp_path / "out"), remove_unused_columns=False, **arguments),
+    ).train()  # fmt: skip
+    own, other = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path / "own", prepared.run.path)
+    )
+    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_a_model_in_qat_is_not_merged_by_peft(trained: PreparedTraining) -> None:
+    with pytest.raises(UsageError, match="another function than the trained one"):
+        trained.model.merge_adapter()
 
 
 # --- the head, which TRL does not call ---------------------------------------------------------------------

@@ -175,6 +175,19 @@ class LoraFakeQuantLinear(lora.Linear):
             return scales
         return scales * self.lora_scale_factor[ADAPTER]
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the adapter as peft does, which takes only a layer that does not round.
+
+        Raises:
+            UsageError: The layer rounds: its forward pass merges the adapter already, under scales of its own.
+        """
+        if self.get_base_layer().switch.enabled:
+            raise UsageError(
+                "merge_adapter or merge_and_unload of a model in QAT: it would be another function than the trained "
+                "one. Export the run with `qat-edge export`, or merge the plain LoRA in RUN/reference."
+            )
+        super().merge(safe_merge, adapter_names)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if not base.switch.enabled or base.switch.unmerged or self.disable_adapters:

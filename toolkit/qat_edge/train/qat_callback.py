@@ -300,7 +300,7 @@ class _Training:
         Raises:
             RunError: The checkpoint or the run folder does not have what the QAT phase needs.
         """
-        changes_base = self.options.ptq_init in CALIBRATED and self.options.has_qat
+        changes_base = self.options.ptq_init in CALIBRATED
         route_forward(fake.base_of(self.model), self.prepared.switch, self._load_base if changes_base else None)
         if state.global_step <= self.phases.start:
             return
