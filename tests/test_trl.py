@@ -22,7 +22,7 @@ from conftest import plain_rows, short_training
 from qat_edge import config
 from qat_edge.data.formats import load_rows
 from qat_edge.data.tokenization import Collator, tokenize
-from qat_edge.errors import RunError, UsageError
+from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
@@ -54,7 +54,11 @@ def prepared_in(model: Path, folder: Path, **options: Any) -> PreparedTraining:
 
 def sft(prepared: PreparedTraining, folder: Path, rows: list[dict[str, Any]] = CHATS, **options: Any) -> Any:
     """An SFTTrainer of a prepared model. Options are those of SFTConfig, and of the trainer where it has them."""
-    of_trainer = {name: options.pop(name) for name in ("callbacks", "peft_config", "eval_dataset") if name in options}
+    of_trainer = {
+        name: options.pop(name)
+        for name in ("callbacks", "peft_config", "eval_dataset", "optimizers")
+        if name in options
+    }
     return trl.SFTTrainer(
         model=prepared.model, processing_class=prepared.tokenizer, train_dataset=datasets.Dataset.from_list(rows),
         args=trl.SFTConfig(str(folder / "out"), **{**COMMON, **options}),
@@ -156,6 +160,7 @@ def test_scales_are_learned_in_qat_alone(tiny_model_folder: Path, tmp_path: Path
         {"qat_start": STEPS},
         {"qat_start": 0},
         {"base": "nf4", "ptq_init": "hqq"},
+        {"head_bits": 4, "rotate": "off"},
     ],
     ids=str,
 )
@@ -217,6 +222,13 @@ def test_a_model_in_qat_is_not_merged_by_peft(trained: PreparedTraining) -> None
         trained.model.merge_adapter()
 
 
+def test_the_trained_model_generates_as_the_frozen_one(trained: PreparedTraining) -> None:
+    frozen_logits(trained.run)
+    models = (trained.model.eval(), load_exact(trained.run.quantized))
+    answers = [model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False).tolist() for model in models]
+    assert answers[0] == answers[1] and len(answers[0][0]) > IDS.shape[1]
+
+
 # --- the head, which TRL does not call ---------------------------------------------------------------------
 
 
@@ -232,6 +244,21 @@ def test_losses_of_qat_are_those_of_the_rounded_head(trained: PreparedTraining) 
         hidden = base.base_model(input_ids=IDS).last_hidden_state[:, :-1]
         float_head = (hidden @ base.get_output_embeddings().weight.T).log_softmax(-1)
     assert float((float_head.gather(-1, IDS[:, 1:, None])[..., 0] - expected).abs().max()) > 1e-4
+
+
+def test_a_head_that_is_not_rounded_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def nothing(base: Any) -> Iterator[None]:
+        yield
+
+    prepared = prepared_in(tiny_model_folder, tmp_path)
+    # Larger weights than a model begins with, so that the head's rounding shows.
+    fake.base_of(prepared.model).get_output_embeddings().weight.data.mul_(10)
+    monkeypatch.setattr("qat_edge.train.trainer_forward._rounded_head", nothing)
+    with pytest.raises(ModelError, match="log-probabilities differ from those of the rounded head by"):
+        sft(prepared, tmp_path).train()
 
 
 def test_gradients_of_the_fused_head_are_those_of_the_logits(trained: PreparedTraining) -> None:
@@ -320,14 +347,16 @@ def test_the_loss_of_dpo_in_qat_is_that_of_the_rounded_policy(tiny_model_folder:
 # --- a training that is resumed ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_resumed_training_ends_in_the_same_weights(step: int, tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "step"), [(sft, 2), (sft, 3), (sft, 4), (dpo, 4)])
+def test_a_resumed_training_ends_in_the_same_weights(
+    make: Any, step: int, tiny_model_folder: Path, tmp_path: Path
+) -> None:
     adapters = []
     for name in ("whole", "resumed"):
         folder = tmp_path / name
         folder.mkdir()
         prepared = prepared_in(tiny_model_folder, folder)
-        trainer = sft(prepared, folder, save_strategy="steps", save_steps=1)
+        trainer = make(prepared, folder, save_strategy="steps", save_steps=1)
         if name == "whole":
             trainer.train()
         else:
@@ -335,7 +364,7 @@ def test_a_resumed_training_ends_in_the_same_weights(step: int, tiny_model_folde
             with pytest.raises(RunError, match="its training has not ended"):
                 _ = prepared.result
             prepared = prepared_in(tiny_model_folder, folder, resume=True)
-            trainer = sft(prepared, folder, save_strategy="steps", save_steps=1)
+            trainer = make(prepared, folder, save_strategy="steps", save_steps=1)
             assert get_last_checkpoint(str(folder / "out")).endswith(f"checkpoint-{step}")
             trainer.train(resume_from_checkpoint=True)
         adapters.append(merged_model(prepared.run.adapter).model.state_dict())
@@ -378,6 +407,11 @@ def test_a_checkpoint_needs_a_run_to_resume(tiny_model_folder: Path, tmp_path: P
     trainer = sft(prepared_in(tiny_model_folder, tmp_path), tmp_path)
     with pytest.raises(UsageError, match=r"resume_from_checkpoint: step 2 .* resume=True"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_finished_run_has_nothing_to_resume(trained: PreparedTraining, tiny_model_folder: Path) -> None:
+    with pytest.raises(RunError, match="is finished"):
+        prepared_in(tiny_model_folder, trained.run.path.parent, resume=True)
 
 
 def test_finetune_does_not_resume_it(tiny_model_folder: Path, tmp_path: Path, trained: PreparedTraining) -> None:
@@ -475,6 +509,23 @@ def test_a_schedule_by_the_loss_is_refused(tiny_model_folder: Path, tmp_path: Pa
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"lr_scheduler_type=.*needs a schedule by steps"):
         trainer.train()
+
+
+def test_an_optimizer_of_the_user_trains_adapters_alone(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def own(prepared: PreparedTraining, parameters: Any) -> Any:
+        optimizer = torch.optim.AdamW(list(parameters), lr=1e-2)
+        return (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+
+    prepared = prepared_in(tiny_model_folder, tmp_path, qat_learning_rate=1e-4)
+    with pytest.raises(UsageError, match="optimizer has the learned scales"):
+        sft(prepared, tmp_path, optimizers=own(prepared, prepared.model.parameters())).train()
+    adapters = [p for p in prepared.model.parameters() if p.requires_grad]
+    with pytest.raises(UsageError, match=r"other learning rates \(0\.01\) than its arguments \(0\.5\)"):
+        sft(prepared, tmp_path, optimizers=own(prepared, adapters), learning_rate=0.5).train()
+    trainer = sft(prepared, tmp_path, optimizers=own(prepared, adapters))
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert rates[:START] == [1e-2] * START and max(rates[START:]) == pytest.approx(1e-4)
 
 
 def test_a_start_of_qat_after_the_last_step_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:

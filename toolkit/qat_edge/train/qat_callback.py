@@ -14,7 +14,7 @@ formulas as `trainer.QatTrainer`, with the trainer's own schedule.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +30,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    get_scheduler,
 )
 
 from qat_edge import previous_run, progress, run_lock
@@ -54,15 +52,15 @@ from qat_edge.train.option_checks import check_combination, row_length
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, describe_inputs
-from qat_edge.train.trainer import TwoPhases, qat_learning_rate
+from qat_edge.train.trainer import TwoPhases
 from qat_edge.train.trainer_arguments import check_arguments, options_of
-from qat_edge.train.trainer_forward import route_forward
+from qat_edge.train.trainer_forward import require_rounded_head, route_forward
 from qat_edge.train.trainer_rows import read_rows, write_rows
+from qat_edge.train.trainer_schedule import set_learning_rates
 from qat_edge.train.training_log import Finetuned, write_log
 
 CHECKPOINT_FILE = "qat_edge.pt"  # in each of the trainer's checkpoints of the QAT phase
 REFERENCE_ADAPTER = "ref"  # TRL's copy of the adapters for the reference model of DPO
-Factor = Callable[[int], float]  # step, counted from 0 -> share of the peak learning rate
 
 
 @dataclass(frozen=True)
@@ -240,15 +238,16 @@ class QatCallback(TrainerCallback):
         )
         check_combination(options)
         job = _job(prepared, options, rows)
+        training = _Training(prepared, self.run, job, options, kwargs["optimizer"], kwargs["lr_scheduler"], args)
 
         # As in `prepare`, because time has passed: by the options of the run to resume, or by those that were given.
         run_inputs.check_folder(options if self.resume else prepared.options, self.run, self.resume, self.force)
         run_inputs.begin(self.run, options, job, self.resume, trainer=type(args).__name__)
         if not named:
             write_rows(rows.rows, prepared.tokenizer, self.run.rows)
-        start = options.qat_start_step
-        progress.info(describe_recipe(options, start, prepared.scheme.summary(), prepared.rotation_seed is not None))
-        training = _Training(prepared, self.run, job, options, kwargs["optimizer"], kwargs["lr_scheduler"], args)
+        rotated = prepared.rotation_seed is not None
+        progress.info(describe_recipe(options, options.qat_start_step, prepared.scheme.summary(), rotated))
+
         training.begin(args, state)
         self._training = training
         self.why_unfinished = (
@@ -290,9 +289,11 @@ class _Training:
             given_start=None, save_reference=self._save_reference, set_teacher=lambda teacher: None,
             reset_optimizer=getattr(optimizer, "optimizer", optimizer).state.clear,
         )  # fmt: skip
+        self._require_no_scales(optimizer)
         self.phases = TwoPhases(prepared.switch, options.qat_start_step, self.transition)
-        self._scale_factor = _set_learning_rates(schedule, optimizer, options, args)
+        self._scale_factor = set_learning_rates(schedule, optimizer, options, args)
         self._scales: torch.optim.AdamW | None = None  # made at the start of QAT
+        self._has_fused_head = False
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Restore the QAT phase of a resumed training, and route the forward pass.
@@ -301,7 +302,9 @@ class _Training:
             RunError: The checkpoint or the run folder does not have what the QAT phase needs.
         """
         changes_base = self.options.ptq_init in CALIBRATED
-        route_forward(fake.base_of(self.model), self.prepared.switch, self._load_base if changes_base else None)
+        base = fake.base_of(self.model)
+        self._has_fused_head = "forward" in vars(base)  # TRL replaces it in the object
+        route_forward(base, self.prepared.switch, self._load_base if changes_base else None)
         if state.global_step <= self.phases.start:
             return
         check_files(self.run.reference)
@@ -309,6 +312,7 @@ class _Training:
         self._start_scales()
         self._load_checkpoint(_checkpoint(args, state))
         self.prepared.switch.enabled = True  # an evaluation may come before the first step
+        self._require_rounded_head()
 
     def begin_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Make the transition before the first step of QAT, and turn fake quantization on."""
@@ -316,6 +320,7 @@ class _Training:
         self.phases.on_step_begin(args, state, control)
         if self.phases.qat_started and not in_qat:
             self._start_scales()
+            self._require_rounded_head()
 
     def require_finite_gradients(self, state: TrainerState) -> None:
         """Refuse a step with a gradient that is not finite.
@@ -377,14 +382,36 @@ class _Training:
         options = self.options
         return load.load_model(options.model, options.trust_remote_code, revision=self.prepared.identity.revision).model
 
+    def _require_no_scales(self, optimizer: Any) -> None:
+        """Refuse an optimizer that would change the learned scales as well.
+
+        Raises:
+            UsageError: It has them.
+        """
+        scales = {id(factor) for factor in self._scale_factors()}
+        if any(id(parameter) in scales for group in optimizer.param_groups for parameter in group["params"]):
+            raise UsageError(
+                "The trainer's optimizer has the learned scales, which the callback trains. Make it of the parameters "
+                "with requires_grad alone."
+            )
+
+    def _scale_factors(self) -> list[nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if fake.SCALE_FACTOR in name]
+
     def _start_scales(self) -> None:
         """Make the optimizer of the learned scales, which are trained from now on."""
-        factors = [p for name, p in self.model.named_parameters() if fake.SCALE_FACTOR in name]
+        factors = self._scale_factors()
         if factors:
             for factor in factors:
                 factor.requires_grad_(True)
             # The rate is set at each step; scales are factors and do not decay towards 0.
             self._scales = torch.optim.AdamW(factors, lr=0.0, weight_decay=0.0)
+
+    def _require_rounded_head(self) -> None:
+        """Compare the log-probabilities that the trainer will take with those of the head, on one row."""
+        if self._has_fused_head:
+            ids = self.job.rows.rows[0]["input_ids"]
+            require_rounded_head(fake.base_of(self.model), torch.tensor([ids], device=self.model.device))
 
     def _load_checkpoint(self, folder: Path) -> None:
         """Read what `save_checkpoint` added.
@@ -406,59 +433,6 @@ class _Training:
             )
         if self._scales is not None:
             self._scales.load_state_dict(saved["scales"])
-
-
-# --- learning rates ----------------------------------------------------------------------------------------
-
-
-def _set_learning_rates(schedule: Any, optimizer: Any, options: FinetuneOptions, args: TrainingArguments) -> Factor:
-    """Give the trainer's schedule the learning rates of QAT, and return the factor of the scales' peak rate.
-
-    As in `trainer.learning_rate_factor`, QAT begins with a warm-up and the schedule of its own, at a lower peak, unless
-    one schedule spans both phases.
-
-    Raises:
-        UsageError: The schedule depends on the loss, so it cannot be begun again.
-    """
-    if not isinstance(schedule, LambdaLR):
-        raise UsageError(
-            f"lr_scheduler_type={shorten(str(args.lr_scheduler_type))}: QAT has a learning rate of its own, which "
-            "needs a schedule by steps. Give cosine, linear or constant."
-        )
-    start, left = options.qat_start_step, options.steps - options.qat_start_step
-    ratio = 1.0 if options.learning_rate == 0 else qat_learning_rate(options) / options.learning_rate
-    again = _schedule(args, left) if options.lr_restart and left else None
-
-    def of_qat(own: Factor, step: int) -> float:
-        return own(step) if again is None else again(step - start)
-
-    def with_qat(own: Factor) -> Factor:
-        return lambda step: own(step) if step < start else ratio * of_qat(own, step)
-
-    first = schedule.lr_lambdas[0]
-    schedule.lr_lambdas = [with_qat(own) for own in schedule.lr_lambdas]
-    # The schedule has set the rates of the next step already.
-    rates = [
-        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
-    return lambda step: of_qat(first, step)
-
-
-def _schedule(args: TrainingArguments, steps: int) -> Factor:
-    """Return the trainer's schedule over `steps` steps; a short phase has no time for the whole warm-up."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=min(args.get_warmup_steps(steps), steps // 5),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
-    factor: Factor = schedule.lr_lambdas[0]
-    return factor
 
 
 # --- what a run records ------------------------------------------------------------------------------------

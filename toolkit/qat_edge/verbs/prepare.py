@@ -28,7 +28,7 @@ from qat_edge.train import model_options, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.qat_callback import PreparedModel, QatCallback
 from qat_edge.train.setup import choose_rotation, load_base, make_trainable, report_scheme, untie_trained_head
-from qat_edge.train.training_log import Finetuned
+from qat_edge.train.training_log import TRAINING_LOG, Finetuned
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def prepare(options: FinetuneOptions, out: Path, resume: bool = False, force: bo
     # The trainer knows the steps later; every start of QAT is possible with this many.
     options = option_paths.absolute(dataclasses.replace(options, steps=MOST_STEPS))
     run = Run.to_resume(out) if resume else Run(out)
+    if resume and (run.path / TRAINING_LOG).is_file():
+        raise RunError(f"resume=True: {run.path} is finished. Export it, or train again with force=True.")
     if not resume:
         with run_lock.writing(out, "prepare", create=True, resuming=force):
             run_inputs.check_folder(options, run, resume, force)
