@@ -389,14 +389,19 @@ def test_a_checkpoint_of_another_training_is_refused(tiny_model_folder: Path, tm
     prepared = prepared_in(tiny_model_folder, tmp_path)
     trainer = sft(prepared, tmp_path, save_strategy="steps", save_steps=1)
     interrupted(trainer, 5)
-    for change, message in ((None, "qat_edge.pt: missing"), ("other", "is of another training than")):
+    path = tmp_path / "out" / "checkpoint-5" / "qat_edge.pt"
+    own = torch.load(path)
+    for saved, message in (
+        ({**own, "start": "other"}, "is of another training than"),
+        ({**own, "scales": {}}, "damaged, or not of this training"),
+        ([1], "damaged, or not of this training"),
+        (None, r"qat_edge\.pt: missing"),
+    ):
+        torch.save(saved, path)
+        if saved is None:
+            path.unlink()
         again = prepared_in(tiny_model_folder, tmp_path, resume=True)
         resumed = sft(again, tmp_path, save_strategy="steps", save_steps=1)
-        path = tmp_path / "out" / "checkpoint-5" / "qat_edge.pt"
-        if change is None:
-            path.rename(path.with_suffix(".kept"))
-        else:
-            torch.save({"start": change, "scales": None}, path)
         with pytest.raises(RunError, match=message):
             resumed.train(resume_from_checkpoint=True)
 

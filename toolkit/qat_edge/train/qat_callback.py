@@ -47,7 +47,7 @@ from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.readers import shorten
 from qat_edge.run import Run
-from qat_edge.train import divergence, run_inputs
+from qat_edge.train import divergence, resumable, run_inputs
 from qat_edge.train.option_checks import check_combination, row_length
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.recipe import describe_recipe
@@ -60,6 +60,7 @@ from qat_edge.train.trainer_schedule import set_learning_rates
 from qat_edge.train.training_log import Finetuned, write_log
 
 CHECKPOINT_FILE = "qat_edge.pt"  # in each of the trainer's checkpoints of the QAT phase
+COMPARED_TOKENS = 64  # of one row, whose log-probabilities are compared with those of the rounded head
 REFERENCE_ADAPTER = "ref"  # TRL's copy of the adapters for the reference model of DPO
 
 
@@ -365,7 +366,7 @@ class _Training:
         wall_s, start = time.monotonic() - self.began, self.phases.start
         entries = {
             "device": describe_device(self.job.device),
-            "truncated_rows": 0,
+            "truncated_rows": None,  # known to the trainer alone
             "qat_guard": None,
             "trainer": {"arguments": type(args).__name__, **args.to_sanitized_dict()},
         }
@@ -410,7 +411,7 @@ class _Training:
     def _require_rounded_head(self) -> None:
         """Compare the log-probabilities that the trainer will take with those of the head, on one row."""
         if self._has_fused_head:
-            ids = self.job.rows.rows[0]["input_ids"]
+            ids = self.job.rows.rows[0]["input_ids"][:COMPARED_TOKENS]
             require_rounded_head(fake.base_of(self.model), torch.tensor([ids], device=self.model.device))
 
     def _load_checkpoint(self, folder: Path) -> None:
@@ -425,14 +426,18 @@ class _Training:
                 f"{path}: missing. The QAT phase of a prepared model is resumed from a checkpoint in the trainer's "
                 "output_dir that its own callback completed. Resume from one, or prepare again."
             )
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["start"] != self.transition.init_sha256:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            start, scales = saved["start"], saved["scales"]
+            if self._scales is not None and start == self.transition.init_sha256:
+                self._scales.load_state_dict(scales)
+        except resumable.UNREADABLE as error:
+            raise RunError(f"{path}: damaged, or not of this training. Resume from an earlier checkpoint.") from error
+        if start != self.transition.init_sha256:
             raise RunError(
                 f"{folder} is of another training than {self.run.path}: its adapters belong to other weights than "
                 f"those in {self.run.start}. Give prepare() the run folder of that training."
             )
-        if self._scales is not None:
-            self._scales.load_state_dict(saved["scales"])
 
 
 # --- what a run records ------------------------------------------------------------------------------------

@@ -68,14 +68,24 @@ def set_learning_rates(schedule: Any, optimizer: Any, options: FinetuneOptions, 
 
 
 def _schedule(args: TrainingArguments, steps: int) -> Factor:
-    """Return the trainer's schedule over `steps` steps; a short phase has no time for the whole warm-up."""
+    """Return the schedule of the trainer's arguments over `steps` steps, with a warm-up of at most a fifth.
+
+    Raises:
+        UsageError: It has arguments that these steps do not allow.
+    """
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=min(args.get_warmup_steps(steps), steps // 5),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=min(args.get_warmup_steps(steps), steps // 5),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"lr_scheduler_kwargs={shorten(str(args.lr_scheduler_kwargs))}: not possible for the {steps} steps of QAT "
+            f"({shorten(str(error))}). Change them, or give prepare(..., lr_restart=False)."
+        ) from error
     factor: Factor = schedule.lr_lambdas[0]
     return factor

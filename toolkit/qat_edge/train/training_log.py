@@ -23,7 +23,7 @@ class Finetuned:
         run: the run folder.
         steps: optimizer steps of both phases.
         qat_start_step: last step of phase 1.
-        loss: of the last step, nats per token; None without steps.
+        loss: of the last step, nats per token, or as the trainer of `prepare` logs it; None without steps.
         wall_s: time of this process.
         peak_memory_bytes: of this process, or of the GPU.
     """
