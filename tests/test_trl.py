@@ -25,6 +25,7 @@ from qat_edge.data.tokenization import Collator, tokenize
 from qat_edge.errors import ModelError, RunError, UsageError
 from qat_edge.evaluate.reference import load_exact
 from qat_edge.manifest import read_manifest
+from qat_edge.models.load import load_model
 from qat_edge.models.merge import merged_model
 from qat_edge.quant import fake
 from qat_edge.run import Run
@@ -86,7 +87,7 @@ def frozen_logits(run: Run) -> Tensor:
     return logits(load_exact(run.quantized))
 
 
-class Recorder(TrainerCallback):
+class BeforeEachStep(TrainerCallback):
     """Calls a function before every step, after the callback of the prepared model."""
 
     def __init__(self, record: Any) -> None:
@@ -143,7 +144,7 @@ def test_scales_are_learned_in_qat_alone(tiny_model_folder: Path, tmp_path: Path
     factors = [p for name, p in prepared.model.named_parameters() if fake.SCALE_FACTOR in name]
     moved: list[bool] = []
     trainer = sft(prepared, tmp_path)
-    trainer.add_callback(Recorder(lambda: moved.append(any(bool((p != 1).any()) for p in factors))))
+    trainer.add_callback(BeforeEachStep(lambda: moved.append(any(bool((p != 1).any()) for p in factors))))
     trainer.train()
     # Seen before each step: the first step of QAT moves them.
     assert factors and moved == [False] * (START + 1) + [True] * (STEPS - START - 1)
@@ -288,7 +289,7 @@ def recorded_references(trainer: Any) -> Iterator[list[list[float]]]:
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
         found.append([*chosen.tolist(), *rejected.tolist()])
 
-    trainer.add_callback(Recorder(record))
+    trainer.add_callback(BeforeEachStep(record))
     yield found
 
 
@@ -325,6 +326,17 @@ def test_reference_log_probabilities_may_be_computed_beforehand(tiny_model_folde
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # beforehand, batches are padded to other lengths
+
+
+def test_a_reference_model_of_its_own_gives_the_same_losses(tiny_model_folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, options in (("own", {"ref_model": load_model(str(tiny_model_folder)).model}), ("none", {})):
+        (tmp_path / name).mkdir()
+        prepared = prepared_in(tiny_model_folder, tmp_path / name)
+        trainer = dpo(prepared, tmp_path / name, **options)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
 
 
 def test_the_loss_of_dpo_in_qat_is_that_of_the_rounded_policy(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ class Verb:
         resume: description of its parameter `resume`; empty for none.
         reads_run: whether a resumed run's options are read from it.
         left_out: options that are no parameters.
-        absent: required options that may be left out, with their descriptions.
+        absent: required options that may be left out.
+        texts: descriptions of options, where those of the dataclass do not fit.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Verb:
     resume: str = ""
     reads_run: bool = False
     left_out: tuple[str, ...] = ()
-    absent: dict[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 RUN = {"run": "a finished run, or its folder."}
@@ -99,7 +101,15 @@ VERBS = (
         """,
         resume="the trainer continues from a checkpoint: train(resume_from_checkpoint=True).",
         left_out=TRAINER_OPTIONS,
-        absent={"data": "Rows for calibration, as for finetune; by default those that the trainer has tokenized."},
+        absent=("data",),
+        texts={
+            "model": "Hub id, local folder or .gguf file of a causal language model.",
+            "data": "Rows for calibration, as for finetune; by default those that the trainer has tokenized.",
+            "eval_data": "Held-out rows for validate; NAME:PART picks a split.",
+            "seed": "Seed of adapters, rotation and the choice of rows for calibration.",
+            "qat_start": "Start of QAT (phase 2): a fraction of the trainer's steps (< 1), or a step; 0.9 by default, "
+            "0.5 with weight_bits=2.",
+        },
     ),
     Verb(
         name="quantize",
@@ -210,10 +220,11 @@ def _function(verb: Verb) -> str:
     parameters += ["resume: bool = False"] * bool(verb.resume)
     parameters += [f"{name}: bool = False" for name in ("force", *_permission(verb))]
 
-    lines = [f"{f.name}: {f.metadata['help']}" for f in required]
+    texts = {f.name: f.metadata["help"] for f in fields} | verb.texts
+    lines = [f"{f.name}: {texts[f.name]}" for f in required]
     lines += [f"{name}: {text}" for name, text in verb.first.items()]
-    lines += [f"{name}: {text}" for name, text in verb.absent.items()]
-    lines += [f"{f.name}: {f.metadata['help']}{_choices(f)}" for f in optional]
+    lines += [f"{name}: {texts[name]}" for name in verb.absent]
+    lines += [f"{f.name}: {texts[f.name]}{_choices(f)}" for f in optional]
     lines += [f"resume: {verb.resume}"] * bool(verb.resume)
     lines += ["force: replace what exists already."]
     lines += [f"{name}: {remote_code.HELP}" for name in _permission(verb)]

@@ -341,19 +341,19 @@ def prepare(
     """Prepare a model for a trainer of transformers or TRL, which then trains LoRA adapters and QAT.
 
     Args:
-        model: Hub id, local folder or .gguf file of a causal language model or an encoder.
+        model: Hub id, local folder or .gguf file of a causal language model.
         out: run folder that the training writes.
         data: Rows for calibration, as for finetune; by default those that the trainer has tokenized.
-        eval_data: Held-out rows for validate and the loss curve; NAME:PART picks a split.
+        eval_data: Held-out rows for validate; NAME:PART picks a split.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
         lora_rank: Rank of the adapters.
         lora_alpha: Adapters are scaled by alpha / rank.
         lora_dropout: Dropout on the adapters' input.
         target_modules: Linear layers that get adapters.
-        seed: Seed of initialization, shuffling and dropout.
-        qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with
-            --weight-bits 2 or --frozen-base.
+        seed: Seed of adapters, rotation and the choice of rows for calibration.
+        qat_start: Start of QAT (phase 2): a fraction of the trainer's steps (< 1), or a step; 0.9 by default, 0.5
+            with weight_bits=2.
         weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
         weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
             default those of the file of --bits, or seq. One of seq, integer.
