@@ -454,15 +454,30 @@ def test_a_model_is_trained_once(trained: PreparedTraining, tmp_path: Path) -> N
         sft(trained, tmp_path).train()
 
 
+class StopAfter(TrainerCallback):
+    """Stops a training in order, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_training_that_stops_in_qat_is_finished_as_it_is(
+    tiny_model_folder: Path, tmp_path: Path, messages: list[str]
+) -> None:
+    prepared = prepared_in(tiny_model_folder, tmp_path)
+    sft(prepared, tmp_path, callbacks=[prepared.callback, StopAfter(5)]).train()
+    assert prepared.result.steps == 5 and "Training was stopped at step 5 of 6, in the QAT phase" in messages
+    assert torch.equal(logits(prepared.model), frozen_logits(prepared.run))
+
+
 def test_a_training_that_stops_before_qat_is_not_finished(
     tiny_model_folder: Path, tmp_path: Path, messages: list[str]
 ) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step == 2
-
     prepared = prepared_in(tiny_model_folder, tmp_path)
-    sft(prepared, tmp_path, callbacks=[prepared.callback, Stop()]).train()
+    sft(prepared, tmp_path, callbacks=[prepared.callback, StopAfter(2)]).train()
     with pytest.raises(RunError, match="stopped at step 2 of 6, before QAT began at step 3"):
         _ = prepared.result
     assert any("is not finished: training was stopped at step 2" in line for line in messages)

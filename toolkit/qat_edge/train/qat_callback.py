@@ -370,7 +370,7 @@ class _Training:
             "qat_guard": None,
             "trainer": {"arguments": type(args).__name__, **args.to_sanitized_dict()},
         }
-        result = write_log(self.run.path, self.options.steps, start, wall_s, state.log_history, entries)
+        result = write_log(self.run.path, state.global_step, start, wall_s, state.log_history, entries)
         previous_run.discard(self.run.path)
         return result
 
