@@ -178,6 +178,7 @@ def test_every_kind_of_qat_freezes_what_it_trained(
     [
         {"gradient_checkpointing": False},
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"max_steps": -1, "num_train_epochs": 1},
         {"packing": True, "max_length": 48},
         {"padding_free": True, "max_length": None},
         {"loss_type": "dft"},
@@ -228,6 +229,17 @@ def test_the_trained_model_generates_as_the_frozen_one(trained: PreparedTraining
     models = (trained.model.eval(), load_exact(trained.run.quantized))
     answers = [model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False).tolist() for model in models]
     assert answers[0] == answers[1] and len(answers[0][0]) > IDS.shape[1]
+
+
+def test_rows_may_be_a_stream(tiny_model_folder: Path, tmp_path: Path) -> None:
+    prepared = prepared_in(tiny_model_folder, tmp_path)
+    trl.SFTTrainer(
+        model=prepared.model, processing_class=prepared.tokenizer, callbacks=[prepared.callback],
+        train_dataset=datasets.Dataset.from_list(CHATS).to_iterable_dataset(),
+        args=trl.SFTConfig(str(tmp_path / "out"), **COMMON),
+    ).train()  # fmt: skip
+    assert len(prepared.run.rows.read_text().splitlines()) == len(CHATS)
+    assert torch.equal(logits(prepared.model), frozen_logits(prepared.run))
 
 
 # --- the head, which TRL does not call ---------------------------------------------------------------------
