@@ -50,7 +50,7 @@ from qat_edge.quant.ptq.method_names import CALIBRATED, PTQ_METHODS, QAT
 from qat_edge.run import Run
 from qat_edge.storage import replace_folder, write_text
 from qat_edge.train.trainer import qat_learning_rate
-from qat_edge.verbs.finetune import TRAINING_LOG
+from qat_edge.train.training_log import TRAINING_LOG
 from qat_edge.verbs.quantize import quantize_if_missing
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from qat_edge.manifest import read_manifest
 from qat_edge.models.merge import merged_model
 from qat_edge.options import FinetuneOptions, QuantizeOptions
 from qat_edge.run import Run
-from qat_edge.verbs.finetune import Finetuned, finetune
+from qat_edge.train.training_log import Finetuned
+from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize
 
 

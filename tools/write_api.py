@@ -12,11 +12,11 @@ import subprocess
 import sys
 import textwrap
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qat_edge import remote_code
-from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge.options import TRAINER_OPTIONS, ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
@@ -36,7 +36,11 @@ class Verb:
         returns: type and description of the result.
         raises: lines of the docstring.
         body: what follows after `options` was resolved; `options` and the parameters of `first` are in scope.
-        resumes: whether it has a parameter `resume`.
+        resume: description of its parameter `resume`; empty for none.
+        reads_run: whether a resumed run's options are read from it.
+        left_out: options that are no parameters.
+        absent: required options that may be left out.
+        texts: descriptions of options, where those of the dataclass do not fit.
     """
 
     name: str
@@ -46,7 +50,11 @@ class Verb:
     returns: tuple[str, str]
     raises: tuple[str, ...]
     body: str
-    resumes: bool = False
+    resume: str = ""
+    reads_run: bool = False
+    left_out: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 RUN = {"run": "a finished run, or its folder."}
@@ -70,7 +78,38 @@ VERBS = (
             with remote_code.permit({permission}):
                 return verb(options, Path(out), resume=resume, force=force)
         """,
-        resumes=True,
+        resume="continue from the run folder's last checkpoint, bit for bit.",
+        reads_run=True,
+    ),
+    Verb(
+        name="prepare",
+        options=FinetuneOptions,
+        first={"out": "run folder that the training writes."},
+        summary="Prepare a model for a trainer of transformers or TRL, which then trains LoRA adapters and QAT.",
+        returns=("PreparedTraining", "The model, its tokenizer, and the callback for the trainer."),
+        raises=(
+            "UsageError: an impossible value or combination of options.",
+            "ModelError: the model cannot be loaded or trained.",
+            "RunError: `out` exists (without `force` or `resume`), or cannot be resumed.",
+        ),
+        body="""
+            from qat_edge.verbs.prepare import prepare as verb
+
+            config.require_output(Path(out), "out")
+            with remote_code.permit({permission}):
+                return verb(options, Path(out), resume=resume, force=force)
+        """,
+        resume="the trainer continues from a checkpoint: train(resume_from_checkpoint=True).",
+        left_out=TRAINER_OPTIONS,
+        absent=("data",),
+        texts={
+            "model": "Hub id, local folder or .gguf file of a causal language model.",
+            "data": "Rows for calibration, as for finetune; by default those that the trainer has tokenized.",
+            "eval_data": "Held-out rows for validate; NAME:PART picks a split.",
+            "seed": "Seed of adapters, rotation and the choice of rows for calibration.",
+            "qat_start": "Start of QAT (phase 2): a fraction of the trainer's steps (< 1), or a step; 0.9 by default, "
+            "0.5 with weight_bits=2.",
+        },
     ),
     Verb(
         name="quantize",
@@ -168,34 +207,38 @@ def source() -> str:
 
 def _function(verb: Verb) -> str:
     """Return the source of one function."""
-    fields = dataclasses.fields(verb.options)
+    fields = [f for f in dataclasses.fields(verb.options) if f.name not in verb.left_out]
     hints = typing.get_type_hints(verb.options)
-    required = [f for f in fields if f.default is dataclasses.MISSING]
+    required = [f for f in fields if f.default is dataclasses.MISSING and f.name not in verb.absent]
     optional = [f for f in fields if f.default is not dataclasses.MISSING]
 
     # Parameters: required options, the other positional ones, then everything else by keyword.
     parameters = [f"{f.name}: str | Path" for f in required]
     parameters += [f"{name}: {'Run | str | Path' if name == 'run' else 'str | Path'}" for name in verb.first]
-    parameters += ["*", *(f"{f.name}: {_annotation(f, hints[f.name])} = {f.default!r}" for f in optional)]
-    parameters += ["resume: bool = False"] * verb.resumes
+    parameters += ["*", *(f"{name}: str | Path | None = None" for name in verb.absent)]
+    parameters += [f"{f.name}: {_annotation(f, hints[f.name])} = {f.default!r}" for f in optional]
+    parameters += ["resume: bool = False"] * bool(verb.resume)
     parameters += [f"{name}: bool = False" for name in ("force", *_permission(verb))]
 
-    lines = [f"{f.name}: {f.metadata['help']}" for f in required]
+    texts = {f.name: f.metadata["help"] for f in fields} | verb.texts
+    lines = [f"{f.name}: {texts[f.name]}" for f in required]
     lines += [f"{name}: {text}" for name, text in verb.first.items()]
-    lines += [f"{f.name}: {f.metadata['help']}{_choices(f)}" for f in optional]
-    lines += ["resume: continue from the run folder's last checkpoint, bit for bit."] * verb.resumes
+    lines += [f"{name}: {texts[name]}" for name in verb.absent]
+    lines += [f"{f.name}: {texts[f.name]}{_choices(f)}" for f in optional]
+    lines += [f"resume: {verb.resume}"] * bool(verb.resume)
     lines += ["force: replace what exists already."]
     lines += [f"{name}: {remote_code.HELP}" for name in _permission(verb)]
 
-    given = ", ".join(f"{f.name!r}: {f.name}" for f in fields)
+    given = ", ".join(f"{f.name!r}: {f.name}" for f in fields if f.name not in verb.absent)
+    absent = "".join(f" | {{{name!r}: TRAINER_ROWS if {name} is None else str({name})}}" for name in verb.absent)
     # A resumed run has its own options; arguments may repeat them.
-    recorded = "Run.open(Path(out)).config if resume else None" if verb.resumes else "None"
-    permission = "options.trust_remote_code" if verb.resumes else remote_code.OPTION
+    recorded = "Run.open(Path(out)).config if resume else None" if verb.reads_run else "None"
+    permission = remote_code.OPTION if _permission(verb) else f"options.{remote_code.OPTION}"
     body = textwrap.indent(textwrap.dedent(verb.body).strip().format(permission=permission), "    ")
     return (
         f"@_notes_arguments\ndef {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"
         + textwrap.indent(_docstring(verb, lines), "    ")
-        + f"\n    given = _named({{{given}}})\n"
+        + f"\n    given = _named({{{given}}}){absent}\n"
         + f"    options = config.load({verb.options.__name__}, {verb.name!r}, {recorded}, given)\n"
         + body
         + "\n"

@@ -158,6 +158,6 @@ def test_what_is_done_to_texts_is_a_warning_of_finetune(
     task = SentenceEncoder(scored=False)
     load.load_model(str(model), task=task)
     assert not any("sentence-transformers" in line for line in messages)
-    setup._load_model(FinetuneOptions(str(model), "rows.jsonl"), task)
+    setup.load_base(FinetuneOptions(str(model), "rows.jsonl"), task)
     found = [line for line in messages if "sentence-transformers" in line or "compared by" in line]
     assert len(found) == (message is not None) and all(message in line for line in found if message)

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from qat_edge import config, remote_code
+from qat_edge.errors import UsageError
 from qat_edge.options import (
     CHAT_TOKENS,
     MOST_PROMPT,
     MOST_TOKENS,
+    TRAINER_ROWS,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
@@ -39,13 +41,25 @@ if TYPE_CHECKING:
 
     from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
+    from qat_edge.train.training_log import Finetuned
     from qat_edge.verbs.chat import Conversation
     from qat_edge.verbs.export import Exported
-    from qat_edge.verbs.finetune import Finetuned
+    from qat_edge.verbs.prepare import PreparedTraining
     from qat_edge.verbs.quantize import Quantized
     from qat_edge.verbs.verify import Verified
 
-__all__ = ["chat", "export", "finetune", "generate", "load_frozen", "quantize", "quantize_model", "validate", "verify"]
+__all__ = [
+    "chat",
+    "export",
+    "finetune",
+    "generate",
+    "load_frozen",
+    "prepare",
+    "quantize",
+    "quantize_model",
+    "validate",
+    "verify",
+]
 
 
 # --- steps they share --------------------------------------------------------------------------------------
@@ -71,7 +85,18 @@ def _notes_arguments(function: Callable[Parameters, Result]) -> Callable[Paramet
 
 
 def _named(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the caller has written, as a configuration file has them."""
+    """Return the arguments that the caller has written, as a configuration file has them.
+
+    Raises:
+        UsageError: A loaded model is given in the place of its files.
+    """
+    model = arguments.get("model", "")
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"model: a {type(model).__name__}, expected a Hub id or a path: later commands read the base model again. "
+            "Save it with its tokenizer (`model.save_pretrained(FOLDER)`, `tokenizer.save_pretrained(FOLDER)`) and "
+            "give FOLDER."
+        )
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     return {
         name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -277,6 +302,126 @@ def finetune(
     )
     options = config.load(FinetuneOptions, "finetune", Run.open(Path(out)).config if resume else None, given)
     from qat_edge.verbs.finetune import finetune as verb
+
+    config.require_output(Path(out), "out")
+    with remote_code.permit(options.trust_remote_code):
+        return verb(options, Path(out), resume=resume, force=force)
+
+
+@_notes_arguments
+def prepare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    trust_remote_code: bool = False,
+    lora_rank: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] = ("all-linear",),
+    seed: int = 0,
+    qat_start: float | None = None,
+    weight_bits: int = 4,
+    weight_levels: str | None = None,
+    group_size: int = 32,
+    bits: str | Path | None = None,
+    embedding_bits: int = 8,
+    head_bits: int = 8,
+    ptq_init: str = "coordinate-descent",
+    rotate: str = "auto",
+    calibration_tokens: int | None = None,
+    scales: str = "learned",
+    codes: str | None = None,
+    scale_learning_rate: float = 0.001,
+    qat_learning_rate: float | None = None,
+    lr_restart: bool = True,
+    base: str = "checkpoint",
+    resume: bool = False,
+    force: bool = False,
+) -> PreparedTraining:
+    """Prepare a model for a trainer of transformers or TRL, which then trains LoRA adapters and QAT.
+
+    Args:
+        model: Hub id, local folder or .gguf file of a causal language model.
+        out: run folder that the training writes.
+        data: Rows for calibration, as for finetune; by default those that the trainer has tokenized.
+        eval_data: Held-out rows for validate; NAME:PART picks a split.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
+        lora_rank: Rank of the adapters.
+        lora_alpha: Adapters are scaled by alpha / rank.
+        lora_dropout: Dropout on the adapters' input.
+        target_modules: Linear layers that get adapters.
+        seed: Seed of adapters, rotation and the choice of rows for calibration.
+        qat_start: Start of QAT (phase 2): a fraction of the trainer's steps (< 1), or a step; 0.9 by default, 0.5
+            with weight_bits=2.
+        weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
+        weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
+            default those of the file of --bits, or seq. One of seq, integer.
+        group_size: Weights in groups, of fewer than 8 bits, that share one scale. One of 32, 64, 128.
+        bits: Bits by layer: a file written by `qat-edge sensitivity`.
+        embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        head_bits: Bits of the output head, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        ptq_init: PTQ method that initializes weights and scales at the start of QAT. One of none, hqq, gptq, gptaq,
+            coordinate-descent, awq, stored.
+        rotate: Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates
+            where the model and the method allow it. One of auto, on, off.
+        calibration_tokens: Tokens of the training rows for PTQ initialization; by default 49152, or all if there
+            are fewer.
+        scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
+            absmax, fixed, learned.
+        codes: Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales
+            alone. Trained by default; fixed with --weight-bits 2, unless another option excludes it. One of
+            trained, fixed.
+        scale_learning_rate: Peak learning rate of learned scales, relative to a scale.
+        qat_learning_rate: Peak learning rate of QAT, for all but scales. By default a fraction of --learning-rate:
+            0.1 after gptq, gptaq and coordinate-descent, 0.3 after others; all of it with --no-lr-restart.
+        lr_restart: Give QAT a warm-up and schedule of its own; otherwise one schedule spans both phases.
+        base: Storage of the frozen base weights under the adapters: in 16 bits where the values allow it
+            (checkpoint), as float32, rounded to bfloat16, or in few bits (QLoRA). One of checkpoint, fp32, bf16,
+            int8, nf4.
+        resume: the trainer continues from a checkpoint: train(resume_from_checkpoint=True).
+        force: replace what exists already.
+
+    Returns:
+        The model, its tokenizer, and the callback for the trainer.
+
+    Raises:
+        UsageError: an impossible value or combination of options.
+        ModelError: the model cannot be loaded or trained.
+        RunError: `out` exists (without `force` or `resume`), or cannot be resumed.
+    """
+    given = _named(
+        {
+            "model": model,
+            "eval_data": eval_data,
+            "trust_remote_code": trust_remote_code,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": target_modules,
+            "seed": seed,
+            "qat_start": qat_start,
+            "weight_bits": weight_bits,
+            "weight_levels": weight_levels,
+            "group_size": group_size,
+            "bits": bits,
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
+            "ptq_init": ptq_init,
+            "rotate": rotate,
+            "calibration_tokens": calibration_tokens,
+            "scales": scales,
+            "codes": codes,
+            "scale_learning_rate": scale_learning_rate,
+            "qat_learning_rate": qat_learning_rate,
+            "lr_restart": lr_restart,
+            "base": base,
+        }
+    ) | {"data": TRAINER_ROWS if data is None else str(data)}
+    options = config.load(FinetuneOptions, "prepare", None, given)
+    from qat_edge.verbs.prepare import prepare as verb
 
     config.require_output(Path(out), "out")
     with remote_code.permit(options.trust_remote_code):

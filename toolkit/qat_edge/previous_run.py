@@ -23,7 +23,7 @@ CONFIG = "config.yaml"
 RUN_PARTS = (
     "training.json", "checkpoints", "adapter", "reference", "start", "quantized", "exports", "schema.json", "ptq",
     "verified.json", "reports", "answers.json", "sensitivity", "compare", "eval", "report.html", "report.json",
-    "history.html", "history.json", "logs", CONFIG,
+    "history.html", "history.json", "logs", "rows.jsonl", CONFIG,
 )  # fmt: skip
 
 # Those of them that are written into. All others are replaced whole.

@@ -2,6 +2,7 @@
 
 RUN/config.yaml            resolved options, one section per verb
 RUN/training.json          loss curve, time and memory of finetune
+RUN/rows.jsonl             text of the rows that a trainer of `prepare` had tokenized
 RUN/checkpoints/           checkpoints of the Hugging Face Trainer, for --resume
 RUN/adapter/               peft adapter at the end of training
 RUN/reference/             peft adapter at the end of phase 1: the FP32 fine-tune
@@ -158,6 +159,11 @@ class Run(Variant):
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def rows(self) -> Path:
+        """Text of the rows that a trainer of `prepare` had tokenized, unless its rows were named."""
+        return self.path / "rows.jsonl"
 
     @property
     def reports(self) -> Path:

@@ -99,6 +99,16 @@ class FakeQuantLinear(nn.Linear):
             return self.scales
         return self.scales * self.scale_factor
 
+    def rounded_weight(self) -> Tensor:
+        """Return the weight (out, in) that the forward pass multiplies with while the switch is on, in float32.
+
+        It has no gradient: it is for a head, whose weight is not trained.
+        """
+        with torch.no_grad():
+            weight, scales = merged_weight(qlora_base.base_weight(self), None, None, 1.0), self.trained_scales
+            own = None if scales is None else numerics.representable(scales)
+            return numerics.fake_quantize_weight(weight, self.spec.codebook, self.spec.group_size, own)
+
     def forward(self, input: Tensor) -> Tensor:
         weight = qlora_base.base_weight(self)
         if not self.switch.enabled:
@@ -165,6 +175,19 @@ class LoraFakeQuantLinear(lora.Linear):
         if scales is None or not hasattr(self, "lora_scale_factor"):
             return scales
         return scales * self.lora_scale_factor[ADAPTER]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the adapter as peft does, which takes only a layer that does not round.
+
+        Raises:
+            UsageError: The layer rounds: its forward pass merges the adapter already, under scales of its own.
+        """
+        if self.get_base_layer().switch.enabled:
+            raise UsageError(
+                "merge_adapter or merge_and_unload of a model in QAT: it would be another function than the trained "
+                "one. Export the run with `qat-edge export`, or merge the plain LoRA in RUN/reference."
+            )
+        super().merge(safe_merge, adapter_names)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()

@@ -158,6 +158,22 @@ class FixedCodesLinear(torch.autograd.Function):
         return grad_x, None, grad_scales, rows.sum(0).float() if needs_bias else None
 
 
+class RoundedInput(torch.autograd.Function):
+    """The input of a layer rounded to int8, with its gradient passed through (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Round x (..., in) and return float32."""
+        ctx.x_dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return numerics.fake_quantize_activation(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        """Return the gradient of x."""
+        return grads[0].to(ctx.x_dtype)
+
+
 def merged_weight(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
     """Return W + s B A in float32 or wider, and W alone without an adapter: (out, in), see `numerics.merge`."""
     weight = qlora_base.dequantized(base)

@@ -26,6 +26,7 @@ OF_BASE = {*OF_FROZEN_BASE, "frozen_base"}
 # What it identifies, by the keys of the job's metadata. A file of bits may set the levels.
 INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels", "frozen_base")
 OPTIONS = "options"  # entry with the options of the training
+TRAINER = "trainer"  # entry with the arguments' class of a trainer that is not ours
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
 FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, "save_every", "track")
 
@@ -161,14 +162,37 @@ def _options_record(options: FinetuneOptions) -> dict[str, Any]:
     return {name: value for name, value in config.plain(options).items() if name not in FREE_OPTIONS}
 
 
-def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) -> None:
+def require_own_trainer(run: Run) -> None:
+    """Refuse to resume a run whose trainer is not ours.
+
+    Raises:
+        UsageError: Says how to continue it.
+    """
+    trainer = recorded_inputs(run).get(TRAINER)
+    if trainer is not None:
+        raise UsageError(
+            f"--resume: {run.path} is trained by a trainer of its own ({show(trainer)}), and only that program can "
+            "continue it: prepare(..., resume=True), then trainer.train(resume_from_checkpoint=True)."
+        )
+
+
+def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool, trainer: str | None = None) -> None:
     """Write the options and the identity of model and data; refuse to resume with others.
+
+    Args:
+        run: The run folder.
+        options: All options of finetune.
+        job: Has the identity of model and data.
+        resume: The run is continued.
+        trainer: Class of the arguments of a trainer that is not ours.
 
     Raises:
         RunError: model or data changed since the run began.
     """
     current = json.loads(json.dumps({k: job.metadata[k] for k in INPUTS}, default=str))
     current[OPTIONS] = _options_record(options)
+    if trainer is not None:
+        current[TRAINER] = trainer
     if not resume:
         if not run_lock.is_unused(run.path):
             previous_run.set_aside(run.path)
@@ -178,7 +202,7 @@ def begin(run: Run, options: FinetuneOptions, job: TrainingJob, resume: bool) ->
         if not saved:
             return
         # Earlier versions did not record every input.
-        changed = [k for k in INPUTS if k in saved and _differs(current[k], saved[k])]
+        changed = [k for k in (*INPUTS, TRAINER) if k in saved and _differs(current.get(k), saved[k])]
         if changed:
             raise RunError(f"--resume: {', '.join(changed)} changed since {run.path} began. Train again with --force.")
 

@@ -100,7 +100,7 @@ def prepare_training(
 
     # The task decides which class of model is loaded. That of an encoder depends on the rows.
     task = _choose_task(options)
-    model, tokenizer, identity = _load_model(options, task)
+    model, tokenizer, identity = load_base(options, task)
     base = dataclasses.asdict(identity)
     frozen_base = None if options.frozen_base is None else read_frozen_base(options.frozen_base, base)
     kept_layers = frozen_base.kept_layers if frozen_base else kept_layers
@@ -142,13 +142,13 @@ def prepare_training(
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
-    weights = _untie_trained_head(choose_scheme(), options)
-    _report_scheme(model, weights)
+    weights = untie_trained_head(choose_scheme(), options)
+    report_scheme(model, weights)
     # A frozen base of stored codes has their scales already.
     stored_start = None if stored is None else stored.start(weights)
     start = stored_start if frozen_base is None else frozen_base.start
 
-    metadata = _metadata(options, task, identity, rows, eval_rows)
+    metadata = describe_inputs(options, task, identity, rows, eval_rows)
     for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
         if read_from is not None:
             metadata[entry][changed_rows.ROWS] = read_from.sha256
@@ -156,13 +156,13 @@ def prepare_training(
     metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
     metadata["max_position_embeddings"] = max_positions(model.config)
     metadata["frozen_base"] = frozen_base and {"source": options.frozen_base, "sha256": frozen_base.sha256}
-    rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options, frozen_base)
+    rotation_seed = None if task.is_encoder else choose_rotation(model, weights, options, frozen_base)
     return TrainingJob(
         task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, start, metadata
     )
 
 
-def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
+def untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
     """Return the scheme with a head of its own, and report it, where an adapter changes the head of a shared table."""
     is_trained = options.method == "lora" and model_options.is_named(weights.head, options.target_modules)
     if not weights.tied or not is_trained:
@@ -173,7 +173,7 @@ def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
     return dataclasses.replace(weights, tied=False)
 
 
-def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
+def report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
     """Report bits and group size of the weights, those that are not as requested, and those that stay float."""
     progress.info(f"Quantization: {weights.summary()}; {weights.describe_tables()}")
     # Weights that could not be quantized as requested, each with its reason.
@@ -185,8 +185,16 @@ def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
             progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
 
 
-def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
+def make_trainable(
+    model: PreTrainedModel, weights: Scheme, task: ModelTask, options: FinetuneOptions
+) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
     """Insert fake quantization, switched off, and what is trained: adapters, or all weights.
+
+    Args:
+        model: The base model.
+        weights: Bits and group size of each weight.
+        task: The task the model is trained for.
+        options: Of finetune.
 
     Returns:
         The model to train and the switch of its fake quantization.
@@ -197,26 +205,26 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
     """
     # First, because fake quantization has another layer class over a base in few bits.
     if options.base == BF16_BASE:
-        base_storage.round_to_bfloat16(job.model, job.scheme)
+        base_storage.round_to_bfloat16(model, weights)
     elif options.base in qlora_base.FORMATS:
-        before, after = qlora_base.quantize_base(job.model, job.scheme.linears, options.base)
+        before, after = qlora_base.quantize_base(model, weights.linears, options.base)
         progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
 
     if options.method == "lora":
-        model_options.check_targets(job.model, options.target_modules)
-    switch = fake.insert(job.model, job.scheme, options.scales == "learned", job.frozen_base is not None)
+        model_options.check_targets(model, options.target_modules)
+    switch = fake.insert(model, weights, options.scales == "learned", options.frozen_base is not None)
     torch.manual_seed(options.seed)  # adapters begin at random values
     if options.method == "full":
         progress.info(
-            f"Training all {_millions(job.model)} M weights at a learning rate of {options.learning_rate:g}, "
+            f"Training all {_millions(model)} M weights at a learning rate of {options.learning_rate:g}, "
             "without adapters"
         )
-        return fake.train_weights(job.model), switch
-    adapted = fake.add_adapters(job.model, _lora_config(options, job))
+        return fake.train_weights(model), switch
+    adapted = fake.add_adapters(model, _lora_config(options, weights, task))
     if options.has_fixed_codes and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
         raise UsageError(model_options.NOTHING_TO_TRAIN)
     if options.narrows_base:
-        progress.info(base_storage.narrow(adapted, job.scheme).describe())
+        progress.info(base_storage.narrow(adapted, weights).describe())
     return adapted, switch
 
 
@@ -330,7 +338,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
     return task
 
 
-def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
+def load_base(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
     """Load the base model, and report its size and the targets it cannot be exported to.
 
     Raises:
@@ -423,7 +431,7 @@ def _report_early_ends(
         progress.warn(f"train: {early}.")
 
 
-def _rotation_seed(
+def choose_rotation(
     model: PreTrainedModel, weights: Scheme, options: FinetuneOptions, frozen_base: FrozenBase | None
 ) -> int | None:
     """Return the seed if the PTQ initialization is to rotate what the model allows, None otherwise.
@@ -457,7 +465,7 @@ def _rotation_seed(
 # --- what the manifests record -----------------------------------------------------------------------------
 
 
-def _metadata(
+def describe_inputs(
     options: FinetuneOptions,
     task: ModelTask,
     identity: load.ModelIdentity,
@@ -487,7 +495,7 @@ def _metadata(
     }
 
 
-def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
+def _lora_config(options: FinetuneOptions, weights: Scheme, task: ModelTask) -> LoraConfig:
     """Return peft's configuration. An encoder's head is trained itself, since it may be new and random."""
     targets = list(options.target_modules)
     return LoraConfig(
@@ -496,8 +504,8 @@ def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
         lora_dropout=options.lora_dropout,
         # peft knows "all-linear" as a string; in a list it would be the name of a module.
         target_modules=targets[0] if targets == [model_options.ALL_LINEAR] else targets,
-        task_type=None if job.task.is_encoder else "CAUSAL_LM",
-        modules_to_save=job.scheme.heads if job.task.is_encoder else None,
+        task_type=None if task.is_encoder else "CAUSAL_LM",
+        modules_to_save=weights.heads if task.is_encoder else None,
     )
 
 

@@ -12,13 +12,10 @@ newest whole checkpoint (`train.checkpoints`) to the same result, bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shlex
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
@@ -33,37 +30,15 @@ from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
 from qat_edge.readers import read_json
 from qat_edge.run import Run
-from qat_edge.storage import disk_errors, write_text
+from qat_edge.storage import disk_errors
 from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
-from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
-
-TRAINING_LOG = "training.json"
-
-
-@dataclass(frozen=True)
-class Finetuned:
-    """Result of a fine-tune.
-
-    Attributes:
-        run: the run folder.
-        steps: optimizer steps of both phases.
-        qat_start_step: last step of phase 1.
-        loss: of the last step, nats per token; None without steps.
-        wall_s: time of this process.
-        peak_memory_bytes: of this process, or of the GPU.
-    """
-
-    run: Path
-    steps: int
-    qat_start_step: int
-    loss: float | None
-    wall_s: float
-    peak_memory_bytes: int
+from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases
+from qat_edge.train.training_log import TRAINING_LOG, Finetuned, write_log
 
 
 def finetune(
@@ -104,11 +79,12 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
     check_combination(options)
     finished = _finished(run, options) if resume else None
     if resume:
+        run_inputs.require_own_trainer(run)
         run_inputs.require_record(run, finished is not None)
     began = time.monotonic()
     kept_layers = run_inputs.recorded_inputs(run).get("kept_layers") if resume else None
     job = prepare_training(options, kept_layers, context_length)
-    adapted, switch = make_trainable(job, options)
+    adapted, switch = make_trainable(job.model, job.scheme, job.task, options)
     start = options.qat_start_step
     progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))
 
@@ -241,19 +217,12 @@ def _log(
     run: Run, job: TrainingJob, trainer: QatTrainer, guard: QatGuard | None, start: int, wall_s: float
 ) -> Finetuned:
     """Write RUN/training.json and return the result; `start` is the last step of phase 1."""
-    steps = curve(trainer.state.log_history, start)
-    result = Finetuned(
-        run=run.path,
-        steps=trainer.args.max_steps,
-        qat_start_step=start,
-        loss=next((row["loss"] for row in reversed(steps) if row.get("loss") is not None), None),
-        wall_s=wall_s,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    log = dataclasses.asdict(result) | {"device": describe_device(job.device), "truncated_rows": job.rows.truncated}
-    log["qat_guard"] = guard and guard.log(wall_s)
-    write_text(run.path / TRAINING_LOG, json.dumps({**log, "curve": steps}, indent=1, default=str))
-    return result
+    entries = {
+        "device": describe_device(job.device),
+        "truncated_rows": job.rows.truncated,
+        "qat_guard": guard and guard.log(wall_s),
+    }
+    return write_log(run.path, trainer.args.max_steps, start, wall_s, trainer.state.log_history, entries)
 
 
 def _finished(run: Run, options: FinetuneOptions) -> Finetuned | None:
