@@ -30,7 +30,7 @@ from qat_edge.options import FinetuneOptions
 from qat_edge.quant import bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST, SEQ
-from qat_edge.quant.ptq.method_names import COMPENSATED, STORED
+from qat_edge.quant.ptq.method_names import STORED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
@@ -117,6 +117,8 @@ def prepare_training(
     if context_length is not None and not task.is_encoder:
         require_positions(context_length, max_positions(model.config))
     model_options.check(model, options, choose_scheme)
+    if options.rotate == "on":
+        model_options.require_rotatable(model, choose_scheme())
 
     if options.eval_data:
         # The first row alone: a file that is missing or has other rows is reported before all training rows are read.
@@ -185,8 +187,16 @@ def _report_scheme(model: PreTrainedModel, weights: Scheme) -> None:
             progress.info(f"  stays float32: {modules.module_class}, {share} (such as {modules.example})")
 
 
-def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
+def make_trainable(
+    model: PreTrainedModel, weights: Scheme, task: ModelTask, options: FinetuneOptions
+) -> tuple[PreTrainedModel | PeftModel, fake.Switch]:
     """Insert fake quantization, switched off, and what is trained: adapters, or all weights.
+
+    Args:
+        model: The base model, changed in place.
+        weights: Bits and group size of each weight.
+        task: The task the model is trained for.
+        options: Of finetune.
 
     Returns:
         The model to train and the switch of its fake quantization.
@@ -197,20 +207,20 @@ def make_trainable(job: TrainingJob, options: FinetuneOptions) -> tuple[PreTrain
     """
     # First, because fake quantization has another layer class over a base in few bits.
     if options.base != "fp32":
-        before, after = qlora_base.quantize_base(job.model, job.scheme.linears, options.base)
+        before, after = qlora_base.quantize_base(model, weights.linears, options.base)
         progress.info(f"Base: linear layers as {options.base}, {after / 1e6:.0f} MB instead of {before / 1e6:.0f} MB")
 
     if options.method == "lora":
-        model_options.check_targets(job.model, options.target_modules)
-    switch = fake.insert(job.model, job.scheme, options.scales == "learned", job.frozen_base is not None)
+        model_options.check_targets(model, options.target_modules)
+    switch = fake.insert(model, weights, options.scales == "learned", options.frozen_base is not None)
     torch.manual_seed(options.seed)  # adapters begin at random values
     if options.method == "full":
         progress.info(
-            f"Training all {_millions(job.model)} M weights at a learning rate of {options.learning_rate:g}, "
+            f"Training all {_millions(model)} M weights at a learning rate of {options.learning_rate:g}, "
             "without adapters"
         )
-        return fake.train_weights(job.model), switch
-    adapted = fake.add_adapters(job.model, _lora_config(options, job))
+        return fake.train_weights(model), switch
+    adapted = fake.add_adapters(model, _lora_config(options, weights, task))
     if options.has_fixed_codes and not any(fake.SCALE_FACTOR in name for name, _ in adapted.named_parameters()):
         raise UsageError(model_options.NOTHING_TO_TRAIN)
     return adapted, switch
@@ -429,9 +439,7 @@ def _rotation_seed(
     """
     if frozen_base is not None:
         return frozen_base.rotation_seed
-    # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
-    useful = options.method == "lora" and options.ptq_init in COMPENSATED
-    if options.rotate == "off" or (options.rotate == "auto" and not useful):
+    if not model_options.requests_rotation(options):
         return None
 
     try:
@@ -483,7 +491,7 @@ def _metadata(
     }
 
 
-def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
+def _lora_config(options: FinetuneOptions, weights: Scheme, task: ModelTask) -> LoraConfig:
     """Return peft's configuration. An encoder's head is trained itself, since it may be new and random."""
     targets = list(options.target_modules)
     return LoraConfig(
@@ -492,8 +500,8 @@ def _lora_config(options: FinetuneOptions, job: TrainingJob) -> LoraConfig:
         lora_dropout=options.lora_dropout,
         # peft knows "all-linear" as a string; in a list it would be the name of a module.
         target_modules=targets[0] if targets == [model_options.ALL_LINEAR] else targets,
-        task_type=None if job.task.is_encoder else "CAUSAL_LM",
-        modules_to_save=job.scheme.heads if job.task.is_encoder else None,
+        task_type=None if task.is_encoder else "CAUSAL_LM",
+        modules_to_save=weights.heads if task.is_encoder else None,
     )
 
 
