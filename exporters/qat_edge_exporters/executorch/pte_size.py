@@ -1,7 +1,7 @@
 """Predicted size of a .pte for XNNPACK: packing rules for codes and scales, and measured constants for the graph.
 
 int4 in groups has bfloat16 scales, int8 per channel float32 ones. A table that embedding and head share is stored once
-(`pte.shared_table`); the head keeps scales of its own.
+(`pte.shared_table`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from qat_edge_exporters.targets import COPIED
 ALIGNMENT = 16  # bytes, of constants
 # Bytes of the program besides constants, measured on exports of one to three layers, 64 and 128 wide: Llama (the first
 # two), Qwen 2 (biases), Qwen 3 (norms of heads), Gemma 3 (norms after layers). They do not depend on widths.
-PROGRAM, LAYER, BIAS, HEAD_NORM, EXTRA_NORM = 11_800, 11_200, 277, 1_184, 4_160
-TABLE_ROW = 4  # of each row of a table besides codes and scales, measured on tables of 288 to 2048 rows
+PROGRAM, LAYER, BIAS, HEAD_NORM, EXTRA_NORM = 12_400, 10_900, 277, 1_184, 4_160
 NORMS = 2  # of a layer, which LAYER contains
 
 
@@ -36,12 +35,14 @@ def planned(outline: FrozenOutline, context_length: int, kv_cache: str = "float3
     embedding, head = outline.weights[outline.embedding], outline.weights[outline.head]
     linears = sum(_matrix_bytes(weight) for weight in outline.linears.values())
     floats = sum(aligned(size, ALIGNMENT) for size in float_sizes(outline))
-    head_bytes = _scale_bytes(head) if outline.tied else _matrix_bytes(head)
+    own_head = 0 if outline.tied else _matrix_bytes(head)
+    # The rotary embedding multiplies by a matrix that exchanges the halves of a head.
+    exchange = outline.head_width**2 * FLOAT_BYTES
     counts = outline.count_floats()
     extra = max(0, counts.norms - NORMS * outline.layers - 1)
-    graph = PROGRAM + LAYER * outline.layers + BIAS * counts.biases + HEAD_NORM * counts.head_norms
-    graph += EXTRA_NORM * extra + TABLE_ROW * (head.rows if outline.tied else embedding.rows + head.rows)
-    model = linears + floats + _matrix_bytes(embedding) + head_bytes + graph
+    graph = PROGRAM + LAYER * outline.layers + EXTRA_NORM * extra
+    graph += BIAS * counts.biases + HEAD_NORM * counts.head_norms
+    model = linears + floats + _matrix_bytes(embedding) + own_head + exchange + graph
 
     names = {"embedding": outline.embedding, "head": outline.head, "float_bytes": {}}
     layers = json_bytes({**names, "linears": [*outline.linears, outline.head]}, indent=1)

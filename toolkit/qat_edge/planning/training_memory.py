@@ -42,10 +42,12 @@ from qat_edge.train.trainer import QatTrainer
 
 
 @dataclass(frozen=True)
-class TensorBytes:
-    """Memory of all tensors at the peak of the largest training step, in bytes.
+class TrainingCount:
+    """Memory of all tensors of a training at its peak, in bytes, and the parameters that are trained.
 
     Attributes:
+        adapter_parameters: Elements of all adapters.
+        scale_parameters: Factors of learned scales.
         base: Weights that are not trained, as they are stored, and buffers.
         trained: Adapters or weights that are trained, with factors of learned scales.
         optimizer: State of AdamW.
@@ -55,6 +57,8 @@ class TensorBytes:
         qat: Peak of a step of QAT; None without one.
     """
 
+    adapter_parameters: int
+    scale_parameters: int
     base: int
     trained: int
     optimizer: int
@@ -76,7 +80,7 @@ def count_training(
     row_tokens: int,
     precision: str,
     rotation: RotationOutcome,
-) -> TensorBytes:
+) -> TrainingCount:
     """Return the memory of the training steps that `finetune` would make.
 
     Args:
@@ -106,7 +110,17 @@ def count_training(
         peak = max(phase_1 or 0, initialization or 0, qat or 0)
         optimizer = training.optimizer if peak == qat else before
         rest = peak - training.base - training.trained - optimizer
-        return TensorBytes(training.base, training.trained, optimizer, max(0, rest), phase_1, initialization, qat)
+        adapters, scales = _count_trained(adapted)
+        return TrainingCount(
+            adapters, scales, training.base, training.trained, optimizer, max(0, rest), phase_1, initialization, qat
+        )
+
+
+def _count_trained(model: nn.Module) -> tuple[int, int]:
+    """Return the elements of all adapters, and those of all factors of learned scales."""
+    named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    scales = sum(count for name, count in named if fake.SCALE_FACTOR in name)
+    return sum(count for name, count in named if "lora_A" in name or "lora_B" in name), scales
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:

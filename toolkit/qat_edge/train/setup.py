@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -144,7 +144,7 @@ def prepare_training(
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
         progress.info(f"Pruned to {len(kept_layers)} layers, {_millions(model)} M parameters")
-    weights = _untie_trained_head(choose_scheme(), options)
+    weights = untie_trained_head(choose_scheme(), options)
     _report_scheme(model, weights)
     # A frozen base of stored codes has their scales already.
     stored_start = None if stored is None else stored.start(weights)
@@ -164,7 +164,7 @@ def prepare_training(
     )
 
 
-def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
+def untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
     """Return the scheme with a head of its own, and report it, where an adapter changes the head of a shared table."""
     is_trained = options.method == "lora" and model_options.is_named(weights.head, options.target_modules)
     if not weights.tied or not is_trained:
@@ -347,17 +347,29 @@ def _load_model(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
     if isinstance(task, SentenceEncoder):
         for difference in sentence_modules.differences(options.model, options.max_length, loaded.identity.revision):
             progress.warn(difference)
-    gaps = load.export_gaps(loaded.model.config)
-    if len(gaps) == len(DEFAULT_FORMATS) and len(load.export_gaps(loaded.model.config, FORMATS)) == len(FORMATS):
+    for target, reason in require_exportable(options, loaded.model.config).items():
+        progress.warn(f"This model cannot be exported to {target}: {reason}")
+    return loaded
+
+
+def require_exportable(options: FinetuneOptions, config: PretrainedConfig) -> dict[str, str]:
+    """Require a target that can express the model with the bits of the options.
+
+    Returns:
+        Those of the default targets that cannot, with the reason.
+
+    Raises:
+        ModelError: There is none.
+    """
+    gaps = load.export_gaps(config)
+    if len(gaps) == len(DEFAULT_FORMATS) and len(load.export_gaps(config, FORMATS)) == len(FORMATS):
         reasons = " ".join(f"To {target}: {reason}" for target, reason in gaps.items())
         raise ModelError(
             f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "
             "architecture that docs/reference/architectures.md lists as exported."
         )
     require_width(options, gaps)
-    for target, reason in gaps.items():
-        progress.warn(f"This model cannot be exported to {target}: {reason}")
-    return loaded
+    return gaps
 
 
 def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
