@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat_edge import remote_code
-from qat_edge.options import ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge.options import ExportOptions, FinetuneOptions, PlanOptions, QuantizeOptions, ValidateOptions
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
@@ -37,6 +37,7 @@ class Verb:
         raises: lines of the docstring.
         body: what follows after `options` was resolved; `options` and the parameters of `first` are in scope.
         resumes: whether it has a parameter `resume`.
+        writes: whether it has a parameter `force`.
     """
 
     name: str
@@ -47,10 +48,31 @@ class Verb:
     raises: tuple[str, ...]
     body: str
     resumes: bool = False
+    writes: bool = True
 
 
 RUN = {"run": "a finished run, or its folder."}
 VERBS = (
+    Verb(
+        name="plan",
+        options=PlanOptions,
+        first={"model": "Hub id, local folder or .gguf file of a causal language model, or the folder of a run."},
+        summary="Predict parameters, bits, training memory, file sizes and device fit, without loading weights.",
+        returns=("Plan", "Every prediction, with its unit in the documentation of its class."),
+        raises=(
+            "UsageError: an impossible value or combination of options, or one that a plan cannot be made for.",
+            "ModelError: the model cannot be read, trained or exported.",
+            "ExportError: the model has fewer positions than `context_length`.",
+        ),
+        body="""
+            from qat_edge.verbs.plan import plan as verb
+            from qat_edge.verbs.plan import resolve
+
+            with remote_code.permit({permission}):
+                return verb(resolve(str(model), options, given))
+        """,
+        writes=False,
+    ),
     Verb(
         name="finetune",
         options=FinetuneOptions,
@@ -178,19 +200,20 @@ def _function(verb: Verb) -> str:
     parameters += [f"{name}: {'Run | str | Path' if name == 'run' else 'str | Path'}" for name in verb.first]
     parameters += ["*", *(f"{f.name}: {_annotation(f, hints[f.name])} = {f.default!r}" for f in optional)]
     parameters += ["resume: bool = False"] * verb.resumes
-    parameters += [f"{name}: bool = False" for name in ("force", *_permission(verb))]
+    parameters += ["force: bool = False"] * verb.writes
+    parameters += [f"{name}: bool = False" for name in _permission(verb)]
 
     lines = [f"{f.name}: {f.metadata['help']}" for f in required]
     lines += [f"{name}: {text}" for name, text in verb.first.items()]
     lines += [f"{f.name}: {f.metadata['help']}{_choices(f)}" for f in optional]
     lines += ["resume: continue from the run folder's last checkpoint, bit for bit."] * verb.resumes
-    lines += ["force: replace what exists already."]
+    lines += ["force: replace what exists already."] * verb.writes
     lines += [f"{name}: {remote_code.HELP}" for name in _permission(verb)]
 
     given = ", ".join(f"{f.name!r}: {f.name}" for f in fields)
     # A resumed run has its own options; arguments may repeat them.
     recorded = "Run.open(Path(out)).config if resume else None" if verb.resumes else "None"
-    permission = "options.trust_remote_code" if verb.resumes else remote_code.OPTION
+    permission = "options.trust_remote_code" if not _permission(verb) else remote_code.OPTION
     body = textwrap.indent(textwrap.dedent(verb.body).strip().format(permission=permission), "    ")
     return (
         f"@_notes_arguments\ndef {verb.name}({', '.join(parameters)}) -> {verb.returns[0]}:\n"

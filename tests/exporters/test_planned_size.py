@@ -12,9 +12,9 @@ from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen2C
 from conftest import make_tokenizer
 from qat_edge.errors import ExportError
 from qat_edge.models.meta_model import model_without_weights
-from qat_edge.planning.frozen_outline import write_outline
-from qat_edge.planning.rotated_outline import RotationOutcome
 from qat_edge.quant import scheme
+from qat_edge.train.rotated_outline import RotationOutcome
+from qat_edge.verbs.frozen_outline import write_outline
 from qat_edge_exporters.planned_size import PlannedFiles
 from qat_edge_exporters.targets import target_named
 

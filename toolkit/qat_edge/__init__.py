@@ -1,6 +1,7 @@
 """Fine-tune a small language model for int4, export it, and prove that the trained function is the one that ships.
 
-    from qat_edge import finetune, quantize, quantize_model, export, verify, validate, generate, chat, load_frozen, Run
+    from qat_edge import plan, finetune, quantize, quantize_model, export, verify, validate
+    from qat_edge import generate, chat, load_frozen, Run
 
 The functions are documented in `qat_edge.api`; importing this package imports nothing heavy.
 """
@@ -16,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
-    from qat_edge.api import chat, export, finetune, generate, load_frozen, quantize, quantize_model, validate, verify
+    from qat_edge.api import (
+        chat,
+        export,
+        finetune,
+        generate,
+        load_frozen,
+        plan,
+        quantize,
+        quantize_model,
+        validate,
+        verify,
+    )
     from qat_edge.run import Run
 
 __version__ = "0.2.0.dev0"
@@ -28,6 +40,7 @@ __all__ = [
     "finetune",
     "generate",
     "load_frozen",
+    "plan",
     "quantize",
     "quantize_model",
     "validate",

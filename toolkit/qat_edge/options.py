@@ -6,7 +6,7 @@ them from YAML.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from qat_edge import remote_code
@@ -362,10 +362,10 @@ class ExportOptions:
     )  # fmt: skip
 
 
-def option_of(options: type, name: str) -> Any:
+def option_of(options: Any, name: str) -> Any:
     """Return a dataclass field that carries the default, the help and the bounds of another verb's option."""
-    known = options.__dataclass_fields__[name]
-    return field(default=known.default, metadata=known.metadata)
+    known = next(each for each in fields(options) if each.name == name)
+    return field(default=known.default, metadata={**known.metadata, "old_name": ""})
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from qat_edge.quant.rotated_norm import ROTATION
 from qat_edge_exporters.gguf import export_gguf, gguf_file
 from qat_edge_exporters.gguf.gguf_blocks import BY_BITS, WIDTH
 from qat_edge_exporters.gguf.gguf_families import module_names
@@ -23,7 +24,7 @@ def planned(outline: FrozenOutline, context_length: int) -> PlannedFiles:
         ExportError: llama.cpp does not compute this model, or a GGUF file cannot hold it exactly.
     """
     shapes = {name: (weight.bits, weight.width, weight.group_size) for name, weight in outline.weights.items()}
-    rotations = [f"{name}.{export_gguf.ROTATION}" for name in outline.rotated_norms]
+    rotations = [f"{name}.{ROTATION}" for name in outline.rotated_norms]
     checked = export_gguf.check_outline(
         outline.folder, context_length, shapes, [*outline.floats, *rotations], outline.tied
     )

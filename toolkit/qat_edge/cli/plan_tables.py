@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from qat_edge.planning.prediction import GIGABYTE, MEGABYTE, Plan, PlannedLayer
 from qat_edge.readers import counted
+from qat_edge.verbs.prediction import GIGABYTE, MEGABYTE, Plan, PlannedLayer
 
 NONE = "-"
 MOST_EXCEPTIONS = 10
@@ -64,13 +64,13 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
             ("profile", "target", "MB of file", "MB of memory", "tokens/s", "fits"),
         )
         for fit in plan.fits:
-            speed = fit.decode_margin_tokens_per_s
+            margin = fit.decode_margin_tokens_per_s
             fits.add_row(
                 fit.profile,
                 fit.target,
                 _margin(fit.size_margin_bytes),
                 _margin(fit.memory_margin_bytes),
-                NONE if speed is None else f"{speed:+.1f}",
+                NONE if margin is None else f"{margin:+.1f}",
                 "yes" if fit.fits else "no",
             )
         fits.caption = "Memory and speed are bounds: a device may need more and be slower."

@@ -30,11 +30,6 @@ from qat_edge.options import (
     PlanOptions,
     ValidateOptions,
 )
-from qat_edge.planning import prediction
-from qat_edge.planning.frozen_outline import write_outline
-from qat_edge.planning.prediction import GIGABYTE, Parameters, Plan, PlannedArtifact, PlannedLayer, TrainingMemory
-from qat_edge.planning.rotated_outline import find_outcome
-from qat_edge.planning.training_memory import TrainingCount, count_training
 from qat_edge.quant import bits_file, scheme
 from qat_edge.quant.codebook import SEQ
 from qat_edge.quant.ptq.method_names import STORED
@@ -42,6 +37,11 @@ from qat_edge.quant.scheme import Scheme, shares_table
 from qat_edge.run import Run
 from qat_edge.train import model_options, prune, setup
 from qat_edge.train.option_checks import check_combination, check_export_section, row_length
+from qat_edge.train.rotated_outline import find_outcome
+from qat_edge.train.training_memory import TrainingCount, count_training
+from qat_edge.verbs import prediction
+from qat_edge.verbs.frozen_outline import write_outline
+from qat_edge.verbs.prediction import GIGABYTE, Parameters, Plan, PlannedArtifact, PlannedLayer, TrainingMemory
 from qat_edge_exporters.planned_size import FrozenOutline
 from qat_edge_exporters.targets import KV_CACHE_FLOAT, target_named
 
@@ -71,6 +71,7 @@ class PlanRequest:
 
 def resolve(
     source: str | None,
+    own: PlanOptions,
     given: Mapping[str, Any],
     path: Path | None = None,
     write_flag: Callable[[str], str] | None = None,
@@ -79,29 +80,32 @@ def resolve(
 
     Args:
         source: Hub id, model folder, .gguf file or run folder; None where the file has it.
-        given: Options by name; None where one is not given.
+        own: Options of the plan.
+        given: Those of them that were given, by name; None for others.
         path: Configuration file with sections "finetune" and "export".
         write_flag: As in `config.load`.
 
     Raises:
         UsageError: An option is invalid, or a plan cannot be made with it.
     """
-    own = config.load(PlanOptions, "plan", None, given, write_flag)
     run = None if source is None or not (Path(source) / "config.yaml").is_file() else Run.open(Path(source))
     if run is not None and path is not None:
         raise UsageError(f"{source} and --config {path}: the run has its own options. Give one of the two.")
     path = path if run is None else run.config
     sections = {} if path is None else config.read_sections(path)
 
+    if source is None and "model" not in (sections.get("finetune") or {}):
+        raise UsageError("No model to plan for: give MODEL or RUN, or 'finetune.model' in --config FILE.")
+
     # Training rows are not read, so nobody has to name them.
-    training = {name: value for name, value in given.items() if name in FinetuneOptions.__dataclass_fields__}
+    training = {name: value for name, value in given.items() if name in _names(FinetuneOptions)}
     if source is not None and run is None:
         training["model"] = source
     if "data" not in (sections.get("finetune") or {}):
         training["data"] = NOT_READ
     options = config.load(FinetuneOptions, "finetune", path, training, write_flag)
 
-    exported = {name: value for name, value in given.items() if name in ExportOptions.__dataclass_fields__}
+    exported = {name: value for name, value in given.items() if name in _names(ExportOptions)}
     if "target" not in (sections.get("export") or {}) and exported.get("target") is None:
         exported["target"] = own.target
     exporting = config.load(ExportOptions, "export", path, exported, write_flag)
@@ -143,7 +147,7 @@ def plan(request: PlanRequest) -> Plan:
     parts, layers = _parameters(outline.model, weights, frozen.tied), _layers(outline.model, weights)
     skipped = [prediction.SkippedModules(**dataclasses.asdict(m)) for m in scheme.float_modules(outline.model, layers)]
 
-    # Last, because it changes the model. The model of a training reports what was reported above.
+    # Last, because it changes the model.
     count = count_training(outline.model, weights, options, row_tokens, precision, rotation)
     return Plan(
         model=outline.name,
@@ -181,6 +185,10 @@ def _check(options: FinetuneOptions, exporting: ExportOptions) -> None:
             raise UsageError(f"{flag}: plan has no prediction for it. Leave it out, or run the command itself.")
     if load.encoder_config(options.model, options.trust_remote_code) is not None:
         raise UsageError(f"{options.model}: an encoder, and plan is for models that generate text. Run finetune.")
+
+
+def _names(options: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(options)}
 
 
 def _gates(profile: str) -> ValidateOptions:
@@ -260,7 +268,8 @@ def _layers(model: PreTrainedModel, weights: Scheme) -> dict[str, PlannedLayer]:
     layers = {}
     for name, spec in weights.weights.items():
         module: Any = model.get_submodule(name)
-        layers[name] = PlannedLayer(name, *module.weight.shape, spec.bits, spec.group_size, spec.reason)
+        rows, width = module.weight.shape
+        layers[name] = PlannedLayer(name, rows, width, spec.bits, spec.group_size, spec.reason)
     return layers
 
 

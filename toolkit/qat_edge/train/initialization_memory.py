@@ -7,8 +7,6 @@ loops over columns take most of the time and no memory of their own, so they are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,8 +17,6 @@ from transformers import PreTrainedModel
 from qat_edge import progress
 from qat_edge.data.calibration import BATCH_TOKENS
 from qat_edge.lazy import load
-from qat_edge.planning.live_bytes import LiveBytes
-from qat_edge.planning.rotated_outline import RotationOutcome
 from qat_edge.quant.ptq.blockwise import find_blocks, quantize_blocks
 from qat_edge.quant.ptq.coordinate_descent import CoordinateDescent, refine
 from qat_edge.quant.ptq.gptq import GPTQ, Compensated
@@ -28,24 +24,11 @@ from qat_edge.quant.ptq.method_names import METHOD_OF
 from qat_edge.quant.ptq.methods import BLOCK_METHODS
 from qat_edge.quant.ptq.table_codes import quantize_tables
 from qat_edge.quant.scheme import Scheme, WeightScheme
+from qat_edge.train.live_bytes import LiveBytes
+from qat_edge.train.rotated_outline import RotationOutcome
 
 KEPT_BYTES = 2  # of each weight that a method changed: bfloat16, until it is saved
 SCALE_BYTES = 4
-
-
-class _Silent:
-    """Receives messages and progress, and shows nothing."""
-
-    def info(self, text: str) -> None:
-        """Drop a line."""
-
-    def warn(self, text: str) -> None:
-        """Drop a line."""
-
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[progress.LineBar]:
-        """Show no bar."""
-        yield progress.LineBar(title, total, self.info)
 
 
 def count_initialization(
@@ -71,7 +54,7 @@ def count_initialization(
     begin = live.live_bytes
     scales = sum(_groups(model, name, spec) for name, spec in scheme.weights.items()) * SCALE_BYTES
     live.restart()
-    with progress.report_to(_Silent()), torch.no_grad():
+    with progress.report_to(progress.SilentReporter()), torch.no_grad():
         _quantize_one_block(model, scheme, method, _batches(tokens, row_tokens))
     during = live.peak_bytes - begin + scales
 
@@ -89,7 +72,7 @@ def _quantize_one_block(model: PreTrainedModel, scheme: Scheme, method: str, bat
     own_name, blocks, count = name.rpartition(".")[2], model.get_submodule(name), model.config.num_hidden_layers
     first = {n: s for n, s in scheme.weights.items() if not n.startswith(f"{name}.") or n.startswith(f"{name}.0.")}
     part = dataclasses.replace(scheme, weights=first)
-    setattr(owner, own_name, nn.ModuleList(list(blocks)[:1]))  # type: ignore[call-overload]  # it is a list
+    setattr(owner, own_name, nn.ModuleList(list(blocks)[:1]))
     model.config.num_hidden_layers = 1
     try:
         block_method = _without_loops(load(BLOCK_METHODS[METHOD_OF.get(method, method)]))
@@ -107,14 +90,14 @@ def _without_loops(method: Any) -> Any:
     if not issubclass(method, GPTQ):
         return method()
 
-    class Outline(method):  # type: ignore[misc]  # the class is known at run time
+    class WithoutLoops(method):
         def choose_codes(self, target: Tensor, hessian: Tensor, factor: Tensor, spec: WeightScheme) -> Compensated:
             scales = target.new_ones(target.shape[0], target.shape[1] // spec.group_size)
             if isinstance(self, CoordinateDescent):
                 return refine(target, hessian.clone(), target.clone(), scales, spec, sweeps=0)
             return Compensated(target.clone(), scales)
 
-    return Outline()
+    return WithoutLoops()
 
 
 def _batches(tokens: int, row_tokens: int) -> list[dict[str, Tensor]]:

@@ -11,11 +11,11 @@ import pytest
 from conftest import make_model, make_tokenizer, short_training
 from qat_edge.models.outline import read_outline
 from qat_edge.options import FinetuneOptions
-from qat_edge.planning.live_bytes import LiveBytes
-from qat_edge.planning.rotated_outline import find_outcome
-from qat_edge.planning.training_memory import count_training
 from qat_edge.quant import scheme
 from qat_edge.quant.ptq.method_names import CALIBRATED
+from qat_edge.train.live_bytes import LiveBytes
+from qat_edge.train.rotated_outline import find_outcome
+from qat_edge.train.training_memory import count_training
 from qat_edge.verbs.finetune import finetune
 
 LENGTH = 64

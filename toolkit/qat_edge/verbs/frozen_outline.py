@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qat_edge.manifest import write_manifest
-from qat_edge.planning.rotated_outline import RotationOutcome
 from qat_edge.quant import frozen
 from qat_edge.quant.scheme import Scheme
+from qat_edge.train.rotated_outline import RotationOutcome
 from qat_edge_exporters.planned_size import FrozenOutline, WeightOutline
 
 
@@ -45,7 +45,8 @@ def write_outline(
     weights = {}
     for name, spec in scheme.weights.items():
         module: Any = model.get_submodule(name)
-        weights[name] = WeightOutline(*module.weight.shape, spec.bits, spec.group_size)
+        rows, width = module.weight.shape
+        weights[name] = WeightOutline(rows, width, spec.bits, spec.group_size)
     floats = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()

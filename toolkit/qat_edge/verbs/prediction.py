@@ -1,4 +1,4 @@
-"""What `plan` predicts, with units, and the comparison of artifacts with device profiles."""
+"""Predictions of `plan`, with units, and the comparison of artifacts with device profiles."""
 
 from __future__ import annotations
 

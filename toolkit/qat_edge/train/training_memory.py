@@ -25,18 +25,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
+from qat_edge import progress
 from qat_edge.data.calibration import DEFAULT_CALIBRATION_TOKENS
 from qat_edge.models.tasks import CAUSAL_LM
 from qat_edge.options import FinetuneOptions
-from qat_edge.planning.initialization_memory import count_initialization
-from qat_edge.planning.live_bytes import AssumedValues, LiveBytes
-from qat_edge.planning.rotated_outline import RotationOutcome, apply_outcome
 from qat_edge.quant import fake
 from qat_edge.quant.ptq.method_names import CALIBRATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train.arguments import training_arguments
 from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher
+from qat_edge.train.initialization_memory import count_initialization
+from qat_edge.train.live_bytes import AssumedValues, LiveBytes
 from qat_edge.train.phases import needs_initialization
+from qat_edge.train.rotated_outline import RotationOutcome, apply_outcome
 from qat_edge.train.setup import make_trainable
 from qat_edge.train.trainer import QatTrainer
 
@@ -93,7 +94,7 @@ def count_training(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
-    with AssumedValues():
+    with AssumedValues(), progress.report_to(progress.SilentReporter()):
         adapted, switch = make_trainable(model, scheme, CAUSAL_LM, options)
     _replace_tensors(adapted, mode)
 
