@@ -189,7 +189,7 @@ def test_options_of_a_file_are_used_and_flags_override_them(model: Path, tmp_pat
         ({"profile": ["watch"]}, UsageError, "--profile watch: no such profile"),
         ({"bandwidth": 0}, UsageError, "bandwidth: 0.0 is below the least permitted value"),
         ({"distill_top_k": 4}, UsageError, "--distill-top-k 4 and --distill-weight 0"),
-        ({"steps": 0, "ptq_init": "stored"}, UsageError, "--ptq-init stored: plan has no prediction"),
+        ({"ptq_init": "stored"}, UsageError, "--ptq-init stored and --steps 200"),
     ],
 )
 def test_bad_input_is_refused_as_by_finetune(
@@ -197,6 +197,21 @@ def test_bad_input_is_refused_as_by_finetune(
 ) -> None:
     with pytest.raises(error, match=message):
         qat_edge.plan(model, **QUICK | options)
+
+
+def test_options_without_a_prediction_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--ptq-init stored: plan has no prediction"):
+        qat_edge.plan(model, steps=0, ptq_init="stored")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"finetune: {{model: {model}}}\nexport: {{portable: true}}\n")
+    result = CliRunner().invoke(commands.main, ["plan", "--config", str(path)])
+    assert result.exit_code == 2 and "--portable: plan has no prediction" in result.output
+
+
+def test_quantizing_without_steps_is_planned(model: Path) -> None:
+    memory = qat_edge.plan(model, steps=0, calibration_tokens=256, max_length=32, target=["gguf"], rotate="off").memory
+    assert (memory.phase_1, memory.qat) == (None, None)
+    assert memory.initialization == memory.peak_bytes
 
 
 def test_sources_that_are_no_model_are_named(tmp_path: Path) -> None:
