@@ -69,7 +69,6 @@ def test_sizes_of_folders_are_predicted_within_1_percent(name: str, tmp_path: Pa
         folder.mkdir()
         target_named(target).export(tmp_path / "frozen", folder, CONTEXT)
         written = {path.name: path.stat().st_size for path in folder.iterdir()}
-        print(name, target, {k: (v, planned.files.get(k)) for k, v in written.items() if "token" not in k})
         assert planned.files.keys() == written.keys()
         assert planned.size_bytes == pytest.approx(sum(written.values()), rel=0.01)
         assert planned.size_bytes == pytest.approx(sum(target_named(target).read(folder).size_bytes.values()), rel=0.01)

@@ -63,5 +63,4 @@ def test_the_peak_of_a_training_is_predicted_within_10_percent(variant: str, tmp
         options = dataclasses.replace(options, calibration_tokens=len(LONG) * LENGTH)
     with LiveBytes() as live:
         finetune(options, tmp_path / "run")
-    print(variant, predicted(options), live.peak_bytes, predicted(options) / live.peak_bytes)
     assert predicted(options) == pytest.approx(live.peak_bytes, rel=0.1)
