@@ -21,6 +21,7 @@ from qat_edge.options import (
     EvalOptions,
     ExportOptions,
     FinetuneOptions,
+    PlanOptions,
     QuantizeOptions,
     SensitivityOptions,
     ValidateOptions,
@@ -28,6 +29,7 @@ from qat_edge.options import (
 from qat_edge.run import Run
 
 VERBS: dict[str, Any] = {
+    "plan": PlanOptions,
     "finetune": FinetuneOptions,
     "sensitivity": SensitivityOptions,
     "quantize": QuantizeOptions,
@@ -38,6 +40,7 @@ VERBS: dict[str, Any] = {
     "compare": CompareOptions,
 }
 COMMANDS = [
+    "plan",
     "finetune",
     "sensitivity",
     "quantize",

@@ -56,6 +56,7 @@ DOORS = {
     "qat_edge_exporters.artifact",
     "qat_edge_exporters.executorch.diagnosis",
     "qat_edge_exporters.file_diagnosis",
+    "qat_edge_exporters.planned_size",
 }
 
 

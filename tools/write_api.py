@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qat_edge import remote_code
-from qat_edge.options import TRAINER_OPTIONS, ExportOptions, FinetuneOptions, QuantizeOptions, ValidateOptions
+from qat_edge.options import (
+    TRAINER_OPTIONS,
+    ExportOptions,
+    FinetuneOptions,
+    PlanOptions,
+    QuantizeOptions,
+    ValidateOptions,
+)
 
 API = Path(__file__).parents[1] / "toolkit" / "qat_edge" / "api.py"
 
@@ -41,6 +48,7 @@ class Verb:
         left_out: options that are no parameters.
         absent: required options that may be left out.
         texts: descriptions of options, where those of the dataclass do not fit.
+        writes: whether it has a parameter `force`.
     """
 
     name: str
@@ -55,10 +63,31 @@ class Verb:
     left_out: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    writes: bool = True
 
 
 RUN = {"run": "a finished run, or its folder."}
 VERBS = (
+    Verb(
+        name="plan",
+        options=PlanOptions,
+        first={"model": "Hub id, local folder or .gguf file of a causal language model, or the folder of a run."},
+        summary="Predict parameters, bits, training memory, file sizes and device fit, without loading weights.",
+        returns=("Plan", "Every prediction, with its unit in the documentation of its class."),
+        raises=(
+            "UsageError: an impossible value or combination of options, or one that a plan cannot be made for.",
+            "ModelError: the model cannot be read, trained or exported.",
+            "ExportError: the model has fewer positions than `context_length`.",
+        ),
+        body="""
+            from qat_edge.verbs.plan import plan as verb
+            from qat_edge.verbs.plan import resolve
+
+            with remote_code.permit({permission}):
+                return verb(resolve(str(model), options, given))
+        """,
+        writes=False,
+    ),
     Verb(
         name="finetune",
         options=FinetuneOptions,
@@ -218,7 +247,8 @@ def _function(verb: Verb) -> str:
     parameters += ["*", *(f"{name}: str | Path | None = None" for name in verb.absent)]
     parameters += [f"{f.name}: {_annotation(f, hints[f.name])} = {f.default!r}" for f in optional]
     parameters += ["resume: bool = False"] * bool(verb.resume)
-    parameters += [f"{name}: bool = False" for name in ("force", *_permission(verb))]
+    parameters += ["force: bool = False"] * verb.writes
+    parameters += [f"{name}: bool = False" for name in _permission(verb)]
 
     texts = {f.name: f.metadata["help"] for f in fields} | verb.texts
     lines = [f"{f.name}: {texts[f.name]}" for f in required]
@@ -226,7 +256,7 @@ def _function(verb: Verb) -> str:
     lines += [f"{name}: {texts[name]}" for name in verb.absent]
     lines += [f"{f.name}: {texts[f.name]}{_choices(f)}" for f in optional]
     lines += [f"resume: {verb.resume}"] * bool(verb.resume)
-    lines += ["force: replace what exists already."]
+    lines += ["force: replace what exists already."] * verb.writes
     lines += [f"{name}: {remote_code.HELP}" for name in _permission(verb)]
 
     given = ", ".join(f"{f.name!r}: {f.name}" for f in fields if f.name not in verb.absent)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qat_edge_exporters.artifact import Artifact, ArtifactAdapter, Exposed, FloatConstant, HeldOption
     from qat_edge_exporters.executorch.diagnosis import Diagnosis
     from qat_edge_exporters.file_diagnosis import FileDiagnosis, SchemaCheck
+    from qat_edge_exporters.planned_size import FrozenOutline, PlannedFiles
 
 EXECUTORCH, ONNX, GGUF, HF = "executorch", "onnx", "gguf", "hf"
 # Runtimes that `doctor` examines a file for, besides those of apps with ExecuTorch.
@@ -80,6 +81,8 @@ class Target:
         encoder: runs an encoder on this machine: (folder, token ids of each text) -> outputs. Empty: no encoders.
         checker: refuses a folder that asks a runtime to load anything but the artifact: (folder). Empty: it cannot.
         settings: names what differs in a runtime's settings: (folder, checkpoint) -> sentences. Empty: it has none.
+        sizes: predicts its files from the outline of a checkpoint: (outline, context_length, **options) ->
+            PlannedFiles. Empty: not known.
         copied: names of files of the checkpoint that an artifact has a copy of, besides the tokenizer's.
         doctor: finds out where a file of the format loads: (file, runtimes) -> Diagnosis or FileDiagnosis; no runtimes
             are those that the file is made for. Empty: not known.
@@ -113,6 +116,7 @@ class Target:
     encoder: str = ""
     checker: str = ""
     settings: str = ""
+    sizes: str = ""
     copied: tuple[str, ...] = ()
     doctor: str = ""
     runtimes: tuple[str, ...] = ()
@@ -249,6 +253,15 @@ class Target:
         exposed: Exposed = self._load(self.expose)(folder, out)
         return exposed
 
+    def planned_files(self, outline: FrozenOutline, context_length: int, **options: Any) -> PlannedFiles:
+        """Predict the files of an export, before its checkpoint exists.
+
+        Raises:
+            ExportError: the target cannot express the model.
+        """
+        planned: PlannedFiles = load(self.sizes)(outline, context_length, **options)
+        return planned
+
     def missing_widths(self, widths: Iterable[int]) -> str:
         """Return which of these bits of weights the target has no operator for, as a sentence; empty where none."""
         missing = sorted(set(widths) - set(self.widths))
@@ -371,6 +384,7 @@ _ALL = (
         generator=f"{_PTE}.generate_text:open_generator",
         expose=f"{_PTE}.pte.intermediate_outputs:expose",
         encoder=f"{_PTE}.encoder_runtime:run_encoder",
+        sizes=f"{_PTE}.pte_size:planned",
         doctor=f"{_PTE}.diagnosis:diagnose_pte",
         runtimes=("python-wheel", "android-app", "android-vulkan-app", "ios-app", "minimal"),
         tokenizer_check=f"{_PTE}.runner_tokenizer:tokenizer_faults",
@@ -399,6 +413,7 @@ _ALL = (
         encoder=f"{_ONNX}.encoder_session:run_encoder",
         checker=f"{_ONNX}.onnx_target:check_folder",
         settings=f"{_ONNX}.onnx_target:setting_faults",
+        sizes=f"{_ONNX}.onnx_size:planned",
         widths=(2, 4, 8),
         grammar=AnswerGrammar(
             file="grammar.lark",
@@ -424,6 +439,7 @@ _ALL = (
         generator=f"{_GGUF}.llama_text:open_generator",
         checker=f"{_GGUF}.gguf_reader:check_folder",
         settings=f"{_GGUF}.gguf_settings:setting_faults",
+        sizes=f"{_GGUF}.gguf_size:planned",
         doctor=f"{_GGUF}.gguf_diagnosis:diagnose_gguf",
         runtimes=(LLAMA_CPP,),
         tokenizer_check=f"{_GGUF}.vocabulary:tokenizer_faults",
@@ -461,6 +477,7 @@ _ALL = (
         generator=f"{_HF}.hf_text:open_generator",
         checker=f"{_HF}.hf_settings:check_folder",
         settings=f"{_HF}.hf_settings:setting_faults",
+        sizes=f"{_HF}.hf_size:planned",
         without_grammar=(
             "transformers takes no grammar, so that it constrains no answer. schema.json is for servers that take a "
             "JSON schema with a request, which was not measured, and for the app."

@@ -1,7 +1,7 @@
 """Fine-tune a small language model for int4, export it, and prove that the trained function is the one that ships.
 
-    from qat_edge import finetune, prepare, quantize, quantize_model, export, verify, validate, generate, chat
-    from qat_edge import load_frozen, Run
+    from qat_edge import plan, finetune, prepare, quantize, quantize_model, export, verify, validate
+    from qat_edge import generate, chat, load_frozen, Run
 
 The functions are documented in `qat_edge.api`; importing this package imports nothing heavy.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         finetune,
         generate,
         load_frozen,
+        plan,
         prepare,
         quantize,
         quantize_model,
@@ -40,6 +41,7 @@ __all__ = [
     "finetune",
     "generate",
     "load_frozen",
+    "plan",
     "prepare",
     "quantize",
     "quantize_model",

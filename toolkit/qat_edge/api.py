@@ -31,6 +31,7 @@ from qat_edge.options import (
     TRAINER_ROWS,
     ExportOptions,
     FinetuneOptions,
+    PlanOptions,
     QuantizeOptions,
     ValidateOptions,
 )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from qat_edge.train.training_log import Finetuned
     from qat_edge.verbs.chat import Conversation
     from qat_edge.verbs.export import Exported
+    from qat_edge.verbs.prediction import Plan
     from qat_edge.verbs.prepare import PreparedTraining
     from qat_edge.verbs.quantize import Quantized
     from qat_edge.verbs.verify import Verified
@@ -54,6 +56,7 @@ __all__ = [
     "finetune",
     "generate",
     "load_frozen",
+    "plan",
     "prepare",
     "quantize",
     "quantize_model",
@@ -110,6 +113,148 @@ def _opened(run: Run | str | Path) -> Run:
 
 
 # --- written by tools/write_api.py: do not edit up to the end of this part ---------------------------------
+
+
+@_notes_arguments
+def plan(
+    model: str | Path,
+    *,
+    max_length: int = 512,
+    trust_remote_code: bool = False,
+    method: str = "lora",
+    steps: int = 200,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    lora_rank: int = 16,
+    target_modules: Sequence[str] = ("all-linear",),
+    keep_layers: int | None = None,
+    distill_weight: float = 0.0,
+    distill_top_k: int = 0,
+    qat_start: float | None = None,
+    weight_bits: int = 4,
+    weight_levels: str | None = None,
+    group_size: int = 32,
+    bits: str | Path | None = None,
+    embedding_bits: int = 8,
+    head_bits: int = 8,
+    ptq_init: str = "coordinate-descent",
+    rotate: str = "auto",
+    calibration_tokens: int | None = None,
+    scales: str = "learned",
+    codes: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    base: str = "checkpoint",
+    gradient_checkpointing: bool = False,
+    target: Sequence[str] = ("executorch", "onnx", "gguf", "hf"),
+    context_length: int | None = None,
+    kv_cache: str = "float32",
+    profile: Sequence[str] = (),
+    bandwidth: float | None = None,
+) -> Plan:
+    """Predict parameters, bits, training memory, file sizes and device fit, without loading weights.
+
+    Args:
+        model: Hub id, local folder or .gguf file of a causal language model, or the folder of a run.
+        max_length: Longest row; longer rows are truncated, counted and reported.
+        trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
+            flag.
+        method: Train LoRA adapters, or all weights. One of lora, full.
+        steps: Optimizer steps of both phases together; 0 quantizes the model as it is.
+        batch_size: Rows per device and batch.
+        gradient_accumulation: Batches per optimizer step.
+        lora_rank: Rank of the adapters.
+        target_modules: Linear layers that get adapters.
+        keep_layers: Decoder layers to keep; all by default.
+        distill_weight: Share of the loss that is KL divergence from the model at the end of phase 1, 0 to 1.
+        distill_top_k: Tokens per position of the teacher's prediction to precompute; 0 runs the teacher at every
+            step.
+        qat_start: Start of QAT (phase 2): a fraction of the steps (< 1), or a step; 0.9 by default, 0.5 with
+            --weight-bits 2 or --frozen-base.
+        weight_bits: Bits of linear layers; 2 bits run in ONNX folders only. One of 2, 4.
+        weight_levels: Levels of 2-bit weights: -1.5 -0.5 0.5 1.5 times the scale (seq), or -2 to 1 (integer); by
+            default those of the file of --bits, or seq. One of seq, integer.
+        group_size: Weights in groups, of fewer than 8 bits, that share one scale. One of 32, 64, 128.
+        bits: Bits by layer: a file written by `qat-edge sensitivity`.
+        embedding_bits: Bits of the token embedding, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        head_bits: Bits of the output head, whatever --bits says: 8, or 4 in groups. One of 4, 8.
+        ptq_init: PTQ method that initializes weights and scales at the start of QAT. One of none, hqq, gptq, gptaq,
+            coordinate-descent, awq, stored.
+        rotate: Rotate the hidden states before PTQ initialization, which removes outlier channels; auto rotates
+            where the model and the method allow it. One of auto, on, off.
+        calibration_tokens: Tokens of the training rows for PTQ initialization; by default 49152, or all if there
+            are fewer.
+        scales: Group scales during QAT: learned, fixed as initialized, or the largest weight at each step. One of
+            absmax, fixed, learned.
+        codes: Codes of weights in groups during QAT: trained, or fixed as initialized, which trains their scales
+            alone. Trained by default; fixed with --weight-bits 2, unless another option excludes it. One of
+            trained, fixed.
+        device: Where to train. One of auto, cpu, cuda.
+        precision: Autocast of matrix products; weights and rounding stay float32. 'auto' is bf16 where the GPU or
+            CPU has instructions for it. One of auto, bf16, fp32.
+        base: Storage of the frozen base weights under the adapters: in 16 bits where the values allow it
+            (checkpoint), as float32, rounded to bfloat16, or in few bits (QLoRA). One of checkpoint, fp32, bf16,
+            int8, nf4.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        target: Formats to predict the files of. One of executorch, onnx, gguf, hf.
+        context_length: Tokens in the KV cache, prompt and answer together; by default 1024, or the model's
+            positions if it has fewer.
+        kv_cache: Storage of keys and values in a .pte; int8 takes about a quarter of the memory. One of float32,
+            int8.
+        profile: Classes of devices to compare with: laptop, minimal, phone-flagship, phone-midrange, pi5, or a
+            FILE.toml; all of the former by default.
+        bandwidth: Memory bandwidth of a device, GB/s (10^9 bytes): gives an upper bound of the decode speed.
+
+    Returns:
+        Every prediction, with its unit in the documentation of its class.
+
+    Raises:
+        UsageError: an impossible value or combination of options, or one that a plan cannot be made for.
+        ModelError: the model cannot be read, trained or exported.
+        ExportError: the model has fewer positions than `context_length`.
+    """
+    given = _named(
+        {
+            "max_length": max_length,
+            "trust_remote_code": trust_remote_code,
+            "method": method,
+            "steps": steps,
+            "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "lora_rank": lora_rank,
+            "target_modules": target_modules,
+            "keep_layers": keep_layers,
+            "distill_weight": distill_weight,
+            "distill_top_k": distill_top_k,
+            "qat_start": qat_start,
+            "weight_bits": weight_bits,
+            "weight_levels": weight_levels,
+            "group_size": group_size,
+            "bits": bits,
+            "embedding_bits": embedding_bits,
+            "head_bits": head_bits,
+            "ptq_init": ptq_init,
+            "rotate": rotate,
+            "calibration_tokens": calibration_tokens,
+            "scales": scales,
+            "codes": codes,
+            "device": device,
+            "precision": precision,
+            "base": base,
+            "gradient_checkpointing": gradient_checkpointing,
+            "target": target,
+            "context_length": context_length,
+            "kv_cache": kv_cache,
+            "profile": profile,
+            "bandwidth": bandwidth,
+        }
+    )
+    options = config.load(PlanOptions, "plan", None, given)
+    from qat_edge.verbs.plan import plan as verb
+    from qat_edge.verbs.plan import resolve
+
+    with remote_code.permit(options.trust_remote_code):
+        return verb(resolve(str(model), options, given))
 
 
 @_notes_arguments

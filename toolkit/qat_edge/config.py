@@ -79,7 +79,7 @@ def load(
 
     # A profile fills in what neither flag nor file gave; a run's config.yaml has everything resolved already.
     resolved = all(n in checked for n in fields if profiles.permitted(n))
-    if checked.get("profile") is not None and not resolved:
+    if isinstance(checked.get("profile"), str) and not resolved:
         checked = _of_profile(cls, checked["profile"]) | checked
 
     missing = [n for n, f in fields.items() if f.default is MISSING and n not in checked]

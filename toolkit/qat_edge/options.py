@@ -6,7 +6,7 @@ them from YAML.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from qat_edge import remote_code
@@ -378,6 +378,58 @@ class ExportOptions:
         "JSON schema of the answers, shipped with the artifacts and as the grammar that their runtimes take: a file, "
         f"or {TOOLS} for calls of the tools in the training rows.",
         None,
+    )  # fmt: skip
+
+
+def option_of(options: Any, name: str) -> Any:
+    """Return a dataclass field that carries the default, the help and the bounds of another verb's option."""
+    known = next(each for each in fields(options) if each.name == name)
+    return field(default=known.default, metadata={**known.metadata, "old_name": ""})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`: those of `finetune` and `export` that change a prediction, and the devices to compare with."""
+
+    max_length: int = option_of(FinetuneOptions, "max_length")
+    trust_remote_code: bool = option_of(FinetuneOptions, "trust_remote_code")
+    method: str = option_of(FinetuneOptions, "method")
+    steps: int = option_of(FinetuneOptions, "steps")
+    batch_size: int = option_of(FinetuneOptions, "batch_size")
+    gradient_accumulation: int = option_of(FinetuneOptions, "gradient_accumulation")
+    lora_rank: int = option_of(FinetuneOptions, "lora_rank")
+    target_modules: tuple[str, ...] = option_of(FinetuneOptions, "target_modules")
+    keep_layers: int | None = option_of(FinetuneOptions, "keep_layers")
+    distill_weight: float = option_of(FinetuneOptions, "distill_weight")
+    distill_top_k: int = option_of(FinetuneOptions, "distill_top_k")
+    qat_start: float | None = option_of(FinetuneOptions, "qat_start")
+    weight_bits: int = option_of(FinetuneOptions, "weight_bits")
+    weight_levels: str | None = option_of(FinetuneOptions, "weight_levels")
+    group_size: int = option_of(FinetuneOptions, "group_size")
+    bits: str | None = option_of(FinetuneOptions, "bits")
+    embedding_bits: int = option_of(FinetuneOptions, "embedding_bits")
+    head_bits: int = option_of(FinetuneOptions, "head_bits")
+    ptq_init: str = option_of(FinetuneOptions, "ptq_init")
+    rotate: str = option_of(FinetuneOptions, "rotate")
+    calibration_tokens: int | None = option_of(FinetuneOptions, "calibration_tokens")
+    scales: str = option_of(FinetuneOptions, "scales")
+    codes: str | None = option_of(FinetuneOptions, "codes")
+    device: str = option_of(FinetuneOptions, "device")
+    precision: str = option_of(FinetuneOptions, "precision")
+    base: str = option_of(FinetuneOptions, "base")
+    gradient_checkpointing: bool = option_of(FinetuneOptions, "gradient_checkpointing")
+    target: tuple[str, ...] = option(
+        "Formats to predict the files of.", FORMATS, FORMATS, group=MEASURING, may_be_empty=False
+    )
+    context_length: int | None = option_of(ExportOptions, "context_length")
+    kv_cache: str = option_of(ExportOptions, "kv_cache")
+    profile: tuple[str, ...] = option(
+        f"Classes of devices to compare with: {', '.join(PROFILES)}, or a FILE.toml; all of the former by default.",
+        (), group=MEASURING,
+    )  # fmt: skip
+    bandwidth: float | None = option(
+        "Memory bandwidth of a device, GB/s (10^9 bytes): gives an upper bound of the decode speed.",
+        None, bounds=(0.001, 100_000), group=MEASURING,
     )  # fmt: skip
 
 

@@ -93,6 +93,21 @@ class LogReporter:
         yield LineBar(title, total, self.info)
 
 
+class SilentReporter:
+    """Shows nothing."""
+
+    def info(self, text: str) -> None:
+        """Drop a line."""
+
+    def warn(self, text: str) -> None:
+        """Drop a line."""
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Bar]:
+        """Show no bar."""
+        yield LineBar(title, total, self.info)
+
+
 @dataclass(frozen=True)
 class PrefixedReporter:
     """Another reporter, each line of which begins with a name: for work on several devices at once."""

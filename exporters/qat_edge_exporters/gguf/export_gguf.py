@@ -7,8 +7,9 @@ that float16 does not hold, a rotated head that shares the embedding's table.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ from qat_edge_exporters.gguf.gguf_families import EMBEDDING, HEAD, Family, famil
 from qat_edge_exporters.gguf.gguf_file import MODEL_FILE
 from qat_edge_exporters.gguf.gguf_rope import rotary_settings
 from qat_edge_exporters.gguf.gguf_settings import file_metadata, read_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Stored = dict[str, tuple[NDArray[Any], BlockType | None]]  # values or blocks of each tensor, and the type of the blocks
 ELSEWHERE = "Export to another --target."
@@ -103,6 +107,60 @@ def _checked(checkpoint: Path, context_length: int) -> _Source:
     Raises:
         ExportError: names what it cannot hold.
     """
+    config, family = _require_family(checkpoint, context_length)
+    weights = read_weights(checkpoint) if is_frozen(checkpoint) else {}
+    floats = read_floats(checkpoint)
+    _require_tensors(checkpoint, weights, floats, module_names(family, config.num_hidden_layers))
+    is_shared = read_scheme(checkpoint).tied if weights else f"{HEAD}.weight" not in floats
+    _require_tables(is_shared, family)
+    for module, weight in weights.items():
+        width = weight.codes.shape[1]
+        _require_blocks(module, weight.bits, width, width // weight.scales.shape[1])
+        gguf_blocks.require_float16(module, weight.scales.float().numpy())
+    return _Source(config, family, weights, floats, file_metadata(checkpoint, context_length), is_shared)
+
+
+class CheckedOutline(NamedTuple):
+    """Configuration, family and metadata of a file whose checkpoint does not exist yet."""
+
+    config: PretrainedConfig
+    family: Family
+    metadata: dict[str, Any]
+
+
+def check_outline(
+    folder: Path,
+    context_length: int,
+    weights: Mapping[str, tuple[int, int, int]],
+    floats: Collection[str],
+    is_shared: bool,
+) -> CheckedOutline:
+    """Refuse a checkpoint that a GGUF file could not hold, before it exists.
+
+    Args:
+        folder: its small files.
+        context_length: as for `export`.
+        weights: bits, width and group size of quantized matrices by module.
+        floats: names of its other tensors.
+        is_shared: the head has the embedding's table.
+
+    Raises:
+        ExportError: names what it cannot hold.
+    """
+    config, family = _require_family(folder, context_length)
+    _require_tensors(folder, weights, floats, module_names(family, config.num_hidden_layers))
+    _require_tables(is_shared, family)
+    for module, (bits, width, group_size) in weights.items():
+        _require_blocks(module, bits, width, group_size)
+    return CheckedOutline(config, family, file_metadata(folder, context_length))
+
+
+def _require_family(checkpoint: Path, context_length: int) -> tuple[PretrainedConfig, Family]:
+    """Return the configuration of a model and its family.
+
+    Raises:
+        ExportError: llama.cpp does not compute it.
+    """
     config = read_config(checkpoint)
     reason = gguf_support.missing(config)
     if reason:
@@ -111,18 +169,11 @@ def _checked(checkpoint: Path, context_length: int) -> _Source:
     window = gguf_support.window_gap(config, family, context_length)
     if window:
         raise ExportError(f"gguf: {window}")
-
-    weights = read_weights(checkpoint) if is_frozen(checkpoint) else {}
-    floats = read_floats(checkpoint)
-    _require_tensors(checkpoint, weights, floats, module_names(family, config.num_hidden_layers))
-    is_shared = _shares_table(checkpoint, weights, floats, family)
-    for module, weight in weights.items():
-        _require_blocks(module, weight)
-    return _Source(config, family, weights, floats, file_metadata(checkpoint, context_length), is_shared)
+    return config, family
 
 
 def _require_tensors(
-    checkpoint: Path, weights: dict[str, FrozenWeight], floats: dict[str, Tensor], names: dict[str, str]
+    checkpoint: Path, weights: Collection[str], floats: Collection[str], names: dict[str, str]
 ) -> None:
     """Refuse a checkpoint with a tensor that llama.cpp's graph has no place for.
 
@@ -147,42 +198,36 @@ def _require_tensors(
         raise ExportError(f"gguf: {unknown[0]} has no counterpart in llama.cpp's graph of this model. {ELSEWHERE}")
 
 
-def _shares_table(
-    checkpoint: Path, weights: dict[str, FrozenWeight], floats: dict[str, Tensor], family: Family
-) -> bool:
-    """Return whether the head has the embedding's table.
+def _require_tables(is_shared: bool, family: Family) -> None:
+    """Refuse two tables where llama.cpp's graph has one.
 
     Raises:
-        ExportError: llama.cpp's graph has one table, and the model two.
+        ExportError: embedding and head differ.
     """
-    is_shared = read_scheme(checkpoint).tied if weights else f"{HEAD}.weight" not in floats
     if family.shares_table and not is_shared:
         raise ExportError(
             f"gguf: llama.cpp's graph for {family.architecture} has one table for {EMBEDDING} and {HEAD}, and this "
             "model has two. Train with the same --embedding-bits and --head-bits, and with --rotate off. "
             f"{ELSEWHERE[:-1]} otherwise."
         )
-    return is_shared
 
 
-def _require_blocks(module: str, weight: FrozenWeight) -> None:
+def _require_blocks(module: str, bits: int, width: int, group_size: int) -> None:
     """Refuse a matrix that blocks cannot hold exactly.
 
     Raises:
         ExportError: names the matrix, and what to do.
     """
-    width, groups = weight.codes.shape[1], weight.scales.shape[1]
-    if weight.bits not in BY_BITS:
+    if bits not in BY_BITS:
         raise ExportError(
-            f"gguf: {module} has {weight.bits}-bit codes, and Q4_0 and Q8_0, which GGUF holds exactly, have 4 and 8. "
+            f"gguf: {module} has {bits}-bit codes, and Q4_0 and Q8_0, which GGUF holds exactly, have 4 and 8. "
             f"{ELSEWHERE}"
         )
-    if width % gguf_blocks.WIDTH or width // groups % gguf_blocks.WIDTH:
+    if width % gguf_blocks.WIDTH or group_size % gguf_blocks.WIDTH:
         raise ExportError(
-            f"gguf: {module} has {width} input features in groups of {width // groups}, and a GGUF file has blocks of "
+            f"gguf: {module} has {width} input features in groups of {group_size}, and a GGUF file has blocks of "
             f"{gguf_blocks.WIDTH}. {ELSEWHERE}"
         )
-    gguf_blocks.require_float16(module, weight.scales.float().numpy())
 
 
 def _packed(

@@ -6,7 +6,7 @@ keeps the model's settings, names every end token of training, and ends a text a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,12 @@ OTHER_CODE = "auto_map"  # key with which transformers runs code of a folder
 
 def expected_config(checkpoint: Path) -> dict[str, Any]:
     """Return the content of config.json for a frozen checkpoint."""
+    return config_of(checkpoint, float_table_names(checkpoint))
+
+
+def config_of(checkpoint: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Return the content of config.json for a frozen checkpoint, of which the tables `names` are written in float."""
     document = readers.read_object(checkpoint / CONFIG, ExportError)
-    names = float_table_names(checkpoint)
     quantization = quantization_config(frozen.read_scheme(checkpoint), names)
     return {**document, "dtype": "float32", "tie_word_embeddings": False, frozen_config.QUANTIZER: quantization}
 

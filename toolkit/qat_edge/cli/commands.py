@@ -45,6 +45,7 @@ from qat_edge.options import (
     EvalOptions,
     ExportOptions,
     FinetuneOptions,
+    PlanOptions,
     PushOptions,
     QuantizeOptions,
     SensitivityOptions,
@@ -139,6 +140,36 @@ def main(ctx: click.Context, verbose: bool) -> None:
         raise click.ClickException("The current folder was deleted. Change to another one (`cd`).") from error
     quiet_libraries(verbose)
     ctx.with_resource(progress.report_to(ConsoleReporter()))
+
+
+@main.command(
+    short_help="Predict memory, sizes and speed.",
+    example="qat-edge plan HuggingFaceTB/SmolLM2-135M-Instruct --batch-size 4 --profile pi5 --bandwidth 17",
+)
+@click.argument("model", metavar="[MODEL|RUN]", required=False)
+@options_of(PlanOptions)
+@CONFIG
+@JSON
+def plan(model: str | None, config_path: Path | None, as_json: bool, **flags: Any) -> None:
+    """Predict parameters, bits, training memory, file sizes and the fit with devices, without loading weights.
+
+    MODEL is a Hub id, a folder or a .gguf file, of which configuration, tokenizer and tensor headers are read, or the
+    folder of a run. --config FILE has options of finetune and export, and may name the model.
+    """
+    options = load_options(PlanOptions, "plan", None, flags)
+    from qat_edge.verbs.plan import plan as verb
+    from qat_edge.verbs.plan import resolve
+
+    with remote_code.permit(options.trust_remote_code):
+        result = verb(resolve(model, options, without_empty(flags), config_path, config.flag_name))
+    if as_json:
+        _print_json(result)
+    from qat_edge.cli.plan_tables import plan_lines, plan_tables
+
+    for line in plan_lines(result):
+        progress.info(line)
+    for table in plan_tables(result):
+        console().print(table)
 
 
 @main.command(

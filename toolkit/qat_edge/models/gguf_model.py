@@ -138,25 +138,38 @@ def load(path: Path, metadata: GgufMetadata, dtype: torch.dtype) -> tuple[PreTra
     Raises:
         ModelError: A key of the metadata changes the function and cannot be applied.
     """
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    check_ranges(metadata, path)
-    gguf_keys.check_other_keys(metadata, path)
-    config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
-    stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.values.items()}
-    text_model.remove_unstated_ids(config, stated)
-    _apply_settings(config, metadata, path)
-    apply_rotary(config, metadata, path)
+    config = read_config(path, metadata)
 
     # Quantized tensors are dequantized while reading, so the model is a float one.
     model, info = AutoModelForCausalLM.from_pretrained(
-        **where, trust_remote_code=False, config=config, dtype=dtype,
+        **_where(path), trust_remote_code=False, config=config, dtype=dtype,
         quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
         ignore_mismatched_sizes=True,
     )  # fmt: skip
     report = LoadReport.from_transformers(info)
     check_rotary(model, metadata, path)
-    _add_end_tokens(model, metadata, path)
+    add_end_tokens(model, metadata, path)
     return model, LoadReport(report.missing, [*report.unexpected, *_dropped(model, metadata)], report.mismatched)
+
+
+def read_config(path: Path, metadata: GgufMetadata) -> PretrainedConfig:
+    """Return the configuration of the model of a GGUF file, with every setting of the metadata applied.
+
+    Raises:
+        ModelError: A key of the metadata changes the function and cannot be applied.
+    """
+    check_ranges(metadata, path)
+    gguf_keys.check_other_keys(metadata, path)
+    config = AutoConfig.from_pretrained(**_where(path), trust_remote_code=False)
+    stated = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.values.items()}
+    text_model.remove_unstated_ids(config, stated)
+    _apply_settings(config, metadata, path)
+    apply_rotary(config, metadata, path)
+    return config
+
+
+def _where(path: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
 
 
 # --- settings of the function -------------------------------------------------------------------------------
@@ -258,7 +271,7 @@ def _check_pattern(config: PretrainedConfig, value: Any, path: Path) -> None:
         )
 
 
-def _add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata, path: Path) -> None:
+def add_end_tokens(model: PreTrainedModel, metadata: GgufMetadata, path: Path) -> None:
     """Add the tokens that end a turn or a message, which llama.cpp stops at, to the model's end tokens."""
     ends = gguf_keys.end_tokens(metadata, path)
     rows = model.get_input_embeddings().weight.shape[0]

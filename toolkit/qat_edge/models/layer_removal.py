@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qat_edge.errors import ModelError
 from qat_edge.models.decoder import decoder_layers
@@ -33,16 +33,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
             "record of the run was changed. Restore it, or train again."
         )
 
-    # Per-layer settings follow their layer.
-    config = model.config.get_text_config(decoder=True)
-    for name, value in list(vars(config).items()):
-        if "layer" not in name or not isinstance(value, list | tuple):
-            continue
-        if name in INDEX_LISTS:
-            setattr(config, name, [kept.index(i) for i in value if i in kept])
-        elif len(value) == len(layers):
-            setattr(config, name, type(value)(value[i] for i in kept))
-    config.num_hidden_layers = len(kept)
+    keep_settings(model.config, kept)
 
     # A layer finds its keys and values in the cache by this index, which has to be consecutive again.
     for position, i in enumerate(kept):
@@ -52,6 +43,19 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
 
     model.base_model.layers = nn.ModuleList(layers[i] for i in kept)
     _check_rebuilt(model)
+
+
+def keep_settings(config: PretrainedConfig, kept: Sequence[int]) -> None:
+    """Remove the settings of all other layers from a configuration, in place."""
+    config = config.get_text_config(decoder=True)
+    for name, value in list(vars(config).items()):
+        if "layer" not in name or not isinstance(value, list | tuple):
+            continue
+        if name in INDEX_LISTS:
+            setattr(config, name, [kept.index(i) for i in value if i in kept])
+        elif len(value) == config.num_hidden_layers:
+            setattr(config, name, type(value)(value[i] for i in kept))
+    config.num_hidden_layers = len(kept)
 
 
 def _check_rebuilt(model: PreTrainedModel) -> None:

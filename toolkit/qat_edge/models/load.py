@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from qat_edge import progress, remote_code
 from qat_edge.errors import ModelError
@@ -33,8 +32,7 @@ from qat_edge.models import (
     gguf_metadata,
     gguf_model,
     gguf_tokenizer,
-    hub,
-    sentence_modules,
+    source_check,
     tasks,
     text_model,
     tokenizer_check,
@@ -46,17 +44,13 @@ from qat_edge.models.load_config import (
     DOWNLOAD_ERRORS,
     TORCHAO,
     WRONG_VALUES,
-    check_read_keys,
-    check_sizes,
-    check_task,
     load_config,
     quantization_method,
     snapshot_of,
 )
-from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
+from qat_edge.models.tasks import CAUSAL_LM, ModelTask
 from qat_edge.models.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, tokenizer_files
 from qat_edge.models.weights_check import LoadReport
-from qat_edge.path_names import is_path
 from qat_edge.readers import counted
 from qat_edge_exporters.targets import DEFAULT_FORMATS, target_named
 
@@ -121,9 +115,7 @@ def load_model(
         return _load_gguf(path, dtype)
     if path.is_dir():
         return _load_folder(path, trust_remote_code, dtype, task)
-    # Strings that look like paths are local too: the Hub's message would hide the typing error.
-    if path.suffix.lower() == ".gguf" or is_path(source):
-        raise ModelError(f"{source}: no such file or folder. Give a Hub id, a model folder or a .gguf file.")
+    source_check.refuse_missing(source)
     return _load_hub(source, trust_remote_code, dtype, task, revision)
 
 
@@ -161,26 +153,11 @@ def export_gaps(config: PretrainedConfig, formats: Sequence[str] = DEFAULT_FORMA
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     """Load a model for text generation from a GGUF file, dequantized."""
-    weights_check.refuse_pointers([path])
-    # The reader of transformers fails in many ways on another format.
-    with path.open("rb") as file:
-        magic = file.read(len(GGUF_MAGIC))
-    if magic != GGUF_MAGIC:
-        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}). Give a folder or a .gguf file.")
-
     # Settings and tensors that transformers would leave out are applied here, or refused by name.
-    try:
+    with reading_gguf(path):
         metadata = gguf_metadata.read_metadata(path)
-        with gguf_model.parsed_once():
-            model, report = gguf_model.load(path, metadata, dtype)
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
-            )
-    except PARSE_ERRORS as error:
-        raise ModelError(
-            f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
-            f"({one_line(error)}). Download it again, or use the model's safetensors folder."
-        ) from error
+        model, report = gguf_model.load(path, metadata, dtype)
+        tokenizer = gguf_tokenizer_of(path)
 
     weights_check.check_loaded(model, report, str(path), CAUSAL_LM)
     weights_check.check_finite(model, str(path))
@@ -191,50 +168,56 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     return LoadedModel(_without_quantizer(model), tokenizer, identity)
 
 
+@contextmanager
+def reading_gguf(path: Path) -> Iterator[None]:
+    """Parse a GGUF file once inside the block, and report a file that cannot be read.
+
+    Raises:
+        ModelError: It is no GGUF file, damaged, or of an unknown architecture.
+    """
+    weights_check.refuse_pointers([path])
+    # The reader of transformers fails in many ways on another format.
+    with path.open("rb") as file:
+        magic = file.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise ModelError(f"{path}: not a GGUF file (it starts with {magic!r}). Give a folder or a .gguf file.")
+    try:
+        with gguf_model.parsed_once():
+            yield
+    except PARSE_ERRORS as error:
+        raise ModelError(
+            f"{path}: cannot be loaded: damaged, or of an architecture that transformers cannot read from GGUF "
+            f"({one_line(error)}). Download it again, or use the model's safetensors folder."
+        ) from error
+
+
+def gguf_tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a GGUF file."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
+
+
 def _load_folder(path: Path, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask) -> LoadedModel:
     """Load a model from a folder with config.json and safetensors."""
-    # Check the files first: the messages of transformers for a missing one do not say what to do.
-    weights_check.refuse_adapters((p.name for p in path.iterdir()), str(path))
-    if not os.path.lexists(path / "config.json"):
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        hint = " Give the .gguf file itself." if any(path.glob("*.gguf")) else ""
-        raise ModelError(f"{path}: not a model folder, it has no config.json (found: {found}).{hint}")
-    # Refuse what the configuration rules out before gigabytes of weights are read.
-    config = load_config(str(path), trust_remote_code, f"{path}: config.json cannot be used")
-    chosen = check_task(config, str(path), trust_remote_code, task)
-    by_torchao = quantization_method(config) == TORCHAO
-    weights = torchao_checkpoint.weight_files(path) if by_torchao else sorted(path.glob("*.safetensors"))
-    if not weights:
-        pickles = ", ".join(p.name for p in sorted([*path.glob("*.bin"), *path.glob("*.pth")]))
-        raise ModelError(
-            f"{path}: no *.safetensors here (found: {pickles or 'no weights'}). Pickled weights can run code when they "
-            "are read and are not loaded; save the model with save_pretrained(..., safe_serialization=True)."
-        )
-
-    for file in weights:
-        if not file.is_file():
-            raise ModelError(f"{file}: a link to nowhere, or no file. Copy the model again.")
-    weights_check.refuse_pointers([*weights, *(path / name for name in TOKENIZER_FILES)])
-    check_read_keys(chosen, path, str(path), chosen is not config)
-    check_sizes(chosen, path, sum(file.stat().st_size for file in weights))
-    if isinstance(task, SentenceEncoder):
-        sentence_modules.check_modules(str(path))
-
+    checked = source_check.check_folder(path, trust_remote_code, task)
+    chosen, weights, by_torchao = checked.config, checked.weights, checked.by_torchao
     try:
         if by_torchao:
             files = [file for file in weights if file.suffix == ".safetensors"]
             model, report = torchao_checkpoint.load_floats(path, chosen, dtype, str(path))
         else:
             files = weights_check.check_files(path)
-            model, report = _read_weights(
-                str(path), chosen, trust_remote_code, dtype, task, chosen is not config, local_files_only=True
+            model, report = read_weights(
+                str(path), chosen, trust_remote_code, dtype, task, checked.is_part, local_files_only=True
             )
     except PARSE_ERRORS as error:
         raise ModelError(
             f"{path}: the weights cannot be loaded ({one_line(error)}). Save the model again, or correct config.json."
         ) from error
-    tokenizer = _load_tokenizer(str(path), path, task, trust_remote_code, local_files_only=True)
-    _check_model(model, report, files, tokenizer, str(path), task, chosen is not config)
+    tokenizer = load_source_tokenizer(str(path), path, task, trust_remote_code, local_files_only=True)
+    _check_model(model, report, files, tokenizer, str(path), task, checked.is_part)
     task.prepare(model)
 
     hashes = {p.name: sha256(p) for p in weights}
@@ -246,40 +229,27 @@ def _load_hub(
     source: str, trust_remote_code: bool, dtype: torch.dtype, task: ModelTask, revision: str | None
 ) -> LoadedModel:
     """Load a model from the Hub, or from the cache of earlier downloads."""
-    # Downloads of earlier runs are in the cache, so an unreachable Hub is no error yet.
-    offline = hub.unreachable_reason()
-    outcome = f"cannot be reached ({offline})" if offline else "does not provide it"
-    failure = f"{source}: no such local folder, and the Hub {outcome}"
-
-    # Everything is read at the commit of the configuration: the branch may move in between.
-    snapshot = snapshot_of(source, failure, revision)
+    snapshot, chosen, is_part = source_check.check_hub(source, trust_remote_code, task, revision)
     revision = snapshot.name
-    config = load_config(source, trust_remote_code, failure, revision)
-    chosen = check_task(config, source, trust_remote_code, task)
-    check_read_keys(chosen, snapshot, source, chosen is not config)
-    adapter = find_adapter_config_file(source, revision=revision)
-    weights_check.refuse_adapters([Path(adapter).name] if adapter else [], source)
-    if isinstance(task, SentenceEncoder):
-        sentence_modules.check_modules(source, revision)
 
-    by_torchao = quantization_method(config) == TORCHAO
+    by_torchao = quantization_method(chosen) == TORCHAO
     try:
         if by_torchao:
             snapshot_download(source, revision=revision, allow_patterns=torchao_checkpoint.PATTERNS)
             model, report = torchao_checkpoint.load_floats(snapshot, chosen, dtype, source)
         else:
-            model, report = _read_weights(
-                source, chosen, trust_remote_code, dtype, task, chosen is not config, revision=revision
-            )
+            model, report = read_weights(source, chosen, trust_remote_code, dtype, task, is_part, revision=revision)
     except (*DOWNLOAD_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"{source}: its weights are not available as safetensors ({one_line(error)}). Pickled weights are not "
             "loaded; download the model to a folder, or use another one."
         ) from error
-    tokenizer = _load_tokenizer(source, snapshot, task, trust_remote_code, local_files_only=False, revision=revision)
+    tokenizer = load_source_tokenizer(
+        source, snapshot, task, trust_remote_code, local_files_only=False, revision=revision
+    )
     files = [] if by_torchao else weights_check.check_files(snapshot)
     config_check.read_config(snapshot, source)  # again, because the other files are here only now
-    _check_model(model, report, files, tokenizer, source, task, chosen is not config)
+    _check_model(model, report, files, tokenizer, source, task, is_part)
     task.prepare(model)
 
     return LoadedModel(_without_quantizer(model), tokenizer, ModelIdentity("hub", source, revision=revision))
@@ -294,7 +264,7 @@ def _settings(folder: Path) -> dict[str, str]:
 # --- steps they share --------------------------------------------------------------------------------------
 
 
-def _read_weights(
+def read_weights(
     source: str,
     config: PretrainedConfig,
     trust_remote_code: bool,
@@ -347,6 +317,18 @@ def _check_model(
     Raises:
         ModelError: Something does not match.
     """
+    check_names(model, report, source, task, is_part)
+    weights_check.check_buffers(model, files, source)
+    weights_check.check_finite(model, source)
+    weights_check.check_vocabulary(model, tokenizer, source)
+
+
+def check_names(model: PreTrainedModel, report: LoadReport, source: str, task: ModelTask, is_part: bool) -> None:
+    """Refuse a model whose tensors do not match those of its files by name and shape; arguments as in `_check_model`.
+
+    Raises:
+        ModelError: A tensor does not match.
+    """
     if is_part:
         # The other models of a multimodal one are not needed for text.
         others, own = text_model.left_out(report.unexpected, model)
@@ -356,11 +338,7 @@ def _check_model(
             f"{', '.join(parts) or 'nothing'} ({counted(len(others), 'tensor')})"
         )
         report = LoadReport(report.missing, own, report.mismatched)
-
     weights_check.check_loaded(model, report, source, task)
-    weights_check.check_buffers(model, files, source)
-    weights_check.check_finite(model, source)
-    weights_check.check_vocabulary(model, tokenizer, source)
 
 
 @contextmanager
@@ -372,7 +350,7 @@ def _reproducible_head(task: ModelTask) -> Iterator[None]:
         yield
 
 
-def _load_tokenizer(
+def load_source_tokenizer(
     source: str,
     folder: Path,
     task: ModelTask,

@@ -68,7 +68,7 @@ def narrow(model: nn.Module, scheme: Scheme) -> Narrowed:
     expected = _outputs(model)
     before = _size_bytes(model, scheme)
     with torch.no_grad():
-        for weight in _frozen_weights(model, scheme):
+        for weight in frozen_weights(model, scheme):
             exact = (w for w in map(weight.to, NARROW_DTYPES) if torch.equal(w.to(weight.dtype), weight))
             weight.data = next(exact, weight.data)
 
@@ -78,19 +78,19 @@ def narrow(model: nn.Module, scheme: Scheme) -> Narrowed:
             f"Base: {type(fake.base_of(model)).__name__} computes something else with weights in 16 bits, so they stay "
             "in float32"
         )
-    weights = list(_frozen_weights(model, scheme))
+    weights = list(frozen_weights(model, scheme))
     narrow_weights = sum(map(fake.is_narrow, weights))
     return Narrowed(narrow_weights, len(weights), before, _size_bytes(model, scheme))
 
 
 def widen(model: nn.Module, scheme: Scheme) -> None:
     """Store the weights that `narrow` stored in 16 bits in float32 again, in place."""
-    for weight in _frozen_weights(model, scheme):
+    for weight in frozen_weights(model, scheme):
         if fake.is_narrow(weight):
             weight.data = weight.data.float()
 
 
-def _frozen_weights(model: nn.Module, scheme: Scheme) -> Iterator[nn.Parameter]:
+def frozen_weights(model: nn.Module, scheme: Scheme) -> Iterator[nn.Parameter]:
     """Yield the weights that may be stored in 16 bits, a shared table once.
 
     Modules with a forward of their own, such as Gemma's embedding, may compute in the dtype of their weight.
@@ -124,4 +124,4 @@ def _outputs(model: nn.Module) -> Tensor:
 
 
 def _size_bytes(model: nn.Module, scheme: Scheme) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in _frozen_weights(model, scheme))
+    return sum(weight.numel() * weight.element_size() for weight in frozen_weights(model, scheme))

@@ -44,7 +44,7 @@ from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 INPUT_ROUNDING = "int8_asym_per_token"  # torchao's name for numerics.fake_quantize_activation
 
@@ -92,11 +92,15 @@ def freeze(model: PreTrainedModel, scheme: Scheme, scales_of: Mapping[str, Tenso
         module.weight = nn.Parameter(as_torchao(codes, scales, spec), requires_grad=False)
 
     # Make `save_pretrained` write, and `from_pretrained` expect, quantized weights.
-    model.config.tie_word_embeddings = False
-    config = _torchao_config(scheme)
-    model.config.quantization_config = config
-    model.hf_quantizer = TorchAoHfQuantizer(config, pre_quantized=False)
+    describe_codes(model.config, scheme)
+    model.hf_quantizer = TorchAoHfQuantizer(model.config.quantization_config, pre_quantized=False)
     return replace(scheme, tied=_are_ends_equal(model, scheme))
+
+
+def describe_codes(config: PretrainedConfig, scheme: Scheme) -> None:
+    """Put the description of a scheme's codes into a model's configuration, in place."""
+    config.tie_word_embeddings = False
+    config.quantization_config = _torchao_config(scheme)
 
 
 def _are_ends_equal(model: PreTrainedModel, scheme: Scheme) -> bool:

@@ -124,15 +124,18 @@ class CachedTeacher:
         """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
         student = (logits.float() / self.temperature).log_softmax(-1)
 
-        # Batches come in random order and padded, so a row is found by its token ids without the padding.
-        lengths = batch["attention_mask"].sum(1).tolist()
-        rows = [self.index[_digest(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-        positions = torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
-
         # Both sides at the k tokens that the teacher finds most likely.
+        positions = self._positions(batch)
         log_p = self.log_probs[positions].float().to(student.device)
         log_q = student.gather(1, self.choices[positions].long().to(student.device))
         return (log_p.exp() * (log_p - log_q)).sum() + _remaining_divergence(log_p, log_q)
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Return the positions of a batch's tokens with loss in the file, row after row."""
+        # Batches come in random order and padded, so a row is found by its token ids without the padding.
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = [self.index[_digest(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        return torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
 
 
 def write_cache(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import rotation
+from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import prune
 
@@ -42,11 +43,27 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
     names = weights.linears if list(targets) == [ALL_LINEAR] else [n for n in weights.weights if is_named(n, targets)]
     if options.has_fixed_codes and not any(weights.weights[name].has_groups for name in names):
         raise UsageError(NOTHING_TO_TRAIN)
-    if options.rotate == "on":
-        try:
-            rotation.find_rotatable(model, weights)
-        except ModelError as error:
-            raise UsageError(f"--rotate on: {error} Use --rotate auto.") from error
+
+
+def require_rotatable(model: PreTrainedModel, weights: Scheme) -> None:
+    """Refuse --rotate on for a model that allows no rotation.
+
+    Raises:
+        UsageError: It allows none.
+    """
+    try:
+        rotation.find_rotatable(model, weights)
+    except ModelError as error:
+        raise UsageError(f"--rotate on: {error} Use --rotate auto.") from error
+
+
+def requests_rotation(options: FinetuneOptions) -> bool:
+    """Return whether the PTQ initialization is to rotate what the model allows.
+
+    It rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
+    """
+    useful = options.method == "lora" and options.ptq_init in COMPENSATED
+    return options.rotate == "on" or (options.rotate == "auto" and useful)
 
 
 def is_named(name: str, targets: Sequence[str]) -> bool:

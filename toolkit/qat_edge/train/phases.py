@@ -155,6 +155,9 @@ class PhaseTransition:
     @contextmanager
     def _wide_base(self) -> Iterator[None]:
         """Store base weights in float32 while a rotation or a PTQ method changes them."""
+        if self.given_start is None and self.options.ptq_init not in CALIBRATED:
+            yield  # nothing changes them
+            return
         base_storage.widen(self.model, self.scheme)
         yield
         if self.options.narrows_base:

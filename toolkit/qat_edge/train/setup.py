@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -30,7 +30,7 @@ from qat_edge.options import BF16_BASE, FinetuneOptions
 from qat_edge.quant import base_storage, bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
 from qat_edge.quant.codebook import FEWEST, SEQ
-from qat_edge.quant.ptq.method_names import COMPENSATED, STORED
+from qat_edge.quant.ptq.method_names import STORED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
@@ -117,6 +117,8 @@ def prepare_training(
     if context_length is not None and not task.is_encoder:
         require_positions(context_length, max_positions(model.config))
     model_options.check(model, options, choose_scheme)
+    if options.rotate == "on":
+        model_options.require_rotatable(model, choose_scheme())
 
     if options.eval_data:
         # The first row alone: a file that is missing or has other rows is reported before all training rows are read.
@@ -191,7 +193,7 @@ def make_trainable(
     """Insert fake quantization, switched off, and what is trained: adapters, or all weights.
 
     Args:
-        model: The base model.
+        model: The base model, changed in place.
         weights: Bits and group size of each weight.
         task: The task the model is trained for.
         options: Of finetune.
@@ -349,17 +351,29 @@ def load_base(options: FinetuneOptions, task: ModelTask) -> load.LoadedModel:
     if isinstance(task, SentenceEncoder):
         for difference in sentence_modules.differences(options.model, options.max_length, loaded.identity.revision):
             progress.warn(difference)
-    gaps = load.export_gaps(loaded.model.config)
-    if len(gaps) == len(DEFAULT_FORMATS) and len(load.export_gaps(loaded.model.config, FORMATS)) == len(FORMATS):
+    for target, reason in require_exportable(options, loaded.model.config).items():
+        progress.warn(f"This model cannot be exported to {target}: {reason}")
+    return loaded
+
+
+def require_exportable(options: FinetuneOptions, config: PretrainedConfig) -> dict[str, str]:
+    """Require a target that can express the model with the bits of the options.
+
+    Returns:
+        Those of the default targets that cannot, with the reason.
+
+    Raises:
+        ModelError: There is none.
+    """
+    gaps = load.export_gaps(config)
+    if len(gaps) == len(DEFAULT_FORMATS) and len(load.export_gaps(config, FORMATS)) == len(FORMATS):
         reasons = " ".join(f"To {target}: {reason}" for target, reason in gaps.items())
         raise ModelError(
             f"{options.model}: a model that no target can express, so it is not trained. {reasons} Use a model of an "
             "architecture that docs/reference/architectures.md lists as exported."
         )
     require_width(options, gaps)
-    for target, reason in gaps.items():
-        progress.warn(f"This model cannot be exported to {target}: {reason}")
-    return loaded
+    return gaps
 
 
 def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
@@ -441,9 +455,7 @@ def choose_rotation(
     """
     if frozen_base is not None:
         return frozen_base.rotation_seed
-    # The initialization rotates the weights under the adapters; `auto` for methods that compensate rounding alone.
-    useful = options.method == "lora" and options.ptq_init in COMPENSATED
-    if options.rotate == "off" or (options.rotate == "auto" and not useful):
+    if not model_options.requests_rotation(options):
         return None
 
     try:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback
 
 from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
@@ -32,6 +32,7 @@ from qat_edge.readers import read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors
 from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
+from qat_edge.train.arguments import training_arguments
 from qat_edge.train.option_checks import check_combination
 from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.qat_guard import QatGuard
@@ -318,9 +319,13 @@ def _phase_transition(
 
 def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: FinetuneOptions, run: Run) -> QatTrainer:
     """Return the Trainer with the rows, the loss and the options."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "logs")
+    arguments = training_arguments(
+        options, run.checkpoints, job.device, job.precision, job.task, evaluates=job.eval_rows is not None
+    )
     trainer = QatTrainer(
         model=adapted,
-        args=_arguments(options, run, job),
+        args=arguments,
         data_collator=training_examples.make_collator(job.task, job.tokenizer),
         train_dataset=job.rows.rows,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
@@ -328,35 +333,3 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
     trainer.remove_callback(PrinterCallback)
     trainer.set_objective(objectives.objective_for_task(job.task))
     return trainer
-
-
-def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> TrainingArguments:
-    """Translate the options into those of the Hugging Face Trainer."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "logs")
-    return TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=job.precision == "bf16",
-        use_cpu=job.device == "cpu",
-        seed=options.seed,
-        # TwoPhases requests the evaluation at the end of each phase; "steps" makes the Trainer able to evaluate.
-        eval_strategy="no" if job.eval_rows is None else "steps",
-        eval_steps=options.eval_every or options.steps + 1,
-        prediction_loss_only=True,
-        label_names=["labels"] if job.task.is_encoder else None,
-        save_strategy="steps",
-        save_steps=options.save_every,
-        save_total_limit=None,  # `checkpoints.save` removes older ones
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log the mean of earlier losses in place of one that is not finite
-        include_num_input_tokens_seen="all",
-        report_to=list(options.track),
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-    )
