@@ -96,6 +96,7 @@ def finetune(
     eval_data: str | Path | None = None,
     max_length: int = 512,
     trust_remote_code: bool = False,
+    packing: bool = False,
     method: str = "lora",
     steps: int = 200,
     batch_size: int = 8,
@@ -152,9 +153,11 @@ def finetune(
         max_length: Longest row; longer rows are truncated, counted and reported.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
+        packing: Put several rows into one sequence of --max-length, without attention from one row to another; a
+            batch then has so many sequences.
         method: Train LoRA adapters, or all weights. One of lora, full.
         steps: Optimizer steps of both phases together; 0 quantizes the model as it is.
-        batch_size: Rows per device and batch.
+        batch_size: Rows per device and batch; sequences with --packing.
         gradient_accumulation: Batches per optimizer step.
         learning_rate: Peak learning rate of AdamW; with --method full, try about a twentieth of the default.
         lr_schedule: Learning rate after warm-up. One of cosine, constant, linear.
@@ -228,6 +231,7 @@ def finetune(
             "eval_data": eval_data,
             "max_length": max_length,
             "trust_remote_code": trust_remote_code,
+            "packing": packing,
             "method": method,
             "steps": steps,
             "batch_size": batch_size,

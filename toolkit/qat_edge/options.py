@@ -115,12 +115,19 @@ class FinetuneOptions:
     )
     trust_remote_code: bool = option(remote_code.HELP, False, group=DATA)
 
+    packing: bool = option(
+        "Put several rows into one sequence of --max-length, without attention from one row to another; a batch then "
+        "has so many sequences.",
+        False, group=TRAINING,
+    )  # fmt: skip
     method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
     steps: int = option(
         "Optimizer steps of both phases together; 0 quantizes the model as it is.",
         200, bounds=(0, MOST_STEPS), group=TRAINING,
     )  # fmt: skip
-    batch_size: int = option("Rows per device and batch.", 8, bounds=(1, MOST_BATCH), group=TRAINING)
+    batch_size: int = option(
+        "Rows per device and batch; sequences with --packing.", 8, bounds=(1, MOST_BATCH), group=TRAINING
+    )
     gradient_accumulation: int = option("Batches per optimizer step.", 1, bounds=(1, MOST_BATCH), group=TRAINING)
     learning_rate: float = option(
         "Peak learning rate of AdamW; with --method full, try about a twentieth of the default.",

@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from qat_edge import environment, progress, readers
 from qat_edge.data import changed_rows, training_examples
 from qat_edge.data.formats import RowStream
+from qat_edge.data.packed_rows import PackedRows
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.models import load, sentence_modules, weights_check
@@ -56,6 +57,7 @@ class TrainingJob:
         tokenizer: The model's tokenizer.
         scheme: Bits and group size of each weight.
         rows: Training rows.
+        packed: The sequences that --packing makes of them; None without.
         eval_rows: Rows of --eval-data; None without.
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
@@ -71,6 +73,7 @@ class TrainingJob:
     tokenizer: PreTrainedTokenizerBase
     scheme: Scheme
     rows: TokenizedRows
+    packed: PackedRows | None
     eval_rows: TokenizedRows | None
     device: str
     precision: str
@@ -131,6 +134,7 @@ def prepare_training(
     if eval_rows is not None:
         _report_shared_rows(rows, eval_rows)
 
+    packed = _pack_rows(rows, options, model) if options.packing else None
     _report_new_end_tokens(rows, model, tokenizer)
     _report_early_ends(rows, model, tokenizer, identity)
 
@@ -158,8 +162,9 @@ def prepare_training(
     metadata["frozen_base"] = frozen_base and {"source": options.frozen_base, "sha256": frozen_base.sha256}
     rotation_seed = None if task.is_encoder else _rotation_seed(model, weights, options, frozen_base)
     return TrainingJob(
-        task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, start, metadata
-    )
+        task, model, tokenizer, weights, rows, packed, eval_rows, device, precision, rotation_seed, frozen_base, start,
+        metadata,
+    )  # fmt: skip
 
 
 def _untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
@@ -311,6 +316,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         "--rotate on": options.rotate == "on",
         "--weight-bits 2": options.weight_bits == FEWEST,
         "--frozen-base": options.frozen_base is not None,
+        "--packing": options.packing,
     }
     for flag, given in refused.items():
         if given:
@@ -377,13 +383,21 @@ def _read_rows(
     """Read and tokenize the rows of a file or data set, and report their counts."""
     # An encoder's rows are cut to its positions below.
     length = options.max_length if task.is_encoder else row_length(options, model.config)
-    rows = training_examples.tokenize_for_task(task, stream, model, tokenizer, length)
+    # A packed sequence keeps rows apart, so texts are not joined either.
+    rows = training_examples.tokenize_for_task(task, stream, model, tokenizer, length, join_texts=not options.packing)
     if not task.is_encoder:
         weights_check.check_ids(model, tokenizer, rows.rows, stream.source)
     progress.info(f"{stream.split}: {rows.summary()}")
     for note in rows.notes:
         progress.info(f"{stream.split}: {note}.")
     return rows
+
+
+def _pack_rows(rows: TokenizedRows, options: FinetuneOptions, model: PreTrainedModel) -> PackedRows:
+    """Pack the training rows into sequences, and report the padding that it saves."""
+    packed = PackedRows(rows.rows, row_length(options, model.config))
+    progress.info(f"train: {packed.describe(options.batch_size)}")
+    return packed
 
 
 def _report_shared_rows(rows: TokenizedRows, eval_rows: TokenizedRows) -> None:

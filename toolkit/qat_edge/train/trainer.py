@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qat_edge import progress, run_lock
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.token_table import IGNORED
 from qat_edge.options import FinetuneOptions
 from qat_edge.peak_memory import own_peak_bytes
 from qat_edge.progress import Bar

@@ -31,7 +31,7 @@ from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
-from qat_edge.readers import read_json
+from qat_edge.readers import counted, read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors, write_text
 from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
@@ -221,9 +221,10 @@ def _run_steps(
     if guard is not None:
         trainer.add_callback(guard)
     seen, rows = options.steps * options.batch_size * options.gradient_accumulation, len(trainer.train_dataset)
+    unit = "sequence" if options.packing else "row"
     progress.info(
         f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT: "
-        f"{seen / rows:.2g} passes over {rows} rows"
+        f"{seen / rows:.2g} passes over {counted(rows, unit)}"
     )
     with progress.bar("training", options.steps) as shown:
         trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
@@ -353,7 +354,7 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
         model=adapted,
         args=_arguments(options, run, job),
         data_collator=training_examples.make_collator(job.task, job.tokenizer),
-        train_dataset=job.rows.rows,
+        train_dataset=job.rows.rows if job.packed is None else job.packed,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
     trainer.remove_callback(PrinterCallback)
@@ -390,4 +391,5 @@ def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> Training
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        use_cache=False,  # with a cache, attention would look across the borders of packed rows
     )
