@@ -94,6 +94,7 @@ def finetune(
     out: str | Path,
     *,
     eval_data: str | Path | None = None,
+    streaming: bool = False,
     max_length: int = 512,
     trust_remote_code: bool = False,
     packing: bool = False,
@@ -150,6 +151,8 @@ def finetune(
         data: Training rows: a .jsonl file, or anything datasets.load_dataset reads.
         out: run folder to write.
         eval_data: Held-out rows for validate and the loss curve; NAME:PART picks a split.
+        streaming: Read training rows as they are needed, in shuffled blocks of 10,000, instead of all of them
+            before the first step.
         max_length: Longest row; longer rows are truncated, counted and reported.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
@@ -229,6 +232,7 @@ def finetune(
             "model": model,
             "data": data,
             "eval_data": eval_data,
+            "streaming": streaming,
             "max_length": max_length,
             "trust_remote_code": trust_remote_code,
             "packing": packing,

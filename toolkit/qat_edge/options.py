@@ -110,6 +110,11 @@ class FinetuneOptions:
     eval_data: str | None = option(
         "Held-out rows for validate and the loss curve; NAME:PART picks a split.", None, group=DATA
     )
+    streaming: bool = option(
+        "Read training rows as they are needed, in shuffled blocks of 10,000, instead of all of them before the first "
+        "step.",
+        False, group=DATA,
+    )  # fmt: skip
     max_length: int = option(
         "Longest row; longer rows are truncated, counted and reported.", 512, bounds=(8, MOST_TOKENS), group=DATA
     )

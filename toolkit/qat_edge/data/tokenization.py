@@ -78,6 +78,7 @@ def tokenize(
     max_length: int,
     ends: Iterable[int] = (),
     join_texts: bool = True,
+    may_be_empty: bool = False,
 ) -> TokenizedRows:
     """Tokenize rows into training examples of at most `max_length` tokens.
 
@@ -87,6 +88,7 @@ def tokenize(
         max_length: Maximum number of tokens of an example.
         ends: Ids of the model's end tokens, which are looked for inside of answers.
         join_texts: Consecutive texts are one stream that is cut into examples; otherwise each begins an example.
+        may_be_empty: Return no example where none is left.
 
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
@@ -96,9 +98,9 @@ def tokenize(
     facts, counts, chat_format = _RowFacts(tokenizer), _Counts(ends=frozenset(ends)), ChatFormat(tokenizer)
     examples = _examples(facts.watch(rows), chat_format, max_length, join_texts)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
-    if not done and facts.empty_texts == facts.rows:
+    if not done and not may_be_empty and facts.empty_texts == facts.rows:
         raise DataError(f"{ALL_EMPTY} ({counted(facts.rows, 'row')}). Fill it in.")
-    if not done:
+    if not done and not may_be_empty:
         raise DataError(
             f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
             "the model has no more positions (max_position_embeddings), shorten the rows or use another model."

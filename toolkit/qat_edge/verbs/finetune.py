@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
-from qat_edge.errors import ModelError, RunError
+from qat_edge.errors import DataError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
@@ -40,7 +40,8 @@ from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
-from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases, curve, peak_memory_bytes
+from qat_edge.train.trainer import QatTrainer, StopInOrder, TwoPhases
+from qat_edge.train.training_progress import ShowProgress, curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
 
@@ -154,6 +155,7 @@ def _train(
     trainer.configure_optimizer(options, start)
     if checkpoint is not None:
         resumable.require_resumable(checkpoint, trainer, options.steps)
+        trainer.resume_stream(checkpoint)
     transition = _phase_transition(adapted, switch, job, options, run, trainer)
 
     with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):
@@ -220,17 +222,32 @@ def _run_steps(
     trainer.add_callback(StopInOrder(request))
     if guard is not None:
         trainer.add_callback(guard)
-    seen, rows = options.steps * options.batch_size * options.gradient_accumulation, len(trainer.train_dataset)
-    unit = "sequence" if options.packing else "row"
     progress.info(
         f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT: "
-        f"{seen / rows:.2g} passes over {counted(rows, unit)}"
+        f"{_amount(trainer, options)}"
     )
     with progress.bar("training", options.steps) as shown:
         trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DataError:
+            # A row of a stream cannot be used: training goes on from this very step once it is mended.
+            if trainer.state.global_step > (0 if checkpoint is None else checkpoints.step_of(checkpoint)):
+                trainer.save_checkpoint()
+            raise
+    if trainer.stream is not None:
+        progress.info(f"train: {trainer.stream.summary()}")
     if request.signum is not None and trainer.state.global_step < options.steps:
         raise stop_signals.Stopped(request.signum)
+
+
+def _amount(trainer: QatTrainer, options: FinetuneOptions) -> str:
+    """Return how much data the steps take, for a message."""
+    seen, unit = options.steps * trainer.step_sequences, "sequence" if options.packing else "row"
+    if trainer.stream is not None:
+        return f"{counted(seen, unit)} of a stream"
+    count = len(trainer.train_dataset)
+    return f"{seen / count:.2g} passes over {counted(count, unit)}"
 
 
 def _announce_stop(signum: int) -> None:
@@ -251,7 +268,8 @@ def _log(
         wall_s=wall_s,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    log = dataclasses.asdict(result) | {"device": describe_device(job.device), "truncated_rows": job.rows.truncated}
+    truncated = job.rows.truncated if trainer.stream is None else trainer.stream.position.counts.truncated
+    log = dataclasses.asdict(result) | {"device": describe_device(job.device), "truncated_rows": truncated}
     log["qat_guard"] = guard and guard.log(wall_s)
     write_text(run.path / TRAINING_LOG, json.dumps({**log, "curve": steps}, indent=1, default=str))
     return result
@@ -354,7 +372,7 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
         model=adapted,
         args=_arguments(options, run, job),
         data_collator=training_examples.make_collator(job.task, job.tokenizer),
-        train_dataset=job.rows.rows if job.packed is None else job.packed,
+        train_dataset=job.data,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
     trainer.remove_callback(PrinterCallback)
@@ -391,5 +409,6 @@ def _arguments(options: FinetuneOptions, run: Run, job: TrainingJob) -> Training
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        ignore_data_skip=options.streaming,  # a stream begins at its position
         use_cache=False,  # with a cache, attention would look across the borders of packed rows
     )
