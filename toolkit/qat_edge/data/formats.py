@@ -95,7 +95,10 @@ class RowStream:
     """
 
     def __init__(self, source: str, split: str = "train", report: bool = True, streamed: bool = False) -> None:
-        """Remember the source; see `load_rows` for the arguments. The first loop that ends reports unused keys."""
+        """Remember the source; see `load_rows` for the arguments. The first loop that ends reports unused keys.
+
+        Of a stream, that may be a loop that is left early.
+        """
         self.source, self.split, self.report, self.streamed = source, split, report, streamed
         self.sha256 = ""
 
@@ -108,18 +111,27 @@ class RowStream:
         found = False
         unused: Counter[str] = Counter()
         digest = hashlib.sha256()
-        for record, where in _records(self.source, self.split, self.streamed):
-            row = parse_row(record, where)
-            unused.update(unused_keys(record, row))
-            found = True
-            digest.update(identity(row))
-            yield row
+        try:
+            for record, where in _records(self.source, self.split, self.streamed):
+                row = parse_row(record, where)
+                unused.update(unused_keys(record, row))
+                found = True
+                digest.update(identity(row))
+                yield row
+        finally:
+            # A stream may never be read to its end.
+            if self.streamed:
+                self._report_unused(unused)
         if not found:
             raise DataError(f"{self.source}: contains no rows. Expected rows with {EXPECTED}.")
+        self._report_unused(unused)
+        self.sha256 = digest.hexdigest()
+
+    def _report_unused(self, unused: Counter[str]) -> None:
+        """Report keys that are not used, with their counts, the first time."""
         if self.report and unused:
             progress.info(f"{self.source}: not used: {_listed(unused)}")
         self.report = False
-        self.sha256 = digest.hexdigest()
 
 
 def identity(row: Row) -> bytes:
@@ -208,7 +220,7 @@ def _json_records(path: Path) -> Records:
 
 def _holds_lines(path: Path) -> bool:
     """Return whether the first line of a file is a JSON object and further ones follow: such a file is not JSON."""
-    with path.open(encoding="utf-8-sig") as file:
+    with _open_text(path) as file:
         # A list may be one line of gigabytes.
         if file.read(1) != "{":
             return False
@@ -358,7 +370,7 @@ def _dataset_records(name: str, split: str, named: bool, streamed: bool) -> Reco
             if is_folder:
                 parts = {str(part): files for part, files in (builder.config.data_files or {}).items()}
                 split = split if described else data_folders.part_by_name(Path(name), parts, split)
-                files = _own_files(parts, split)
+                files = _own_files(parts, split, streamed)
                 # The builder found the files, but its features may be of what they contained earlier.
                 cache = _cache_of(() if files else itertools.chain(*parts.values()))
                 builder = datasets.load_dataset_builder(name, cache_dir=cache)
@@ -396,12 +408,12 @@ def _load_saved(name: str, split: str, named: bool) -> Dataset:
     return data
 
 
-def _own_files(parts: Mapping[str, Sequence[str]], split: str) -> list[Path]:
+def _own_files(parts: Mapping[str, Sequence[str]], split: str, streamed: bool) -> list[Path]:
     """Return the files of a part of a folder, if all are of a format that `datasets` would convert: it makes numbers,
-    dates and null of texts that look like them, and a row of every line of a .txt file.
+    dates and null of texts that look like them, and a row of every line of a .txt file. It reads a .json list whole.
     """
     files = [Path(file) for file in parts.get(split, ())]
-    own = (".csv", ".tsv", ".jsonl", ".txt")
+    own = (".csv", ".tsv", ".jsonl", ".txt", *([".json"] if streamed else []))
     return files if all(path.suffix.lower() in own and path.is_file() for path in files) else []
 
 
