@@ -97,10 +97,10 @@ def test_rows_that_are_trained_on_stay_as_they_are(options: FinetuneOptions, tmp
 
 def test_the_report_has_what_was_read(options: FinetuneOptions, tmp_path: Path, messages: list[str]) -> None:
     run = Run(tmp_path / "run")
-    finetune(options, run.path)
+    finetune(replace(options, packing=True, max_length=48), run.path)
     shown = "\n".join(messages)
-    assert "train, the first 10 rows: 10 rows, " in shown and "of QAT: 56 rows of a stream" in shown
-    assert "train: 36 rows read, some of them 2 times" in shown
+    assert "train, the first 10 rows: 10 rows, " in shown and "of QAT: 56 sequences of a stream" in shown
+    assert "train: 10 rows packed into " in shown and "train: 36 rows read, some of them " in shown
     # Rows that all commands know are not known of a stream.
     assert "rows_sha256" not in read_manifest(run.reference)["data"]
 

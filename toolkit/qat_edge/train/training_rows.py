@@ -67,17 +67,16 @@ class RowReader:
             conversation: Entry of the manifests about conversations, which a stream keeps true.
         """
         capacity = row_length(self.options, self.model.config) if self.options.packing else None
-        if stream.streamed:
-            held_out = None if eval_rows is None else eval_rows.rows
-            known = [*rows.notes, self._early_ends(rows)]
-            return StreamedRows(
-                stream, self._tokenize_block, self.options.seed, capacity, held_out, conversation, known
-            )
-        if capacity is None:
-            return rows.rows
-        packed = PackedRows(rows.rows, capacity)
-        progress.info(f"train: {packed.describe(self.options.batch_size)}")
-        return packed
+        packed = None if capacity is None else PackedRows(rows.rows, capacity)
+        if packed is not None:
+            progress.info(f"{stream.split}: {packed.describe(self.options.batch_size)}")
+        if not stream.streamed:
+            return rows.rows if packed is None else packed
+
+        held_out = None if eval_rows is None else eval_rows.rows
+        known = [*rows.notes, self._early_ends(rows)]
+        seed = self.options.seed
+        return StreamedRows(stream, self._tokenize_block, seed, capacity, held_out, conversation, known)
 
     def report(self, rows: TokenizedRows, eval_rows: TokenizedRows | None) -> None:
         """Report evaluation rows that are trained on, new end tokens, and answers that end early."""
