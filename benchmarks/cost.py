@@ -24,7 +24,7 @@ from qat_edge.errors import QatEdgeError
 from qat_edge.logs import quiet_libraries
 from qat_edge.options import FinetuneOptions
 from qat_edge.storage import write_text
-from qat_edge.train.trainer import peak_memory_bytes
+from qat_edge.train.training_progress import peak_memory_bytes
 from qat_edge.verbs.finetune import finetune
 
 PHASE_ONE = 2  # steps of plain LoRA: distillation needs a trained adapter as its teacher

@@ -29,7 +29,7 @@ from qat_edge.data import tokenization
 from qat_edge.data.conversation import AnswerReader, ChatFormat, end_ids, template_faults, text_prompt
 from qat_edge.data.formats import Chat, Completion, Row, Text, load_rows
 from qat_edge.data.rows import Message
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.token_table import IGNORED
 from qat_edge.errors import DataError, ModelError
 from qat_edge.evaluate.metrics import outputs_match
 

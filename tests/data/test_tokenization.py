@@ -16,7 +16,8 @@ import torch
 from qat_edge.data import formats, tokenization
 from qat_edge.data.conversation import lead_of
 from qat_edge.data.formats import Chat, Completion, Pair, Row, Text, load_rows
-from qat_edge.data.tokenization import IGNORED, Collator
+from qat_edge.data.token_table import IGNORED
+from qat_edge.data.tokenization import Collator
 from qat_edge.errors import DataError
 
 DIALOGUE = [
@@ -440,7 +441,7 @@ def test_models_are_compared_at_the_tokens_with_loss(tokenizer: Any) -> None:
     rows: list[Row] = [Chat(DIALOGUE, "1"), Completion("ab", "cd", "2")]
     trained = tokenization.tokenize(rows, tokenizer, 64).rows
     for scored, row in zip(tokenization.scored_ids(rows, tokenizer, 64, 1000), trained, strict=True):
-        expected = [label for label in row["labels"][1:] if label != tokenization.IGNORED]
+        expected = [label for label in row["labels"][1:] if label != IGNORED]
         assert scored.targets.tolist() == expected
         assert scored.ids == row["input_ids"][: len(scored.ids)]
         assert scored.positions[-1] + 2 == len(scored.ids)  # no token after the last target

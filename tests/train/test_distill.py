@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from conftest import fill_adapters
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.token_table import IGNORED
 from qat_edge.quant import fake, scheme
 from qat_edge.train import distill
 from qat_edge.train.distill import CachedTeacher, LiveTeacher, write_cache

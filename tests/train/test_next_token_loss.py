@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from conftest import fill_adapters, make_model, make_tokenizer
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.token_table import IGNORED
 from qat_edge.quant import fake
 from qat_edge.quant.scheme import choose_scheme
 from qat_edge.train import next_token_loss

@@ -161,7 +161,7 @@ def plan(
             flag.
         method: Train LoRA adapters, or all weights. One of lora, full.
         steps: Optimizer steps of both phases together; 0 quantizes the model as it is.
-        batch_size: Rows per device and batch.
+        batch_size: Rows per device and batch; sequences with --packing.
         gradient_accumulation: Batches per optimizer step.
         lora_rank: Rank of the adapters.
         target_modules: Linear layers that get adapters.
@@ -264,8 +264,10 @@ def finetune(
     out: str | Path,
     *,
     eval_data: str | Path | None = None,
+    streaming: bool = False,
     max_length: int = 512,
     trust_remote_code: bool = False,
+    packing: bool = False,
     method: str = "lora",
     steps: int = 200,
     batch_size: int = 8,
@@ -319,12 +321,16 @@ def finetune(
         data: Training rows: a .jsonl file, or anything datasets.load_dataset reads.
         out: run folder to write.
         eval_data: Held-out rows for validate and the loss curve; NAME:PART picks a split.
+        streaming: Read training rows as they are needed, in shuffled blocks of 10,000, instead of all of them
+            before the first step.
         max_length: Longest row; longer rows are truncated, counted and reported.
         trust_remote_code: Run Python code that comes with the model. No file can give this permission, only this
             flag.
+        packing: Put several rows into one sequence of --max-length, without attention from one row to another; a
+            batch then has so many sequences.
         method: Train LoRA adapters, or all weights. One of lora, full.
         steps: Optimizer steps of both phases together; 0 quantizes the model as it is.
-        batch_size: Rows per device and batch.
+        batch_size: Rows per device and batch; sequences with --packing.
         gradient_accumulation: Batches per optimizer step.
         learning_rate: Peak learning rate of AdamW; with --method full, try about a twentieth of the default.
         lr_schedule: Learning rate after warm-up. One of cosine, constant, linear.
@@ -398,8 +404,10 @@ def finetune(
             "model": model,
             "data": data,
             "eval_data": eval_data,
+            "streaming": streaming,
             "max_length": max_length,
             "trust_remote_code": trust_remote_code,
+            "packing": packing,
             "method": method,
             "steps": steps,
             "batch_size": batch_size,

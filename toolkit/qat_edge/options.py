@@ -30,7 +30,7 @@ OF_FROZEN_BASE = (
 TRAINER_ROWS = "(rows of the trainer)"  # value of `data` of `prepare` until the trainer has tokenized its rows
 # Options of finetune that a trainer of transformers or TRL decides in its place, and those of our own trainer alone.
 TRAINER_OPTIONS = (
-    "max_length", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate", "lr_schedule",
+    "max_length", "streaming", "packing", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate", "lr_schedule",
     "warmup_steps", "weight_decay", "keep_layers", "prune", "distill_weight", "distill_temperature", "distill_top_k",
     "eval_every", "eval_rows", "frozen_base", "clip_gradients", "device", "precision", "gradient_checkpointing",
     "save_every", "track",
@@ -120,17 +120,29 @@ class FinetuneOptions:
     eval_data: str | None = option(
         "Held-out rows for validate and the loss curve; NAME:PART picks a split.", None, group=DATA
     )
+    streaming: bool = option(
+        "Read training rows as they are needed, in shuffled blocks of 10,000, instead of all of them before the first "
+        "step.",
+        False, group=DATA,
+    )  # fmt: skip
     max_length: int = option(
         "Longest row; longer rows are truncated, counted and reported.", 512, bounds=(8, MOST_TOKENS), group=DATA
     )
     trust_remote_code: bool = option(remote_code.HELP, False, group=DATA)
 
+    packing: bool = option(
+        "Put several rows into one sequence of --max-length, without attention from one row to another; a batch then "
+        "has so many sequences.",
+        False, group=TRAINING,
+    )  # fmt: skip
     method: str = option("Train LoRA adapters, or all weights.", "lora", ("lora", "full"), group=TRAINING)
     steps: int = option(
         "Optimizer steps of both phases together; 0 quantizes the model as it is.",
         200, bounds=(0, MOST_STEPS), group=TRAINING,
     )  # fmt: skip
-    batch_size: int = option("Rows per device and batch.", 8, bounds=(1, MOST_BATCH), group=TRAINING)
+    batch_size: int = option(
+        "Rows per device and batch; sequences with --packing.", 8, bounds=(1, MOST_BATCH), group=TRAINING
+    )
     gradient_accumulation: int = option("Batches per optimizer step.", 1, bounds=(1, MOST_BATCH), group=TRAINING)
     learning_rate: float = option(
         "Peak learning rate of AdamW; with --method full, try about a twentieth of the default.",

@@ -17,6 +17,7 @@ import numpy as np
 
 WRITER_ROWS = 1000  # rows in memory until they are written
 PREFIX = "qat-edge-rows-"
+IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
 
 TokenRow = dict[str, Any]  # "input_ids" and "labels", lists; see `tokenization` and `training_examples`
 
@@ -29,6 +30,7 @@ class TokenTable(Sequence[TokenRow]):
 
     Attributes:
         sha256: Identity of all rows: the same text under another tokenizer is other data.
+        lengths: Number of "input_ids" of each row.
     """
 
     def __init__(self, rows: Iterable[TokenRow]) -> None:
@@ -43,6 +45,7 @@ class TokenTable(Sequence[TokenRow]):
         # Hashed on the way: reading everything back would take time, and the mapped pages count as memory in use.
         digest = hashlib.sha256()
         self._hashes = array("Q")  # 8 bytes a row, for `shared_rows`
+        self.lengths = array("I")
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         # In a list that is emptied first: Windows removes no file that is mapped.
         self._mapped: list[Any] = []
@@ -55,6 +58,7 @@ class TokenTable(Sequence[TokenRow]):
                 line = json.dumps([list(values) for values in row.values()]).encode()
                 digest.update(line)
                 self._hashes.append(int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big"))
+                self.lengths.append(len(row["input_ids"]))
                 count += 1
             if count:
                 writer.finalize()

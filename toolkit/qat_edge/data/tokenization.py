@@ -25,13 +25,13 @@ from qat_edge import progress
 from qat_edge.data.chat_template import encode
 from qat_edge.data.conversation import ChatFormat, end_ids, ended_ids, extend_ids, lead_of, text_prompt
 from qat_edge.data.early_ends import EarlyEnds, early_end
+from qat_edge.data.packed_rows import POSITIONS
 from qat_edge.data.rows import Chat, Completion, Pair, Row, Text
-from qat_edge.data.token_table import TokenRow, TokenTable
+from qat_edge.data.token_table import IGNORED, TokenRow, TokenTable
 from qat_edge.errors import DataError
 from qat_edge.readers import counted, shorten
 
 ALL_EMPTY = "The 'text' of every row is empty, so there is nothing to predict"
-IGNORED = -100  # label of a token without loss, the default of torch's cross_entropy
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,22 @@ class TokenizedRows:
 
 
 def tokenize(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ends: Iterable[int] = ()
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    ends: Iterable[int] = (),
+    join_texts: bool = True,
+    may_be_empty: bool = False,
 ) -> TokenizedRows:
-    """Tokenize rows into training examples of at most `max_length` tokens. Consecutive texts are packed together.
+    """Tokenize rows into training examples of at most `max_length` tokens.
 
     Args:
         rows: Training rows.
         tokenizer: The model's tokenizer.
         max_length: Maximum number of tokens of an example.
         ends: Ids of the model's end tokens, which are looked for inside of answers.
+        join_texts: Consecutive texts are one stream that is cut into examples; otherwise each begins an example.
+        may_be_empty: Return no example where none is left.
 
     Raises:
         DataError: A chat template is missing or does not fit the messages, or no example is left.
@@ -89,11 +96,11 @@ def tokenize(
     """
     # One pass: neither rows nor examples are kept in memory.
     facts, counts, chat_format = _RowFacts(tokenizer), _Counts(ends=frozenset(ends)), ChatFormat(tokenizer)
-    examples = _examples(facts.watch(rows), chat_format, max_length)
+    examples = _examples(facts.watch(rows), chat_format, max_length, join_texts)
     done = TokenTable(_kept_examples(examples, counts, max_length, chat_format))
-    if not done and facts.empty_texts == facts.rows:
+    if not done and not may_be_empty and facts.empty_texts == facts.rows:
         raise DataError(f"{ALL_EMPTY} ({counted(facts.rows, 'row')}). Fill it in.")
-    if not done:
+    if not done and not may_be_empty:
         raise DataError(
             f"None of {facts.rows} rows has a token to train on within {max_length} tokens. Raise --max-length; where "
             "the model has no more positions (max_position_embeddings), shorten the rows or use another model."
@@ -206,7 +213,7 @@ def scored_ids(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad training rows on the right into a batch; padding has no loss.
+    """Pad training rows, or packed sequences of them, on the right into a batch; padding has no loss.
 
     Attributes:
         tokenizer: Gives the padding token.
@@ -217,16 +224,20 @@ class Collator:
     multiple_of: int = 8
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Return "input_ids", "labels" and "attention_mask", int64 (rows, length)."""
+        """Return "input_ids", "labels" and "attention_mask", or "position_ids" if packed, int64 (rows, length)."""
         # A multiple of 8 lets matrix products use tensor cores.
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.multiple_of) * self.multiple_of
-        return {
+        batch = {
             "input_ids": _pad([row["input_ids"] for row in rows], length, self._padding_id()),
             "labels": _pad([row["labels"] for row in rows], length, IGNORED),
-            # From lengths, not from ids: many tokenizers pad with their end token.
-            "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], length, 0),
         }
+        if POSITIONS in rows[0]:
+            # Padding is one more row of a packed sequence.
+            positions = [[*row[POSITIONS], *range(length - len(row[POSITIONS]))] for row in rows]
+            return {**batch, POSITIONS: torch.tensor(positions)}
+        # From lengths, not from ids: many tokenizers pad with their end token.
+        return {**batch, "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], length, 0)}
 
     def _padding_id(self) -> int:
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
@@ -403,8 +414,10 @@ def _kept_examples(
         yield {"input_ids": ids, "labels": labels}
 
 
-def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> Iterator[_Example]:
-    """Yield examples in the order of the rows, not truncated. Consecutive texts are one stream cut into windows."""
+def _examples(
+    rows: Iterable[Row], chat_format: ChatFormat, max_length: int, join_texts: bool = True
+) -> Iterator[_Example]:
+    """Yield examples in the order of the rows, not truncated. Texts are cut into windows, joined or each by itself."""
     tokenizer = chat_format.tokenizer
     lead = lead_of(tokenizer).ids
     window = max_length - len(lead)
@@ -417,7 +430,7 @@ def _examples(rows: Iterable[Row], chat_format: ChatFormat, max_length: int) -> 
             ids = ended_ids(encode(row.text, tokenizer), tokenizer)
             stream += ids[len(lead) :] if ids[: len(lead)] == lead else ids  # each window begins with `lead`
             # Whole windows leave the stream, so that it does not grow with the number of texts.
-            whole = len(stream) // window * window
+            whole = len(stream) // window * window if join_texts else len(stream)
             yield from _text_examples(stream[:whole], tokenizer, max_length)
             stream = stream[whole:]
             continue

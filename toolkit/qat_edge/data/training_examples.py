@@ -187,15 +187,20 @@ def tokenize_for_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    join_texts: bool = True,
+    may_be_empty: bool = False,
 ) -> TokenizedRows:
     """Tokenize rows into training examples of at most `max_length` tokens and at most the model's positions.
+
+    join_texts, may_be_empty: See `tokenization.tokenize`.
 
     Raises:
         DataError: The task cannot be trained on such rows, or the model does not have a row's label.
     """
-    # Text generation has packing and loss masks of its own.
+    # Text generation has windows and loss masks of its own.
     if not task.is_encoder:
-        return tokenization.tokenize(rows, tokenizer, max_length, end_token_origins(model, tokenizer))
+        ends = end_token_origins(model, tokenizer)
+        return tokenization.tokenize(rows, tokenizer, max_length, ends, join_texts, may_be_empty)
 
     length = min(max_length, max_text_tokens(model, tokenizer)) // MULTIPLE * MULTIPLE
     has_token_types = getattr(model.config, "type_vocab_size", 1) > 1

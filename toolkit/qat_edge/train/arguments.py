@@ -49,4 +49,6 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        ignore_data_skip=options.streaming,  # a stream begins at its position
+        use_cache=False,  # with a cache, attention would look across the borders of packed rows
     )

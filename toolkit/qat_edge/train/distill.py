@@ -16,6 +16,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.packed_rows import POSITIONS
+from qat_edge.data.token_table import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 from qat_edge.storage import replace_file
@@ -47,7 +49,7 @@ class Teacher(Protocol):
         """Return the sum of KL(teacher || student) over the tokens with loss, in nats.
 
         Args:
-            batch: "input_ids", "labels" and "attention_mask", int64 (rows, length).
+            batch: From `tokenization.Collator`, int64 (rows, length).
             logits: The student's at the positions with a target, row after row: (positions, vocabulary).
         """
 
@@ -68,9 +70,8 @@ class LiveTeacher:
 
     def logits(self, batch: Batch) -> Tensor:
         """Run the teacher and return its logits where the next token is a target, (positions, vocabulary)."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         with torch.no_grad(), self._snapshot_in_model():
-            return predict_targets(self.model, inputs).logits
+            return predict_targets(self.model, batch).logits
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """Return the sum of KL(teacher || student) over the tokens with loss; see `Teacher`."""
@@ -132,9 +133,8 @@ class CachedTeacher:
 
     def _positions(self, batch: Batch) -> Tensor:
         """Return the positions of a batch's tokens with loss in the file, row after row."""
-        # Batches come in random order and padded, so a row is found by its token ids without the padding.
-        lengths = batch["attention_mask"].sum(1).tolist()
-        rows = [self.index[_digest(ids[:n])] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        # Batches come in random order, so a row is found by its token ids.
+        rows = [self.index[_digest(ids)] for ids in _rows_of(batch)]
         return torch.cat([torch.arange(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows])
 
 
@@ -185,6 +185,19 @@ def cache_made_of(file: Path) -> str | None:
 def _digest(ids: Sequence[int]) -> bytes:
     """Return 16 bytes that stand for a row: the ids themselves would take more memory than the rest of a training."""
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def _rows_of(batch: Batch) -> Iterator[list[int]]:
+    """Yield the token ids of each row of a batch, in order and without padding."""
+    for i, ids in enumerate(batch["input_ids"].tolist()):
+        if POSITIONS not in batch:
+            yield ids[: int(batch["attention_mask"][i].sum())]
+            continue
+        begins = (batch[POSITIONS][i] == 0).nonzero().flatten().tolist()
+        for begin, end in pairwise([*begins, len(ids)]):
+            # Padding begins at position 0 too, and has no loss; every row has.
+            if bool((batch["labels"][i, begin:end] != IGNORED).any()):
+                yield ids[begin:end]
 
 
 def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qat_edge.errors import ModelError, UsageError
+from qat_edge.models import packing_check
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import rotation
 from qat_edge.quant.ptq.method_names import COMPENSATED
@@ -35,6 +36,8 @@ def check(model: PreTrainedModel, options: FinetuneOptions, choose: Callable[[],
     _require_vocabulary(options, model)
     if options.keep_layers is not None:
         prune.require_layers(model, options.keep_layers)
+    if options.packing:
+        packing_check.require_packing(model)
     if options.method == "lora":
         check_targets(model, options.target_modules)
         _require_linears(model, options.target_modules)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.token_table import IGNORED
 from qat_edge.quant import fake
 
 CHUNK = 64  # positions whose probabilities are in memory at once

@@ -24,7 +24,7 @@ WITHOUT_STEPS = ("steps", "keep_layers", "prune", "seed")
 # Options of QAT among those of quantization, and of the trainer among the others.
 OF_STEPS = (
     "qat_start", "scale_learning_rate", "codes", "qat_learning_rate", "lr_restart", "clip_gradients", "base",
-    "gradient_checkpointing", "save_every",
+    "gradient_checkpointing", "save_every", "streaming",
 )  # fmt: skip
 # Options that change or calibrate weights.
 WITHOUT_FROZEN_BASE = ("method", "base", "codes", "scale_learning_rate", "clip_gradients", "calibration_tokens")
@@ -231,6 +231,11 @@ def _phase_2_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             options.distill_top_k > 0 and options.distill_weight == 0,
             f"--distill-top-k {options.distill_top_k} and --distill-weight 0: the teacher would have no effect. "
             "Give it a weight.",
+        ),
+        _Check(
+            options.distill_top_k > 0 and options.streaming,
+            f"--distill-top-k {options.distill_top_k} and --streaming: the teacher would have to be run on all rows "
+            "beforehand. Leave out one of them; a teacher without it needs --ptq-init hqq or none.",
         ),
         _Check(
             options.distill_weight > 0 and start == 0,

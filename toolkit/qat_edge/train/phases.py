@@ -224,7 +224,8 @@ class PhaseTransition:
             tokens = calibration.choose_token_count(self.options.calibration_tokens, rows)
             metadata["calibration_tokens"] = tokens
             progress.info(f"{moment}: initializing weights by {method} on {tokens} tokens of the training rows")
-            chosen = calibration.choose_rows(rows, tokens, self.options.seed, self.options.data, "--calibration-tokens")
+            source = f"the first block of {self.options.data}" if self.options.streaming else self.options.data
+            chosen = calibration.choose_rows(rows, tokens, self.options.seed, source, "--calibration-tokens")
             batches = calibration.make_batches(chosen, self.tokenizer)
 
         # Calibration runs the model in the precision of the training.

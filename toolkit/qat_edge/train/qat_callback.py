@@ -450,8 +450,8 @@ def _job(prepared: PreparedModel, options: FinetuneOptions, rows: TokenizedRows)
     metadata |= {"bits": prepared.bits, "weight_levels": prepared.levels, "kept_layers": None, "frozen_base": None}
     metadata["max_position_embeddings"] = max_positions(prepared.model.config)
     return TrainingJob(
-        CAUSAL_LM, prepared.model.get_base_model(), prepared.tokenizer, prepared.scheme, rows, None, options.device,
-        options.precision, prepared.rotation_seed, None, None, metadata,
+        CAUSAL_LM, prepared.model.get_base_model(), prepared.tokenizer, prepared.scheme, rows, rows.rows, None,
+        options.device, options.precision, prepared.rotation_seed, None, None, metadata,
     )  # fmt: skip
 
 

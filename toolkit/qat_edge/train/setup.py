@@ -21,11 +21,10 @@ from qat_edge.data import changed_rows, training_examples
 from qat_edge.data.formats import RowStream
 from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import ModelError, UsageError
-from qat_edge.models import load, sentence_modules, weights_check
+from qat_edge.models import load, sentence_modules
 from qat_edge.models.layer_removal import keep_layers
 from qat_edge.models.positions import max_positions, require_positions
 from qat_edge.models.tasks import CAUSAL_LM, ModelTask, SentenceEncoder
-from qat_edge.models.tokenizer import end_token_origins, model_end_tokens
 from qat_edge.options import BF16_BASE, FinetuneOptions
 from qat_edge.quant import base_storage, bits_file, fake, numerics, qlora_base, rotation, scheme
 from qat_edge.quant.autocast import gains_from_bfloat16
@@ -35,8 +34,9 @@ from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.train import model_options, prune
 from qat_edge.train.frozen_base import FrozenBase, read_frozen_base
-from qat_edge.train.option_checks import requested_widths, row_length
+from qat_edge.train.option_checks import requested_widths
 from qat_edge.train.stored_codes import read_stored_codes
+from qat_edge.train.training_rows import RowReader, TrainingData
 from qat_edge_exporters.targets import DEFAULT_FORMATS, FORMATS, GGUF, target_named
 
 # Name on PyPI of the trackers that are one package.
@@ -55,7 +55,8 @@ class TrainingJob:
         model: The base model, its layers removed already if it is pruned.
         tokenizer: The model's tokenizer.
         scheme: Bits and group size of each weight.
-        rows: Training rows.
+        rows: Training rows; of a stream, those of the first block.
+        data: What the Trainer draws from: these rows, packed with --packing, or the stream.
         eval_rows: Rows of --eval-data; None without.
         device: "cpu" or "cuda".
         precision: "bf16" or "fp32", of the matrix products.
@@ -71,6 +72,7 @@ class TrainingJob:
     tokenizer: PreTrainedTokenizerBase
     scheme: Scheme
     rows: TokenizedRows
+    data: TrainingData
     eval_rows: TokenizedRows | None
     device: str
     precision: str
@@ -125,16 +127,12 @@ def prepare_training(
         next(iter(RowStream(options.eval_data, "eval", report=False)))
 
     # Rows are tokenized before layers are removed, because the choice of layers is measured on them.
-    read = partial(_read_rows, options=options, task=task, model=model, tokenizer=tokenizer)
-    stream = RowStream(options.data, "train")
-    rows = read(stream)
+    reader = RowReader(options, task, model, tokenizer, identity)
+    stream = RowStream(options.data, "train", streamed=options.streaming)
+    rows = reader.read(stream)
     eval_stream = RowStream(options.eval_data, "eval") if options.eval_data else None
-    eval_rows = read(eval_stream) if eval_stream else None
-    if eval_rows is not None:
-        _report_shared_rows(rows, eval_rows)
-
-    _report_new_end_tokens(rows, model, tokenizer)
-    _report_early_ends(rows, model, tokenizer, identity)
+    eval_rows = reader.read(eval_stream) if eval_stream else None
+    reader.report(rows, eval_rows)
 
     if options.keep_layers is not None:
         if not kept_layers:
@@ -151,8 +149,9 @@ def prepare_training(
     start = stored_start if frozen_base is None else frozen_base.start
 
     metadata = describe_inputs(options, task, identity, rows, eval_rows)
+    data = reader.training_data(stream, rows, eval_rows, metadata["conversation"])
     for entry, read_from in ((changed_rows.DATA, stream), (changed_rows.EVAL_DATA, eval_stream)):
-        if read_from is not None:
+        if read_from is not None and not read_from.streamed:
             metadata[entry][changed_rows.ROWS] = read_from.sha256
     metadata |= {"device": device, "precision": precision}
     metadata |= {"bits": bits, "weight_levels": levels, "kept_layers": kept_layers}
@@ -160,8 +159,9 @@ def prepare_training(
     metadata["frozen_base"] = frozen_base and {"source": options.frozen_base, "sha256": frozen_base.sha256}
     rotation_seed = None if task.is_encoder else choose_rotation(model, weights, options, frozen_base)
     return TrainingJob(
-        task, model, tokenizer, weights, rows, eval_rows, device, precision, rotation_seed, frozen_base, start, metadata
-    )
+        task, model, tokenizer, weights, rows, data, eval_rows, device, precision, rotation_seed, frozen_base, start,
+        metadata,
+    )  # fmt: skip
 
 
 def untie_trained_head(weights: Scheme, options: FinetuneOptions) -> Scheme:
@@ -325,6 +325,8 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         "--rotate on": options.rotate == "on",
         "--weight-bits 2": options.weight_bits == FEWEST,
         "--frozen-base": options.frozen_base is not None,
+        "--packing": options.packing,
+        "--streaming": options.streaming,
     }
     for flag, given in refused.items():
         if given:
@@ -391,58 +393,6 @@ def require_width(options: FinetuneOptions, gaps: Mapping[str, str]) -> None:
             f"{options.model}: weights of 2 bits can be exported to {', '.join(able)} alone, which cannot express this "
             f"model: {gaps[able[0]]} Train it with 4 or 8 bits."
         )
-
-
-def _read_rows(
-    stream: RowStream,
-    options: FinetuneOptions,
-    task: ModelTask,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> TokenizedRows:
-    """Read and tokenize the rows of a file or data set, and report their counts."""
-    # An encoder's rows are cut to its positions below.
-    length = options.max_length if task.is_encoder else row_length(options, model.config)
-    rows = training_examples.tokenize_for_task(task, stream, model, tokenizer, length)
-    if not task.is_encoder:
-        weights_check.check_ids(model, tokenizer, rows.rows, stream.source)
-    progress.info(f"{stream.split}: {rows.summary()}")
-    for note in rows.notes:
-        progress.info(f"{stream.split}: {note}.")
-    return rows
-
-
-def _report_shared_rows(rows: TokenizedRows, eval_rows: TokenizedRows) -> None:
-    """Report evaluation rows that are trained on."""
-    shared = eval_rows.rows.shared_rows(rows.rows)
-    if shared:
-        progress.info(
-            f"eval: {shared} of {len(eval_rows.rows)} evaluation rows are also training rows: figures flatter "
-            "the model."
-        )
-
-
-def _report_new_end_tokens(rows: TokenizedRows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Report tokens that end the answers in training and that neither the model nor its tokenizer names as such."""
-    known = model_end_tokens(model, tokenizer)
-    for token in rows.end_of_turn:
-        if token not in known:
-            progress.warn(
-                f"Answers end with {tokenizer.convert_ids_to_tokens(token)!r} (token {token}), which is not among the "
-                f"model's end tokens {known}. It becomes one in every artifact."
-            )
-
-
-def _report_early_ends(
-    rows: TokenizedRows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: load.ModelIdentity
-) -> None:
-    """Report answers with an end token inside, at which every runtime would stop."""
-    origins = end_token_origins(model, tokenizer)
-    if identity.kind == "gguf":
-        origins = dict.fromkeys(origins, f"tokenizer.ggml of {identity.name}")
-    early = rows.early_ends.describe(origins, tokenizer)
-    if early:
-        progress.warn(f"train: {early}.")
 
 
 def choose_rotation(

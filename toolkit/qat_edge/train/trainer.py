@@ -1,18 +1,17 @@
-"""Hugging Face `Trainer` with two phases (LoRA, then QAT), a learning rate for each, optional distillation, and
-progress reporting.
+"""Hugging Face `Trainer` with two phases (LoRA, then QAT), a learning rate for each, and optional distillation.
 
-    QatTrainer     optimizer, schedules, and the loss: the task's own, and in phase 2 the teacher's divergence; stops
-                   where a loss or a gradient is not finite, unless `qat_guard` goes back to the start of phase 2;
-                   checkpoints that appear whole or not at all
-    TwoPhases      callback that makes the phase transition at its step and turns fake quantization on
-    StopInOrder    callback that ends the training with a checkpoint after a signal
-    ShowProgress   callback that feeds the progress bar
+QatTrainer     optimizer, schedules, and the loss: the task's own, and in phase 2 the teacher's divergence; stops
+               where a loss or a gradient is not finite, unless `qat_guard` goes back to the start of phase 2;
+               checkpoints that appear whole or not at all
+TwoPhases      callback that makes the phase transition at its step and turns fake quantization on
+StopInOrder    callback that ends the training with a checkpoint after a signal
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qat_edge import progress, run_lock
-from qat_edge.data.tokenization import IGNORED
+from qat_edge.data.streamed_rows import POSITION_FILE, StreamedRows, StreamPosition
+from qat_edge.data.token_table import IGNORED
 from qat_edge.errors import ModelError
 from qat_edge.options import FinetuneOptions
-from qat_edge.peak_memory import own_peak_bytes
-from qat_edge.progress import Bar
 from qat_edge.quant import fake
 from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.stop_signals import StopRequest
+from qat_edge.storage import write_text
 from qat_edge.train import checkpoints, divergence, next_token_loss
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.next_token_loss import predict_targets
@@ -161,6 +161,37 @@ class QatTrainer(Trainer):
     _clipped_apart: Sequence[Sequence[nn.Parameter]] = ()
     _scale_shares: Sequence[tuple[nn.Parameter, float]] = ()
     _save_into: Path | None = None  # while a checkpoint is written
+
+    @property
+    def stream(self) -> StreamedRows | None:
+        """The training rows, if they are streamed."""
+        return self.train_dataset if isinstance(self.train_dataset, StreamedRows) else None
+
+    @property
+    def step_sequences(self) -> int:
+        """Number of rows, or packed sequences, of an optimizer step."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of the training."""
+        if self.stream is None:
+            return super().get_train_dataloader()
+        # The Trainer's own loader reads one batch ahead, and draws from the random numbers that dropout needs: a
+        # resumed training would have others.
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return DataLoader(
+            self.stream, self.args.per_device_train_batch_size, collate_fn=self.data_collator, generator=generator
+        )
+
+    def resume_stream(self, checkpoint: Path) -> None:
+        """Let a stream begin where the training of a checkpoint has stopped.
+
+        Raises:
+            RunError: The checkpoint does not say where.
+        """
+        if self.stream is not None:
+            position = StreamPosition.load(checkpoint / POSITION_FILE)
+            self.stream.resume(position, checkpoints.step_of(checkpoint) * self.step_sequences)
 
     def set_objective(self, objective: Objective | None) -> None:
         """Train on an encoder's objective; on next-token prediction where it is None."""
@@ -368,8 +399,16 @@ class QatTrainer(Trainer):
             for path in written.iterdir():
                 path.rename(work / path.name)
             written.rmdir()
+            if self.stream is not None:
+                position = dataclasses.asdict(self.stream.position_at(step * self.step_sequences))
+                write_text(work / POSITION_FILE, json.dumps(position, indent=1) + "\n")
 
         checkpoints.save(folder, step, write)
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the last step that is done."""
+        assert self.model is not None
+        self._save_checkpoint(self.model, None)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return the folder that checkpoints are written below."""
@@ -435,72 +474,3 @@ def schedule_factor(step: int, steps: int, options: FinetuneOptions) -> float:
     if options.lr_schedule == "linear":
         return 1 - done
     return (1 + math.cos(math.pi * done)) / 2
-
-
-# --- progress ----------------------------------------------------------------------------------------------
-
-
-class ShowProgress(TrainerCallback):
-    """Update the progress bar at every step with phase, loss, tokens per second and memory.
-
-    Attributes:
-        bar: The progress bar.
-        phases: Tells the phase.
-        phase_1_name: Name of phase 1 in the bar.
-    """
-
-    def __init__(self, bar: Bar, phases: TwoPhases, phase_1_name: str) -> None:
-        self.bar, self.phases, self.phase_1_name = bar, phases, phase_1_name
-        self.began, self.began_tokens, self.eval_note = 0.0, 0, ""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock. A resumed run begins at its step."""
-        self.began, self.began_tokens = time.monotonic(), state.num_input_tokens_seen
-        self.bar.start_at(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Update the bar after a training step; keep the loss of an evaluation for the next ones."""
-        if logs and "eval_loss" in logs:
-            self.eval_note = f", eval {logs['eval_loss']:.3f}"
-        if not logs or "loss" not in logs:
-            return
-
-        phase = "QAT" if self.phases.switch.enabled else self.phase_1_name
-        # The mean since the start of this process, not since the start of the run.
-        speed = (state.num_input_tokens_seen - self.began_tokens) / (time.monotonic() - self.began)
-        memory = f"{peak_memory_bytes() / 1e9:.1f} GB"
-        note = f"{phase} loss {logs['loss']:.3f}{self.eval_note}  {speed:.0f} tok/s  {memory}"
-        self.bar.update(state.global_step, note)
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak memory so far: of the GPU if one is in use, of this process otherwise."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated()
-    return own_peak_bytes()
-
-
-def curve(history: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:
-    """Turn the trainer's log into rows of step, phase, loss or eval_loss, and learning rate.
-
-    Args:
-        history: `TrainerState.log_history`.
-        start: Last step of phase 1.
-    """
-    keep = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
-    # The log also has rows of totals at the end of training, which have no loss of a step.
-    rows = [{k: row[k] for k in keep if k in row} for row in history if "loss" in row or "eval_loss" in row]
-    for row in rows:
-        row["phase"] = "lora" if row["step"] <= start else "qat"
-        # JSON has no NaN.
-        row |= {k: None for k in ("loss", "eval_loss", "grad_norm") if not math.isfinite(row.get(k, 0.0))}
-    return rows

@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qat_edge.data.calibration import DEFAULT_CALIBRATION_TOKENS
-from qat_edge.data.token_table import TokenRow, TokenTable
-from qat_edge.data.tokenization import IGNORED, TokenizedRows
+from qat_edge.data.token_table import IGNORED, TokenRow, TokenTable
+from qat_edge.data.tokenization import TokenizedRows
 from qat_edge.errors import DataError
 from qat_edge.storage import write_text
 

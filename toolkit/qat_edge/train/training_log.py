@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_edge.storage import write_text
-from qat_edge.train.trainer import curve, peak_memory_bytes
+from qat_edge.train.training_progress import curve, peak_memory_bytes
 
 TRAINING_LOG = "training.json"
 

@@ -69,9 +69,10 @@ def wanted_schema(run: Run, source: str | None, targets: Sequence[Target], force
 
 def _schema_of_rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> AnswerSchema:
     """Return the schema of calls of the tools in the training rows."""
-    trained = config.load_trained(run.config).data
+    options = config.load_trained(run.config)
+    trained = options.data
     option_paths.require_data(trained, None)
-    rows = RowStream(trained, report=False)
+    rows = RowStream(trained, report=False, streamed=options.streaming)
     answer = schema_of_tools(rows, tokenizer, trained)
     if describe_change(run, DATA, rows, ""):
         progress.warn(f"{trained} has other rows than when finetune read it: the tools are those of its rows now")

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
-from qat_edge.errors import ModelError, RunError
+from qat_edge.errors import DataError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
-from qat_edge.readers import read_json
+from qat_edge.readers import counted, read_json
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors
 from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
@@ -38,8 +38,9 @@ from qat_edge.train.phases import PhaseTransition
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
-from qat_edge.train.trainer import QatTrainer, ShowProgress, StopInOrder, TwoPhases
+from qat_edge.train.trainer import QatTrainer, StopInOrder, TwoPhases
 from qat_edge.train.training_log import TRAINING_LOG, Finetuned, write_log
+from qat_edge.train.training_progress import ShowProgress
 
 
 def finetune(
@@ -131,6 +132,7 @@ def _train(
     trainer.configure_optimizer(options, start)
     if checkpoint is not None:
         resumable.require_resumable(checkpoint, trainer, options.steps)
+        trainer.resume_stream(checkpoint)
     transition = _phase_transition(adapted, switch, job, options, run, trainer)
 
     with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):
@@ -197,16 +199,32 @@ def _run_steps(
     trainer.add_callback(StopInOrder(request))
     if guard is not None:
         trainer.add_callback(guard)
-    seen, rows = options.steps * options.batch_size * options.gradient_accumulation, len(trainer.train_dataset)
     progress.info(
         f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT: "
-        f"{seen / rows:.2g} passes over {rows} rows"
+        f"{_amount(trainer, options)}"
     )
     with progress.bar("training", options.steps) as shown:
         trainer.add_callback(ShowProgress(shown, phases, trainer.phase_1))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DataError:
+            # A row of a stream cannot be used: training goes on from this very step once it is mended.
+            if trainer.state.global_step > (0 if checkpoint is None else checkpoints.step_of(checkpoint)):
+                trainer.save_checkpoint()
+            raise
+    if trainer.stream is not None:
+        progress.info(f"train: {trainer.stream.summary()}")
     if request.signum is not None and trainer.state.global_step < options.steps:
         raise stop_signals.Stopped(request.signum)
+
+
+def _amount(trainer: QatTrainer, options: FinetuneOptions) -> str:
+    """Return how much data the steps take, for a message."""
+    seen, unit = options.steps * trainer.step_sequences, "sequence" if options.packing else "row"
+    if trainer.stream is not None:
+        return f"{counted(seen, unit)} of a stream"
+    count = len(trainer.train_dataset)
+    return f"{seen / count:.2g} passes over {counted(count, unit)}"
 
 
 def _announce_stop(signum: int) -> None:
@@ -218,9 +236,10 @@ def _log(
     run: Run, job: TrainingJob, trainer: QatTrainer, guard: QatGuard | None, start: int, wall_s: float
 ) -> Finetuned:
     """Write RUN/training.json and return the result; `start` is the last step of phase 1."""
+    truncated = job.rows.truncated if trainer.stream is None else trainer.stream.position.counts.truncated
     entries = {
         "device": describe_device(job.device),
-        "truncated_rows": job.rows.truncated,
+        "truncated_rows": truncated,
         "qat_guard": guard and guard.log(wall_s),
     }
     return write_log(run.path, trainer.args.max_steps, start, wall_s, trainer.state.log_history, entries)
@@ -327,7 +346,7 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
         model=adapted,
         args=arguments,
         data_collator=training_examples.make_collator(job.task, job.tokenizer),
-        train_dataset=job.rows.rows,
+        train_dataset=job.data,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
     trainer.remove_callback(PrinterCallback)

@@ -18,6 +18,7 @@ from qat_edge import config, option_paths, progress
 from qat_edge.data import calibration, training_examples
 from qat_edge.data.changed_rows import DATA, warn_of_change
 from qat_edge.data.formats import RowStream
+from qat_edge.data.streamed_rows import sample_of
 from qat_edge.errors import UsageError
 from qat_edge.manifest import write_manifest
 from qat_edge.models import tasks
@@ -149,10 +150,12 @@ def _calibration(
     trained = config.load_trained(run.config)
     source = options.calibration_data or trained.data
     option_paths.require_data(source, "--calibration-data")
-    task, loaded = tasks.task_of_run(run), RowStream(source, "train")
+    is_streamed = trained.streaming and options.calibration_data is None
+    task, loaded = tasks.task_of_run(run), RowStream(source, "train", streamed=is_streamed)
     # As in training, where an encoder's rows are cut to its positions by `tokenize_for_task`.
     length = trained.max_length if task.is_encoder else row_length(trained, merged.model.config)
-    rows = training_examples.tokenize_for_task(task, loaded, merged.model, merged.tokenizer, length).rows
+    sample = sample_of(loaded)
+    rows = training_examples.tokenize_for_task(task, sample, merged.model, merged.tokenizer, length).rows
     warn_of_change(run, DATA, loaded, "--calibration-data", options.calibration_data)
     tokens = calibration.choose_token_count(options.calibration_tokens, rows)
     chosen = calibration.choose_rows(rows, tokens, options.seed, source, "--calibration-tokens")

@@ -21,6 +21,8 @@ from qat_edge.data import tokenization
 from qat_edge.data.calibration import choose_rows, group_by_length
 from qat_edge.data.changed_rows import DATA, warn_of_change
 from qat_edge.data.formats import RowStream
+from qat_edge.data.streamed_rows import sample_of
+from qat_edge.data.token_table import IGNORED
 from qat_edge.errors import RunError, UsageError
 from qat_edge.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from qat_edge.models import decoder, tasks
@@ -134,8 +136,8 @@ def measure(run: Run, options: SensitivityOptions, force: bool = False) -> Sensi
     merged = merged_model(run.reference, force)
 
     # Training rows, as for calibration: evaluation rows must not influence the choice of bits.
-    stream = RowStream(source, "train")
-    tokenized = tokenization.tokenize(stream, merged.tokenizer, row_length(trained, merged.model.config))
+    stream = RowStream(source, "train", streamed=trained.streaming and options.data is None)
+    tokenized = tokenization.tokenize(sample_of(stream), merged.tokenizer, row_length(trained, merged.model.config))
     warn_of_change(run, DATA, stream, "--data", options.data)
     rows = choose_rows(tokenized.rows, options.tokens, options.seed, source, "--tokens")
     metadata = adapter_metadata(run.reference)
@@ -235,7 +237,7 @@ def _batches(
         tensors = collate(batch)
         # The logits at position t predict the label at t + 1.
         compared = torch.zeros_like(tensors["labels"], dtype=torch.bool)
-        compared[:, :-1] = tensors["labels"][:, 1:] != tokenization.IGNORED
+        compared[:, :-1] = tensors["labels"][:, 1:] != IGNORED
         if compared.any():
             ids, mask = tensors["input_ids"], tensors["attention_mask"]
             yield layer_sensitivity.ProbeBatch(ids.to(device), mask.to(device), compared.to(device))
