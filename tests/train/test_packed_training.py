@@ -29,6 +29,7 @@ from qat_edge.models import packing_check
 from qat_edge.quant import fake, scheme
 from qat_edge.run import Run
 from qat_edge.train.distill import CachedTeacher, LiveTeacher, write_cache
+from qat_edge.train.next_token_loss import predict_targets
 from qat_edge.verbs.finetune import finetune
 from tools.sweep_architectures import make_config
 
@@ -121,7 +122,7 @@ def test_teachers_give_the_divergence_of_unpacked_rows(tiny_model_folder: Path, 
     write_cache(live, iter([unpacked]), 8, file, lambda done: None)
     switch.enabled = True
     with torch.no_grad():
-        logits = [model(**batch).logits for batch in (unpacked, packed)]
+        logits = [predict_targets(model, batch).logits for batch in (unpacked, packed)]
     for teacher in (live, CachedTeacher(rows, file, 1.0)):
         expected, found = (teacher.divergence(b, of_b) for b, of_b in zip((unpacked, packed), logits, strict=True))
         assert float(expected) > 1e-3

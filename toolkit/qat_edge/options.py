@@ -30,10 +30,10 @@ OF_FROZEN_BASE = (
 TRAINER_ROWS = "(rows of the trainer)"  # value of `data` of `prepare` until the trainer has tokenized its rows
 # Options of finetune that a trainer of transformers or TRL decides in its place, and those of our own trainer alone.
 TRAINER_OPTIONS = (
-    "max_length", "streaming", "packing", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate", "lr_schedule",
-    "warmup_steps", "weight_decay", "keep_layers", "prune", "distill_weight", "distill_temperature", "distill_top_k",
-    "eval_every", "eval_rows", "frozen_base", "clip_gradients", "device", "precision", "gradient_checkpointing",
-    "save_every", "track",
+    "max_length", "streaming", "packing", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate",
+    "lr_schedule", "warmup_steps", "weight_decay", "keep_layers", "prune", "distill_weight", "distill_temperature",
+    "distill_top_k", "eval_every", "eval_rows", "frozen_base", "clip_gradients", "device", "precision",
+    "gradient_checkpointing", "save_every", "track",
 )  # fmt: skip
 # Share of the steps before QAT; of scales alone, which needs more steps; of adapters on a frozen base.
 QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5

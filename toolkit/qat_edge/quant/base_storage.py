@@ -117,7 +117,8 @@ def _outputs(model: nn.Module) -> Tensor:
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            output = model(input_ids=torch.arange(PROBE, device=device)[None])
+            ids = torch.arange(PROBE, device=device)[None]
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         model.train(training)
     return torch.as_tensor(output[0])
