@@ -78,12 +78,12 @@ def test_names_below_the_folder_are_taken() -> None:
 
 @pytest.mark.parametrize("path", [r"C:\models\missing", "C:/models/missing", r"models\missing"])
 def test_a_missing_path_of_windows_is_not_looked_up_on_the_hub(path: str) -> None:
-    from qat_edge.data.formats import _records
+    from qat_edge.data.formats import load_rows
 
     with pytest.raises(ModelError, match="no such file or folder"):
         load_model(path)
     with pytest.raises(DataError, match="no such file or folder"):
-        _records(path, "train")
+        load_rows(path)
 
 
 # --- files in use --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_make_takes_the_first_supported_python(installed: dict[str, str], chosen
      ("3.11", "Linux", "aarch64", False), ("3.11", "Darwin", "arm64", True)],
 )  # fmt: skip
 def test_coremltools_is_required_where_it_has_wheels(python: str, system: str, machine: str, expected: bool) -> None:
-    (line,) = PROJECT["optional-dependencies"]["coreml"]
+    (line,) = [text for text in PROJECT["optional-dependencies"]["coreml"] if text.startswith("coremltools")]
     marker = Requirement(line).marker
     assert marker is not None
     where = {"python_version": python, "platform_system": system, "platform_machine": machine}
