@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 
 import qat_edge
-from conftest import in_hub_cache, make_model, make_tokenizer, train_run
+from conftest import in_hub_cache, make_tokenizer, train_run
 from qat_edge import config
 from qat_edge.cli import commands
 from qat_edge.errors import ExportError, ModelError, UsageError
@@ -29,19 +29,9 @@ QUICK: dict[str, Any] = {"batch_size": 2, "max_length": 32, "ptq_init": "hqq", "
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model."""
-    folder = tmp_path_factory.mktemp("plan") / "model"
-    tokenizer = make_tokenizer()
-    make_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def planned(model: Path) -> Plan:
+def planned(tiny_model_folder: Path) -> Plan:
     """The plan of that model."""
-    return qat_edge.plan(model, **QUICK, bandwidth=10)
+    return qat_edge.plan(tiny_model_folder, **QUICK, bandwidth=10)
 
 
 def without_weights(folder: Path, config: LlamaConfig) -> None:
@@ -105,9 +95,9 @@ def test_no_value_of_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_model_on_the_hub_is_planned_without_its_file_of_weights(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_hub_cache(model, tmp_path)
+    in_hub_cache(tiny_model_folder, tmp_path)
     next(tmp_path.rglob("model.safetensors")).unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
@@ -130,13 +120,15 @@ def test_artifacts_are_compared_with_the_gates_of_a_profile(planned: Plan) -> No
     assert not prediction.compare("small", smaller, planned.artifacts)[0].fits
 
 
-def test_all_profiles_are_compared_unless_some_are_named(model: Path, planned: Plan) -> None:
+def test_all_profiles_are_compared_unless_some_are_named(tiny_model_folder: Path, planned: Plan) -> None:
     assert {fit.profile for fit in planned.fits} == {"laptop", "minimal", "phone-flagship", "phone-midrange", "pi5"}
-    assert {fit.profile for fit in qat_edge.plan(model, **QUICK, profile=["pi5"]).fits} == {"pi5"}
+    assert {fit.profile for fit in qat_edge.plan(tiny_model_folder, **QUICK, profile=["pi5"]).fits} == {"pi5"}
 
 
-def test_a_run_is_planned_with_its_own_options_and_its_files_are_as_predicted(model: Path, tmp_path: Path) -> None:
-    run = train_run(model, tmp_path)
+def test_a_run_is_planned_with_its_own_options_and_its_files_are_as_predicted(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    run = train_run(tiny_model_folder, tmp_path)
     targets = ("onnx", "hf")
     export(run, ExportOptions(target=targets, context_length=64, ptq=("none",)))
     planned = qat_edge.plan(run.path)
@@ -149,8 +141,18 @@ def test_a_run_is_planned_with_its_own_options_and_its_files_are_as_predicted(mo
         assert each.size_bytes == pytest.approx(sum(written.values()), rel=0.01)
 
 
-def test_json_has_every_prediction_on_stdout(model: Path) -> None:
-    arguments = [str(model), "--batch-size", "2", "--max-length", "32", "--ptq-init", "hqq", "--bandwidth", "10"]
+def test_json_has_every_prediction_on_stdout(tiny_model_folder: Path) -> None:
+    arguments = [
+        str(tiny_model_folder),
+        "--batch-size",
+        "2",
+        "--max-length",
+        "32",
+        "--ptq-init",
+        "hqq",
+        "--bandwidth",
+        "10",
+    ]
     result = CliRunner().invoke(commands.main, ["plan", *arguments, "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -168,9 +170,11 @@ def resolved(path: Path, **given: Any) -> PlanRequest:
     return resolve(None, config.load(PlanOptions, "plan", None, given), given, path)
 
 
-def test_options_of_a_file_are_used_and_flags_override_them(model: Path, tmp_path: Path) -> None:
+def test_options_of_a_file_are_used_and_flags_override_them(tiny_model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"finetune: {{model: {model}, batch_size: 3, learning_rate: 0.1}}\nexport: {{target: [hf]}}\n")
+    path.write_text(
+        f"finetune: {{model: {tiny_model_folder}, batch_size: 3, learning_rate: 0.1}}\nexport: {{target: [hf]}}\n"
+    )
     request = resolved(path, max_length=16)
     assert (request.training.batch_size, request.training.max_length) == (3, 16)
     assert request.exporting.target == ("hf",)
@@ -193,23 +197,25 @@ def test_options_of_a_file_are_used_and_flags_override_them(model: Path, tmp_pat
     ],
 )
 def test_bad_input_is_refused_as_by_finetune(
-    model: Path, options: dict[str, Any], error: type[Exception], message: str
+    tiny_model_folder: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        qat_edge.plan(model, **QUICK | options)
+        qat_edge.plan(tiny_model_folder, **QUICK | options)
 
 
-def test_options_without_a_prediction_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+def test_options_without_a_prediction_are_refused_by_name(tiny_model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--ptq-init stored: plan has no prediction"):
-        qat_edge.plan(model, steps=0, ptq_init="stored")
+        qat_edge.plan(tiny_model_folder, steps=0, ptq_init="stored")
     path = tmp_path / "c.yaml"
-    path.write_text(f"finetune: {{model: {model}}}\nexport: {{portable: true}}\n")
+    path.write_text(f"finetune: {{model: {tiny_model_folder}}}\nexport: {{portable: true}}\n")
     result = CliRunner().invoke(commands.main, ["plan", "--config", str(path)])
     assert result.exit_code == 2 and "--portable: plan has no prediction" in result.output
 
 
-def test_quantizing_without_steps_is_planned(model: Path) -> None:
-    memory = qat_edge.plan(model, steps=0, calibration_tokens=256, max_length=32, target=["gguf"], rotate="off").memory
+def test_quantizing_without_steps_is_planned(tiny_model_folder: Path) -> None:
+    memory = qat_edge.plan(
+        tiny_model_folder, steps=0, calibration_tokens=256, max_length=32, target=["gguf"], rotate="off"
+    ).memory
     assert (memory.phase_1, memory.qat) == (None, None)
     assert memory.initialization == memory.peak_bytes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import make_model, make_tokenizer, short_training
+from conftest import short_training
 from qat_edge.models.outline import read_outline
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import scheme
@@ -53,12 +53,11 @@ def predicted(options: FinetuneOptions, is_narrow: bool = False) -> int:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_peak_of_a_training_is_predicted_within_10_percent(variant: str, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    make_model(tokenizer).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_the_peak_of_a_training_is_predicted_within_10_percent(
+    variant: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
     options = short_training(
-        tmp_path / "model", tmp_path, LONG, steps=4,
+        tiny_model_folder, tmp_path, LONG, steps=4,
         **{"precision": "fp32", "max_length": LENGTH, "lora_rank": 16, **VARIANTS[variant]},
     )  # fmt: skip
     if options.ptq_init in CALIBRATED:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qat_edge.errors import UsageError
+from qat_edge.quant.autocast import trial_pass
 
 LENGTHS = (7, 12, 5)  # tokens of the rows that are compared; no model has so few positions
 # Greatest difference of a logit, in standard deviations of the logits. Of the models of tools/sweep_architectures.py,
@@ -38,12 +39,9 @@ def packing_difference(model: PreTrainedModel) -> float:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     rows = [torch.randint(vocabulary, (1, length), generator=generator).to(model.device) for length in LENGTHS]
     positions = torch.cat([torch.arange(length, device=model.device) for length in LENGTHS])[None]
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with trial_pass(model):
         separate = torch.cat([_logits(model, row) for row in rows], 1)
         packed = _logits(model, torch.cat(rows, 1), positions)
-    model.train(training)
     return float((packed - separate).abs().max() / separate.std())
 
 

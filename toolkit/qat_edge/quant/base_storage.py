@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qat_edge import progress
 from qat_edge.quant import fake
+from qat_edge.quant.autocast import trial_pass
 from qat_edge.quant.qlora_base import QloraLinear
 from qat_edge.quant.scheme import Scheme
 
@@ -112,15 +113,9 @@ def frozen_weights(model: nn.Module, scheme: Scheme) -> Iterator[nn.Parameter]:
 
 def _outputs(model: nn.Module) -> Tensor:
     """Return the first output for a few tokens, in evaluation mode and without autocast."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            ids = torch.arange(PROBE, device=device)[None]
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        model.train(training)
+    with trial_pass(model) as device:
+        ids = torch.arange(PROBE, device=device)[None]
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return torch.as_tensor(output[0])
 
 

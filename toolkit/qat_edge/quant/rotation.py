@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from qat_edge.errors import ModelError
 from qat_edge.quant import fake, rotated_norm
+from qat_edge.quant.autocast import trial_pass
 from qat_edge.quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -435,14 +436,8 @@ def _verify_stream(model: PreTrainedModel, stream: Stream) -> None:
 
 def _logits(model: PreTrainedModel) -> Tensor:
     """Return the logits of a few tokens in evaluation mode: (tokens, vocabulary)."""
-    device = model.get_input_embeddings().weight.device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            logits: Tensor = model(input_ids=torch.arange(PROBE, device=device)[None], use_cache=False).logits[0]
-    finally:
-        model.train(training)
+    with trial_pass(model) as device:
+        logits: Tensor = model(input_ids=torch.arange(PROBE, device=device)[None], use_cache=False).logits[0]
     return logits
 
 

@@ -34,10 +34,9 @@ from qat_edge.data.token_table import IGNORED
 from qat_edge.errors import RunError
 from qat_edge.quant import fake
 from qat_edge.storage import replace_file
-from qat_edge.train.next_token_loss import predict_targets
+from qat_edge.train.next_token_loss import CHUNK, predict_targets
 
 Batch = Mapping[str, Tensor]
-CHUNK = 64  # tokens whose probabilities are in memory at once
 MADE_OF = "made_of"  # key in the file of predictions: the teacher that made them
 NEGLIGIBLE = 1e-9  # least probability of the choice that stands for all tokens after the top k
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qat_edge.data.token_table import IGNORED
 from qat_edge.quant import fake
+from qat_edge.quant.autocast import trial_pass
 
 CHUNK = 64  # positions whose probabilities are in memory at once
 PROBE = 8  # tokens of the trial pass
@@ -63,18 +64,12 @@ def is_loss_of(model: nn.Module) -> bool:
 
     It is not for models that add to it, as for the balance of experts, or that mix positions after the head.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(PROBE, device=device)[None]
-    labels = ids.masked_fill(ids < PROBE // 2, IGNORED)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            found = next_token_loss(predict_targets(model, batch)) / (PROBE // 2)
-            expected = model(**batch).loss
-    finally:
-        model.train(training)
+    with trial_pass(model) as device:
+        ids = torch.arange(PROBE, device=device)[None]
+        labels = ids.masked_fill(ids < PROBE // 2, IGNORED)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        found = next_token_loss(predict_targets(model, batch)) / (PROBE // 2)
+        expected = model(**batch).loss
     return bool(torch.isclose(found, expected.to(found.dtype), rtol=SAME))
 
 

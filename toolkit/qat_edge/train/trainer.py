@@ -201,7 +201,7 @@ class QatTrainer(Trainer):
         if objective is not None or self.at_targets:
             # The trainer then counts the rows or tokens of a step and leaves the division by them to `compute_loss`.
             self.model_accepts_loss_kwargs = True
-        if not (self.at_targets or objective is not None):
+        else:
             progress.info(f"{type(fake.base_of(self.model)).__name__} computes a loss of its own, at all positions")
 
     def set_teacher(self, teacher: Teacher) -> None:
