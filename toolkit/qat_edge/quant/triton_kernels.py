@@ -96,11 +96,10 @@ def round_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
     rows = x.contiguous().view(-1, x.shape[-1])
     rounded = torch.empty(rows.shape, dtype=dtype, device=x.device)
     width = triton.next_power_of_2(rows.shape[1])
-    if len(rows):
-        _round_tokens[(len(rows),)](
-            rows, rounded, rows.shape[1], WIDTH=width, BF16=dtype == torch.bfloat16, num_warps=_warps(width),
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    _round_tokens[(len(rows),)](
+        rows, rounded, rows.shape[1], WIDTH=width, BF16=dtype == torch.bfloat16, num_warps=_warps(width),
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return rounded.view(x.shape)
 
 
