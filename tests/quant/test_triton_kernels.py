@@ -97,21 +97,17 @@ def stand_in(weight_error: float) -> SimpleNamespace:
     )
 
 
-def test_kernels_with_other_numbers_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_with_other_numbers_are_not_used(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
     cpu = torch.device("cpu")
     assert fused.fault(stand_in(0.0), cpu) is None  # type: ignore[arg-type]
     wrong = stand_in(1e-3)
     monkeypatch.setitem(sys.modules, "qat_edge.quant.triton_kernels", wrong)
     monkeypatch.setattr("qat_edge.quant.triton_kernels", wrong, raising=False)
     assert fused._checked_kernels.__wrapped__(cpu) is None
-    assert "a weight in 4 bits is rounded differently from the CPU" in caplog.text
+    assert "a weight in 4 bits is rounded differently from the CPU" in " ".join(messages)
 
 
-def test_kernels_that_do_not_compile_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_that_do_not_compile_are_not_used(monkeypatch: pytest.MonkeyPatch, messages: list[str]) -> None:
     def fail(x: Tensor, dtype: object) -> Tensor:
         raise RuntimeError("no ptxas here")
 
@@ -119,7 +115,7 @@ def test_kernels_that_do_not_compile_are_not_used(
     monkeypatch.setitem(sys.modules, "qat_edge.quant.triton_kernels", broken)
     monkeypatch.setattr("qat_edge.quant.triton_kernels", broken, raising=False)
     assert fused._checked_kernels.__wrapped__(torch.device("cpu")) is None
-    assert "RuntimeError: no ptxas here" in caplog.text
+    assert "RuntimeError: no ptxas here" in " ".join(messages)
 
 
 def test_torch_computes_on_a_cpu_and_where_scales_are_searched() -> None:

@@ -7,6 +7,9 @@ small matrices on that GPU, and their results are compared with those of `numeri
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -18,6 +21,7 @@ from qat_edge.quant.codebook import PER_CHANNEL, SEQ, Codebook, codebook_of
 
 RANK, ROWS = 5, 37  # of the compared matrices: no multiples of what a kernel works on at once
 SCALING = 1.7
+_is_on = ContextVar("kernels", default=True)
 
 
 def kernels_for(weight: Tensor, scales: Tensor | None, codebook: Codebook) -> ModuleType | None:
@@ -36,7 +40,17 @@ def kernels_for(weight: Tensor, scales: Tensor | None, codebook: Codebook) -> Mo
 
 def kernels_on(device: torch.device) -> ModuleType | None:
     """Return the kernels for tensors of a device; None where torch computes."""
-    return _checked_kernels(device) if device.type == "cuda" else None
+    return _checked_kernels(device) if device.type == "cuda" and _is_on.get() else None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let torch compute everywhere inside the block, to compare."""
+    token = _is_on.set(False)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
 
 
 @functools.cache

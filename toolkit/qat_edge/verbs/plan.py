@@ -231,6 +231,7 @@ def _check(options: FinetuneOptions, exporting: ExportOptions) -> None:
         "--frozen-base": options.frozen_base is not None,
         f"--ptq-init {STORED}": options.ptq_init == STORED,
         "--portable": exporting.portable,
+        f"--optimizer {options.optimizer}": options.optimizer != FinetuneOptions.optimizer,
         f"--backend {exporting.backend}": exporting.backend != ExportOptions.backend,
     }
     for flag, is_given in refused.items():
