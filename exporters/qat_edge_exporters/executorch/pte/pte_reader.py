@@ -198,7 +198,9 @@ def method_faults(methods: Sequence[str], required: Sequence[str] = runner_contr
 def _count_faults(products: list[MatrixProduct], names: MatrixNames, tables: int) -> list[str]:
     faults = []
     if len(products) != len(names.linears):
-        faults.append(f"{MODEL} computes {len(products)} quantized matrix products, {LAYERS} names {len(names.linears)}.")
+        faults.append(
+            f"{MODEL} computes {len(products)} quantized matrix products, {LAYERS} names {len(names.linears)}."
+        )
     if "embedding" not in names.float_bytes:
         faults += [f"{name}: {MODEL} holds no quantized embedding." for name in names.embeddings[tables:]]
     return faults
