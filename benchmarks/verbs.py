@@ -156,10 +156,10 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join([
         "# Time and memory of the commands",
         "",
-        "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is SmolLM2-135M-Instruct, "
-        "with the data and the flags of `make demo`. Each command runs once, in a process of its own. *Memory* is the "
-        "peak of its largest process. The parts are what a command reports while it runs; the three that take most time "
-        "are listed.",
+        "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is "
+        "SmolLM2-135M-Instruct, with the data and the flags of `make demo`. Each command runs once, in a process of "
+        "its own. *Memory* is the peak of its largest process. The parts are what a command reports while it runs; the "
+        "three that take most time are listed.",
         "",
         page.table(("", ""), page.provenance(records)),
         "",
