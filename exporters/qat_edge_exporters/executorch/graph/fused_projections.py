@@ -33,7 +33,7 @@ class FusedLinear(QuantizedLinear):
         self.quantize_input, self.bits, self.group_size = first.quantize_input, first.bits, first.group_size
         for name in ("codes", "scales", "zeros"):
             self.register_buffer(name, torch.cat([layer.get_buffer(name) for layer in layers]))
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
         self._ends = list(accumulate(len(layer.get_buffer("codes")) for layer in layers))
         self._input: Tensor | None = None
