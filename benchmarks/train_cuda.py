@@ -8,6 +8,10 @@ LoRA is timed before and after each variant, so that a ratio compares neighbors 
     qat      QAT with int4 weights in groups of 32 whose scales follow the largest weight, `next_token_loss`
     learned  the same with learned scales, the default of `finetune`
     distill  the same with a live teacher besides
+    torch    learned, rounded by torch's own operations instead of the Triton kernels
+
+The kernels are compared with the CPU bit for bit first. If they differ, a warning says so, and torch computes all
+variants.
 
 The floor of a QAT step is what any merged forward adds to LoRA: each weight is read once and its rounded form written
 once and read once, in the forward pass and again in the backward pass, and B A is computed in both.
@@ -23,6 +27,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from benchmarks import page
 from qat_edge.manifest import LIBRARIES, library_version
-from qat_edge.quant import base_storage, fake, numerics
+from qat_edge.quant import base_storage, fake, fused, numerics
 from qat_edge.quant.scheme import Scheme, choose_scheme
 from qat_edge.storage import write_text
 from qat_edge.train import next_token_loss
@@ -44,7 +49,7 @@ from qat_edge.train.distill import LiveTeacher
 
 GROUP, RANK, ALPHA = 32, 16, 32
 WARM_UP = 3  # steps before the timed ones
-LORA, VARIANTS = "lora", ("qat", "learned", "distill")
+LORA, TORCH, VARIANTS = "lora", "torch", ("qat", "learned", "distill", "torch")
 STEP_GOAL, MEMORY_GOAL = 1.15, 1.10  # times plain LoRA
 _LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -169,11 +174,12 @@ def measure(setting: Setting, variant: str) -> tuple[float, int | None]:
         torch.cuda.reset_peak_memory_stats()
     trainee = Trainee.lora(setting) if variant == LORA else Trainee.qat(setting, variant)
     times = []
-    for index in range(WARM_UP + setting.steps):
-        batch = make_batch(setting, index)
-        began = _now(on_gpu)
-        trainee.step(batch)
-        times.append(_now(on_gpu) - began)
+    with fused.without_kernels() if variant == TORCH else nullcontext():
+        for index in range(WARM_UP + setting.steps):
+            batch = make_batch(setting, index)
+            began = _now(on_gpu)
+            trainee.step(batch)
+            times.append(_now(on_gpu) - began)
     return median(times[WARM_UP:]), torch.cuda.max_memory_allocated() if on_gpu else None
 
 
@@ -311,6 +317,7 @@ def record(costs: Sequence[VariantCost], device: str) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "libraries": {name: library_version(name) for name in (*LIBRARIES, "triton")},
+        "kernels": fused.kernels_on(torch.device(device)) is not None,
         "goals": {"step": STEP_GOAL, "memory": MEMORY_GOAL},
         "floors": {cost.setting.model: floor(cost.setting) for cost in costs},
         "costs": [{**asdict(cost), "step_ratio": cost.step_ratio, "memory_ratio": cost.memory_ratio} for cost in costs],

@@ -17,6 +17,7 @@ from qat_edge.errors import ArtifactError
 from qat_edge.quant import frozen
 from qat_edge.verbs.verify import verify_folder
 from qat_edge_exporters.executorch.compat import KernelCall, serialize_pte_binary
+from qat_edge_exporters.executorch.graph.fused_projections import SEPARATOR
 from qat_edge_exporters.executorch.pte import delegates, runner_contract
 from qat_edge_exporters.executorch.pte.program_check import program_faults
 from qat_edge_exporters.executorch.pte.pte_options import held_options
@@ -80,23 +81,24 @@ def test_bits_chosen_by_layer_are_verified(tmp_path: Path) -> None:
 
 
 def named_constant(folder: Path, layer: str) -> tuple[str, bytes]:
-    """Return the key and the bytes of a layer's codes."""
+    """Return the key and the bytes of the codes of a layer's product."""
     pte = delegates.open_pte(folder / "model.pte")
     plan = next(p for p in pte.program.execution_plan if p.name == runner_contract.FORWARD)
     order = json.loads((folder / "layers.json").read_text())["linears"]
-    key = delegates.matrix_products(pte, plan)[order.index(layer)].codes_key
+    place = next(place for place, name in enumerate(order) if layer in name.split(SEPARATOR))
+    key = delegates.matrix_products(pte, plan)[place].codes_key
     return key, delegates.named_constants(pte)[key]
 
 
 def test_one_flipped_nibble_is_named(copied: TinyExport) -> None:
-    layer = "model.layers.1.mlp.up_proj"
+    layer, product = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj+model.layers.1.mlp.up_proj"
     _, codes = named_constant(copied.folder, layer)
     data = bytearray(copied.pte.read_bytes())
-    data[data.index(codes) + 17] ^= 0x20
+    data[data.index(codes) + len(codes) // 2 + 17] ^= 0x20
     copied.pte.write_bytes(data)
     artifact = read(copied.folder)
     assert len(artifact.faults) == 1
-    assert artifact.faults[0].startswith(f"{layer}: its codes")
+    assert artifact.faults[0].startswith(f"{product}: its codes")
     differing = artifact.weights[layer].codes != frozen.read_weights(copied.frozen)[layer].codes.numpy()
     assert np.argwhere(differing).tolist() == [[0, 35]]  # the high nibble of byte 17
 
@@ -223,7 +225,7 @@ def test_the_number_of_layers_is_checked(copied: TinyExport) -> None:
     layers = json.loads((copied.folder / "layers.json").read_text())
     layers["linears"].pop()
     (copied.folder / "layers.json").write_text(json.dumps(layers))
-    assert "computes 15 quantized linear layers, layers.json names 14" in read(copied.folder).faults[0]
+    assert "computes 9 quantized matrix products, layers.json names 8" in read(copied.folder).faults[0]
 
 
 @pytest.mark.parametrize("keep", [0.99, 0.5, 0.01, 0.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_gradients_equal_the_naive_graph_in_float64() -> None:
             output = naive(x, values["weight"], values["bias"], a, b, 0.5)
         else:
             output = layer_functions.MergedFakeQuantLinear.apply(
-                x, values["weight"], values["bias"], a, b, None, 0.5, SPEC
+                x, layer_functions.rounded_input(x), values["weight"], values["bias"], a, b, None, 0.5, SPEC
             )
         output.pow(2).sum().backward()
         grads.append((output.detach(), x.grad, a.grad, b.grad))
@@ -82,7 +83,9 @@ def test_no_merged_weight_is_kept_for_the_backward_pass() -> None:
     weight, a, b = torch.randn(64, 64), torch.randn(4, 64, requires_grad=True), torch.randn(64, 4, requires_grad=True)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.data_ptr(), *t.shape)) or t, lambda t: t):
-        layer_functions.MergedFakeQuantLinear.apply(torch.randn(3, 64), weight, None, a, b, None, 1.0, SPEC)
+        x = torch.randn(3, 64)
+        rounded = layer_functions.rounded_input(x)
+        layer_functions.MergedFakeQuantLinear.apply(x, rounded, weight, None, a, b, None, 1.0, SPEC)
     matrices = [pointer for pointer, *shape in kept if shape == [64, 64]]
     assert matrices == [weight.data_ptr()]
 
@@ -206,3 +209,28 @@ def test_cuda_codes_equal_those_frozen_on_cuda(tiny_model_folder: Path) -> None:
     frozen.freeze(merged, scheme)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_read_one_tensor_round_it_once_and_keep_one_copy() -> None:
+    shared, x = layer_functions.SharedInput(), torch.randn(3, 64)
+    first = shared.rounded(x)
+    assert shared.rounded(x) is first
+    # Another tensor of the same values, and the same tensor with other values, are rounded anew.
+    assert shared.rounded(x.clone()) is not first
+    again = shared.rounded(x)
+    x.mul_(2)
+    torch.testing.assert_close(shared.rounded(x), 2 * again)
+
+
+def test_a_shared_input_is_rounded_again_for_another_dtype() -> None:
+    shared, x = layer_functions.SharedInput(), torch.randn(3, 64)
+    assert shared.rounded(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert shared.rounded(x).dtype == torch.bfloat16
+
+
+def test_a_rounded_input_is_kept_no_longer_than_its_source() -> None:
+    shared, x = layer_functions.SharedInput(), torch.randn(3, 64)
+    rounded = weakref.ref(shared.rounded(x))
+    del x
+    assert rounded() is None

@@ -100,7 +100,9 @@ def test_fake_quantization_keeps_no_dense_weight_for_the_backward_pass(format: s
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t
         ):
-            output = layer_functions.MergedFakeQuantLinear.apply(weights(3, 64), weight, None, a, b, None, 0.5, spec)
+            x = weights(3, 64)
+            rounded = layer_functions.rounded_input(x)
+            output = layer_functions.MergedFakeQuantLinear.apply(x, rounded, weight, None, a, b, None, 0.5, spec)
         grads.append(torch.autograd.grad(output.pow(2).sum(), (a, b)))
         assert ((64, 64) in kept) is isinstance(weight, Tensor)
     for ours, dense in zip(*grads, strict=True):

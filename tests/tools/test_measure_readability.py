@@ -113,7 +113,8 @@ def test_names_are_printed_when_requested(checkout: Path) -> None:
 def test_the_traced_commands_parse(verb: str, tmp_path: Path) -> None:
     name, *arguments = measure_readability._arguments(verb, tmp_path)
     command = commands.main.commands[name]
-    with click.Context(command, click.Context(commands.main), info_name=name) as context:
+    parent = click.Context(commands.main, **commands.main.context_settings)  # click keeps the help option that it makes
+    with click.Context(command, parent, info_name=name) as context:
         assert command.parse_args(context, arguments) == []
 
 

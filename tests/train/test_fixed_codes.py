@@ -121,7 +121,9 @@ def test_gradients_equal_those_of_the_same_graph_in_float64(codes: Any) -> None:
     for ours in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, scales, bias)]
         if ours:
-            output = layer_functions.FixedCodesLinear.apply(leaves[0], fixed, leaves[1], leaves[2])
+            output = layer_functions.FixedCodesLinear.apply(
+                leaves[0], layer_functions.rounded_input(x), fixed, leaves[1], leaves[2]
+            )
         else:
             # Straight-through: the forward pass has the rounded values, the gradients are those of the values.
             rounded_x = leaves[0] + (numerics.fake_quantize_activation(x) - x).detach()

@@ -30,7 +30,8 @@ NAMES = ("a", "b", "factor")
 
 
 def trained_layer(index: int, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
-    output: Tensor = layer_functions.MergedFakeQuantLinear.apply(x, weight, None, a, b, scales, 0.5, SPEC)
+    rounded = layer_functions.rounded_input(x)
+    output: Tensor = layer_functions.MergedFakeQuantLinear.apply(x, rounded, weight, None, a, b, scales, 0.5, SPEC)
     return output
 
 

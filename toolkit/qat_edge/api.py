@@ -308,6 +308,7 @@ def finetune(
     device: str = "auto",
     precision: str = "auto",
     base: str = "checkpoint",
+    optimizer: str = "adamw",
     gradient_checkpointing: bool = False,
     save_every: int = 50,
     track: Sequence[str] = ("tensorboard",),
@@ -384,6 +385,8 @@ def finetune(
         base: Storage of the frozen base weights under the adapters: in 16 bits where the values allow it
             (checkpoint), as float32, rounded to bfloat16, or in few bits (QLoRA). One of checkpoint, fp32, bf16,
             int8, nf4.
+        optimizer: AdamW with a state of 32 bits, or of 8 bits: 2 instead of 8 bytes for each trained weight. One of
+            adamw, adamw-8bit.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         save_every: Steps between checkpoints for --resume.
         track: Experiment trackers, by the Trainer's names.
@@ -448,6 +451,7 @@ def finetune(
             "device": device,
             "precision": precision,
             "base": base,
+            "optimizer": optimizer,
             "gradient_checkpointing": gradient_checkpointing,
             "save_every": save_every,
             "track": track,

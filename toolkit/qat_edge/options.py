@@ -33,7 +33,7 @@ TRAINER_OPTIONS = (
     "max_length", "streaming", "packing", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate",
     "lr_schedule", "warmup_steps", "weight_decay", "keep_layers", "prune", "distill_weight", "distill_temperature",
     "distill_top_k", "eval_every", "eval_rows", "frozen_base", "clip_gradients", "device", "precision",
-    "gradient_checkpointing", "save_every", "track",
+    "optimizer", "gradient_checkpointing", "save_every", "track",
 )  # fmt: skip
 # Share of the steps before QAT; of scales alone, which needs more steps; of adapters on a frozen base.
 QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5
@@ -42,6 +42,8 @@ DOCTOR_RUNTIMES = tuple(name for target in targets.TARGETS.values() for name in 
 # Storage of frozen base weights: that which changes no value, that which rounds them, in 16 bits and in fewer.
 EXACT_BASES, BF16_BASE, QLORA_BASES = ("checkpoint", "fp32"), "bf16", ("int8", "nf4")
 BASES = (*EXACT_BASES, BF16_BASE, *QLORA_BASES)
+ADAMW_8BIT = "adamw-8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 KV_CACHES = ("float32", "int8")
 DEPLOYMENTS = ("base", "lora", "naive", "merged", "ptq", "qat")
 PROFILES = ("laptop", "minimal", "phone-flagship", "phone-midrange", "pi5")
@@ -264,6 +266,10 @@ class FinetuneOptions:
         "Storage of the frozen base weights under the adapters: in 16 bits where the values allow it (checkpoint), as "
         "float32, rounded to bfloat16, or in few bits (QLoRA).",
         "checkpoint", BASES, group=HARDWARE,
+    )  # fmt: skip
+    optimizer: str = option(
+        "AdamW with a state of 32 bits, or of 8 bits: 2 instead of 8 bytes for each trained weight.",
+        "adamw", OPTIMIZERS, group=HARDWARE,
     )  # fmt: skip
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass to save memory.", False, group=HARDWARE

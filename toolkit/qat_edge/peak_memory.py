@@ -1,4 +1,4 @@
-"""Peak resident memory of this process and of commands that it runs."""
+"""Peak resident memory of this process and of commands that it runs, and errors where there was not enough."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ else:
     import os
     import resource
 
+# In the message of a RuntimeError of torch: the CPU's allocator has no class of its own.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 POLL_S = 0.5  # between two readings of a command's memory on Windows
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, torch's allocator for the CPU or one for a GPU had no memory left."""
+    in_text = any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and in_text)
 
 
 def own_peak_bytes() -> int:

@@ -25,8 +25,12 @@ import torch.ao.quantization.fx._decomposed
 from executorch.backends.xnnpack import serialization, xnnpack_preprocess
 from executorch.backends.xnnpack._passes import XNNPACKPassManager
 
+# What serializes an operator for XNNPACK, by its name.
+from executorch.backends.xnnpack.operators.node_visitor import _node_visitor_dict
+
 # XNNPACK's patterns by name; the public partitioner only takes a selection of them, and gives no list.
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.generic_node_configs import SliceCopyConfig
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 
 # Flatbuffer side of a .pte. `deserialize_pte_binary` and `serialize_pte_binary` have no public counterpart.
@@ -95,6 +99,7 @@ __all__ = [
     "XNNHeader",
     "XNNPACKPassManager",
     "constrain",
+    "delegate_slices_of_any_length",
     "deserialize_pte_binary",
     "edge_compile_config",
     "executorch_call_delegate",
@@ -170,6 +175,34 @@ def replace_xnnpack_pass_manager(manager: type) -> Iterator[None]:
         yield
     finally:
         xnnpack_preprocess.XNNPACKPassManager = XNNPACKPassManager
+
+
+@contextmanager
+def delegate_slices_of_any_length() -> Iterator[None]:
+    """Inside the block, XNNPACK takes slices of a static dimension although another one, the tokens, is dynamic.
+
+    The partitioner refuses them, and the serializer writes the upper bound of a dynamic dimension. XNNPACK itself
+    infers a dimension whose size is 0: https://github.com/google/XNNPACK/blob/master/test/static-slice.cc
+    """
+    visitor = _node_visitor_dict["aten.slice_copy.Tensor"]
+    check, define = SliceCopyConfig.check_constraints, visitor.define_node
+
+    def is_static_slice(self: Any, node: Any, program: ExportedProgram) -> bool:
+        before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+        sliced = {type(shape[node.args[1]]) for shape in (before, after)}
+        has_stride = len(node.args) > 4 and node.args[4] != 1
+        return bool(self.check_common_constraints(node, program)) and sliced == {int} and not has_stride
+
+    def define_node(self: Any, node: Any, graph: Any, *rest: Any) -> None:
+        define(self, node, graph, *rest)
+        sizes = node.meta["val"].shape
+        graph.xnodes[-1].xnode_union.sizes = [size if isinstance(size, int) else 0 for size in sizes]
+
+    SliceCopyConfig.check_constraints, visitor.define_node = is_static_slice, define_node
+    try:
+        yield
+    finally:
+        SliceCopyConfig.check_constraints, visitor.define_node = check, define
 
 
 @contextmanager

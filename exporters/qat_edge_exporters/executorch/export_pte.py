@@ -28,6 +28,7 @@ from qat_edge_exporters.checkpoint import is_frozen
 from qat_edge_exporters.executorch import encoder, pte_support
 from qat_edge_exporters.executorch.backends import registry
 from qat_edge_exporters.executorch.graph import attention, lowering, quantized_modules, tracing
+from qat_edge_exporters.executorch.graph.fused_projections import fuse_projections
 from qat_edge_exporters.executorch.pte import runner_contract, shared_table
 from qat_edge_exporters.rotary_frequencies import fix_rotary_frequencies
 from qat_edge_exporters.targets import COPIED
@@ -127,9 +128,10 @@ def _lower_decoder(source: _Source, settings: _Settings) -> _LoweredModel:
     model, adapters = source.model, source.adapters
     methods = _runner_methods(source, settings)
     # Names and sizes first: preparing replaces the modules.
-    layers = _layer_names(model) | {"float_bytes": _float_bytes(model, adapters)}
+    layers: dict[str, Any] = _layer_names(model) | {"float_bytes": _float_bytes(model, adapters)}
     cache = tracing.choose_cache(model.config, settings.context_length, settings.portable, settings.kv_cache)
     names = quantized_modules.prepare(model, adapters, settings.portable)
+    layers |= {"fused": fuse_projections(model, names, adapters)}
 
     progress.info("exporting the graph")
     program = tracing.trace(tracing.Decoder(model, cache))

@@ -11,18 +11,15 @@ from pathlib import Path
 
 from qat_edge import __version__
 from qat_edge.manifest import LIBRARIES, library_version
+from qat_edge.peak_memory import is_out_of_memory
 from qat_edge.storage import REMEDIES
 
 EX_SOFTWARE = 70  # sysexits.h: an internal software error
-# In the message of a RuntimeError of torch: the CPU's allocator has no class of its own.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def describe_known(error: BaseException) -> str | None:
     """Return a paragraph for a resource that ran out or a path that cannot be used; None for any other error."""
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
-    ):
+    if is_out_of_memory(error):
         return (
             "Out of memory. Choose a smaller --batch-size or --max-length, or --gradient-checkpointing or --base nf4, "
             "where the command has them, or close other programs."

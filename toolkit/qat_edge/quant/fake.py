@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.quant import numerics, qlora_base
-from qat_edge.quant.layer_functions import FixedCodesLinear, MergedFakeQuantLinear, merged_weight
+from qat_edge.quant.layer_functions import FixedCodesLinear, MergedFakeQuantLinear, SharedInput, merged_weight
 from qat_edge.quant.module_class import insert_base
 from qat_edge.quant.qlora_base import FrozenLinear, QloraLinear, QloraWeight
 from qat_edge.quant.scheme import Scheme, WeightScheme
@@ -52,11 +52,13 @@ class Switch:
         enabled: The layers round. Off, they compute what the layers they replaced did.
         learned_scales: The adapters, or the layers themselves, are made with factors for the scales.
         unmerged: Adapters are added to the outputs of rounded layers, in float, instead of to their weights.
+        inputs: Rounds an input that several layers read once.
     """
 
     enabled: bool = False
     learned_scales: bool = False
     unmerged: bool = False
+    inputs: SharedInput = field(default_factory=SharedInput, repr=False, compare=False)
 
     def __deepcopy__(self, memo: Any) -> Switch:
         return self  # peft trains a copy of a head, which has to round when the others do
@@ -113,10 +115,10 @@ class FakeQuantLinear(nn.Linear):
         weight = qlora_base.base_weight(self)
         if not self.switch.enabled:
             return FrozenLinear.apply(input, weight, self.bias) if is_narrow(weight) else super().forward(input)
-        scales = self.trained_scales
+        scales, rounded = self.trained_scales, self.switch.inputs.rounded(input)
         if self.codes is not None and scales is not None:
-            return FixedCodesLinear.apply(input, self.codes, scales, self.bias)
-        return MergedFakeQuantLinear.apply(input, weight, self.bias, None, None, scales, 1.0, self.spec)
+            return FixedCodesLinear.apply(input, rounded, self.codes, scales, self.bias)
+        return MergedFakeQuantLinear.apply(input, rounded, weight, self.bias, None, None, scales, 1.0, self.spec)
 
 
 class FakeQuantQloraLinear(FakeQuantLinear, QloraLinear):
@@ -193,14 +195,15 @@ class LoraFakeQuantLinear(lora.Linear):
         base = self.get_base_layer()
         if not base.switch.enabled or base.switch.unmerged or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
+        rounded = base.switch.inputs.rounded(x)
         if base.codes is not None:
-            return FixedCodesLinear.apply(x, base.codes, self.trained_scales, base.bias)
+            return FixedCodesLinear.apply(x, rounded, base.codes, self.trained_scales, base.bias)
         # One mask of columns for all tokens of a step.
         lora_a, lora_b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         lora_a = lora_a * self.lora_dropout[ADAPTER](torch.ones_like(lora_a[:1]))
         weight, scaling = qlora_base.base_weight(base), self.scaling[ADAPTER]
         return MergedFakeQuantLinear.apply(
-            x, weight, base.bias, lora_a, lora_b, self.trained_scales, scaling, base.spec
+            x, rounded, weight, base.bias, lora_a, lora_b, self.trained_scales, scaling, base.spec
         )
 
 

@@ -7,7 +7,7 @@ The forward of an adapted layer is the deployed one, `fq(X) fq(W + s B A)^T`, no
     dX = dY Wq        dB = s dY^T (Xq A^T)        dA = s (dY B)^T Xq
 
 so the gradient of W is never formed, and Wq is rounded again in the backward pass instead of being
-kept: memory stays that of LoRA.
+kept: memory stays that of LoRA. Layers that read the same tensor, such as q, k and v, share one Xq (`SharedInput`).
 
 Where a layer has scales of its own and they are learned, the forward rounds them to bfloat16, and dWq = dY^T Xq is
 formed for one layer at a time (`numerics.straight_through`). For fixed codes Q under scales S, Wq = S Q, and
@@ -18,13 +18,14 @@ A frozen W may be quantized (`qlora_base`); it is then dequantized wherever thes
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qat_edge.quant import numerics, qlora_base
+from qat_edge.quant import fused, numerics, qlora_base
 from qat_edge.quant.autocast import compute_dtype
 from qat_edge.quant.qlora_base import QloraWeight
 from qat_edge.quant.scheme import WeightScheme
@@ -37,6 +38,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        rounded_x: Tensor,
         weight: Tensor | QloraWeight,
         bias: Tensor | None,
         lora_a: Tensor | None,
@@ -50,6 +52,7 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         Args:
             ctx: autograd's context.
             x: Input.
+            rounded_x: `rounded_input` of x, in its shape.
             weight: W (out, in), dense or quantized.
             bias: (out,).
             lora_a: A (rank, in); None without an adapter, like B.
@@ -64,15 +67,12 @@ class MergedFakeQuantLinear(torch.autograd.Function):
 
         # Merging and rounding are float32 whatever autocast says; only the product is in its dtype.
         with torch.autocast(x.device.type, enabled=False):
-            rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
-            merged = merged_weight(weight, lora_a, lora_b, scaling)
-            rounded_scales = _rounded_scales(scales, merged, spec)
-            rounded_weight = numerics.fake_quantize_weight(merged, spec.codebook, spec.group_size, rounded_scales)
+            rounded_weight = _rounded_weight(weight, lora_a, lora_b, scales, scaling, spec, ctx.compute_dtype)
             cast_bias = None if bias is None else bias.to(ctx.compute_dtype)
-            output = functional.linear(rounded_x, rounded_weight.to(ctx.compute_dtype), cast_bias)
+            output = functional.linear(rounded_x, rounded_weight, cast_bias)
 
         # Gradients of weight, bias, adapter and scales need the input; a frozen layer without adapters keeps nothing.
-        kept_x = rounded_x if any(ctx.needs_input_grad[1:6]) else None
+        kept_x = rounded_x if any(ctx.needs_input_grad[2:7]) else None
         ctx.quantized = weight if isinstance(weight, QloraWeight) else None
         ctx.save_for_backward(kept_x, weight if ctx.quantized is None else None, lora_a, lora_b, scales)
         return output
@@ -82,68 +82,62 @@ class MergedFakeQuantLinear(torch.autograd.Function):
         """Return the gradients of x and of those of weight, bias, lora_a, lora_b and scales that are trained."""
         rounded_x, weight, lora_a, lora_b, scales = ctx.saved_tensors
         weight = weight if ctx.quantized is None else ctx.quantized
-        needs_x, needs_weight, needs_bias, needs_adapter, _, needs_scales = ctx.needs_input_grad[:6]
+        needs_x, _, needs_weight, needs_bias, needs_adapter, _, needs_scales = ctx.needs_input_grad[:7]
         grad = grads[0].to(ctx.compute_dtype)
         grad_x = grad_weight = grad_bias = grad_a = grad_b = grad_scales = None
 
         with torch.autocast(grad.device.type, enabled=False):
-            # Round again what the forward pass rounded, instead of having kept it.
-            merged = merged_weight(weight, lora_a, lora_b, ctx.scaling)
-            rounded_scales = _rounded_scales(scales, merged, ctx.spec)
-            codes = numerics.round_codes(merged, rounded_scales, ctx.spec.codebook)
-
-            if needs_x:
-                rounded_weight = numerics.dequantize(codes, rounded_scales)
-                grad_x = (grad @ rounded_weight.to(ctx.compute_dtype)).to(ctx.x_dtype)
-            rows = grad.flatten(0, -2)
-            if needs_bias:
-                grad_bias = rows.sum(0).float()
-
+            rows, merging = grad.flatten(0, -2), (weight, lora_a, lora_b, scales, ctx.scaling, ctx.spec)
+            grad_bias = rows.sum(0).float() if needs_bias else None
+            rounded_weight = None
             if needs_weight or needs_scales:
                 # dWq is formed for this layer alone, and everything else follows from it.
-                grad_merged = (rows.T @ rounded_x.flatten(0, -2)).to(merged.dtype)
+                grad_merged = rows.T @ rounded_x.flatten(0, -2)
                 if scales is not None:
-                    grad_merged, grad_scales = numerics.straight_through(
-                        merged, rounded_scales, codes, grad_merged, ctx.spec.codebook.step
-                    )
+                    rounded_weight, grad_merged, grad_scales = _through_scales(*merging, grad_merged)
                 grad_weight = grad_merged if needs_weight else None
                 if needs_adapter:
-                    grad_a = (lora_b.T @ grad_merged) * ctx.scaling
-                    grad_b = (grad_merged @ lora_a.T) * ctx.scaling
+                    grad_a = (lora_b.to(grad_merged.dtype).T @ grad_merged).to(lora_a.dtype) * ctx.scaling
+                    grad_b = (grad_merged @ lora_a.to(grad_merged.dtype).T).to(lora_b.dtype) * ctx.scaling
             elif needs_adapter:
                 # Only the adapter is trained: its gradients without dWq, in the memory of LoRA.
                 grad_a, grad_b = _adapter_gradients(rows, rounded_x.flatten(0, -2), lora_a, lora_b, ctx.scaling)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_scales, None, None
+            if needs_x:
+                # Round again what the forward pass rounded, instead of having kept it.
+                if rounded_weight is None:
+                    rounded_weight = _rounded_weight(*merging, ctx.compute_dtype)
+                grad_x = (grad @ rounded_weight).to(ctx.x_dtype)
+        return grad_x, None, grad_weight, grad_bias, grad_a, grad_b, grad_scales, None, None
 
 
 class FixedCodesLinear(torch.autograd.Function):
     """`fq(X) (S Q)^T + b` for fixed codes Q, with the gradients of X, b and S."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rounded_x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer: x (..., in) -> (..., out).
 
         Args:
             ctx: autograd's context.
             x: Input.
+            rounded_x: `rounded_input` of x, in its shape.
             codes: Q (out, in), int8.
             scales: S (out, in // group), not yet rounded to bfloat16.
             bias: (out,).
         """
         ctx.compute_dtype, ctx.x_dtype = compute_dtype(x), x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            rounded_x = numerics.fake_quantize_activation(x).to(ctx.compute_dtype)
             weight = _dequantized(codes, scales, ctx.compute_dtype)
             cast_bias = None if bias is None else bias.to(ctx.compute_dtype)
             output = functional.linear(rounded_x, weight, cast_bias)
-        ctx.save_for_backward(rounded_x if any(ctx.needs_input_grad[2:]) else None, codes, scales)
+        ctx.save_for_backward(rounded_x if any(ctx.needs_input_grad[3:]) else None, codes, scales)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, and of scales and bias where they are trained."""
         rounded_x, codes, scales = ctx.saved_tensors
-        needs_x, _, needs_scales, needs_bias = ctx.needs_input_grad
+        needs_x, _, _, needs_scales, needs_bias = ctx.needs_input_grad
         grad = grads[0].to(ctx.compute_dtype)
         grad_x = grad_scales = None
         rows = grad.flatten(0, -2)
@@ -155,7 +149,41 @@ class FixedCodesLinear(torch.autograd.Function):
                 # dWq is formed for this layer alone.
                 grad_weight = (rows.T @ rounded_x.flatten(0, -2)).to(scales.dtype)
                 grad_scales = (grad_weight * codes).unflatten(-1, (scales.shape[-1], -1)).sum(-1)
-        return grad_x, None, grad_scales, rows.sum(0).float() if needs_bias else None
+        return grad_x, None, None, grad_scales, rows.sum(0).float() if needs_bias else None
+
+
+class SharedInput:
+    """Input of the last layer, rounded, for the layers after it that read the same tensor.
+
+    Attention calls q, k and v with one tensor, and an MLP gate and up: it is then rounded once and kept once.
+    """
+
+    def __init__(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._rounded: Tensor | None = None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return `rounded_input` of x (..., in)."""
+        if x.is_inference():  # without a version, which says that nothing was written into it
+            return rounded_input(x)
+        is_same = self._source is not None and self._source() is x and self._version == x._version
+        if not is_same or self._rounded is None or self._rounded.dtype != compute_dtype(x):
+            self._rounded = rounded_input(x)
+            # Nothing is kept longer than its source.
+            self._source, self._version = weakref.ref(x, self._forget), x._version
+        return self._rounded
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if source is self._source:
+            self._source = self._rounded = None
+
+
+def rounded_input(x: Tensor) -> Tensor:
+    """Return x (..., in) rounded to int8 per token, in the dtype that its layer computes in, without a gradient."""
+    dtype = compute_dtype(x)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return _rounded_activation(x, dtype)
 
 
 class RoundedInput(torch.autograd.Function):
@@ -166,12 +194,21 @@ class RoundedInput(torch.autograd.Function):
         """Round x (..., in) and return float32."""
         ctx.x_dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return numerics.fake_quantize_activation(x)
+            return _rounded_activation(x, torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         """Return the gradient of x."""
         return grads[0].to(ctx.x_dtype)
+
+
+def _rounded_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `numerics.fake_quantize_activation` of x (..., in) in a dtype."""
+    kernels = fused.kernels_on(x.device)
+    if kernels is not None:
+        rounded: Tensor = kernels.round_activation(x, dtype)
+        return rounded
+    return numerics.fake_quantize_activation(x).to(dtype)
 
 
 def merged_weight(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> Tensor:
@@ -182,11 +219,50 @@ def merged_weight(base: Tensor | QloraWeight, lora_a: Tensor | None, lora_b: Ten
     return numerics.merge(weight, lora_a, lora_b, scaling)
 
 
-def _rounded_scales(scales: Tensor | None, merged: Tensor, spec: WeightScheme) -> Tensor:
-    """Return a layer's own scales in bfloat16; without any, those of `choose_scales`."""
-    if scales is None:
-        return numerics.choose_scales(merged, spec.codebook, spec.group_size)
-    return numerics.representable(scales)
+def _rounded_weight(
+    base: Tensor | QloraWeight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scales: Tensor | None,
+    scaling: float,
+    spec: WeightScheme,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return fq(W + s B A) in a dtype, (out, in); arguments as of `MergedFakeQuantLinear`."""
+    weight, codebook, group_size = qlora_base.dequantized(base), spec.codebook, spec.group_size
+    kernels = fused.kernels_for(weight, scales, codebook)
+    if kernels is not None:
+        rounded: Tensor = kernels.round_merged(weight, lora_a, lora_b, scales, scaling, codebook, group_size, dtype)
+        return rounded
+    own = None if scales is None else numerics.representable(scales)
+    merged = merged_weight(weight, lora_a, lora_b, scaling)
+    return numerics.fake_quantize_weight(merged, codebook, group_size, own).to(dtype)
+
+
+def _through_scales(
+    base: Tensor | QloraWeight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scales: Tensor,
+    scaling: float,
+    spec: WeightScheme,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fq(W + s B A) and the gradients of W + s B A and of its scales, for a layer with scales of its own.
+
+    grad: Gradient of the rounded weight, (out, in), which may be overwritten; the rounded weight has its dtype.
+    """
+    weight, codebook, dtype = qlora_base.dequantized(base), spec.codebook, grad.dtype
+    kernels = fused.kernels_for(weight, scales, codebook)
+    if kernels is not None:
+        rounded, grad_scales = kernels.scale_gradients(
+            weight, lora_a, lora_b, scales, scaling, codebook, spec.group_size, grad.contiguous(), dtype
+        )
+        return rounded, grad, grad_scales
+    merged, own = merged_weight(weight, lora_a, lora_b, scaling), numerics.representable(scales)
+    codes = numerics.round_codes(merged, own, codebook)
+    grad_merged, grad_scales = numerics.straight_through(merged, own, codes, grad.to(merged.dtype), codebook.step)
+    return numerics.dequantize(codes, own).to(dtype), grad_merged, grad_scales
 
 
 def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

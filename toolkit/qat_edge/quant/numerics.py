@@ -181,7 +181,8 @@ def straight_through(
     Returns:
         Gradients of `weight` and of `scales`, in their shapes.
     """
-    ratio = weight.unflatten(-1, (scales.shape[-1], -1)) / scales.unsqueeze(-1)
+    # As in `round_codes`: a division could put a weight at a tie further than half a step from its code.
+    ratio = weight.unflatten(-1, (scales.shape[-1], -1)) * (1.0 / scales).unsqueeze(-1)
     codes_by_group = codes.unflatten(-1, (scales.shape[-1], -1))
     grad_by_group = grad.unflatten(-1, (scales.shape[-1], -1))
 

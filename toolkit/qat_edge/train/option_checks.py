@@ -24,7 +24,7 @@ WITHOUT_STEPS = ("steps", "keep_layers", "prune", "seed")
 # Options of QAT among those of quantization, and of the trainer among the others.
 OF_STEPS = (
     "qat_start", "scale_learning_rate", "codes", "qat_learning_rate", "lr_restart", "clip_gradients", "base",
-    "gradient_checkpointing", "save_every", "streaming",
+    "optimizer", "gradient_checkpointing", "save_every", "streaming",
 )  # fmt: skip
 # Options that change or calibrate weights.
 WITHOUT_FROZEN_BASE = ("method", "base", "codes", "scale_learning_rate", "clip_gradients", "calibration_tokens")

@@ -39,6 +39,7 @@ FOREIGN = (
     "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin", "scaler.pt",
     "*/adapter_model.*", "*pytorch_model_fsdp*", "optimizer_*",
 )  # fmt: skip
+OWN_KEYS = ("lr", "fused")  # of a group of parameters: not compared with those of a checkpoint
 STATE_TYPES = {
     "train_batch_size": int | None,
     "best_model_checkpoint": str | None,
@@ -182,9 +183,9 @@ def _check_optimizer(path: Path, optimizer: Optimizer) -> None:
     if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(own["param_groups"]):
         raise _refused(path, "it has other groups of parameters")
     for group, expected in zip(groups, own["param_groups"], strict=True):
-        # The learning rate follows the schedule.
-        differing = [key for key, value in expected.items() if key != "lr" and _value(group, key) != value]
-        if differing or not _is_number(_value(group, "lr")):
+        # The learning rate follows the schedule, and a GPU has another implementation than a CPU.
+        differing = [key for key, value in expected.items() if key not in OWN_KEYS and _value(group, key) != value]
+        if differing or not _is_rate(_value(group, "lr")):
             raise _refused(path, f"'{(differing or ['lr'])[0]}' of the optimizer is another one")
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -194,8 +195,19 @@ def _check_optimizer(path: Path, optimizer: Optimizer) -> None:
             raise _refused(path, f"its entry {readers.show(number)} is not the average of a parameter's gradients")
         for name, tensor in averages.items():
             shape = () if name == "step" else parameters[number].shape
-            if not isinstance(tensor, Tensor) or tensor.shape != shape or not bool(torch.isfinite(tensor).all()):
+            if not isinstance(tensor, Tensor) or tensor.shape != shape or not _is_finite(tensor):
                 raise _refused(path, f"'{name}' of parameter {number} has another shape, or is not finite")
+
+
+def _is_finite(average: Tensor) -> bool:
+    """Return whether all numbers are finite; those of averages in 8 bits are codes times scales."""
+    stored: Any = getattr(average, "scale", average)
+    return bool(torch.isfinite(stored).all())
+
+
+def _is_rate(value: Any) -> bool:
+    """Return whether a learning rate is a number; the optimizer in 8 bits has it as a tensor."""
+    return _is_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
 
 
 def _value(group: Any, key: str) -> Any:
@@ -215,7 +227,7 @@ def _check_schedule(path: Path, schedule: LRScheduler, step: int) -> None:
         key for key, value in (("last_epoch", step), ("base_lrs", own["base_lrs"])) if saved.get(key) != value
     ]
     rates = saved.get("_last_lr")
-    known = isinstance(rates, list) and len(rates) == len(own["base_lrs"]) and all(map(_is_number, rates))
+    known = isinstance(rates, list) and len(rates) == len(own["base_lrs"]) and all(map(_is_rate, rates))
     if differing or not known or not all(math.isfinite(rate) for rate in rates or ()):
         raise _refused(path, f"'{(differing or ['_last_lr'])[0]}' of the schedule is another one")
 

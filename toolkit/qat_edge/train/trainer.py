@@ -38,6 +38,7 @@ from qat_edge.train import checkpoints, divergence, next_token_loss
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.next_token_loss import predict_targets
 from qat_edge.train.objectives import Objective
+from qat_edge.train.optimizers import make_optimizer, set_learning_rate
 
 # Peak learning rate of phase 2 as a share of phase 1's. Perplexity of SmolLM2 on held-out text after 48 + 12 steps,
 # 15.86 where phase 2 began: 15.71 with 0.3 and a schedule of its own, 15.73 with 0.6, 15.84 at the end of one schedule
@@ -250,7 +251,7 @@ class QatTrainer(Trainer):
             self._clipped_apart = [list(group["params"]) for group in groups]
             self._scale_shares = fake.scale_gradient_shares(self.model)
 
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = make_optimizer(groups, options.optimizer, self.args.device.type)
         self.lr_scheduler = LambdaLR(self.optimizer, factors)
         self.distill_weight = options.distill_weight
         self.distill_temperature = options.distill_temperature
@@ -264,7 +265,7 @@ class QatTrainer(Trainer):
         rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
         current = [peak * factor(self.restarted_at) for peak, factor in rates]
         for group, rate in zip(self.optimizer.param_groups, current, strict=True):
-            group["lr"] = rate
+            set_learning_rate(group, rate)
         self.lr_scheduler._last_lr = current
 
     def mean_loss(self, rows: Sequence[Mapping[str, Any]]) -> float:

@@ -27,6 +27,7 @@ from qat_edge.errors import DataError, ModelError, RunError
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
+from qat_edge.peak_memory import is_out_of_memory
 from qat_edge.quant import fake
 from qat_edge.readers import counted, read_json
 from qat_edge.run import Run
@@ -41,6 +42,7 @@ from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, p
 from qat_edge.train.trainer import QatTrainer, StopInOrder, TwoPhases
 from qat_edge.train.training_log import TRAINING_LOG, Finetuned, write_log
 from qat_edge.train.training_progress import ShowProgress
+from qat_edge.verbs import memory_advice
 
 
 def finetune(
@@ -58,7 +60,8 @@ def finetune(
             before training.
 
     Raises:
-        RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it.
+        RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it; or
+            the memory was not enough: the message has what needs it, and options that need less.
         UsageError: an impossible combination of options.
         ModelError: the model cannot be loaded or trained, or the training diverged.
         DataError: the rows cannot be used.
@@ -72,6 +75,12 @@ def finetune(
             return _finetune(options, run, resume, force, context_length)
         except KeyboardInterrupt as error:
             raise _stopped(run, error) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # Outside of the handler, so that the tensors of the training are not held by its traceback.
+    raise RunError(memory_advice.explain(options, found))
 
 
 def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, context_length: int | None) -> Finetuned:

@@ -37,7 +37,7 @@ from qat_edge.quant.scheme import Scheme, shares_table
 from qat_edge.run import Run
 from qat_edge.train import model_options, prune, setup
 from qat_edge.train.option_checks import check_combination, check_export_section, row_length
-from qat_edge.train.rotated_outline import find_outcome
+from qat_edge.train.rotated_outline import RotationOutcome, find_outcome
 from qat_edge.train.training_memory import TrainingCount, count_training
 from qat_edge.verbs import prediction
 from qat_edge.verbs.frozen_outline import write_outline
@@ -127,19 +127,9 @@ def plan(request: PlanRequest) -> Plan:
     options = request.training
     _check(options, request.exporting)
     gates = {name: _gates(name) for name in request.profiles}
-    device = setup.choose_device(options.device)
-    precision = setup.choose_precision(options.precision, device)
-
-    # The model, its bits and its rotation, as finetune chooses them.
-    outline = read_outline(options.model, options.trust_remote_code)
-    setup.require_exportable(options, outline.model.config)
-    choose = _scheme_chooser(options)
+    prepared = _prepare(options, request.kept_layers)
+    outline, weights, rotation = prepared.outline, prepared.weights, prepared.rotation
     context = _context_length(request.exporting, outline.model)
-    model_options.check(outline.model, options, partial(choose, outline.model))
-    row_tokens = row_length(options, outline.model.config)
-    kept = _prune(outline.model, options, request.kept_layers)
-    rotation = find_outcome(outline.model, options, choose)
-    weights = setup.untie_trained_head(choose(outline.model), options)
 
     with tempfile.TemporaryDirectory() as folder:
         frozen = write_outline(outline.model, outline.tokenizer, weights, rotation, Path(folder))
@@ -148,8 +138,7 @@ def plan(request: PlanRequest) -> Plan:
     skipped = [prediction.SkippedModules(**dataclasses.asdict(m)) for m in scheme.float_modules(outline.model, layers)]
 
     # Last, because it changes the model.
-    narrow = outline.is_stored_in_16_bits
-    count = count_training(outline.model, weights, options, row_tokens, precision, rotation, narrow)
+    count = _count(prepared, options)
     return Plan(
         model=outline.name,
         context_length=context,
@@ -158,11 +147,74 @@ def plan(request: PlanRequest) -> Plan:
         layers=list(layers.values()),
         skipped=skipped,
         rotated=rotation.is_on,
-        kept_layers=kept,
-        memory=_memory(count, options, device, precision, row_tokens),
+        kept_layers=prepared.kept_layers,
+        memory=_memory(count, options, prepared),
         artifacts=artifacts,
         fits=[fit for name, each in gates.items() for fit in prediction.compare(name, each, artifacts)],
     )
+
+
+def training_memory(options: FinetuneOptions, kept_layers: list[int] | None = None) -> TrainingMemory:
+    """Predict the memory of a training alone.
+
+    Args:
+        options: Of finetune, with absolute paths.
+        kept_layers: Decoder layers that a run kept; None where it has none or is not known.
+
+    Raises:
+        UsageError: An impossible combination of options, or one that a plan cannot be made for.
+        ModelError: The model cannot be trained, for any other reason than the values of its weights.
+    """
+    _check(options, ExportOptions())
+    prepared = _prepare(options, kept_layers)
+    return _memory(_count(prepared, options), options, prepared)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PreparedModel:
+    """A model without weights, prepared as finetune prepares its model.
+
+    Attributes:
+        outline: Model, tokenizer and name.
+        weights: Bits and group size of each weight.
+        rotation: Effect of the rotation at the start of QAT.
+        kept_layers: Decoder layers that stay; None for all.
+        row_tokens: Tokens of the longest row.
+        device: "cpu" or "cuda".
+        precision: Of the matrix products.
+    """
+
+    outline: Outline
+    weights: Scheme
+    rotation: RotationOutcome
+    kept_layers: list[int] | None
+    row_tokens: int
+    device: str
+    precision: str
+
+
+def _prepare(options: FinetuneOptions, kept_layers: list[int] | None) -> _PreparedModel:
+    """Read the outline of the model; choose its bits and its rotation as finetune does."""
+    device = setup.choose_device(options.device)
+    precision = setup.choose_precision(options.precision, device)
+    outline = read_outline(options.model, options.trust_remote_code)
+    setup.require_exportable(options, outline.model.config)
+    choose = _scheme_chooser(options)
+    model_options.check(outline.model, options, partial(choose, outline.model))
+    row_tokens = row_length(options, outline.model.config)
+    kept = _prune(outline.model, options, kept_layers)
+    rotation = find_outcome(outline.model, options, choose)
+    weights = setup.untie_trained_head(choose(outline.model), options)
+    return _PreparedModel(outline, weights, rotation, kept, row_tokens, device, precision)
+
+
+def _count(prepared: _PreparedModel, options: FinetuneOptions) -> TrainingCount:
+    """Count the memory of all tensors; the model is of no use afterwards."""
+    outline = prepared.outline
+    return count_training(
+        outline.model, prepared.weights, options, prepared.row_tokens, prepared.precision, prepared.rotation,
+        outline.is_stored_in_16_bits,
+    )  # fmt: skip
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -179,6 +231,7 @@ def _check(options: FinetuneOptions, exporting: ExportOptions) -> None:
         "--frozen-base": options.frozen_base is not None,
         f"--ptq-init {STORED}": options.ptq_init == STORED,
         "--portable": exporting.portable,
+        f"--optimizer {options.optimizer}": options.optimizer != FinetuneOptions.optimizer,
         f"--backend {exporting.backend}": exporting.backend != ExportOptions.backend,
     }
     for flag, is_given in refused.items():
@@ -297,16 +350,16 @@ def _artifacts(
     return found
 
 
-def _memory(
-    count: TrainingCount, options: FinetuneOptions, device: str, precision: str, row_tokens: int
-) -> TrainingMemory:
+def _memory(count: TrainingCount, options: FinetuneOptions, prepared: _PreparedModel) -> TrainingMemory:
     """Add the process's own memory to that of all tensors. On a GPU only tensors are there."""
+    device = prepared.device
     libraries = LIBRARIES_BYTES if device == "cpu" else 0
 
     def with_libraries(peak: int | None) -> int | None:
         return None if peak is None else peak + libraries
 
     return TrainingMemory(
-        device, precision, options.batch_size, row_tokens, libraries, count.base, count.trained, count.optimizer,
-        count.step, with_libraries(count.phase_1), with_libraries(count.initialization), with_libraries(count.qat),
+        device, prepared.precision, options.batch_size, prepared.row_tokens, libraries, count.base, count.trained,
+        count.optimizer, count.step, with_libraries(count.phase_1), with_libraries(count.initialization),
+        with_libraries(count.qat),
     )  # fmt: skip

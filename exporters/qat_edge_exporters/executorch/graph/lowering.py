@@ -47,6 +47,7 @@ def lower(program: ExportedProgram, methods: Mapping[str, Any]) -> EdgeProgramMa
     )
     with (
         compat.share_constants(program),
+        compat.delegate_slices_of_any_length(),
         PartitionProgress(partitioner) as shown,
         passes.xnnpack_where_they_act(shown.advance),
     ):

@@ -71,6 +71,7 @@ class MatrixProduct:
         groups: scales of a row.
         codes_key: name of the codes among the delegates' constants.
         scales_key: name of the scales.
+        bias_key: name of the bias; None without one, and where it is not known.
     """
 
     out: int
@@ -79,6 +80,7 @@ class MatrixProduct:
     groups: int
     codes_key: str
     scales_key: str
+    bias_key: str | None = None
 
 
 class EmbeddingTable(NamedTuple):
@@ -323,8 +325,9 @@ def _xnnpack_products(graph: dict[str, Any]) -> Iterator[MatrixProduct]:
         tensor, quantization = values[node["xnode_union"]["filter_id"]]
         if tensor["datatype"] not in BITS:
             continue  # a float matrix, such as the mean of a norm
-        # Weight and scales are named constants, whose bytes are outside of the delegate.
+        # Weight, scales and bias are named constants, whose bytes are outside of the delegate.
         out, width = tensor["dims"]
+        bias = values.get(node["xnode_union"]["bias_id"])
         yield MatrixProduct(
             out=out,
             width=width,
@@ -332,6 +335,7 @@ def _xnnpack_products(graph: dict[str, Any]) -> Iterator[MatrixProduct]:
             groups=quantization["num_scales"] // out,
             codes_key=graph["constant_data"][tensor["constant_buffer_idx"]]["named_key"],
             scales_key=graph["constant_data"][quantization["scale_buffer_idx"]]["named_key"],
+            bias_key=None if bias is None else graph["constant_data"][bias.tensor["constant_buffer_idx"]]["named_key"],
         )
 
 

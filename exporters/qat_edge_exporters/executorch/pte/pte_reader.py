@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from qat_edge import readers
 from qat_edge.errors import ArtifactError
+from qat_edge.field_types import check_types
 from qat_edge.models import tokenizer
 from qat_edge.quant.packing import unpack_int4
 from qat_edge_exporters.artifact import Artifact, ArtifactWeight, FloatConstant
@@ -37,9 +39,11 @@ class MatrixNames:
     Attributes:
         embedding: of the token embedding.
         head: of the output head.
-        linears: frozen linear layers in the order of computation, head included.
+        linears: frozen linear layers in the order of computation, head included. Layers that are computed as one
+            product have one name.
         float_bytes: bytes of matrices that were exported in float, by part; empty if all were frozen.
         tables: an encoder's embeddings in the order of their use; empty for a program that generates text.
+        fused: rows of each layer of such a product, from above, by the product's name and the layer's.
     """
 
     embedding: str
@@ -47,6 +51,7 @@ class MatrixNames:
     linears: list[str]
     float_bytes: dict[str, int] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
+    fused: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def embeddings(self) -> list[str]:
@@ -100,7 +105,8 @@ def read(folder: Path, backends: Collection[str] = (delegates.XNNPACK,)) -> Arti
     # The n-th product belongs to the n-th name.
     used = dict(zip(names.linears, contents.products, strict=False))
     faults += _hash_faults(contents.named, used)
-    weights, shape_faults = _weights(used, contents.named)
+    products, shape_faults = _weights(used, contents.named)
+    weights, split_faults = _split(products, names.fused)
 
     # Embeddings are constants of the program itself, so they have no hash in their name.
     for name, table in zip(names.embeddings, contents.tables, strict=False):
@@ -110,15 +116,26 @@ def read(folder: Path, backends: Collection[str] = (delegates.XNNPACK,)) -> Arti
     # A shared table is in the file once, as the embedding.
     stored = {key: data for key, data in contents.named.items() if key not in contents.shared}
     sizes = sizes_by_part(folder, names, used, stored, sum(table.size_bytes for table in contents.tables))
-    floats = [*_float_constants(contents), *contents.floats]
-    return Artifact(weights, contents.metadata, sizes, faults + shape_faults, floats)
+    floats = [*_float_constants(contents, used, names.fused), *contents.floats]
+    return Artifact(weights, contents.metadata, sizes, faults + shape_faults + split_faults, floats)
 
 
-def _float_constants(contents: _PteContents) -> list[FloatConstant]:
-    """Return the delegates' constants that no quantized matrix uses; their names do not tell what they are."""
-    used = {key for product in contents.products for key in (product.codes_key, product.scales_key)}
-    named = {key: data for key, data in contents.named.items() if key not in used and len(data) % 4 == 0}
-    return [FloatConstant(key, np.frombuffer(data, np.float32)) for key, data in named.items()]
+def _float_constants(
+    contents: _PteContents, used: dict[str, MatrixProduct], fused: dict[str, dict[str, int]]
+) -> list[FloatConstant]:
+    """Return the delegates' constants that no quantized matrix uses; their names do not tell what they are.
+
+    The bias of a fused product is split into those of its layers.
+    """
+    taken = {key for product in contents.products for key in (product.codes_key, product.scales_key)}
+    named = {key: np.frombuffer(data, np.float32) for key, data in contents.named.items() if len(data) % 4 == 0}
+    found = []
+    for title, product in used.items():
+        if title in fused and product.bias_key in named:
+            parts = np.split(named[product.bias_key], list(accumulate(fused[title].values()))[:-1])
+            found += [FloatConstant(name, part, f"{name}.bias") for name, part in zip(fused[title], parts, strict=True)]
+            taken.add(product.bias_key)
+    return found + [FloatConstant(key, values) for key, values in named.items() if key not in taken]
 
 
 def _read_contents(path: Path, backends: Collection[str]) -> _PteContents:
@@ -150,7 +167,9 @@ def read_layers(path: Path) -> MatrixNames:
     if not path.is_file():
         raise ArtifactError(f"{path}: not there, so the matrices of {MODEL} have no names. Export again.")
     try:
-        return MatrixNames(**readers.read_object(path, ArtifactError))
+        names = MatrixNames(**readers.read_object(path, ArtifactError))
+        check_types(names, MatrixNames, path.name, lambda *_: None)
+        return names
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error}). Export again.") from error
 
@@ -179,7 +198,9 @@ def method_faults(methods: Sequence[str], required: Sequence[str] = runner_contr
 def _count_faults(products: list[MatrixProduct], names: MatrixNames, tables: int) -> list[str]:
     faults = []
     if len(products) != len(names.linears):
-        faults.append(f"{MODEL} computes {len(products)} quantized linear layers, {LAYERS} names {len(names.linears)}.")
+        faults.append(
+            f"{MODEL} computes {len(products)} quantized matrix products, {LAYERS} names {len(names.linears)}."
+        )
     if "embedding" not in names.float_bytes:
         faults += [f"{name}: {MODEL} holds no quantized embedding." for name in names.embeddings[tables:]]
     return faults
@@ -214,6 +235,23 @@ def _weights(used: dict[str, MatrixProduct], named: dict[str, bytes]) -> tuple[d
             weights[name] = ArtifactWeight(_unpack(codes, product), _unpack_scales(scales, product), product.bits)
         except ValueError as error:
             faults.append(f"{name}: the matrix in {MODEL} has another shape than its graph says ({error}).")
+    return weights, faults
+
+
+def _split(
+    products: dict[str, ArtifactWeight], fused: dict[str, dict[str, int]]
+) -> tuple[dict[str, ArtifactWeight], list[str]]:
+    """Split the weights of fused products into those of their layers; return all weights, and faults."""
+    weights: dict[str, ArtifactWeight] = {}
+    faults = []
+    for title, weight in products.items():
+        rows = fused.get(title, {title: len(weight.codes)})
+        if sum(rows.values()) != len(weight.codes):
+            faults.append(f"{title}: {MODEL} has {len(weight.codes)} rows of it, {LAYERS} has {sum(rows.values())}.")
+            continue
+        ends = list(accumulate(rows.values()))[:-1]
+        parts = zip(rows, np.split(weight.codes, ends), np.split(weight.scales, ends), strict=True)
+        weights |= {name: ArtifactWeight(codes, scales, weight.bits) for name, codes, scales in parts}
     return weights, faults
 
 
