@@ -29,6 +29,7 @@ from qat_edge.options import (
     FinetuneOptions,
     QuantizeOptions,
     SensitivityOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.readers import shorten, show
@@ -36,8 +37,9 @@ from qat_edge.readers import shorten, show
 Options = TypeVar("Options")
 MAX_TEXT = 4096  # characters of one value; the longest path of Linux
 SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold, in the order of the work
-    "finetune": FinetuneOptions, "sensitivity": SensitivityOptions, "quantize": QuantizeOptions,
-    "export": ExportOptions, "validate": ValidateOptions, "eval": EvalOptions, "compare": CompareOptions,
+    "finetune": FinetuneOptions, "sweep": SweepOptions, "sensitivity": SensitivityOptions,
+    "quantize": QuantizeOptions, "export": ExportOptions, "validate": ValidateOptions, "eval": EvalOptions,
+    "compare": CompareOptions,
 }  # fmt: skip
 
 
@@ -215,6 +217,16 @@ def _known_names(cls: type) -> set[str]:
     return {f.name for f in fields} | {f.metadata["old_name"] for f in fields if f.metadata["old_name"]}
 
 
+def require_key(name: str, known: Collection[str], where: str) -> None:
+    """Refuse a name that is none of the known ones; the nearest is named. where: the beginning of the message.
+
+    Raises:
+        UsageError: names it.
+    """
+    if name not in known:
+        raise UsageError(f"{where}: unknown option '{shorten(name)}'.{_nearest(name, list(known))}")
+
+
 def _check_keys(values: Mapping[str, Any], known: Collection[str], section: str, path: Path | None) -> None:
     """Refuse keys of a section that are no options of its verb; the nearest option is named."""
     for key, value in values.items():
@@ -294,6 +306,15 @@ def _of_profile(cls: type, name: str) -> dict[str, Any]:
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, list(fields))}")
     return _checked(cls, values, lambda key: f"{path}: {key}")
+
+
+def checked_value(cls: type, name: str, value: Any, where: str) -> Any:
+    """Return the value of one option as its field's type. where: the beginning of an error message.
+
+    Raises:
+        UsageError: it has another type, or is not permitted.
+    """
+    return _checked(cls, {name: value}, lambda _: where)[name]
 
 
 def _checked(cls: type, values: dict[str, Any], write: Callable[[str], str]) -> dict[str, Any]:
