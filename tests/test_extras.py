@@ -178,4 +178,4 @@ def test_the_metadata_has_no_other_extras(wheel: Path) -> None:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         extras = Metadata.from_email(archive.read(name), validate=True).provides_extra or []
     covered = {target_named(format).extra for format in FORMATS} | {"optimum"}
-    assert set(extras) == covered | {"coreml", "dev", "docs", "eval", "trl"}
+    assert set(extras) == covered | {"coreml", "dev", "docs", "eval", "sweep", "trl"}

@@ -23,6 +23,7 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.options import (
     OF_FROZEN_BASE,
     RENAMED_VALUES,
+    SWEEP_OPTIONS,
     CompareOptions,
     EvalOptions,
     ExportOptions,
@@ -107,6 +108,18 @@ def load_trained(path: Path) -> FinetuneOptions:
         raise RunError(
             f"{path}: {reason} The file is the record of the training. Restore it, or train again."
         ) from error
+
+
+def of_sweep(folder: Path) -> Path:
+    """Return the file with the options that a sweep began with.
+
+    Raises:
+        RunError: there is no sweep in the folder.
+    """
+    path = folder / SWEEP_OPTIONS
+    if not path.is_file():
+        raise RunError(f"--resume: {folder} has no {SWEEP_OPTIONS}, so there is no sweep to continue. Check --out.")
+    return path
 
 
 def _require_own_permission(claimed: Any, given: Mapping[str, Any], where: str) -> None:

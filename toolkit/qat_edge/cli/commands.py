@@ -32,7 +32,6 @@ from qat_edge.cli.flags import (
     output_path,
     refuse_searched_flags,
     split_flags,
-    sweep_options_file,
     text_value,
     text_values,
     without_empty,
@@ -223,7 +222,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
 
 @main.command(
     short_help="Search over options of finetune.",
-    example="qat-edge sweep --config finetune.yaml --search learning_rate=1e-4:3e-3:log --search lora_rank=8,16,32 "
+    example="qat-edge sweep --config mine.yaml --search learning_rate=1e-4:3e-3:log --search lora_rank=8,16,32 "
     "--out sweeps/mine",
 )
 @options_of(SweepOptions)
@@ -240,7 +239,7 @@ def sweep(config_path: Path | None, out: Path, resume: bool, as_json: bool, **fl
     Options that are not searched hold for every trial. OUT gets a run folder for each trial, report.html, and
     best.yaml: the options of the best trial, for finetune --config.
     """
-    path = sweep_options_file(out) if resume and config_path is None else config_path
+    path = config.of_sweep(out) if resume and config_path is None else config_path
     given = split_flags(flags, SweepOptions, FinetuneOptions)
     search = load_options(SweepOptions, "sweep", path, given[0])
     options = load_options(FinetuneOptions, "finetune", path, given[1])

@@ -13,8 +13,8 @@ import click
 
 from qat_edge import config, progress, remote_code
 from qat_edge.environment import require_importable
-from qat_edge.errors import RunError, UsageError
-from qat_edge.options import DATA, GROUPS, MOST_PROMPT, OUTPUT, RENAMED_VALUES, SWEEP_OPTIONS
+from qat_edge.errors import UsageError
+from qat_edge.options import DATA, GROUPS, MOST_PROMPT, OUTPUT, RENAMED_VALUES
 
 Command = Callable[..., Any]
 
@@ -92,18 +92,6 @@ def split_flags(flags: Mapping[str, Any], *classes: type) -> list[dict[str, Any]
     """Return the flags of each options dataclass, with those of old names."""
     names = [{name for f in dataclasses.fields(cls) for name in (f.name, f.metadata["old_name"])} for cls in classes]
     return [{name: value for name, value in flags.items() if name in known} for known in names]
-
-
-def sweep_options_file(out: Path) -> Path:
-    """Return the file with the options of the sweep that --resume continues.
-
-    Raises:
-        RunError: There is no sweep.
-    """
-    path = out / SWEEP_OPTIONS
-    if not path.is_file():
-        raise RunError(f"--resume: {out} has no {SWEEP_OPTIONS}, so there is no sweep to continue. Check --out.")
-    return path
 
 
 def refuse_searched_flags(search: Sequence[str], flags: Mapping[str, Any]) -> None:

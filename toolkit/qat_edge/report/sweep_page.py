@@ -77,7 +77,7 @@ def rest_table(result: SweepResult) -> Table | None:
     names = list(rest[0].values)
     rows = []
     for trial in rest:
-        reason = f"{trial.reason or 'its process ended'}; run again" if trial.state == INTERRUPTED else trial.reason
+        reason = f"{trial.reason}; run again" if trial.state == INTERRUPTED else trial.reason
         cells = [TableCell(trial.state, css="fact"), *(_value_cell(trial.values[name]) for name in names)]
         rows.append(TableRow(_name(result, trial), "", [*cells, _time_cell(trial), TableCell(reason, css="fact")]))
     heads = [("State", ""), *((name, "") for name in names), ("Time", ""), ("Reason", "")]

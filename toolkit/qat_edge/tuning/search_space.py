@@ -65,7 +65,7 @@ class SearchedOption:
 
     @property
     def is_integer(self) -> bool:
-        """Whether every value is an integer."""
+        """Return whether every value is an integer."""
         return all(type(value) is int for value in self.values)
 
     def __contains__(self, value: Any) -> bool:

@@ -17,7 +17,7 @@ from qat_edge.errors import RunError
 from qat_edge.public_tasks import answer_records, paired
 from qat_edge.public_tasks.answering import TORCH
 from qat_edge.public_tasks.own_rows import LOSS
-from qat_edge.public_tasks.paired import PairedDifference
+from qat_edge.public_tasks.paired import LEAST_CHANGED, PairedDifference
 from qat_edge.readers import counted
 from qat_edge.run import Run
 from qat_edge.tuning import trial_store
@@ -53,7 +53,7 @@ class TrialResult:
 
     @property
     def may_equal_best(self) -> bool:
-        """Whether the rows show no difference from the best trial."""
+        """Return whether the rows show no difference from the best trial."""
         return self.difference is not None and not self.difference.is_shown
 
 
@@ -121,12 +121,9 @@ class SweepResult:
             sentences.append(_compared_with_given(given))
         equal = [trial for trial in self.ranked if trial.may_equal_best]
         if equal:
-            intervals = (
-                "interval of the difference contains" if len(equal) == 1 else "intervals of the differences contain"
-            )
             sentences.append(
-                f"These rows do not tell it from {_listed(equal)}: the 95% {intervals} zero. It is not better than "
-                f"{'that one' if len(equal) == 1 else 'those'} as far as these rows show; more rows may tell."
+                f"These rows do not tell it from {_listed(equal)}: the 95% interval of the difference contains zero, "
+                f"or fewer than {LEAST_CHANGED} rows differ. Do not take it for the better one; more rows may tell."
             )
         elif len(self.ranked) > 1:
             sentences.append("Its difference from every other trial is above the noise of these rows.")
@@ -192,7 +189,7 @@ def _result(trial: FrozenTrial, folder: Path, difference: PairedDifference | Non
         values=dict(trial.params),
         score=trial.value if is_complete else None,
         seconds=trial.user_attrs.get(trial_store.SECONDS),
-        reason=trial.user_attrs.get(trial_store.REASON, ""),
+        reason=_reason(trial),
         has_weights=any((run / part).exists() for part in WEIGHTS),
         difference=difference,
     )
@@ -201,9 +198,17 @@ def _result(trial: FrozenTrial, folder: Path, difference: PairedDifference | Non
 def _state(trial: FrozenTrial) -> str | None:
     """Return the state of a trial in our words; None for one that never was to be run."""
     if trial.state == TrialState.FAIL:
-        outcome = trial.user_attrs.get(trial_store.OUTCOME, "")
-        return {trial_store.DIVERGED: FAILED, trial_store.INTERRUPTED: INTERRUPTED}.get(outcome)
+        outcomes = {trial_store.FAILED: FAILED, trial_store.INTERRUPTED: INTERRUPTED}
+        return outcomes.get(trial_store.outcome_of(trial))
     return {TrialState.COMPLETE: COMPLETE, TrialState.PRUNED: PRUNED, TrialState.RUNNING: RUNNING}.get(trial.state)
+
+
+def _reason(trial: FrozenTrial) -> str:
+    """Return why a trial has no score; empty for one that has, or may get one."""
+    attempts = trial.user_attrs.get(trial_store.ATTEMPT, 1)
+    killed = "its process ended" + (f" {attempts} times" if _state(trial) == FAILED else "")
+    reason: str = trial.user_attrs.get(trial_store.REASON, killed if trial.state == TrialState.FAIL else "")
+    return reason
 
 
 def _answers(folder: Path, number: int) -> list[answer_records.Answered]:

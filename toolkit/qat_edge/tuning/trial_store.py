@@ -4,8 +4,8 @@ Several processes may work on one sweep. A trial begins and ends under a lock, s
 Whoever begins a trial first looks for those whose process is gone: they count as failed, and their values are queued to
 be run again.
 
-The sampler is made anew for each trial, from the seed and the trial's number: with one worker, a sweep that was stopped
-goes on as if it had not been.
+The sampler is made anew for each trial, from the seed and the number of trials before it: with one worker, a sweep that
+was stopped goes on with the values that it would have had.
 
 TPE: Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011
 Successive halving: Li et al., https://arxiv.org/abs/1810.05934
@@ -40,8 +40,8 @@ LEAST_FOR_IMPORTANCE = 10  # completed trials
 # Attributes of a trial, in the database.
 PROCESS, OUTCOME, REASON = "process", "outcome", "reason"
 SECONDS, TOKENS, CONTINUES, ATTEMPT = "seconds", "tokens", "continues", "attempt"
-# Outcomes of trials that Optuna knows as failed.
-INTERRUPTED, REPEATED, DIVERGED = "interrupted", "repeated", "failed"
+# Outcomes of trials that Optuna knows as failed. KILLED is in force from the beginning of a trial.
+KILLED, INTERRUPTED, REPEATED, FAILED = "killed", "interrupted", "repeated", "failed"
 
 
 class TrialStore:
@@ -81,13 +81,14 @@ class TrialStore:
         with self.locked():
             self._queue_interrupted()
             trials = self.trials()
-            if sum(map(counts, trials)) >= most:
+            count = sum(map(counts, trials))
+            if count >= most:
                 return None
-            number = len(trials)
-            self.study.sampler = optuna.samplers.TPESampler(seed=_mixed(self.seed, number))
-            trial = self._asked(trials, most, random.Random(_mixed(self.seed, number)))
+            seed = int(np.random.SeedSequence([self.seed, count]).generate_state(1)[0])
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+            trial = self._asked(trials, most, random.Random(seed))
             if trial is not None:
-                trial.set_user_attr(OUTCOME, INTERRUPTED)  # unless it ends otherwise
+                trial.set_user_attr(OUTCOME, KILLED)
                 trial.set_user_attr(PROCESS, [platform.node(), os.getpid(), storage.own_start_s()])
             return trial
 
@@ -104,7 +105,7 @@ class TrialStore:
             trial.set_user_attr(REASON, reason)
             trial.set_user_attr(SECONDS, seconds)
             if not is_pruned:
-                trial.set_user_attr(OUTCOME, DIVERGED)
+                trial.set_user_attr(OUTCOME, FAILED)
             self.study.tell(trial, state=TrialState.PRUNED if is_pruned else TrialState.FAIL)
 
     def interrupt(self, trial: Trial, reason: str, is_fault: bool = False) -> None:
@@ -115,10 +116,12 @@ class TrialStore:
             reason: Why it ended.
             is_fault: It was an error: after `MOST_ATTEMPTS` of them, the values are not run again.
         """
+        attempt = trial.user_attrs.get(ATTEMPT, 1) + is_fault
         with self.locked():
             trial.set_user_attr(REASON, reason)
+            trial.set_user_attr(OUTCOME, INTERRUPTED if attempt <= MOST_ATTEMPTS else FAILED)
             self.study.tell(trial, state=TrialState.FAIL)
-            self._queue_again(trial.number, trial.params, trial.user_attrs.get(ATTEMPT, 1) + is_fault)
+            self._queue_again(trial.number, trial.params, attempt)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, in the order of their numbers."""
@@ -139,8 +142,7 @@ class TrialStore:
             if trial.state != TrialState.RUNNING or _is_alive(trial.user_attrs.get(PROCESS)):
                 continue
             self.study.tell(trial.number, state=TrialState.FAIL)
-            is_whole = trial.params.keys() == self._distributions.keys()
-            if trial.user_attrs.get(OUTCOME) == INTERRUPTED and is_whole:
+            if trial.user_attrs.get(OUTCOME) == KILLED:
                 self._queue_again(trial.number, trial.params, trial.user_attrs.get(ATTEMPT, 1) + 1)
 
     def _queue_again(self, number: int, values: Mapping[str, Any], attempt: int) -> None:
@@ -169,10 +171,18 @@ class TrialStore:
         return self.study.ask(self._distributions)
 
 
+def outcome_of(trial: FrozenTrial) -> str:
+    """Return the outcome of a trial that Optuna knows as failed: INTERRUPTED, REPEATED or FAILED."""
+    found: str = trial.user_attrs.get(OUTCOME, REPEATED)  # without one, it was killed before it began
+    if found != KILLED:
+        return found
+    return FAILED if trial.user_attrs.get(ATTEMPT, 1) >= MOST_ATTEMPTS else INTERRUPTED
+
+
 def counts(trial: FrozenTrial) -> bool:
     """Return whether a trial is one of those that were requested: not if it was interrupted or repeats another."""
     if trial.state == TrialState.FAIL:
-        return bool(trial.user_attrs.get(OUTCOME) == DIVERGED)
+        return outcome_of(trial) == FAILED
     return trial.state != TrialState.WAITING
 
 
@@ -213,11 +223,6 @@ def _pruner(name: str, eval_every: int) -> optuna.pruners.BasePruner:
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=eval_every)
     return optuna.pruners.NopPruner()
-
-
-def _mixed(seed: int, number: int) -> int:
-    """Return a seed of 32 bits from two numbers."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def _is_alive(process: Sequence[Any] | None) -> bool:

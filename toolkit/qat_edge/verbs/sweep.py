@@ -115,9 +115,7 @@ def load_recorded(out: Path) -> tuple[FinetuneOptions, SweepOptions]:
         RunError: There is no sweep.
         UsageError: They cannot be read.
     """
-    path = out / SWEEP_OPTIONS
-    if not path.is_file():
-        raise RunError(f"--resume: {out} has no {SWEEP_OPTIONS}, so there is no sweep to continue. Check --out.")
+    path = config.of_sweep(out)
     return config.load(FinetuneOptions, "finetune", path, {}), config.load(SweepOptions, "sweep", path, {})
 
 
