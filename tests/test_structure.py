@@ -45,7 +45,7 @@ FLOORS = (
     },
     {"data", "models", "quant", "demo_data"},
     {"train", "evaluate"},
-    {"diagnose", "report", "public_tasks", "tuning"},
+    {"diagnose", "report", "public_tasks"},
     {"verbs"},
     {"api"},
     {"cli"},

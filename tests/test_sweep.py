@@ -26,11 +26,11 @@ from qat_edge.options import EvalOptions, FinetuneOptions, SweepOptions
 from qat_edge.public_tasks import answer_records
 from qat_edge.public_tasks.answer_records import Answered, SourceAnswers, TaskAnswers
 from qat_edge.python_process import python_command
+from qat_edge.report.sweep_results import SweepResult, summarize
 from qat_edge.run import Run
 from qat_edge.stop_signals import Stopped
-from qat_edge.tuning import search_space, trial_store
-from qat_edge.tuning.search_space import SearchedOption
-from qat_edge.tuning.sweep_results import SweepResult, summarize
+from qat_edge.train import search_space, trial_store
+from qat_edge.train.search_space import SearchedOption
 from qat_edge.verbs import sweep_trials
 from qat_edge.verbs.eval import evaluate
 from qat_edge.verbs.sweep import load_recorded, sweep

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
+    from qat_edge.report.sweep_results import SweepResult
     from qat_edge.train.training_log import Finetuned
-    from qat_edge.tuning.sweep_results import SweepResult
     from qat_edge.verbs.chat import Conversation
     from qat_edge.verbs.export import Exported
     from qat_edge.verbs.prediction import Plan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from qat_edge.tuning.search_space import describe
-from qat_edge.tuning.sweep_results import SweepResult
+from qat_edge.report.sweep_results import SweepResult
+from qat_edge.train.search_space import describe
 
 NOT_MEASURED = "-"
 

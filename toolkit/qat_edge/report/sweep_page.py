@@ -23,9 +23,9 @@ from qat_edge.report.charts import (
 )
 from qat_edge.report.formatting import duration
 from qat_edge.report.run_page import Plot, environment, style
+from qat_edge.report.sweep_results import COMPLETE, FAILED, INTERRUPTED, PRUNED, SweepResult, TrialResult
 from qat_edge.report.tables import Table, TableCell, TableRow
-from qat_edge.tuning.search_space import LOG, write
-from qat_edge.tuning.sweep_results import COMPLETE, FAILED, INTERRUPTED, PRUNED, SweepResult, TrialResult
+from qat_edge.train.search_space import LOG, write
 
 LEFT, TOP, BOTTOM = 48, 34, 240
 LOG_FROM = 3.0  # the axis of losses is logarithmic from this ratio on
@@ -93,7 +93,9 @@ def by_trial(name: str, result: SweepResult) -> str:
     root = canvas(name, "Loss by trial", _description(result), 290)
     x, y = Scale(0, max(last, 1), LEFT + 10, WIDTH - 16), _loss_scale(complete)
     _draw_loss_axis(root, y, WIDTH - 16)
-    x_axis(root, x, BOTTOM, "trial", most=min(6, max(last, 1)))
+    # As many ticks as are whole numbers.
+    most = next(count for count in range(6, 0, -1) if all(tick % 1 == 0 for tick in x.ticks(count)))
+    x_axis(root, x, BOTTOM, "trial", most)
 
     # A step at each trial that is better than all before it.
     steps, lowest = [], complete[0].score or 0.0

@@ -1,7 +1,7 @@
 """Search over options of finetune: train and score trials, keep the best one, compare it with the others.
 
     SWEEP/sweep.yaml      options of finetune and of the sweep; --resume reads them
-    SWEEP/study.db        values and state of every trial (`tuning.trial_store`)
+    SWEEP/study.db        values and state of every trial (`train.trial_store`)
     SWEEP/trials/NNN/     a run folder each; all but the best lose their weights, unless --keep-all
     SWEEP/sweep.json      the result, written anew after every trial
     SWEEP/report.html     the same as a page
@@ -33,8 +33,8 @@ from qat_edge.stop_signals import Stopped
 from qat_edge.storage import disk_errors, remove_folder, write_text
 
 if TYPE_CHECKING:
-    from qat_edge.tuning.sweep_results import SweepResult
-    from qat_edge.tuning.trial_store import TrialStore
+    from qat_edge.report.sweep_results import SweepResult
+    from qat_edge.train.trial_store import TrialStore
 
 RESULT, BEST, PAGE = "sweep.json", "best.yaml", "report.html"
 FREE = ("trials", "workers", "keep_all")  # options that --resume may change
@@ -60,7 +60,7 @@ class Sweep:
 
     def summarize(self) -> SweepResult:
         """Return the present result."""
-        from qat_edge.tuning.sweep_results import summarize
+        from qat_edge.report.sweep_results import summarize
 
         return summarize(
             self.store, self.folder, self.options.model, self.sweep.search, self.sweep.trials, self.as_given
@@ -137,7 +137,7 @@ def work(prepared: Sweep) -> None:
 def write_results(prepared: Sweep) -> SweepResult:
     """Write sweep.json, best.yaml and report.html, after removing weights that are not kept."""
     from qat_edge.report.sweep_page import render
-    from qat_edge.tuning.search_space import with_values
+    from qat_edge.train.search_space import with_values
 
     folder = prepared.folder
     with prepared.store.locked():
@@ -161,8 +161,8 @@ def _prepare(options: FinetuneOptions, search: SweepOptions, out: Path, resume: 
     Raises:
         UsageError, RunError: See `sweep`.
     """
-    from qat_edge.tuning import search_space
-    from qat_edge.tuning.trial_store import TrialStore
+    from qat_edge.train import search_space
+    from qat_edge.train.trial_store import TrialStore
 
     _require_scored(options)
     search = dataclasses.replace(search, search=search.search or tuple(search_space.default_space(options)))
@@ -269,8 +269,8 @@ def _require_same(options: FinetuneOptions, search: SweepOptions, out: Path) -> 
 
 def _remove_weights(result: SweepResult) -> list[int]:
     """Remove the weights of finished trials other than the best one, and report it; return their numbers."""
-    from qat_edge.tuning.sweep_results import COMPLETE, FAILED, PRUNED, WEIGHTS
-    from qat_edge.tuning.trial_store import folder_of
+    from qat_edge.report.sweep_results import COMPLETE, FAILED, PRUNED, WEIGHTS
+    from qat_edge.train.trial_store import folder_of
 
     removed, size_bytes = [], 0
     for trial in result.trials:

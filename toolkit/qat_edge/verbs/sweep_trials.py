@@ -30,9 +30,9 @@ from qat_edge.public_tasks import answer_records
 from qat_edge.public_tasks.answering import TORCH
 from qat_edge.public_tasks.own_rows import LOSS
 from qat_edge.run import Run
-from qat_edge.tuning import trial_store
-from qat_edge.tuning.search_space import describe, with_values
-from qat_edge.tuning.trial_store import TrialStore, folder_of
+from qat_edge.train import trial_store
+from qat_edge.train.search_space import describe, with_values
+from qat_edge.train.trial_store import TrialStore, folder_of
 from qat_edge.verbs.eval import evaluate
 from qat_edge.verbs.finetune import finetune
 from qat_edge.verbs.quantize import quantize

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qat_edge import progress, remote_code, stop_signals
 from qat_edge.errors import QatEdgeError
 from qat_edge.python_process import python_command
-from qat_edge.tuning.sweep_results import COMPLETE, FAILED, PRUNED, TrialResult
+from qat_edge.report.sweep_results import COMPLETE, FAILED, PRUNED, TrialResult
 from qat_edge.verbs.sweep import Sweep
 
 POLL_S = 1.0

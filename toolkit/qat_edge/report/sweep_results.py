@@ -20,8 +20,8 @@ from qat_edge.public_tasks.own_rows import LOSS
 from qat_edge.public_tasks.paired import LEAST_CHANGED, PairedDifference
 from qat_edge.readers import counted
 from qat_edge.run import Run
-from qat_edge.tuning import trial_store
-from qat_edge.tuning.trial_store import TrialStore, folder_of
+from qat_edge.train import trial_store
+from qat_edge.train.trial_store import TrialStore, folder_of
 
 COMPLETE, PRUNED, FAILED, RUNNING, INTERRUPTED = "complete", "pruned", "failed", "running", "interrupted"
 WEIGHTS = ("checkpoints", "adapter", "reference", "start", "quantized")  # parts of a run folder that --keep-all keeps

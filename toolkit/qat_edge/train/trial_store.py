@@ -30,12 +30,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from qat_edge import storage
 from qat_edge.errors import RunError
-from qat_edge.tuning.search_space import SearchedOption, Space, combinations
+from qat_edge.train.search_space import SearchedOption, Space, combinations
 
 STUDY, LOCK, NAME = "study.db", ".study.lock", "sweep"
 WAIT_S = 60.0  # for another process that writes
 MOST_ATTEMPTS = 3  # of values whose process is killed, or ends with an error
-LEAST_FOR_IMPORTANCE = 10  # completed trials
+LEAST_FOR_IMPORTANCE = 20  # completed trials
 
 # Attributes of a trial, in the database.
 PROCESS, OUTCOME, REASON = "process", "outcome", "reason"
