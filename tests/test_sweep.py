@@ -602,5 +602,5 @@ def test_two_workers_share_a_sweep(base: FinetuneOptions, tmp_path: Path, messag
     result = sweep(options, SweepOptions(search=RATES, trials=4, workers=2), out)
     assert numbers(result) == [0, 1, 2, 3] and result.count("complete") == 4
     assert len({trial.values["learning_rate"] for trial in result.trials}) == 4
-    assert sum(line.startswith("trial ") and "complete, loss" in line for line in messages) == 4
+    assert sum(line.startswith("trial ") and ": loss" in line for line in messages) == 4
     assert len(list((out / "workers").glob("*.log"))) == 2

@@ -142,8 +142,8 @@ def write_results(prepared: Sweep) -> SweepResult:
     folder = prepared.folder
     with prepared.store.locked():
         result = prepared.summarize()
-        if not prepared.sweep.keep_all and _remove_weights(result):
-            result = prepared.summarize()
+        if not prepared.sweep.keep_all:
+            result = _without_weights(result)
         write_text(folder / RESULT, json.dumps(to_json(result), indent=1, default=str) + "\n")
         if result.best is not None:
             values = result.of(result.best).values
@@ -267,8 +267,8 @@ def _require_same(options: FinetuneOptions, search: SweepOptions, out: Path) -> 
 # --- after a trial -----------------------------------------------------------------------------------------
 
 
-def _remove_weights(result: SweepResult) -> list[int]:
-    """Remove the weights of finished trials other than the best one, and report it; return their numbers."""
+def _without_weights(result: SweepResult) -> SweepResult:
+    """Remove the weights of finished trials other than the best one, report it, and return the new result."""
     from qat_edge.report.sweep_results import COMPLETE, FAILED, PRUNED, WEIGHTS
     from qat_edge.train.trial_store import folder_of
 
@@ -288,7 +288,10 @@ def _remove_weights(result: SweepResult) -> list[int]:
             f"Removed the weights of trial{'s' if len(removed) > 1 else ''} {names}, {megabytes(size_bytes)} MB; "
             "--keep-all keeps them"
         )
-    return removed
+    trials = [
+        dataclasses.replace(each, has_weights=each.has_weights and each.number not in removed) for each in result.trials
+    ]
+    return dataclasses.replace(result, trials=trials)
 
 
 def _stopped(prepared: Sweep, error: KeyboardInterrupt) -> Stopped:

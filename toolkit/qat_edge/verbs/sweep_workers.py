@@ -10,10 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from optuna.trial import TrialState
+
 from qat_edge import progress, remote_code, stop_signals
 from qat_edge.errors import QatEdgeError
 from qat_edge.python_process import python_command
-from qat_edge.report.sweep_results import COMPLETE, FAILED, PRUNED, TrialResult
+from qat_edge.train.trial_store import REASON, counts
 from qat_edge.verbs.sweep import Sweep
 
 POLL_S = 1.0
@@ -38,7 +40,7 @@ def run_workers(prepared: Sweep) -> None:
     folder = prepared.folder / "workers"
     folder.mkdir(exist_ok=True)
     progress.info(f"{prepared.sweep.workers} workers, whose output is in {folder}")
-    seen = {trial.number for trial in _ended(prepared)}
+    seen = {trial.number for trial in prepared.store.trials() if trial.state.is_finished()}
     with ExitStack() as stack:
         workers = [_start(prepared, folder, index, stack) for index in range(prepared.sweep.workers)]
         for worker in workers:
@@ -70,17 +72,15 @@ def _start(prepared: Sweep, folder: Path, index: int, stack: ExitStack) -> Worke
     return Worker(process, output)
 
 
-def _ended(prepared: Sweep) -> list[TrialResult]:
-    return [trial for trial in prepared.summarize().trials if trial.state in (COMPLETE, PRUNED, FAILED)]
-
-
 def _report_new(prepared: Sweep, seen: set[int]) -> None:
     """Report the trials that ended since the last call."""
-    for trial in _ended(prepared):
-        if trial.number not in seen:
+    for trial in prepared.store.trials():
+        if trial.state.is_finished() and counts(trial) and trial.number not in seen:
             seen.add(trial.number)
-            found = trial.reason if trial.score is None else f"loss {trial.score:.4f}"
-            progress.info(f"trial {trial.number}: {trial.state}, {found}")
+            reason = trial.user_attrs.get(REASON, "")
+            is_complete = trial.state == TrialState.COMPLETE
+            found = f"loss {trial.value:.4f}" if is_complete else f"{trial.state.name.lower()}, {reason}"
+            progress.info(f"trial {trial.number}: {found}")
 
 
 def _stop_at_error(workers: Sequence[Worker]) -> None:
