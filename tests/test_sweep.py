@@ -196,9 +196,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     stand_in = Trainer()
     monkeypatch.setattr(sweep_trials, "finetune", stand_in.finetune)
     monkeypatch.setattr(sweep_trials, "measure", stand_in.measure)
-    # Nothing to collect, and importances take a second a call.
-    monkeypatch.setattr(sweep_trials, "_free_memory", lambda: None)
-    monkeypatch.setattr(trial_store, "LEAST_FOR_IMPORTANCE", 1000)
+    monkeypatch.setattr(sweep_trials, "_free_memory", lambda: None)  # nothing to collect
     return stand_in
 
 

@@ -230,6 +230,11 @@ def _known_names(cls: type) -> set[str]:
     return {f.name for f in fields} | {f.metadata["old_name"] for f in fields if f.metadata["old_name"]}
 
 
+def searched_name(text: str) -> str:
+    """Return the option that a text of --search names, which may be written as its flag."""
+    return text.partition("=")[0].strip().removeprefix("--").replace("-", "_")
+
+
 def require_key(name: str, known: Collection[str], where: str) -> None:
     """Refuse a name that is none of the known ones; the nearest is named. where: the beginning of the message.
 

@@ -101,7 +101,7 @@ def refuse_searched_flags(search: Sequence[str], flags: Mapping[str, Any]) -> No
         UsageError: Names both.
     """
     for text in search:
-        name = text.partition("=")[0].strip().removeprefix("--").replace("-", "_")
+        name = config.searched_name(text)
         if without_empty(flags).get(name) is not None:
             raise UsageError(f"{config.flag_name(name)} and --search {text}: give one of them.")
 

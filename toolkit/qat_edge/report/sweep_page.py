@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from markupsafe import Markup
 
-from qat_edge import __version__
+from qat_edge import __version__, config
 from qat_edge.report.charts import (
     WIDTH,
     Scale,
@@ -47,7 +47,6 @@ def render(result: SweepResult) -> str:
         plots=_plots(result),
         ranked=ranked_table(result),
         rest=rest_table(result),
-        importances=_importance_table(result),
         version=__version__,
     )  # fmt: skip
 
@@ -122,7 +121,7 @@ def by_value(name: str, option: str, result: SweepResult) -> str:
     y = _loss_scale(complete)
     _draw_loss_axis(root, y, WIDTH - 16)
 
-    written = next(search for search in result.search if _option_of(search) == option)
+    written = next(search for search in result.search if config.searched_name(search) == option)
     if ":" in written.partition("=")[2]:
         values = [trial.values[option] for trial in complete]
         x = Scale(min(values), max(values), LEFT + 14, WIDTH - 24, log=written.endswith(f":{LOG}"))
@@ -147,18 +146,10 @@ def _plots(result: SweepResult) -> list[Plot]:
         legend.append((f"l-circle {OTHER}", "higher loss"))
     shapes = [(f"l-{shape} c-other", state) for state, shape in SHAPES.items() if result.count(state)]
     plots = [Plot("Loss by trial", Markup(by_trial("by-trial", result)), "Line: lowest loss so far.", legend + shapes)]
-    for option in map(_option_of, result.search):
+    for option in map(config.searched_name, result.search):
         svg = by_value(f"by-{option.replace('_', '-')}", option, result)
         plots.append(Plot(f"Loss by {option}", Markup(svg), "Other options differ between the points, too.", legend))
     return plots
-
-
-def _importance_table(result: SweepResult) -> Table | None:
-    """Return the share of each option in the differences between losses; None after a few trials."""
-    if not result.importances:
-        return None
-    rows = [TableRow(name, "", [TableCell(f"{share:.0%}", share)]) for name, share in result.importances.items()]
-    return Table("Importance of each option", [("Share", "%")], rows, first="Option")
 
 
 def _draw_trial(root: Element, result: SweepResult, trial: TrialResult, x: float, y: float) -> None:
@@ -213,11 +204,6 @@ def _name(result: SweepResult, trial: TrialResult) -> str:
 
 def _role(result: SweepResult, trial: TrialResult) -> str:
     return "qat" if trial.number == result.best else "ptq" if trial.may_equal_best else "base"
-
-
-def _option_of(search: str) -> str:
-    """Return the name in a text of the search space."""
-    return search.partition("=")[0].strip().removeprefix("--").replace("-", "_")
 
 
 def _description(result: SweepResult) -> str:

@@ -7,7 +7,7 @@ one row by row (`public_tasks.paired`). A difference whose 95% interval contains
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ class SweepResult:
         best: Number of the trial with the lowest loss; None where none is complete.
         as_given: Number of the trial with the values that the options have without a search; None without one.
         trials: All trials.
-        importances: Share of each option in the differences between losses; empty after a few trials.
     """
 
     folder: Path
@@ -83,7 +82,6 @@ class SweepResult:
     best: int | None
     as_given: int | None
     trials: list[TrialResult]
-    importances: dict[str, float] = field(default_factory=dict)
 
     def of(self, number: int) -> TrialResult:
         """Return a trial by its number."""
@@ -176,7 +174,6 @@ def summarize(
         best=None if best is None else best.number,
         as_given=given[-1] if given else None,
         trials=results,
-        importances=store.importances(),
     )
 
 

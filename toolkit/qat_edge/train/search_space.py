@@ -177,8 +177,8 @@ def _parse(text: str) -> SearchedOption:
         UsageError: See `parse`.
     """
     config.require_text(text, "--search")
-    written, equals, values = text.partition("=")
-    name = written.strip().removeprefix("--").replace("-", "_")
+    _, equals, values = text.partition("=")
+    name = config.searched_name(text)
     if not equals or not name:
         raise UsageError(
             f"--search {shorten(text)}: expected NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C, such as "

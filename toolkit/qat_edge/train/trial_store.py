@@ -35,7 +35,6 @@ from qat_edge.train.search_space import SearchedOption, Space, combinations
 STUDY, LOCK, NAME = "study.db", ".study.lock", "sweep"
 WAIT_S = 60.0  # for another process that writes
 MOST_ATTEMPTS = 3  # of values whose process is killed, or ends with an error
-LEAST_FOR_IMPORTANCE = 20  # completed trials
 
 # Attributes of a trial, in the database.
 PROCESS, OUTCOME, REASON = "process", "outcome", "reason"
@@ -126,13 +125,6 @@ class TrialStore:
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, in the order of their numbers."""
         return self.study.get_trials(deepcopy=False)
-
-    def importances(self) -> dict[str, float]:
-        """Return the share of each option in the differences between scores; empty after a few trials."""
-        complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
-        if len(complete) < LEAST_FOR_IMPORTANCE or len({trial.value for trial in complete}) == 1:
-            return {}
-        return optuna.importance.get_param_importances(self.study)
 
     # --- steps they share ----------------------------------------------------------------------------------
 

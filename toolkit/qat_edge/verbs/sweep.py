@@ -217,7 +217,7 @@ def pruner_of(options: FinetuneOptions, search: SweepOptions) -> str:
         UsageError: It is given, and there is no evaluation before QAT starts.
     """
     # With a start that is searched, some trials may have one.
-    is_searched = any(text.replace("-", "_").startswith("qat_start") for text in search.search)
+    is_searched = "qat_start" in map(config.searched_name, search.search)
     evaluates = options.eval_every > 0 and (is_searched or options.eval_every < options.qat_start_step)
     if search.pruner is None:
         return "median" if evaluates else "none"

@@ -53,7 +53,7 @@ class TrialReporter:
     inner: progress.Reporter
 
     def info(self, text: str) -> None:
-        """Drop a line; the trial's folder has what it says."""
+        """Drop a line."""
 
     def warn(self, text: str) -> None:
         """Pass on "trial 3: text"."""
