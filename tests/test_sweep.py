@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from conftest import plain_rows, short_training
 from pages import Page, check_fits, check_renders, check_self_contained, svgs
 from qat_edge import config
 from qat_edge.cli import commands
-from qat_edge.errors import DataError, ModelError, RunError, UsageError
+from qat_edge.errors import DataError, ModelError, QatEdgeError, RunError, UsageError
 from qat_edge.options import EvalOptions, FinetuneOptions, SweepOptions
 from qat_edge.public_tasks import answer_records
 from qat_edge.public_tasks.answer_records import Answered, SourceAnswers, TaskAnswers
@@ -33,7 +34,8 @@ from qat_edge.train import search_space, trial_store
 from qat_edge.train.search_space import SearchedOption
 from qat_edge.verbs import sweep_trials
 from qat_edge.verbs.eval import evaluate
-from qat_edge.verbs.sweep import load_recorded, sweep
+from qat_edge.verbs.sweep import load_recorded, pruner_of, sweep
+from qat_edge.verbs.sweep_workers import Worker, stop_at_error
 
 BASE = FinetuneOptions("m", "d", eval_data="e")
 ROWS = 12  # of the stand-in's evaluation
@@ -293,10 +295,10 @@ def test_values_of_a_list_are_not_tried_twice(base: FinetuneOptions, tmp_path: P
 def test_no_winner_is_claimed_inside_the_noise(base: FinetuneOptions, tmp_path: Path, trainer: Trainer) -> None:
     trainer.loss = lambda options: 2.0 + (0.5 if options.lora_rank == 32 else 0.0)
     trainer.noise = lambda options, row: 0.01 * ((row * options.lora_rank) % 7)
-    result = sweep(base, SweepOptions(search=("lora_rank=4,8,32",), trials=3), tmp_path / "sweep")
+    result = sweep(base, SweepOptions(search=("lora_rank=5,8,32",), trials=3), tmp_path / "sweep")
     text = " ".join(result.verdict())
     other = next(
-        trial for trial in result.trials if trial.values["lora_rank"] in (4, 8) and trial.number != result.best
+        trial for trial in result.trials if trial.values["lora_rank"] in (5, 8) and trial.number != result.best
     )
     assert other.may_equal_best
     assert f"These rows do not tell it from trial {other.number}:" in text and "above the noise" not in text
@@ -305,6 +307,17 @@ def test_no_winner_is_claimed_inside_the_noise(base: FinetuneOptions, tmp_path: 
     assert far.difference.interval.low > 0.4 and far.difference.questions == ROWS
     page = Page((tmp_path / "sweep/report.html").read_text())
     assert "These rows do not tell it from" in page.words and "no difference shown" in page.words
+
+    # The same where one of them has the options as they were given.
+    given = sweep(
+        dataclasses.replace(base, lora_rank=5), SweepOptions(search=("lora_rank=5,8,32",), trials=3), tmp_path / "b"
+    )
+    assert given.as_given == 0
+    if given.best != 0:
+        assert "These rows show no difference from trial 0, with the options as they were given:" in " ".join(
+            given.verdict()
+        )
+    assert "above the noise" not in " ".join(given.verdict())
 
 
 def test_pruned_trials_are_listed_as_pruned_and_have_no_loss(
@@ -333,6 +346,7 @@ def test_a_pruner_needs_an_evaluation_before_qat(base: FinetuneOptions, tmp_path
     with pytest.raises(UsageError, match="--pruner halving: a trial is pruned by its loss before QAT starts"):
         sweep(base, SweepOptions(search=RATES, pruner="halving"), tmp_path / "sweep")
     late = dataclasses.replace(base, eval_every=4)
+    assert pruner_of(late, SweepOptions(search=("--qat-start=0.3:0.9",))) == "median"
     with pytest.raises(UsageError, match="no evaluation before step 3"):
         sweep(late, SweepOptions(search=RATES, pruner="median"), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
@@ -450,6 +464,12 @@ def test_what_no_trial_could_use_is_refused_at_once(
     with pytest.raises(error, match=message):
         sweep(dataclasses.replace(base, **changes), SweepOptions(search=RATES), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists() and trainer.trained == []
+
+
+def test_an_encoder_is_refused(base: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_edge.models.load.encoder_config", lambda *_: object())
+    with pytest.raises(UsageError, match="is an encoder; sweep is for models that generate text"):
+        sweep(base, SweepOptions(search=RATES), tmp_path / "sweep")
 
 
 def test_a_folder_is_continued_or_left_alone(base: FinetuneOptions, tmp_path: Path, trainer: Trainer) -> None:
@@ -593,6 +613,19 @@ def test_a_killed_trial_is_continued_from_its_checkpoint(base: FinetuneOptions, 
     curve = json.loads((out / "trials/001/training.json").read_text())["curve"]
     assert [row["step"] for row in curve if "loss" in row] == list(range(1, 41))
     assert "its process ended; run again" in (out / "report.html").read_text()
+
+
+def test_the_error_of_a_worker_ends_the_others(tmp_path: Path) -> None:
+    (tmp_path / "0.log").write_text("a line\nError: the rows are\n  damaged.\n")
+    programs = ["raise SystemExit(1)", "import time; time.sleep(60)"]
+    workers = [
+        Worker(subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.DEVNULL), tmp_path / f"{index}.log")
+        for index, text in enumerate(programs)
+    ]
+    workers[0].process.wait()
+    with pytest.raises(QatEdgeError, match="A worker ended with an error: the rows are damaged"):
+        stop_at_error(workers)
+    assert workers[1].process.returncode is not None
 
 
 def test_two_workers_share_a_sweep(base: FinetuneOptions, tmp_path: Path, messages: list[str]) -> None:

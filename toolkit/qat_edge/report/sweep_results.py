@@ -118,12 +118,13 @@ class SweepResult:
         elif self.as_given is not None and (given := self.of(self.as_given)).difference is not None:
             sentences.append(_compared_with_given(given))
         equal = [trial for trial in self.ranked if trial.may_equal_best]
-        if equal:
+        others = [trial for trial in equal if trial.number != self.as_given]
+        if others:
             sentences.append(
-                f"These rows do not tell it from {_listed(equal)}: the 95% interval of the difference contains zero, "
+                f"These rows do not tell it from {_listed(others)}: the 95% interval of the difference contains zero, "
                 f"or fewer than {LEAST_CHANGED} rows differ. Do not take it for the better one; more rows may tell."
             )
-        elif len(self.ranked) > 1:
+        elif not equal and len(self.ranked) > 1:
             sentences.append("Its difference from every other trial is above the noise of these rows.")
         if len(self.ranked) > 1:
             sentences.append(

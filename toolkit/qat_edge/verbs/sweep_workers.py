@@ -48,9 +48,9 @@ def run_workers(prepared: Sweep) -> None:
         while any(worker.process.poll() is None for worker in workers):
             time.sleep(POLL_S)
             _report_new(prepared, seen)
-            _stop_at_error(workers)
+            stop_at_error(workers)
     _report_new(prepared, seen)
-    _stop_at_error(workers)
+    stop_at_error(workers)
     for worker in workers:
         if worker.process.returncode != 0:
             code = worker.process.returncode
@@ -83,7 +83,7 @@ def _report_new(prepared: Sweep, seen: set[int]) -> None:
             progress.info(f"trial {trial.number}: {found}")
 
 
-def _stop_at_error(workers: Sequence[Worker]) -> None:
+def stop_at_error(workers: Sequence[Worker]) -> None:
     """Stop all workers where one of them ended with an error; one that a signal ended does not stop the others.
 
     Raises:
