@@ -157,12 +157,11 @@ def summarize(
     best = min(complete, key=lambda trial: (trial.value, trial.number), default=None)
     answers = {trial.number: _answers(folder, trial.number) for trial in complete}
 
-    results = []
-    for trial in found:
-        difference = None
-        if best is not None and trial.number in answers and trial.number != best.number:
-            difference = paired.difference(answers[trial.number], answers[best.number])
-        results.append(_result(trial, folder, difference))
+    differences = {
+        trial.number: paired.difference(answers[trial.number], answers[best.number])
+        for trial in complete
+        if best is not None and trial.number != best.number
+    }
     # Of several, the last: an interrupted one was run again.
     given = [trial.number for trial in found if as_given is not None and trial.params == as_given]
     return SweepResult(
@@ -174,7 +173,7 @@ def summarize(
         tokens=0 if best is None else best.user_attrs[trial_store.TOKENS],
         best=None if best is None else best.number,
         as_given=given[-1] if given else None,
-        trials=results,
+        trials=[_result(trial, folder, differences.get(trial.number)) for trial in found],
     )
 
 

@@ -67,9 +67,19 @@ class TrialStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from beginning and ending trials inside the block. It may be entered again."""
-        with storage.disk_errors(self._folder), filelock.FileLock(self._folder / LOCK, is_singleton=True):
-            yield
+        """Keep other processes from beginning and ending trials inside the block. It may be entered again.
+
+        Raises:
+            RunError: The database cannot be read or written.
+        """
+        try:
+            with storage.disk_errors(self._folder), filelock.FileLock(self._folder / LOCK, is_singleton=True):
+                yield
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"{self._folder / STUDY}: cannot be read or written ({reason}). Go on with --resume."
+            ) from error
 
     def queue(self, values: Mapping[str, Any]) -> None:
         """Let the next trial have these values."""

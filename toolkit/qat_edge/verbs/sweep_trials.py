@@ -114,35 +114,43 @@ def run_trial(
         KeyboardInterrupt: A signal came; the same holds.
     """
     began = time.monotonic()
-    run = Run(folder_of(folder, trial.number))
-    own = with_values(options, trial.params)
-    callbacks = [PruneByLoss(trial, own.qat_start_step)] if prunes else []
     progress.info(f"trial {trial.number}: {describe(trial.params)}")
     try:
         with progress.report_to(TrialReporter(trial.number, progress.current())):
-            _take_over(folder, trial)
-            finetune(own, run.path, resume=run.config.is_file(), callbacks=callbacks)
-            score = measure(run, options, sweep)
+            score = _train_and_measure(trial, folder, options, sweep, prunes)
         store.complete(trial, score.loss, score.tokens, time.monotonic() - began)
         progress.info(f"trial {trial.number}: loss {score.loss:.4f}, {time.monotonic() - began:.0f} s")
     except optuna.TrialPruned as pruned:
         store.end(trial, str(pruned), time.monotonic() - began, is_pruned=True)
         progress.info(f"trial {trial.number}: pruned, {pruned}")
-    except (ModelError, MemoryError, torch.OutOfMemoryError) as error:
-        # Before training began, it was not these values that failed.
-        if not run.config.is_file():
-            store.interrupt(trial, _first_sentence(error), is_fault=True)
-            raise
-        store.end(trial, _first_sentence(error), time.monotonic() - began)
-        progress.warn(f"trial {trial.number} failed: {_first_sentence(error)}")
     except KeyboardInterrupt:
         store.interrupt(trial, "stopped")
         raise
-    except QatEdgeError as error:
-        store.interrupt(trial, _first_sentence(error), is_fault=True)
-        raise
+    except (QatEdgeError, MemoryError, torch.OutOfMemoryError) as error:
+        reason, is_of_training = _first_sentence(error), Run(folder_of(folder, trial.number)).config.is_file()
+        # Before training began, it was not these values that failed; nor is it their fault if a file cannot be written.
+        if not is_of_training or (isinstance(error, QatEdgeError) and not isinstance(error, ModelError)):
+            store.interrupt(trial, reason, is_fault=True)
+            raise
+        store.end(trial, reason, time.monotonic() - began)
+        progress.warn(f"trial {trial.number} failed: {reason}")
     finally:
         _free_memory()
+
+
+def _train_and_measure(
+    trial: Trial, folder: Path, options: FinetuneOptions, sweep: SweepOptions, prunes: bool
+) -> Score:
+    """Train with the values of a trial, or continue an interrupted training, and return the loss.
+
+    Raises:
+        TrialPruned: The training was ended by its loss.
+    """
+    _take_over(folder, trial)
+    run, own = Run(folder_of(folder, trial.number)), with_values(options, trial.params)
+    callbacks = [PruneByLoss(trial, own.qat_start_step)] if prunes else []
+    finetune(own, run.path, resume=run.config.is_file(), callbacks=callbacks)
+    return measure(run, options, sweep)
 
 
 def measure(run: Run, options: FinetuneOptions, sweep: SweepOptions) -> Score:
