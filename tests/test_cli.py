@@ -24,6 +24,7 @@ from qat_edge.options import (
     PlanOptions,
     QuantizeOptions,
     SensitivityOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.run import Run
@@ -31,6 +32,7 @@ from qat_edge.run import Run
 VERBS: dict[str, Any] = {
     "plan": PlanOptions,
     "finetune": FinetuneOptions,
+    "sweep": SweepOptions,
     "sensitivity": SensitivityOptions,
     "quantize": QuantizeOptions,
     "export": ExportOptions,
@@ -42,6 +44,7 @@ VERBS: dict[str, Any] = {
 COMMANDS = [
     "plan",
     "finetune",
+    "sweep",
     "sensitivity",
     "quantize",
     "export",
@@ -121,7 +124,7 @@ def test_every_flag_changes_its_field(
 
     monkeypatch.setattr(commands, "load_options", capture)
     required = [a for k, v in REQUIRED.get(section, {}).items() if k != field.name for a in (f"--{k}", v)]
-    position = ["--out", "x"] if section == "finetune" else ["run"]
+    position = ["--out", "x"] if section in ("finetune", "sweep") else ["run"]
     CliRunner().invoke(commands.main, [section, *position, *required, *arguments])
     assert getattr(seen[0], field.name) == expected
     assert getattr(seen[0], field.name) != field.default
@@ -174,6 +177,8 @@ def test_bad_configuration_is_named(tmp_path: Path, text: str, message: str) -> 
         (["finetune", "--out", "nowhere", "--resume"], 1, "nowhere: no such run folder"),
         (["export", "nowhere"], 1, "nowhere: no such run folder"),
         (["export", "nowhere", "--target", "tflite"], 2, "'tflite' is not one of"),
+        (["sweep", "--out", "x"], 2, "--model is missing"),
+        (["sweep", "--out", "nowhere", "--resume"], 1, "nowhere has no sweep.yaml"),
         (["sensitivity", "nowhere"], 1, "nowhere: no such run folder"),
         (["verify", "nowhere"], 1, "no such run folder"),
         (["validate", "nowhere"], 1, "no such run folder"),

@@ -166,6 +166,30 @@ def test_without_extras_two_formats_are_written_and_the_others_name_theirs(plain
         assert (run / "exports" / format).exists() == target_named(format).packages_only_run
 
 
+def test_a_sweep_needs_its_extra_alone(
+    plain: Environment, wheel: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    options = short_training(tiny_model_folder, tmp_path, plain_rows(16), steps=2)
+    config.save(tmp_path / "options.yaml", "finetune", options)
+    arguments = (
+        "-m",
+        "qat_edge",
+        "sweep",
+        "--config",
+        str(tmp_path / "options.yaml"),
+        "--out",
+        str(tmp_path / "sweep"),
+    )
+    done = plain.run(*arguments)
+    assert done.returncode == 2 and "`pip install 'qat-edge[sweep]'` installs it" in " ".join(done.stderr.split())
+    assert not (tmp_path / "sweep").exists()
+
+    alone = Environment(tmp_path / "environment", wheel, "sweep")
+    done = alone.run(*arguments, "--trials", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "sweep/best.yaml").is_file() and (tmp_path / "sweep/report.html").is_file()
+
+
 def test_optimum_lists_our_command(wheel: Path, tmp_path: Path) -> None:
     alone = Environment(tmp_path / "environment", wheel, "optimum")
     done = alone.run("-m", "optimum.commands.optimum_cli", "export", "--help")
@@ -178,4 +202,4 @@ def test_the_metadata_has_no_other_extras(wheel: Path) -> None:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         extras = Metadata.from_email(archive.read(name), validate=True).provides_extra or []
     covered = {target_named(format).extra for format in FORMATS} | {"optimum"}
-    assert set(extras) == covered | {"coreml", "dev", "docs", "eval", "trl"}
+    assert set(extras) == covered | {"coreml", "dev", "docs", "eval", "sweep", "trl"}

@@ -25,6 +25,7 @@ from qat_edge.options import (
     FinetuneOptions,
     QuantizeOptions,
     SensitivityOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.quant.bits_file import load_bits
@@ -42,6 +43,7 @@ SECTIONS: dict[str, type] = {
     "export": ExportOptions,
     "validate": ValidateOptions,
     "sensitivity": SensitivityOptions,
+    "sweep": SweepOptions,
     "compare": CompareOptions,
 }
 CONFIGURATION: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Fine-tune a small language model for int4, export it, and prove that the trained function is the one that ships.
 
-    from qat_edge import plan, finetune, prepare, quantize, quantize_model, export, verify, validate
+    from qat_edge import plan, finetune, sweep, prepare, quantize, quantize_model, export, verify, validate
     from qat_edge import generate, chat, load_frozen, Run
 
 The functions are documented in `qat_edge.api`; importing this package imports nothing heavy.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         prepare,
         quantize,
         quantize_model,
+        sweep,
         validate,
         verify,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_model",
+    "sweep",
     "validate",
     "verify",
 ]

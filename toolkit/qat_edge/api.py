@@ -14,9 +14,10 @@ function is called. An argument that is left out may be set by a device profile.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,6 +34,7 @@ from qat_edge.options import (
     FinetuneOptions,
     PlanOptions,
     QuantizeOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.run import Run
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from qat_edge.evaluate.encoder_results import EncoderReport
     from qat_edge.evaluate.results import Report
+    from qat_edge.report.sweep_results import SweepResult
     from qat_edge.train.training_log import Finetuned
     from qat_edge.verbs.chat import Conversation
     from qat_edge.verbs.export import Exported
@@ -60,6 +63,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_model",
+    "sweep",
     "validate",
     "verify",
 ]
@@ -930,6 +934,59 @@ def validate(
 
 
 # --- end of the written part --------------------------------------------------------------------------------
+
+
+@_notes_arguments
+def sweep(
+    options: Mapping[str, Any],
+    out: str | Path,
+    *,
+    search: Sequence[str] = (),
+    trials: int = 20,
+    pruner: str | None = None,
+    score_rows: int | None = None,
+    workers: int = 1,
+    keep_all: bool = False,
+    resume: bool = False,
+) -> SweepResult:
+    """Train with different options and compare the losses of the frozen checkpoints on `eval_data`.
+
+    Args:
+        options: options of `finetune` by name, for every trial: at least model, data and eval_data. With `resume`,
+            those that the sweep began with, or none.
+        out: folder of the sweep to write.
+        search: options to search over, each "NAME=LOW:HIGH", "NAME=LOW:HIGH:log" or "NAME=A,B,C"; by default learning
+            rates, rank, alpha and the start of QAT.
+        trials: trials of the sweep, those before `resume` included.
+        pruner: ends trials whose loss in phase 1 is high, at each eval_every: "median", "halving" or "none"; by default
+            median with eval_every, none without.
+        score_rows: rows of eval_data that score a trial, from the first on; all by default.
+        workers: trials at the same time, each in a process of its own.
+        keep_all: keep the weights of all trials, instead of those of the best one.
+        resume: go on with the sweep, or help another process with it.
+
+    Returns:
+        Every trial with its loss, and which differences the evaluation rows show.
+
+    Raises:
+        UsageError: the extra `sweep` is missing, or an impossible value, combination or search space.
+        RunError: `out` exists (without `resume`), or is no sweep.
+        ModelError: the model cannot be loaded.
+        DataError: the rows cannot be used.
+    """
+    given = {"search": search, "trials": trials, "pruner": pruner, "score_rows": score_rows, "workers": workers}
+    path = config.of_sweep(Path(out)) if resume else None
+    own = config.load(SweepOptions, "sweep", path, _named(given | {"keep_all": keep_all}))
+    known = {field.name for field in dataclasses.fields(FinetuneOptions)}
+    for name in options:
+        config.require_key(name, known, "options")
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    trained = config.load(FinetuneOptions, "finetune", path, texts)
+    from qat_edge.verbs.sweep import sweep as verb
+
+    config.require_output(Path(out), "out")
+    with remote_code.permit(trained.trust_remote_code):
+        return verb(trained, own, Path(out), resume=resume)
 
 
 def verify(run: Run | str | Path, *, target: Sequence[str] = (), trust_remote_code: bool = False) -> list[Verified]:

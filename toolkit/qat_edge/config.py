@@ -23,12 +23,14 @@ from qat_edge.errors import RunError, UsageError
 from qat_edge.options import (
     OF_FROZEN_BASE,
     RENAMED_VALUES,
+    SWEEP_OPTIONS,
     CompareOptions,
     EvalOptions,
     ExportOptions,
     FinetuneOptions,
     QuantizeOptions,
     SensitivityOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.readers import shorten, show
@@ -36,8 +38,9 @@ from qat_edge.readers import shorten, show
 Options = TypeVar("Options")
 MAX_TEXT = 4096  # characters of one value; the longest path of Linux
 SECTIONS: dict[str, type] = {  # of a configuration file, with the options they hold, in the order of the work
-    "finetune": FinetuneOptions, "sensitivity": SensitivityOptions, "quantize": QuantizeOptions,
-    "export": ExportOptions, "validate": ValidateOptions, "eval": EvalOptions, "compare": CompareOptions,
+    "finetune": FinetuneOptions, "sweep": SweepOptions, "sensitivity": SensitivityOptions,
+    "quantize": QuantizeOptions, "export": ExportOptions, "validate": ValidateOptions, "eval": EvalOptions,
+    "compare": CompareOptions,
 }  # fmt: skip
 
 
@@ -105,6 +108,18 @@ def load_trained(path: Path) -> FinetuneOptions:
         raise RunError(
             f"{path}: {reason} The file is the record of the training. Restore it, or train again."
         ) from error
+
+
+def of_sweep(folder: Path) -> Path:
+    """Return the file with the options that a sweep began with.
+
+    Raises:
+        RunError: there is no sweep in the folder.
+    """
+    path = folder / SWEEP_OPTIONS
+    if not path.is_file():
+        raise RunError(f"--resume: {folder} has no {SWEEP_OPTIONS}, so there is no sweep to continue. Check --out.")
+    return path
 
 
 def _require_own_permission(claimed: Any, given: Mapping[str, Any], where: str) -> None:
@@ -215,6 +230,21 @@ def _known_names(cls: type) -> set[str]:
     return {f.name for f in fields} | {f.metadata["old_name"] for f in fields if f.metadata["old_name"]}
 
 
+def searched_name(text: str) -> str:
+    """Return the option that a text of --search names, which may be written as its flag."""
+    return text.partition("=")[0].strip().removeprefix("--").replace("-", "_")
+
+
+def require_key(name: str, known: Collection[str], where: str) -> None:
+    """Refuse a name that is none of the known ones; the nearest is named. where: the beginning of the message.
+
+    Raises:
+        UsageError: names it.
+    """
+    if name not in known:
+        raise UsageError(f"{where}: unknown option '{shorten(name)}'.{_nearest(name, list(known))}")
+
+
 def _check_keys(values: Mapping[str, Any], known: Collection[str], section: str, path: Path | None) -> None:
     """Refuse keys of a section that are no options of its verb; the nearest option is named."""
     for key, value in values.items():
@@ -294,6 +324,15 @@ def _of_profile(cls: type, name: str) -> dict[str, Any]:
         if key not in fields:
             raise UsageError(f"{path}: unknown key '{key}'.{_nearest(key, list(fields))}")
     return _checked(cls, values, lambda key: f"{path}: {key}")
+
+
+def checked_value(cls: type, name: str, value: Any, where: str) -> Any:
+    """Return the value of one option as its field's type. where: the beginning of an error message.
+
+    Raises:
+        UsageError: it has another type, or is not permitted.
+    """
+    return _checked(cls, {name: value}, lambda _: where)[name]
 
 
 def _checked(cls: type, values: dict[str, Any], write: Callable[[str], str]) -> dict[str, Any]:

@@ -53,6 +53,8 @@ PUBLIC_TASKS = (
 )  # fmt: skip
 EVAL_TASKS = (*PUBLIC_TASKS, "rows", "rows_loss")  # and the user's own rows
 CALLS = ("auto", "template", "text")
+SWEEP_OPTIONS = "sweep.yaml"  # the options that a sweep began with, in its folder
+PRUNERS = ("median", "halving", "none")  # of the trials of a sweep
 PTQ_INITS = ("none", *(method for method in PTQ_METHODS if method != "rtn"), STORED)
 
 # Values renamed since 0.1.0; the old ones still work.
@@ -73,6 +75,8 @@ MOST_LAYERS = 10_000
 MOST_RANK = 65_536
 MOST_BATCH = 65_536
 MOST_REPEATS = 10_000
+MOST_TRIALS = 10_000
+MOST_WORKERS = 1024
 MOST_THREADS = 1024
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 HIGHEST_RATE = 10.0  # learning rates and weight decay
@@ -81,9 +85,9 @@ MOST_PER_SECOND = 1e9
 HIGHEST_KL = 1e9  # nats
 
 # Headings of `--help`, in this order.
-DATA, TRAINING, QUANTIZATION = "Model and data", "Training", "Quantization"
+SEARCH, DATA, TRAINING, QUANTIZATION = "Search", "Model and data", "Training", "Quantization"
 MEASURING, GATES, HARDWARE, OUTPUT = "What to measure", "Gates", "Hardware", "Output"
-GROUPS = (DATA, TRAINING, QUANTIZATION, MEASURING, GATES, HARDWARE, OUTPUT)
+GROUPS = (SEARCH, DATA, TRAINING, QUANTIZATION, MEASURING, GATES, HARDWARE, OUTPUT)
 
 
 def option(
@@ -319,6 +323,33 @@ class FinetuneOptions:
         trains_scales = self.scales == "learned" and self.scale_learning_rate > 0
         trains_weights = self.method != "lora" or self.qat_learning_rate is not None
         return self.weight_bits == FEWEST and trains_scales and not trains_weights
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of `sweep`: the search space and the trials. Those of `finetune` hold for every trial."""
+
+    search: tuple[str, ...] = option(
+        "Option of finetune to search over, repeatable: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. By default "
+        "learning rates, rank, alpha and the start of QAT.",
+        (), group=SEARCH,
+    )  # fmt: skip
+    trials: int = option(
+        "Trials of the sweep, those before --resume included.", 20, bounds=(1, MOST_TRIALS), group=SEARCH
+    )
+    pruner: str | None = option(
+        "Ends trials whose loss in phase 1 is high, at each --eval-every: above the median of earlier ones, or by "
+        "successive halving. By default median with --eval-every, none without.",
+        None, PRUNERS, group=SEARCH,
+    )  # fmt: skip
+    score_rows: int | None = option(
+        "Rows of --eval-data that score a trial, from the first on; all by default.",
+        None, bounds=(1, MOST_ROWS), group=SEARCH,
+    )  # fmt: skip
+    workers: int = option(
+        "Trials at the same time, each in a process of its own.", 1, bounds=(1, MOST_WORKERS), group=HARDWARE
+    )
+    keep_all: bool = option("Keep the weights of all trials, instead of those of the best one.", False)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from qat_edge import config, previous_run, run_lock, storage
 from qat_edge.errors import RunError
 from qat_edge.export_command import CONFIG, EXPORTS, PTQ, SCHEMA, export_again
 from qat_edge.manifest import MANIFEST, read_manifest, sha256
+from qat_edge.options import SWEEP_OPTIONS
 from qat_edge.quant.ptq.method_names import METHOD_OF, OWN_ADAPTERS, OWN_PTQ, PTQ_METHODS, QAT, RENAMED_METHODS, TITLES
 
 
@@ -101,6 +102,11 @@ class Run(Variant):
         if not path.is_dir():
             raise RunError(f"{path}: no such run folder. `qat-edge finetune --out {path}` makes one.")
         run._recover()
+        if (path / SWEEP_OPTIONS).is_file():
+            raise RunError(
+                f"{path}: a sweep, not a run folder. Its page is {path / 'report.html'}; name one of its trials, which "
+                f"are below {path / 'trials'}."
+            )
         if not run.config.is_file():
             raise RunError(f"{path}: not a run folder (it holds no config.yaml). Name the folder given to --out.")
         # A checkpoint is checked where it is used: `quantize --force` replaces one that cannot be read.

@@ -30,6 +30,8 @@ from qat_edge.cli.flags import (
     load_options,
     options_of,
     output_path,
+    refuse_searched_flags,
+    split_flags,
     text_value,
     text_values,
     without_empty,
@@ -49,6 +51,7 @@ from qat_edge.options import (
     PushOptions,
     QuantizeOptions,
     SensitivityOptions,
+    SweepOptions,
     ValidateOptions,
 )
 from qat_edge.readers import counted
@@ -215,6 +218,46 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
         else f"Kept {out}"
     )
     progress.info(f"{done}. Next: qat-edge export {out}{target_flag(Run(out), QAT)}")
+
+
+@main.command(
+    short_help="Search over options of finetune.",
+    example="qat-edge sweep --config mine.yaml --search learning_rate=1e-4:3e-3:log --search lora_rank=8,16,32 "
+    "--out sweeps/mine",
+)
+@options_of(SweepOptions)
+@options_of(FinetuneOptions)
+@CONFIG
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), callback=output_path, help="Folder of the sweep to write."
+)
+@click.option("--resume", is_flag=True, help="Go on with the sweep, or help another process with it.")
+@JSON
+def sweep(config_path: Path | None, out: Path, resume: bool, as_json: bool, **flags: Any) -> None:
+    """Train with different options and compare the losses of the frozen checkpoints on --eval-data.
+
+    Options that are not searched hold for every trial. OUT gets a run folder for each trial, report.html, and
+    best.yaml: the options of the best trial, for finetune --config.
+    """
+    path = config.of_sweep(out) if resume and config_path is None else config_path
+    given = split_flags(flags, SweepOptions, FinetuneOptions)
+    search = load_options(SweepOptions, "sweep", path, given[0])
+    options = load_options(FinetuneOptions, "finetune", path, given[1])
+    refuse_searched_flags(search.search, given[1])
+    from qat_edge.verbs.sweep import sweep as verb
+
+    with remote_code.permit(options.trust_remote_code):
+        result = verb(options, search, out, resume=resume)
+    from qat_edge.cli.sweep_table import sweep_table
+
+    if as_json:
+        _print_json(result)
+    console().print(sweep_table(result))
+    for sentence in result.verdict():
+        progress.info(sentence)
+    done = f"Wrote {out / 'report.html'}. {result.accounts()}"
+    following = "" if result.best is None else f". Next: qat-edge finetune --config {out / 'best.yaml'} --out RUN"
+    progress.info(done + following)
 
 
 @main.command(

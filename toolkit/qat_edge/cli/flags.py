@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import click
 
 from qat_edge import config, progress, remote_code
 from qat_edge.environment import require_importable
+from qat_edge.errors import UsageError
 from qat_edge.options import DATA, GROUPS, MOST_PROMPT, OUTPUT, RENAMED_VALUES
 
 Command = Callable[..., Any]
@@ -85,6 +86,24 @@ def _permit_remote_code(ctx: click.Context, param: click.Parameter, value: bool)
 def without_empty(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags with None in place of (): a repeatable flag that was not given."""
     return {name: None if value == () else value for name, value in flags.items()}
+
+
+def split_flags(flags: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
+    """Return the flags of each options dataclass, with those of old names."""
+    names = [{name for f in dataclasses.fields(cls) for name in (f.name, f.metadata["old_name"])} for cls in classes]
+    return [{name: value for name, value in flags.items() if name in known} for known in names]
+
+
+def refuse_searched_flags(search: Sequence[str], flags: Mapping[str, Any]) -> None:
+    """Refuse a flag of an option that is searched: one of the two would have no effect.
+
+    Raises:
+        UsageError: Names both.
+    """
+    for text in search:
+        name = config.searched_name(text)
+        if without_empty(flags).get(name) is not None:
+            raise UsageError(f"{config.flag_name(name)} and --search {text}: give one of them.")
 
 
 class GroupedCommand(click.Command):

@@ -1,4 +1,4 @@
-"""HTML reports: pages rendered from the JSON that `validate`, `compare` and `sensitivity` write.
+"""HTML reports: pages rendered from the JSON that `validate`, `compare`, `sensitivity` and `sweep` write.
 
 Every page is one self-contained HTML file: inline CSS and SVG, no script, nothing loaded from elsewhere. Templates
 extend `base.html`, share `macros.html` and are styled by `style.css`.
@@ -9,11 +9,13 @@ extend `base.html`, share `macros.html` and are styled by `style.css`.
     history_page        the same as run_page, of several runs (history)         history.html -> RUN/history.html
     comparison_page     RUN/compare/compare.json                                comparison.html -> compare.html
     sensitivity_page    RUN/sensitivity/sensitivity.json                        sensitivity.html -> sensitivity.html
+    sweep_page          SWEEP/sweep.json                                        sweep.html -> SWEEP/report.html
 
 Data behind the pages:
 
     collect             everything recorded in one run folder, with the reason for each missing part
     history             metrics of several runs, each with its change since the previous and since the first run
+    sweep_results       every trial of a sweep, and which differences between them the evaluation rows show
     verdict             sentences computed from the metrics: QAT against the FP32 fine-tune and the best PTQ method
     tables              tables with the exact value behind each cell, and the columns of the main table
     guard_details       what the guard of QAT measured and did

@@ -16,10 +16,11 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
@@ -46,7 +47,12 @@ from qat_edge.verbs import memory_advice
 
 
 def finetune(
-    options: FinetuneOptions, out: Path, resume: bool = False, force: bool = False, context_length: int | None = None
+    options: FinetuneOptions,
+    out: Path,
+    resume: bool = False,
+    force: bool = False,
+    context_length: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Finetuned:
     """Train into the run folder `out`.
 
@@ -58,6 +64,7 @@ def finetune(
         force: replace a run folder that exists. The old run is kept until the new one is finished.
         context_length: of the export to come, if it is known: one that the model has no positions for is refused
             before training.
+        callbacks: of the Trainer, called after our own.
 
     Raises:
         RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it; or
@@ -72,7 +79,7 @@ def finetune(
     options = option_paths.absolute(options)
     with run_lock.writing(out, "finetune", create=not resume, resuming=resume or force):
         try:
-            return _finetune(options, run, resume, force, context_length)
+            return _finetune(options, run, resume, force, context_length, callbacks)
         except KeyboardInterrupt as error:
             raise _stopped(run, error) from None
         except (MemoryError, RuntimeError) as error:
@@ -83,7 +90,14 @@ def finetune(
     raise RunError(memory_advice.explain(options, found))
 
 
-def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, context_length: int | None) -> Finetuned:
+def _finetune(
+    options: FinetuneOptions,
+    run: Run,
+    resume: bool,
+    force: bool,
+    context_length: int | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Finetuned:
     """Train into a run folder whose lock is held."""
     # Check the options and set everything up; nothing is written yet.
     run_inputs.check_folder(options, run, resume, force)
@@ -109,7 +123,7 @@ def _finetune(options: FinetuneOptions, run: Run, resume: bool, force: bool, con
         _require_reference(run, start)
 
     try:
-        trainer, guard = _train(run, options, job, adapted, switch, resume)
+        trainer, guard = _train(run, options, job, adapted, switch, resume, callbacks)
         result = _log(run, job, trainer, guard, start, time.monotonic() - began)
     except BaseException as error:
         _report_unfinished(run, error)
@@ -125,6 +139,7 @@ def _train(
     adapted: PreTrainedModel | PeftModel,
     switch: fake.Switch,
     resume: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[QatTrainer, QatGuard | None]:
     """Train, or load the result of a training whose steps are all done, and write RUN/adapter.
 
@@ -150,7 +165,7 @@ def _train(
         if checkpoint is not None and _is_done(checkpoint, options):
             _load_finished(trainer, phases, guard, options, checkpoint)
         elif options.steps:
-            _run_steps(trainer, phases, guard, options, checkpoint, request)
+            _run_steps(trainer, phases, guard, options, checkpoint, request, callbacks)
 
         # With no step of QAT, the start of QAT comes after the last step.
         if not phases.qat_started:
@@ -198,6 +213,7 @@ def _run_steps(
     options: FinetuneOptions,
     checkpoint: Path | None,
     request: stop_signals.StopRequest,
+    callbacks: Sequence[TrainerCallback],
 ) -> None:
     """Do the steps that are left.
 
@@ -208,6 +224,8 @@ def _run_steps(
     trainer.add_callback(StopInOrder(request))
     if guard is not None:
         trainer.add_callback(guard)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     progress.info(
         f"{phases.start} steps of {trainer.phase_1}, then {options.steps - phases.start} of QAT: "
         f"{_amount(trainer, options)}"
