@@ -32,7 +32,7 @@ from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import STORED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
-from qat_edge.train import model_options, prune
+from qat_edge.train import distributed, model_options, prune
 from qat_edge.train.frozen_base import FrozenBase, read_frozen_base
 from qat_edge.train.option_checks import requested_widths
 from qat_edge.train.stored_codes import read_stored_codes
@@ -136,8 +136,9 @@ def prepare_training(
 
     if options.keep_layers is not None:
         if not kept_layers:
-            kept_layers = prune.choose_layers(
-                model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
+            count, method = options.keep_layers, options.prune
+            kept_layers = distributed.on_first(
+                lambda: prune.choose_layers(model, count, method, rows, tokenizer, options.seed, device)
             )
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
