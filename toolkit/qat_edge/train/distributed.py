@@ -7,9 +7,9 @@ same in all of them, or one would wait for the others for ever. So there are thr
     `on_first`           what writes files, or takes long: process 0 does it, and the others get its result or its error
     `largest`, `total`   what each process knows a part of: signals, losses, errors of reading
 
-All of these are the identity in a single process. They use a group of processes of their own, over TCP and without a
-time limit: process 0 may take hours for the start of QAT. When a process ends, its connections close, and every wait for
-it ends with an error.
+A single process needs none of this, and they do nothing there. They use a group of processes of their own, over TCP and
+without a time limit: process 0 may take hours for the start of QAT. When a process ends, its connections close, and
+every wait for it ends with an error.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qat_edge import environment, launched
 from qat_edge.errors import DataError, QatEdgeError, RunError, UsageError
@@ -55,11 +57,11 @@ def join(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(_gpu())
     if not dist.is_initialized():
-        store, rank, count = next(dist.rendezvous("env://"))
+        store, rank, count = next(rendezvous("env://"))
         launched.decide_reports_by(lambda: store.add(ERROR_KEY, 1) == 1)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore("qat_edge", store), rank=rank, world_size=count,
+            store=PrefixStore("qat_edge", store), rank=rank, world_size=count,
         )  # fmt: skip
     _control = dist.new_group(backend="gloo", timeout=ENDLESS)
 
@@ -68,6 +70,7 @@ def leave() -> None:
     """Close the connections when this process ends: all others have reached this, too."""
     if _control is not None:
         dist.barrier(_control)
+        atexit.unregister(_close)
         atexit.register(_close)
 
 
@@ -214,10 +217,7 @@ def require_all(error: Exception | None) -> None:
 
 def is_lost_process(error: BaseException) -> bool:
     """Return whether an error was raised because another process has ended."""
-    is_of_network = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
-    )
-    return _control is not None and is_of_network and not isinstance(error, torch.OutOfMemoryError)
+    return _control is not None and (isinstance(error, dist.DistError) or bool(LOST.search(str(error))))
 
 
 def _gpu() -> int:

@@ -59,6 +59,8 @@ class ShareOfBatch:
 class DistributedTrainer(QatTrainer):
     """A `QatTrainer` that trains with the other processes of a launcher."""
 
+    data_collator: Any
+    current_flos: float
     _states: Sequence[dict[str, Any]] = ()  # of the random generators, by process, while a checkpoint is written
 
     def __init__(self, **arguments: Any) -> None:
