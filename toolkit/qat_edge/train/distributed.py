@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from qat_edge import environment, launched
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 ENDLESS = timedelta(days=30)  # of the group in which the others wait for process 0
 ERROR_KEY = "qat_edge_error"
+FAULT = "They have to be equal bit for bit, so this is a fault of qat-edge or of a machine: please report it."
 # Texts of the errors of gloo, NCCL and the store at a process that is gone.
 LOST = re.compile(r"gloo/|NCCL|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
 

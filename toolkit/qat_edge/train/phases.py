@@ -217,9 +217,7 @@ class PhaseTransition:
         """
         if distributed.count() > 1:
             tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-            distributed.require_same(
-                digest_of(tensors), "The weights", "This is a fault of qat-edge or of a machine: please report it."
-            )
+            distributed.require_same(digest_of(tensors), "The weights", distributed.FAULT)
 
     @property
     def _method(self) -> str:

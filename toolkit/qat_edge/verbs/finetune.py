@@ -46,7 +46,7 @@ from qat_edge.train import (
 from qat_edge.train.arguments import training_arguments
 from qat_edge.train.distributed_trainer import DistributedTrainer
 from qat_edge.train.option_checks import check_combination
-from qat_edge.train.phases import PhaseTransition
+from qat_edge.train.phases import PhaseTransition, digest_of
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, choose_device, describe_device, make_trainable, prepare_training
@@ -198,6 +198,8 @@ def _train(
             guard.finish()
 
     divergence.require_finite(adapted.named_parameters(), "at the end of training")
+    trained = ((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
+    distributed.require_same(digest_of(trained), "The trained weights", distributed.FAULT)
     guarded = {"qat_guard": guard and guard.summary()}
     metadata = job.metadata | transition.metadata | guarded
     distributed.on_first(lambda: merge.save_weights(adapted, run.adapter, "adapter", metadata))
