@@ -339,6 +339,11 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
             "--batch-size 1: with rows of 'anchor' and 'positive', the other texts of a batch are the wrong answers, "
             "so a batch of one teaches nothing. Give at least 2."
         )
+    if task == SentenceEncoder(scored=False) and distributed.count() > 1:
+        raise UsageError(
+            f"Rows of 'anchor' and 'positive' and {distributed.count()} processes: the other texts of a batch are the "
+            "wrong answers, and each process would have those of its share alone. Start it without a launcher."
+        )
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task
 

@@ -366,7 +366,12 @@ def _lost_process(run: Run) -> str:
 def _report_unfinished(run: Run, error: BaseException) -> None:
     """Report how a training that failed can be continued, and where the run is that it was to replace."""
     can_continue = previous_run.has_checkpoint(run.path)
-    if can_continue and not isinstance(error, ModelError | KeyboardInterrupt):
+    # The messages of these say it themselves, or advise against it.
+    if (
+        can_continue
+        and not isinstance(error, ModelError | KeyboardInterrupt)
+        and not distributed.is_lost_process(error)
+    ):
         progress.info(f"The checkpoints are kept. To continue: {resume_command(run)}")
     previous = run.path / previous_run.PREVIOUS
     if not previous.is_dir():
