@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
-from conftest import plain_rows, short_training
+from conftest import make_tokenizer, plain_rows, short_training
 from qat_edge.options import FinetuneOptions
 from qat_edge.verbs.finetune import finetune
 from tests.train.distributed_program import begin_at, start
@@ -21,7 +22,7 @@ ROWS = 21
 # Sums in another order change losses and norms by 2e-7 at most. In longer trainings, inputs and weights are rounded to
 # the next code here and there.
 SAME = 2e-6
-AT_ONCE = "no phase 1"
+AT_ONCE, LABELS, SCORES = "no phase 1", "a classifier", "a sentence encoder"
 KINDS: dict[str, dict[str, Any]] = {
     "learned scales": {"save_every": 2, "calibration_tokens": 256},
     AT_ONCE: {"qat_start": 0, "steps": 2, "calibration_tokens": 256},
@@ -32,6 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "fixed codes, clipped apart": {"ptq_init": "hqq", "codes": "fixed", "clip_gradients": "apart"},
     "all weights": {"method": "full", "ptq_init": "none", "lora_rank": FinetuneOptions.lora_rank},
+    "a base in NF4": {"base": "nf4", "ptq_init": "hqq"},
+    LABELS: {},
+    SCORES: {},
+}  # fmt: skip
+DIVERGING = {
+    "steps": 16, "qat_start": 4, "ptq_init": "hqq", "scale_learning_rate": 10.0, "warmup_steps": 0,
+    "lr_schedule": "constant",
 }  # fmt: skip
 DROPOUT = {"lora_dropout": 0.1, "save_every": 2, "calibration_tokens": 256}
 
@@ -80,15 +88,34 @@ def options(tiny_model_folder: Path, folder: Path) -> FinetuneOptions:
     )  # fmt: skip
 
 
+def encoder_options(kind: str, options: FinetuneOptions, folder: Path) -> FinetuneOptions:
+    """Options for a BERT and rows of its task."""
+    config = BertConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
+    make_tokenizer().save_pretrained(folder / "bert")
+    rows: list[dict[str, Any]] = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(ROWS)]
+    if kind == SCORES:
+        rows = [{"text_a": f"row {i}", "text_b": f"a row {i}", "score": i / ROWS} for i in range(ROWS)]
+    data = folder / f"{kind}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(options, model=str(folder / "bert"), data=str(data), eval_data=str(data))
+
+
 @pytest.fixture(scope="module")
 def runs(options: FinetuneOptions, folder: Path) -> dict[str, Trained]:
-    """Runs of every kind; and in "resumed" and "again" those that change, or keep, the number of processes."""
+    """Runs of every kind; in "more", "fewer" and "killed" those that are resumed, and "diverging" in two processes."""
     found = {kind: Trained(folder / f"one {kind}", folder / f"two {kind}") for kind in KINDS}
     jobs = []
     for kind, changes in KINDS.items():
         chosen = replace(options, **changes)
+        if kind in (LABELS, SCORES):
+            chosen = encoder_options(kind, options, folder)
         finetune(chosen, found[kind].one)
         jobs.append({"options": asdict(chosen), "out": found[kind].two})
+    jobs.append({"options": asdict(replace(options, **DIVERGING)), "out": folder / "diverging"})
 
     # From one process to two, in phase 1; and two processes that are killed and resumed, in QAT.
     one, two = found["learned scales"]
@@ -126,3 +153,8 @@ def test_two_processes_resume_bit_for_bit_with_dropout(runs: dict[str, Trained],
         assert_equal(tensors(folder / "killed", part), tensors(folder / "whole", part))
     losses = [[row.get("loss") for row in curve(folder / name)] for name in ("killed", "whole")]
     assert losses[0] == losses[1]
+
+
+def test_the_guard_decides_the_same_in_all_processes(runs: dict[str, Trained], folder: Path) -> None:
+    found = json.loads((folder / "diverging/training.json").read_text())["qat_guard"]
+    assert len(found["restarts"]) == 1 and found["result_loss"] <= found["start_loss"]

@@ -25,13 +25,14 @@ LOCAL_RANK = "LOCAL_RANK"
 RANKS = (LOCAL_RANK, "RANK")
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
-# Switches of another way to train; each one is off, or refused.
+# Switches of another way to train, with what it does to weights; each one is off, or refused.
+SHARDS = "which cuts weights into shards, and the start of QAT rotates and replaces whole weights"
 TRAINERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallel processes",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker's processes",
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed, {SHARDS}",
+    "ACCELERATE_USE_FSDP": f"FSDP, {SHARDS}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM, {SHARDS}",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": f"tensor or context parallelism, {SHARDS}",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's processes, which other libraries connect",
 }
 # Choices with the one value that changes nothing. Any compiler but NO also has a GPU multiply in TF32.
 CHOICES = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_FP8_BACKEND": "NO"}
@@ -80,7 +81,7 @@ def require_plain_training(device: str, precision: str) -> None:
         _require_readable(name)
         harmless = name.endswith("SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
         if _is_on(name) and not harmless:
-            raise UsageError(f"{_found(name)}, and qat-edge does not train with {title}. Unset {name}.")
+            raise UsageError(f"{_found(name)}, and qat-edge does not train with {title}. Unset {name}; DDP needs none.")
     for name, neutral in CHOICES.items():
         found = os.environ.get(name, neutral)
         # accelerate reads one of them in capital letters only.

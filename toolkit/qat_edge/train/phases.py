@@ -56,8 +56,19 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], prefix: str = "") -> str:
     digest = hashlib.sha256(prefix.encode())
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _parts(tensor.detach()):
+            flat = part.cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a tensor consists of: itself, or codes and scales of one that is quantized."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 @dataclass
