@@ -168,17 +168,17 @@ def test_a_single_process_agrees_with_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "refused"), [([("a", True), ("b", True)], ""), ([("a", True), ("b", False)], "not visible on b: ")]
+    ("hosts", "refused"), [([("a", "pid"), ("b", "pid")], ""), ([("a", "pid"), ("b", "")], "not visible on b: ")]
 )
 def test_a_run_folder_that_others_do_not_see_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hosts: list[tuple[str, bool]], refused: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hosts: list[tuple[str, str]], refused: str
 ) -> None:
     monkeypatch.setattr(distributed, "gather", lambda _: hosts)
     if not refused:
-        distributed.require_shared(tmp_path / ".lock")
+        distributed.require_shared(tmp_path / ".lock.json")
         return
     with pytest.raises(RunError, match=refused):
-        distributed.require_shared(tmp_path / ".lock")
+        distributed.require_shared(tmp_path / ".lock.json")
 
 
 def test_processes_with_other_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +197,18 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_message_about_a_lost_process_names_the_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path / "lost")
-    assert "There is no checkpoint yet" in _lost_process(run)
+    error = RuntimeError("Connection closed by peer")
+    assert "(Connection closed by peer). There is no checkpoint yet" in _lost_process(run, error)
     (run.checkpoints / "checkpoint-4").mkdir(parents=True)
-    assert "checkpoint-4 is saved. To continue: qat-edge finetune --resume" in _lost_process(run)
+    assert "checkpoint-4 is saved. To continue: qat-edge finetune --resume" in _lost_process(run, error)
+
+
+def test_processes_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher(monkeypatch)
+
+    def fail(_: str) -> None:
+        raise RuntimeError("connect() timed out")
+
+    monkeypatch.setattr(distributed, "rendezvous", fail)
+    with pytest.raises(RunError, match=r"^The 2 processes of this training cannot connect over 127\.0\.0\.1:29500: co"):
+        distributed.join("cpu")

@@ -15,6 +15,7 @@ every wait for it ends with an error.
 from __future__ import annotations
 
 import atexit
+import os
 import platform
 import re
 from collections.abc import Callable
@@ -28,14 +29,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from qat_edge import environment, launched
+from qat_edge import environment, launched, readers
 from qat_edge.errors import DataError, QatEdgeError, RunError, UsageError
 
 T = TypeVar("T")
 
 ENDLESS = timedelta(days=30)  # of the group in which the others wait for process 0
 ERROR_KEY = "qat_edge_error"
-FAULT = "They have to be equal bit for bit, so this is a fault of qat-edge or of a machine: please report it."
 # Texts of the errors of gloo, NCCL and the store at a process that is gone.
 LOST = re.compile(r"gloo/|NCCL|TCPStore|connection (closed|reset|refused)", re.IGNORECASE)
 
@@ -50,6 +50,7 @@ def join(device: str) -> None:
 
     Raises:
         UsageError: This machine has fewer GPUs than processes.
+        RunError: The others cannot be reached.
     """
     global _control
     environment.require_launch()
@@ -57,14 +58,21 @@ def join(device: str) -> None:
         return
     if device == "cuda":
         torch.cuda.set_device(_gpu())
-    if not dist.is_initialized():
-        store, rank, count = next(rendezvous("env://"))
-        launched.decide_reports_by(lambda: store.add(ERROR_KEY, 1) == 1)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=PrefixStore("qat_edge", store), rank=rank, world_size=count,
-        )  # fmt: skip
-    _control = dist.new_group(backend="gloo", timeout=ENDLESS)
+    try:
+        if not dist.is_initialized():
+            store, rank, count = next(rendezvous("env://"))
+            launched.decide_reports_by(lambda: store.add(ERROR_KEY, 1) == 1)
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                store=PrefixStore("qat_edge", store), rank=rank, world_size=count,
+            )  # fmt: skip
+        _control = dist.new_group(backend="gloo", timeout=ENDLESS)
+    except RuntimeError as error:
+        address = ":".join(os.environ[name] for name in environment.RENDEZVOUS)
+        raise RunError(
+            f"The {launched.count()} processes of this training cannot connect over {address}: "
+            f"{readers.shorten(str(error), 300)}. Start all of them, and let this machine reach that one."
+        ) from error
 
 
 def leave() -> None:
@@ -88,12 +96,6 @@ def rank() -> int:
 def is_first() -> bool:
     """Return whether this process writes the run folder."""
     return rank() == 0
-
-
-def wait() -> None:
-    """Wait until all processes are here."""
-    if _control is not None:
-        dist.barrier(_control)
 
 
 def on_first(make: Callable[[], T]) -> T:
@@ -165,12 +167,13 @@ def require_divisible(batch_size: int) -> None:
 
 
 def require_shared(path: Path) -> None:
-    """Refuse a run folder that other processes do not see. path: a file in it that process 0 has written.
+    """Refuse a run folder that other processes do not see. path: a file in it that names process 0.
 
     Raises:
         RunError: Names the machines.
     """
-    blind = sorted({host for host, sees in gather((platform.node(), path.is_file())) if not sees})
+    seen = gather((platform.node(), path.read_text(encoding="utf-8") if path.is_file() else ""))
+    blind = sorted({host for host, text in seen if text != seen[0][1]})
     if blind:
         raise RunError(
             f"{path.parent} is not visible on {', '.join(blind)}: all processes of a training read the run folder that "

@@ -62,6 +62,18 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], prefix: str = "") -> str:
     return digest.hexdigest()
 
 
+def require_same_tensors(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Require that tensors are the same in all processes, bit for bit. what: Name of them, for the message.
+
+    Raises:
+        RunError: Names the processes that differ.
+    """
+    if distributed.count() > 1:
+        distributed.require_same(
+            digest_of(tensors), what, "This is a fault of qat-edge or of a machine. Please report it."
+        )
+
+
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensors that a tensor consists of: itself, or codes and scales of one that is quantized."""
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -131,7 +143,7 @@ class PhaseTransition:
             with self._wide_base():
                 self.init_sha256 = self._initialize_in_all(made_of)
         self._fix_codes()
-        self._require_same_model()
+        require_same_tensors((*self.model.named_parameters(), *self.model.named_buffers()), "The weights")
 
         if self.rotation_seed is not None:
             self.reset_optimizer()  # its averages are of gradients in the basis before the rotation
@@ -219,16 +231,6 @@ class PhaseTransition:
                 saved = QatInit.load(self.run.start, digest)
                 qat_init.repeat(self.model, self.scheme, self._method, saved, self.rotation_seed)
         return digest
-
-    def _require_same_model(self) -> None:
-        """Require that all processes begin phase 2 with the same numbers, codes included.
-
-        Raises:
-            RunError: Names the processes that differ.
-        """
-        if distributed.count() > 1:
-            tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-            distributed.require_same(digest_of(tensors), "The weights", distributed.FAULT)
 
     @property
     def _method(self) -> str:

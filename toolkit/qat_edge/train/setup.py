@@ -242,6 +242,8 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     environment.require_plain_training(device, precision)
     verb = "Training" if options.steps else "Quantizing"
     progress.info(f"{verb} on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    if distributed.count() > 1:
+        progress.info(f"{distributed.count()} processes, each of which computes an equal share of every batch")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision

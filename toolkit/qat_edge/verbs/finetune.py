@@ -30,7 +30,7 @@ from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant import fake
-from qat_edge.readers import counted, read_json
+from qat_edge.readers import counted, read_json, shorten
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors
 from qat_edge.train import (
@@ -46,7 +46,7 @@ from qat_edge.train import (
 from qat_edge.train.arguments import training_arguments
 from qat_edge.train.distributed_trainer import DistributedTrainer
 from qat_edge.train.option_checks import check_combination
-from qat_edge.train.phases import PhaseTransition, digest_of
+from qat_edge.train.phases import PhaseTransition, require_same_tensors
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
 from qat_edge.train.setup import TrainingJob, choose_device, describe_device, make_trainable, prepare_training
@@ -86,7 +86,7 @@ def finetune(
         lock = run_lock.writing(out, "finetune", create=not resume, resuming=resume or force)
         distributed.on_first(lambda: held.enter_context(lock))
         try:
-            distributed.require_shared(out / run_lock.LOCK)
+            distributed.require_shared(out / run_lock.HOLDER)
             result = _finetune(options, run, resume, force, context_length)
             distributed.leave()  # before the lock is released: nobody reads the folder any more
             return result
@@ -95,7 +95,7 @@ def finetune(
         except RuntimeError as error:
             if not distributed.is_lost_process(error):
                 raise
-            raise RunError(_lost_process(run)) from error
+            raise RunError(_lost_process(run, error)) from error
 
 
 def _join(options: FinetuneOptions) -> None:
@@ -198,8 +198,7 @@ def _train(
             guard.finish()
 
     divergence.require_finite(adapted.named_parameters(), "at the end of training")
-    trained = ((name, p) for name, p in adapted.named_parameters() if p.requires_grad)
-    distributed.require_same(digest_of(trained), "The trained weights", distributed.FAULT)
+    require_same_tensors(((n, p) for n, p in adapted.named_parameters() if p.requires_grad), "The trained weights")
     guarded = {"qat_guard": guard and guard.summary()}
     metadata = job.metadata | transition.metadata | guarded
     distributed.on_first(lambda: merge.save_weights(adapted, run.adapter, "adapter", metadata))
@@ -355,9 +354,12 @@ def _stopped(run: Run, error: KeyboardInterrupt) -> stop_signals.Stopped:
     return stop_signals.Stopped(signum, message)
 
 
-def _lost_process(run: Run) -> str:
+def _lost_process(run: Run, error: RuntimeError) -> str:
     """Return the message of a training in which another process has ended."""
-    ended = "Another process of this training has ended, so it cannot go on; its own message or the launcher's says why"
+    ended = (
+        "Another process of this training has ended or cannot be reached; its own message or the launcher's says why "
+        f"({shorten(str(error), 200)})"
+    )
     if not previous_run.has_checkpoint(run.path):
         return f"{ended}. There is no checkpoint yet: train again."
     return f"{ended}. {checkpoints.found(run.checkpoints)[0].name} is saved. To continue: {resume_command(run)}"
