@@ -158,3 +158,13 @@ def test_two_processes_resume_bit_for_bit_with_dropout(runs: dict[str, Trained],
 def test_the_guard_decides_the_same_in_all_processes(runs: dict[str, Trained], folder: Path) -> None:
     found = json.loads((folder / "diverging/training.json").read_text())["qat_guard"]
     assert len(found["restarts"]) == 1 and found["result_loss"] <= found["start_loss"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA GPUs on this machine")
+def test_two_gpus_have_the_losses_of_one(options: FinetuneOptions, folder: Path) -> None:
+    on_gpu = replace(options, device="cuda", calibration_tokens=256)
+    finetune(on_gpu, folder / "one GPU")
+    start([{"options": asdict(on_gpu), "out": folder / "two GPUs"}], folder)
+    for row, other in zip(curve(folder / "two GPUs"), curve(folder / "one GPU"), strict=True):
+        assert row.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-4)

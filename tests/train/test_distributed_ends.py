@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -158,6 +159,26 @@ def test_a_process_that_has_ended_is_recognized(monkeypatch: pytest.MonkeyPatch)
     assert distributed.is_lost_process(lost)
     assert not distributed.is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not distributed.is_lost_process(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+
+
+class StoreOfOne:
+    """Store that counts, until it is closed."""
+
+    def __init__(self) -> None:
+        self.count, self.closed = 0, False
+
+    def add(self, key: str, amount: int) -> int:
+        if self.closed:
+            raise RuntimeError("Broken pipe")
+        self.count += amount
+        return self.count
+
+
+def test_the_first_process_with_an_error_reports_it() -> None:
+    store: Any = StoreOfOne()
+    assert [distributed._is_first_error(store) for _ in range(3)] == [True, False, False]
+    store.closed = True
+    assert distributed._is_first_error(store)
 
 
 def test_a_single_process_agrees_with_itself() -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from qat_edge import environment, launched, readers
@@ -61,7 +61,7 @@ def join(device: str) -> None:
     try:
         if not dist.is_initialized():
             store, rank, count = next(rendezvous("env://"))
-            launched.decide_reports_by(lambda: store.add(ERROR_KEY, 1) == 1)
+            launched.decide_reports_by(lambda: _is_first_error(store))
             dist.init_process_group(
                 "nccl" if device == "cuda" else "gloo",
                 store=PrefixStore("qat_edge", store), rank=rank, world_size=count,
@@ -222,6 +222,14 @@ def require_all(error: Exception | None) -> None:
 def is_lost_process(error: BaseException) -> bool:
     """Return whether an error was raised because another process has ended."""
     return _control is not None and (isinstance(error, dist.DistError) or bool(LOST.search(str(error))))
+
+
+def _is_first_error(store: Store) -> bool:
+    """Return whether no other process has met an error before this one, or that cannot be found out."""
+    try:
+        return store.add(ERROR_KEY, 1) == 1
+    except RuntimeError:
+        return True  # without torchrun, the store ends with process 0
 
 
 def _gpu() -> int:
