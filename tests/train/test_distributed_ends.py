@@ -14,15 +14,19 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import BertConfig
 
 from conftest import plain_rows, short_training
 from qat_edge import launched
 from qat_edge.cli.commands import main
 from qat_edge.errors import DataError, RunError, UsageError
+from qat_edge.models.tasks import SentenceEncoder
 from qat_edge.options import FinetuneOptions
 from qat_edge.python_process import python_command
 from qat_edge.run import Run
-from qat_edge.train import checkpoints, distributed
+from qat_edge.train import checkpoints, distributed, setup
+from qat_edge.train.distributed_trainer import DistributedTrainer
+from qat_edge.train.trainer import QatTrainer
 from qat_edge.verbs.finetune import _lost_process, finetune
 
 SECONDS = 60  # a training takes 6 s to begin on an idle core
@@ -233,3 +237,26 @@ def test_processes_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(distributed, "rendezvous", fail)
     with pytest.raises(RunError, match=r"^The 2 processes of this training cannot connect over 127\.0\.0\.1:29500: co"):
         distributed.join("cpu")
+
+
+def test_rows_whose_wrong_answers_are_the_rest_of_the_batch_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"anchor": "a", "positive": "b"}\n')
+    chosen = FinetuneOptions(model=str(tmp_path), data=str(data))
+    assert setup._choose_task(chosen) == SentenceEncoder(scored=False)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    with pytest.raises(UsageError, match=r"^Rows of 'anchor' and 'positive' and 2 processes: the other texts"):
+        setup._choose_task(chosen)
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QatTrainer, "set_objective", lambda self, objective: None)
+    trainer = DistributedTrainer.__new__(DistributedTrainer)
+    trainer.model = torch.nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"^Linear computes a loss of its own, which is no mean over tokens"):
+        trainer.set_objective(None)
+    trainer.at_targets = True
+    trainer.set_objective(None)
