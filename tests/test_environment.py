@@ -16,7 +16,7 @@ from qat_edge.options import FinetuneOptions
 from qat_edge.python_process import python_command
 from qat_edge.train import setup
 
-ONE_PROCESS = {
+LAUNCHED = {
     "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
 }  # fmt: skip
 # Variables of accelerate without an effect here: on the result of one process, or without a switch that is refused.
@@ -30,7 +30,7 @@ HARMLESS = re.compile(
     ("name", "value", "refused"),
     [
         ("WORLD_SIZE", "2", True), ("WORLD_SIZE", "1", False), ("OMPI_COMM_WORLD_SIZE", "4", True),
-        ("WORLD_SIZE", "many", True), ("LOCAL_RANK", "0", True), ("LOCAL_RANK", "-1", False),
+        ("WORLD_SIZE", "many", True), ("WORLD_SIZE", "0", True), ("LOCAL_RANK", "0", True), ("LOCAL_RANK", "-1", False),
         ("ACCELERATE_MIXED_PRECISION", "bf16", True), ("ACCELERATE_MIXED_PRECISION", "no", False),
         *((name, value, value in ("true", "1", "maybe")) for name in environment.TRAINERS
           for value in ("true", "1", "maybe", "false", "0", "No")),
@@ -64,16 +64,36 @@ def test_an_empty_value_is_refused_where_accelerate_fails_at_it(monkeypatch: pyt
         environment.require_plain_training("cpu", "fp32")
 
 
-@pytest.mark.parametrize(("changes", "refused"), [({}, False), ({"RANK": "1"}, True), ({"LOCAL_RANK": "1"}, True)])
-def test_a_launcher_of_one_process_is_permitted(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], refused: bool
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""), ({"RANK": "1"}, "^RANK is 1 in the environment, and there are 1 processes"),
+        ({"LOCAL_RANK": "1"}, "^LOCAL_RANK is 1 in the environment, and there are 1 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, ""), ({"WORLD_SIZE": "2", "RANK": "1"}, ""),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "^RANK is 2 in the environment, and there are 2 processes"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "^RANK is x in the environment, and there are 2 processes"),
+        ({"WORLD_SIZE": "2", "PMI_SIZE": "2"}, ""),
+        ({"WORLD_SIZE": "2", "PMI_SIZE": "4"}, "^PMI_SIZE is 4 in the environment, and WORLD_SIZE is 2"),
+    ],
+)  # fmt: skip
+def test_a_launcher_sets_all_of_its_variables(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
 ) -> None:
-    for name, value in {**ONE_PROCESS, **changes}.items():
+    for name, value in {**LAUNCHED, **changes}.items():
         monkeypatch.setenv(name, value)
-    if not refused:
+    if not message:
         environment.require_plain_training("cpu", "fp32")
         return
-    with pytest.raises(UsageError, match=r"^LOCAL_RANK is \d in the environment.*there are LOCAL_RANK 0, RANK 0"):
+    with pytest.raises(UsageError, match=message):
+        environment.require_plain_training("cpu", "fp32")
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHED if name not in ("LOCAL_RANK", "WORLD_SIZE")])
+def test_a_launcher_of_which_a_part_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for other, value in {**LAUNCHED, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(other, value)
+    monkeypatch.delenv(name)
+    with pytest.raises(UsageError, match=f"^WORLD_SIZE is 2 in the environment, and {name} not set: .* wait for other"):
         environment.require_plain_training("cpu", "fp32")
 
 

@@ -22,6 +22,7 @@ FLOORS = (
         "export_command",
         "python_process",
         "environment",
+        "launched",
         "run",
         "run_lock",
         "path_names",

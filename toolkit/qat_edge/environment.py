@@ -18,25 +18,27 @@ ON, OFF = ("1", "y", "yes", "t", "true", "on"), ("0", "n", "no", "f", "false", "
 LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")  # of Python's logging
 
 # Numbers of processes, as accelerate reads them.
-PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANK = "LOCAL_RANK"
-# What torchrun sets for one process, which trains as no launcher does.
-ONE_PROCESS = {RANK: "0", "RANK": "0", "WORLD_SIZE": "1"}
+COUNT = "WORLD_SIZE"
+PROCESS_COUNTS = (COUNT, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_RANK = "LOCAL_RANK"
+# What torchrun and accelerate set for each of the processes of a training.
+RANKS = (LOCAL_RANK, "RANK")
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
-# Switches of another way to train; each one is off, or refused.
+# Switches of another way to train, with what it does to weights; each one is off, or refused.
+SHARDS = "which cuts weights into shards, and the start of QAT rotates and replaces whole weights"
 TRAINERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallel processes",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker's processes",
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed, {SHARDS}",
+    "ACCELERATE_USE_FSDP": f"FSDP, {SHARDS}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM, {SHARDS}",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": f"tensor or context parallelism, {SHARDS}",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's processes, which other libraries connect",
 }
 # Choices with the one value that changes nothing. Any compiler but NO also has a GPU multiply in TF32.
 CHOICES = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_FP8_BACKEND": "NO"}
 # Switches that matter on a GPU alone: there, training would run on the CPU, or need another package.
 GPU_SWITCHES = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY")
-# Switches without an effect on the result of a training in one process.
+# Switches without an effect on the result of a training.
 NEUTRAL_SWITCHES = (
     "ACCELERATE_DEBUG_MODE", "ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
     "ACCELERATE_DYNAMO_USE_DYNAMIC", "FORK_LAUNCHED",
@@ -64,7 +66,7 @@ def require_importable() -> None:
 
 
 def require_plain_training(device: str, precision: str) -> None:
-    """Refuse variables with which the Trainer would not train in one process, as chosen.
+    """Refuse variables with which the Trainer would not train as chosen.
 
     Args:
         device: "cpu" or "cuda".
@@ -74,12 +76,12 @@ def require_plain_training(device: str, precision: str) -> None:
         UsageError: The training would wait for other processes, run on another device or in another precision, or use
             a library that is not supported; or a value cannot be read.
     """
-    _require_one_process()
+    require_launch()
     for name, title in TRAINERS.items():
         _require_readable(name)
         harmless = name.endswith("SAGEMAKER") and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
         if _is_on(name) and not harmless:
-            raise UsageError(f"{_found(name)}, and qat-edge does not train with {title}. Unset {name}.")
+            raise UsageError(f"{_found(name)}, and qat-edge does not train with {title}. Unset {name}; DDP needs none.")
     for name, neutral in CHOICES.items():
         found = os.environ.get(name, neutral)
         # accelerate reads one of them in capital letters only.
@@ -92,23 +94,43 @@ def require_plain_training(device: str, precision: str) -> None:
     _require_same_machine(device, precision)
 
 
-def _require_one_process() -> None:
-    """Refuse counts of processes above 1, and a rank without what belongs to it."""
+def require_launch() -> None:
+    """Refuse variables of a launcher that belong to no training of one or several processes.
+
+    Raises:
+        UsageError: A number of processes or a rank cannot be read, or a part is missing: the training would wait for
+            processes that nobody has started.
+    """
     for name in PROCESS_COUNTS:
-        if name in os.environ and (_number(name) is None or (_number(name) or 0) > 1):
+        if name in os.environ and (_number(name) or 0) < 1:
+            raise UsageError(f"{_found(name)}, which is no number of processes. Unset {name}.")
+    processes = _number(COUNT) or 1
+    for name in PROCESS_COUNTS[1:]:
+        if (_number(name) or 1) > 1 and _number(name) != processes:
             raise UsageError(
-                f"{_found(name)}, and qat-edge trains in one process: the training would wait for the others. Start it "
-                f"without torchrun, accelerate or mpirun, or unset {name}."
+                f"{_found(name)}, and {COUNT} is {os.environ.get(COUNT, 'not set')}: the training would wait for the "
+                f"others. Start it with torchrun or `accelerate launch`, or unset {name}."
             )
-    if os.environ.get(RANK, "-1") == "-1":
+    if processes == 1 and os.environ.get(LOCAL_RANK, "-1") == "-1":
         return
-    is_whole = all(name in os.environ for name in RENDEZVOUS)
-    if not is_whole or any(os.environ.get(name) != value for name, value in ONE_PROCESS.items()):
-        expected = ", ".join(f"{name} {value}" for name, value in ONE_PROCESS.items())
+    missing = [name for name in (COUNT, *RANKS, *RENDEZVOUS) if name not in os.environ]
+    name = COUNT if processes > 1 else LOCAL_RANK
+    if missing:
         raise UsageError(
-            f"{_found(RANK)}: the training would wait for other processes, unless there are {expected} and "
-            f"{' and '.join(RENDEZVOUS)}. Start it without torchrun or accelerate, or unset {RANK}."
+            f"{_found(name)}, and {', '.join(missing)} not set: the training would wait for other processes. Start it "
+            f"with torchrun or `accelerate launch`, or unset {name}."
         )
+    for name in RANKS:
+        if not 0 <= (-1 if (found := _number(name)) is None else found) < processes:
+            raise UsageError(
+                f"{_found(name)}, and there are {processes} processes ({COUNT}). Start the training with torchrun or "
+                f"`accelerate launch`, or unset {name}."
+            )
+
+
+def local_rank() -> int:
+    """Return the rank of this process on its machine; 0 without a launcher."""
+    return _number(LOCAL_RANK) or 0
 
 
 def _require_same_machine(device: str, precision: str) -> None:
@@ -139,7 +161,7 @@ def _is_on(name: str) -> bool:
 def _number(name: str) -> int | None:
     """Return the number in a variable; None for anything else."""
     try:
-        return int(os.environ[name])
+        return int(os.environ.get(name, ""))
     except ValueError:
         return None
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `--help` is instant.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qat_edge import __version__, config, progress, remote_code, stop_signals
+from qat_edge import __version__, config, launched, progress, remote_code, stop_signals
 from qat_edge.cli.console import (
     ConsoleReporter,
     console,
     echo,
+    echo_error,
     echo_generated,
     escape_unencodable,
     piped_lines,
@@ -94,7 +96,16 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Parse the command line and run it; `--help` and errors of parsing are printed here, too."""
         escape_unencodable()
-        return super().main(*args, **kwargs)
+        if launched.is_first():
+            return super().main(*args, **kwargs)
+        # One of several processes: an error of parsing is the same in all of them.
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            if launched.may_report():
+                error.show()
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with the error's code, 128 + n after signal n, or 70 after an unexpected error."""
@@ -102,14 +113,11 @@ class Commands(click.Group):
             with stop_signals.raise_on_signals():
                 return super().invoke(ctx)
         except QatEdgeError as error:
-            _print_error(str(error))
+            if launched.may_report():
+                echo_error(str(error))
             ctx.exit(error.exit_code)
-        except stop_signals.Stopped as stopped:
-            echo(str(stopped), err=True)
-            ctx.exit(stopped.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Stopped by SIGINT.", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as error:
+            ctx.exit(_report_stop(error))
         except click.ClickException as error:
             error.message = visible(error.message)  # type: ignore[misc]  # it is ours: nothing else reads it
             raise
@@ -118,11 +126,7 @@ class Commands(click.Group):
         except (SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a panic in a library written in Rust is no Exception
-            from qat_edge.cli.bug_report import EX_SOFTWARE, describe_known, report_bug
-
-            known = describe_known(error)
-            _print_error(known or report_bug(error))
-            ctx.exit(1 if known else EX_SOFTWARE)
+            ctx.exit(_report_unexpected(error))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -142,7 +146,12 @@ def main(ctx: click.Context, verbose: bool) -> None:
     except FileNotFoundError as error:
         raise click.ClickException("The current folder was deleted. Change to another one (`cd`).") from error
     quiet_libraries(verbose)
-    ctx.with_resource(progress.report_to(ConsoleReporter()))
+    ctx.with_resource(progress.report_to(ConsoleReporter() if launched.is_first() else progress.SilentReporter()))
+    if launched.count() > 1 and ctx.invoked_subcommand != "finetune":
+        raise UsageError(
+            f"qat-edge {ctx.invoked_subcommand} runs in one process, and a launcher started {launched.count()} "
+            f"({launched.COUNT} in the environment). Start it without torchrun or accelerate; they are for finetune."
+        )
 
 
 @main.command(
@@ -210,7 +219,7 @@ def finetune(config_path: Path | None, out: Path, resume: bool, force: bool, as_
     check_export_section(options, exporting, config_path)
     with remote_code.permit(options.trust_remote_code):
         result = verb(options, out, resume=resume, force=force, context_length=exporting.context_length)
-    if as_json:
+    if as_json and launched.is_first():
         _print_json(result)
     done = (
         f"Wrote {out}: adapters after {counted(result.steps, 'step')}, {result.wall_s:.0f} s"
@@ -686,14 +695,29 @@ def _print_validated(result: Validated, run: Path, as_json: bool) -> None:
         progress.info(f"Wrote {result.paths[report.device]}. Next: qat-edge report {run}")
 
 
-def _print_error(text: str) -> None:
-    echo(f"Error: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
-
-
 def _open(path: Path) -> Run:
     from qat_edge.run import Run
 
     return Run.open(path)
+
+
+def _report_stop(error: KeyboardInterrupt) -> int:
+    """Print, in the first of several processes, that a signal ended the command; return the exit code."""
+    stopped = error if isinstance(error, stop_signals.Stopped) else stop_signals.Stopped(signal.SIGINT)
+    if launched.is_first():
+        launched.may_report()  # so that no other process reports its end as an error
+        echo(str(stopped), err=True)
+    return stopped.exit_code
+
+
+def _report_unexpected(error: BaseException) -> int:
+    """Print a known error of a library, or write a bug report; return the exit code."""
+    from qat_edge.cli.bug_report import EX_SOFTWARE, describe_known, report_bug
+
+    known = describe_known(error)
+    if launched.may_report():
+        echo_error(known or report_bug(error))
+    return 1 if known else EX_SOFTWARE
 
 
 def _print_json(result: Any) -> None:

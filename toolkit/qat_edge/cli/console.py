@@ -49,6 +49,11 @@ def echo(text: str, err: bool = False, fg: str | None = None) -> None:
     click.secho(visible(text), err=err, fg=fg)
 
 
+def echo_error(text: str) -> None:
+    """Print an error on stderr, in red on a terminal."""
+    echo(f"Error: {text}", err=True, fg="red" if sys.stderr.isatty() else None)
+
+
 def echo_generated(piece: str) -> None:
     """Print a piece of generated text, without a new line; a file or pipe gets it as it is."""
     click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)

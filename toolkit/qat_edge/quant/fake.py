@@ -28,6 +28,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from qat_edge.errors import ModelError, UsageError
 from qat_edge.quant import numerics, qlora_base
@@ -371,6 +372,8 @@ def is_narrow(weight: Tensor | QloraWeight) -> bool:
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """Return the model that adapters were put into, or the model itself where it has none."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 

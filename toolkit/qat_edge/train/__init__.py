@@ -11,4 +11,7 @@ The order of a training, which `qat_edge.verbs.finetune` follows, and the file t
    everything is compared with; prepare the teacher (`distill`); run the PTQ initialization, which writes RUN/start;
    switch fake quantization on. `TwoPhases` in `trainer` calls it once, or restores its results for a resumed run.
 5. Phase 2 (`trainer`): steps with the deployed rounding in the forward pass. The result is saved as RUN/adapter.
+
+Under a launcher, several processes do all of this at once: `distributed` has how they agree, `distributed_trainer` how
+they share a batch.
 """

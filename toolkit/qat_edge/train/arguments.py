@@ -50,5 +50,9 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_num_workers=0,
         ignore_data_skip=options.streaming,  # a stream begins at its position
+        # Several processes: learned scales have no gradient in phase 1, and with fixed codes adapters have none. The
+        # buffers of layers are computed alike everywhere.
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
         use_cache=False,  # with a cache, attention would look across the borders of packed rows
     )

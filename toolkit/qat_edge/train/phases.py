@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from qat_edge.quant.ptq.method_names import CALIBRATED, METHOD_OF
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
 from qat_edge.run import Run
+from qat_edge.train import distributed
 from qat_edge.train.distill import Batch, CachedTeacher, LiveTeacher, Teacher, cache_made_of, write_cache
 from qat_edge.train.divergence import require_finite
 
@@ -48,6 +49,38 @@ TEACHER_FILE = "teacher.safetensors"  # next to the checkpoints
 def needs_initialization(options: FinetuneOptions) -> bool:
     """Return whether phase 2 has scales or weights of its own, which are kept in RUN/start."""
     return options.ptq_init != "none" or options.scales != "absmax"
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], prefix: str = "") -> str:
+    """Return the sha256 of named tensors, bit for bit."""
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        for part in _parts(tensor.detach()):
+            flat = part.cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_same_tensors(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Require that tensors are the same in all processes, bit for bit. what: Name of them, for the message.
+
+    Raises:
+        RunError: Names the processes that differ.
+    """
+    if distributed.count() > 1:
+        distributed.require_same(
+            digest_of(tensors), what, "This is a fault of qat-edge or of a machine. Please report it."
+        )
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a tensor consists of: itself, or codes and scales of one that is quantized."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 @dataclass
@@ -93,15 +126,14 @@ class PhaseTransition:
         """Make the transition. The steps are in this order because each one needs what the next one changes."""
         # The FP32 reference: the weights as phase 1 left them.
         self.switch.enabled = False
-        self.save_reference()
+        distributed.on_first(self.save_reference)
         made_of = self._identity()
 
         # The teacher is the model at this moment. It is run now, if the initialization is about to change the base.
         if self.options.distill_weight > 0:
             teacher = LiveTeacher(self.model, self.switch, self.options.distill_temperature)
             if self.options.distill_top_k:
-                if cache_made_of(self._teacher_file) != made_of:
-                    self._write_teacher_cache(teacher, made_of)
+                distributed.on_first(lambda: self._require_teacher_cache(teacher, made_of))
                 self.set_teacher(self._cached_teacher())
             else:
                 self.set_teacher(teacher)
@@ -109,18 +141,19 @@ class PhaseTransition:
         # Scales, and weights with their rounding compensated; with a rotation also the rotated basis.
         if needs_initialization(self.options):
             with self._wide_base():
-                self.init_sha256 = self._initialize(made_of)
+                self.init_sha256 = self._initialize_in_all(made_of)
         self._fix_codes()
+        require_same_tensors((*self.model.named_parameters(), *self.model.named_buffers()), "The weights")
 
         if self.rotation_seed is not None:
             self.reset_optimizer()  # its averages are of gradients in the basis before the rotation
 
     def finish_without_qat(self) -> None:
         """End a training that has no second phase: the model as phase 2 would have begun is the result."""
-        self.save_reference()
+        distributed.on_first(self.save_reference)
         if needs_initialization(self.options):
             with self._wide_base():
-                self.init_sha256 = self._initialize(self._identity())
+                self.init_sha256 = self._initialize_in_all(self._identity())
 
     def restore(self) -> None:
         """Bring a resumed run to where `start_qat` left it, from the files in the run folder."""
@@ -186,6 +219,24 @@ class PhaseTransition:
         unmerged = self.options.frozen_base is not None
         return {"learned_scales": learned, "fixed_codes": fixed, "unmerged": unmerged, "start": start}
 
+    def _initialize_in_all(self, made_of: str) -> str:
+        """Run the PTQ initialization in process 0; the others take what it saved, as a resumed run does.
+
+        Returns:
+            sha256 of the tensors in RUN/start.
+        """
+        digest = distributed.on_first(lambda: self._initialize(made_of))
+        if not distributed.is_first():
+            with torch.no_grad():
+                saved = QatInit.load(self.run.start, digest)
+                qat_init.repeat(self.model, self.scheme, self._method, saved, self.rotation_seed)
+        return digest
+
+    @property
+    def _method(self) -> str:
+        """The PTQ method of the initialization."""
+        return METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
+
     def _initialize(self, made_of: str) -> str:
         """Run the PTQ initialization, put its weights and scales into the model, and save them as RUN/start.
 
@@ -195,7 +246,7 @@ class PhaseTransition:
         Returns:
             sha256 of the tensors in RUN/start.
         """
-        method = METHOD_OF.get(self.options.ptq_init, self.options.ptq_init)
+        method = self._method
         moment = "Start of QAT" if self.options.has_qat else "Without QAT"
         if self.given_start is not None:
             base = self.options.frozen_base
@@ -249,20 +300,21 @@ class PhaseTransition:
 
         The options, the base model and the rows are those of the run: `finetune` compares them.
         """
-        digest = hashlib.sha256()
         versions = {name: library_version(name) for name in LIBRARIES}
-        digest.update(json.dumps([__version__, numerics.QUANTIZER, versions, self.device]).encode())
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                digest.update(name.encode())
-                digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        libraries = json.dumps([__version__, numerics.QUANTIZER, versions, self.device])
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return digest_of(trained, libraries)
 
     # --- the teacher ---------------------------------------------------------------------------------------
 
-    def _write_teacher_cache(self, teacher: LiveTeacher, made_of: str) -> None:
-        """Run the teacher on all training rows and keep its most likely tokens. made_of: see `_identity`."""
+    def _require_teacher_cache(self, teacher: LiveTeacher, made_of: str) -> None:
+        """Run the teacher on all training rows and keep its most likely tokens, if there is no file of them.
+
+        made_of: see `_identity`.
+        """
         file = self._teacher_file
+        if cache_made_of(file) == made_of:
+            return
         with progress.bar("running the teacher", len(self.rows.rows)) as shown:
             write_cache(teacher, self._batches(), self.options.distill_top_k, file, shown.update, made_of)
 

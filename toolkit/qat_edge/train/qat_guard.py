@@ -41,7 +41,7 @@ from qat_edge.manifest import sha256
 from qat_edge.options import FinetuneOptions
 from qat_edge.quant.scheme import Scheme
 from qat_edge.storage import replace_file
-from qat_edge.train import checkpoints, movement
+from qat_edge.train import checkpoints, distributed, movement
 from qat_edge.train.divergence import first_not_finite
 from qat_edge.train.guard_record import NAME, GuardRecord, recorded
 from qat_edge.train.trainer import RESTART_RATIO, QatTrainer, TwoPhases, qat_learning_rate
@@ -135,7 +135,7 @@ class QatGuard(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove parameters that no kept checkpoint and no later step needs."""
-        if not self.record.evaluations:
+        if not self.record.evaluations or not distributed.is_first():
             return
         # At a checkpoint, the best parameters were those of the last file up to its step.
         oldest = checkpoints.step_of(checkpoints.found(self.folder)[-1])
@@ -289,12 +289,16 @@ class QatGuard(TrainerCallback, ExportableState):
     def _keep(self, step: int) -> None:
         """Write the trained parameters, whole or not at all."""
         with self._timed():
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self._trained()}
-            with replace_file(self._file(step)) as work:
-                save_file(tensors, work)
+            self.record.files[str(step)] = distributed.on_first(lambda: self._write(step))
         kept = {str(self.record.start["step"]), str(step)}
-        self.record.files[str(step)] = sha256(self._file(step))
         self.record.files = {name: digest for name, digest in self.record.files.items() if name in kept}
+
+    def _write(self, step: int) -> str:
+        """Write the trained parameters as those of a step, and return the sha256 of the file."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._trained()}
+        with replace_file(self._file(step)) as work:
+            save_file(tensors, work)
+        return sha256(self._file(step))
 
     def _put_back(self, step: int) -> None:
         """Put the trained parameters of a step into the model.

@@ -32,7 +32,7 @@ from qat_edge.quant.codebook import FEWEST, SEQ
 from qat_edge.quant.ptq.method_names import STORED
 from qat_edge.quant.qat_init import QatInit
 from qat_edge.quant.scheme import Scheme
-from qat_edge.train import model_options, prune
+from qat_edge.train import distributed, model_options, prune
 from qat_edge.train.frozen_base import FrozenBase, read_frozen_base
 from qat_edge.train.option_checks import requested_widths
 from qat_edge.train.stored_codes import read_stored_codes
@@ -136,8 +136,9 @@ def prepare_training(
 
     if options.keep_layers is not None:
         if not kept_layers:
-            kept_layers = prune.choose_layers(
-                model, options.keep_layers, options.prune, rows, tokenizer, options.seed, device
+            count, method = options.keep_layers, options.prune
+            kept_layers = distributed.on_first(
+                lambda: prune.choose_layers(model, count, method, rows, tokenizer, options.seed, device)
             )
             bits_file.require_model(options.bits, base, kept_layers)
         keep_layers(model, kept_layers)
@@ -241,6 +242,8 @@ def _choose_machine(options: FinetuneOptions) -> tuple[str, str]:
     environment.require_plain_training(device, precision)
     verb = "Training" if options.steps else "Quantizing"
     progress.info(f"{verb} on {describe_device(device)}, matrix products in {precision}, rounding in fp32")
+    if distributed.count() > 1:
+        progress.info(f"{distributed.count()} processes, each of which computes an equal share of every batch")
     if precision == "bf16" and not gains_from_bfloat16(device):
         progress.warn("--precision bf16: this CPU only emulates bfloat16, which is many times slower than fp32.")
     return device, precision
@@ -337,6 +340,11 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         raise UsageError(
             "--batch-size 1: with rows of 'anchor' and 'positive', the other texts of a batch are the wrong answers, "
             "so a batch of one teaches nothing. Give at least 2."
+        )
+    if task == SentenceEncoder(scored=False) and distributed.count() > 1:
+        raise UsageError(
+            f"Rows of 'anchor' and 'positive' and {distributed.count()} processes: the other texts of a batch are the "
+            "wrong answers, and each process would have those of its share alone. Start it without a launcher."
         )
     progress.info(f"{config.model_type} is an encoder; with these rows it is trained as {task.title}")
     return task

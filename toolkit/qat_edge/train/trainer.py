@@ -34,7 +34,7 @@ from qat_edge.quant.fake import SCALE_FACTOR, Switch
 from qat_edge.quant.ptq.method_names import COMPENSATED
 from qat_edge.stop_signals import StopRequest
 from qat_edge.storage import write_text
-from qat_edge.train import checkpoints, divergence, next_token_loss
+from qat_edge.train import checkpoints, distributed, divergence, next_token_loss
 from qat_edge.train.distill import Batch, Teacher
 from qat_edge.train.next_token_loss import predict_targets
 from qat_edge.train.objectives import Objective
@@ -133,7 +133,10 @@ class StopInOrder(TrainerCallback):
         self._stop(control)
 
     def _stop(self, control: TrainerControl) -> None:
-        if self.request.signum is not None:
+        # A signal may reach processes at different steps; all of them end after the same one.
+        signum = distributed.largest(self.request.signum or 0)
+        if signum:
+            self.request.signum = signum
             control.should_save = control.should_training_stop = True
 
 
@@ -273,8 +276,14 @@ class QatTrainer(Trainer):
 
         Training goes on after it as if it had not been called.
         """
+        batches = self.batch_losses(rows)
+        count = sum(weight for _, weight in batches)
+        return sum(loss for loss, _ in batches) / count if count else math.nan
+
+    def batch_losses(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+        """Return the loss of each batch of rows, summed, with the number of its tokens with loss, or of its rows."""
         assert self.model is not None and self.data_collator is not None
-        total, count, training = 0.0, 0, self.model.training
+        losses, training = [], self.model.training
         self.model.eval()
         # Random numbers are put back as they were: dropout and shuffling depend on them.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -283,13 +292,12 @@ class QatTrainer(Trainer):
                 chosen = rows[begin : begin + self.args.per_device_eval_batch_size]
                 inputs = self._prepare_inputs(self.data_collator(list(chosen)))
                 # The prediction at position i is for token i + 1.
-                is_rows = self.objective is not None
-                weight = len(chosen) if is_rows else int((inputs["labels"][:, 1:] != IGNORED).sum())
-                if weight:  # rows without an answer have no loss
-                    total += float(self.compute_loss(self.model, inputs)) * weight
-                    count += weight
+                labels = inputs["labels"] if self.objective is not None else inputs["labels"][:, 1:]
+                weight = int((labels != IGNORED).sum())
+                # Rows without an answer have no loss.
+                losses.append((float(self.compute_loss(self.model, inputs)) * weight if weight else 0.0, weight))
         self.model.train(training)
-        return total / count if count else math.nan
+        return losses
 
     def compute_loss(
         self,
@@ -314,7 +322,7 @@ class QatTrainer(Trainer):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
         # Evaluation reports cross entropy alone, so that both phases have comparable curves.
-        if self.teacher is not None and model.training:
+        if self.teacher is not None and model.training and len(predictions.targets):
             divergence = self.teacher.divergence(batch, predictions.logits) / tokens
             # T^2 because gradients of soft targets scale with 1 / T^2: https://arxiv.org/abs/1503.02531, section 2.
             loss = (1 - self.distill_weight) * loss + self.distill_weight * self.distill_temperature**2 * divergence
@@ -332,11 +340,11 @@ class QatTrainer(Trainer):
         # clipping by a norm that is not finite would spread it to all gradients, and hide where it began.
         parameters = list(model.parameters())
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss = self._tr_loss  # of this step alone: every step is logged
+        loss = self.step_loss()
         if not bool(torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)):
             in_qat = self.state.global_step >= self.start
             found = divergence.describe_step(
-                model,
+                self.model,
                 loss=loss.item(),
                 norm=norm.item(),
                 step=self.state.global_step + 1,
@@ -352,6 +360,10 @@ class QatTrainer(Trainer):
         else:
             clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
+
+    def step_loss(self) -> Tensor:
+        """Return the loss of this step, over all its batches."""
+        return self._tr_loss  # every step is logged, so there is no other in it
 
     def _clip_apart(self) -> None:
         """Reduce the gradients of scales as in LSQ, then clip those of weights and of scales by norms of their own."""

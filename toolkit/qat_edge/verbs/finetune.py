@@ -12,34 +12,46 @@ newest whole checkpoint (`train.checkpoints`) to the same result, bit for bit.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from qat_edge import option_paths, previous_run, progress, run_lock, stop_signals
+from qat_edge import environment, launched, option_paths, previous_run, progress, run_lock, stop_signals
 from qat_edge.data import training_examples
-from qat_edge.errors import DataError, ModelError, RunError
+from qat_edge.errors import DataError, ModelError, RunError, UsageError
 from qat_edge.manifest import MANIFEST, check_files, file_faults, read_manifest
 from qat_edge.models import merge
 from qat_edge.options import FinetuneOptions
 from qat_edge.peak_memory import is_out_of_memory
 from qat_edge.quant import fake
-from qat_edge.readers import counted, read_json
+from qat_edge.readers import counted, read_json, shorten
 from qat_edge.run import Run
 from qat_edge.storage import disk_errors
-from qat_edge.train import checkpoints, divergence, guard_record, objectives, qat_guard, resumable, run_inputs
+from qat_edge.train import (
+    checkpoints,
+    distributed,
+    divergence,
+    guard_record,
+    objectives,
+    qat_guard,
+    resumable,
+    run_inputs,
+)
 from qat_edge.train.arguments import training_arguments
+from qat_edge.train.distributed_trainer import DistributedTrainer
 from qat_edge.train.option_checks import check_combination
-from qat_edge.train.phases import PhaseTransition
+from qat_edge.train.phases import PhaseTransition, require_same_tensors
 from qat_edge.train.qat_guard import QatGuard
 from qat_edge.train.recipe import describe_recipe
-from qat_edge.train.setup import TrainingJob, describe_device, make_trainable, prepare_training
+from qat_edge.train.setup import TrainingJob, choose_device, describe_device, make_trainable, prepare_training
 from qat_edge.train.trainer import QatTrainer, StopInOrder, TwoPhases
 from qat_edge.train.training_log import TRAINING_LOG, Finetuned, write_log
 from qat_edge.train.training_progress import ShowProgress
@@ -77,17 +89,45 @@ def finetune(
     """
     run = Run.to_resume(out) if resume else Run(out)
     options = option_paths.absolute(options)
-    with run_lock.writing(out, "finetune", create=not resume, resuming=resume or force):
+    _join(options)
+    with ExitStack() as held:
+        if not distributed.is_first():
+            held.enter_context(progress.report_to(progress.SilentReporter()))
+        lock = run_lock.writing(out, "finetune", create=not resume, resuming=resume or force)
+        distributed.on_first(lambda: held.enter_context(lock))
         try:
-            return _finetune(options, run, resume, force, context_length, callbacks)
+            distributed.require_shared(out / run_lock.HOLDER)
+            result = _finetune(options, run, resume, force, context_length, callbacks)
+            distributed.leave()  # before the lock is released: nobody reads the folder any more
+            return result
         except KeyboardInterrupt as error:
             raise _stopped(run, error) from None
         except (MemoryError, RuntimeError) as error:
+            if distributed.is_lost_process(error):
+                raise RunError(_lost_process(run, error)) from error
             if not is_out_of_memory(error):
                 raise
             found = f"{type(error).__name__}: {' '.join(str(error).split())}"
     # Outside of the handler, so that the tensors of the training are not held by its traceback.
     raise RunError(memory_advice.explain(options, found))
+
+
+def _join(options: FinetuneOptions) -> None:
+    """Connect the processes of a launcher, after the checks that need none of the others.
+
+    Raises:
+        UsageError: the training cannot be shared between them.
+    """
+    environment.require_launch()
+    if launched.count() == 1:
+        return
+    if not options.steps:
+        raise UsageError(
+            f"--steps 0 trains nothing, and a launcher started {launched.count()} processes. Start it without torchrun "
+            "or accelerate."
+        )
+    distributed.require_divisible(options.batch_size)
+    distributed.join(choose_device(options.device))
 
 
 def _finetune(
@@ -114,7 +154,11 @@ def _finetune(
     progress.info(describe_recipe(options, start, job.scheme.summary(), job.rotation_seed is not None))
 
     # All options are validated by now, so an earlier run is never touched for a bad flag.
-    run_inputs.begin(run, options, job, resume)
+    distributed.require_same(
+        json.dumps(job.metadata, default=str), "The inputs",
+        "Every process reads the model and the data itself: give all machines the same files.",
+    )  # fmt: skip
+    distributed.on_first(lambda: run_inputs.begin(run, options, job, resume))
     if finished is not None:
         steps = "its one step is" if finished.steps == 1 else f"all {finished.steps} steps are"
         progress.info(f"{run.path} is finished: {steps} done and its adapter is written")
@@ -124,11 +168,12 @@ def _finetune(
 
     try:
         trainer, guard = _train(run, options, job, adapted, switch, resume, callbacks)
-        result = _log(run, job, trainer, guard, start, time.monotonic() - began)
+        result = distributed.on_first(lambda: _log(run, job, trainer, guard, start, time.monotonic() - began))
     except BaseException as error:
-        _report_unfinished(run, error)
+        if distributed.is_first():
+            _report_unfinished(run, error)
         raise
-    previous_run.discard(run.path)
+    distributed.on_first(lambda: previous_run.discard(run.path))
     return result
 
 
@@ -146,7 +191,7 @@ def _train(
     Raises:
         Stopped: a signal ended the training after a step, whose checkpoint is saved.
     """
-    checkpoint = checkpoints.newest_whole(run.checkpoints) if resume else None
+    checkpoint = _newest_checkpoint(run) if resume else None
     if resume and checkpoint is None:
         progress.info(f"--resume: {run.path} has no checkpoint yet, so training starts from the beginning")
 
@@ -175,9 +220,15 @@ def _train(
             guard.finish()
 
     divergence.require_finite(adapted.named_parameters(), "at the end of training")
+    require_same_tensors(((n, p) for n, p in adapted.named_parameters() if p.requires_grad), "The trained weights")
     guarded = {"qat_guard": guard and guard.summary()}
-    merge.save_weights(adapted, run.adapter, "adapter", job.metadata | transition.metadata | guarded)
+    metadata = job.metadata | transition.metadata | guarded
+    distributed.on_first(lambda: merge.save_weights(adapted, run.adapter, "adapter", metadata))
     return trainer, guard
+
+
+def _newest_checkpoint(run: Run) -> Path | None:
+    return distributed.on_first(lambda: checkpoints.newest_whole(run.checkpoints))
 
 
 def _guard(
@@ -293,7 +344,7 @@ def _require_reference(run: Run, start: int) -> None:
     Raises:
         RunError: It is missing or damaged.
     """
-    checkpoint = checkpoints.newest_whole(run.checkpoints)
+    checkpoint = _newest_checkpoint(run)
     if checkpoint is None or checkpoints.step_of(checkpoint) <= start:
         return
     try:
@@ -328,10 +379,26 @@ def _stopped(run: Run, error: KeyboardInterrupt) -> stop_signals.Stopped:
     return stop_signals.Stopped(signum, message)
 
 
+def _lost_process(run: Run, error: Exception) -> str:
+    """Return the message of a training in which another process has ended."""
+    ended = (
+        "Another process of this training has ended or cannot be reached; its own message or the launcher's says why "
+        f"({shorten(str(error), 200)})"
+    )
+    if not previous_run.has_checkpoint(run.path):
+        return f"{ended}. There is no checkpoint yet: train again."
+    return f"{ended}. {checkpoints.found(run.checkpoints)[0].name} is saved. To continue: {resume_command(run)}"
+
+
 def _report_unfinished(run: Run, error: BaseException) -> None:
     """Report how a training that failed can be continued, and where the run is that it was to replace."""
     can_continue = previous_run.has_checkpoint(run.path)
-    if can_continue and not isinstance(error, ModelError | KeyboardInterrupt):
+    # The messages of these say it themselves, or advise against it.
+    if (
+        can_continue
+        and not isinstance(error, ModelError | KeyboardInterrupt)
+        and not distributed.is_lost_process(error)
+    ):
         progress.info(f"The checkpoints are kept. To continue: {resume_command(run)}")
     previous = run.path / previous_run.PREVIOUS
     if not previous.is_dir():
@@ -369,7 +436,8 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
     arguments = training_arguments(
         options, run.checkpoints, job.device, job.precision, job.task, evaluates=job.eval_rows is not None
     )
-    trainer = QatTrainer(
+    kind = QatTrainer if distributed.count() == 1 else DistributedTrainer
+    trainer = kind(
         model=adapted,
         args=arguments,
         data_collator=training_examples.make_collator(job.task, job.tokenizer),

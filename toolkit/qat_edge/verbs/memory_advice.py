@@ -7,7 +7,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from qat_edge import progress
+from qat_edge import launched, progress
 from qat_edge.config import flag_name
 from qat_edge.errors import QatEdgeError
 from qat_edge.options import FinetuneOptions
@@ -44,7 +44,7 @@ def explain(options: FinetuneOptions, found: str) -> str:
     progress.info("Out of memory. Counting what the training needs, and which options need less; Ctrl-C leaves it out")
     try:
         with progress.report_to(progress.SilentReporter()):
-            memory = training_memory(options)
+            memory = _memory(options)
             shown = [
                 f"{_flags(other.changes)} ({needed.peak_bytes / GIGABYTE:.2f} GB; {other.effect})"
                 for other, needed in _alternatives(options, memory)
@@ -59,6 +59,11 @@ def explain(options: FinetuneOptions, found: str) -> str:
         )
     advice = f"Less memory is needed with {'; or '.join(shown)}." if shown else "No option needs less memory."
     return f"{head} {_needs(memory)} {advice} `qat-edge plan` predicts other options."
+
+
+def _memory(options: FinetuneOptions) -> TrainingMemory:
+    """Predict the memory of this process, which has a share of the batch."""
+    return training_memory(dataclasses.replace(options, batch_size=options.batch_size // launched.count()))
 
 
 def _needs(memory: TrainingMemory) -> str:
@@ -78,7 +83,7 @@ def _alternatives(options: FinetuneOptions, memory: TrainingMemory) -> Iterator[
     count = 0
     for other in _candidates(options):
         try:
-            needed = training_memory(dataclasses.replace(options, **other.changes))
+            needed = _memory(dataclasses.replace(options, **other.changes))
         except QatEdgeError:
             continue  # a combination that finetune refuses
         if needed.peak_bytes < (1 - LEAST_GAIN) * memory.peak_bytes:
@@ -90,8 +95,9 @@ def _alternatives(options: FinetuneOptions, memory: TrainingMemory) -> Iterator[
 
 def _candidates(options: FinetuneOptions) -> Iterator[Alternative]:
     """Yield options that may need less memory than those of a training."""
-    if options.batch_size > 1:
-        parts = 2 if options.batch_size % 2 == 0 else options.batch_size
+    share = options.batch_size // launched.count()
+    if share > 1:
+        parts = 2 if share % 2 == 0 else share
         changes = {
             "batch_size": options.batch_size // parts,
             "gradient_accumulation": options.gradient_accumulation * parts,
