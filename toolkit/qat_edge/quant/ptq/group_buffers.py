@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Column(NamedTuple):
+class GroupColumn(NamedTuple):
     """Views of one column of the group in `GroupBuffers`.
 
     Attributes:
@@ -58,10 +58,10 @@ class GroupBuffers:
         self.values, self.changes, self.codes = (transposed.new_empty(group_size, out) for _ in range(3))
         self._columns = [self._column(j) for j in range(group_size)]
 
-    def _column(self, j: int) -> Column:
+    def _column(self, j: int) -> GroupColumn:
         row = self.changes[j : j + 1]
         below = self.matrix[j + 1 :, j : j + 1]
-        return Column(self.values[j], row[0], self.codes[j], self.matrix[j, j], row, below, self.values[j + 1 :])
+        return GroupColumn(self.values[j], row[0], self.codes[j], self.matrix[j, j], row, below, self.values[j + 1 :])
 
-    def __iter__(self) -> Iterator[Column]:
+    def __iter__(self) -> Iterator[GroupColumn]:
         return iter(self._columns)
