@@ -62,3 +62,19 @@ def test_a_finished_layer_is_computed_once_per_batch() -> None:
         cache.start_pass(None)
         toy(torch.randn(3, 4))
     assert [layer.times for layer in linears.values()] == [1, 1, 3, 6]
+
+
+def test_it_is_known_before_a_call_whether_its_output_is_cached() -> None:
+    toy, x = Toy(), torch.randn(3, 4)
+    linears = {name: module for name, module in toy.named_modules() if isinstance(module, Counted)}
+    cache, last = ActivationCache(toy, linears), toy.last
+    cache.mark_finished(linears)
+    known: list[bool] = []
+    last.register_forward_pre_hook(lambda module, _: known.append(cache.returns_cached(module)))
+    for batch in (x, x, None):
+        with cache.enabled():
+            cache.start_pass(batch)
+            toy(x)
+    assert known == [False, False, True, True, False, False]
+    cache.start_pass(x)
+    assert not cache.returns_cached(last), "the cache is off"

@@ -8,6 +8,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.qat import QATConfig
+from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
 
 from qat_edge.quant import numerics
 
@@ -77,6 +78,24 @@ def test_differs_from_torchao_only_by_the_rounded_scale() -> None:
     theirs, _ = choose_qparams_affine(weight, MappingType.SYMMETRIC, (1, 32), torch.int8, -8, 7)
     ours = numerics.choose_scales(weight, 4, 32)
     assert torch.equal(ours.flatten(), theirs.flatten().to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_of_torchao_bit_for_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 96, generator=generator) * torch.logspace(-44, 30, 40).unsqueeze(-1)
+    x[0, 3], x[0, 4], x[0, 5, 7] = 0, -1, 1e20
+    x[0, 6:9] = torch.arange(96) / 2 - torch.tensor([[0.0], [24.0], [100.0]])  # many ties
+    x = x.to(dtype)
+    block, wide = [1, 1, 96], x.float()
+    scale, zero = choose_qparams_affine(
+        wide, MappingType.ASYMMETRIC, block, torch.int8, -128, 127, zero_point_dtype=torch.int8
+    )
+    codes = quantize_affine(wide, block, scale, zero, torch.int8, -128, 127)
+    expected = dequantize_affine(codes, block, scale, zero, torch.int8, -128, 127)
+    before = x.clone()
+    assert torch.equal(numerics.fake_quantize_activation(x), expected)
+    assert torch.equal(x, before)
 
 
 def test_activations_represent_zero_and_have_a_scale_per_token() -> None:

@@ -323,6 +323,19 @@ def test_the_cache_changes_no_code_and_no_scale(monkeypatch: pytest.MonkeyPatch,
         assert all(torch.equal(cached[name], computed[name]) for name in computed)
 
 
+def test_no_block_rounds_an_input_whose_output_is_cached(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    model, scheme = load(tiny_model_folder)
+    rounded: list[int] = []
+    real = numerics.fake_quantize_activation
+    monkeypatch.setattr(numerics, "fake_quantize_activation", lambda x: rounded.append(x.shape[-1]) or real(x))
+    with torch.no_grad():
+        methods.apply(model, scheme, "coordinate-descent", batches())
+    # Each of four inputs is rounded to be summed, and once more when the layers that read it run with their codes.
+    assert len(rounded) == 2 * 4 * 2 * len(batches())
+
+
 def test_gptaq_aims_at_the_least_squares_weight() -> None:
     """One linear layer given other inputs than the float model's: the target is the ridge regression's solution."""
     torch.manual_seed(0)

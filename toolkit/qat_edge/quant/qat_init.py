@@ -260,14 +260,12 @@ def _folded(layers: Sequence[nn.Module]) -> Iterator[None]:
     kept = []
     for layer in layers:
         if isinstance(layer, fake.LoraFakeQuantLinear):
-            # With B = 0 the adapter's own forward adds nothing.
-            lora_b = layer.lora_B[fake.ADAPTER].weight
-            update = layer.get_delta_weight(fake.ADAPTER).detach()
-            layer.weight.data.add_(update)
-            kept.append((layer, lora_b, lora_b.detach().clone()))
-            lora_b.data.zero_()
+            layer.weight.data.add_(layer.get_delta_weight(fake.ADAPTER).detach())
+            # peft's forward then leaves the adapter out, which would add zeros at the cost of two products.
+            layer.merged_adapters.append(fake.ADAPTER)
+            kept.append(layer)
     yield
     # Updates are computed again instead of kept: they would take as much memory as the base weights.
-    for layer, lora_b, values in kept:
-        lora_b.data.copy_(values)
+    for layer in kept:
+        layer.merged_adapters.remove(fake.ADAPTER)
         layer.weight.data.sub_(layer.get_delta_weight(fake.ADAPTER).detach())

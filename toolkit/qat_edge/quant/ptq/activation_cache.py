@@ -24,7 +24,8 @@ class ActivationCache:
         self.finished: list[str] = []
         self._block, self._linears = block, linears
         self._modules: dict[str, nn.Module] = {}  # cached modules by name in the block
-        self._outputs: dict[tuple[int, str, int], Any] = {}  # (batch, module, number of the call in a pass)
+        self._outputs: dict[tuple[int | None, str, int], Any] = {}  # (batch, module, number of the call in a pass)
+        self._enabled: dict[nn.Module, str] = {}  # names of the modules that return cached outputs at present
         self._batch: int | None = None
         self._calls: Counter[str] = Counter()
 
@@ -51,7 +52,14 @@ class ActivationCache:
             for name, module in self._modules.items():
                 vars(module)["forward"] = self._cached(name, module.forward)
                 stack.callback(vars(module).pop, "forward")
+                self._enabled[module] = name
+            stack.callback(self._enabled.clear)
             yield
+
+    def returns_cached(self, module: nn.Module) -> bool:
+        """Return whether the next call of a module returns an output of an earlier pass, whatever its input."""
+        name = self._enabled.get(module)
+        return name is not None and (self._batch, name, self._calls[name]) in self._outputs
 
     def _cached(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_edge.quant import numerics
+from qat_edge.quant.ptq.block_calls import KeptTokens
 from qat_edge.quant.ptq.blockwise import Block, token_rows
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
@@ -213,7 +214,7 @@ def sample_inputs(block: Block, names: list[str]) -> dict[str, Tensor]:
     per_batch = -(-SAMPLE // len(block.batches))
     for batch in block.batches:
 
-        def sample(name: str, x: Tensor, keep: Tensor = batch.keep) -> None:
+        def sample(name: str, x: Tensor, keep: KeptTokens = batch.keep) -> None:
             if name in found:
                 rows = token_rows(x, keep)
                 every = -(-rows.shape[0] // per_batch)

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +22,16 @@ from qat_edge.errors import DataError, ModelError
 from qat_edge.quant import numerics
 from qat_edge.quant.codebook import Codebook
 from qat_edge.quant.ptq.activation_cache import ActivationCache
+from qat_edge.quant.ptq.block_calls import BatchState, KeptTokens, StopForward, blocks_return_tuple, enter_blocks
 from qat_edge.quant.scheme import Scheme, WeightScheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAME = 0.02  # of a shift by one standard deviation: bfloat16 sums are off by up to 2^-8
-STRIP = 256  # columns of x x^T summed at once; at width 1536, strips take 70% of the time of one product
+STRIP = 128  # rows of x x^T summed at once; at width 1536, strips take 60% of the time of one product
 Calibration = Mapping[str, Tensor]  # "input_ids", "attention_mask": (rows, length), padded on the right
 Observer = Callable[[str, Tensor], None]  # called with a layer's name and its input
-
-
-class CallArguments(NamedTuple):
-    """Arguments that a block is called with besides the hidden states."""
-
-    positional: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-class StopForward(Exception):
-    """Ends a forward pass early. At the last block, this saves the logits, the largest tensor of all."""
-
-
-@dataclass
-class BatchState:
-    """One calibration batch on its way through the blocks.
-
-    Attributes:
-        hidden: Input of the next block in the rounded model, shape (rows, length, width).
-        keep: bool, shape (rows * length,); False at padding.
-        others: Other arguments of each block.
-        unrounded: The same as `hidden` in the float model, kept up to date by the methods that use it.
-    """
-
-    hidden: Tensor
-    keep: Tensor
-    others: list[CallArguments]
-    unrounded: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,14 +95,18 @@ class Block:
         # The shift outweighs everything that the block adds afterwards, which its norms bound.
         return self._shifts_output(name, 1000.0)
 
+    @cached_property
+    def first_output(self) -> Tensor:
+        """Hidden states after the block for the first batch, computed once: (rows, length, width)."""
+        return self.run(self.batches[0])
+
     def _shifts_output(self, name: str, size: float) -> bool:
         """Return whether the block's output moves by the same vector as the layer's.
 
         size: of the vector, in standard deviations of the block's output.
         """
         # Test empirically: a module does not record where its output is used.
-        batch, module = self.batches[0], self.linears[name]
-        before = self.run(batch)
+        batch, module, before = self.batches[0], self.linears[name], self.first_output
         if module.weight.shape[0] != before.shape[-1]:
             return False
         shift = size * before.float().std(dim=(0, 1))
@@ -169,7 +147,7 @@ class Block:
     def quantized_inputs(self) -> Iterator[None]:
         """Round the inputs of linear layers to int8 where the scheme says so, while the context is open."""
         with ExitStack() as stack:
-            hook = _rounding_once()
+            hook = _rounding_once(self.cache)
             for name, module in self.linears.items():
                 if self.specs[name].quantize_input:
                     stack.callback(module.register_forward_pre_hook(hook).remove)
@@ -235,11 +213,12 @@ def quantize_blocks(
     block_list: Any = model.get_submodule(prefix)
     modules: list[nn.Module] = list(block_list)
     with _autocast_cache_off():
-        batches = [_enter_blocks(model, modules, texts) for texts in calibration]
+        returns_tuple = blocks_return_tuple(model, modules[0], calibration[0])
+        batches = [enter_blocks(model, modules, texts, returns_tuple) for texts in calibration]
         scales = quantize_tables()
         with _rounded_embeddings(model, scheme, scales):
             for state, texts in zip(batches, calibration, strict=True):
-                state.hidden = _enter_blocks(model, modules, texts).hidden
+                state.hidden = enter_blocks(model, modules, texts, returns_tuple).hidden
         with progress.bar(title, len(modules)) as shown:
             for index in range(len(modules)):
                 block = _block(model, scheme, prefix, index, batches)
@@ -293,16 +272,24 @@ def token_sum_precision(device: torch.device) -> Iterator[None]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return rows^T rows (width, width) in `token_sum_precision`; what is above the diagonal is copied."""
-    width = rows.shape[1]
-    found = rows.new_empty(width, width)
+    """Return rows^T rows, (width, width), in `token_sum_precision`."""
+    found = rows.new_zeros(rows.shape[1], rows.shape[1])
+    add_gram(found, rows)
+    return mirrored(found)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of rows^T rows to `total` (width, width), in place; `mirrored` completes the sum."""
     with token_sum_precision(rows.device):
-        # Strips of columns from the diagonal down: half of the products.
-        for start in range(0, width, STRIP):
-            end = min(start + STRIP, width)
-            found[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
-            found[start:end, end:] = found[end:, start:end].T
-    return found
+        # Strips of rows as far as the diagonal: half of the products.
+        for start in range(0, rows.shape[1], STRIP):
+            end = min(start + STRIP, rows.shape[1])
+            total[start:end, :end].add_(rows[:, start:end].T @ rows[:, :end])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Return the symmetric matrix with this lower triangle, (width, width)."""
+    return total.tril() + total.tril(-1).T
 
 
 def find_blocks(scheme: Scheme, model: nn.Module) -> str:
@@ -327,29 +314,6 @@ def find_blocks(scheme: Scheme, model: nn.Module) -> str:
     return best
 
 
-def _enter_blocks(model: PreTrainedModel, modules: list[nn.Module], batch: Calibration) -> BatchState:
-    """Run the model as far as its blocks: the first block's input, and the other arguments of each.
-
-    Only the first block is computed; the others return the hidden states they are given.
-    """
-    device = next(model.parameters()).device
-    mask = batch["attention_mask"].to(device)
-    inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": mask, "use_cache": False}
-    calls = _BlockCalls(len(modules))
-
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(calls.record, with_kwargs=True).remove)
-        stack.callback(modules[0].register_forward_hook(calls.record_output).remove)
-        # In the instance's dictionary, so that removing it gives back the forward of the class.
-        for module in modules[1:]:
-            vars(module)["forward"] = calls.pass_on
-            stack.callback(vars(module).pop, "forward")
-
-        hidden = calls.run(model, inputs)
-    return BatchState(hidden, mask.flatten().bool(), calls.others, hidden)
-
-
 @contextmanager
 def _rounded_embeddings(model: nn.Module, scheme: Scheme, scales: Mapping[str, Tensor]) -> Iterator[None]:
     """Round the rows of embeddings while the context is open.
@@ -370,47 +334,6 @@ def _rounded_embeddings(model: nn.Module, scheme: Scheme, scales: Mapping[str, T
         yield
 
 
-class _BlockCalls:
-    """Hooks that record how a model calls its blocks.
-
-    Attributes:
-        others: Arguments of each block of the latest pass, without the hidden states.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.others: list[CallArguments] = []
-        self._count = count
-        self._hidden: Tensor | None = None
-        self._returns_tuple = False
-
-    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Run the model as far as its last block; returns the input of the first."""
-        self.others.clear()
-        with suppress(StopForward):
-            model(**inputs)
-        assert self._hidden is not None, "the first block was called"
-        return self._hidden
-
-    def record(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Record one call. A forward pre-hook of every block."""
-        # Models pass the hidden states first, or by this name.
-        keywords = dict(keywords)
-        first = keywords.pop("hidden_states") if not arguments else arguments[0]
-        self.others.append(CallArguments(arguments[1:], keywords))
-        if len(self.others) == 1:
-            self._hidden = first
-        if len(self.others) == self._count:
-            raise StopForward
-
-    def record_output(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        """Record whether blocks of this model return a tuple. A forward hook of the first one."""
-        self._returns_tuple = isinstance(output, tuple)
-
-    def pass_on(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Return the hidden states in the form that the first block returns. Forward of the other blocks."""
-        return (hidden_states,) if self._returns_tuple else hidden_states
-
-
 def _observing(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         observer(name, arguments[0])
@@ -418,13 +341,18 @@ def _observing(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Any,
     return hook
 
 
-def _rounding_once() -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """Return `numerics.round_input` for several layers, which rounds a tensor that they share only once."""
+def _rounding_once(cache: ActivationCache) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """Return `numerics.round_input` for several layers.
+
+    A tensor that they share is rounded once, and none for a layer whose output is cached.
+    """
     latest: Tensor | None = None
     rounded: Tensor | None = None
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal latest, rounded
+        if cache.returns_cached(module):
+            return arguments
         if arguments[0] is not latest:
             latest, rounded = arguments[0], numerics.fake_quantize_activation(arguments[0])
         return rounded, *arguments[1:]
@@ -441,18 +369,21 @@ def _rounding_rows(spec: WeightScheme) -> Callable[[nn.Module, tuple[Any, ...], 
     return hook
 
 
-def token_rows(x: Tensor, keep: Tensor) -> Tensor:
+def token_rows(x: Tensor, keep: KeptTokens) -> Tensor:
     """Return inputs (..., width) as (tokens, width) in float32, without padding if there still is a row per token.
 
     Experts, for one, are given a selection of tokens.
     """
     rows = x.detach().flatten(0, -2).float()
-    return rows[keep] if rows.shape[0] == keep.shape[0] else rows
+    return rows[keep.positions] if rows.shape[0] == keep.total else rows
 
 
-def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """Return `|| (W - R) X ||^2 / || W X ||^2` from the sum of x x^T: weights (out, in), hessian (in, in)."""
-    energy = output_energy(weight, hessian)
+def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor, energy: Tensor | None = None) -> float:
+    """Return `|| (W - R) X ||^2 / || W X ||^2` from the sum of x x^T: weights (out, in), hessian (in, in).
+
+    energy: `|| W X ||^2`, where it is known.
+    """
+    energy = output_energy(weight, hessian) if energy is None else energy
     return float(output_energy(weight - rounded, hessian) / energy.clamp(min=torch.finfo(energy.dtype).tiny))
 
 

@@ -18,7 +18,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from qat_edge.quant.ptq.blockwise import BatchState, Block, gram, token_rows, token_sum_precision
+from qat_edge.quant.ptq.block_calls import BatchState
+from qat_edge.quant.ptq.blockwise import Block, add_gram, mirrored, token_rows, token_sum_precision
 from qat_edge.quant.ptq.gptq import GPTQ, inverse_factor
 
 # Of the Hessian's mean diagonal, when the target is solved for. Perplexity of SmolLM2 on held-out text after 12288
@@ -69,6 +70,8 @@ class GPTAQ(GPTQ):
         groups = block.input_groups()
         has_output_layer = bool(groups) and len(groups[-1]) == 1 and block.is_output_layer(groups[-1][0])
 
+        relative = {names[0]: self.weights_tokens(block, names[0]) for names in groups}
+
         # One pass of the float model gives the target of every layer but the last, whose target is the block's output.
         first = [names[0] for names in groups[: len(groups) - has_output_layer]]
         float_passes = [_run(block, batch, first, batch.unrounded) for batch in block.batches]
@@ -76,9 +79,8 @@ class GPTAQ(GPTQ):
         scales: dict[str, Tensor] = {}
         for names in groups:
             is_last = has_output_layer and names is groups[-1]
-            relative = self.weights_tokens(block, names[0])
             with block.quantized(scales, finished=True):
-                moments = _moments(block, names[0], float_passes, is_last, relative)
+                moments = _moments(block, names[0], float_passes, is_last, relative[names[0]])
             # Not needed again, and a block's inputs are the largest tensors here.
             for float_pass in float_passes:
                 float_pass.inputs.pop(names[0], None)
@@ -149,11 +151,10 @@ def _moments(block: Block, name: str, float_passes: list[BlockPass], is_last: bo
         is_last: The layer ends the block.
         relative: Each token counts over the mean square of its hidden states, as the norms that read them see it.
     """
-    # Scalars of zero, so that the first batch decides shape and device.
-    hessian = missing = torch.zeros(())
+    moments: Moments | None = None  # the first batch decides shape and device
     for batch, float_pass in zip(block.batches, float_passes, strict=True):
-        outputs = token_rows(float_pass.output, batch.keep)
-        if is_last:
+        outputs = token_rows(float_pass.output, batch.keep) if is_last or relative else None
+        if outputs is not None and is_last:
             # The whole block runs: this layer compensates for everything that the block's output lacks.
             found = _run(block, batch, [name])
             rows = token_rows(found.inputs[name], batch.keep)
@@ -162,11 +163,15 @@ def _moments(block: Block, name: str, float_passes: list[BlockPass], is_last: bo
             # What the layer's input lacks; times W^T, it is what the output lacks.
             rows = token_rows(block.input_of(batch, name), batch.keep)
             lacking = token_rows(float_pass.inputs[name], batch.keep) - rows
-        if relative:
+        if outputs is not None and relative:
             size = outputs.square().mean(dim=1, keepdim=True).sqrt()
             rows, lacking = rows / size, lacking / size
 
-        hessian = hessian.to(rows.device) + gram(rows)
+        if moments is None:
+            width = rows.shape[1]
+            moments = Moments(rows.new_zeros(width, width), rows.new_zeros(lacking.shape[1], width))
+        add_gram(moments.hessian, rows)
         with token_sum_precision(rows.device):
-            missing = missing.to(rows.device) + lacking.T @ rows
-    return Moments(hessian, missing)
+            moments.missing.add_(lacking.T @ rows)
+    assert moments is not None, "there is calibration data"
+    return Moments(mirrored(moments.hessian), moments.missing)

@@ -20,7 +20,9 @@ from torch import Tensor
 from qat_edge.errors import DataError
 from qat_edge.quant import numerics
 from qat_edge.quant.codebook import Codebook
-from qat_edge.quant.ptq.blockwise import Block, gram, relative_error, token_rows
+from qat_edge.quant.ptq.block_calls import KeptTokens
+from qat_edge.quant.ptq.blockwise import Block, add_gram, mirrored, output_energy, relative_error, token_rows
+from qat_edge.quant.ptq.group_buffers import GroupBuffers
 from qat_edge.quant.ptq.hqq import search_scales
 from qat_edge.quant.scheme import WeightScheme
 from qat_edge.readers import counted
@@ -98,8 +100,9 @@ class GPTQ:
         parts = zip(*(rows.split(sizes) for rows in (target, rounded, nearest, compensated, scales)), strict=True)
         found: dict[str, Tensor] = {}
         for name, (own_target, own_rounded, own_nearest, weight, own_scales) in zip(names, parts, strict=True):
-            self.errors.append(relative_error(own_target, own_rounded, hessian))
-            self.nearest.append(relative_error(own_target, own_nearest, hessian))
+            energy = output_energy(own_target, hessian)
+            self.errors.append(relative_error(own_target, own_rounded, hessian, energy))
+            self.nearest.append(relative_error(own_target, own_nearest, hessian, energy))
             block.linears[name].weight.data.copy_(weight)
             found[name] = own_scales
         return found
@@ -115,13 +118,15 @@ def accumulate_hessians(block: Block, names: list[str]) -> dict[str, Tensor]:
     with block.quantized_inputs():  # registered first, so that observers see rounded inputs
         for batch in block.batches:
 
-            def add(name: str, x: Tensor, keep: Tensor = batch.keep) -> None:
+            def add(name: str, x: Tensor, keep: KeptTokens = batch.keep) -> None:
                 if name in names:
-                    product = gram(token_rows(x, keep))
-                    sums[name] = sums[name].add_(product) if name in sums else product
+                    rows = token_rows(x, keep)
+                    if name not in sums:
+                        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    add_gram(sums[name], rows)
 
             block.observe(batch, add)
-    return sums
+    return {name: mirrored(total) for name, total in sums.items()}
 
 
 def inverse_factor(hessian: Tensor, name: str, damping: float = DAMPING) -> Tensor:
@@ -166,29 +171,38 @@ def compensate(weight: Tensor, hessian: Tensor, factor: Tensor, spec: WeightSche
     Returns:
         Each column just before it was rounded, and the scales.
     """
-    work = weight.clone()
+    # Transposed, so that the weights of a column are contiguous.
+    work = weight.T.contiguous()
     importance = hessian.diagonal()
+    buffers = GroupBuffers(work, spec.group_size)
     found = []
-    for start in range(0, weight.shape[1], spec.group_size):
-        end = start + spec.group_size
-        group = work[:, start:end]
+    for start in range(0, work.shape[0], spec.group_size):
+        columns, later = slice(start, start + spec.group_size), slice(start + spec.group_size, None)
         # Only now: the weights of this group have changed since the first one.
-        scales = search_scales(group, spec.codebook, spec.group_size, importance[start:end])
-        errors = _round_group(group, scales, factor[start:end, start:end], spec.codebook)
+        group = work[columns].T.contiguous()
+        scales = search_scales(group, spec.codebook, spec.group_size, importance[columns])
+        buffers.matrix.copy_(factor[columns, columns].T)
+        buffers.values.copy_(work[columns])
+        _round_group(buffers, scales.view(-1), spec.codebook)
+        work[columns].copy_(buffers.values)
         # Inside the group the errors are compensated already; here, by all columns after it.
-        work[:, end:] -= errors @ factor[start:end, end:]
+        work[later].addmm_(factor[columns, later].T, buffers.changes, alpha=-1)
         found.append(scales)
-    return Compensated(work, torch.cat(found, dim=1))
+    return Compensated(work.T, torch.cat(found, dim=1))
 
 
-def _round_group(group: Tensor, scales: Tensor, factor: Tensor, codebook: Codebook) -> Tensor:
-    """Compensate inside one group (out, group), in place; returns each column's error over U_jj: (out, group)."""
-    errors = torch.empty_like(group)
-    for j in range(group.shape[1]):
+def _round_group(buffers: GroupBuffers, scales: Tensor, codebook: Codebook) -> None:
+    """Compensate inside one group, in place; `buffers.changes` become each column's error over U_jj.
+
+    Args:
+        buffers: The group's weights as values, and its part of U^T.
+        scales: Shape (out,).
+        codebook: Of the codes.
+    """
+    inverse = 1.0 / scales
+    for column in buffers:
         # The column as it is now, with the errors of all columns before it.
-        column = group[:, j : j + 1]
-        rounded = numerics.dequantize(numerics.quantize(column, scales, codebook), scales)
-        error = (column - rounded) / factor[j, j]
-        group[:, j + 1 :] -= error * factor[j, j + 1 :]
-        errors[:, j : j + 1] = error
-    return errors
+        torch.mul(column.values, inverse, out=column.codes)
+        numerics.round_to_codes(column.codes, codebook)
+        torch.addcmul(column.values, column.codes, scales, value=-1, out=column.changes).div_(column.diagonal)
+        column.spread(-1)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from qat_edge import progress
 from qat_edge.quant import numerics
-from qat_edge.quant.ptq.blockwise import Calibration, StopForward, gram, output_energy, token_rows
+from qat_edge.quant.ptq.block_calls import KeptTokens, StopForward
+from qat_edge.quant.ptq.blockwise import Calibration, gram, output_energy, token_rows
 from qat_edge.quant.ptq.gptq import Compensated, inverse_factor
 from qat_edge.quant.scheme import Scheme, WeightScheme, shares_table
 
@@ -89,7 +90,7 @@ def _hessian(model: PreTrainedModel, head: Any, calibration: Sequence[Calibratio
     """Return the sum of x x^T over the head's inputs in the float model, rounded to int8: (in, in), float32."""
     device = head.weight.device
     found = torch.zeros(head.weight.shape[1], head.weight.shape[1], device=device)
-    keep = torch.zeros(())
+    keep = KeptTokens.of(torch.ones(0))
 
     def add(module: Any, arguments: tuple[Any, ...]) -> None:
         found.add_(gram(token_rows(numerics.fake_quantize_activation(arguments[0]), keep)))
@@ -99,7 +100,7 @@ def _hessian(model: PreTrainedModel, head: Any, calibration: Sequence[Calibratio
     try:
         for batch in calibration:
             mask = batch["attention_mask"].to(device)
-            keep = mask.flatten().bool()
+            keep = KeptTokens.of(mask)
             with suppress(StopForward):
                 model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
     finally:
