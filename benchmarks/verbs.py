@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import psutil
+
 from benchmarks import page
 from benchmarks.cells import Cell, CellStore, publish
 from qat_edge import progress
@@ -26,6 +28,7 @@ from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.wheels import cache_folder
 from qat_edge.peak_memory import wait_for
 from qat_edge.python_process import python_command
+from qat_edge.readers import counted
 from qat_edge.report.formatting import duration
 from qat_edge.storage import write_text
 from qat_edge.verbs.demo import FINETUNE, QUESTION, VALIDATE
@@ -91,12 +94,18 @@ def measured(work: Path, store: CellStore, page_only: bool) -> Iterable[dict[str
     """
     work.mkdir(parents=True, exist_ok=True)
     for title, arguments in commands(work).items():
-        cell = Cell("verb", "", 0, title, {"flags": [a for a in arguments if a.startswith("--")]})
+        flags = [argument for argument in arguments if argument.startswith("--")]
+        cell = Cell("verb", "", 0, title, {"flags": flags, "cores": available_cores()})
         if store.get(cell) is None and not page_only:
             progress.info(f"qat-edge {title}")
             began = time.monotonic()
             store.put(cell, measure(arguments, work / "log.txt"), time.monotonic() - began)
         yield store.record(cell)
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(psutil.Process().cpu_affinity() or [])
 
 
 def measure(arguments: Sequence[str], log: Path) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
         "",
         "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is "
         "SmolLM2-135M-Instruct, with the data and the flags of `make demo`. Each command runs once, in a process of "
-        "its own. *Memory* is the peak of its largest process. The parts are what a command reports while it runs; the "
+        f"its own, on {counted(records[0]['cell']['settings']['cores'], 'core')}. *Memory* is the peak of its largest process. The parts are what a command reports while it runs; the "
         "three that take most time are listed.",
         "",
         page.table(("", ""), page.provenance(records)),
