@@ -154,7 +154,7 @@ def parts_of(lines: Sequence[Line], wall_s: float) -> dict[str, float]:
 
 def page_of(records: Sequence[dict[str, Any]]) -> str:
     """Return the page."""
-    rows = []
+    rows, cores = [], counted(records[0]["cell"]["settings"]["cores"], "core")
     for record in records:
         figures = record["figures"]
         largest = list(figures["parts"].items())[:SHOWN]
@@ -167,8 +167,8 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
         "",
         "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is "
         "SmolLM2-135M-Instruct, with the data and the flags of `make demo`. Each command runs once, in a process of "
-        f"its own, on {counted(records[0]['cell']['settings']['cores'], 'core')}. *Memory* is the peak of its largest process. The parts are what a command reports while it runs; the "
-        "three that take most time are listed.",
+        f"its own, on {cores}. *Memory* is the peak of its largest process. The parts are what a command reports while "
+        "it runs; the three that take most time are listed.",
         "",
         page.table(("", ""), page.provenance(records)),
         "",

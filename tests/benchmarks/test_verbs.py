@@ -41,7 +41,8 @@ def test_a_command_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
 def test_the_page_lists_the_three_largest_parts() -> None:
     figures = {"wall_s": 10.0, "peak_bytes": 2e9, "parts": {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}}
     record = {
-        "cell": {"name": "verify", "settings": {"cores": 1}}, "figures": figures, "wall_s": 10.0, "created": "2026-12-01T00:00:00",
+        "cell": {"name": "verify", "settings": {"cores": 1}}, "figures": figures, "wall_s": 10.0,
+        "created": "2026-12-01T00:00:00",
         "machine": "m", "python": "3.11.7", "libraries": {}, "git_revision": None,
     }  # fmt: skip
     text = page_of([record])
