@@ -28,7 +28,7 @@ from qat_edge.models.demo_model import fetch_demo_model
 from qat_edge.models.wheels import cache_folder
 from qat_edge.peak_memory import wait_for
 from qat_edge.python_process import python_command
-from qat_edge.readers import counted
+from qat_edge.readers import counted, shorten
 from qat_edge.report.formatting import duration
 from qat_edge.storage import write_text
 from qat_edge.verbs.demo import FINETUNE, QUESTION, VALIDATE
@@ -36,7 +36,7 @@ from qat_edge.verbs.demo import FINETUNE, QUESTION, VALIDATE
 ROOT = Path(__file__).parents[1]
 PAGE, PUBLISHED = ROOT / "docs/verbs.md", ROOT / "docs/verbs.json"
 SHOWN = 3  # largest parts of a command
-LABEL = 60  # characters of a part's name
+LABEL = 48  # characters of a part's name
 START = "start and imports"
 _BAR = re.compile(r"^\s*(?P<title>.*?)\s+\d+/\d+(\s|$)")
 
@@ -99,7 +99,7 @@ def measured(work: Path, store: CellStore, page_only: bool) -> Iterable[dict[str
         if store.get(cell) is None and not page_only:
             progress.info(f"qat-edge {title}")
             began = time.monotonic()
-            store.put(cell, measure(arguments, work / "log.txt"), time.monotonic() - began)
+            store.put(cell, measure(arguments, work), time.monotonic() - began)
         yield store.record(cell)
 
 
@@ -108,12 +108,12 @@ def available_cores() -> int:
     return len(psutil.Process().cpu_affinity() or [])
 
 
-def measure(arguments: Sequence[str], log: Path) -> dict[str, Any]:
+def measure(arguments: Sequence[str], work: Path) -> dict[str, Any]:
     """Run one command; return its time, its peak memory and its parts.
 
     Args:
         arguments: Of qat-edge.
-        log: Gets what the command prints on stderr.
+        work: Gets log.txt, which has what the command prints on stderr. Parts are named without this folder.
 
     Raises:
         RunError: It failed.
@@ -122,7 +122,8 @@ def measure(arguments: Sequence[str], log: Path) -> dict[str, Any]:
 
     def read(stream: IO[bytes]) -> None:
         for line in stream:
-            lines.append(Line(time.monotonic() - began, line.decode(errors="replace").rstrip()))
+            text = line.decode(errors="replace").rstrip().replace(f"{work.resolve()}/", "")
+            lines.append(Line(time.monotonic() - began, text))
 
     process = subprocess.Popen(
         python_command("qat_edge", *arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -134,6 +135,7 @@ def measure(arguments: Sequence[str], log: Path) -> dict[str, Any]:
     peak_bytes = wait_for(process)
     wall_s = time.monotonic() - began
     reader.join()
+    log = work / "log.txt"
     write_text(log, "\n".join(f"{line.at_s:8.2f} {line.text}" for line in lines) + "\n")
     if process.returncode != 0:
         raise RunError(f"qat-edge {' '.join(arguments)} ended with exit code {process.returncode}; see {log}.")
@@ -141,15 +143,15 @@ def measure(arguments: Sequence[str], log: Path) -> dict[str, Any]:
 
 
 def parts_of(lines: Sequence[Line], wall_s: float) -> dict[str, float]:
-    """Return the seconds of each part of a command, the largest first."""
+    """Return the seconds of each part of a command."""
     parts: dict[str, float] = {}
     label, last_s = START, 0.0
     for line in [*(line for line in lines if line.text.strip()), Line(wall_s, "")]:
         bar = _BAR.match(line.text)
         owner = bar["title"] if bar else label
         parts[owner] = parts.get(owner, 0.0) + line.at_s - last_s
-        label, last_s = owner if bar else line.text.strip()[:LABEL], line.at_s
-    return dict(sorted(parts.items(), key=lambda part: -part[1]))
+        label, last_s = owner if bar else shorten(line.text.strip(), LABEL), line.at_s
+    return parts
 
 
 def page_of(records: Sequence[dict[str, Any]]) -> str:
@@ -157,7 +159,7 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
     rows, cores = [], counted(records[0]["cell"]["settings"]["cores"], "core")
     for record in records:
         figures = record["figures"]
-        largest = list(figures["parts"].items())[:SHOWN]
+        largest = sorted(figures["parts"].items(), key=lambda part: -part[1])[:SHOWN]
         rows.append((
             record["cell"]["name"], duration(figures["wall_s"]), f"{figures['peak_bytes'] / 1e9:.2f}",
             "; ".join(f"{name} {duration(seconds)}" for name, seconds in largest),
@@ -168,7 +170,8 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
         "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is "
         "SmolLM2-135M-Instruct, with the data and the flags of `make demo`. Each command runs once, in a process of "
         f"its own, on {cores}. *Memory* is the peak of its largest process. The parts are what a command reports while "
-        "it runs; the three that take most time are listed.",
+        "it runs; the three that take most time are listed. Other programs may have used the machine's other cores: the "
+        "times are for finding what is slow, not for comparing machines.",
         "",
         page.table(("", ""), page.provenance(records)),
         "",
