@@ -170,8 +170,8 @@ def page_of(records: Sequence[dict[str, Any]]) -> str:
         "`python -m benchmarks.verbs` writes this page; no figure is typed by hand. The model is "
         "SmolLM2-135M-Instruct, with the data and the flags of `make demo`. Each command runs once, in a process of "
         f"its own, on {cores}. *Memory* is the peak of its largest process. The parts are what a command reports while "
-        "it runs; the three that take most time are listed. Other programs may have used the machine's other cores: the "
-        "times are for finding what is slow, not for comparing machines.",
+        "it runs; the three that take most time are listed. Other programs may have used the machine's other cores: "
+        "the times are for finding what is slow, not for comparing machines.",
         "",
         page.table(("", ""), page.provenance(records)),
         "",
