@@ -67,7 +67,7 @@ QAT_ONLY_OPTIONS = (
 # Options that came after the first published cells, with the values by which a training is what it was without them.
 LATER_OPTIONS = {
     "weight_bits": 4, "weight_levels": None, "clip_gradients": "together", "codes": "trained", "frozen_base": None,
-    "packing": False, "streaming": False, "optimizer": "adamw",
+    "packing": False, "streaming": False, "optimizer": "adamw", "shard_base": False,
 }  # fmt: skip
 PATH_OPTIONS = ("model", "data", "eval_data")
 Figures = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -11,17 +12,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerState
+
 from qat_edge.options import FinetuneOptions
 from qat_edge.python_process import python_command
 from qat_edge.train import checkpoints, distributed
 from qat_edge.train.setup import choose_device
+from qat_edge.train.sharded_base import held_bytes
 from qat_edge.verbs.finetune import finetune
 
 
 def start(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, **variables: str) -> list[str]:
     """Do jobs in several processes that find each other as those of several machines do; return their outputs.
 
-    A job has the "options" of finetune and "out"; a run to continue also "copy_of" and "step", its last checkpoint.
+    A job has the "options" of finetune and "out"; a run to continue also "copy_of" and "step", its last checkpoint; one
+    that diverges "nan_at", the step after which it does.
     """
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
@@ -54,13 +60,38 @@ def begin_at(run: Path, copy: Path, step: int) -> None:
     (copy / "training.json").unlink()
 
 
+class HeldBytes(TrainerCallback):
+    """Write how many bytes of the frozen weights this process holds after each step, and how many there are."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_step_end(self, *state: Any, model: Any, **kwargs: Any) -> None:
+        """Add a line to a file of this process."""
+        with self.out.with_name(f"{self.out.name} held by {distributed.rank()}.jsonl").open("a") as file:
+            file.write(json.dumps(held_bytes(model)) + "\n")
+
+
+class SpoiledAdapter(TrainerCallback):
+    """Fill a trained parameter with NaN before the step that follows a step."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after = after
+
+    def on_step_begin(self, args: Any, state: TrainerState, *control: Any, model: Any, **kwargs: Any) -> None:
+        """Spoil it."""
+        if state.global_step == self.after:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+
 def _do(job: dict[str, Any]) -> None:
     options = FinetuneOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
     out = Path(job["out"])
     distributed.join(choose_device(options.device))
     if "copy_of" in job:
         distributed.on_first(lambda: begin_at(Path(job["copy_of"]), out, job["step"]))
-    finetune(options, out, resume="copy_of" in job)
+    finetune(options, out, resume="copy_of" in job, callbacks=[HeldBytes(out), SpoiledAdapter(job.get("nan_at"))])
+    assert not any(type(each) is DTensor for each in gc.get_objects()), "shards are held after the last step"
 
 
 if __name__ == "__main__":

@@ -314,6 +314,7 @@ def finetune(
     base: str = "checkpoint",
     optimizer: str = "adamw",
     gradient_checkpointing: bool = False,
+    shard_base: bool = False,
     save_every: int = 50,
     track: Sequence[str] = ("tensorboard",),
     resume: bool = False,
@@ -392,6 +393,7 @@ def finetune(
         optimizer: AdamW with a state of 32 bits, or of 8 bits: 2 instead of 8 bytes for each trained weight. One of
             adamw, adamw-8bit.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        shard_base: Hold a share of the frozen base weights in each of several processes (FSDP2).
         save_every: Steps between checkpoints for --resume.
         track: Experiment trackers, by the Trainer's names.
         resume: continue from the run folder's last checkpoint, bit for bit.
@@ -457,6 +459,7 @@ def finetune(
             "base": base,
             "optimizer": optimizer,
             "gradient_checkpointing": gradient_checkpointing,
+            "shard_base": shard_base,
             "save_every": save_every,
             "track": track,
         }

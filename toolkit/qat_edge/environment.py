@@ -29,7 +29,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 SHARDS = "which cuts weights into shards, and the start of QAT rotates and replaces whole weights"
 TRAINERS = {
     "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed, {SHARDS}",
-    "ACCELERATE_USE_FSDP": f"FSDP, {SHARDS}",
+    "ACCELERATE_USE_FSDP": f"accelerate's FSDP, {SHARDS}; --shard-base cuts frozen weights alone",
     "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM, {SHARDS}",
     "ACCELERATE_USE_PARALLELISM_CONFIG": f"tensor or context parallelism, {SHARDS}",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker's processes, which other libraries connect",

@@ -33,7 +33,7 @@ TRAINER_OPTIONS = (
     "max_length", "streaming", "packing", "method", "steps", "batch_size", "gradient_accumulation", "learning_rate",
     "lr_schedule", "warmup_steps", "weight_decay", "keep_layers", "prune", "distill_weight", "distill_temperature",
     "distill_top_k", "eval_every", "eval_rows", "frozen_base", "clip_gradients", "device", "precision",
-    "optimizer", "gradient_checkpointing", "save_every", "track",
+    "optimizer", "gradient_checkpointing", "shard_base", "save_every", "track",
 )  # fmt: skip
 # Share of the steps before QAT; of scales alone, which needs more steps; of adapters on a frozen base.
 QAT_START, SCALES_START, ADAPTERS_START = 0.9, 0.5, 0.5
@@ -277,6 +277,9 @@ class FinetuneOptions:
     )  # fmt: skip
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass to save memory.", False, group=HARDWARE
+    )
+    shard_base: bool = option(
+        "Hold a share of the frozen base weights in each of several processes (FSDP2).", False, group=HARDWARE
     )
 
     save_every: int = option("Steps between checkpoints for --resume.", 50, bounds=(1, MOST_STEPS))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from qat_edge.errors import UsageError
 from qat_edge.quant import fake
 from qat_edge.train import checkpoints, distributed
 from qat_edge.train.objectives import Objective
+from qat_edge.train.sharded_base import ShardedBase
 from qat_edge.train.trainer import QatTrainer
 
 RANDOM_STATES = "rng_state.pth"
@@ -61,6 +63,7 @@ class DistributedTrainer(QatTrainer):
 
     data_collator: Any
     current_flos: float
+    sharded: ShardedBase | None = None  # the base weights, with --shard-base
     _states: Sequence[dict[str, Any]] = ()  # of the random generators, by process, while a checkpoint is written
 
     def __init__(self, **arguments: Any) -> None:
@@ -79,6 +82,22 @@ class DistributedTrainer(QatTrainer):
                 f"{type(fake.base_of(self.model)).__name__} computes a loss of its own, which is no mean over tokens: "
                 f"{distributed.count()} processes would train another loss than one. Start it without a launcher."
             )
+
+    # --- base weights --------------------------------------------------------------------------------------
+
+    def shard_base(self) -> None:
+        """Cut the frozen base weights into shards when the training begins."""
+        assert self.model is not None
+        self.sharded = ShardedBase(self.model)
+
+    def whole_base(self) -> AbstractContextManager[None]:
+        """Return a context in which all base weights are whole."""
+        return nullcontext() if self.sharded is None else self.sharded.whole()
+
+    def gather_base(self) -> None:
+        """Make all base weights whole, once the steps are done."""
+        if self.sharded is not None:
+            self.sharded.gather()
 
     # --- rows ----------------------------------------------------------------------------------------------
 
@@ -168,7 +187,11 @@ class DistributedTrainer(QatTrainer):
     # --- checkpoints ---------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, *arguments: Any) -> Any:
+        if self.sharded is not None:
+            self.sharded.exclude_from_ddp()
         prepared = super()._prepare_for_training(*arguments)
+        if self.sharded is not None:
+            self.sharded.shard()
         # Order and initial values are the same in all processes; dropout should not be. Process 0 is as one alone.
         if distributed.rank():
             torch.manual_seed(self.args.seed + distributed.rank())

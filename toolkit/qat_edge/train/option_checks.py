@@ -24,7 +24,7 @@ WITHOUT_STEPS = ("steps", "keep_layers", "prune", "seed")
 # Options of QAT among those of quantization, and of the trainer among the others.
 OF_STEPS = (
     "qat_start", "scale_learning_rate", "codes", "qat_learning_rate", "lr_restart", "clip_gradients", "base",
-    "optimizer", "gradient_checkpointing", "save_every", "streaming",
+    "optimizer", "gradient_checkpointing", "shard_base", "save_every", "streaming",
 )  # fmt: skip
 # Options that change or calibrate weights.
 WITHOUT_FROZEN_BASE = ("method", "base", "codes", "scale_learning_rate", "clip_gradients", "calibration_tokens")
@@ -315,6 +315,22 @@ def _base_checks(options: FinetuneOptions) -> tuple[_Check, ...]:
             f"--rotate on and {'--method full' if full else f'--ptq-init {options.ptq_init}'}: a rotation needs "
             "adapters, and a PTQ initialization that changes the weights under them. "
             f"Give --method lora, --ptq-init {'|'.join(CALIBRATED)}.",
+        ),
+        # Shards are of parameters that stay as they are, and all processes have to gather them at the same moments.
+        _Check(
+            options.shard_base and full,
+            "--shard-base and --method full: all weights are trained, and none is frozen. Leave --shard-base out, or "
+            "give --method lora.",
+        ),
+        _Check(
+            options.shard_base and options.base in QLORA_BASES,
+            f"--shard-base and --base {options.base}: its codes and scales are no parameters, and FSDP2 cuts those "
+            "alone into shards. Give another --base, or leave --shard-base out.",
+        ),
+        _Check(
+            options.shard_base and options.distill_weight > 0 and options.distill_top_k == 0,
+            "--shard-base and --distill-weight: a process without a target in its rows does not run the teacher, and "
+            "the others would wait for its shards. Add --distill-top-k 64, which runs the teacher beforehand.",
         ),
         # Full fine-tuning has no adapters, and no base that stays as it is for a live teacher.
         _Check(

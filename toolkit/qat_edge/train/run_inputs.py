@@ -27,8 +27,9 @@ OF_BASE = {*OF_FROZEN_BASE, "frozen_base"}
 INPUTS = ("model", "data", "eval_data", "kept_layers", "bits", "weight_levels", "frozen_base")
 OPTIONS = "options"  # entry with the options of the training
 TRAINER = "trainer"  # entry with the arguments' class of a trainer that is not ours
+SHARD_BASE = "shard_base"  # option that a resumed run may change
 # Paths may change, and what is in them is compared; a permission belongs to one command; the others decide no result.
-FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, "save_every", "track")
+FREE_OPTIONS = (*option_paths.PATH_OPTIONS, remote_code.OPTION, SHARD_BASE, "save_every", "track")
 
 
 def check_folder(options: FinetuneOptions, run: Run, resume: bool, force: bool) -> None:
@@ -96,7 +97,7 @@ def _check_resumable(options: FinetuneOptions, run: Run) -> None:
         given = getattr(options, name)
         # A path may change where the old one is gone; that the contents are the same is checked later.
         moved = name in option_paths.PATH_OPTIONS and option_paths.is_gone(before) and given is not None
-        if not option_paths.same(given, before) and not moved:
+        if not option_paths.same(given, before) and not moved and name != SHARD_BASE:
             changed.append(name)
     flags = ", ".join(map(config.flag_name, changed))
     # Options that a base decides come from the folder that is given, and no user gave them.

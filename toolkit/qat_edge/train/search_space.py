@@ -33,7 +33,9 @@ FIXED = {
     "target_modules": "it holds a list",
     "seed": "the best seed is the luckiest one",
     **dict.fromkeys(("eval_every", "eval_rows"), "trials are compared by these evaluations"),
-    **dict.fromkeys(("device", "save_every", "track", "streaming"), "it is no setting of the model's training"),
+    **dict.fromkeys(
+        ("device", "shard_base", "save_every", "track", "streaming"), "it is no setting of the model's training"
+    ),
 }
 LOG = "log"
 MOST_CHECKED = 1000  # combinations of values that are checked before the first trial

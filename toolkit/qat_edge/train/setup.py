@@ -330,6 +330,7 @@ def _choose_task(options: FinetuneOptions) -> ModelTask:
         "--frozen-base": options.frozen_base is not None,
         "--packing": options.packing,
         "--streaming": options.streaming,
+        "--shard-base": options.shard_base,
     }
     for flag, given in refused.items():
         if given:

@@ -72,6 +72,7 @@ class TwoPhases(TrainerCallback):
         start: Last step of phase 1.
         transition: Called once.
         at_once: Context in which a signal ends the transition at once: it may take longer than the training.
+        whole_base: Context in which all base weights are whole.
         qat_started: Whether training is in phase 2.
     """
 
@@ -81,8 +82,10 @@ class TwoPhases(TrainerCallback):
         start: int,
         transition: Transition,
         at_once: Callable[[], AbstractContextManager[None]] = nullcontext,
+        whole_base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.switch, self.start, self.transition, self.at_once = switch, start, transition, at_once
+        self.switch, self.start, self.transition = switch, start, transition
+        self.at_once, self.whole_base = at_once, whole_base
         self.qat_started = False
 
     def on_train_begin(
@@ -90,7 +93,8 @@ class TwoPhases(TrainerCallback):
     ) -> None:
         """Restore the results of the transition for a run that is resumed in phase 2."""
         if state.global_step > self.start:
-            self.transition.restore()
+            with self.whole_base():
+                self.transition.restore()
             self.qat_started = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -108,7 +112,7 @@ class TwoPhases(TrainerCallback):
         Not at the end of the step before it: the evaluation and the checkpoint in between belong to phase 1.
         """
         if state.global_step >= self.start and not self.qat_started:
-            with self.at_once():
+            with self.at_once(), self.whole_base():
                 self.transition.start_qat()
             self.qat_started = True
         self.switch.enabled = self.qat_started
@@ -221,6 +225,13 @@ class QatTrainer(Trainer):
             )
         self.teacher = teacher
 
+    def whole_base(self) -> AbstractContextManager[None]:
+        """Return a context in which all base weights are whole; see `ShardedBase`."""
+        return nullcontext()
+
+    def gather_base(self) -> None:
+        """Make all base weights whole, once the steps are done."""
+
     def reset_optimizer(self) -> None:
         """Drop the optimizer's averages of gradients, which are of no use once weights change their meaning."""
         assert self.optimizer is not None  # `configure_optimizer` made it
@@ -294,8 +305,9 @@ class QatTrainer(Trainer):
                 # The prediction at position i is for token i + 1.
                 labels = inputs["labels"] if self.objective is not None else inputs["labels"][:, 1:]
                 weight = int((labels != IGNORED).sum())
-                # Rows without an answer have no loss.
-                losses.append((float(self.compute_loss(self.model, inputs)) * weight if weight else 0.0, weight))
+                # Rows without an answer have no loss, but other processes may wait for this one.
+                loss = float(self.compute_loss(self.model, inputs))
+                losses.append((loss * weight if weight else 0.0, weight))
         self.model.train(training)
         return losses
 
@@ -343,14 +355,15 @@ class QatTrainer(Trainer):
         loss = self.step_loss()
         if not bool(torch.isfinite(norm) & torch.isfinite(loss).to(norm.device)):
             in_qat = self.state.global_step >= self.start
-            found = divergence.describe_step(
-                self.model,
-                loss=loss.item(),
-                norm=norm.item(),
-                step=self.state.global_step + 1,
-                phase="QAT" if in_qat else self.phase_1,
-                learning_rate=self._get_learning_rate(),
-            )
+            with self.whole_base():
+                found = divergence.describe_step(
+                    self.model,
+                    loss=loss.item(),
+                    norm=norm.item(),
+                    step=self.state.global_step + 1,
+                    phase="QAT" if in_qat else self.phase_1,
+                    learning_rate=self._get_learning_rate(),
+                )
             if not in_qat or self.absorb is None or not self.absorb(found):
                 raise divergence.diverged(found, Path(str(self.args.output_dir)))
             model.zero_grad()  # the optimizer skips parameters without a gradient

@@ -120,6 +120,11 @@ def _join(options: FinetuneOptions) -> None:
     """
     environment.require_launch()
     if launched.count() == 1:
+        if options.shard_base:
+            raise UsageError(
+                "--shard-base: shares the frozen weights between several processes, and there is one. Start it with "
+                "torchrun or `accelerate launch`, or give --no-shard-base."
+            )
         return
     if not options.steps:
         raise UsageError(
@@ -205,7 +210,7 @@ def _train(
     transition = _phase_transition(adapted, switch, job, options, run, trainer)
 
     with stop_signals.defer_signals(_announce_stop) as request, disk_errors(run.path):
-        phases = TwoPhases(switch, start, transition, request.at_once)
+        phases = TwoPhases(switch, start, transition, request.at_once, trainer.whole_base)
         guard = _guard(trainer, phases, options, job, run)
         if checkpoint is not None and _is_done(checkpoint, options):
             _load_finished(trainer, phases, guard, options, checkpoint)
@@ -290,6 +295,7 @@ def _run_steps(
             if trainer.state.global_step > (0 if checkpoint is None else checkpoints.step_of(checkpoint)):
                 trainer.save_checkpoint()
             raise
+    trainer.gather_base()
     if trainer.stream is not None:
         progress.info(f"train: {trainer.stream.summary()}")
     if request.signum is not None and trainer.state.global_step < options.steps:
@@ -444,6 +450,8 @@ def _trainer(adapted: PreTrainedModel | PeftModel, job: TrainingJob, options: Fi
         train_dataset=job.data,
         eval_dataset=None if job.eval_rows is None else job.eval_rows.rows[: options.eval_rows],
     )
+    if options.shard_base:
+        trainer.shard_base()
     trainer.remove_callback(PrinterCallback)
     trainer.set_objective(objectives.objective_for_task(job.task))
     return trainer
