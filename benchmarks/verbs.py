@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import psutil
-
 from benchmarks import page
 from benchmarks.cells import Cell, CellStore, publish
 from qat_edge import progress
@@ -32,6 +30,7 @@ from qat_edge.readers import counted, shorten
 from qat_edge.report.formatting import duration
 from qat_edge.storage import write_text
 from qat_edge.verbs.demo import FINETUNE, QUESTION, VALIDATE
+from qat_edge_devices.agent.machine import allowed_cpus
 
 ROOT = Path(__file__).parents[1]
 PAGE, PUBLISHED = ROOT / "docs/verbs.md", ROOT / "docs/verbs.json"
@@ -95,17 +94,12 @@ def measured(work: Path, store: CellStore, page_only: bool) -> Iterable[dict[str
     work.mkdir(parents=True, exist_ok=True)
     for title, arguments in commands(work).items():
         flags = [argument for argument in arguments if argument.startswith("--")]
-        cell = Cell("verb", "", 0, title, {"flags": flags, "cores": available_cores()})
+        cell = Cell("verb", "", 0, title, {"flags": flags, "cores": len(allowed_cpus())})
         if store.get(cell) is None and not page_only:
             progress.info(f"qat-edge {title}")
             began = time.monotonic()
             store.put(cell, measure(arguments, work), time.monotonic() - began)
         yield store.record(cell)
-
-
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(psutil.Process().cpu_affinity() or [])
 
 
 def measure(arguments: Sequence[str], work: Path) -> dict[str, Any]:
