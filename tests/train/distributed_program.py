@@ -23,6 +23,9 @@ from qat_edge.train.sharded_base import held_bytes
 from qat_edge.verbs.finetune import finetune
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def start(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, **variables: str) -> list[str]:
     """Do jobs in several processes that find each other as those of several machines do; return their outputs.
 
@@ -40,6 +43,7 @@ def start(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, **variab
             env={
                 **os.environ, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR", **variables,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             },
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
