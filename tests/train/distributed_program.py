@@ -22,7 +22,6 @@ from qat_edge.train.setup import choose_device
 from qat_edge.train.sharded_base import held_bytes
 from qat_edge.verbs.finetune import finetune
 
-
 ROOT = Path(__file__).parents[2]
 
 
