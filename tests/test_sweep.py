@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import qat_edge
@@ -32,7 +33,8 @@ from qat_edge.run import Run
 from qat_edge.stop_signals import Stopped
 from qat_edge.train import search_space, trial_store
 from qat_edge.train.search_space import SearchedOption
-from qat_edge.verbs import sweep_trials
+from qat_edge.train.trainer import QatTrainer
+from qat_edge.verbs import memory_advice, sweep_trials
 from qat_edge.verbs.eval import evaluate
 from qat_edge.verbs.sweep import load_recorded, pruner_of, sweep
 from qat_edge.verbs.sweep_workers import Worker, stop_at_error
@@ -373,6 +375,24 @@ def test_a_trial_that_diverges_is_recorded_with_its_reason(
         base, SweepOptions(search=("learning_rate=1e-4,1e-3,1e-2,1e-1",), trials=4), tmp_path / "sweep", resume=True
     )
     assert len(trainer.trained) == count and numbers(again) == numbers(result)
+
+
+def test_a_trial_without_enough_memory_is_recorded_and_the_sweep_goes_on(
+    base: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = QatTrainer.train
+
+    def fail_at_rank_16(self: Any, **keywords: Any) -> Any:
+        if any(p.shape[0] == 16 for name, p in self.model.named_parameters() if "lora_A" in name):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train(self, **keywords)
+
+    monkeypatch.setattr(QatTrainer, "train", fail_at_rank_16)
+    monkeypatch.setattr(memory_advice, "explain", lambda options, found: f"Out of memory ({found}).")
+    result = sweep(base, SweepOptions(search=("lora_rank=4,16",), trials=2), tmp_path / "sweep")
+    failed = [trial for trial in result.trials if trial.state == "failed"]
+    assert [trial.values["lora_rank"] for trial in failed] == [16] and result.count("complete") == 1
+    assert failed[0].reason.startswith("Out of memory (OutOfMemoryError: CUDA out of memory")
 
 
 @pytest.mark.parametrize("error", [UsageError, DataError, RunError])

@@ -79,10 +79,10 @@ def finetune(
         callbacks: of the Trainer, called after our own.
 
     Raises:
-        RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it; or
-            the memory was not enough: the message has what needs it, and options that need less.
+        RunError: `out` exists (without `force` or `resume`), cannot be resumed, or another process writes into it.
         UsageError: an impossible combination of options.
-        ModelError: the model cannot be loaded or trained, or the training diverged.
+        ModelError: the model cannot be loaded or trained, the training diverged, or the memory was not enough: the
+            message has what needs it, and options that need less.
         DataError: the rows cannot be used.
         ExportError: the model has fewer positions than `context_length`.
         Stopped: a signal ended it; the message has the command that continues.
@@ -109,7 +109,7 @@ def finetune(
                 raise
             found = f"{type(error).__name__}: {' '.join(str(error).split())}"
     # Outside of the handler, so that the tensors of the training are not held by its traceback.
-    raise RunError(memory_advice.explain(options, found))
+    raise ModelError(memory_advice.explain(options, found))
 
 
 def _join(options: FinetuneOptions) -> None:
