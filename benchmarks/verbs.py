@@ -57,6 +57,8 @@ def main() -> None:
     try:
         with progress.report_to(ConsoleReporter()):
             records = [record for record in measured(given.work, store, given.page_only) if record]
+        if not records:
+            raise RunError(f"No command was measured on {counted(len(allowed_cpus()), 'core')}. Leave --page-only out.")
         publish(records, PUBLISHED)
         write_text(PAGE, page_of(records))
         print(f"Wrote {PAGE}")
