@@ -13,16 +13,16 @@ import sys
 
 from qat_edge import readers
 from qat_edge.errors import UsageError
+from qat_edge.launched import COUNT, RANK
 
 ON, OFF = ("1", "y", "yes", "t", "true", "on"), ("0", "n", "no", "f", "false", "off")  # as accelerate reads them
 LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")  # of Python's logging
 
 # Numbers of processes, as accelerate reads them.
-COUNT = "WORLD_SIZE"
 PROCESS_COUNTS = (COUNT, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = "LOCAL_RANK"
 # What torchrun and accelerate set for each of the processes of a training.
-RANKS = (LOCAL_RANK, "RANK")
+RANKS = (LOCAL_RANK, RANK)
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 # Switches of another way to train, with what it does to weights; each one is off, or refused.

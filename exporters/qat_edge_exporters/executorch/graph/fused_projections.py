@@ -7,6 +7,7 @@ tensor.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -102,9 +103,7 @@ def _groups(model: PreTrainedModel, excluded: Collection[str]) -> list[list[str]
     with _recorded_calls(model, calls), trial_pass(model) as device:
         model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
 
-    counts: dict[str, int] = {}
-    for name, _, _ in calls:
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(name for name, _, _ in calls)
     groups: list[list[str]] = []
     previous: tuple[Any, Tensor] | None = None
     for name, layer, x in calls:

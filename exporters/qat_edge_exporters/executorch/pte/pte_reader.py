@@ -132,8 +132,8 @@ def _float_constants(
     found = []
     for title, product in used.items():
         if title in fused and product.bias_key in named:
-            parts = np.split(named[product.bias_key], list(accumulate(fused[title].values()))[:-1])
-            found += [FloatConstant(name, part, f"{name}.bias") for name, part in zip(fused[title], parts, strict=True)]
+            parts = _by_layer(named[product.bias_key], fused[title])
+            found += [FloatConstant(name, part, f"{name}.bias") for name, part in parts.items()]
             taken.add(product.bias_key)
     return found + [FloatConstant(key, values) for key, values in named.items() if key not in taken]
 
@@ -249,10 +249,14 @@ def _split(
         if sum(rows.values()) != len(weight.codes):
             faults.append(f"{title}: {MODEL} has {len(weight.codes)} rows of it, {LAYERS} has {sum(rows.values())}.")
             continue
-        ends = list(accumulate(rows.values()))[:-1]
-        parts = zip(rows, np.split(weight.codes, ends), np.split(weight.scales, ends), strict=True)
-        weights |= {name: ArtifactWeight(codes, scales, weight.bits) for name, codes, scales in parts}
+        codes, scales = _by_layer(weight.codes, rows), _by_layer(weight.scales, rows)
+        weights |= {name: ArtifactWeight(codes[name], scales[name], weight.bits) for name in rows}
     return weights, faults
+
+
+def _by_layer(values: NDArray[Any], rows: dict[str, int]) -> dict[str, NDArray[Any]]:
+    """Split the rows of a product into those of its layers."""
+    return dict(zip(rows, np.split(values, list(accumulate(rows.values()))[:-1]), strict=True))
 
 
 def _unpack(data: bytes, product: MatrixProduct) -> NDArray[np.int8]:
